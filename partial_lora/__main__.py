@@ -1,0 +1,7 @@
+"""`python -m partial_lora` is `partial-lora`."""
+
+import sys
+
+from partial_lora.cli import main
+
+sys.exit(main())

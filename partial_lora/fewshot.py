@@ -1,0 +1,151 @@
+"""Calibration on a handful of a task's examples: the two draws, the head fitted on one, the score on the other.
+
+A model pre-trained on something else has no head for the task, and calibration needs its score before any training:
+scikit-learn's LogisticRegression on frozen features of the fit draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from partial_lora import progress
+from partial_lora.cache import cache_dir
+from partial_lora.calibration import Calibration, calibrate
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import weights_digest
+from partial_lora.scoring import FewShotAccuracy
+from partial_lora.tasks import ImageTransform, few_shot_draws
+
+_BATCH = 32
+_ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
+
+
+def calibrate_few_shot(
+    model: nn.Module,
+    train: Dataset,
+    transform: ImageTransform,
+    *,
+    scores: Mapping[str, tuple[Tensor, Tensor]],
+    importance: Mapping[str, object],
+    classes: int,
+    rank: int,
+    head: str,
+    blocks: str | None,
+    target_modules: Sequence[str],
+    threshold: float,
+    budget: float | None,
+    shots: int,
+    max_samples: int | None,
+    seed: int,
+    levels: float,
+    max_sparsity: float,
+    search: str,
+) -> Calibration:
+    """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
+
+    Args:
+        train: the training rows that both draws come from.
+        scores: importance of rows and columns by module; `importance` says how it was measured.
+        head: the module that is fitted on the fit draw; left as it was found.
+        The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
+    """
+    draws = few_shot_draws(train["label"], shots=shots, seed=seed, max_samples=max_samples)
+    fit = transform.batches(train.select(draws.fit), _BATCH)
+    scored = transform.batches(train.select(draws.scored), _BATCH)
+    decides = {
+        "importance": dict(importance),
+        "modules": sorted(scores),
+        "levels": levels,
+        "max_sparsity": max_sparsity,
+        "search": search,
+    }
+    key = _key(weights_digest(model, exclude=head), (*fit, *scored), decides)
+    with few_shot_head(model, head, fit):
+        return calibrate(
+            model,
+            FewShotAccuracy(model, scored, blocks=blocks),
+            target_modules=list(target_modules),
+            importance=dict(scores),
+            threshold=threshold,
+            budget=budget,
+            rank=rank,
+            search=search,
+            levels=levels,
+            max_sparsity=max_sparsity,
+            seed=seed,
+            settings=decides | {"shots": shots, "max_samples": max_samples, "seed": seed, "key": key},
+            store=cache_dir() / "calibrations" / f"{key}.json",
+            chance=1 / classes,
+            progress=lambda done, total, **detail: progress.emit("calibrate", done, total, **detail),
+        )
+
+
+def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:
+    """Names everything a score depends on: the weights, the two draws as the model sees them, and the settings."""
+    digest = hashlib.sha256(weights.encode())
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode())
+            digest.update(batch[name].contiguous().numpy().tobytes())
+    digest.update(json.dumps(decides, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def features(model: nn.Module, head: str, batches: Sequence[dict[str, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """What enters the head for every example (N, d), and the labels (N,)."""
+    entering: list[Tensor] = []
+    hook = model.get_submodule(head).register_forward_pre_hook(
+        lambda module, inputs: entering.append(inputs[0].float())
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    finally:
+        hook.remove()
+        model.train(training)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return torch.cat(entering).cpu().numpy(), labels.numpy()
+
+
+def logistic_head(inputs: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (classes, d) and bias (classes,) of a multinomial logistic regression with C = 1.
+
+    A class without an example gets a zero row and a bias that no other logit falls below.
+    """
+    regression = LogisticRegression(C=1.0, max_iter=_ITERATIONS).fit(inputs, labels)
+    coefficients, intercepts = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # scikit-learn keeps the one logit of the second class against the first
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercepts = np.concatenate([-intercepts / 2, intercepts / 2])
+    weight = np.zeros((classes, inputs.shape[1]), dtype=np.float32)
+    bias = np.full(classes, -1e4, dtype=np.float32)
+    weight[regression.classes_], bias[regression.classes_] = coefficients, intercepts
+    return weight, bias
+
+
+@contextmanager
+def few_shot_head(model: nn.Module, head: str, batches: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+    """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards."""
+    layer = model.get_submodule(head)
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
+        raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
+    own = {name: value.clone() for name, value in layer.state_dict().items()}
+    weight, bias = logistic_head(*features(model, head, batches), classes=layer.out_features)
+    try:
+        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+        yield
+    finally:
+        layer.load_state_dict(own)

@@ -1,0 +1,58 @@
+"""The record of a run that becomes result.json: raw numbers, and enough to know where they come from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+_LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
+_CLOCK = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def new(settings: Mapping) -> dict:
+    """The record of a run that has just begun (DESIGN, result.json)."""
+    return {
+        "status": "running",
+        "seed": settings["seed"],
+        "config": settings,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
+        "git_commit": _git_commit(),
+        "device": None,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": {"calibrate": 0.0, "train": 0.0, "evaluate": 0.0},
+        "peak_memory_bytes": None,
+        "parameters": {},
+        "sparsity": {},
+        "calibration": None,
+        "metrics": {},
+        "history": [],
+    }
+
+
+@contextmanager
+def timed(record: dict, stage: str) -> Iterator[None]:
+    """Note the wall seconds that a stage took."""
+    start = time.perf_counter()
+    yield
+    record["seconds"][stage] = round(time.perf_counter() - start, 3)
+
+
+def split_metrics(measured: Mapping[str, float], split: str, primary: str) -> dict:
+    """Trainer's metrics of a split under their plain names, its clock's figures left out; `primary` names the main one."""
+    plain = {key.removeprefix(f"{split}_"): value for key, value in measured.items() if key.startswith(f"{split}_")}
+    return {"primary": primary} | {key: value for key, value in plain.items() if key not in _CLOCK}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from; None where it is installed from a wheel."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    head = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() or None

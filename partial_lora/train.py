@@ -1,0 +1,164 @@
+"""One run, from its settings to its result: the paper's algorithm from top to bottom.
+
+`python -m partial_lora.train` is `partial-lora train`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from partial_lora import evaluation, figures, fit, importance, methods, models, parameters, progress, results, tasks
+from partial_lora.calibration import Calibration, target_names
+from partial_lora.fewshot import calibrate_few_shot
+from partial_lora.record import split_metrics, timed
+from partial_lora.world import join
+
+_PRIMARY = "accuracy"
+
+
+def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
+    """Calibrate, mask, train, evaluate and record one run.
+
+    Args:
+        settings: resolved settings (`config.resolve`).
+        directory: the run's directory, held by the parent.
+        record: what becomes result.json; filled in as the run goes.
+        stage: "train", or "calibrate" to stop once the sparsities are known.
+    """
+    seed = settings["seed"]
+    world = join(settings["trainer"]["device"])
+    record["device"] = world.device
+
+    # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
+    task = tasks.load(**settings["task"])
+    transform = tasks.ImageTransform(**_named(settings["model"], "image_size", "mean", "std", "interpolation"))
+    set_seed(seed)
+    model = models.load(
+        labels=list(task.labels),
+        **_named(settings["model"], "name", "weights", "architecture", "model_args", "image_size"),
+    ).to(world.device)
+
+    # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
+    method = methods.named(settings["method"]["name"])
+    calibration, scores = None, None
+    if methods.is_calibrated(method) or stage == "calibrate":
+        with timed(record, "calibrate"), world.main_first():
+            scores = _importance(settings, model)
+            calibration = _calibration(settings, task, transform, model, scores)
+        record["calibration"] = calibration.summary()
+        record["sparsity"] = calibration.sparsity
+        if world.is_main:
+            calibration.save(directory / results.CALIBRATION)
+    if stage == "calibrate":
+        return
+
+    # Masks and the adapter: only what the masks keep exists as a parameter.
+    set_seed(seed)
+    mask_seed = settings["mask"]["seed"]
+    setting = methods.Setting(
+        **_named(settings["model"], "target_modules", "head"),
+        **_named(settings["method"], "rank", "alpha", "dropout"),
+        mask_seed=seed if mask_seed is None else mask_seed,
+        sparsity=calibration.sparsity if calibration else None,
+        scores=scores,
+    )
+    adapted = method(model, setting)
+    record["parameters"] = parameters.measured(adapted, settings["model"]["head"])
+    record["sparsity"] = parameters.measured_sparsity(adapted)
+
+    # Training, on the kept entries and the head.
+    record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+    trainer = fit.trainer(
+        adapted,
+        train=task.train.with_transform(transform),
+        validation=task.validation.with_transform(transform),
+        directory=directory,
+        metrics=evaluation.classification_metrics,
+        primary=_PRIMARY,
+        device=world.device,
+        precision=record["mixed_precision"],
+        world_size=world.size,
+        seed=seed,
+        **_named(settings["trainer"], *fit.SETTINGS),
+    )
+    with timed(record, "train"):
+        trained = trainer.train()
+    record["history"] = trainer.state.log_history
+
+    # Evaluation: validation has selected the checkpoint, test is looked at once.
+    with timed(record, "evaluate"):
+        progress.emit("evaluate", 0, 1)
+        validation = trainer.predict(task.validation.with_transform(transform), metric_key_prefix="validation")
+        test = trainer.predict(task.test.with_transform(transform), metric_key_prefix="test")
+        progress.emit("evaluate", 1, 1)
+    record["metrics"] = {
+        "train": {"primary": "loss", "loss": trained.training_loss},
+        "validation": split_metrics(validation.metrics, "validation", _PRIMARY),
+        "test": split_metrics(test.metrics, "test", _PRIMARY),
+    }
+    record["peak_memory_bytes"] = world.peak_memory_bytes()
+
+    # Records.
+    if world.is_main:
+        evaluation.write_predictions(directory / results.PREDICTIONS, test.predictions, test.label_ids, task.labels)
+        _save_adapter(adapted, directory / results.ADAPTER)
+        figures.sparsity_by_depth(record, directory / "sparsity.png")
+        figures.training_curve(record, directory / "training.png")
+        fit.remove_checkpoints(directory)
+
+
+def _named(settings: dict, *names: str) -> dict:
+    """The named arguments that a group of settings gives a function."""
+    return {name: settings[name] for name in names}
+
+
+def _importance(settings: dict, model: nn.Module) -> methods.Scores:
+    """Importance of every row and column of the modules that are to be adapted."""
+    chosen = settings["importance"]
+    return methods.importance_scores(
+        model,
+        target_names(model, settings["model"]["target_modules"]),
+        getattr(importance, chosen["name"]),
+        seed=settings["calibration"]["seed"],
+        **(_named(chosen, "k", "energy") if chosen["name"] == "svd" else {}),
+    )
+
+
+def _calibration(
+    settings: dict, task: tasks.Task, transform: tasks.ImageTransform, model: nn.Module, scores: methods.Scores
+) -> Calibration:
+    """The sparsities: from a file where the settings name one, else from the few-shot draws."""
+    chosen = settings["calibration"]
+    if chosen["file"]:
+        return Calibration.load(Path(chosen["file"]))
+    return calibrate_few_shot(
+        model,
+        task.train,
+        transform,
+        scores=scores,
+        classes=len(task.labels),
+        rank=settings["method"]["rank"],
+        importance={"seed": chosen["seed"]} | settings["importance"],
+        **_named(settings["model"], "head", "blocks", "target_modules"),
+        **_named(chosen, "threshold", "budget", "shots", "max_samples", "seed", "levels", "max_sparsity", "search"),
+    )
+
+
+def _save_adapter(adapted: PeftModel, directory: Path) -> None:
+    """Save the adapter so that its folder is there whole or not at all."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    adapted.save_pretrained(temporary, save_embedding_layers=False)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+if __name__ == "__main__":
+    from partial_lora.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,83 @@
+"""A worker: one process of one run, started by `partial_lora.launch` with the settings in the run's directory.
+
+`python -m partial_lora.worker DIRECTORY --stage train|calibrate`
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import yaml
+
+from partial_lora import record, results
+from partial_lora.errors import PartialLoraError
+
+logger = logging.getLogger("partial_lora.worker")
+
+
+def work(directory: Path, stage: str) -> int:
+    """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
+    is_main = os.environ.get("RANK", "0") == "0"
+    entry = record.new(settings)
+    if is_main:
+        results.write_json(directory / results.RESULT, entry)
+    try:
+        from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
+
+        run(settings, directory, entry, stage)
+        entry["status"] = "finished"
+    except BaseException as error:  # whatever ended the run, its record says so
+        entry |= {"status": "failed", "error": _in_one_line(error)}
+        if not isinstance(error, PartialLoraError):
+            raise
+        logger.error("%s", error)
+    finally:
+        if is_main:
+            results.write_json(directory / results.RESULT, entry)
+    return 0 if entry["status"] == "finished" else 1
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, PartialLoraError):
+        return str(error)
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "interrupted"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _leave(code: int) -> None:
+    """End one of several workers without the abort that gloo's threads cause at interpreter exit now and then."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Parse the command line, work, and exit."""
+    parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
+    arguments = parser.parse_args()
+    code = work(arguments.directory, arguments.stage)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

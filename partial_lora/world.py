@@ -1,0 +1,63 @@
+"""The device a run computes on and the processes that share it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+from partial_lora.errors import PartialLoraError
+
+EXPECTED = "PARTIAL_LORA_WORLD"  # how many processes the parent asked for
+_PATIENCE = timedelta(days=1)  # the others wait for as long as rank 0 calibrates
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    device: str
+    size: int = 1
+    rank: int = 0
+    state: PartialState | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes files."""
+        return self.rank == 0
+
+    def main_first(self) -> AbstractContextManager:
+        """Let rank 0 go first, and the others find what it cached."""
+        return self.state.main_process_first() if self.state else nullcontext()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has held: on its accelerator if it has one, else resident."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024  # Linux counts in KiB
+
+
+def join(requested_device: str) -> World:
+    """Take this process's place in its run.
+
+    Raises PartialLoraError for a device that is not there, or where the launcher did not start as many processes as the
+    parent asked for (accelerate is known to start one, silently, where it should start two).
+    """
+    cuda = torch.cuda.is_available()
+    if requested_device == "cuda" and not cuda:
+        raise PartialLoraError("trainer.device=cuda: torch finds no CUDA device; use trainer.device=cpu")
+    device = "cuda" if cuda and requested_device != "cpu" else "cpu"
+    expected, size = int(os.environ.get(EXPECTED, "1")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size != expected:
+        raise PartialLoraError(f"trainer.num_processes={expected}: the launcher started {size} processes instead")
+    if size == 1:
+        return World(device)
+    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+    return World(device, state.num_processes, state.process_index, state)
