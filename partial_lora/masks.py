@@ -1,0 +1,106 @@
+"""A mask: which rows or columns of a module are kept, as a value that checks itself."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from partial_lora.errors import PartialLoraError
+
+
+def kept_count(size: int, sparsity: float) -> int:
+    """How many of ``size`` rows (columns) stay at ``sparsity``: ``max(1, floor((1 - sparsity) * size + 0.5))``.
+
+    At least one always stays, so that every module keeps an adapter. Raises PartialLoraError for a sparsity outside
+    [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise PartialLoraError(f"sparsity is {sparsity}: it is the share removed and must be in [0, 1).")
+    return max(1, math.floor((1 - sparsity) * size + 0.5))
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The kept ones of ``size`` rows or columns: ``kept`` holds their indices, ascending, as int64.
+
+    Two masks are equal when they keep the same indices of the same size. Raises PartialLoraError when ``kept`` is
+    empty, out of order, repeated or out of range.
+    """
+
+    size: int
+    kept: np.ndarray
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.kept)
+        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+            raise PartialLoraError(f"a mask over {self.size} entries needs a non-empty list of whole numbers to keep.")
+        kept = given.astype(np.int64)  # a copy: the mask owns its indices
+        if kept[0] < 0 or kept[-1] >= self.size or (np.diff(kept) <= 0).any():
+            raise PartialLoraError(
+                f"a mask over {self.size} entries needs ascending, distinct indices from 0 to {self.size - 1}."
+            )
+        kept.flags.writeable = False
+        object.__setattr__(self, "kept", kept)
+
+    @classmethod
+    def full(cls, size: int) -> Mask:
+        """The mask that keeps everything."""
+        return cls(size, np.arange(size, dtype=np.int64))
+
+    @classmethod
+    def random(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
+        """The random mask of one module and axis ("rows" or "columns"): those with the smallest random keys.
+
+        The keys depend on the seed, the module's name and the axis only. So masks of one seed are nested across
+        sparsities, and neither the device, the rank, the number of processes nor the order of injection moves them.
+        """
+        return cls._lowest(random_keys(size, mask_seed=mask_seed, module=module, axis=axis), sparsity)
+
+    @classmethod
+    def top(cls, scores: np.ndarray, sparsity: float) -> Mask:
+        """The mask that keeps the largest of ``scores`` (size,); of equal scores the lower index is kept."""
+        scores = np.asarray(scores, dtype=np.float64)
+        if scores.ndim != 1 or not np.isfinite(scores).all():
+            raise PartialLoraError("importance scores must be one list of finite numbers.")
+        return cls._lowest(-scores, sparsity)
+
+    @classmethod
+    def _lowest(cls, keys: np.ndarray, sparsity: float) -> Mask:
+        order = np.argsort(keys, kind="stable")
+        return cls(len(keys), np.sort(order[: kept_count(len(keys), sparsity)]))
+
+    @property
+    def density(self) -> float:
+        """The share kept, as measured."""
+        return len(self.kept) / self.size
+
+    @property
+    def sparsity(self) -> float:
+        """The share removed, as measured: rounding to whole rows makes it differ from the one asked for."""
+        return 1 - self.density
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the kept indices as little-endian int64."""
+        return hashlib.sha256(self.kept.astype("<i8").tobytes()).hexdigest()
+
+    def dense(self) -> np.ndarray:
+        """The mask as booleans (size,), True where kept."""
+        dense = np.zeros(self.size, dtype=bool)
+        dense[self.kept] = True
+        return dense
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.size == other.size and np.array_equal(self.kept, other.kept)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.digest))
+
+
+def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndarray:
+    """One random 64-bit number for each row or column (size,), from the seed, the module's name and the axis alone."""
+    entropy = hashlib.sha256(f"{mask_seed}/{module}/{axis}".encode()).digest()[:16]
+    return np.random.PCG64(int.from_bytes(entropy, "big")).random_raw(size)
