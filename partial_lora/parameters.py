@@ -1,0 +1,209 @@
+"""How many parameters train, and what they cost in memory and on disk.
+
+Predicted for a model that exists in outline only (`describe`, on the meta device) and counted on one that trains
+(`measured`). Every count is of what is left after masking; the task head is always counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from rich.table import Table
+from torch import nn
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import kept_count
+
+Shapes = Mapping[str, tuple[int, int]]
+Sparsity = float | Mapping[str, Mapping[str, float]]
+
+_FP32 = 4  # bytes of a number in an adapter's file, a gradient or a moment; weights may be narrower, these are not
+_MOMENTS = 2  # AdamW keeps a mean and a mean square of every gradient
+
+
+def adapter_parameters(shapes: Shapes, rank: int, sparsity: Sparsity) -> dict[str, int]:
+    """What an adapter of this rank holds before masking (`dense`) and after it (`trainable`).
+
+    `shapes` gives (out, in) of W for every adapted module; `sparsity` is one share for all rows and columns, or
+    {module: {rows, columns}}. A module has rank * (out + in) parameters when dense, and rank * (|I| + |J|) when the
+    rows I of B and the columns J of A are kept. Raises PartialLoraError, naming it, for a module that only one of the
+    two has.
+    """
+    if isinstance(sparsity, Mapping):
+        for module in sorted(shapes.keys() ^ sparsity.keys()):
+            reason = "is adapted but has no sparsity" if module in shapes else "has a sparsity but is not adapted"
+            raise PartialLoraError(f"{module} {reason}: expected one {{rows, columns}} for every adapted module")
+    dense = trainable = 0
+    for module, (rows, columns) in shapes.items():
+        one = sparsity[module] if isinstance(sparsity, Mapping) else {"rows": sparsity, "columns": sparsity}
+        dense += rank * (rows + columns)
+        trainable += rank * (kept_count(rows, one["rows"]) + kept_count(columns, one["columns"]))
+    return {"dense": dense, "trainable": trainable}
+
+
+def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: str) -> dict[str, tuple[int, int]]:
+    """The modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
+
+    Names match as PEFT matches them: whole or as a suffix in a list, as a regular expression in a string; nothing
+    inside the head. Raises PartialLoraError where nothing matches, or something that is not a linear layer does.
+    """
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    rule = LoraConfig(target_modules=targets, modules_to_save=[head])
+    shapes = {}
+    for name, module in model.named_modules():
+        if not check_target_module_exists(rule, name):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise PartialLoraError(
+                f"model.target_modules: {name} is a {type(module).__name__}, expected linear layers only; "
+                "name the wanted ones more fully"
+            )
+        shapes[name] = (module.out_features, module.in_features)
+    if not shapes:
+        raise PartialLoraError(f"model.target_modules={targets}: no module of {type(model).__name__} has such a name")
+    return shapes
+
+
+def describe(
+    model: nn.Module, *, target_modules: Sequence[str] | str, head: str, rank: int, sparsity: Sparsity | None
+) -> dict[str, int | float | None]:
+    """What training this model would hold and write, read off its shapes alone (the meta device is enough).
+
+    `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. Gives the counts of
+    result.json's `parameters`; `targets`, the number of adapted modules; and bytes: `adapter_bytes` of the tensors in a
+    saved adapter (PEFT's format, zeros where masked, the head included), `compact_bytes` with the kept entries alone,
+    `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
+    """
+    head_count = sum(parameter.numel() for parameter in _submodule(model, head).parameters())
+    shapes = {} if sparsity is None else target_shapes(model, target_modules, head)
+    adapter = adapter_parameters(shapes, rank, sparsity) if shapes else {"dense": 0, "trainable": 0}
+    trainable = adapter["trainable"] + head_count
+    return {
+        **_counts(
+            base=sum(parameter.numel() for parameter in model.parameters()) - head_count, head=head_count, **adapter
+        ),
+        "targets": len(shapes),
+        "adapter_bytes": _FP32 * (adapter["dense"] + head_count),
+        "compact_bytes": _FP32 * trainable,
+        "gradient_bytes": _FP32 * trainable,
+        "optimizer_bytes": _FP32 * _MOMENTS * trainable,
+    }
+
+
+def measured(model: nn.Module, head: str, adapter: str = "default") -> dict[str, int | float | None]:
+    """The parameters of a model that is set up to train, counted on its tensors, never on what was asked.
+
+    `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; dense is the size
+    of the `.weight` of every lora_A and lora_B. Raises PartialLoraError, naming it, where a parameter outside the
+    adapter and the head trains: no column of a table would count it.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    parts = [part for layer in layers for part in _tensors(layer, adapter)]
+    head_module = _submodule(model, head)
+    adapters = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    counted_apart = {id(parameter) for holder in (head_module, *adapters) for parameter in holder.parameters()}
+    if isinstance(head_module, ModulesToSaveWrapper):  # the frozen head it was copied from is still in there
+        head_module = head_module.modules_to_save[adapter]
+    base = 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in counted_apart:
+            continue
+        if parameter.requires_grad:
+            raise PartialLoraError(f"{name} trains but is neither in the adapter nor in {head}: expected it frozen")
+        base += parameter.numel()
+    return _counts(
+        base=base,
+        dense=sum(weight.numel() for weight, _ in parts),
+        trainable=sum(_trainable(held) for _, held in parts),
+        head=_trainable(head_module.parameters()),
+    )
+
+
+def measured_sparsity(model: nn.Module, adapter: str = "default") -> dict[str, dict[str, float]]:
+    """The share of rows of B and of columns of A that each adapted module lacks, counted on its tensors.
+
+    {module: {"rows", "columns"}} by the module's name in the unwrapped base model; empty where nothing is adapted.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            rows, columns = layer.lora_B[adapter], layer.lora_A[adapter]
+            found[name] = {"rows": _share_missing(rows), "columns": _share_missing(columns)}
+    return found
+
+
+def table(info: Mapping[str, int | float | None]) -> Table:
+    """What `describe` found, for reading."""
+    share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
+    sparsity = info["adapter_sparsity"]
+    rows = [
+        ("base model, frozen", f"{info['base']:,}", ""),
+        ("adapted modules", f"{info['targets']:,}", ""),
+        ("adapter, dense", f"{info['adapter_dense']:,}", ""),
+        ("adapter, trainable", f"{info['adapter_trainable']:,}", "" if share is None else f"{share:.1%} of dense"),
+        ("adapter sparsity", "–" if sparsity is None else f"{sparsity:.3f}", "measured in entries"),
+        ("head, trainable", f"{info['head']:,}", ""),
+        ("adapter file", _size(info["adapter_bytes"]), "fp32, PEFT's format: zeros where masked, head included"),
+        ("adapter file, compact", _size(info["compact_bytes"]), "fp32, kept entries and head"),
+        ("gradients", _size(info["gradient_bytes"]), "fp32"),
+        ("optimizer state", _size(info["optimizer_bytes"]), "AdamW, two fp32 moments"),
+    ]
+    drawn = Table(show_header=False, box=None, pad_edge=False)
+    drawn.add_column(style="bold")
+    drawn.add_column(justify="right")
+    drawn.add_column(style="dim")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, int | float | None]:
+    """The `parameters` of result.json; the sparsity of an adapter that is not there is None."""
+    return {
+        "base": base,
+        "adapter_dense": dense,
+        "adapter_trainable": trainable,
+        "head": head,
+        "adapter_sparsity": 1 - trainable / dense if dense else None,
+    }
+
+
+def _submodule(model: nn.Module, head: str) -> nn.Module:
+    try:
+        return model.get_submodule(head)
+    except AttributeError as error:
+        raise PartialLoraError(f"model.head={head}: {type(model).__name__} has no module of that name") from error
+
+
+def _tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[torch.Tensor, list[nn.Parameter]]]:
+    """Each part of one adapter in a layer: its dense weight and the parameters that hold what is left of it."""
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name)
+        if adapter in held:
+            part = held[adapter]
+            yield (part.weight, list(part.parameters())) if isinstance(part, nn.Module) else (part, [part])
+
+
+def _share_missing(part: nn.Module) -> float:
+    return 1 - sum(parameter.numel() for parameter in part.parameters()) / part.weight.numel()
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of at least 1."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

@@ -1,0 +1,127 @@
+"""The records of finished runs, as rows of a table.
+
+Nothing here is typed by hand and nothing is measured again: every number is one of a result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.results import RESULT
+
+NONE = "–"  # for what does not apply
+_RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
+
+
+def collect(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs under a results directory, a row each, and what was left out, a line each.
+
+    A row's group is the folder that runs of other seeds share. Left out and named is a run that failed, has not
+    finished or only calibrated, and a result.json that is broken, foreign or copied from another run. Raises
+    PartialLoraError where the directory holds no runs at all.
+    """
+    results_dir = Path(results_dir)
+    directories = sorted(path for path in results_dir.glob(_RUNS) if path.is_dir())
+    if not directories:
+        raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
+    rows, problems = [], []
+    for directory in directories:
+        try:
+            found = row(_record(directory), directory)
+            rows.append({"group": str(directory.parent.relative_to(results_dir))} | found)
+        except ValueError as error:
+            problems.append(f"{directory.relative_to(results_dir)}/{RESULT}: {error}")
+    return pd.DataFrame(rows), problems
+
+
+def _record(directory: Path) -> dict:
+    """The record of a finished run; raises ValueError that says what is there instead."""
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError("missing, the run never started or was interrupted") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError("broken, not JSON") from error
+    if not isinstance(result, dict) or "status" not in result:
+        raise ValueError("foreign, no record of a run")
+    if result["status"] != "finished":
+        detail = f": {result['error']}" if result.get("error") else ""
+        raise ValueError(f"{result['status']}{detail}")
+    if not result.get("metrics"):
+        raise ValueError("calibrated only, nothing was trained")
+    return result
+
+
+def row(result: Mapping, directory: Path) -> dict:
+    """One run as a row of plain numbers; raises ValueError for a record that lacks or garbles one."""
+    try:
+        config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
+        seconds, calibration = result["seconds"], result["calibration"]
+        dense, trainable = parameters["adapter_dense"], parameters["adapter_trainable"]
+        found = {
+            "seed": result["seed"],
+            "task": config["task"]["name"],
+            "model": config["model"]["name"],
+            "method": config["method"]["name"],
+            "operating_point": operating_point(result),
+            "metric": test["primary"],
+            "test": float(test[test["primary"]]),
+            "adapter_parameters": trainable,
+            "adapter_dense": dense,
+            "share_of_dense": trainable / dense if dense else math.nan,
+            "head_parameters": parameters["head"],
+            "adapter_sparsity": number(parameters["adapter_sparsity"]),
+            "calibrate_seconds": _calibrate_seconds(result),
+            "calibration_reused": bool(calibration and calibration.get("cached")),
+            "train_seconds": number(seconds["train"]),
+            "evaluate_seconds": number(seconds["evaluate"]),
+            "learning_rate": float(config["trainer"]["learning_rate"]),
+            "tuning": result.get("tuning", "untuned"),
+            "preset": result.get("preset") or NONE,
+            "commit": _code(result),
+            "device": result.get("device") or NONE,
+        }
+    except KeyError as error:
+        raise ValueError(f"foreign, no {error.args[0]} in it") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"foreign, not the fields of a run ({error})") from error
+    if not math.isfinite(found["test"]):
+        raise ValueError(f"broken, its test {found['metric']} is {found['test']}")
+    if directory.name != f"seed{found['seed']}":
+        raise ValueError(f"a copy of another run, its seed is {found['seed']}")
+    return found
+
+
+def operating_point(result: Mapping) -> str:
+    """Where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
+    if result["calibration"] is None:
+        return NONE
+    chosen = result["config"]["calibration"]
+    key = "threshold" if chosen.get("budget") is None else "budget"
+    return f"{key} {chosen[key]:g}" if chosen[key] <= 1 else f"{key} {chosen[key]:,.0f}"
+
+
+def _calibrate_seconds(result: Mapping) -> float:
+    """What calibrating cost; NaN where nothing was calibrated, and where an earlier run had paid for it."""
+    calibration = result["calibration"]
+    if calibration is None or calibration.get("cached"):
+        return math.nan
+    return number(result["seconds"]["calibrate"])
+
+
+def _code(result: Mapping) -> str:
+    """What the run was computed by: the commit of a checkout, else the version of the installed package."""
+    return (result.get("git_commit") or "")[:12] or f"partial-lora {result['versions']['partial-lora']}"
+
+
+def number(value: float | None) -> float:
+    """A number as a float; NaN for one that does not apply, which averages leave out."""
+    return math.nan if value is None else float(value)
