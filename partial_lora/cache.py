@@ -77,15 +77,17 @@ def fault(folder: Path) -> str | None:
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MARKER} is missing or cannot be read"
-    present = set(_files(folder))
-    if present != set(expected):
-        return f"{min(present ^ set(expected))} is {'missing' if set(expected) - present else 'not one of its files'}"
+    for name in sorted(set(_files(folder)) - set(expected)):
+        return f"{name} is not one of its files"
     for name, (size, sha256) in expected.items():
-        file = folder / name
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if file_sha256(file) != sha256:
-            return f"the SHA-256 of {name} is not {sha256}"
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if file_sha256(folder / name) != sha256:
+                return f"the SHA-256 of {name} is not {sha256}"
+        except OSError as error:
+            return f"{name} cannot be read, {error.strerror}"
     return None
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 
 from partial_lora import progress
@@ -58,10 +58,11 @@ def _download(repo: str, name: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=_FILES, tqdm_class=_Events))
     except (OSError, HFValidationError, HTTPError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        first_line = (str(error).splitlines() or [""])[0]
+        reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
-            f"model={name}: cannot download {repo} from the model hub ({reason[:160]}); check the connection and the "
-            f"repository's name, or use model={OFFLINE_MODEL}, which needs no hub"
+            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
+            f"connection and the repository's name, or use model={OFFLINE_MODEL}, which needs no hub"
         ) from error
 
 

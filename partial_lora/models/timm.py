@@ -57,7 +57,8 @@ def load(
             vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
             config.model_args = {**(config.model_args or {}), **model_args}
             model = _pretrained(folder, config, name=name, weights=weights)
-            model.config.name_or_path = str(folder) if weights.startswith(bundled.PREFIX) else weights
+            if not weights.startswith(bundled.PREFIX):  # a saved adapter names its base: a repository, not our cache
+                model.name_or_path = model.config.name_or_path = weights
     _draw_head(model)
     return model.eval()
 

