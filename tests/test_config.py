@@ -1,0 +1,123 @@
+"""Settings: what is refused, by which name, and what a run's id depends on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from partial_lora import config, schema
+from partial_lora.errors import PartialLoraError
+
+
+def settings(*overrides: str) -> dict:
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return config.resolve(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("calibration.threshold=0", "calibration.threshold"),
+        ("calibration.threshold=1.01", "calibration.threshold"),
+        ("calibration.max_sparsity=1", "calibration.max_sparsity"),
+        ("calibration.budget=0", "calibration.budget"),
+        ("calibration.budget=1.5", "calibration.budget"),
+        ("calibration.search=binary", "calibration.search"),
+        ("calibration.shots=0", "calibration.shots"),
+        ("calibration.levels=0", "calibration.levels"),
+        ("calibration.file=/nowhere/calibration.json", "calibration.file"),
+        ("importance.k=0", "importance.k"),
+        ("importance.energy=1.5", "importance.energy"),
+        ("mask.granularity=block", "mask.granularity"),
+        ("method.rank=0", "method.rank"),
+        ("method.dropout=1", "method.dropout"),
+        ("model.image_size=0", "model.image_size"),
+        ("model.target_modules=[]", "model.target_modules"),
+        ("seed=-1", "seed"),
+        ("task.validation_share=1", "task.validation_share"),
+        ("task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}", "task.data_files.train"),
+        ("task.data_files={training: /nowhere.parquet}", "task.data_files"),
+        ("trainer.learning_rate=0", "trainer.learning_rate"),
+        ("trainer.mixed_precision=fp8", "trainer.mixed_precision"),
+        ("+trainer.lr=1", "trainer.lr"),
+        ("+learning_rate=1", "learning_rate"),
+    ],
+)
+def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, names: str) -> None:
+    with pytest.raises(PartialLoraError) as refusal:
+        settings(override)
+    message = str(refusal.value)
+    assert message.startswith(names)
+    assert "\n" not in message
+
+
+def test_the_batch_has_to_divide_among_the_processes() -> None:
+    with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32.*trainer\.num_processes=3"):
+        settings("trainer.num_processes=3")
+
+
+def test_every_group_file_composes() -> None:
+    for folder in config.conf_dir().iterdir():
+        if folder.is_dir() and folder.name != "experiment":
+            for file in folder.glob("*.yaml"):
+                assert settings(f"{folder.name}={file.stem}")[folder.name].get("name", file.stem) == file.stem
+
+
+def test_the_ids_of_runs_never_change() -> None:
+    assert config.run_id(settings()) == "3501512c"
+    assert config.run_id(settings("calibration=budget", "method=uniform", "model=tiny_vit")) == "c8c12eb5"
+
+
+def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings("method.rank=4")
+    after = settings("method.rank=4")
+    after["method"]["a_new_key"] = "its default"
+
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema.Config)))
+    defaults.method.a_new_key = "its default"
+    identifier = config.run_id(before)
+    monkeypatch.setattr(config.OmegaConf, "structured", lambda _: defaults)
+    assert config.run_id(after) == identifier
+    after["method"]["a_new_key"] = "another value"
+    assert config.run_id(after) != identifier
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=3", "results_dir=/elsewhere", "overwrite=true", "trainer.device=cpu", "trainer.num_processes=2"]
+    + ["trainer.num_workers=1"],
+)
+def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
+    assert config.run_id(settings(override)) == config.run_id(settings())
+
+
+@pytest.mark.parametrize(
+    "override", ["calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"]
+)
+def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
+    assert config.run_id(settings(override)) != config.run_id(settings())
+
+
+def test_files_enter_the_id_by_content(tmp_path: Path) -> None:
+    def identifier(folder: Path) -> str:
+        return config.run_id(settings(f"task.data_files={{train: {folder / 'a'}, test: {folder / 'b'}}}"))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "a").write_text("rows")
+    (first / "b").write_text("other rows")
+    shutil.copytree(first, second)
+    assert identifier(first) == identifier(second)
+    (second / "b").write_text("edited rows")
+    assert identifier(first) != identifier(second)
+
+
+def test_the_directory_of_a_run() -> None:
+    directory = config.run_directory(settings("seed=2", "results_dir=here"))
+    assert directory == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")
