@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from tabulate import tabulate
 
@@ -14,7 +17,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.results import write_atomic
 from partial_lora.runs import NONE, collect, number, operating_point, row
 
-__all__ = ["calibration_summary", "collect", "group", "readable", "summary", "write"]
+__all__ = ["calibration_summary", "collect", "group", "on_screen", "readable", "summary", "write"]
 
 _UNTUNED = (
     "Untuned: one learning rate for every method and no search over it, so a difference between two methods may be "
@@ -167,6 +170,22 @@ def _cell(value: float, form: str) -> str:
     return NONE if math.isnan(value) else format(value, form)
 
 
+def on_screen(frame: pd.DataFrame) -> Group:
+    """The tables of collected runs for a terminal of 100 columns: one for each task and model, the main columns."""
+    shown = readable(group(frame))
+    left_out = ("task", "model", "head parameters", "sparsity", "learning rate", "tuning")
+    names = [name for name in shown.columns if name not in left_out and not name.endswith("(s)")]
+    tables = []
+    for (task, model), part in shown.groupby(["task", "model"], sort=False):
+        drawn = Table(title=f"{task}, {model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in names:
+            drawn.add_column(name, justify="left" if name in _WORDS else "right")
+        for cells in part[names].itertuples(index=False, name=None):
+            drawn.add_row(*cells)
+        tables.append(drawn)
+    return Group(*tables)
+
+
 def summary(result: Mapping, directory: Path) -> Table:
     """One finished run in a few lines: how good, how small, how long, and where its files are. Fits 100 columns."""
     found = row(result, Path(directory))
@@ -189,7 +208,7 @@ def summary(result: Mapping, directory: Path) -> Table:
 def calibration_summary(result: Mapping, directory: Path) -> Table:
     """One calibration in a few lines: what it chose, what that does to the score, where its files are."""
     calibration, sparsity = result["calibration"], result["sparsity"]
-    chosen = [f"{axis} {_mean(each[axis] for each in sparsity.values()):.3f}" for axis in ("rows", "columns")]
+    chosen = [f"{axis} {fmean(each[axis] for each in sparsity.values()):.3f}" for axis in ("rows", "columns")]
     return _lines(
         {
             "calibration": _title(result),
@@ -219,11 +238,6 @@ def _seconds(result: Mapping, *stages: str) -> str:
         + (reused if stage == "calibrate" else "")
         for stage, seconds in spent.items()
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
 
 
 def _lines(lines: Mapping[str, str]) -> Table:

@@ -302,6 +302,19 @@ def drawn(table):
     return console.file.getvalue()
 
 
+def test_the_table_on_screen_fits_100_columns(tmp_path):
+    for seed in (0, 1):
+        place(tmp_path, record("random_weights", seed=seed, accuracy=0.98 + 0.01 * seed))
+    place(tmp_path, record("lora", task="cifar10"))
+    place(tmp_path, budget(record("partial"), 250_000))
+    place(tmp_path, budget(record("partial"), 250_000), id="ffffffff")
+    text = drawn(report.on_screen(report.collect(tmp_path)[0]))
+    for part in ("cifar10, vit_s14", "digits, vit_s14", "98.50 ± 0.71", "budget 250,000", "ffffffff", "random_weights"):
+        assert part in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "…" not in text
+
+
 def test_summary_of_a_run(tmp_path):
     text = drawn(report.summary(record(), "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0"))
     for part in (
