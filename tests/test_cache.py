@@ -76,9 +76,9 @@ def damage(entry: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("cut short", "weights.bin"),
-        ("one byte changed", "weights.bin"),
-        ("removed", "weights.bin"),
+        ("cut short", "weights.bin has 999 bytes, not 1000"),
+        ("one byte changed", "the SHA-256 of weights.bin"),
+        ("removed", "weights.bin cannot be read"),
         ("a file too many", "other.bin"),
         ("no marker", MARKER),
         ("half a marker", MARKER),

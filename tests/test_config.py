@@ -90,8 +90,7 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=3", "results_dir=/elsewhere", "overwrite=true", "trainer.device=cpu", "trainer.num_processes=2"]
-    + ["trainer.num_workers=1"],
+    ["seed=3", "results_dir=/else", "overwrite=true", "trainer.device=cpu", "trainer.num_processes=2"],
 )
 def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
     assert config.run_id(settings(override)) == config.run_id(settings())

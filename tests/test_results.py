@@ -85,5 +85,8 @@ def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: P
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PartialLoraError, match="results_dir: cannot write to"), results.locked(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(PartialLoraError, match="results_dir: cannot write to"),
+        results.locked(tmp_path / "file" / "run"),
+    ):
         pass

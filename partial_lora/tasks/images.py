@@ -79,13 +79,7 @@ def load(
 
 def _read(name: str, path: str, revision: str | None, data_files: Mapping[str, str] | None) -> Mapping:
     if data_files:
-        try:
-            return datasets.load_dataset("parquet", data_files=dict(data_files))
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise PartialLoraError(
-                f"task.data_files: cannot read {', '.join(data_files.values())} as parquet: {_first_line(cause)}"
-            ) from error
+        return {split: _parquet(split, file) for split, file in data_files.items()}
     if path == "bundled:digits":
         return {"train": _digits()}
     try:
@@ -95,6 +89,15 @@ def _read(name: str, path: str, revision: str | None, data_files: Mapping[str, s
             f"task={name}: cannot fetch {path} from the model hub ({_first_line(error)}); without one use the "
             "offline default task=digits, or task.data_files={train: FILE.parquet, test: FILE.parquet}"
         ) from error
+
+
+def _parquet(split: str, file: str) -> datasets.Dataset:
+    """The rows of one file; read together, files of one data set would all get the label names of the first."""
+    try:
+        return datasets.Dataset.from_parquet(file)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        cause = _first_line(error.__cause__ or error)
+        raise PartialLoraError(f"task.data_files.{split}={file}: expected a parquet file ({cause})") from error
 
 
 def _first_line(error: BaseException) -> str:
