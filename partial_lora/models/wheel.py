@@ -95,6 +95,8 @@ def _reason(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if any(line.endswith("No module named pip") for line in lines):
         return f"pip is missing from {sys.executable} (`python -m ensurepip` installs it)"
+    if any("connection broken by" in line for line in lines):  # the error that follows blames the index's content
+        return "the package index cannot be reached"
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return f"pip download failed, {errors[-1] if errors else (lines or ['without a word'])[-1]}"
 
