@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
 from rich.table import Table
 from torch import nn
 
@@ -105,11 +104,9 @@ def measured(model: nn.Module, head: str, adapter: str = "default") -> dict[str,
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     parts = [part for layer in layers for part in _tensors(layer, adapter)]
-    head_module = _submodule(model, head)
+    head_module = _submodule(model, head)  # under PEFT with the frozen head it was copied from
     adapters = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
     counted_apart = {id(parameter) for holder in (head_module, *adapters) for parameter in holder.parameters()}
-    if isinstance(head_module, ModulesToSaveWrapper):  # the frozen head it was copied from is still in there
-        head_module = head_module.modules_to_save[adapter]
     base = 0
     for name, parameter in model.named_parameters():
         if id(parameter) in counted_apart:

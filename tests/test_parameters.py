@@ -191,10 +191,12 @@ def test_measured_counts_only_what_trains():
 
 
 def test_a_second_adapter_is_neither_base_nor_counted():
-    model = adapted()
+    model = adapted(target_modules=["qkv"])
     before = parameters.measured(model, "head")
+    sparsity = parameters.measured_sparsity(model)
     model.add_adapter("other", LoraConfig(r=5, target_modules=TARGETS, modules_to_save=["head"]))
     assert parameters.measured(model, "head") == before
+    assert parameters.measured_sparsity(model) == sparsity
 
 
 def test_a_stray_trainable_parameter_is_named():
