@@ -1,0 +1,158 @@
+"""PartialLoraModel: PEFT's LoRA tuner, which masks every adapter it has just built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import peft.mapping
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
+from partial_lora.adapter.layer import KeptColumns, KeptRows, mask_layer
+from partial_lora.adapter.selection import AXES, ModuleMasks
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask
+
+
+class PartialLoraModel(LoraModel):
+    """A base model with adapters of which only the kept rows and columns exist.
+
+    Everything PEFT's LoRA does (merging, saving, several adapters, quantised bases) is PEFT's. Adapters with a plain
+    LoraConfig stay dense. Raises PartialLoraError, before anything is built, for targets that cannot be masked.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+        """Put an adapter into ``model``, as PEFT does."""
+        if state_dict is not None and isinstance(self.peft_config[adapter_name], PartialLoraConfig):
+            raise PartialLoraError("targets taken from a state_dict cannot be masked: name them in target_modules.")
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
+        # The last step of PEFT's injection before it replaces the first module: here everything is still whole.
+        super()._prepare_model(peft_config, model)
+        if isinstance(peft_config, PartialLoraConfig):
+            _maybe_include_all_linear_layers(peft_config, model)
+            peft_config.choose_masks({name: _shape(layer) for name, layer in self._targets(peft_config, model)})
+
+    def _targets(self, peft_config: PartialLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+        """The base layers PEFT is about to adapt, with their names. Raises PartialLoraError for one that cannot be."""
+        modules = dict(model.named_modules())
+        adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        found = [
+            name
+            for name in modules
+            if name and not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
+        ]
+        _refuse_targets_without_module(peft_config.target_modules, found)
+        for name in found:
+            layer = modules[name]
+            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            if not isinstance(layer, nn.Linear):
+                raise PartialLoraError(
+                    f"target module {name} is a {type(layer).__name__}: only nn.Linear modules are masked, name the"
+                    " targets so that it does not match."
+                )
+            if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+                raise PartialLoraError(
+                    f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
+                )
+            yield _unwrapped(name), layer
+
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        if isinstance(lora_config, PartialLoraConfig):
+            # PEFT has drawn the dense factors, with the random numbers plain LoRA takes; now most of them go.
+            layer = parent.get_submodule(target_name)
+            mask_layer(layer, adapter_name, lora_config.masks[_unwrapped(current_key)])
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
+        """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
+        own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        dense = {name: config.as_lora() for name, config in own.items() if isinstance(config, PartialLoraConfig)}
+        self.peft_config.update(dense)  # PEFT makes the new config after the first of these
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        finally:
+            self.peft_config.update(own)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
+        raise PartialLoraError(
+            "path_initial_model_for_weight_conversion has no meaning here: the base is never changed."
+        )
+
+
+def _refuse_targets_without_module(target_modules: set[str] | str, found: list[str]) -> None:
+    if isinstance(target_modules, str):
+        if not found:
+            raise PartialLoraError(f"target_modules={target_modules!r} matches no module.")
+        return
+    for target in sorted(target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name in found):
+            raise PartialLoraError(f"target_modules names {target!r}, which matches no module that can be adapted.")
+
+
+def _shape(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features  # not the weight's, which is packed in quantised layers
+
+
+def _unwrapped(name: str) -> str:
+    """The module's name in the base model as loaded, whether or not torch.compile has wrapped it since."""
+    return name.replace("_orig_mod.", "")
+
+
+def register() -> None:
+    """Tell PEFT about the method. Its own register_peft_method takes no names it does not list itself."""
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
+
+
+def _adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers of a LoRA or Partial-LoRA model that hold the adapter, each by its name in the base model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+            yield _unwrapped(name), layer
+
+
+def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, ModuleMasks]:
+    """The masks that are in force, read off the adapter itself: {module: masks}; full ones for plain LoRA.
+
+    Raises PartialLoraError for a module whose masks were lost, which PEFT code that builds its layers again can do.
+    """
+    masks = {}
+    partial = isinstance(model.peft_config[adapter_name], PartialLoraConfig)
+    for name, layer in _adapter_layers(model, adapter_name):
+        low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        if isinstance(low, KeptColumns) and isinstance(high, KeptRows):
+            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask)
+        elif partial:
+            raise PartialLoraError(f"{name} has lost its masks: something has built its adapter again, densely.")
+        else:
+            masks[name] = ModuleMasks(rows=Mask.full(layer.out_features), columns=Mask.full(layer.in_features))
+    return masks
+
+
+def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:
+    """The measured sparsity of every adapted module: {module: {"rows": s, "columns": s}}."""
+    return {
+        name: {axis: getattr(masks, axis).sparsity for axis in AXES}
+        for name, masks in module_masks(model, adapter_name).items()
+    }
+
+
+def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
+    """The number of entries of the adapter that train, after masking; the head is not counted."""
+    return sum(
+        parameter.numel()
+        for _, layer in _adapter_layers(model, adapter_name)
+        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        for parameter in factor.parameters()
+        if parameter.requires_grad
+    )
