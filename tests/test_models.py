@@ -1,52 +1,25 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from tiny_vit import HEAD, TINY, load, pretrained
+from transformers import TimmWrapperForImageClassification
 
-from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import hub, timm
-
-TINY = {
-    "name": "tiny_vit",
-    "weights": "random",
-    "architecture": "vit_tiny_patch16_224",
-    "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
-    "labels": ["cat", "dog", "owl"],
-    "image_size": 32,
-}
-HEAD = "timm_model.head"
-
-
-def load(**changes: object) -> TimmWrapperForImageClassification:
-    return timm.load(**{**TINY, **changes})
+from partial_lora.models import timm
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A pre-trained model for seven other classes, as save_pretrained leaves it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        config = TimmWrapperConfig(
-            architecture=TINY["architecture"], model_args=TINY["model_args"], id2label={i: f"old {i}" for i in range(7)}
-        )
-        model = TimmWrapperForImageClassification(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter)
-        model.save_pretrained(tmp_path / "pretrained")
-    return tmp_path / "pretrained"
+    return pretrained(tmp_path / "pretrained")
 
 
 def test_weights_of_a_folder_are_loaded_whole_under_a_new_head(folder):
@@ -202,71 +175,3 @@ def test_digest_is_the_same_in_another_process():
     command = [sys.executable, "-c", script, json.dumps(TINY)]
     other = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == timm.weights_digest(load(), HEAD)
-
-
-def test_hub_out_of_reach_is_said_with_the_model_that_needs_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    settings = {"name": "vit_b16", "architecture": "vit_base_patch16_224", "model_args": {}, "image_size": 224}
-    with pytest.raises(PartialLoraError, match=r"model=vit_b16: .*timm/vit_b.*augreg_in21k.*model=vit_s14") as caught:
-        load(weights="timm/vit_base_patch16_224.augreg_in21k", **settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_name_that_no_repository_can_have_is_said():
-    with pytest.raises(PartialLoraError, match=r"model=tiny_vit: cannot download /no/such/folder from the model hub"):
-        load(weights="/no/such/folder")
-
-
-@pytest.fixture
-def repository(folder, tmp_path, monkeypatch) -> Path:
-    """The folder's model as a repository of the hub, stored as the hub's client stores it; gives the stored weights."""
-    content = (folder / "model.safetensors").read_bytes()
-    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
-    snapshot = tmp_path / "snapshot"
-
-    def download(repo: str, **settings: object) -> str:
-        assert repo == "someone/tiny"
-        blob.parent.mkdir(exist_ok=True)
-        snapshot.mkdir(exist_ok=True)
-        (snapshot / "config.json").write_text((folder / "config.json").read_text())
-        if not blob.exists():
-            blob.write_bytes(content)
-            (snapshot / "model.safetensors").symlink_to(blob)
-        return str(snapshot)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    download("someone/tiny")
-    return blob
-
-
-def test_hub_model_is_loaded_and_known_by_its_repository(repository, folder):
-    model = load(weights="someone/tiny")
-    assert timm.weights_digest(model, HEAD) == timm.weights_digest(load(weights=str(folder)), HEAD)
-    assert model.name_or_path == model.config.name_or_path == "someone/tiny"
-
-
-def test_broken_file_of_the_hub_is_named_and_downloaded_again(repository, folder, caplog):
-    damaged = bytearray(repository.read_bytes())
-    damaged[-3] ^= 1
-    repository.write_bytes(damaged)
-    with caplog.at_level(logging.WARNING):
-        model = load(weights="someone/tiny")
-    assert "model.safetensors" in caplog.text
-    assert timm.weights_digest(model, HEAD) == timm.weights_digest(load(weights=str(folder)), HEAD)
-
-
-def test_hub_bars_become_events(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
-    monkeypatch.delenv("RANK", raising=False)
-    with hub._Events(total=0, unit="B", desc="Downloading") as bar:
-        bar.total = 1000  # the client learns of sizes file by file
-        bar.update(400)
-        bar.update(600)
-        bar.refresh()
-    with hub._Events([1, 2], desc="Fetching 2 files") as files:
-        list(files)
-    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
-    assert {event["stage"] for event in events} == {"download"}
-    assert (events[-1]["done"], events[-1]["total"]) == (1000, 1000)
-    assert capfd.readouterr().err == ""
