@@ -85,7 +85,8 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
     _line(above, loss, "training", _TRAIN)
     _line(above, validation_loss, "validation", _VALIDATION)
     above.set_ylabel("loss")
-    above.set_ylim(bottom=0 if all(value >= 0 for _, value in loss + validation_loss) else None)
+    if all(value >= 0 for _, value in loss + validation_loss):
+        above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
     _line(below, validation, "validation", _VALIDATION)
     _mark_best(below, validation)
     test = result.get("metrics", {}).get("test", {}).get(primary)

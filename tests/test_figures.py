@@ -133,6 +133,16 @@ def test_the_curve_is_the_history(tmp_path, saved):
     assert labels[1:] == ["best on validation: 97.50%, step 48", "test, once at the end: 95.12%"]
 
 
+@pytest.mark.parametrize("losses", [(2.3, 2.25), (2.3, 0.0)])
+def test_the_axis_of_the_loss_fits_its_values_and_ends_at_zero(tmp_path, saved, losses):
+    history = [{"loss": loss, "step": step} for step, loss in enumerate(losses)]
+    figures.training_curve(record() | {"history": history}, tmp_path / "training.png")
+    bottom, top = saved[0].axes[0].get_ylim()
+    assert 0 <= bottom <= min(losses)
+    assert max(losses) < top
+    assert max(losses) - min(losses) > 0.8 * (top - bottom)
+
+
 def test_lines_differ_without_colour(tmp_path, saved):
     figures.training_curve(record(), tmp_path / "training.png")
     above, below = saved[0].axes
