@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from rich.table import Table
 from torch import nn
 
+from partial_lora.budget import dense_parameters, kept_parameters
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import kept_count
+from partial_lora.targets import target_linears
 
 Shapes = Mapping[str, tuple[int, int]]
 Sparsity = float | Mapping[str, Mapping[str, float]]
@@ -37,35 +36,18 @@ def adapter_parameters(shapes: Shapes, rank: int, sparsity: Sparsity) -> dict[st
         for module in sorted(shapes.keys() ^ sparsity.keys()):
             reason = "is adapted but has no sparsity" if module in shapes else "has a sparsity but is not adapted"
             raise PartialLoraError(f"{module} {reason}: expected one {{rows, columns}} for every adapted module")
-    dense = trainable = 0
-    for module, (rows, columns) in shapes.items():
-        one = sparsity[module] if isinstance(sparsity, Mapping) else {"rows": sparsity, "columns": sparsity}
-        dense += rank * (rows + columns)
-        trainable += rank * (kept_count(rows, one["rows"]) + kept_count(columns, one["columns"]))
-    return {"dense": dense, "trainable": trainable}
+    return {"dense": dense_parameters(shapes, rank), "trainable": kept_parameters(shapes, rank, sparsity)}
 
 
 def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: str) -> dict[str, tuple[int, int]]:
     """The modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
 
-    Names match as PEFT matches them: whole or as a suffix in a list, as a regular expression in a string; nothing
-    inside the head. Raises PartialLoraError where nothing matches, or something that is not a linear layer does.
+    The head is never one of them: it trains whole. Raises PartialLoraError as `target_linears` does.
     """
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    rule = LoraConfig(target_modules=targets, modules_to_save=[head])
-    shapes = {}
-    for name, module in model.named_modules():
-        if not check_target_module_exists(rule, name):
-            continue
-        if not isinstance(module, nn.Linear):
-            raise PartialLoraError(
-                f"model.target_modules: {name} is a {type(module).__name__}, expected linear layers only; "
-                "name the wanted ones more fully"
-            )
-        shapes[name] = (module.out_features, module.in_features)
-    if not shapes:
-        raise PartialLoraError(f"model.target_modules={targets}: no module of {type(model).__name__} has such a name")
-    return shapes
+    linears = target_linears(model, target_modules)
+    return {
+        name: tuple(linear.weight.shape) for name, linear in linears.items() if not f"{name}.".startswith(f"{head}.")
+    }
 
 
 def describe(
@@ -147,7 +129,7 @@ def table(info: Mapping[str, int | float | None]) -> Table:
         ("adapter, trainable", f"{info['adapter_trainable']:,}", "" if share is None else f"{share:.1%} of dense"),
         ("adapter sparsity", "–" if sparsity is None else f"{sparsity:.3f}", "measured in entries"),
         ("head, trainable", f"{info['head']:,}", ""),
-        ("adapter file", _size(info["adapter_bytes"]), "fp32, PEFT's format: zeros where masked, head included"),
+        ("adapter file, PEFT's", _size(info["adapter_bytes"]), "fp32, head and masked zeros included"),
         ("adapter file, compact", _size(info["compact_bytes"]), "fp32, kept entries and head"),
         ("gradients", _size(info["gradient_bytes"]), "fp32"),
         ("optimizer state", _size(info["optimizer_bytes"]), "AdamW, two fp32 moments"),

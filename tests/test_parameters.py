@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from partial_lora import parameters
+from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 
@@ -182,6 +183,16 @@ def test_measured_counts_the_entries_that_exist_not_the_config():
     }
 
 
+def test_measured_on_a_masked_adapter_is_what_was_described():
+    sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
+    options = {"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]}
+    model = get_peft_model(Model(), PartialLoraConfig(**options, sparsity=sparsity, mask_seed=0))
+    described = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    found = parameters.measured(model, "head")
+    assert found == {key: described[key] for key in found}
+    assert parameters.measured_sparsity(model) == {name: pytest.approx(each) for name, each in sparsity.items()}
+
+
 def test_measured_counts_only_what_trains():
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -212,14 +223,14 @@ def test_a_head_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize("sparsity", [0.87, None])
-def test_table_says_the_numbers_within_100_columns(sparsity):
+def test_table_says_the_numbers_within_80_columns(sparsity):
     info = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)
     console.print(parameters.table(info))
     text = console.file.getvalue()
     assert f"{info['base']:,}" in text
     assert f"{info['adapter_dense']:,}" in text
-    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
     assert len(text.splitlines()) == 10  # no row wraps
 
 
