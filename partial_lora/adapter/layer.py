@@ -120,15 +120,25 @@ class KeptRows(MaskedFactor):
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
         """result + scaling * B low for result (..., out) and low (..., rank); only the features I change."""
+        if self.full:
+            return result + F.linear(low, self.kept) * scaling  # PEFT's order of operations: equal to the last bit
+        low = low * scaling  # the narrow one of the two
         if self.compact:
-            change = F.linear(low, self.kept) * scaling
+            change = F.linear(low, self.kept)
             dtype = torch.promote_types(result.dtype, change.dtype)  # as the sum below would
             return result.to(dtype).index_add(-1, self.index_on(change.device), change.to(dtype))
-        return result + F.linear(low, self.weight) * scaling
+        return result + F.linear(low, self.weight)
 
 
 class PartialLoraVariant(LoraVariant):
     """How PEFT's own LoRA layers, quantised ones included, run and merge a masked adapter."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs) -> None:
+        """Called when a layer that is masked already gets its adapter built again, which would make it dense."""
+        raise PartialLoraError(
+            f"adapter {adapter_name!r} of {module.get_base_layer()} was built again: delete it first."
+        )
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:

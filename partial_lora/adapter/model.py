@@ -41,12 +41,9 @@ class PartialLoraModel(LoraModel):
         """The base layers PEFT is about to adapt, with their names. Raises PartialLoraError for one that cannot be."""
         modules = dict(model.named_modules())
         adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-        found = [
-            name
-            for name in modules
-            if name and not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
-        ]
-        _refuse_targets_without_module(peft_config.target_modules, found)
+        names = [name for name in modules if name and not name.startswith(adapted)]
+        found = [name for name in names if self._check_target_module_exists(peft_config, name)]
+        _refuse_targets_without_module(peft_config.target_modules, found, names)
         for name in found:
             layer = modules[name]
             layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -87,14 +84,12 @@ class PartialLoraModel(LoraModel):
         )
 
 
-def _refuse_targets_without_module(target_modules: set[str] | str, found: list[str]) -> None:
-    if isinstance(target_modules, str):
-        if not found:
-            raise PartialLoraError(f"target_modules={target_modules!r} matches no module.")
-        return
-    for target in sorted(target_modules):
-        if not any(name == target or name.endswith(f".{target}") for name in found):
-            raise PartialLoraError(f"target_modules names {target!r}, which matches no module that can be adapted.")
+def _refuse_targets_without_module(target_modules: set[str] | str, found: list[str], names: list[str]) -> None:
+    for target in [] if isinstance(target_modules, str) else sorted(target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
+    if not found:
+        raise PartialLoraError(f"target_modules={target_modules!r} matches no module that is left to adapt.")
 
 
 def _shape(layer: nn.Linear) -> tuple[int, int]:

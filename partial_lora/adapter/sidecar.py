@@ -48,7 +48,8 @@ def read(path: Path) -> dict:
         sidecar = json.loads(path.read_text())
         version = sidecar["version"]
         complete = {"granularity", "selection", "mask_seed", "modules"} <= sidecar.keys()
-        complete &= all({*AXES, "shape", "sha256"} <= entry.keys() for entry in sidecar["modules"].values())
+        wanted = {*AXES, "shape", "sha256"} | ({"indices"} if sidecar["selection"] != "random" else set())
+        complete &= all(wanted <= entry.keys() for entry in sidecar["modules"].values())
     except OSError as error:
         raise PartialLoraError(f"{path} cannot be read ({error.strerror}): the adapter has no masks.") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -1,0 +1,266 @@
+"""A saved adapter is an ordinary LoRA adapter, and can be masked again for further training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from adapter_models import HEAD, LLAMA_TARGETS, VIT_TARGETS, images, llama, tokens, vit
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_adapter import MIXED, adapt, fill, layers, logits, optimizer_of, step
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, PartialLoraModel, module_masks, trainable_parameters
+from partial_lora.errors import PartialLoraError
+
+
+def trained(base=vit, batches=images, **settings):
+    model = adapt(base, **{"sparsity": MIXED if base is vit else 0.6, **settings})
+    optimizer = optimizer_of(model)
+    for seed in range(2):
+        step(model, optimizer, batches(seed))
+    return model
+
+
+def masked_again(folder, base=vit, **settings):
+    config = PartialLoraConfig.from_pretrained(str(folder))
+    return PeftModel.from_pretrained(base(), str(folder), config=config, is_trainable=True, **settings)
+
+
+def test_the_route_into_peft_is_open():
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is PartialLoraConfig
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] is PartialLoraModel
+    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] == "lora_"
+    assert isinstance(adapt(sparsity=0.5).base_model, PartialLoraModel)
+
+
+def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    allowed = {option.name for option in dataclasses.fields(LoraConfig)}
+    assert config.keys() <= allowed
+    assert not config["rank_pattern"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    expected = {f"base_model.model.{HEAD}.weight", f"base_model.model.{HEAD}.bias"}
+    for name, masks in module_masks(model).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        assert (a.shape, b.shape) == ((4, masks.shape[1]), (masks.shape[0], 4))
+        assert a.any(0).tolist() == masks.columns.dense().tolist()
+        assert b.any(1).tolist() == masks.rows.dense().tolist()
+        expected |= {f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB"}
+    assert tensors.keys() == expected
+
+
+def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    sidecar = json.loads((tmp_path / "partial_lora.json").read_text())
+    modules = sidecar.pop("modules")
+    assert sidecar == {"version": 1, "granularity": "rows_columns", "selection": "random", "mask_seed": 0}
+    masks = module_masks(model)
+    assert modules.keys() == masks.keys()
+    name = "timm_model.blocks.0.attn.qkv"
+    assert modules[name] == {
+        "rows": masks[name].rows.sparsity,
+        "columns": masks[name].columns.sparsity,
+        "shape": [96, 32],
+        "sha256": {"rows": masks[name].rows.digest, "columns": masks[name].columns.digest},
+    }
+
+
+@pytest.mark.parametrize(("base", "batches"), [(vit, images), (llama, tokens)])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_plain_peft_loads_it_without_a_warning(tmp_path, base, batches, low_cpu_mem_usage):
+    model = trained(base, batches)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # transformers' own, on every load
+        plain = PeftModel.from_pretrained(base(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+    assert type(plain.base_model) is peft.LoraModel
+    torch.testing.assert_close(logits(plain, batches(5)), logits(model, batches(5)), atol=1e-5, rtol=1e-5)
+
+
+def test_auto_peft_loads_it(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = llama().from_pretrained(tmp_path / "base")
+    config = PartialLoraConfig(r=4, target_modules=LLAMA_TARGETS, sparsity=0.6, task_type="CAUSAL_LM")
+    model = fill(get_peft_model(base, config))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_masked_again_it_trains_on(tmp_path, low_cpu_mem_usage):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    again = masked_again(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert module_masks(again) == module_masks(model)
+    assert trainable_parameters(again) == trainable_parameters(model)
+    assert {p.device.type for p in again.parameters()} == {"cpu"}
+    assert torch.equal(logits(again, images()), logits(model, images()))
+    optimizers = optimizer_of(model), optimizer_of(again)
+    assert [step(model, optimizers[0], images(s)) for s in range(3)] == [
+        step(again, optimizers[1], images(s)) for s in range(3)
+    ]
+
+
+def test_top_masks_come_back_from_the_file(tmp_path):
+    indices = {"timm_model.blocks.0.mlp.fc1": {"rows": [0, 7, 127], "columns": [3]}}
+    model = fill(adapt(selection="top", indices=indices, target_modules=["blocks.0.mlp.fc1"]))
+    model.save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "partial_lora.json").read_text())["modules"]["timm_model.blocks.0.mlp.fc1"]
+    assert entry["indices"] == indices["timm_model.blocks.0.mlp.fc1"]
+    again = masked_again(tmp_path)
+    assert module_masks(again) == module_masks(model)
+    assert torch.equal(logits(again, images()), logits(model, images()))
+
+
+def test_an_adapter_with_a_name_has_its_own_sidecar(tmp_path):
+    model = adapt(sparsity=0.9)
+    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
+    fill(model).save_pretrained(tmp_path)
+    again = masked_again(tmp_path)
+    again.add_adapter("other", PartialLoraConfig.from_pretrained(str(tmp_path), subfolder="other"))
+    again.load_adapter(str(tmp_path / "other"), "other")
+    again.set_adapter("other")
+    model.set_adapter("other")
+    assert len(module_masks(again, "other")) == 2
+    assert torch.equal(logits(again, images()), logits(model, images()))
+
+
+def change(folder, alter):
+    path = folder / "partial_lora.json"
+    sidecar = json.loads(path.read_text())
+    alter(sidecar)
+    path.write_text(json.dumps(sidecar))
+
+
+QKV = "timm_model.blocks.0.attn.qkv"
+FC2 = "timm_model.blocks.1.mlp.fc2"
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda s: s.update(mask_seed=1), f"{QKV}: the mask of its rows does not match the digest"),
+        (lambda s: s["modules"][QKV].update(columns=0.25), f"{QKV}: the mask of its columns does not match the digest"),
+        (lambda s: s["modules"][QKV].update(shape=[96, 33]), f"{QKV} has shape .96, 32. in this model, but .96, 33."),
+        (lambda s: s["modules"].pop(FC2), f"no entry for the target module {FC2}"),
+        (lambda s: s["modules"].update(more=s["modules"][FC2]), "sparsity names 'more', which matches no target"),
+        (lambda s: s.update(version=2), "partial_lora.json has version 2: this partial-lora reads version 1"),
+        (lambda s: s.pop("modules"), "partial_lora.json is broken"),
+        (lambda s: s["modules"][QKV].pop("sha256"), "partial_lora.json is broken"),
+        (lambda s: s.update(selection="top"), "partial_lora.json is broken"),
+    ],
+)
+def test_a_sidecar_that_does_not_match_is_refused(tmp_path, alter, message):
+    adapt(sparsity=0.5).save_pretrained(tmp_path)
+    change(tmp_path, alter)
+    with pytest.raises(PartialLoraError, match=message):
+        masked_again(tmp_path)
+
+
+def test_a_folder_without_a_whole_sidecar_is_refused(tmp_path):
+    adapt(sparsity=0.5).save_pretrained(tmp_path)
+    path = tmp_path / "partial_lora.json"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PartialLoraError, match=r"partial_lora\.json is broken"):
+        PartialLoraConfig.from_pretrained(str(tmp_path))
+    path.unlink()
+    with pytest.raises(PartialLoraError, match=r"partial_lora\.json cannot be read .*: the adapter has no masks"):
+        PartialLoraConfig.from_pretrained(str(tmp_path))
+
+
+def test_weights_of_another_mask_are_refused(tmp_path):
+    trained(sparsity=0.5, mask_seed=1).save_pretrained(tmp_path)
+    model = adapt(sparsity=0.5, mask_seed=0)
+    with pytest.raises(PartialLoraError, match=r"lora_A\.default\.weight has values outside this adapter's mask"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_a_checkpoint_of_another_shape_or_with_a_missing_tensor_is_not_swallowed(tmp_path):
+    trained(r=2).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_A.default.weight: \(2, 32\) is not \(4, 32\)"):
+        adapt(sparsity=MIXED).load_adapter(str(tmp_path), "default")
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"base_model.model.{QKV}.lora_B.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = adapt(sparsity=MIXED, r=2).load_adapter(str(tmp_path), "default")
+    assert result.missing_keys == [f"base_model.model.{QKV}.lora_B.default.weight"]
+    assert result.unexpected_keys == []
+
+
+def arguments(folder, **settings):
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=0.02,
+        num_train_epochs=3,
+        seed=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        remove_unused_columns=False,
+        **settings,
+    )
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after a number of epochs, without touching the schedule."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.epoch >= self.epochs
+
+
+def train(folder, model, resume=None, callbacks=(), **settings):
+    batch = images(count=24)
+    rows = [{"pixel_values": p, "labels": y} for p, y in zip(batch["pixel_values"], batch["labels"], strict=True)]
+    trainer = Trainer(
+        model, arguments(folder, **settings), train_dataset=rows, eval_dataset=rows[:8], callbacks=list(callbacks)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trainer_resumes_to_the_last_bit(tmp_path):
+    whole = adapt(sparsity=MIXED, lora_dropout=0.1)
+    train(tmp_path / "whole", whole)
+    train(tmp_path / "parts", adapt(sparsity=MIXED, lora_dropout=0.1), callbacks=[StopAfter(1)])
+    resumed = adapt(sparsity=MIXED, lora_dropout=0.1, seed=9)  # whatever it was drawn as, the checkpoint decides
+    train(tmp_path / "parts", resumed, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    expected = state(whole)
+    assert state(resumed).keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
+
+
+def test_trainer_loads_the_best_model_at_the_end(tmp_path):
+    model = adapt(sparsity=MIXED)
+    trainer = train(tmp_path, model, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    best = trainer.state.best_model_checkpoint
+    last = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1]
+    assert best != str(last)  # the worst counts as best here, so that loading it makes a difference
+    assert (tmp_path / last / "partial_lora.json").is_file()
+    again = masked_again(best)
+    expected = state(again)
+    assert all(torch.equal(value, expected[name]) for name, value in state(model).items())
+    assert module_masks(model) == module_masks(again)
+    assert len(layers(model)) == len(VIT_TARGETS) * 2
