@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from partial_lora import importance
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask
+
+SHAPES = [(24, 24), (40, 16), (16, 40)]
+
+
+def weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """A weight whose spectrum falls, as that of a trained one does."""
+    generator = torch.Generator().manual_seed(seed)
+    left, spectrum, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    return left @ torch.diag(spectrum * torch.logspace(0, -2, len(spectrum))) @ right
+
+
+def leverage_scores(matrix: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The literal twin: numpy's full SVD, cut to k."""
+    left, _, right = np.linalg.svd(matrix.double().numpy(), full_matrices=True)
+    rows = [sum(left[i, c] ** 2 for c in range(k)) for i in range(matrix.shape[0])]
+    columns = [sum(right[c, j] ** 2 for c in range(k)) for j in range(matrix.shape[1])]
+    return np.array(rows), np.array(columns)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 5])
+def test_svd_scores_are_leverage_scores(shape, k):
+    matrix = weight(shape)
+    rows, columns = importance.svd(matrix, k=k)
+    expected_rows, expected_columns = leverage_scores(matrix, k)
+    np.testing.assert_allclose(rows, expected_rows, atol=1e-9)
+    np.testing.assert_allclose(columns, expected_columns, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_svd_takes_the_smallest_k_that_holds_the_energy(shape, energy):
+    matrix = weight(shape)
+    squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
+    k = next(k for k in range(1, len(squares) + 1) if squares[:k].sum() >= energy * squares.sum())
+    rows, columns = importance.svd(matrix, energy=energy)
+    assert float(rows.sum()) == pytest.approx(k)
+    assert float(columns.sum()) == pytest.approx(k)
+
+
+def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
+    rows, columns = importance.svd(weight((12, 12)), energy=1.0)
+    np.testing.assert_allclose(rows, 1, atol=1e-6)
+    np.testing.assert_allclose(columns, 1, atol=1e-6)
+
+
+def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
+    matrix = torch.outer(torch.arange(1.0, 7.0), torch.tensor([3.0, 0.0, 4.0]))
+    rows, columns = importance.svd(matrix)
+    np.testing.assert_allclose(columns, [9 / 25, 0, 16 / 25], atol=1e-12)
+    assert float(rows.sum()) == pytest.approx(1)
+    for k in (0, 2, 4):
+        with pytest.raises(PartialLoraError, match=rf"importance.k={k}: .*blocks.0.fc \(6, 3\)"):
+            importance.svd(matrix, k=k, module="blocks.0.fc")
+
+
+def test_magnitude_is_the_squared_norm():
+    rows, columns = importance.magnitude(torch.tensor([[1.0, 2.0], [0.0, -3.0]]))
+    assert rows.tolist() == [5, 9]
+    assert columns.tolist() == [1, 13]
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.95])
+def test_random_importance_keeps_what_a_random_mask_keeps(sparsity):
+    rows, columns = importance.random(torch.zeros(60, 31), module="blocks.1.fc", seed=3)
+    for axis, scores in (("rows", rows), ("columns", columns)):
+        drawn = Mask.random(len(scores), sparsity, mask_seed=3, module="blocks.1.fc", axis=axis)
+        assert Mask.top(scores.numpy(), sparsity) == drawn
+
+
+def test_random_importance_differs_between_seeds_modules_and_axes():
+    square = torch.zeros(20, 20)
+    one, other = importance.random(square, module="a", seed=0)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, importance.random(square, module="a", seed=1)[0])
+    assert not torch.equal(one, importance.random(square, module="b", seed=0)[0])
+    assert torch.equal(one, importance.random(square, module="a", seed=0)[0])
+
+
+def test_measures_leave_the_weight_alone():
+    matrix = torch.nn.Parameter(weight((8, 6)))
+    before = matrix.detach().clone()
+    for measure in importance.MEASURES.values():
+        rows, columns = measure(matrix, module="m", seed=0)
+        assert (rows.shape, columns.shape) == ((8,), (6,))
+        assert not rows.requires_grad
+    assert torch.equal(matrix, before)
+
+
+def test_scores_may_be_given_and_are_checked():
+    matrix, good = torch.zeros(3, 2), (torch.ones(3), torch.ones(2))
+    rows, columns = importance.scores_of("m", matrix, {"m": ([1, 2, 3], [1, 2])}, seed=0, options={})
+    assert (rows.tolist(), columns.tolist()) == ([1, 2, 3], [1, 2])
+    with pytest.raises(PartialLoraError, match="m, found none"):
+        importance.scores_of("m", matrix, {"other": good}, seed=0, options={})
+    with pytest.raises(PartialLoraError, match=r"\(3, 2\) rows and columns of m"):
+        importance.scores_of("m", matrix, {"m": good[::-1]}, seed=0, options={})
+    with pytest.raises(PartialLoraError, match="m are not finite"):
+        importance.scores_of("m", matrix, {"m": (good[0] * torch.nan, good[1])}, seed=0, options={})
+    with pytest.raises(PartialLoraError, match="importance=snap: expected one of svd, magnitude, random"):
+        importance.name_of("snap")
