@@ -33,10 +33,14 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
+FIRST = $(BIN)/partial-lora train -m results_dir=results/first
+FIRST_CIFAR10 = task=cifar10 task.data_files='{train: $(CIFAR10)/train.parquet, test: $(CIFAR10)/test.parquet}'
+
 first: $(VENV)/.installed
-	$(BIN)/partial-lora train -m experiment=first_digits results_dir=results/first
-	$(BIN)/partial-lora train -m experiment=first_cifar10 results_dir=results/first \
-	  task.data_files='{train: $(CIFAR10)/train.parquet, test: $(CIFAR10)/test.parquet}'
+	$(FIRST) experiment=first_bounds task=digits
+	$(FIRST) experiment=first task=digits
+	$(FIRST) experiment=first_bounds $(FIRST_CIFAR10)
+	$(FIRST) experiment=first $(FIRST_CIFAR10)
 	$(BIN)/partial-lora report results/first
 
 clean:

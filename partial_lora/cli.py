@@ -84,6 +84,8 @@ def _composed(command: str, arguments: list[str]) -> int:
         except PartialLoraError as error:  # one run of a sweep; the others go on
             print(f"partial-lora: {error}", file=sys.stderr)
             codes.append(_USAGE_ERROR)
+        if codes[-1] > _USAGE_ERROR:  # interrupted: no further run of a sweep starts
+            raise SystemExit(codes[-1])
 
     ConfigStore.instance().store(name="schema", node=schema.Config)
     entry = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)

@@ -44,7 +44,7 @@ def timed(record: dict, stage: str) -> Iterator[None]:
 
 
 def split_metrics(measured: Mapping[str, float], split: str, primary: str) -> dict:
-    """Trainer's metrics of a split under their plain names, its clock's figures left out; `primary` names the main one."""
+    """Trainer's metrics of a split under their plain names, its clock's left out; `primary` names the main one."""
     plain = {key.removeprefix(f"{split}_"): value for key, value in measured.items() if key.startswith(f"{split}_")}
     return {"primary": primary} | {key: value for key, value in plain.items() if key not in _CLOCK}
 

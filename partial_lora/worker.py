@@ -30,8 +30,11 @@ def work(directory: Path, stage: str) -> int:
     if is_main:
         results.write_json(directory / results.RESULT, entry)
     try:
+        from transformers.utils import logging as transformers_logging
+
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
 
+        transformers_logging.disable_progress_bar()  # a bar in a log is noise
         run(settings, directory, entry, stage)
         entry["status"] = "finished"
     except BaseException as error:  # whatever ended the run, its record says so
