@@ -1,0 +1,76 @@
+"""Trainer saves, resumes and picks the best of masked adapters."""
+
+from __future__ import annotations
+
+import torch
+from adapter_models import MIXED, VIT_TARGETS, adapt, images, layers, vit
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from partial_lora.adapter import PartialLoraConfig, module_masks
+
+
+def arguments(folder, **settings):
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=0.02,
+        num_train_epochs=3,
+        seed=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        remove_unused_columns=False,
+        **settings,
+    )
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after a number of epochs, without touching the schedule."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.epoch >= self.epochs
+
+
+def train(folder, model, resume=None, callbacks=(), **settings):
+    batch = images(count=24)
+    rows = [{"pixel_values": p, "labels": y} for p, y in zip(batch["pixel_values"], batch["labels"], strict=True)]
+    trainer = Trainer(
+        model, arguments(folder, **settings), train_dataset=rows, eval_dataset=rows[:8], callbacks=list(callbacks)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trainer_resumes_to_the_last_bit(tmp_path):
+    whole = adapt(sparsity=MIXED, lora_dropout=0.1)
+    train(tmp_path / "whole", whole)
+    train(tmp_path / "parts", adapt(sparsity=MIXED, lora_dropout=0.1), callbacks=[StopAfter(1)])
+    resumed = adapt(sparsity=MIXED, lora_dropout=0.1, seed=9)  # whatever it was drawn as, the checkpoint decides
+    train(tmp_path / "parts", resumed, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    expected = state(whole)
+    assert state(resumed).keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
+
+
+def test_trainer_loads_the_best_model_at_the_end(tmp_path):
+    model = adapt(sparsity=MIXED)
+    trainer = train(tmp_path, model, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    best = trainer.state.best_model_checkpoint
+    last = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1]
+    assert best != str(last)  # the worst counts as best here, so that loading it makes a difference
+    assert (tmp_path / last / "partial_lora.json").is_file()
+    again = PeftModel.from_pretrained(vit(), best, config=PartialLoraConfig.from_pretrained(best), is_trainable=True)
+    expected = state(again)
+    assert all(torch.equal(value, expected[name]) for name, value in state(model).items())
+    assert module_masks(model) == module_masks(again)
+    assert len(layers(model)) == len(VIT_TARGETS) * 2
