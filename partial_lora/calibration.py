@@ -7,13 +7,11 @@ sparsity. (3) The score with all sparsities at once, since modules that can each
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -21,73 +19,16 @@ from pathlib import Path
 from torch import nn
 
 from partial_lora import budget as budgets
+from partial_lora.calibration_file import Calibration
 from partial_lora.curves import AXES, Curves, Sparsity, Store
 from partial_lora.errors import PartialLoraError
 from partial_lora.importance import Importance, Scores, name_of, scores_of
-from partial_lora.results import write_json
 from partial_lora.scoring import Score, frozen
 from partial_lora.targets import target_linears, target_names
 
 __all__ = ["Calibration", "bisect", "calibrate", "passes", "scan", "target_names"]
 
-VERSION = 1
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibration found: one sparsity for each module and axis, and the curves it was read from.
-
-    threshold: the one asked for, or the one that meets `budget`. evaluations, seconds: what this call cost; cached: it
-    evaluated nothing. modules: {name: {"rows"|"columns": {"sparsity", "curve": [[level, score | [low, high]]...]}}}.
-    """
-
-    baseline: float
-    joint: float
-    threshold: float | None
-    modules: dict[str, dict[str, dict]]
-    budget: float | None = None
-    search: str = "scan"
-    evaluations: int = 0
-    seconds: float = 0.0
-    cached: bool = False
-    settings: dict = field(default_factory=dict)
-    version: int = VERSION
-
-    @property
-    def sparsity(self) -> Sparsity:
-        """{module: {"rows": s, "columns": s}}, as PartialLoraConfig takes it."""
-        return {name: {axis: axes[axis]["sparsity"] for axis in AXES} for name, axes in self.modules.items()}
-
-    def summary(self) -> dict:
-        """What a run's result.json says of its calibration: everything but settings and curves."""
-        return {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("modules", "settings", "version")
-        }
-
-    def save(self, path: Path) -> None:
-        """Write calibration.json, atomically."""
-        write_json(Path(path), dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Read calibration.json. Raises PartialLoraError, naming the file, for one that is broken."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']} instead of {VERSION}")
-            known = {item.name for item in dataclasses.fields(cls)}
-            found = cls(**{"threshold": None} | {key: value for key, value in content.items() if key in known})
-            for name, axes in found.sparsity.items():
-                for axis, value in axes.items():
-                    if not (isinstance(value, (int, float)) and 0 <= value < 1):
-                        raise ValueError(f"{name}.{axis}: sparsity {value} is not in [0, 1)")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PartialLoraError(f"{path}: expected a calibration.json ({type(error).__name__}: {error})") from error
-        return found
 
 
 def calibrate(
@@ -148,7 +89,7 @@ def calibrate(
     cached = request in known.results
     curves = Curves(model, score, modules, scores, known)
     if not cached:
-        with frozen(model):
+        with frozen(model), known.kept():
             # (1) What the frozen model scores.
             baseline = curves.intact()
 
@@ -163,22 +104,21 @@ def calibrate(
                 lowest = max(0.0, chance / baseline) if chance and baseline > 0 else 0.0
                 threshold, chosen = budgets.meet(count, shapes, rank, sparsities, lowest)
 
-            # (3) All of it at once.
+            # (3) What the model scores with all of it zeroed at once.
             joint = curves.joint(chosen)
+            known.results[request] = {
+                "baseline": baseline,
+                "joint": joint,
+                "threshold": threshold,
+                "search": search,
+                "modules": {
+                    module: {axis: {"sparsity": axes[axis], "curve": curves.points(module, axis)} for axis in AXES}
+                    for module, axes in chosen.items()
+                },
+            }
+            known.changed = True
         if grid and all(sparsity >= grid[-1] for axes in chosen.values() for sparsity in axes.values()):
             logger.warning("calibration: every level of every module passes: the score does not tell modules apart")
-        known.results[request] = {
-            "baseline": baseline,
-            "joint": joint,
-            "threshold": threshold,
-            "search": search,
-            "modules": {
-                module: {axis: {"sparsity": axes[axis], "curve": curves.points(module, axis)} for axis in AXES}
-                for module, axes in chosen.items()
-            },
-        }
-        known.changed = True
-        known.save()
     return Calibration(
         **known.results[request],
         budget=budget,
@@ -240,7 +180,8 @@ def _find(
     for done, (module, axis) in enumerate(product(modules, AXES), start=1):
         sparsity = search(partial(curves.survives, module, axis, passes=enough), grid)
         chosen[module][axis] = sparsity
-        curves.save()
+        if axis == AXES[-1]:
+            curves.save()
         if progress is not None:
             progress(done, len(AXES) * len(modules), module=module, axis=axis, sparsity=sparsity)
     return chosen

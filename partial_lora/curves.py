@@ -68,7 +68,7 @@ class Curves:
 
     def intact(self) -> float:
         """The baseline: the score of the frozen model. Curves in the store that belong to another one are dropped."""
-        baseline = self._finite(self._score(self._model), "of the frozen model")
+        baseline = self._score_of_model("of the frozen model")
         known = self._store.baseline
         if known is not None and not math.isclose(known, baseline, rel_tol=1e-6, abs_tol=1e-9):
             self._store.discard(f"its baseline score is {known}, this model's is {baseline}")
@@ -97,7 +97,7 @@ class Curves:
                 for axis, scores in zip(AXES, self._importance(module), strict=True):
                     mask = Mask.top(scores, axes[axis])
                     stack.enter_context(zeroed(self._modules[module].weight, axis, mask))
-            return self._finite(self._score(self._model), "with all sparsities at once")
+            return self._score_of_model("with all sparsities at once")
 
     def points(self, module: str, axis: str) -> list[list]:
         """One curve by rising level: [level, score] or, where the evaluation was cut short, [level, [low, high]]."""
@@ -113,17 +113,16 @@ class Curves:
         what = f"of {module} with {level:g} of its {axis} zeroed"
         with zeroed(self._modules[module].weight, axis, mask):
             if not isinstance(self._score, BoundedScore):
-                return (self._finite(self._score(self._model), what),) * 2
+                return (self._score_of_model(what),) * 2
             known = self._store.curve(module, axis)[level] if point in self._started else None
+            self.evaluations += 1
             low, high = self._score.bounds(self._model, module, undecided, known)
         self._started.add(point)
-        return self._finite(low, what), self._finite(high, what)
+        return _finite(low, what), _finite(high, what)
 
-    def _finite(self, score: float, what: str) -> float:
+    def _score_of_model(self, what: str) -> float:
         self.evaluations += 1
-        if not math.isfinite(score):
-            raise PartialLoraError(f"calibration: the score {what} is {score}, expected a finite number")
-        return float(score)
+        return _finite(self._score(self._model), what)
 
 
 class Store:
@@ -156,6 +155,14 @@ class Store:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write the file once the block ends, and where it is interrupted."""
+        try:
+            yield
+        finally:
+            self.save()
+
     def save(self) -> None:
         """Write the file, if there is one and anything is new."""
         if self.path is None or not self.changed:
@@ -179,6 +186,12 @@ class Store:
             for axis, points in axes.items():
                 for level, value in points:
                     self.curve(module, axis)[level] = tuple(value) if isinstance(value, list) else (value, value)
+
+
+def _finite(score: float, what: str) -> float:
+    if not math.isfinite(score):
+        raise PartialLoraError(f"calibration: the score {what} is {score}, expected a finite number")
+    return float(score)
 
 
 def _digest(content: Mapping) -> str:

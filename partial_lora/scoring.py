@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -74,8 +73,7 @@ class FewShotAccuracy:
     module nothing changes, so what enters it is computed once and kept (one copy for each batch, of the latest block
     asked for: going through modules in the model's order costs no pass of its own).
 
-    The first full pass puts the examples in the order that decides soonest: those that the intact model gets right come
-    first, the surest of them last of all but for the ones it gets wrong anyway.
+    The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.
 
     Raises PartialLoraError where `blocks` names no sequence, or one that does not run as a plain sequence.
     """
@@ -200,15 +198,15 @@ def _block_names(model: nn.Module, blocks: str) -> list[str]:
 
 
 def _soonest_first(logits: Tensor, labels: Tensor) -> Tensor:
-    """The examples that the intact model gets right, least margin first; then those it gets wrong, least margin first.
+    """The examples that the intact model gets right, largest margin first, then those that it gets wrong.
 
-    To pass, a level needs most of the examples right, so those that are wrong anyway come last; to fail it needs some
-    of the right ones wrong, and those of the least margin fall first.
+    Most levels that are tried pass, and to pass a level needs so many examples right: those that stay right longest
+    come first, those that are wrong anyway last. (On digits this order saved as much as the opposite one at threshold
+    0.9, and a tenth more at 0.5.)
     """
     own = logits.gather(1, labels[:, None]).squeeze(1)
     best_other = logits.scatter(1, labels[:, None], float("-inf")).max(1).values
-    margin = own - best_other
-    return torch.from_numpy(np.lexsort((margin.abs().numpy(), (margin <= 0).numpy())))
+    return (own - best_other).argsort(descending=True, stable=True)
 
 
 def _copy(output: Any) -> Any:

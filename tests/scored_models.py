@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import timm
 import torch
 from torch import Tensor, nn
 
-TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-BLOCKS = "blocks"
+from partial_lora.importance import svd
+
+TARGETS = ["attn.qkv", "mlp.fc2"]
 
 
 def tiny_vit(seed: int = 0) -> nn.Module:
@@ -48,9 +52,52 @@ def scored_draw(model: nn.Module, sizes: tuple[int, ...] = (10, 10, 10, 7), seed
 
 def full_accuracy(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
     """The literal twin: every example through the whole model."""
-    right = total = 0
+    labels = torch.cat([batch["labels"] for batch in batches])
     with torch.no_grad():
-        for batch in batches:
-            right += int((model(pixel_values=batch["pixel_values"]).argmax(-1) == batch["labels"]).sum())
-            total += len(batch["labels"])
-    return right / total
+        logits = model(pixel_values=torch.cat([batch["pixel_values"] for batch in batches]))
+    return int((logits.argmax(-1) == labels).sum()) / len(labels)
+
+
+class Counted:
+    """A plain score: every call is a full pass. `limit` calls are allowed."""
+
+    def __init__(self, batches, limit=math.inf):
+        self.batches, self.calls, self.limit = batches, 0, limit
+
+    def __call__(self, model):
+        self.calls += 1
+        if self.calls > self.limit:
+            raise KeyboardInterrupt
+        return full_accuracy(model, self.batches)
+
+
+def with_zeroed(model, cuts):
+    """A copy of the model with, for each (module, axis, level), all but the most important rows or columns zeroed."""
+    cut = copy.deepcopy(model)
+    for name, axis, level in cuts:
+        own = model.get_submodule(name).weight.detach()
+        importance = svd(own)[axis == "columns"].numpy()
+        size = len(importance)
+        most_important_first = sorted(range(size), key=lambda index: (-importance[index], index))
+        weight = cut.get_submodule(name).weight.data
+        for index in most_important_first[max(1, math.floor((1 - level) * size + 0.5)) :]:
+            weight[index if axis == "rows" else (slice(None), index)] = 0
+    return cut
+
+
+def linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
+
+
+class Altered:
+    """One module with a few of its rows zeroed, for as long as the block lasts."""
+
+    def __init__(self, model, name, rows=8):
+        self.weight, self.rows = model.get_submodule(name).weight.data, rows
+
+    def __enter__(self):
+        self.own = self.weight.clone()
+        self.weight[: self.rows] = 0
+
+    def __exit__(self, *exception):
+        self.weight.copy_(self.own)
