@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from scipy.special import log_softmax
 
 from partial_lora.results import write_atomic
 
@@ -45,14 +46,24 @@ def classification_metrics(prediction) -> dict[str, float]:
     return accuracy().compute(predictions=predicted, references=prediction.label_ids)
 
 
+def split_metrics(output, primary: str) -> dict:
+    """Metrics of a PredictionOutput under their plain names, `primary` naming the main one.
+
+    The loss is the cross entropy averaged over examples, which Trainer's own average over batches is not where the last
+    batch is smaller or, with several processes, filled up.
+    """
+    log_chances = np.take_along_axis(log_softmax(output.predictions, axis=-1), output.label_ids[:, None], axis=-1)
+    loss = -log_chances.mean()
+    return {"primary": primary, **classification_metrics(output), "loss": float(loss)}
+
+
 def write_predictions(path: Path, logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> None:
     """Keep what was said about every example, so that two methods can be compared example by example.
 
     One row an example, in the order of the split: index, label, prediction (class indices), their names, score (the
     softmax probability of the prediction) and the logits.
     """
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
+    probabilities = np.exp(log_softmax(logits, axis=-1))
     predicted = logits.argmax(axis=-1)
     frame = pandas.DataFrame(
         {

@@ -61,14 +61,14 @@ class _StopOnNonFinite(TrainerCallback):
 def mixed_precision(requested: str, device: str) -> str:
     """The number format that training computes in: "no", "bf16" or "fp16".
 
-    "auto" is bf16 where the hardware multiplies it natively: on a processor without AVX512-BF16 it is 2.4 to 16 times
-    slower than fp32, on one with it 1.4 times faster.
+    "auto" is bf16 where the hardware multiplies it faster. On a processor that takes AMX: with AVX512-BF16 alone a step
+    of vit_s14 with dense LoRA took 1.7 times the processor time of fp32 at 56 pixels and 1.6 times at 224.
     """
     if requested != "auto":
         return requested
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
 
 
 def trainer(

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 _LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
-_CLOCK = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def new(settings: Mapping) -> dict:
@@ -41,12 +40,6 @@ def timed(record: dict, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     record["seconds"][stage] = round(time.perf_counter() - start, 3)
-
-
-def split_metrics(measured: Mapping[str, float], split: str, primary: str) -> dict:
-    """Trainer's metrics of a split under their plain names, its clock's left out; `primary` names the main one."""
-    plain = {key.removeprefix(f"{split}_"): value for key, value in measured.items() if key.startswith(f"{split}_")}
-    return {"primary": primary} | {key: value for key, value in plain.items() if key not in _CLOCK}
 
 
 def _git_commit() -> str | None:

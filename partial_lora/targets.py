@@ -20,6 +20,9 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dic
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=targets)
     found = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in found):
+            raise PartialLoraError(f"target_modules: no module of {type(model).__name__} matches {target!r}")
     if not found:
         raise PartialLoraError(f"target_modules={targets}: no module of {type(model).__name__} matches")
     for name, module in found.items():

@@ -16,7 +16,7 @@ from transformers import set_seed
 from partial_lora import evaluation, figures, fit, importance, methods, models, parameters, progress, results, tasks
 from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot
-from partial_lora.record import split_metrics, timed
+from partial_lora.record import timed
 from partial_lora.targets import target_names
 from partial_lora.world import join
 
@@ -44,13 +44,14 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         labels=list(task.labels),
         **_named(settings["model"], "name", "weights", "architecture", "model_args", "image_size"),
     ).to(world.device)
+    targets = target_names(model, settings["model"]["target_modules"])
 
     # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
     method = methods.named(settings["method"]["name"])
     calibration, scores = None, None
     if methods.is_calibrated(method) or stage == "calibrate":
         with timed(record, "calibrate"), world.main_first():
-            scores = _importance(settings, model)
+            scores = _importance(settings, model, targets)
             calibration = _calibration(settings, task, transform, model, scores)
         record["calibration"] = calibration.summary()
         record["sparsity"] = calibration.sparsity
@@ -95,13 +96,13 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
         progress.emit("evaluate", 0, 1)
-        validation = trainer.predict(task.validation.with_transform(transform), metric_key_prefix="validation")
-        test = trainer.predict(task.test.with_transform(transform), metric_key_prefix="test")
+        validation = trainer.predict(task.validation.with_transform(transform))
+        test = trainer.predict(task.test.with_transform(transform))
         progress.emit("evaluate", 1, 1)
     record["metrics"] = {
         "train": {"primary": "loss", "loss": trained.training_loss},
-        "validation": split_metrics(validation.metrics, "validation", _PRIMARY),
-        "test": split_metrics(test.metrics, "test", _PRIMARY),
+        "validation": evaluation.split_metrics(validation, _PRIMARY),
+        "test": evaluation.split_metrics(test, _PRIMARY),
     }
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
@@ -119,12 +120,12 @@ def _named(settings: dict, *names: str) -> dict:
     return {name: settings[name] for name in names}
 
 
-def _importance(settings: dict, model: nn.Module) -> methods.Scores:
+def _importance(settings: dict, model: nn.Module, targets: list[str]) -> methods.Scores:
     """Importance of every row and column of the modules that are to be adapted."""
     chosen = settings["importance"]
     return methods.importance_scores(
         model,
-        target_names(model, settings["model"]["target_modules"]),
+        targets,
         getattr(importance, chosen["name"]),
         seed=settings["calibration"]["seed"],
         **(_named(chosen, "k", "energy") if chosen["name"] == "svd" else {}),

@@ -1,0 +1,323 @@
+"""The commands as a user types them: what runs, what is refused, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+def environment(place: Path, **changes: str) -> dict[str, str]:
+    own = {"PARTIAL_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | own | changes
+
+
+def command(place: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "partial_lora", *arguments],
+        cwd=place,
+        env=environment(place, **changes),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def record(place: Path, **choice: object) -> tuple[Path, dict]:
+    """The one run under a results directory whose settings are the chosen ones."""
+    found = []
+    for path in place.glob("results/runs/*/*/*/*/result.json"):
+        result = json.loads(path.read_text())
+        flat = {"method": result["config"]["method"]["name"], "seed": result["seed"]}
+        flat["threshold"] = result["config"]["calibration"]["threshold"]
+        if all(flat[key] == value for key, value in choice.items()):
+            found.append((path.parent, result))
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> subprocess.CompletedProcess:
+    """Two thresholds and, for one of them, two seeds, in two sweeps."""
+    first = command(place, "train", "-m", *TINY, "calibration.threshold=0.5,0.9")
+    assert first.returncode == 0, first.stderr
+    second = command(place, "train", "-m", *TINY, "seed=1")
+    assert second.returncode == 0, second.stderr
+    return first
+
+
+def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subprocess.CompletedProcess) -> None:
+    directory, result = record(place, threshold=0.9, seed=0)
+    assert {entry.name for entry in directory.iterdir()} - {".lock"} == {
+        "adapter",
+        "calibration.json",
+        "config.yaml",
+        "predictions.parquet",
+        "result.json",
+        "sparsity.png",
+        "training.png",
+        "train.log",
+    }
+    assert result["status"] == "finished"
+    assert set(result["seconds"]) == {"calibrate", "train", "evaluate"}
+    parameters = result["parameters"]
+    assert set(parameters) == {"base", "adapter_dense", "adapter_trainable", "head", "adapter_sparsity"}
+    assert {"baseline", "joint", "threshold", "search", "evaluations", "seconds", "cached"} <= set(
+        result["calibration"]
+    )
+    assert result["metrics"]["test"]["primary"] == "accuracy"
+    assert result["config"] == yaml.safe_load((directory / "config.yaml").read_text())
+    assert result["peak_memory_bytes"] > 0
+    assert set(result["sparsity"]) == set(json.loads((directory / "calibration.json").read_text())["modules"])
+    assert "test accuracy" in trained.stdout
+
+
+def test_the_predictions_are_those_the_metric_was_computed_from(place: Path, trained) -> None:
+    directory, result = record(place, threshold=0.9, seed=0)
+    frame = pandas.read_parquet(directory / "predictions.parquet")
+    assert len(frame) == 360
+    assert (frame["label"] == frame["prediction"]).mean() == pytest.approx(result["metrics"]["test"]["accuracy"])
+
+
+def test_the_adapter_on_disk_is_an_ordinary_lora_adapter_with_zeros_where_masked(place: Path, trained) -> None:
+    from safetensors.torch import load_file
+
+    directory, result = record(place, threshold=0.5, seed=0)
+    settings = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+    tensors = load_file(directory / "adapter" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if factor.startswith("A"):
+            kept = (tensor != 0).any(dim=0).float().mean()
+            assert 1 - kept == pytest.approx(result["sparsity"][module]["columns"], abs=1e-6)
+
+
+def test_a_lower_threshold_removes_more(place: Path, trained) -> None:
+    half, most = (record(place, threshold=threshold, seed=0)[1] for threshold in (0.5, 0.9))
+    assert half["parameters"]["adapter_sparsity"] > most["parameters"]["adapter_sparsity"]
+
+
+def test_seeds_and_thresholds_share_one_calibration(place: Path, trained) -> None:
+    made, reused = record(place, threshold=0.9, seed=0)[1], record(place, threshold=0.9, seed=1)[1]
+    assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
+    assert reused["calibration"]["cached"]
+    assert reused["calibration"]["evaluations"] == 0
+    assert made["sparsity"] == reused["sparsity"]
+
+
+def test_a_finished_run_is_not_run_again_unless_asked_to(place: Path, trained) -> None:
+    directory, before = record(place, threshold=0.9, seed=0)
+    again = command(place, "train", *TINY)
+    assert again.returncode == 0
+    assert "not run again" in again.stdout
+    assert record(place, threshold=0.9, seed=0)[1] == before
+    predictions = (directory / "predictions.parquet").read_bytes()
+    redone = command(place, "train", *TINY, "overwrite=true")
+    assert redone.returncode == 0, redone.stderr
+    after = record(place, threshold=0.9, seed=0)[1]
+    assert after["started"] != before["started"]
+    assert after["metrics"] == before["metrics"]  # the same seed, the same numbers
+    assert (directory / "predictions.parquet").read_bytes() == predictions
+    assert after["metrics"] != record(place, threshold=0.9, seed=1)[1]["metrics"]
+
+
+def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
+    done = command(place, "calibrate", *TINY)
+    assert done.returncode == 0, done.stderr
+    (alone,) = place.glob("results/calibrations/digits/tiny_vit/svd-*/calibration.json")
+    run, _ = record(place, threshold=0.9, seed=0)
+    own, other = (json.loads(path.read_text()) for path in (alone, run / "calibration.json"))
+    assert own["modules"] == other["modules"]
+    used = command(place, "train", *TINY, f"calibration.file={alone}", "seed=7")
+    assert used.returncode == 0, used.stderr
+    assert record(place, seed=7)[1]["sparsity"] == json.loads((run / "result.json").read_text())["sparsity"]
+
+
+@pytest.mark.parametrize("method", ["targeted", "uniform", "lora", "probe"])
+def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: str) -> None:
+    done = command(place, "train", *TINY, f"method={method}")
+    assert done.returncode == 0, done.stderr
+    _, result = record(place, method=method)
+    _, partial = record(place, method="partial", threshold=0.9, seed=0)
+    own, reference = result["parameters"], partial["parameters"]
+    assert own["head"] == reference["head"]
+    assert result["history"][0]["loss"] == pytest.approx(partial["history"][0]["loss"], abs=1e-5)  # B is zero
+    expected = {
+        "targeted": reference["adapter_trainable"],
+        "lora": reference["adapter_dense"],
+        "probe": 0,
+    }
+    if method == "uniform":
+        assert 0.99 * reference["adapter_trainable"] < own["adapter_trainable"] <= reference["adapter_trainable"]
+    else:
+        assert own["adapter_trainable"] == expected[method]
+
+
+def test_report_tabulates_the_runs(place: Path, trained) -> None:
+    done = command(place, "report", "results")
+    assert done.returncode == 0, done.stderr
+    table = (place / "results" / "report" / "table.md").read_text()
+    assert "partial-lora report results" in table.splitlines()[0]
+    assert "threshold 0.5" in table
+    assert "untuned" in table
+
+
+def test_two_processes_train_the_same_masks_and_reach_the_same_metrics(place: Path, trained) -> None:
+    one, two = place / "one", place / "two"
+    settings = (*TINY, "trainer.mixed_precision=no")
+    for directory, processes in ((one, 1), (two, 2)):
+        done = command(place, "train", *settings, f"trainer.num_processes={processes}", f"results_dir={directory}")
+        assert done.returncode == 0, done.stderr
+    (own,), (shared,) = ([*directory.glob("runs/*/*/*/*/result.json")] for directory in (one, two))
+    first, second = (json.loads(path.read_text()) for path in (own, shared))
+    assert own.relative_to(one) == shared.relative_to(two)
+    assert first["sparsity"] == second["sparsity"]
+    sidecars = [(path.parent / "adapter" / "partial_lora.json").read_text() for path in (own, shared)]
+    assert sidecars[0] == sidecars[1]
+    for split in ("validation", "test"):
+        assert first["metrics"][split] == pytest.approx(second["metrics"][split], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model=vit_b17"], "model=vit_b17: no such file in the group; expected one of"),
+        (["model.colour=red"], "model.colour: no such key"),
+        (["+colour=red"], "colour: no such key"),
+        (["colour=red"], "colour: no such key"),
+        (["method.rank=many"], "method.rank: Value 'many'"),
+        (["calibration.threshold=1.5"], "calibration.threshold=1.5: expected a share in (0, 1]"),
+        (["task=[digits,cifar10]"], "task=[digits,cifar10]: expected one name; for a run of each use -m"),
+        (["calibration.threshold"], "missing EQUAL"),
+        (["=3"], "Config group override"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(place: Path, arguments: list[str], said: str) -> None:
+    done = command(place, "train", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("partial-lora: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model=tiny_vit", "task=cifar10"], r"task=cifar10: cannot fetch uoft-cs/cifar10.*task=digits"),
+        (["model=vit_b16"], r"model=vit_b16: .*timm/vit_base_patch16_224.*model=vit_s14"),
+        (["model=vit_s14", "model.image_size=57"], r"model\.image_size=57: expected a multiple of 14"),
+        (["model=tiny_vit", "model.target_modules=[nothing]"], r"target_modules: no module of .* matches .nothing."),
+        (["model=tiny_vit", "model.head=timm_model.nothing"], r"timm_model\.nothing"),
+        (["model=tiny_vit", "trainer.device=cuda"], r"trainer\.device=cuda: torch finds no CUDA device"),
+    ],
+)
+def test_what_only_the_worker_can_find_wrong_is_one_line_too(place: Path, arguments: list[str], said: str) -> None:
+    done = command(place, "train", *arguments, "method=lora", "results_dir=refused", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search(said, line)
+    assert "Traceback" not in done.stdout + done.stderr
+    (log,) = re.findall(r"\(log: (.*)\)", line)
+    assert json.loads((place / log).with_name("result.json").read_text())["status"] == "failed"
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
+    done = command(place, "train", "-m", *TINY, "method=lora", "method.rank=0,2", "results_dir=swept")
+    assert done.returncode == 2
+    assert "method.rank=0: expected at least 1" in done.stderr
+    (finished,) = place.glob("swept/runs/*/*/*/*/result.json")
+    assert json.loads(finished.read_text())["config"]["method"]["rank"] == 2
+
+
+def test_an_interrupted_run_is_never_taken_for_finished(place: Path) -> None:
+    arguments = ["train", "model=tiny_vit", "method=lora", "trainer.epochs=200", "results_dir=stopped"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "partial_lora", *arguments],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any("step 10" in log.read_text() for log in place.glob("stopped/runs/*/*/*/*/train.log")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    held = command(place, *arguments)
+    assert held.returncode == 2
+    assert re.search(rf"in use by pid {running.pid} on ", held.stderr)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert "interrupted by SIGTERM" in said
+    (result,) = place.glob("stopped/runs/*/*/*/*/result.json")
+    assert json.loads(result.read_text())["status"] == "failed"
+
+
+def test_a_killed_worker_is_said_to_be_killed(place: Path) -> None:
+    arguments = ["train", "model=tiny_vit", "method=lora", "trainer.epochs=200", "results_dir=killed"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "partial_lora", *arguments],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any("step 1 " in log.read_text() for log in place.glob("killed/runs/*/*/*/*/train.log")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "the worker was ended by SIGKILL" in said
+
+
+def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:
+    done = command(place, "train", *TINY, RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "trainer.num_processes=2" in done.stderr
+
+
+def test_info_downloads_nothing(place: Path) -> None:
+    done = command(place, "info", "model=vit_b16", "calibration.budget=0.13")
+    assert done.returncode == 0, done.stderr
+    assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
+    assert "13.0%" in done.stdout
+
+
+def test_the_first_words_come_without_torch() -> None:
+    script = """
+import sys
+from partial_lora.cli import main
+for arguments in (["--help"], ["train", "--help"], ["train", "--cfg", "job"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+assert not {"torch", "transformers", "pandas"} & set(sys.modules), set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "threshold" in done.stdout

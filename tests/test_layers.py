@@ -1,0 +1,53 @@
+"""Imports go down only: a module never imports one of a higher layer (DESIGN, "Where things live")."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import partial_lora
+
+LAYERS = (
+    {"config", "schema", "errors", "progress", "results", "cache"},
+    {"importance", "masks", "runs"},
+    {"adapter", "models", "tasks", "targets"},
+    {"scoring", "curves", "budget", "calibration", "calibration_file", "fewshot"},
+    {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"},
+    {"launch"},
+    {"train"},
+    {"worker", "cli"},
+    {"__main__", "__init__"},
+)
+PACKAGE = Path(partial_lora.__file__).parent
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The first-level names of this package that a module imports, wherever it does."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "partial_lora":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("partial_lora."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("partial_lora.")}
+    return names
+
+
+def without_main_guard(tree: ast.Module) -> ast.Module:
+    """`python -m partial_lora.train` is the command line under another name, so its guard may call it."""
+    guard = "__name__ == '__main__'"
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == guard)]
+    return ast.Module(body=kept, type_ignores=[])
+
+
+def test_every_module_has_a_layer_and_imports_none_above_it() -> None:
+    layer = {name: height for height, names in enumerate(LAYERS) for name in names}
+    upward = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        assert name in layer, f"{name} has no layer"
+        for other in imported(without_main_guard(ast.parse(file.read_text(encoding="utf-8")))):
+            if layer.get(other, -1) > layer[name]:
+                upward.append(f"{name} imports {other}")
+    assert not upward

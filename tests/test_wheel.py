@@ -1,0 +1,62 @@
+"""The wheel carries everything: installed elsewhere, the command composes, counts and refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("partial_lora-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
+    return target
+
+
+def command(installed: Path, directory: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script = (
+        "import sys, partial_lora; from partial_lora.cli import main; "
+        f"assert partial_lora.__file__.startswith({str(installed)!r}), partial_lora.__file__; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_installed_command_runs_from_any_directory(installed: Path, tmp_path: Path) -> None:
+    composed = command(installed, tmp_path, "train", "--cfg", "job")
+    assert composed.returncode == 0, composed.stderr
+    assert "name: vit_s14" in composed.stdout
+    counted = command(installed, tmp_path, "info", "model=tiny_vit", "method=lora")
+    assert counted.returncode == 0, counted.stderr
+    assert "100.0%" in counted.stdout
+    refused = command(installed, tmp_path, "train", "model=none")
+    assert refused.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wheel_holds_the_group_files_and_the_licence(installed: Path) -> None:
+    shipped = {
+        str(path.relative_to(installed / "partial_lora" / "conf"))
+        for path in (installed / "partial_lora" / "conf").rglob("*.yaml")
+    }
+    assert shipped == {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert list(installed.glob("partial_lora-*.dist-info/licenses/LICENSE"))
