@@ -34,7 +34,7 @@ lint: $(VENV)/.test-installed
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
 FIRST = $(BIN)/partial-lora train -m results_dir=results/first
-FIRST_CIFAR10 = task=cifar10 trainer.epochs=2 task.data_files='{train: $(CIFAR10)/train.parquet, test: $(CIFAR10)/test.parquet}'
+FIRST_CIFAR10 = task=cifar10 trainer.epochs=1 task.data_files='{train: $(CIFAR10)/train.parquet, test: $(CIFAR10)/test.parquet}'
 
 first: $(VENV)/.installed
 	$(FIRST) experiment=first_bounds task=digits
