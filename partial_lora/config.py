@@ -36,7 +36,7 @@ def conf_dir() -> Path:
 
 
 def resolve(composed: DictConfig) -> dict:
-    """The plain, checked settings of a composed config, its file names made absolute.
+    """The plain, checked settings of a composed config.
 
     Raises PartialLoraError, in one line that names the key, for an unknown key, a missing value, a value of another
     type or out of range.
@@ -48,13 +48,7 @@ def resolve(composed: DictConfig) -> dict:
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
-    settings = OmegaConf.to_container(composed, resolve=True)
-    files = settings["task"]["data_files"]
-    if files:
-        settings["task"]["data_files"] = {split: str(Path(file).resolve()) for split, file in files.items()}
-    if settings["calibration"]["file"]:
-        settings["calibration"]["file"] = str(Path(settings["calibration"]["file"]).resolve())
-    return settings
+    return OmegaConf.to_container(composed, resolve=True)
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
