@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from partial_lora.calibration_file import AXES, Sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 
-AXES = ("rows", "columns")
 TOLERANCE = 0.01  # share of a budget that may stay unused
 _NARROW = 1e-6  # thresholds closer than this are one threshold
 _HALVINGS = 100  # of a float interval: until no number lies between its ends
 
 Shapes = Mapping[str, tuple[int, int]]
-Sparsity = dict[str, dict[str, float]]
 Counts = dict[str, dict[str, int]]
 
 

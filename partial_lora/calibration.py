@@ -19,8 +19,8 @@ from pathlib import Path
 from torch import nn
 
 from partial_lora import budget as budgets
-from partial_lora.calibration_file import Calibration
-from partial_lora.curves import AXES, Curves, Sparsity, Store
+from partial_lora.calibration_file import AXES, Calibration, Sparsity
+from partial_lora.curves import Curves, Store
 from partial_lora.errors import PartialLoraError
 from partial_lora.importance import Importance, Scores, name_of, scores_of
 from partial_lora.scoring import Score, frozen

@@ -17,19 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from partial_lora.calibration_file import AXES, Sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.importance import Scores
 from partial_lora.masks import Mask
 from partial_lora.results import write_json
 from partial_lora.scoring import BoundedScore, Bounds, Score
 
-AXES = ("rows", "columns")
 VERSION = 1
 _UNKNOWN: Bounds = (-math.inf, math.inf)
 
 logger = logging.getLogger(__name__)
-
-Sparsity = dict[str, dict[str, float]]
 
 
 @contextmanager
