@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,16 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write calibration.json, atomically."""
         write_json(Path(path), dataclasses.asdict(self))
+
+    def reused_for(self, modules: Sequence[str]) -> Calibration:
+        """The same, as a run that did not pay for it records it.
+
+        Raises PartialLoraError, naming the first, where these are not the modules that the run adapts.
+        """
+        for module in sorted(self.modules.keys() ^ set(modules)):
+            where = "not in this model's targets" if module in self.modules else "missing"
+            raise PartialLoraError(f"calibration.file: {module} is {where}; expected a calibration of the same model")
+        return dataclasses.replace(self, cached=True, evaluations=0, seconds=0.0)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,35 +68,57 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _composed(command: str, arguments: list[str]) -> int:
-    """Let Hydra compose one run or a sweep from the arguments, and do the command for each."""
-    import hydra
+    """Let Hydra compose one run or a sweep from the arguments, and do the command for each once all are checked."""
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from partial_lora import config, schema
 
     _refuse_group_lists(arguments)
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
+    shows = any(
+        argument.startswith(("--cfg", "-c", "--help", "-h", "--hydra-help", "--info")) for argument in arguments
+    )
+    if not shows:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
+        refused: list[str] = []
+
+        def check(composed) -> None:
+            try:
+                config.resolve(composed)
+            except PartialLoraError as error:  # collected: Hydra would add lines of its own
+                refused.append(str(error))
+
+        _hydra(command, [*arguments, "hydra/launcher=basic"], check)
+        for line in dict.fromkeys(refused):
+            print(f"partial-lora: {line}", file=sys.stderr)
+        if refused:
+            return _USAGE_ERROR
     codes: list[int] = []
 
     def job(composed) -> None:
-        try:
-            codes.append(_COMMANDS[command](config.resolve(composed)))
-        except PartialLoraError as error:  # one run of a sweep; the others go on
-            print(f"partial-lora: {error}", file=sys.stderr)
-            codes.append(_USAGE_ERROR)
+        codes.append(_COMMANDS[command](config.resolve(composed)))
         if codes[-1] > _USAGE_ERROR:  # interrupted: no further run of a sweep starts
             raise SystemExit(codes[-1])
 
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    entry = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
+    _hydra(command, arguments, job)
+    return max(codes, default=0)
+
+
+def _hydra(command: str, arguments: list[str], job: Callable) -> None:
+    """Call `job` with every config that Hydra composes from the arguments; raises PartialLoraError in one line."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from partial_lora import config
+
+    GlobalHydra.instance().clear()
     sys.argv = [f"partial-lora {command}", *arguments]
     try:
-        entry()
+        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
-        raise PartialLoraError(_composition_error(error)) from error
-    return max(codes, default=0)
+        raise PartialLoraError(_composition_error(error, arguments)) from error
 
 
 def _refuse_group_lists(arguments: Sequence[str]) -> None:
@@ -108,23 +131,39 @@ def _refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
 
 
-def _composition_error(error: BaseException) -> str:
-    """One line that names the key, out of Hydra's and OmegaConf's messages of several."""
+def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
+    """One line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            return f"{argument!r}: expected KEY=VALUE, with quotes around a value of special characters"
+        if not argument.partition("=")[0]:
+            return f"{argument!r}: expected KEY=VALUE"
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = getattr(cause, "full_key", None)
     if lines[0].startswith("Could not override"):
         return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
     if key:
-        return f"{key}: {str(getattr(cause, 'msg', None) or cause).splitlines()[0]}"
+        reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
     if any("Available options" in line for line in lines):
         missing = next(line for line in lines if "Could not" in line)
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
         group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
         return f"{group.replace('/', '=')}: no such file in the group; expected one of {', '.join(options)}"
+    for argument in arguments:
+        if "," in argument and "ambiguous" in " ".join(lines).lower():
+            return f"{argument}: several values; for a run of each add -m"
     return " ".join(lines)
 
 
@@ -150,7 +189,7 @@ def _launched(settings: dict, stage: str) -> int:
         outcome = launch.launch(settings, directory, stage=stage, watch=bars.update, finished=finished)
     if outcome.status == "interrupted":
         print(f"partial-lora: interrupted by {outcome.message}; run the command again to redo it", file=sys.stderr)
-        return 130 if outcome.message == "SIGINT" else 143
+        return 128 + signal.Signals[outcome.message]
     if outcome.status == "failed":
         print(f"partial-lora: {outcome.message} (log: {directory / results.LOG})", file=sys.stderr)
         return 1
@@ -174,7 +213,8 @@ def _info(settings: dict) -> int:
     from partial_lora import methods, models, parameters
 
     model, rank = settings["model"], settings["method"]["rank"]
-    empty = models.empty(architecture=model["architecture"], model_args=model["model_args"], num_labels=2)
+    classes = settings["task"]["classes"] or 2
+    empty = models.empty(architecture=model["architecture"], model_args=model["model_args"], num_labels=classes)
     shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
     sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], shapes, rank, settings["calibration"])
     described = parameters.describe(
@@ -182,7 +222,7 @@ def _info(settings: dict) -> int:
     )
     console = Console()
     console.print(parameters.table(described))
-    console.print(f"{said}; the head is counted for two classes", highlight=False)
+    console.print(f"{said}; the head is for {classes} classes", highlight=False)
     return 0
 
 

@@ -20,6 +20,7 @@ _NOT_SETTINGS = {
     "seed",
     "results_dir",
     "overwrite",
+    "task.classes",
     "trainer.device",
     "trainer.num_processes",
     "trainer.strategy",
@@ -47,6 +48,10 @@ def resolve(composed: DictConfig) -> dict:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
+    for group in ("method", "importance"):
+        name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+        if name not in known:
+            raise PartialLoraError(f"{group}.name={name}: expected one of {', '.join(known)}")
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
     return OmegaConf.to_container(composed, resolve=True)
 

@@ -25,6 +25,7 @@ from partial_lora.models import weights_digest
 from partial_lora.scoring import FewShotAccuracy
 from partial_lora.tasks import ImageTransform, few_shot_draws
 
+VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
 _BATCH = 32
 _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 
@@ -36,11 +37,11 @@ def calibrate_few_shot(
     *,
     scores: Mapping[str, tuple[Tensor, Tensor]],
     importance: Mapping[str, object],
+    architecture: Mapping[str, object],
     classes: int,
     rank: int,
     head: str,
     blocks: str | None,
-    target_modules: Sequence[str],
     threshold: float,
     budget: float | None,
     shots: int,
@@ -55,6 +56,7 @@ def calibrate_few_shot(
     Args:
         train: the training rows that both draws come from.
         scores: importance of rows and columns by module; `importance` says how it was measured.
+        architecture: what, beside its weights, decides what the model computes.
         head: the module that is fitted on the fit draw; left as it was found.
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
     """
@@ -62,6 +64,8 @@ def calibrate_few_shot(
     fit = transform.batches(train.select(draws.fit), _BATCH)
     scored = transform.batches(train.select(draws.scored), _BATCH)
     decides = {
+        "version": VERSION,
+        "architecture": dict(architecture),
         "importance": dict(importance),
         "modules": sorted(scores),
         "levels": levels,
@@ -73,7 +77,7 @@ def calibrate_few_shot(
         return calibrate(
             model,
             FewShotAccuracy(model, scored, blocks=blocks),
-            target_modules=list(target_modules),
+            target_modules=list(scores),
             importance=dict(scores),
             threshold=threshold,
             budget=budget,

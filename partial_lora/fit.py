@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +35,26 @@ SETTINGS = (  # of the trainer group, as `trainer` takes them
 
 
 class _Progress(TrainerCallback):
-    """Tells the parent which step training is at, and the log what Trainer measured."""
+    """Tells the parent which step training or evaluation is at, and the log what Trainer measured."""
+
+    def __init__(self) -> None:
+        self._stage, self._batches = "evaluate", 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._stage = "validate"
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stage = "evaluate"
 
     def on_step_end(self, args, state, control, **kwargs):
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         progress.emit("train", state.global_step, state.max_steps, **({} if loss is None else {"loss": loss}))
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self._batches += 1
+        progress.emit(self._stage, self._batches, len(eval_dataloader))
+        if self._batches == len(eval_dataloader):
+            self._batches = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -46,16 +62,43 @@ class _Progress(TrainerCallback):
 
 
 class _StopOnNonFinite(TrainerCallback):
-    """Ends the run before a step whose gradient is not finite, so that parameters and checkpoints stay good."""
+    """Ends the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
+
+    In fp16 such a step is routine, and skipped by the gradient scaler; there only a loss that is not finite ends it.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            self._stop(state.global_step, logs.get("learning_rate", args.learning_rate))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.fp16:
+            return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            rate = optimizer.param_groups[0]["lr"]
-            raise PartialLoraError(
-                f"the loss is not finite at step {state.global_step + 1} with learning rate {rate:.3g}: "
-                "lower trainer.learning_rate, or set trainer.mixed_precision=no"
-            )
+            self._stop(state.global_step + 1, optimizer.param_groups[0]["lr"])
+
+    def _stop(self, step: int, learning_rate: float) -> None:
+        raise PartialLoraError(
+            f"the loss is not finite at step {step} with learning rate {learning_rate:.3g}: "
+            "lower trainer.learning_rate, or set trainer.mixed_precision=no"
+        )
+
+
+class _Trainer(Trainer):
+    """Trainer whose optimizer steps all have the same number of examples, however many processes share them.
+
+    The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several
+    processes, which share a short batch unevenly, would compute something else than one. Evaluation leaves none out.
+    """
+
+    def get_train_dataloader(self):
+        whole = len(self.train_dataset) >= self.args.train_batch_size * self.args.world_size
+        self.args.dataloader_drop_last = whole
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
 
 
 def mixed_precision(requested: str, device: str) -> str:
@@ -100,7 +143,12 @@ def trainer(
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
     steps, or every epoch. Data have the columns pixel_values and labels.
     """
-    steps_per_epoch = max(1, -(-len(train) // batch_size))
+    if batch_size % world_size:
+        raise PartialLoraError(
+            f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator; "
+            "set it or trainer.num_processes"
+        )
+    steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
     # A short run still needs one look at validation, at its end.
     every = {"strategy": "epoch"} if save_steps is None and max_steps is None else {"strategy": "steps"}
@@ -139,7 +187,7 @@ def trainer(
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
-    fit = Trainer(
+    fit = _Trainer(
         model=model,
         args=arguments,
         train_dataset=train,

@@ -21,6 +21,7 @@ from partial_lora import progress, results
 from partial_lora.errors import PartialLoraError
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.2  # seconds between two looks at a worker
 
 
@@ -52,14 +53,16 @@ def launch(
             return Outcome(directory, "skipped")
         results.clear(directory)
         results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
-        code = _work(_command(settings, directory, stage), directory, lock, watch, _processes(settings))
+        processes = _processes(settings)
+        command = _command(directory, stage, processes)
+        code = _work(command, _environment(directory, processes), directory, lock, watch)
         return _outcome(directory, code)
 
 
 def _outcome(directory: Path, code: int) -> Outcome:
     result = results.read_result(directory) or {}
     status = result.get("status")
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code in (128 + number for number in _STOPPING):
         return Outcome(directory, "interrupted", signal.Signals(code - 128).name)
     if status == "finished":
         return Outcome(directory, "finished")
@@ -80,10 +83,9 @@ def _processes(settings: Mapping) -> int:
     return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
 
 
-def _command(settings: Mapping, directory: Path, stage: str) -> list[str]:
+def _command(directory: Path, stage: str, processes: int) -> list[str]:
     """The worker's command line; several workers of one run are started by accelerate."""
     worker = ["-m", "partial_lora.worker", str(directory.resolve()), "--stage", stage]
-    processes = _processes(settings)
     if processes == 1:
         return [sys.executable, *worker]
     # --multi_gpu is what makes accelerate start several processes, on the CPU too, where the worker then sets use_cpu.
@@ -99,21 +101,26 @@ def _environment(directory: Path, processes: int) -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # Threads that spin while they wait cost nothing on an idle machine, and a factor of ten where something else runs.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
 
-def _work(command: list[str], directory: Path, lock: int, watch: Callable[[dict], None], processes: int) -> int:
+def _work(
+    command: list[str], environment: Mapping[str, str], directory: Path, lock: int, watch: Callable[[dict], None]
+) -> int:
     """Run a worker to its end and give its exit code; its output is the run's log, its lock outlives the parent."""
-    environment = _environment(directory, processes)
     events = progress.Reader(Path(environment[progress.VARIABLE]))
-    with open(directory / results.LOG, "ab") as log:
-        worker = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, pass_fds=(lock,), start_new_session=True
-        )
-    with _forwarding(worker) as received:
+    with _stopping() as stop:
+        with open(directory / results.LOG, "ab") as log:
+            worker = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, pass_fds=(lock,), start_new_session=True
+            )
+        stop.tell(worker)
+        results.name_holder(lock, worker.pid)
         while worker.poll() is None:
             _tell(events, watch)
             try:
@@ -122,7 +129,7 @@ def _work(command: list[str], directory: Path, lock: int, watch: Callable[[dict]
                 continue
         _tell(events, watch)
     events.path.unlink(missing_ok=True)
-    return 128 + received[0] if received else worker.returncode
+    return 128 + stop.received[0] if stop.received else worker.returncode
 
 
 def _tell(events: progress.Reader, watch: Callable[[dict], None]) -> None:
@@ -130,21 +137,35 @@ def _tell(events: progress.Reader, watch: Callable[[dict], None]) -> None:
         watch(event)
 
 
-@contextmanager
-def _forwarding(worker: subprocess.Popen) -> Iterator[list[int]]:
-    """Pass the first SIGINT or SIGTERM on to the worker and end its group on the second; gives those received."""
-    received: list[int] = []
+class _Stop:
+    """Passes the first request to stop on to the worker, and ends the worker's whole group on the second."""
 
-    def forward(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) == 1:
-            worker.send_signal(number)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._worker: subprocess.Popen | None = None
+
+    def tell(self, worker: subprocess.Popen) -> None:
+        """Name the worker; it hears at once of what was received before it was started."""
+        self._worker = worker
+        if self.received:
+            worker.send_signal(self.received[0])
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        if self._worker is None:
+            return
+        if len(self.received) == 1:
+            self._worker.send_signal(number)
         else:
-            os.killpg(worker.pid, signal.SIGKILL)
+            os.killpg(self._worker.pid, signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _stopping() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
@@ -132,14 +131,3 @@ def foreseen_sparsity(
         budget = _PAPER_DENSITY
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
     return uniform_sparsity(shapes, rank, parameter_count(budget, shapes, rank)), source
-
-
-def importance_scores(
-    model: nn.Module, modules: Sequence[str], measure: Callable, *, seed: int, **options: object
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Importance of the rows (m,) and columns (n,) of every module's weight (m, n)."""
-    with torch.no_grad():
-        return {
-            module: measure(model.get_submodule(module).weight.float(), module=module, seed=seed, **options)
-            for module in modules
-        }

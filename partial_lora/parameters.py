@@ -44,10 +44,8 @@ def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: s
 
     The head is never one of them: it trains whole. Raises PartialLoraError as `target_linears` does.
     """
-    linears = target_linears(model, target_modules)
-    return {
-        name: tuple(linear.weight.shape) for name, linear in linears.items() if not f"{name}.".startswith(f"{head}.")
-    }
+    linears = target_linears(model, target_modules, head)
+    return {name: tuple(linear.weight.shape) for name, linear in linears.items()}
 
 
 def describe(
@@ -104,20 +102,6 @@ def measured(model: nn.Module, head: str, adapter: str = "default") -> dict[str,
     )
 
 
-def measured_sparsity(model: nn.Module, adapter: str = "default") -> dict[str, dict[str, float]]:
-    """The share of rows of B and of columns of A that each adapted module lacks, counted on its tensors.
-
-    {module: {"rows", "columns"}} by the module's name in the unwrapped base model; empty where nothing is adapted.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
-            rows, columns = layer.lora_B[adapter], layer.lora_A[adapter]
-            found[name] = {"rows": _share_missing(rows), "columns": _share_missing(columns)}
-    return found
-
-
 def table(info: Mapping[str, int | float | None]) -> Table:
     """What `describe` found, for reading."""
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
@@ -168,10 +152,6 @@ def _tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[torch.Tensor, lis
         if adapter in held:
             part = held[adapter]
             yield (part.weight, list(part.parameters())) if isinstance(part, nn.Module) else (part, [part])
-
-
-def _share_missing(part: nn.Module) -> float:
-    return 1 - sum(parameter.numel() for parameter in part.parameters()) / part.weight.numel()
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> int:

@@ -47,5 +47,9 @@ def _git_commit() -> str | None:
     package = Path(__file__).resolve().parent
     if not (package.parent / ".git").exists():
         return None
-    head = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        head = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return head.stdout.strip() or None

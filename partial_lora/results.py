@@ -57,8 +57,12 @@ def read_result(directory: Path) -> dict | None:
 def is_finished(directory: Path) -> bool:
     """True where a run ended well and every file it promises is there."""
     result = read_result(directory)
-    files = (CONFIG, PREDICTIONS, f"{ADAPTER}/adapter_config.json")
-    return bool(result) and result["status"] == "finished" and all((Path(directory) / name).is_file() for name in files)
+    if not result or result["status"] != "finished":
+        return False
+    files = [CONFIG, PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
+    if result.get("calibration"):
+        files.append(CALIBRATION)
+    return all((Path(directory) / name).is_file() for name in files)
 
 
 def is_calibrated(directory: Path) -> bool:
@@ -82,6 +86,13 @@ def clear(directory: Path) -> None:
             entry.unlink()
 
 
+def name_holder(lock: int, worker: int | None = None) -> None:
+    """Write into a held lock who holds it: this process, and the worker that holds it on should this one die."""
+    whose = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{whose}\n".encode(), 0)
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[int]:
     """Hold a run's directory, made if need be, for as long as the block lasts; gives the lock's file descriptor.
@@ -100,8 +111,7 @@ def locked(directory: Path) -> Iterator[int]:
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it") from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        name_holder(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)

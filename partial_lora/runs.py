@@ -105,6 +105,8 @@ def operating_point(result: Mapping) -> str:
     if result["calibration"] is None:
         return NONE
     chosen = result["config"]["calibration"]
+    if chosen.get("file"):  # the file's own point, whatever the settings beside it say
+        chosen = result["calibration"]
     key = "threshold" if chosen.get("budget") is None else "budget"
     return f"{key} {chosen[key]:g}" if chosen[key] <= 1 else f"{key} {chosen[key]:,.0f}"
 

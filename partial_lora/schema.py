@@ -8,6 +8,7 @@ values equal to them: a new key then leaves the ids of old runs alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,16 @@ from partial_lora.errors import PartialLoraError
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
     if not holds:
         raise PartialLoraError(f"{key}={value}: expected {expected}")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(0 < value < math.inf, key, value, "a number above 0")
+
+
+def _name(key: str, value: str) -> None:
+    """A name that may become a folder's; a missing one is refused where settings are resolved."""
+    plain = re.fullmatch(r"\w[\w.-]*", value) is not None
+    _require(plain or value == MISSING, key, value, "letters, digits, dots, dashes, underscores")
 
 
 def _one_of(key: str, value: object, *known: str) -> None:
@@ -44,6 +55,10 @@ class ModelConfig:
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
     def __post_init__(self) -> None:
+        _name("model.name", self.name)
+        for key in ("mean", "std"):
+            _require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
+        _require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         _require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
         _require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         _one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
@@ -58,12 +73,17 @@ class TaskConfig:
     revision: Optional[str] = None
     test_split: str = "test"
     data_files: Any = None  # {train: FILE, test: FILE}, or null for the hub
+    classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
+    text_columns: list[str] = field(default_factory=list)  # for text tasks, of which there is none yet
     image_column: Optional[str] = None  # null: the one column of images
     label_column: Optional[str] = None  # null: the one column of class labels
     validation_share: float = 0.1
     split_seed: int = 0
 
     def __post_init__(self) -> None:
+        _name("task.name", self.name)
+        _require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        _require(not self.text_columns, "task.text_columns", self.text_columns, "[], there is no text task yet")
         share = self.validation_share
         _require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         if self.data_files is not None:
@@ -89,7 +109,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "method.rank", self.rank, "at least 1")
-        _require(self.alpha > 0, "method.alpha", self.alpha, "more than 0")
+        _positive("method.alpha", self.alpha)
         _require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
 
@@ -113,7 +133,7 @@ class CalibrationConfig:
     threshold: float = 0.9
     budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
     shots: int = 16
-    share: float = 0.03
+    share: float = 0.03  # of the training rows, for language tasks
     max_samples: Optional[int] = None
     seed: int = 0
     file: Optional[str] = None  # a calibration.json to use instead of calibrating
@@ -136,7 +156,8 @@ class CalibrationConfig:
                 "a share in (0, 1] or a whole count of trainable parameters",
             )
         _require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
-        _require(0 < self.share <= 1, "calibration.share", self.share, "a share in (0, 1]")
+        _require(self.share == 0.03, "calibration.share", self.share, "0.03: it is for language tasks, not there yet")
+        _require(self.seed >= 0, "calibration.seed", self.seed, "0 or more")
         _require(
             self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
         )
@@ -189,16 +210,16 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "trainer.epochs", self.epochs, "more than 0")
+        _positive("trainer.epochs", self.epochs)
         for key in ("max_steps", "save_steps", "num_processes"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"trainer.{key}", value, "at least 1, or null")
         for key in ("batch_size", "eval_batch_size"):
             _require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1")
-        _require(self.learning_rate > 0, "trainer.learning_rate", self.learning_rate, "more than 0")
-        _require(self.weight_decay >= 0, "trainer.weight_decay", self.weight_decay, "0 or more")
+        _positive("trainer.learning_rate", self.learning_rate)
+        _require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
-        _require(self.max_grad_norm > 0, "trainer.max_grad_norm", self.max_grad_norm, "more than 0")
+        _positive("trainer.max_grad_norm", self.max_grad_norm)
         _require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
         _one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         _one_of("trainer.device", self.device, "auto", "cpu", "cuda")

@@ -13,9 +13,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import evaluation, figures, fit, importance, methods, models, parameters, progress, results, tasks
+from partial_lora import evaluation, figures, fit, methods, models, parameters, results, tasks
+from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot
+from partial_lora.importance import scores_of
 from partial_lora.record import timed
 from partial_lora.targets import target_names
 from partial_lora.world import join
@@ -37,14 +39,14 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["device"] = world.device
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = tasks.load(**settings["task"])
+    task = tasks.load(**_named(settings["task"], *tasks.SETTINGS))
     transform = tasks.ImageTransform(**_named(settings["model"], "image_size", "mean", "std", "interpolation"))
     set_seed(seed)
     model = models.load(
         labels=list(task.labels),
         **_named(settings["model"], "name", "weights", "architecture", "model_args", "image_size"),
     ).to(world.device)
-    targets = target_names(model, settings["model"]["target_modules"])
+    targets = target_names(model, settings["model"]["target_modules"], head=settings["model"]["head"])
 
     # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
     method = methods.named(settings["method"]["name"])
@@ -72,7 +74,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     )
     adapted = method(model, setting)
     record["parameters"] = parameters.measured(adapted, settings["model"]["head"])
-    record["sparsity"] = parameters.measured_sparsity(adapted)
+    record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
     # Training, on the kept entries and the head.
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
@@ -95,10 +97,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
-        progress.emit("evaluate", 0, 1)
         validation = trainer.predict(task.validation.with_transform(transform))
         test = trainer.predict(task.test.with_transform(transform))
-        progress.emit("evaluate", 1, 1)
     record["metrics"] = {
         "train": {"primary": "loss", "loss": trained.training_loss},
         "validation": evaluation.split_metrics(validation, _PRIMARY),
@@ -122,14 +122,12 @@ def _named(settings: dict, *names: str) -> dict:
 
 def _importance(settings: dict, model: nn.Module, targets: list[str]) -> methods.Scores:
     """Importance of every row and column of the modules that are to be adapted."""
-    chosen = settings["importance"]
-    return methods.importance_scores(
-        model,
-        targets,
-        getattr(importance, chosen["name"]),
-        seed=settings["calibration"]["seed"],
-        **(_named(chosen, "k", "energy") if chosen["name"] == "svd" else {}),
-    )
+    chosen, seed = settings["importance"], settings["calibration"]["seed"]
+    options = _named(chosen, "k", "energy") if chosen["name"] == "svd" else {}
+    return {
+        name: scores_of(name, model.get_submodule(name).weight, chosen["name"], seed=seed, options=options)
+        for name in targets
+    }
 
 
 def _calibration(
@@ -138,7 +136,7 @@ def _calibration(
     """The sparsities: from a file where the settings name one, else from the few-shot draws."""
     chosen = settings["calibration"]
     if chosen["file"]:
-        return Calibration.load(Path(chosen["file"]))
+        return Calibration.load(Path(chosen["file"])).reused_for(list(scores))
     return calibrate_few_shot(
         model,
         task.train,
@@ -147,7 +145,8 @@ def _calibration(
         classes=len(task.labels),
         rank=settings["method"]["rank"],
         importance={"seed": chosen["seed"]} | settings["importance"],
-        **_named(settings["model"], "head", "blocks", "target_modules"),
+        architecture=_named(settings["model"], "architecture", "model_args"),
+        **_named(settings["model"], "head", "blocks"),
         **_named(chosen, "threshold", "budget", "shots", "max_samples", "seed", "levels", "max_sparsity", "search"),
     )
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_UNITS = {"download": "MB", "calibrate": "module axes", "train": "steps", "evaluate": ""}
-
 
 class Bars:
     """One bar a stage; plain lines at the start and end of a stage where the output is not a terminal."""
@@ -45,8 +43,7 @@ class Bars:
     def _draw(self, stage: str, done: int, total: int, detail: str) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
-        scale, unit = (1_000_000, "MB") if stage == "download" else (1, _UNITS.get(stage, ""))
-        count = f"{done // scale}/{total // scale} {unit if unit == 'MB' else ''}".strip()
+        count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total}"
         self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=detail)
 
     def _say(self, stage: str, done: int, total: int) -> None:

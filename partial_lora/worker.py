@@ -23,13 +23,14 @@ logger = logging.getLogger("partial_lora.worker")
 def work(directory: Path, stage: str) -> int:
     """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
-    if is_main:
-        results.write_json(directory / results.RESULT, entry)
     try:
+        if is_main:
+            results.write_json(directory / results.RESULT, entry)
         from transformers.utils import logging as transformers_logging
 
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too

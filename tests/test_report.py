@@ -80,6 +80,14 @@ def budget(result, share):
     return changed
 
 
+def test_a_calibration_out_of_a_file_brings_its_own_operating_point(tmp_path):
+    result = record()
+    result["config"]["calibration"]["file"] = "calibration.json"
+    result["calibration"] |= {"threshold": 0.5, "budget": None}
+    place(tmp_path, result)
+    assert report.collect(tmp_path)[0]["operating_point"].tolist() == ["threshold 0.5"]
+
+
 def test_a_finished_run_is_a_row(tmp_path):
     place(tmp_path, record())
     frame, problems = report.collect(tmp_path)

@@ -102,6 +102,29 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, key: str
         load(files(tmp_path, train=rows(20), test=rows(20)), **{key: column})
 
 
+class Hub:
+    """What a hub data set gives, by split."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **splits: datasets.Dataset) -> None:
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, revision: splits)
+
+    def load(self, test_split: str) -> tasks.Task:
+        return tasks.load(name="animals", path="some/animals", test_split=test_split)
+
+
+@pytest.mark.parametrize("split", ["tset", "train"])
+def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused(monkeypatch, split: str) -> None:
+    hub = Hub(monkeypatch, train=rows(60), validation=rows(21), test=rows(30))
+    with pytest.raises(PartialLoraError, match=rf"task\.test_split={split}: expected one of test, validation"):
+        hub.load(split)
+
+
+def test_a_validation_split_that_reports_does_not_select(monkeypatch) -> None:
+    task = Hub(monkeypatch, train=rows(60), validation=rows(21), test=rows(30)).load("validation")
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [54, 6, 21]
+    assert not pictures(task.validation) & pictures(task.test)
+
+
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     paths = files(tmp_path, train=rows(20), test=rows(20))
     Path(paths["test"]).write_text("no parquet")
@@ -161,6 +184,11 @@ def test_a_small_class_is_used_whole_and_named(caplog: pytest.LogCaptureFixture)
 def test_a_class_of_one_cannot_be_drawn_from() -> None:
     with pytest.raises(PartialLoraError, match=r"calibration\.shots: class 1 has one training example"):
         tasks.few_shot_draws([0, 0, 0, 1], shots=2, seed=0)
+
+
+def test_a_bound_below_one_example_a_class_is_refused() -> None:
+    with pytest.raises(PartialLoraError, match=r"calibration\.max_samples=3: expected at least one for each of 4"):
+        tasks.few_shot_draws(np.repeat(np.arange(4), 20), shots=8, seed=0, max_samples=3)
 
 
 def test_max_samples_bounds_each_draw_and_keeps_classes_even() -> None:

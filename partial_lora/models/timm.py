@@ -102,8 +102,8 @@ def check_image_size(model: TimmWrapperForImageClassification, *, name: str, ima
 def weights_digest(model: nn.Module, exclude: str) -> str:
     """The SHA-256 of what a model has learnt: names, shapes, types and bytes of all parameters and buffers.
 
-    The module named `exclude` (the head) is left out. Two models with the same digest compute the same features, so
-    what was found out about one holds for the other.
+    The module named `exclude` (the head) is left out. Two models of one architecture and the same digest compute the
+    same features, so what was found out about one holds for the other.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):

@@ -31,6 +31,11 @@ def few_shot_draws(labels: Sequence[int], *, shots: int, seed: int, max_samples:
     each set, by going round the classes until it is full.
     """
     labels = np.asarray(labels)
+    classes = len(np.unique(labels))
+    if max_samples is not None and max_samples < classes:
+        raise PartialLoraError(
+            f"calibration.max_samples={max_samples}: expected at least one for each of {classes} classes"
+        )
     generator = np.random.default_rng(seed)
     fit, scored, small = [], [], []
     for label in np.unique(labels):

@@ -14,6 +14,17 @@ from torchvision.transforms import v2
 
 from partial_lora.errors import PartialLoraError
 
+SETTINGS = (  # of the task group, as `load` takes them
+    "name",
+    "path",
+    "revision",
+    "test_split",
+    "data_files",
+    "image_column",
+    "label_column",
+    "validation_share",
+    "split_seed",
+)
 _TEST_SHARE = 0.2  # of a source that comes in one piece
 
 
@@ -55,10 +66,16 @@ def load(
         PartialLoraError: no network, a missing column, an empty split, a class too small to split.
     """
     source = _read(name, path, revision, data_files)
+    places = {"train": "train", "validation": "validation", "test": "test" if data_files else test_split}
+    if len(source) > 1 and (places["test"] not in source or places["test"] == "train"):
+        others = ", ".join(sorted(set(source) - {"train"}))
+        raise PartialLoraError(f"task.test_split={test_split}: expected one of {others}, the other splits of {name}")
+    if places["test"] == places["validation"]:  # what reports must not select: validation is cut from train instead
+        del places["validation"]
     splits = {
-        split: _columns(source[key], name, image_column, label_column)
-        for split, key in (("train", "train"), ("validation", "validation"), ("test", test_split))
-        if key in source
+        split: _columns(source[place], name, image_column, label_column)
+        for split, place in places.items()
+        if place in source
     }
     if "test" not in splits:
         splits["train"], splits["test"] = _split(splits["train"], _TEST_SHARE, split_seed, name)
