@@ -23,6 +23,7 @@ logger = logging.getLogger("partial_lora.worker")
 def work(directory: Path, stage: str) -> int:
     """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
