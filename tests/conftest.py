@@ -21,3 +21,27 @@ def cifar10_files() -> dict[str, str]:
     if not folder.is_dir():
         pytest.skip(f"the real CIFAR-10 rows are not on this machine (looked in {folder})")
     return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+
+
+@pytest.fixture
+def model():
+    """A tiny ViT under a name of its own: what calibration is tested on, where a test has no model of its own."""
+    from scored_models import Named, tiny_vit
+
+    return Named(tiny_vit())
+
+
+@pytest.fixture
+def batches(model):
+    """A scored draw that the tiny ViT does better on than chance."""
+    from scored_models import scored_draw
+
+    return scored_draw(model)
+
+
+@pytest.fixture
+def score(model, batches):
+    """The accuracy on that draw, with reuse of what enters a block."""
+    from partial_lora.scoring import FewShotAccuracy
+
+    return FewShotAccuracy(model, batches, "vit.blocks")

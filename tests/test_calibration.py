@@ -11,25 +11,9 @@ from torch import nn
 from partial_lora import calibrate
 from partial_lora.budget import kept_parameters
 from partial_lora.calibration import bisect, passes, scan, sparsity_levels
-from partial_lora.scoring import FewShotAccuracy
 
 BLOCKS = "vit.blocks"
 LEVELS = [round(0.05 * number, 2) for number in range(1, 20)]
-
-
-@pytest.fixture
-def model():
-    return Named(tiny_vit())
-
-
-@pytest.fixture
-def batches(model):
-    return scored_draw(model)
-
-
-@pytest.fixture
-def score(model, batches):
-    return FewShotAccuracy(model, batches, BLOCKS)
 
 
 # The literal twin: every level of every module and axis by a full pass over a copy of the model.

@@ -3,27 +3,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from scored_models import TARGETS, Counted, Named, scored_draw, tiny_vit
+from scored_models import TARGETS, Counted
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration import target_names
 from partial_lora.importance import svd
-from partial_lora.scoring import FewShotAccuracy
-
-
-@pytest.fixture
-def model():
-    return Named(tiny_vit())
-
-
-@pytest.fixture
-def batches(model):
-    return scored_draw(model)
-
-
-@pytest.fixture
-def score(model, batches):
-    return FewShotAccuracy(model, batches, "vit.blocks")
 
 
 def test_importance_by_name_by_function_or_given(model, batches):

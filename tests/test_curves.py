@@ -4,27 +4,12 @@ import json
 
 import pytest
 import torch
-from scored_models import TARGETS, Counted, Named, scored_draw, tiny_vit
+from scored_models import TARGETS, Counted
 
 from partial_lora import calibrate
 from partial_lora.scoring import FewShotAccuracy
 
 BLOCKS = "vit.blocks"
-
-
-@pytest.fixture
-def model():
-    return Named(tiny_vit())
-
-
-@pytest.fixture
-def batches(model):
-    return scored_draw(model)
-
-
-@pytest.fixture
-def score(model, batches):
-    return FewShotAccuracy(model, batches, BLOCKS)
 
 
 def test_the_model_comes_back_bit_for_bit(model, batches, score):

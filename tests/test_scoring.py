@@ -4,22 +4,12 @@ import random
 
 import pytest
 import torch
-from scored_models import Altered, Named, full_accuracy, linears, scored_draw, tiny_vit
+from scored_models import Altered, full_accuracy, linears
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.scoring import BoundedScore, FewShotAccuracy
 
 BLOCKS = "vit.blocks"
-
-
-@pytest.fixture
-def model():
-    return Named(tiny_vit())
-
-
-@pytest.fixture
-def batches(model):
-    return scored_draw(model)
 
 
 def all_of_it(low, high):
