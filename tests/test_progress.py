@@ -1,0 +1,74 @@
+"""How far a run is: told by the worker, read and drawn by the parent."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from partial_lora import progress
+from partial_lora.watch import Bars
+
+
+@pytest.fixture
+def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "events"
+    monkeypatch.setenv(progress.VARIABLE, str(path))
+    monkeypatch.setattr(progress, "_last", {})
+    return path
+
+
+def test_the_first_and_the_last_event_of_a_stage_always_arrive(events: Path) -> None:
+    for done in range(1, 1001):
+        progress.emit("train", done, 1000, loss=0.5)
+    read = list(progress.Reader(events))
+    assert read[0] == {"stage": "train", "done": 1, "total": 1000, "loss": 0.5}
+    assert read[-1]["done"] == 1000
+    assert len(read) < 1000
+
+
+def test_a_reader_gives_each_event_once_and_waits_for_the_rest_of_half_a_line(events: Path) -> None:
+    reader = progress.Reader(events)
+    assert list(reader) == []
+    progress.emit("train", 1, 2)
+    with events.open("a") as file:
+        file.write('{"stage": "tr')
+    assert [event["done"] for event in reader] == [1]
+    with events.open("a") as file:
+        file.write('ain", "done": 2, "total": 2}\n')
+    assert [event["done"] for event in reader] == [2]
+    assert list(reader) == []
+
+
+def test_other_ranks_and_a_place_that_is_gone_are_silent(events: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    progress.emit("train", 2, 2)
+    assert not events.exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(progress.VARIABLE, str(events / "gone" / "events"))
+    progress.emit("train", 2, 2)
+    assert not events.exists()
+
+
+def drawn(terminal: bool) -> str:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=120)
+    with Bars(console) as bars:
+        bars.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
+        for done in (1, 95, 96):
+            event = {"stage": "calibrate", "done": done, "total": 96, "module": "blocks.0.qkv", "axis": "rows"}
+            bars.update(event | {"sparsity": 0.35})
+        bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25})
+    return written.getvalue()
+
+
+def test_a_terminal_shows_counts_modules_and_losses() -> None:
+    shown = drawn(terminal=True)
+    for part in ("45/90 MB", "96/96", "blocks.0.qkv rows 0.35", "loss 1.250"):
+        assert part in shown
+
+
+def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
+    assert drawn(terminal=False).split("\n") == ["download …", "calibrate …", "calibrate done", "train …", "", ""]
