@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from partial_lora.errors import PartialLoraError
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.2  # seconds between two looks at a worker
+_REMIND = 5.0  # seconds between two requests to stop
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _work(
         results.name_holder(lock, worker.pid)
         while worker.poll() is None:
             _tell(events, watch)
+            stop.remind()
             try:
                 worker.wait(_LOOK)
             except subprocess.TimeoutExpired:
@@ -138,24 +141,33 @@ def _tell(events: progress.Reader, watch: Callable[[dict], None]) -> None:
 
 
 class _Stop:
-    """Passes the first request to stop on to the worker, and ends the worker's whole group on the second."""
+    """Passes the first request to stop on to the worker, and ends the worker's whole group on the second.
+
+    The worker is told again until it ends: Python drops an exception that a signal raises inside a finalizer.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._worker: subprocess.Popen | None = None
+        self._told = float("-inf")
 
     def tell(self, worker: subprocess.Popen) -> None:
         """Name the worker; it hears at once of what was received before it was started."""
         self._worker = worker
-        if self.received:
-            worker.send_signal(self.received[0])
+        self.remind()
+
+    def remind(self) -> None:
+        """Tell the worker what it has been asked to, if it was not told in the last seconds."""
+        if self.received and time.monotonic() - self._told > _REMIND:
+            self._told = time.monotonic()
+            self._worker.send_signal(self.received[0])
 
     def __call__(self, number: int, frame: object) -> None:
         self.received.append(number)
         if self._worker is None:
             return
         if len(self.received) == 1:
-            self._worker.send_signal(number)
+            self.remind()
         else:
             os.killpg(self._worker.pid, signal.SIGKILL)
 

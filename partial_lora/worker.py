@@ -25,7 +25,7 @@ def work(directory: Path, stage: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, _exit)
     settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
@@ -40,6 +40,8 @@ def work(directory: Path, stage: str) -> int:
         run(settings, directory, entry, stage)
         entry["status"] = "finished"
     except BaseException as error:  # whatever ended the run, its record says so
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
         entry |= {"status": "failed", "error": _in_one_line(error)}
         if not isinstance(error, PartialLoraError):
             raise
@@ -48,6 +50,10 @@ def work(directory: Path, stage: str) -> int:
         if is_main:
             results.write_json(directory / results.RESULT, entry)
     return 0 if entry["status"] == "finished" else 1
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -43,9 +43,12 @@ def test_json_refuses_what_it_has_no_word_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
 def finished(directory: Path) -> Path:
     (directory / "adapter").mkdir(parents=True)
-    for name in ("config.yaml", "predictions.parquet", "adapter/adapter_config.json"):
+    for name in FILES:
         (directory / name).write_text("")
     results.write_json(directory / "result.json", {"status": "finished"})
     return directory
@@ -59,8 +62,14 @@ def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
         (run / "result.json").write_text(broken)
         assert not results.is_finished(run), broken
     (run / "result.json").write_text(whole)
-    (run / "predictions.parquet").unlink()
-    assert not results.is_finished(run)
+    for name in FILES:
+        (run / name).rename(run / "elsewhere")
+        assert not results.is_finished(run), name
+        (run / "elsewhere").rename(run / name)
+    results.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    assert not results.is_finished(run)  # it promises a calibration.json
+    (run / "calibration.json").write_text("{}")
+    assert results.is_finished(run)
 
 
 def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:
