@@ -211,11 +211,9 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _positive("trainer.epochs", self.epochs)
-        for key in ("max_steps", "save_steps", "num_processes"):
+        for key in ("max_steps", "save_steps", "num_processes", "batch_size", "eval_batch_size"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"trainer.{key}", value, "at least 1, or null")
-        for key in ("batch_size", "eval_batch_size"):
-            _require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1")
+            _require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
         _positive("trainer.learning_rate", self.learning_rate)
         _require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
@@ -225,12 +223,8 @@ class TrainerConfig:
         _one_of("trainer.device", self.device, "auto", "cpu", "cuda")
         _one_of("trainer.strategy", self.strategy, "ddp")
         processes = self.num_processes or 1
-        _require(
-            self.batch_size % processes == 0,
-            "trainer.batch_size",
-            self.batch_size,
-            f"a multiple of trainer.num_processes={processes}",
-        )
+        shared = f"a multiple of trainer.num_processes={processes}"
+        _require(self.batch_size % processes == 0, "trainer.batch_size", self.batch_size, shared)
         _require(not self.report_to, "trainer.report_to", self.report_to, "[]")
 
 

@@ -104,7 +104,7 @@ def _read(name: str, path: str, revision: str | None, data_files: Mapping[str, s
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise PartialLoraError(
             f"task={name}: cannot fetch {path} from the model hub ({_first_line(error)}); without one use the "
-            "offline default task=digits, or task.data_files={train: FILE.parquet, test: FILE.parquet}"
+            "offline default model=vit_s14 task=digits, or task.data_files={train: FILE.parquet, test: FILE.parquet}"
         ) from error
 
 
