@@ -111,6 +111,7 @@ def calibrate(
                 "joint": joint,
                 "threshold": threshold,
                 "search": search,
+                "scaled": any(value not in (0.0, *grid) for axes in chosen.values() for value in axes.values()),
                 "modules": {
                     module: {axis: {"sparsity": axes[axis], "curve": curves.points(module, axis)} for axis in AXES}
                     for module, axes in chosen.items()

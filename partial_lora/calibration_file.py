@@ -21,7 +21,8 @@ Sparsity = dict[str, dict[str, float]]
 class Calibration:
     """What calibration found: one sparsity for each module and axis, and the curves it was read from.
 
-    threshold: the one asked for, or the one that meets `budget`. evaluations, seconds: what this call cost; cached: it
+    threshold: the one asked for, or the one that meets `budget`. scaled: densities were then scaled to spend the
+    budget, so the sparsities are no levels of the curves. evaluations, seconds: what this call cost; cached: it
     evaluated nothing. modules: {name: {"rows"|"columns": {"sparsity", "curve": [[level, score | [low, high]]...]}}}.
     """
 
@@ -31,6 +32,7 @@ class Calibration:
     modules: dict[str, dict[str, dict]]
     budget: float | None = None
     search: str = "scan"
+    scaled: bool = False
     evaluations: int = 0
     seconds: float = 0.0
     cached: bool = False

@@ -76,10 +76,10 @@ def _composed(command: str, arguments: list[str]) -> int:
     _refuse_group_lists(arguments)
     ConfigStore.instance().store(name="schema", node=schema.Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
-    shows = any(
-        argument.startswith(("--cfg", "-c", "--help", "-h", "--hydra-help", "--info")) for argument in arguments
-    )
-    if not shows:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
+    shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
+    if not shows & {
+        argument.partition("=")[0] for argument in arguments
+    }:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
         refused: list[str] = []
 
         def check(composed) -> None:

@@ -151,7 +151,7 @@ def trainer(
     steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
     # A short run still needs one look at validation, at its end.
-    every = {"strategy": "epoch"} if save_steps is None and max_steps is None else {"strategy": "steps"}
+    strategy = "epoch" if save_steps is None and max_steps is None else "steps"
     steps = min(save_steps or steps_per_epoch, total_steps)
     arguments = TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
@@ -169,8 +169,8 @@ def trainer(
         lr_scheduler_type="cosine",
         warmup_steps=warmup,  # below 1, a share of the steps
         max_grad_norm=max_grad_norm,
-        eval_strategy=every["strategy"],
-        save_strategy=every["strategy"],
+        eval_strategy=strategy,
+        save_strategy=strategy,
         eval_steps=steps,
         save_steps=steps,
         save_total_limit=1,

@@ -101,7 +101,7 @@ def _environment(directory: Path, processes: int) -> dict[str, str]:
     environment[progress.VARIABLE] = str((directory / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(processes)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    # Threads that spin while they wait cost nothing on an idle machine, and a factor of ten where something else runs.
+    # Threads that spin while they wait are a little faster on an idle machine, and many times slower on a busy one.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

@@ -98,7 +98,10 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
 
 @calibrated
 def uniform(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: one sparsity for every module and axis, with as many trainable parameters as `partial`."""
+    """Control: one sparsity for every module and axis, with at most the trainable parameters of `partial`.
+
+    All modules gain a row or column at nearly the same sparsity, so a little of the budget may stay unused.
+    """
     shapes = {module: tuple(model.get_submodule(module).weight.shape) for module in setting.sparsity}
     count = kept_parameters(shapes, setting.rank, setting.sparsity)
     sparsity = uniform_sparsity(shapes, setting.rank, count)

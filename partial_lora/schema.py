@@ -202,7 +202,7 @@ class TrainerConfig:
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 where the processor or accelerator computes it, else none
+    mixed_precision: str = "auto"  # auto: bf16 where the hardware is made for it, else none
     device: str = "auto"
     num_processes: Optional[int] = None  # null: every visible accelerator, 1 on the CPU
     num_workers: int = 0

@@ -158,6 +158,7 @@ def test_a_budget_is_the_largest_threshold_that_meets_it(model, batches, score, 
     assert 0.99 * count <= spent <= count
     if kept_parameters(shapes, 4, sparsity) >= 0.99 * count:
         assert found.sparsity == sparsity
+    assert found.scaled == (found.sparsity != sparsity)
     assert found.budget == budget
     assert score.evaluations.examples <= (found.evaluations + 60) * score.size
     cuts = [(name, axis, level) for name, axes in found.sparsity.items() for axis, level in axes.items()]
@@ -169,6 +170,7 @@ def test_a_budget_never_follows_scores_below_chance(model, batches, score, twin)
     chance = 0.8 * baseline
     found = calibrate(model, score, target_modules=TARGETS, budget=0.2, chance=chance)
     assert found.threshold == pytest.approx(0.8)
+    assert found.scaled
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.sparsity}
     densities, scaled = [], []
     for (name, axis), curve in curves.items():
