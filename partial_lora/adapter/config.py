@@ -10,7 +10,15 @@ from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.selection import AXES, ModuleMasks, check_counts, given_masks, random_masks, read_sparsity
+from partial_lora.adapter.selection import (
+    AXES,
+    Geometry,
+    ModuleMasks,
+    check_counts,
+    given_masks,
+    random_masks,
+    read_sparsity,
+)
 from partial_lora.errors import PartialLoraError
 
 PEFT_TYPE = "PARTIAL_LORA"
@@ -81,17 +89,21 @@ class PartialLoraConfig(LoraConfig):
         if not isinstance(self.mask_seed, int) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
 
-    def choose_masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleMasks]:
-        """The masks of modules with the given ``shapes`` {module: (out, in)}; they are remembered for saving.
+    def choose_masks(self, geometries: Mapping[str, Geometry | tuple[int, int]]) -> dict[str, ModuleMasks]:
+        """The masks of modules with the given ``geometries`` {module: geometry}; they are remembered for saving.
 
         Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
         masks.
         """
         self.refuse_unsupported()
+        geometries = {
+            module: geometry if isinstance(geometry, Geometry) else _linear(geometry, self.r)
+            for module, geometry in geometries.items()
+        }
         if self.selection == "random":
-            masks = random_masks(shapes, self.sparsity, mask_seed=self.mask_seed)
+            masks = random_masks(geometries, self.sparsity, mask_seed=self.mask_seed)
         else:
-            masks = given_masks(shapes, self.indices)
+            masks = given_masks(geometries, self.indices)
             if self.sparsity != 0:
                 check_counts(masks, self.sparsity)
         if self.expected is not None:
@@ -143,3 +155,7 @@ class PartialLoraConfig(LoraConfig):
         )
         config.expected = modules
         return config
+
+
+def _linear(shape: tuple[int, int], rank: int) -> Geometry:
+    return Geometry(shape, a=(rank, shape[1]), b=(shape[0], rank))

@@ -22,16 +22,41 @@ Sparsity = float | dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """What masks have to know of a module before they can be made.
+
+    Attributes:
+        shape: (out, in) of W; for a convolution its output and input channels.
+        a: the shape of the dense A, (rank, in) or (rank, in, height, width).
+        b: the shape of the dense B, (out, rank) or (out, rank / groups, 1, 1).
+    """
+
+    shape: tuple[int, int]
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModuleMasks:
-    """The masks of one module, W (out × in): of the ``rows`` of B (out × rank) and the ``columns`` of A (rank × in)."""
+    """The masks of one module with W (out × in): which part of B (out × rank) and of A (rank × in) stays.
+
+    Masks of whole rows and columns: ``rows`` over the ``out`` rows of B, ``columns`` over the ``in`` columns of A.
+    Masks of single entries: ``rows`` over the entries of B, ``columns`` over those of A, both flat and row-major;
+    their sizes are then not those of W, and ``shape`` has to say (out, in).
+    """
 
     rows: Mask
     columns: Mask
+    shape: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        shape = (self.rows.size, self.columns.size) if self.shape is None else tuple(self.shape)
+        object.__setattr__(self, "shape", shape)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of W: (out, in)."""
-        return self.rows.size, self.columns.size
+    def element(self) -> bool:
+        """Whether single entries are masked; at rank 1 a row of B, a column of A is one entry: the same masks."""
+        return (self.rows.size, self.columns.size) != self.shape
 
 
 def read_sparsity(sparsity: float | Mapping | str | PathLike) -> Sparsity:
@@ -113,31 +138,29 @@ def _matches(entry: str, module: str) -> bool:
         ) from None
 
 
-def random_masks(
-    shapes: Mapping[str, tuple[int, int]], sparsity: Sparsity, *, mask_seed: int
-) -> dict[str, ModuleMasks]:
-    """Random masks for modules of the given ``shapes`` {module: (out, in)}: the selection "random"."""
-    shares = assign_sparsity(sparsity, list(shapes))
+def random_masks(geometries: Mapping[str, Geometry], sparsity: Sparsity, *, mask_seed: int) -> dict[str, ModuleMasks]:
+    """Random masks for modules of the given ``geometries`` {module: geometry}: the selection "random"."""
+    shares = assign_sparsity(sparsity, list(geometries))
     return {
         module: ModuleMasks(
             *(
                 Mask.random(size, shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
-                for axis, size in zip(AXES, shape, strict=True)
+                for axis, size in zip(AXES, geometry.shape, strict=True)
             )
         )
-        for module, shape in shapes.items()
+        for module, geometry in geometries.items()
     }
 
 
-def given_masks(shapes: Mapping[str, tuple[int, int]], indices: Mapping[str, Mapping]) -> dict[str, ModuleMasks]:
+def given_masks(geometries: Mapping[str, Geometry], indices: Mapping[str, Mapping]) -> dict[str, ModuleMasks]:
     """Masks that keep the given ``indices`` {module: {"rows": [...], "columns": [...]}}: the selection "top"."""
     for module in indices:
-        if module not in shapes:
+        if module not in geometries:
             raise PartialLoraError(f"indices names {module!r}, which is no target module.")
-    for module in shapes:
+    for module in geometries:
         if module not in indices:
             raise PartialLoraError(f"indices has no entry for the target module {module}: selection 'top' needs one.")
-    return {module: _given_mask(module, shape, indices[module]) for module, shape in shapes.items()}
+    return {module: _given_mask(module, geometry.shape, indices[module]) for module, geometry in geometries.items()}
 
 
 def _given_mask(module: str, shape: tuple[int, int], kept: Mapping) -> ModuleMasks:
