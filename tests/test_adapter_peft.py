@@ -11,7 +11,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
-from partial_lora.adapter.layer import KeptColumns, KeptRows
+from partial_lora.adapter.factor import FactorA, FactorB
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -33,7 +33,7 @@ def test_merge_and_unmerge(safe):
 
 
 def layers_left(model):
-    return [module for module in model.modules() if isinstance(module, (LoraLayer, KeptRows, KeptColumns))]
+    return [module for module in model.modules() if isinstance(module, (LoraLayer, FactorB, FactorA))]
 
 
 def test_disabled_adapter_is_the_base_model():

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 
 import peft.mapping
 from peft import LoraConfig
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.layer import KeptColumns, KeptRows, mask_layer
-from partial_lora.adapter.selection import AXES, ModuleMasks
+from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.adapter.geometry import geometry
+from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
+from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -35,28 +38,30 @@ class PartialLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.choose_masks({name: _shape(layer) for name, layer in self._targets(peft_config, model)})
+            peft_config.choose_masks(self._geometries(peft_config, model))
 
-    def _targets(self, peft_config: PartialLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-        """The base layers PEFT is about to adapt, with their names. Raises PartialLoraError for one that cannot be."""
+    def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
+        """What PEFT is about to adapt: {module: geometry}. Raises PartialLoraError for a layer that cannot be."""
         modules = dict(model.named_modules())
         adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         names = [name for name in modules if name and not name.startswith(adapted)]
         found = [name for name in names if self._check_target_module_exists(peft_config, name)]
         _refuse_targets_without_module(peft_config.target_modules, found, names)
         for name in found:
-            layer = modules[name]
-            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            if not isinstance(layer, nn.Linear):
-                raise PartialLoraError(
-                    f"target module {name} is a {type(layer).__name__}: only nn.Linear modules are masked, name the"
-                    " targets so that it does not match."
-                )
             if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
                 raise PartialLoraError(
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
                 )
-            yield _unwrapped(name), layer
+        return {_unwrapped(name): geometry(name, modules[name], peft_config.r) for name in found}
+
+    @staticmethod
+    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
+        layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if type(layer) is lora.Linear and can_fuse(layer.get_base_layer()):
+            # The same layer with another forward pass. PEFT chooses and builds its layers in functions that know their
+            # classes by name; its hook for custom ones (_register_custom_module) would displace the quantised layers.
+            layer.__class__ = PartialLinear
+        return layer
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -92,10 +97,6 @@ def _refuse_targets_without_module(target_modules: set[str] | str, found: list[s
         raise PartialLoraError(f"target_modules={target_modules!r} matches no module that is left to adapt.")
 
 
-def _shape(layer: nn.Linear) -> tuple[int, int]:
-    return layer.out_features, layer.in_features  # not the weight's, which is packed in quantised layers
-
-
 def _unwrapped(name: str) -> str:
     """The module's name in the base model as loaded, whether or not torch.compile has wrapped it since."""
     return name.replace("_orig_mod.", "")
@@ -125,8 +126,8 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
     partial = isinstance(model.peft_config[adapter_name], PartialLoraConfig)
     for name, layer in _adapter_layers(model, adapter_name):
         low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        if isinstance(low, KeptColumns) and isinstance(high, KeptRows):
-            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask)
+        if isinstance(low, FactorA) and isinstance(high, FactorB):
+            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(layer.out_features, layer.in_features))
         elif partial:
             raise PartialLoraError(f"{name} has lost its masks: something has built its adapter again, densely.")
         else:

@@ -1,0 +1,194 @@
+"""The masked low-rank factors: modules of which only the kept entries exist as a parameter.
+
+For W (out × in), kept rows I and kept columns J, A (rank × in) is zero outside the columns J and B (out × rank) is zero
+outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Element-wise masks store the kept entries as a list.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask
+
+COMPACT_DENSITY = 0.25
+"""Up to this density, gathering kept features of the activations beats a matrix product with the zero-filled factor."""
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _convolve(x: Tensor, weight: Tensor, **settings) -> Tensor:
+    return _CONVOLUTIONS[weight.dim()](x, weight, **settings)
+
+
+class MaskedFactor(nn.Module):
+    """A low-rank factor that holds only what its ``mask`` keeps, as the parameter ``kept``; the rest is zero.
+
+    Everyone else sees the whole factor: ``weight`` is the dense tensor with zeros where masked, and the state dict
+    holds it under PEFT's own key, ``weight``. Writing into ``weight.data`` changes nothing.
+
+    Args:
+        dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
+        mask: what stays: indices along ``axis`` of the weight, or of its entries in row-major order.
+        axis: None where the mask is over single entries.
+    """
+
+    axis_name: str
+
+    def __init__(self, dense: nn.Module, mask: Mask, axis: int | None) -> None:
+        super().__init__()
+        self.mask = mask
+        self.axis = axis
+        self.shape = dense.weight.shape
+        self.is_convolution = not isinstance(dense, nn.Linear)
+        # How the dense factor is applied to its input.
+        self._apply_weight = F.linear
+        if self.is_convolution:
+            settings = ("stride", "padding", "dilation", "groups")
+            self._apply_weight = partial(_convolve, **{name: getattr(dense, name) for name in settings})
+        # No buffer: DistributedDataParallel would send it every step, and a detour over the meta device would empty it.
+        self._index = torch.tensor(mask.kept, device=dense.weight.device)
+        self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
+
+    @property
+    def full(self) -> bool:
+        """Whether the mask keeps everything; the factor is then the one plain LoRA has, and treated alike."""
+        return len(self.mask.kept) == self.mask.size
+
+    @property
+    def compact(self) -> bool:
+        """Whether the forward pass gathers kept features; else it multiplies the zero-filled factor.
+
+        Channels of a convolution are contiguous, so gathering them always pays.
+        """
+        if self.axis is None or self.full:
+            return False
+        return self.is_convolution or self.mask.density <= COMPACT_DENSITY
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """The kept indices on ``device``."""
+        if self._index.device != device:
+            self._index = torch.tensor(self.mask.kept, device=device)
+        return self._index
+
+    def keep(self, dense: Tensor) -> Tensor:
+        """The part of ``dense`` (a tensor like the dense factor) that the mask keeps, in the form of ``kept``."""
+        index = self.index_on(dense.device)
+        return dense.flatten().index_select(0, index) if self.axis is None else dense.index_select(self.axis, index)
+
+    def fill(self, kept: Tensor) -> Tensor:
+        """The dense factor that has ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
+        if self.full:
+            return kept.view(self.shape)
+        index = self.index_on(kept.device)
+        if self.axis is None:
+            return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept).view(self.shape)
+        return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense factor, zero where masked; gradients reach ``kept`` through it."""
+        return self.fill(self.kept)
+
+    def operand(self, kept: Tensor) -> Tensor:
+        """What a product needs of the factor: ``kept`` alone where features are gathered, else the dense factor."""
+        return kept if self.compact else self.fill(kept)
+
+    def kept_of_operand(self, gradient: Tensor) -> Tensor:
+        """The gradient of ``kept``, from that of `operand`."""
+        return gradient if self.compact else self.keep(gradient).view_as(self.kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The dense factor times x, as the linear layer or convolution it stands in for computes it."""
+        return self._apply_weight(x, self.weight)
+
+    @property
+    def _features(self) -> int:
+        """The dimension of an activation that the mask's axis is about."""
+        return 1 if self.is_convolution else -1
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """The kept features of an activation."""
+        index = self.index_on(x.device)
+        if self.is_convolution:
+            return x.index_select(1, index)
+        # As a matrix: on a CPU, selecting from the last dimension of anything else is four times slower.
+        return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        own = {}
+        dense = state_dict.get(prefix + "weight")
+        if dense is None:
+            missing_keys.append(prefix + "weight")
+        elif dense.shape != self.shape:
+            error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
+        else:
+            kept = self.keep(dense)
+            # Zeros are no proof of the right mask, but values where this mask has none prove the wrong one.
+            if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
+                raise PartialLoraError(
+                    f"{prefix}weight has values outside this adapter's mask: it was trained under another mask or"
+                    " none, load it with PartialLoraConfig.from_pretrained of its own folder."
+                )
+            own[prefix + "kept"] = kept
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        what = "entries" if self.axis is None else self.axis_name
+        return f"{tuple(self.shape)}, kept={len(self.mask.kept)} of {self.mask.size} {what}"
+
+
+class FactorA(MaskedFactor):
+    """A (rank × in), whose columns (input features or channels) are masked."""
+
+    axis_name = "columns"
+
+    def __init__(self, dense: nn.Module, mask: Mask, *, element: bool) -> None:
+        super().__init__(dense, mask, None if element else 1)
+
+    def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
+        """A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
+
+        Of x, only the kept features are kept for the backward pass where they are gathered.
+        """
+        if self.compact:
+            return self._apply_weight(dropout(self._gather(x)), self.kept)
+        return self._apply_weight(dropout(x), self.weight)
+
+
+class FactorB(MaskedFactor):
+    """B (out × rank), whose rows (output features or channels) are masked."""
+
+    axis_name = "rows"
+
+    def __init__(self, dense: nn.Module, mask: Mask, *, element: bool) -> None:
+        super().__init__(dense, mask, None if element else 0)
+
+    @property
+    def compact(self) -> bool:
+        """Whether the forward pass adds to the kept features alone; grouped rows cannot be told apart by a gather."""
+        return super().compact and not (self.is_convolution and self._apply_weight.keywords["groups"] > 1)
+
+    def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
+        """result + scaling * B low; where features are gathered only the kept ones are touched."""
+        if self.full:
+            return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
+        low = low * scaling  # the narrow one of the two
+        if self.compact:
+            change = self._apply_weight(low, self.kept)
+            index = self.index_on(change.device)
+            if result.dtype == change.dtype:
+                return result.index_add(self._features, index, change)
+            # Sum in the wider of the two, as `+` does; features that do not change need no such detour.
+            return result.index_copy(self._features, index, (self._gather(result) + change).to(result.dtype))
+        return result + self(low)
