@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
-COMPACT_DENSITY = 0.25
-"""Up to this density, gathering kept features of the activations beats a matrix product with the zero-filled factor."""
+GATHER_DENSITY = 0.5
+"""Up to this density, gathering the kept features beats matrix products with the zero-filled factor."""
+
+SCATTER_DENSITY_PER_RANK = 0.01
+"""Up to this density times the rank, adding to the kept features alone beats adding a zero-filled product to all."""
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -38,6 +41,7 @@ class MaskedFactor(nn.Module):
     """
 
     axis_name: str
+    rank: int
 
     def __init__(self, dense: nn.Module, mask: Mask, axis: int | None) -> None:
         super().__init__()
@@ -60,14 +64,19 @@ class MaskedFactor(nn.Module):
         return len(self.mask.kept) == self.mask.size
 
     @property
-    def compact(self) -> bool:
-        """Whether the forward pass gathers kept features; else it multiplies the zero-filled factor.
+    def gathers(self) -> bool:
+        """Whether products with activations take their kept features; else the zero-filled factor takes them all.
 
         Channels of a convolution are contiguous, so gathering them always pays.
         """
         if self.axis is None or self.full:
             return False
-        return self.is_convolution or self.mask.density <= COMPACT_DENSITY
+        return self.is_convolution or self.mask.density <= GATHER_DENSITY
+
+    @property
+    def scatters(self) -> bool:
+        """Whether a product is added to the kept features of an activation; else, zero-filled, to all of them."""
+        return self.gathers and (self.is_convolution or self.mask.density <= SCATTER_DENSITY_PER_RANK * self.rank)
 
     def index_on(self, device: torch.device) -> Tensor:
         """The kept indices on ``device``."""
@@ -96,11 +105,11 @@ class MaskedFactor(nn.Module):
 
     def operand(self, kept: Tensor) -> Tensor:
         """What a product needs of the factor: ``kept`` alone where features are gathered, else the dense factor."""
-        return kept if self.compact else self.fill(kept)
+        return kept if self.gathers else self.fill(kept)
 
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
         """The gradient of ``kept``, from that of `operand`."""
-        return gradient if self.compact else self.keep(gradient).view_as(self.kept)
+        return gradient if self.gathers else self.keep(gradient).view_as(self.kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense factor times x, as the linear layer or convolution it stands in for computes it."""
@@ -156,12 +165,16 @@ class FactorA(MaskedFactor):
     def __init__(self, dense: nn.Module, mask: Mask, *, element: bool) -> None:
         super().__init__(dense, mask, None if element else 1)
 
+    @property
+    def rank(self) -> int:
+        return self.shape[0]
+
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
 
         Of x, only the kept features are kept for the backward pass where they are gathered.
         """
-        if self.compact:
+        if self.gathers:
             return self._apply_weight(dropout(self._gather(x)), self.kept)
         return self._apply_weight(dropout(x), self.weight)
 
@@ -175,16 +188,20 @@ class FactorB(MaskedFactor):
         super().__init__(dense, mask, None if element else 0)
 
     @property
-    def compact(self) -> bool:
-        """Whether the forward pass adds to the kept features alone; grouped rows cannot be told apart by a gather."""
-        return super().compact and not (self.is_convolution and self._apply_weight.keywords["groups"] > 1)
+    def rank(self) -> int:
+        return self.shape[1] * (self._apply_weight.keywords["groups"] if self.is_convolution else 1)
+
+    @property
+    def gathers(self) -> bool:
+        """As for any factor; but rows of a convolution in groups cannot be told apart by a gather."""
+        return super().gathers and self.rank == self.shape[1]
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
         """result + scaling * B low; where features are gathered only the kept ones are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
         low = low * scaling  # the narrow one of the two
-        if self.compact:
+        if self.scatters:
             change = self._apply_weight(low, self.kept)
             index = self.index_on(change.device)
             if result.dtype == change.dtype:

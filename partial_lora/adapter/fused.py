@@ -1,7 +1,7 @@
 """A frozen linear layer and its masked adapter as one differentiable operation.
 
-y = W x + b + scaling · B A dropout(x), the formula of the paper with W frozen. Written out by hand because autograd, given
-the two summands apart, pays for the full width again and again: it keeps all of x for the gradient of A, adds two
+y = W x + b + scaling · B A dropout(x), the formula of the paper with W frozen. Written out by hand because autograd,
+given the two summands apart, pays for the full width again and again: it keeps all of x for the gradient of A, adds two
 tensors as wide as the output in the forward pass, and two as wide as the input in the backward pass. Here both sums
 happen in place, in tensors nobody else has seen yet, and what is kept for the backward pass is the kept features of x
 alone; A x is computed again from them.
@@ -58,11 +58,11 @@ class _AdaptedLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        result = F.linear(tokens, weight, bias)
-        inputs = _features_of(tokens, a)
+        inputs = _features_of(tokens, a)  # first, while x is still in the processor's cache
         dropped = _Dropout.draw(inputs, dropout)
         low = dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T
-        _add_product(result, low.mul_(scaling), b.operand(kept_b).T, b)
+        result = F.linear(tokens, weight, bias)
+        _add_product(result, low.mul_(scaling), b, kept_b)
         ctx.save_for_backward(inputs, dropped.zeroed, weight, kept_a, kept_b)
         ctx.a, ctx.b, ctx.scaling, ctx.dropout = a, b, scaling, dropout
         return result.view(*x.shape[:-1], -1)
@@ -72,7 +72,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
-        matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)
+        matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # as the features below were taken
         dropped = _Dropout(zeroed, ctx.dropout)
         wide = gradient.reshape(-1, gradient.shape[-1])
         inputs = dropped(inputs).to(kept_a.dtype)
@@ -85,9 +85,11 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient_x = wide @ weight
             if zeroed is None:
-                _add_product(gradient_x, gradient_low, matrix_a, a)
+                _add_product(gradient_x, gradient_low, a, kept_a)
+            elif a.gathers:
+                _scatter(gradient_x, dropped(gradient_low @ matrix_a), a)
             else:
-                _add(gradient_x, dropped(gradient_low @ matrix_a), a)
+                gradient_x.copy_(gradient_x + dropped(gradient_low @ matrix_a))
             gradient_x = gradient_x.view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[2]:
             gradient_bias = wide.sum(0)
@@ -111,23 +113,27 @@ class _Dropout:
 
 def _features_of(tokens: Tensor, factor: MaskedFactor) -> Tensor:
     """The features (tokens × kept) that meet the factor's operand."""
-    return tokens.index_select(1, factor.index_on(tokens.device)) if factor.compact else tokens
+    return tokens.index_select(1, factor.index_on(tokens.device)) if factor.gathers else tokens
 
 
-def _add_product(result: Tensor, left: Tensor, right: Tensor, factor: MaskedFactor) -> None:
-    """result += left @ right in place, on the features that meet the factor's operand."""
-    if factor.compact or result.dtype != left.dtype:
-        _add(result, left @ right, factor)
+def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor) -> None:
+    """result += low A (or low Bᵀ) in place, for low (tokens × rank)."""
+    scatters = factor.scatters
+    matrix = kept if scatters else factor.fill(kept)
+    if isinstance(factor, FactorB):
+        matrix = matrix.T
+    if scatters:
+        _scatter(result, low @ matrix, factor)
+    elif result.dtype == low.dtype:
+        result.addmm_(low, matrix)
     else:
-        result.addmm_(left, right)
+        result.copy_(result + low @ matrix)
 
 
-def _add(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
-    """result += change in place, on the features that meet the factor's operand, summed in the wider dtype."""
-    if not factor.compact:
-        result.copy_(result + change)
-    elif result.dtype == change.dtype:
-        result.index_add_(1, factor.index_on(result.device), change)
+def _scatter(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
+    """result += change in place, on the kept features, summed in the wider dtype of the two."""
+    index = factor.index_on(result.device)
+    if result.dtype == change.dtype:
+        result.index_add_(1, index, change)
     else:
-        index = factor.index_on(result.device)
         result.index_copy_(1, index, (result.index_select(1, index) + change).to(result.dtype))
