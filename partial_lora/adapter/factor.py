@@ -10,8 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
+from partial_lora.adapter.view import DenseView
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -26,6 +28,18 @@ _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 def _convolve(x: Tensor, weight: Tensor, **settings) -> Tensor:
     return _CONVOLUTIONS[weight.dim()](x, weight, **settings)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that FSDP2 has sharded, all of it (its processes have to ask together)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` spread over the processes as ``parameter`` is, if it is."""
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 class MaskedFactor(nn.Module):
@@ -100,8 +114,17 @@ class MaskedFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense factor, zero where masked; gradients reach ``kept`` through it."""
-        return self.fill(self.kept)
+        """The dense factor, zero where masked; gradients reach ``kept`` through it, writing into it raises.
+
+        Of a sharded factor (FSDP2) all processes have to ask for it together.
+        """
+        dense = self.fill(_whole(self.kept))
+        # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
+        return dense if self.full or torch.compiler.is_compiling() else dense.as_subclass(DenseView)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise PartialLoraError("the weight of a masked factor is computed from `kept`: load a state dict instead.")
 
     def operand(self, kept: Tensor) -> Tensor:
         """What a product needs of the factor: ``kept`` alone where features are gathered, else the dense factor."""
@@ -113,7 +136,7 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        return self._apply_weight(x, self.weight)
+        return self._apply_weight(x, self.fill(self.kept))
 
     @property
     def _features(self) -> int:
@@ -129,8 +152,8 @@ class MaskedFactor(nn.Module):
         return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        weight = self.weight
-        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+        dense = self.fill(_whole(self.kept))
+        destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -149,7 +172,7 @@ class MaskedFactor(nn.Module):
                     f"{prefix}weight has values outside this adapter's mask: it was trained under another mask or"
                     " none, load it with PartialLoraConfig.from_pretrained of its own folder."
                 )
-            own[prefix + "kept"] = kept
+            own[prefix + "kept"] = _sharded_like(self.kept, kept)
         super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
@@ -176,7 +199,7 @@ class FactorA(MaskedFactor):
         """
         if self.gathers:
             return self._apply_weight(dropout(self._gather(x)), self.kept)
-        return self._apply_weight(dropout(x), self.weight)
+        return self._apply_weight(dropout(x), self.fill(self.kept))
 
 
 class FactorB(MaskedFactor):
