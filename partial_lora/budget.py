@@ -21,6 +21,16 @@ Shapes = Mapping[str, tuple[int, int]]
 Counts = dict[str, dict[str, int]]
 
 
+def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
+    """What masks count in modules with W (out, in): {module: (units of B, units of A)}, and the parameters of a unit.
+
+    A row of B and a column of A are `rank` parameters; where single entries are masked, a unit is one.
+    """
+    if granularity == "rows_columns":
+        return shapes, rank
+    return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
+
+
 def dense_parameters(shapes: Shapes, rank: int) -> int:
     """Trainable parameters of the dense adapter."""
     return rank * sum(m + n for m, n in shapes.values())

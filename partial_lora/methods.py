@@ -15,7 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import kept_parameters, parameter_count, uniform_sparsity
+from partial_lora.budget import kept_parameters, masked_units, parameter_count, uniform_sparsity
 from partial_lora.calibration import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
@@ -40,6 +40,8 @@ class Setting:
     alpha: float
     dropout: float
     mask_seed: int
+    granularity: str = "rows_columns"
+    count: str = "exact"
     sparsity: Sparsity | None = None
     scores: Scores | None = None
 
@@ -52,6 +54,10 @@ class Setting:
             "target_modules": list(self.target_modules),
             "modules_to_save": [self.head],
         }
+
+    def masked(self) -> dict:
+        """The arguments that every adapter with random masks shares."""
+        return self.lora() | {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
 
 
 Method = Callable[[nn.Module, Setting], PeftModel]
@@ -79,7 +85,7 @@ def is_calibrated(method: Method) -> bool:
 @calibrated
 def partial(model: nn.Module, setting: Setting) -> PeftModel:
     """Partial-LoRA: the calibrated number of rows and columns of each module, drawn at random."""
-    config = PartialLoraConfig(**setting.lora(), sparsity=dict(setting.sparsity), mask_seed=setting.mask_seed)
+    config = PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity))
     return get_peft_model(model, config)
 
 
@@ -103,10 +109,9 @@ def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     All modules gain a row or column at nearly the same sparsity, so a little of the budget may stay unused.
     """
     shapes = {module: tuple(model.get_submodule(module).weight.shape) for module in setting.sparsity}
-    count = kept_parameters(shapes, setting.rank, setting.sparsity)
-    sparsity = uniform_sparsity(shapes, setting.rank, count)
-    config = PartialLoraConfig(**setting.lora(), sparsity=sparsity, mask_seed=setting.mask_seed)
-    return get_peft_model(model, config)
+    counted = masked_units(shapes, setting.rank, setting.granularity)
+    sparsity = uniform_sparsity(*counted, kept_parameters(*counted, setting.sparsity))
+    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=sparsity))
 
 
 def lora(model: nn.Module, setting: Setting) -> PeftModel:

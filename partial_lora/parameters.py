@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from rich.table import Table
 from torch import nn
 
-from partial_lora.budget import dense_parameters, kept_parameters
+from partial_lora.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.errors import PartialLoraError
 from partial_lora.targets import target_linears
 
@@ -24,19 +24,22 @@ _FP32 = 4  # bytes of a number in an adapter's file, a gradient or a moment; wei
 _MOMENTS = 2  # AdamW keeps a mean and a mean square of every gradient
 
 
-def adapter_parameters(shapes: Shapes, rank: int, sparsity: Sparsity) -> dict[str, int]:
+def adapter_parameters(
+    shapes: Shapes, rank: int, sparsity: Sparsity, granularity: str = "rows_columns"
+) -> dict[str, int]:
     """What an adapter of this rank holds before masking (`dense`) and after it (`trainable`).
 
     `shapes` gives (out, in) of W for every adapted module; `sparsity` is one share for all rows and columns, or
     {module: {rows, columns}}. A module has rank * (out + in) parameters when dense, and rank * (|I| + |J|) when the
-    rows I of B and the columns J of A are kept. Raises PartialLoraError, naming it, for a module that only one of the
-    two has.
+    rows I of B and the columns J of A are kept; masks of single entries ("element") keep the same shares. Raises
+    PartialLoraError, naming it, for a module that only one of the two has.
     """
     if isinstance(sparsity, Mapping):
         for module in sorted(shapes.keys() ^ sparsity.keys()):
             reason = "is adapted but has no sparsity" if module in shapes else "has a sparsity but is not adapted"
             raise PartialLoraError(f"{module} {reason}: expected one {{rows, columns}} for every adapted module")
-    return {"dense": dense_parameters(shapes, rank), "trainable": kept_parameters(shapes, rank, sparsity)}
+    kept = kept_parameters(*masked_units(shapes, rank, granularity), sparsity)
+    return {"dense": dense_parameters(shapes, rank), "trainable": kept}
 
 
 def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: str) -> dict[str, tuple[int, int]]:
@@ -49,7 +52,13 @@ def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: s
 
 
 def describe(
-    model: nn.Module, *, target_modules: Sequence[str] | str, head: str, rank: int, sparsity: Sparsity | None
+    model: nn.Module,
+    *,
+    target_modules: Sequence[str] | str,
+    head: str,
+    rank: int,
+    sparsity: Sparsity | None,
+    granularity: str = "rows_columns",
 ) -> dict[str, int | float | None]:
     """What training this model would hold and write, read off its shapes alone (the meta device is enough).
 
@@ -60,7 +69,7 @@ def describe(
     """
     head_count = sum(parameter.numel() for parameter in _submodule(model, head).parameters())
     shapes = {} if sparsity is None else target_shapes(model, target_modules, head)
-    adapter = adapter_parameters(shapes, rank, sparsity) if shapes else {"dense": 0, "trainable": 0}
+    adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
     trainable = adapter["trainable"] + head_count
     return {
         **_counts(

@@ -185,8 +185,10 @@ class MaskConfig:
     seed: Optional[int] = None  # null: the run's seed
 
     def __post_init__(self) -> None:
-        _one_of("mask.granularity", self.granularity, "rows_columns")
-        _one_of("mask.count", self.count, "exact")
+        _one_of("mask.granularity", self.granularity, "rows_columns", "element")
+        _one_of("mask.count", self.count, "exact", "bernoulli")
+        if self.granularity == "rows_columns":
+            _one_of("mask.count", self.count, "exact")
 
 
 @dataclass
@@ -222,9 +224,8 @@ class TrainerConfig:
         _one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         _one_of("trainer.device", self.device, "auto", "cpu", "cuda")
         _one_of("trainer.strategy", self.strategy, "ddp")
-        processes = self.num_processes or 1
-        shared = f"a multiple of trainer.num_processes={processes}"
-        _require(self.batch_size % processes == 0, "trainer.batch_size", self.batch_size, shared)
+        shared = f"a multiple of trainer.num_processes={self.num_processes}"
+        _require(self.batch_size % (self.num_processes or 1) == 0, "trainer.batch_size", self.batch_size, shared)
         _require(not self.report_to, "trainer.report_to", self.report_to, "[]")
 
 
@@ -245,3 +246,5 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        if self.method.name == "targeted":  # importance is of rows and columns
+            _one_of("mask.granularity", self.mask.granularity, "rows_columns")

@@ -68,6 +68,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     setting = methods.Setting(
         **_named(settings["model"], "target_modules", "head"),
         **_named(settings["method"], "rank", "alpha", "dropout"),
+        **_named(settings["mask"], "granularity", "count"),
         mask_seed=seed if mask_seed is None else mask_seed,
         sparsity=calibration.sparsity if calibration else None,
         scores=scores,

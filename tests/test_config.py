@@ -35,6 +35,7 @@ def settings(*overrides: str) -> dict:
         ("importance.k=0", "importance.k"),
         ("importance.energy=1.5", "importance.energy"),
         ("mask.granularity=block", "mask.granularity"),
+        ("mask.count=bernoulli", "mask.count"),
         ("method.rank=0", "method.rank"),
         ("method.dropout=1", "method.dropout"),
         ("model.image_size=0", "model.image_size"),
@@ -68,6 +69,12 @@ def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, name
 def test_the_batch_has_to_divide_among_the_processes() -> None:
     with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32.*trainer\.num_processes=3"):
         settings("trainer.num_processes=3")
+
+
+def test_targeted_has_no_importance_of_single_entries() -> None:
+    assert settings("mask=element", "mask.count=bernoulli")["mask"]["count"] == "bernoulli"
+    with pytest.raises(PartialLoraError, match=r"^mask\.granularity=element: expected rows_columns"):
+        settings("mask=element", "method=targeted")
 
 
 def test_every_group_file_composes() -> None:

@@ -70,6 +70,12 @@ def test_adapter_parameters_count_what_the_masks_keep():
         assert parameters.adapter_parameters(SHAPES, 4, share)["trainable"] == count
 
 
+def test_single_entries_are_counted_alike():
+    for share in (0.0, 0.33, 0.87, 0.999):
+        count = sum(kept_count(4 * m, share) + kept_count(4 * n, share) for m, n in SHAPES.values())
+        assert parameters.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == count
+
+
 @pytest.mark.parametrize("change", [{"blocks.0.qkv": None}, {"blocks.7.qkv": {"rows": 0.5, "columns": 0.5}}])
 def test_a_sparsity_for_other_modules_is_refused_by_name(change):
     sparsity = {name: {"rows": 0.5, "columns": 0.5} for name in SHAPES} | change
