@@ -1,4 +1,4 @@
-"""A mask: which rows or columns of a module are kept, as a value that checks itself."""
+"""A mask: which rows, columns or single entries of a module are kept, as a value that checks itself."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from partial_lora.errors import PartialLoraError
 
 
 def kept_count(size: int, sparsity: float) -> int:
-    """How many of ``size`` rows (columns) stay at ``sparsity``: ``max(1, floor((1 - sparsity) * size + 0.5))``.
+    """How many of ``size`` rows, columns or entries stay: ``max(1, floor((1 - sparsity) * size + 0.5))``.
 
-    At least one always stays, so that every module keeps an adapter. Raises PartialLoraError for a sparsity outside
-    [0, 1).
+    At least one always stays, so that every module keeps an adapter. A measured sparsity, ``1 - kept / size``, gives
+    the same number again: rounding moves the product by less than ``size * 2**-52``. Raises PartialLoraError for a
+    sparsity outside [0, 1).
     """
+    return max(1, math.floor((1 - _checked(sparsity)) * size + 0.5))
+
+
+def _checked(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise PartialLoraError(f"sparsity is {sparsity}: it is the share removed and must be in [0, 1).")
-    return max(1, math.floor((1 - sparsity) * size + 0.5))
+    return sparsity
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The kept ones of ``size`` rows or columns: ``kept`` holds their indices, ascending, as int64.
+    """The kept ones of ``size`` rows, columns or entries: ``kept`` holds their indices, ascending, as int64.
 
     Two masks are equal when they keep the same indices of the same size. Raises PartialLoraError when ``kept`` is
     empty, out of order, repeated or out of range.
@@ -54,23 +59,40 @@ class Mask:
     def random(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
         """The random mask of one module and axis ("rows" or "columns"): those with the smallest random keys.
 
+        Single entries are masked alike: ``size`` is then their number, "rows" stands for B and "columns" for A.
+
         The keys depend on the seed, the module's name and the axis only. So masks of one seed are nested across
         sparsities, and neither the device, the rank, the number of processes nor the order of injection moves them.
         """
         return cls._lowest(random_keys(size, mask_seed=mask_seed, module=module, axis=axis), sparsity)
 
     @classmethod
+    def bernoulli(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
+        """The mask that keeps each on its own with probability ``1 - sparsity``: those whose key is low enough.
+
+        Keys are those of `random`; one stays that is below ``(1 - sparsity) * 2**64``, and the lowest always. So how
+        many stay is random too, and masks of one seed are nested across sparsities.
+        """
+        keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
+        limit = math.ceil((1 - _checked(sparsity)) * 2**64)  # exact: a product with a power of two does not round
+        kept = np.flatnonzero(keys < limit) if limit < 2**64 else np.arange(size)
+        return cls(size, kept if kept.size else keys.argmin(keepdims=True))
+
+    @classmethod
     def top(cls, scores: np.ndarray, sparsity: float) -> Mask:
         """The mask that keeps the largest of ``scores`` (size,); of equal scores the lower index is kept."""
         scores = np.asarray(scores, dtype=np.float64)
-        if scores.ndim != 1 or not np.isfinite(scores).all():
+        if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
             raise PartialLoraError("importance scores must be one list of finite numbers.")
         return cls._lowest(-scores, sparsity)
 
     @classmethod
     def _lowest(cls, keys: np.ndarray, sparsity: float) -> Mask:
-        order = np.argsort(keys, kind="stable")
-        return cls(len(keys), np.sort(order[: kept_count(len(keys), sparsity)]))
+        count = kept_count(len(keys), sparsity)
+        limit = np.partition(keys, count - 1)[count - 1]
+        kept = keys < limit
+        kept[np.flatnonzero(keys == limit)[: count - kept.sum()]] = True  # of equals those with the lower index
+        return cls(len(keys), np.flatnonzero(kept))
 
     @property
     def density(self) -> float:
@@ -99,8 +121,14 @@ class Mask:
     def __hash__(self) -> int:
         return hash((self.size, self.digest))
 
+    def __deepcopy__(self, memo: dict) -> Mask:
+        return self  # nobody can change it
+
+    def __reduce__(self) -> tuple:
+        return Mask, (self.size, self.kept)  # through the constructor, or what is unpickled could be changed
+
 
 def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndarray:
-    """One random 64-bit number for each row or column (size,), from the seed, the module's name and the axis alone."""
+    """One random 64-bit number for each row, column or entry (size,), from seed, module name and axis alone."""
     entropy = hashlib.sha256(f"{mask_seed}/{module}/{axis}".encode()).digest()[:16]
     return np.random.PCG64(int.from_bytes(entropy, "big")).random_raw(size)

@@ -4,129 +4,170 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 
 from partial_lora.adapter import sidecar
+from partial_lora.adapter.options import refuse_options
 from partial_lora.adapter.selection import (
-    AXES,
     Geometry,
     ModuleMasks,
     check_counts,
     given_masks,
     random_masks,
-    read_sparsity,
+    read_values,
+    top_masks,
 )
+from partial_lora.adapter.sparsity import AXES, read_sparsity
 from partial_lora.errors import PartialLoraError
 
-PEFT_TYPE = "PARTIAL_LORA"
 
-# What the masked form cannot hold, and why. Each must have its falsy default.
-REFUSED = {
-    "use_dora": "its magnitudes are trained densely",
-    "rank_pattern": "every module has one rank, which is what other readers of the adapter expect",
-    "lora_bias": "it would train entries no mask covers",
-    "target_parameters": "only whole nn.Linear modules are masked",
-    "layer_replication": "two modules would share one name",
-    "use_qalora": "its input is pooled",
-    "use_bdlora": "its factors are block diagonal",
-    "velora_config": "it replaces the forward pass",
-    "alora_invocation_tokens": "it replaces the forward pass",
-    "arrow_config": "it replaces the forward pass",
-    "kasa_config": "it replaces the forward pass",
-    "monteclora_config": "it replaces the forward pass",
-    "megatron_config": "its layers are no nn.Linear",
+class _PeftType(str):
+    """A name that PEFT can also read as a member of its PeftType, where it asks for the ``value``."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _PeftType("PARTIAL_LORA")
+
+CHOICES = {
+    "granularity": ("rows_columns", "element"),
+    "selection": ("random", "top"),
+    "count": ("exact", "bernoulli"),
 }
 
 
 @dataclass
 class PartialLoraConfig(LoraConfig):
-    """LoRA of which every module trains only a part: some rows of B and some columns of A.
+    """LoRA of which every module trains only a part: some rows of B and some columns of A, or single entries.
+
+    Of a base weight W (out × in), the adapted one is W + ΔW,
+
+        ΔW = (alpha / rank) · (u_row ⊙ B) (u_col ⊙ A)
+
+    with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
+    keeps columns of A; for single entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
+    parameter. Of a convolution, rows are its output channels and columns its input channels.
 
     Attributes:
-        sparsity: the share removed, in [0, 1): one number, {module name or pattern: number or {"rows": number,
-            "columns": number}}, or the path of a calibration.json. 0 is plain LoRA.
-        granularity: what is kept or removed; "rows_columns" is the one there is.
-        selection: "random" (by ``mask_seed`` and ``sparsity``) or "top" (by ``indices``).
-        mask_seed: the seed of random masks; other seeds do not move them.
-        indices: for "top", what every target module keeps, ascending: {module: {"rows": [...], "columns": [...]}}.
+        sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
+            "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
+            the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
+            calibration.json. 0, the default, is plain LoRA.
+        granularity: what is kept or removed: "rows_columns" (rows of B and columns of A), or "element" (single
+            entries of both; "rows" then stands for B and "columns" for A wherever both are named).
+        selection: which are kept: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
+        mask_seed: the seed of random masks, a whole number; no other seed moves them.
+        count: how many random entries are kept: "exact" (the share, rounded; at least one) or, for granularity
+            "element" only, "bernoulli" (each on its own with probability 1 - sparsity; at least one).
+        scores: for "top", the importance of everything that may be kept, larger is kept and of equals the lower
+            index: {module's full name: {"rows": (out,), "columns": (in,)}} for every target module, as lists, arrays
+            or tensors; for single entries those of B and A, flat in row-major order. ``sparsity`` says how many stay.
+        indices: for "top" instead of ``scores``, what is kept itself: {module's full name: {"rows": [...],
+            "columns": [...]}}, ascending, for every target module; for single entries flat row-major indices into B
+            and A. ``sparsity`` is left out, or agrees.
 
-    Raises PartialLoraError for a value out of range and for options of LoRA that the masked form does not have.
+    Every other attribute is LoraConfig's own. Options that the masked form does not have (``use_dora``,
+    ``rank_pattern``, initialisations that fit the factors to weights or data, ...) are refused by name.
+
+    Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
+    get_peft_model, before the model is changed, where the settings do not fit the model's modules.
     """
 
-    sparsity: float | dict | str = field(default=0.0, metadata={"help": "Share of rows and columns removed."})
-    granularity: str = field(default="rows_columns", metadata={"help": "What a mask keeps or removes."})
+    sparsity: float | dict | str | PathLike = field(default=0.0, metadata={"help": "Share of the adapter removed."})
+    granularity: str = field(default="rows_columns", metadata={"help": "What is masked: rows_columns or element."})
     selection: str = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
     mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
-    indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module, for top."})
+    count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
+    scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
+    indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
 
     def __post_init__(self) -> None:
-        self.refuse_unsupported()  # first, so that PEFT's own checks do not speak of what is refused anyway
+        refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.sparsity = read_sparsity(self.sparsity)
+        self._check()
         self.masks: dict[str, ModuleMasks] = {}  # of the model this was last injected into
+        self.geometries: dict[str, Geometry] = {}  # of the same modules
         self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
 
-    def refuse_unsupported(self) -> None:
-        """Raise PartialLoraError, naming the option, if one is set that the masked form does not have."""
-        for name, reason in REFUSED.items():
-            if getattr(self, name):
-                raise PartialLoraError(f"{name}={getattr(self, name)!r} does not go with Partial-LoRA: {reason}.")
-        if not isinstance(self.init_lora_weights, bool):
-            raise PartialLoraError(
-                f"init_lora_weights={self.init_lora_weights!r} does not go with Partial-LoRA: A is drawn as plain LoRA"
-                " draws it and B is zero, use True."
-            )
-        if self.granularity != "rows_columns":
-            raise PartialLoraError(f"granularity is {self.granularity!r}: only 'rows_columns' is implemented.")
-        if self.selection not in ("random", "top"):
-            raise PartialLoraError(f"selection is {self.selection!r}: expected 'random' or 'top'.")
-        if (self.selection == "top") != (self.indices is not None):
-            raise PartialLoraError(f"selection is {self.selection!r}: indices go with 'top', and with nothing else.")
+    def _check(self) -> None:
+        """Bring the own settings into their one form; raise PartialLoraError for what is out of range."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
         if not isinstance(self.mask_seed, int) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
+        if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
+            raise PartialLoraError("count is 'bernoulli': it goes with granularity 'element' and selection 'random'.")
+        given = [name for name in ("scores", "indices") if getattr(self, name) is not None]
+        if len(given) != (self.selection == "top"):
+            has = " and ".join(given) or "neither"
+            raise PartialLoraError(
+                f"selection is {self.selection!r} with {has} of scores and indices: 'top' takes one, 'random' neither."
+            )
+        self.sparsity = read_sparsity(self.sparsity)
+        for name in given:
+            setattr(self, name, read_values(getattr(self, name), name))
 
-    def choose_masks(self, geometries: Mapping[str, Geometry | tuple[int, int]]) -> dict[str, ModuleMasks]:
+    def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
         """The masks of modules with the given ``geometries`` {module: geometry}; they are remembered for saving.
 
         Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
         masks.
         """
-        self.refuse_unsupported()
-        geometries = {
-            module: geometry if isinstance(geometry, Geometry) else _linear(geometry, self.r)
-            for module, geometry in geometries.items()
-        }
+        refuse_options(self)
+        self._check()  # again: attributes can be set
         if self.selection == "random":
-            masks = random_masks(geometries, self.sparsity, mask_seed=self.mask_seed)
+            masks = random_masks(
+                geometries,
+                self.sparsity,
+                granularity=self.granularity,
+                count=self.count,
+                mask_seed=self.mask_seed,
+            )
+        elif self.scores is not None:
+            masks = top_masks(geometries, self.sparsity, self.scores, granularity=self.granularity)
         else:
-            masks = given_masks(geometries, self.indices)
+            masks = given_masks(geometries, self.indices, granularity=self.granularity)
             if self.sparsity != 0:
                 check_counts(masks, self.sparsity)
         if self.expected is not None:
-            sidecar.verify(masks, self.expected)
-        self.masks = masks
+            sidecar.verify(masks, geometries, self.expected)
+        self.masks, self.geometries = masks, dict(geometries)
         return masks
 
     def as_lora(self) -> LoraConfig:
         """The plain LoraConfig of the same adapter, seen as dense."""
         return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
 
+    def to_dict(self) -> dict:
+        """Everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
+        content = super().to_dict()
+        for name in ("scores", "indices"):
+            if content[name] is not None:
+                content[name] = {
+                    module: {axis: values.tolist() for axis, values in axes.items()}
+                    for module, axes in content[name].items()
+                }
+        return content
+
+    def __eq__(self, other: object) -> bool:
+        # By way of plain types: arrays have no single truth value.
+        return type(other) is type(self) and self.to_dict() == other.to_dict()
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write adapter_config.json as of a LoRA adapter, and partial_lora.json beside it."""
         if not self.masks:
             raise PartialLoraError("a PartialLoraConfig can be saved once get_peft_model has made its masks.")
         self.as_lora().save_pretrained(save_directory, **kwargs)
-        sidecar.write(
-            Path(save_directory),
-            self.masks,
-            granularity=self.granularity,
-            selection=self.selection,
-            mask_seed=self.mask_seed,
-        )
+        sidecar.write(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(
@@ -149,13 +190,10 @@ class PartialLoraConfig(LoraConfig):
             granularity=saved["granularity"],
             selection=saved["selection"],
             mask_seed=saved["mask_seed"],
+            count=saved.get("count", "exact"),
             indices=None
             if saved["selection"] == "random"
             else {module: entry["indices"] for module, entry in modules.items()},
         )
         config.expected = modules
         return config
-
-
-def _linear(shape: tuple[int, int], rank: int) -> Geometry:
-    return Geometry(shape, a=(rank, shape[1]), b=(shape[0], rank))

@@ -1,24 +1,20 @@
-"""From settings to masks: which sparsity each module gets, and which of its rows and columns stay."""
+"""From settings to masks: which rows and columns, or which single entries, of each module stay."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
+import torch
 
+from partial_lora.adapter.sparsity import AXES, Sparsity, assign_sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, kept_count
 
-AXES = ("rows", "columns")
-
-Sparsity = float | dict[str, dict[str, float]]
-"""One sparsity for every row and column, or {module name or pattern: {"rows": s, "columns": s}}."""
+Values = dict[str, dict[str, np.ndarray]]
+"""Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,18 @@ class Geometry:
     a: tuple[int, ...]
     b: tuple[int, ...]
 
+    def sizes(self, granularity: str) -> dict[str, int]:
+        """How many there are to keep or remove: rows and columns of W, or ("element") entries of B and A."""
+        sizes = self.shape if granularity != "element" else (math.prod(self.b), math.prod(self.a))
+        return dict(zip(AXES, sizes, strict=True))
+
 
 @dataclass(frozen=True)
 class ModuleMasks:
-    """The masks of one module with W (out × in): which part of B (out × rank) and of A (rank × in) stays.
+    """The masks of one module.
 
-    Masks of whole rows and columns: ``rows`` over the ``out`` rows of B, ``columns`` over the ``in`` columns of A.
-    Masks of single entries: ``rows`` over the entries of B, ``columns`` over those of A, both flat and row-major;
+    Of rows and columns: ``rows`` over the outputs, ``columns`` over the inputs of its W, of ``shape`` (out, in).
+    Of single entries: ``rows`` is over the entries of B, ``columns`` over those of A, both flat and row-major;
     their sizes are then not those of W, and ``shape`` has to say (out, in).
     """
 
@@ -59,121 +60,109 @@ class ModuleMasks:
         return (self.rows.size, self.columns.size) != self.shape
 
 
-def read_sparsity(sparsity: float | Mapping | str | PathLike) -> Sparsity:
-    """The sparsity setting in its one canonical form, whatever form the user gave it in.
-
-    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
-    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
-    """
-    if isinstance(sparsity, (str, PathLike)):
-        return _calibrated_sparsity(Path(sparsity))
-    if isinstance(sparsity, Mapping):
-        if not sparsity:
-            raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
-        return {str(module): _both_axes(module, value) for module, value in sparsity.items()}
-    return _share(sparsity, "sparsity")
-
-
-def _calibrated_sparsity(path: Path) -> Sparsity:
-    try:
-        modules = json.loads(path.read_text())["modules"]
-        found = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
-    except OSError as error:
-        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise PartialLoraError(
-            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
-        ) from None
-    return read_sparsity(found)
-
-
-def _both_axes(module: str, value: object) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        share = _share(value, f"sparsity[{module!r}]")
-        return dict.fromkeys(AXES, share)
-    if set(value) != set(AXES):
-        raise PartialLoraError(f"sparsity[{module!r}] has {sorted(map(str, value))}: expected rows and columns.")
-    return {axis: _share(value[axis], f"sparsity[{module!r}][{axis!r}]") for axis in AXES}
-
-
-def _share(value: object, key: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
-        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
-    return float(value)
-
-
-def assign_sparsity(sparsity: Sparsity, modules: list[str]) -> dict[str, dict[str, float]]:
-    """One {"rows": s, "columns": s} for each of ``modules``, in their order.
-
-    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
-    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
-    without a module.
-    """
-    if not isinstance(sparsity, dict):
-        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
-    chosen = {module: _entry_of(module, sparsity) for module in modules}
-    for module, entry in chosen.items():
-        if entry is None:
-            raise PartialLoraError(
-                f"sparsity has no entry for the target module {module}: add one, or do not target it."
-            )
-    for entry in sparsity:
-        if not any(_matches(entry, module) for module in modules):
-            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
-    return {module: sparsity[entry] for module, entry in chosen.items()}
-
-
-def _entry_of(module: str, sparsity: Mapping) -> str | None:
-    if module in sparsity:
-        return module
-    return next((entry for entry in sparsity if _matches(entry, module)), None)
-
-
-def _matches(entry: str, module: str) -> bool:
-    try:
-        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
-    except re.error:
-        raise PartialLoraError(
-            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
-        ) from None
-
-
-def random_masks(geometries: Mapping[str, Geometry], sparsity: Sparsity, *, mask_seed: int) -> dict[str, ModuleMasks]:
+def random_masks(
+    geometries: Mapping[str, Geometry], sparsity: Sparsity, *, granularity: str, count: str, mask_seed: int
+) -> dict[str, ModuleMasks]:
     """Random masks for modules of the given ``geometries`` {module: geometry}: the selection "random"."""
     shares = assign_sparsity(sparsity, list(geometries))
+    draw = Mask.bernoulli if count == "bernoulli" else Mask.random
+
+    def choose(module: str, axis: str, size: int) -> Mask:
+        return draw(size, shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
+
+    return _for_each(geometries, granularity, choose)
+
+
+def _for_each(
+    geometries: Mapping[str, Geometry], granularity: str, choose: Callable[[str, str, int], Mask]
+) -> dict[str, ModuleMasks]:
+    """The masks that ``choose(module, axis, size)`` gives for every module and axis."""
     return {
         module: ModuleMasks(
-            *(
-                Mask.random(size, shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
-                for axis, size in zip(AXES, geometry.shape, strict=True)
-            )
+            **{axis: choose(module, axis, size) for axis, size in geometry.sizes(granularity).items()},
+            shape=geometry.shape,
         )
         for module, geometry in geometries.items()
     }
 
 
-def given_masks(geometries: Mapping[str, Geometry], indices: Mapping[str, Mapping]) -> dict[str, ModuleMasks]:
-    """Masks that keep the given ``indices`` {module: {"rows": [...], "columns": [...]}}: the selection "top"."""
-    for module in indices:
-        if module not in geometries:
-            raise PartialLoraError(f"indices names {module!r}, which is no target module.")
-    for module in geometries:
-        if module not in indices:
-            raise PartialLoraError(f"indices has no entry for the target module {module}: selection 'top' needs one.")
-    return {module: _given_mask(module, geometry.shape, indices[module]) for module, geometry in geometries.items()}
+def read_values(values: object, key: str) -> Values:
+    """Scores or indices in one form, whatever they came as: lists, arrays or tensors become arrays of numbers.
+
+    ``values`` is {module: {"rows": numbers, "columns": numbers}}; ``key`` is its name in errors. Raises
+    PartialLoraError naming the entry that is no such thing, or holds what is not finite.
+    """
+    if not isinstance(values, Mapping):
+        raise PartialLoraError(f"{key} is a {type(values).__name__}: expected {{module: {{rows, columns}}}}.")
+    read = {}
+    for module, axes in values.items():
+        if not isinstance(axes, Mapping) or set(axes) != set(AXES):
+            has = sorted(map(str, axes)) if isinstance(axes, Mapping) else type(axes).__name__
+            raise PartialLoraError(f"{key}[{module!r}] has {has}: expected rows and columns.")
+        read[str(module)] = {axis: _numbers(axes[axis], f"{key}[{module!r}][{axis!r}]") for axis in AXES}
+    return read
 
 
-def _given_mask(module: str, shape: tuple[int, int], kept: Mapping) -> ModuleMasks:
+def _numbers(values: object, key: str) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
     try:
-        return ModuleMasks(*(Mask(size, np.asarray(kept[axis])) for axis, size in zip(AXES, shape, strict=True)))
-    except KeyError as axis:
-        raise PartialLoraError(f"indices[{module!r}] has no {axis}: expected rows and columns.") from None
-    except PartialLoraError as error:
-        raise PartialLoraError(f"indices[{module!r}]: {error}") from None
+        numbers = np.array(values)  # a copy, which nobody else changes
+    except ValueError:  # a ragged list
+        numbers = np.array(None)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+        raise PartialLoraError(
+            f"{key} is no list of numbers: expected one dimension (single entries in row-major order)."
+        )
+    if not np.isfinite(numbers).all():
+        raise PartialLoraError(f"{key} has NaN or infinity: expected finite numbers.")
+    numbers.flags.writeable = False
+    return numbers
+
+
+def top_masks(
+    geometries: Mapping[str, Geometry], sparsity: Sparsity, scores: Values, *, granularity: str
+) -> dict[str, ModuleMasks]:
+    """Masks that keep what has the highest of ``scores``, as much of it as ``sparsity`` says: the selection "top"."""
+    _same_modules(geometries, scores, "scores")
+    shares = assign_sparsity(sparsity, list(geometries))
+
+    def choose(module: str, axis: str, size: int) -> Mask:
+        given = scores[module][axis]
+        if len(given) != size:
+            raise PartialLoraError(f"scores[{module!r}][{axis!r}] has {len(given)} scores: expected {size}.")
+        return Mask.top(given, shares[module][axis])
+
+    return _for_each(geometries, granularity, choose)
+
+
+def given_masks(geometries: Mapping[str, Geometry], indices: Values, *, granularity: str) -> dict[str, ModuleMasks]:
+    """Masks that keep the given ``indices``, ascending: the selection "top" of those who have selected already."""
+    _same_modules(geometries, indices, "indices")
+
+    def choose(module: str, axis: str, size: int) -> Mask:
+        try:
+            return Mask(size, indices[module][axis])
+        except PartialLoraError as error:
+            raise PartialLoraError(f"indices[{module!r}][{axis!r}]: {error}") from None
+
+    return _for_each(geometries, granularity, choose)
+
+
+def _same_modules(geometries: Mapping[str, Geometry], values: Values, key: str) -> None:
+    for module in values:
+        if module not in geometries:
+            raise PartialLoraError(
+                f"{key} names {module!r}, which is no target module (first: {next(iter(geometries))})."
+            )
+    for module in geometries:
+        if module not in values:
+            raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
 
 
 def check_counts(masks: Mapping[str, ModuleMasks], sparsity: Sparsity) -> None:
-    """Refuse given masks that keep another number of rows or columns than ``sparsity`` says."""
+    """Refuse given masks that keep another number than ``sparsity`` says."""
     for module, shares in assign_sparsity(sparsity, list(masks)).items():
         for axis in AXES:
             mask = getattr(masks[module], axis)

@@ -7,76 +7,187 @@ of each that the masks made again must match.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from partial_lora.adapter.selection import AXES, ModuleMasks
+import numpy as np
+
+from partial_lora.adapter.selection import Geometry, ModuleMasks
+from partial_lora.adapter.sparsity import AXES, assign_sparsity
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask, kept_count
 from partial_lora.results import write_json
+
+if TYPE_CHECKING:
+    from partial_lora.adapter.config import PartialLoraConfig
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
 
 
-def write(folder: Path, masks: Mapping[str, ModuleMasks], *, granularity: str, selection: str, mask_seed: int) -> None:
-    """Write the sidecar of an adapter with the given ``masks`` {module: masks} into ``folder``."""
-    modules = {module: _entry(masks[module], with_indices=selection != "random") for module in masks}
-    write_json(
-        folder / FILE_NAME,
-        {
-            "version": VERSION,
-            "granularity": granularity,
-            "selection": selection,
-            "mask_seed": mask_seed,
-            "modules": modules,
-        },
-    )
+def write(folder: Path, config: PartialLoraConfig) -> None:
+    """Write into ``folder`` the sidecar of an adapter whose masks ``config`` has chosen."""
+    write_json(folder / FILE_NAME, describe(config))
 
 
-def _entry(masks: ModuleMasks, *, with_indices: bool) -> dict:
-    entry = {axis: getattr(masks, axis).sparsity for axis in AXES}
-    entry["shape"] = list(masks.shape)
-    entry["sha256"] = {axis: getattr(masks, axis).digest for axis in AXES}
-    if with_indices:
-        entry["indices"] = {axis: getattr(masks, axis).kept.tolist() for axis in AXES}
-    return entry
+def describe(config: PartialLoraConfig) -> dict:
+    """What the sidecar says of the masks that ``config`` has chosen.
+
+    version, granularity, selection, mask_seed, count (of single entries only), and modules, for each:
+    rows, columns (the sparsities, as measured; of the count "bernoulli" as requested), shape [out, in],
+    a, b (of single entries only: the shapes of the dense factors), sha256 {rows, columns} of the kept indices as
+    little-endian int64, and indices {rows, columns} where the selection is not random.
+    """
+    requested = None
+    if config.count == "bernoulli":
+        requested = assign_sparsity(config.sparsity, list(config.masks))
+    content = {
+        "version": VERSION,
+        "granularity": config.granularity,
+        "selection": config.selection,
+        "mask_seed": config.mask_seed,
+    }
+    if config.granularity == "element":
+        content["count"] = config.count
+    content["modules"] = {}
+    for module, masks in config.masks.items():
+        both = {axis: getattr(masks, axis) for axis in AXES}
+        entry = {axis: mask.sparsity if requested is None else requested[module][axis] for axis, mask in both.items()}
+        entry["shape"] = list(masks.shape)
+        if config.granularity == "element":
+            entry |= {factor: list(getattr(config.geometries[module], factor)) for factor in ("a", "b")}
+        entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
+        if config.selection != "random":
+            entry["indices"] = {axis: mask.kept.tolist() for axis, mask in both.items()}
+        content["modules"][module] = entry
+    return content
 
 
 def read(path: Path) -> dict:
-    """The sidecar at ``path``. Raises PartialLoraError, naming it, if it is missing, broken or of another version."""
+    """The sidecar at ``path``, as `describe` made it, every value checked.
+
+    Raises PartialLoraError, naming the file and the key, if it is missing, broken or of another version.
+    """
     try:
-        sidecar = json.loads(path.read_text())
-        version = sidecar["version"]
-        complete = {"granularity", "selection", "mask_seed", "modules"} <= sidecar.keys()
-        wanted = {*AXES, "shape", "sha256"} | ({"indices"} if sidecar["selection"] != "random" else set())
-        complete &= all(wanted <= entry.keys() for entry in sidecar["modules"].values())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PartialLoraError(f"{path} cannot be read ({error.strerror}): the adapter has no masks.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        complete, version = False, VERSION
-    if version != VERSION:
-        raise PartialLoraError(
-            f"{path} has version {version!r}: this partial-lora reads version {VERSION}, upgrade it."
-        )
-    if not complete:
-        raise PartialLoraError(f"{path} is broken: expected the partial_lora.json written beside an adapter.")
-    return sidecar
+    except (ValueError, RecursionError) as error:
+        raise PartialLoraError(f"{path} is broken: no JSON ({error}); copy the adapter's folder again.") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if _is_whole(version) and version != VERSION:
+        raise PartialLoraError(f"{path} has version {version}: this partial-lora reads version {VERSION}, upgrade it.")
+    try:
+        _check(content)
+    except _BrokenError as found:
+        raise PartialLoraError(f"{path} is broken: {found}.") from None
+    return content
 
 
-def verify(masks: Mapping[str, ModuleMasks], modules: Mapping[str, dict]) -> None:
+class _BrokenError(Exception):
+    """What is wrong with a value, and what was expected."""
+
+
+def _expect(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        shown = repr(value)
+        raise _BrokenError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {expected}")
+
+
+def _check(content: object) -> None:
+    _expect(isinstance(content, dict), "the content", content, "one object")
+    element, top = content.get("granularity") == "element", content.get("selection") == "top"
+    _keys(content, "", ["version", "granularity", "selection", "mask_seed", *["count"] * element, "modules"])
+    _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
+    _one_of(content, "granularity", ("rows_columns", "element"))
+    _one_of(content, "selection", ("random", "top"))
+    _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
+    if element:
+        _one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
+    modules = content["modules"]
+    _expect(isinstance(modules, dict) and modules != {}, "modules", modules, "an object with an entry for each module")
+    for module, entry in modules.items():
+        _check_module(entry, f"modules[{module!r}]", element=element, top=top)
+
+
+def _check_module(entry: object, key: str, *, element: bool, top: bool) -> None:
+    _keys(entry, key, [*AXES, "shape", *["a", "b"] * element, "sha256", *["indices"] * top])
+    for axis in AXES:
+        share = entry[axis]
+        fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < 1
+        _expect(fits, f"{key}[{axis!r}]", share, "a sparsity in [0, 1)")
+    for name in ("shape", *["a", "b"] * element):
+        sizes = entry[name]
+        fits = isinstance(sizes, list) and len(sizes) >= 2 and all(_is_whole(size) and size > 0 for size in sizes)
+        fits = fits and (name != "shape" or len(sizes) == 2)
+        _expect(fits, f"{key}[{name!r}]", sizes, "[out, in]" if name == "shape" else "the shape of a factor")
+    shape = tuple(entry["shape"])
+    geometry = Geometry(shape, a=(), b=())
+    if element:
+        geometry = Geometry(shape, a=tuple(entry["a"]), b=tuple(entry["b"]))
+        _expect(geometry.a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as by shape")
+        fits = geometry.b[0] == shape[0] and geometry.a[0] % geometry.b[1] == 0 and len(geometry.b) == len(geometry.a)
+        _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as by shape and a")
+    _keys(entry["sha256"], f"{key}['sha256']", AXES)
+    for axis, digest in entry["sha256"].items():
+        fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+        _expect(fits, f"{key}['sha256'][{axis!r}]", digest, "64 hexadecimal digits")
+    if top:
+        _keys(entry["indices"], f"{key}['indices']", AXES)
+        for axis, size in geometry.sizes("element" if element else "rows_columns").items():
+            _check_indices(entry, key, axis, size)
+
+
+def _check_indices(entry: dict, key: str, axis: str, size: int) -> None:
+    kept = entry["indices"][axis]
+    _expect(isinstance(kept, list) and all(map(_is_whole, kept)), f"{key}['indices'][{axis!r}]", kept, "whole numbers")
+    try:
+        mask = Mask(size, np.array(kept))
+    except (PartialLoraError, OverflowError) as error:
+        raise _BrokenError(f"{key}['indices'][{axis!r}]: {error}".rstrip(".")) from None
+    count = kept_count(size, entry[axis])
+    _expect(len(kept) == count, f"the number of {key}['indices'][{axis!r}]", len(kept), f"{count}, as by the sparsity")
+    _expect(mask.digest == entry["sha256"][axis], f"{key}['sha256'][{axis!r}]", entry["sha256"][axis], "its indices'")
+
+
+def _keys(content: object, key: str, expected: list[str] | tuple[str, ...]) -> None:
+    _expect(isinstance(content, dict), key, content, f"an object with {', '.join(expected)}")
+    inside = f" in {key}" if key else ""
+    for name in expected:
+        if name not in content:
+            raise _BrokenError(f"{name}{inside} is missing")
+    for name in content:
+        if name not in expected:
+            raise _BrokenError(f"{name}{inside} is unknown, expected {', '.join(expected)}")
+
+
+def _one_of(content: dict, key: str, choices: tuple[str, ...]) -> None:
+    _expect(content[key] in choices, key, content[key], " or ".join(map(repr, choices)))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
     """Refuse ``masks`` that are not those the sidecar's ``modules`` describe: other modules, shapes or digests."""
     for module in [*masks, *modules]:
         if module not in modules or module not in masks:
             where = "the sidecar" if module not in modules else "this model"
             raise PartialLoraError(f"{module} is masked in the adapter or the model, but {where} does not have it.")
-        if list(masks[module].shape) != list(modules[module]["shape"]):
-            raise PartialLoraError(
-                f"{module} has shape {list(masks[module].shape)} in this model, but {modules[module]['shape']} in the"
-                " adapter's partial_lora.json: load the base model it was trained on."
-            )
-        for axis in AXES:
-            if getattr(masks[module], axis).digest != modules[module]["sha256"][axis]:
+        entry = modules[module]
+        for what, name in (("shape", "shape"), ("a factor A of shape", "a"), ("a factor B of shape", "b")):
+            here = list(getattr(geometries[module], name))
+            if name in entry and entry[name] != here:
                 raise PartialLoraError(
-                    f"{module}: the mask of its {axis} does not match the digest in partial_lora.json: mask_seed,"
+                    f"{module} has {what} {here} in this model, but {entry[name]} in the adapter's {FILE_NAME}: load"
+                    " the base model it was trained on."
+                )
+        for axis in AXES:
+            if getattr(masks[module], axis).digest != entry["sha256"][axis]:
+                raise PartialLoraError(
+                    f"{module}: the mask of its {axis} does not match the digest in {FILE_NAME}: mask_seed,"
                     " sparsity or indices are not those the adapter was trained with."
                 )
