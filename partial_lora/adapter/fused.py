@@ -65,7 +65,7 @@ class _AdaptedLinear(torch.autograd.Function):
         _add_product(result, low.mul_(scaling), b, kept_b)
         ctx.save_for_backward(inputs, dropped.zeroed, weight, kept_a, kept_b)
         ctx.a, ctx.b, ctx.scaling, ctx.dropout = a, b, scaling, dropout
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -90,7 +90,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 _scatter(gradient_x, dropped(gradient_low @ matrix_a), a)
             else:
                 gradient_x.copy_(gradient_x + dropped(gradient_low @ matrix_a))
-            gradient_x = gradient_x.view(*gradient.shape[:-1], -1)
+            gradient_x = gradient_x.view(*gradient.shape[:-1], gradient_x.shape[-1])
         if ctx.needs_input_grad[2]:
             gradient_bias = wide.sum(0)
         return gradient_x, None, gradient_bias, gradient_a, gradient_b, None, None, None, None
