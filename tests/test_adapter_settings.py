@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
-from adapter_models import VIT_TARGETS, vit
-from peft import LoraConfig, get_peft_model
+from adapter_models import vit
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter import PartialLoraConfig, module_sparsity
+from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_sparsity
 from partial_lora.errors import PartialLoraError
 
 
@@ -66,22 +69,22 @@ def test_a_missing_calibration_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora=True does not go with Partial-LoRA"),
-        ({"rank_pattern": {"qkv": 2}}, "rank_pattern="),
-        ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_parameters": ["weight"]}, "target_parameters="),
-        ({"layer_replication": [(0, 1)]}, "layer_replication="),
-        ({"use_qalora": True}, "use_qalora=True"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
-        ({"megatron_config": {"a": 1}}, "megatron_config="),
-        *(
-            ({"init_lora_weights": init}, f"init_lora_weights='{init}'")
-            for init in ("gaussian", "pissa", "eva", "olora")
-        ),
-        ({"granularity": "element"}, "granularity is 'element': only 'rows_columns' is implemented"),
+        ({"granularity": "columns"}, "granularity is 'columns': expected 'rows_columns' or 'element'"),
         ({"selection": "best"}, "selection is 'best': expected 'random' or 'top'"),
-        ({"selection": "top"}, "selection is 'top': indices go with 'top'"),
-        ({"indices": {"qkv": both([0])}}, "selection is 'random': indices go with 'top'"),
+        ({"selection": "top"}, "selection is 'top' with neither of scores and indices: 'top' takes one"),
+        ({"indices": {"qkv": both([0])}}, "selection is 'random' with indices of scores and indices"),
+        ({"scores": {"qkv": both([0])}}, "selection is 'random' with scores of scores and indices"),
+        (
+            {"selection": "top", "scores": {"qkv": both([0])}, "indices": {"qkv": both([0])}},
+            "selection is 'top' with scores and indices of scores and indices",
+        ),
+        ({"count": "about"}, "count is 'about': expected 'exact' or 'bernoulli'"),
+        ({"count": "bernoulli"}, "count is 'bernoulli': it goes with granularity 'element' and selection 'random'"),
+        (
+            {"count": "bernoulli", "granularity": "element", "selection": "top", "scores": {"qkv": both([0])}},
+            "count is 'bernoulli': it goes with granularity 'element' and selection 'random'",
+        ),
+        ({"mask_seed": True}, "mask_seed is True: expected a whole number"),
         ({"mask_seed": 0.5}, "mask_seed is 0.5: expected a whole number"),
         ({"sparsity": 1}, r"sparsity is 1: it is the share removed, a number in \[0, 1\)"),
         ({"sparsity": True}, "sparsity is True"),
@@ -99,11 +102,21 @@ def test_settings_are_refused_by_name(settings, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_settings_changed_later_are_refused_too():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_dora", True), ("granularity", "rows"), ("mask_seed", "0"), ("sparsity", 2), ("scores", {})],
+)
+def test_settings_changed_later_are_refused_too(name, value):
     config = PartialLoraConfig(r=2, target_modules=["qkv"])
-    config.use_dora = True
-    with pytest.raises(PartialLoraError, match="use_dora=True"):
+    setattr(config, name, value)
+    with pytest.raises(PartialLoraError, match=f"^{name}|with scores"):
         get_peft_model(vit(), config)
+
+
+def test_settings_changed_later_are_used_in_any_form():
+    config = PartialLoraConfig(r=2, target_modules=["qkv"])
+    config.sparsity = {"qkv": 0.5}
+    assert set(map(str, module_sparsity(get_peft_model(vit(), config)).values())) == {str(both(0.5))}
 
 
 FC1 = "timm_model.blocks.0.mlp.fc1"
@@ -115,7 +128,7 @@ FC1 = "timm_model.blocks.0.mlp.fc1"
         ({"target_modules": ["attn.proj", "qvk"]}, "target_modules names 'qvk', which matches no module"),
         ({"modules_to_save": ["qkv", "fc1"]}, "matches no module that is left to adapt"),
         ({"target_modules": ".*qvk"}, r"target_modules='\.\*qvk' matches no module that is left"),
-        ({"target_modules": ["qkv", "proj"]}, "target module timm_model.patch_embed.proj is a Conv2d: only nn.Linear"),
+        ({"target_modules": ["qkv", "norm1"]}, "target module timm_model.blocks.0.norm1 is a LayerNorm: only linear"),
         ({"sparsity": {"qkv": 0.5, ".*": 0.1, "qvk": 0.2}}, "sparsity names 'qvk', which matches no target module"),
         ({"sparsity": {"qkv": 0.5}}, f"sparsity has no entry for the target module .*{FC1}"),
         ({"sparsity": {"(": 0.5}}, r"sparsity names '\(', which is neither a module nor a regular expression"),
@@ -130,38 +143,27 @@ def test_targets_and_sparsities_that_do_not_fit_are_refused_before_anything_is_b
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("indices", "sparsity", "message"),
-    [
-        ({"rows": [0]}, 0.0, "has no 'columns': expected rows and columns"),
-        (both([1, 0]), 0.0, "ascending, distinct indices"),
-        (both([0, 40]), 0.0, "a mask over 32 entries needs"),
-        (both([0, 1]), 0.5, r"\['rows'\] keeps 2 of 128, but its sparsity 0.5 keeps 64"),
-    ],
-)
-def test_indices_that_do_not_fit_are_refused(indices, sparsity, message):
-    config = PartialLoraConfig(
-        r=2, target_modules=["blocks.0.mlp.fc1"], selection="top", indices={FC1: indices}, sparsity=sparsity
-    )
-    with pytest.raises(PartialLoraError, match=message):
-        get_peft_model(vit(), config)
-
-
 class Odd(nn.Module):
     """One module of each kind that cannot be masked."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(4, 8)
-        self.gpt = Conv1D(8, 8)
         self.attention = nn.MultiheadAttention(8, 2)
+        self.dilated = nn.Conv2d(8, 8, 3, dilation=2)
+        self.grouped = nn.Conv2d(9, 9, 3, groups=3)
+        self.transposed = nn.ConvTranspose2d(8, 8, 3)
+        self.norm = nn.LayerNorm(8)
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         ("embed", "target module embed is a Embedding"),
-        ("gpt", "target module gpt is a Conv1D"),
+        ("dilated", r"target module dilated is a convolution with dilation=\(2, 2\), which PEFT's LoRA leaves out"),
+        ("grouped", "target module grouped is a convolution in 3 groups, which rank 2 is not a multiple of"),
+        ("transposed", "target module transposed is a ConvTranspose2d: only linear layers and convolutions"),
+        ("norm", "target module norm is a LayerNorm: only linear layers and convolutions"),
         ("attention", "target module attention is a MultiheadAttention"),
         ("out_proj", "target module attention.out_proj is inside nn.MultiheadAttention, which never calls it"),
     ],
@@ -171,24 +173,97 @@ def test_modules_that_cannot_be_masked_are_refused_by_name(target, message):
         get_peft_model(Odd(), PartialLoraConfig(r=2, target_modules=[target]))
 
 
-def test_all_linear_leaves_the_head_of_the_task_alone():
-    config = PartialLoraConfig(r=2, target_modules="all-linear", sparsity=0.5, modules_to_save=["timm_model.head"])
-    assert module_sparsity(get_peft_model(vit(), config)).keys() == {
-        f"timm_model.blocks.{block}.{target}" for block in range(2) for target in VIT_TARGETS
-    }
-
-
 def test_module_names_are_those_of_the_model_before_torch_compile():
     model = get_peft_model(torch.compile(vit()), PartialLoraConfig(r=2, target_modules=["qkv"], sparsity=0.5))
     assert list(module_sparsity(model)) == [f"timm_model.blocks.{block}.attn.qkv" for block in range(2)]
 
 
-def test_a_config_can_be_copied_and_seen_as_plain_lora():
-    config = PartialLoraConfig(r=2, lora_alpha=3, target_modules=["qkv"], sparsity=0.5, use_rslora=True)
-    assert copy.deepcopy(config) == config
-    lora = config.as_lora()
+def config_with(form, key="scores", **settings):
+    """A config with scores (indices) for two rows and three columns, as lists, arrays or tensors."""
+    values = {"rows": [1, 4], "columns": [0, 3, 5]}
+    return PartialLoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["qkv"],
+        selection="top",
+        use_rslora=True,
+        **{key: {"a.qkv": {axis: form(numbers) for axis, numbers in values.items()}}},
+        **settings,
+    )
+
+
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "parameter": lambda numbers: nn.Parameter(torch.tensor(numbers, dtype=torch.float32)),
+    "bfloat16": lambda numbers: torch.tensor(numbers, dtype=torch.bfloat16),
+}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda config: pickle.loads(pickle.dumps(config)),
+    "torch.save": lambda config: reloaded(config),
+    "replace": dataclasses.replace,
+    "to_dict": lambda config: PartialLoraConfig(**config.to_dict()),
+    "from_peft_type": lambda config: PeftConfig.from_peft_type(**config.to_dict()),
+}
+
+
+def reloaded(config):
+    file = io.BytesIO()
+    torch.save(config, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copied_config_is_the_same(form, way):
+    config = config_with(FORMS[form], sparsity={"qkv": 0.5})
+    again = COPIES[way](config)
+    assert type(again) is PartialLoraConfig
+    assert again == config
+    assert repr(again) == repr(config)
+    assert again != config_with(FORMS[form], sparsity={"qkv": 0.6})
+    assert {axis: values.tolist() for axis, values in again.scores["a.qkv"].items()} == {
+        "rows": [1, 4],
+        "columns": [0, 3, 5],
+    }
+
+
+@pytest.mark.parametrize("key", ["scores", "indices"])
+@pytest.mark.parametrize("form", ["list", "array", "tensor"])
+def test_a_config_is_plain_types(form, key):
+    config = config_with(FORMS[form], key)
+    content = config.to_dict()
+    assert content[key] == {"a.qkv": {"rows": [1, 4], "columns": [0, 3, 5]}}
+    assert json.loads(json.dumps({**content, "target_modules": list(content["target_modules"])}))[key] == content[key]
+    assert content["peft_type"] == "PARTIAL_LORA"
+    assert "runtime_config" not in content
+    assert config.as_lora().to_dict().keys() == LoraConfig().to_dict().keys()
+
+
+def test_what_is_given_is_not_shared():
+    scores = {"a.qkv": {"rows": np.array([1.0, 2.0]), "columns": torch.tensor([1.0, 2.0])}}
+    config = PartialLoraConfig(target_modules=["qkv"], selection="top", scores=scores)
+    scores["a.qkv"]["rows"][0], scores["a.qkv"]["columns"][0] = 5, 5
+    assert {axis: values.tolist() for axis, values in config.scores["a.qkv"].items()} == both([1.0, 2.0])
+
+
+def test_a_config_can_be_seen_as_plain_lora():
+    lora = config_with(list).as_lora()
     assert type(lora) is LoraConfig
     assert (lora.peft_type, lora.r, lora.lora_alpha, lora.use_rslora) == ("LORA", 2, 3, True)
+
+
+def test_the_method_has_a_name_that_peft_can_read_as_one_of_its_own():
+    for name in (PEFT_TYPE, pickle.loads(pickle.dumps(PEFT_TYPE)), copy.deepcopy(PEFT_TYPE)):
+        assert (name, name.value, f"{name}", json.dumps(name)) == (*["PARTIAL_LORA"] * 3, '"PARTIAL_LORA"')
+    assert type(PEFT_TYPE.value) is str
+    with pytest.raises(ValueError, match="'PARTIAL_LORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(vit(), PartialLoraConfig(r=2, target_modules=["qkv"]), mixed=True)
 
 
 def test_a_config_without_masks_is_not_saved(tmp_path):

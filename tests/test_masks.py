@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -71,6 +74,47 @@ def test_top_keeps_the_largest_and_of_equals_the_lower_index():
     assert Mask.top(ties, 0.75).kept.tolist() == list(range(1, 500, 2))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.87, 0.999])
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_top_keeps_what_a_stable_sort_puts_first(sparsity, levels):
+    scores = np.random.default_rng(0).integers(0, levels, 500).astype(float)
+    order = sorted(range(500), key=lambda index: (-scores[index], index))
+    assert Mask.top(scores, sparsity).kept.tolist() == sorted(order[: kept_count(500, sparsity)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 96, 768, 3072, 16 * 4096])
+def test_a_measured_sparsity_keeps_the_same_number_again(size):
+    for kept in {1, size // 3, size // 2, size - 1, size} - {0}:
+        measured = Mask(size, np.arange(kept)).sparsity
+        assert kept_count(size, measured) == kept
+
+
+def bernoulli(size=10_000, sparsity=0.87, mask_seed=0, module=MODULE, axis="rows"):
+    return Mask.bernoulli(size, sparsity, mask_seed=mask_seed, module=module, axis=axis)
+
+
+def test_bernoulli_keeps_each_entry_whose_key_is_low_enough():
+    keys = random_keys(200, mask_seed=3, module=MODULE, axis="columns").tolist()
+    for sparsity in (0.25, 0.5, 0.9):  # exact in binary or not
+        expected = [index for index, key in enumerate(keys) if key < (1 - Fraction(sparsity)) * 2**64]
+        assert bernoulli(200, sparsity, mask_seed=3, axis="columns").kept.tolist() == expected
+    assert bernoulli(40, 0.8).kept.tolist() == [1, 4, 16, 17, 34, 39]  # pinned, as above
+
+
+def test_bernoulli_masks_keep_a_random_number_around_the_share_asked_for():
+    kept = [len(bernoulli(mask_seed=seed).kept) for seed in range(40)]
+    deviation = math.sqrt(10_000 * 0.13 * 0.87)
+    assert len(set(kept)) > 20
+    assert abs(np.mean(kept) - 1300) < 4 * deviation / math.sqrt(40)
+    assert 0.6 * deviation < np.std(kept) < 1.4 * deviation
+
+
+def test_bernoulli_masks_of_one_seed_are_nested_and_never_empty():
+    kept = [set(bernoulli(96, sparsity).kept.tolist()) for sparsity in (1 - 1e-12, 0.9, 0.3, 0.0)]
+    assert kept[0] < kept[1] < kept[2] < kept[3] == set(range(96))
+    assert kept[0] == set(random(96, 0.999).kept.tolist())
+
+
 def test_full_keeps_everything():
     assert Mask.full(5).kept.tolist() == [0, 1, 2, 3, 4]
     assert Mask.full(5).sparsity == 0
@@ -85,6 +129,15 @@ def test_a_mask_is_a_value_nobody_can_change():
         mask.kept[0] = 1
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask))])
+def test_a_copied_mask_is_the_same_value_and_as_fixed(again):
+    mask = again(random())
+    assert mask == random()
+    assert hash(mask) == hash(random())
+    with pytest.raises(ValueError, match="read-only"):
+        mask.kept[0] = 1
+
+
 @pytest.mark.parametrize("kept", [[], [2, 1], [1, 1], [-1, 0], [0, 4], [[0, 1]], [0.0, 1.0], [True, False]])
 def test_a_mask_refuses_what_is_no_mask(kept):
     with pytest.raises(PartialLoraError, match="a mask over 4 entries"):
@@ -93,13 +146,15 @@ def test_a_mask_refuses_what_is_no_mask(kept):
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_sparsity_outside_its_range_is_refused(sparsity):
-    with pytest.raises(PartialLoraError, match="must be in"):
-        kept_count(10, sparsity)
+    for mask in (random, bernoulli, kept_count):
+        with pytest.raises(PartialLoraError, match="must be in"):
+            mask(10, sparsity)
 
 
-def test_scores_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("scores", [[0.0, float("nan")], [float("inf")], [], [[1.0, 2.0]]])
+def test_scores_that_are_no_list_of_finite_numbers_are_refused(scores):
     with pytest.raises(PartialLoraError, match="finite"):
-        Mask.top(np.array([0.0, float("nan")]), 0.5)
+        Mask.top(np.array(scores), 0.5)
 
 
 def test_masks_need_no_torch():

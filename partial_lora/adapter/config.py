@@ -91,13 +91,14 @@ class PartialLoraConfig(LoraConfig):
         refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self._check()
+        self.check()
         self.masks: dict[str, ModuleMasks] = {}  # of the model this was last injected into
         self.geometries: dict[str, Geometry] = {}  # of the same modules
         self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
 
-    def _check(self) -> None:
-        """Bring the own settings into their one form; raise PartialLoraError for what is out of range."""
+    def check(self) -> None:
+        """Bring the own settings into their one form; raise PartialLoraError for what is refused or out of range."""
+        refuse_options(self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 expected = " or ".join(map(repr, choices))
@@ -122,8 +123,7 @@ class PartialLoraConfig(LoraConfig):
         Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
         masks.
         """
-        refuse_options(self)
-        self._check()  # again: attributes can be set
+        self.check()  # again: attributes can be set
         if self.selection == "random":
             masks = random_masks(
                 geometries,
@@ -178,6 +178,11 @@ class PartialLoraConfig(LoraConfig):
         Masks made from it must match the digests saved there, else PartialLoraError.
         """
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if type(lora) is not LoraConfig:
+            raise PartialLoraError(
+                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type}: expected LORA, and"
+                f" {sidecar.FILE_NAME} beside it."
+            )
         path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
         if not path.parent.is_dir():
             hub, _, _ = cls._split_kwargs(kwargs)

@@ -35,6 +35,8 @@ class PartialLoraModel(LoraModel):
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         # The last step of PEFT's injection before it replaces the first module: here everything is still whole.
+        if isinstance(peft_config, PartialLoraConfig):
+            peft_config.check()  # attributes can be set, and this step would already replicate layers
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             _maybe_include_all_linear_layers(peft_config, model)

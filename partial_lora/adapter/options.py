@@ -52,7 +52,7 @@ def refuse_options(config: LoraConfig) -> None:
     """
     for option in fields(LoraConfig):
         value = getattr(config, option.name)
-        if option.name in PASSED or value is None or value == _default(option):
+        if option.name in PASSED or _is_default(option, value):
             continue
         reason = REFUSED.get(option.name, "this version of partial-lora does not know the option")
         raise PartialLoraError(f"{option.name}={value!r} does not go with Partial-LoRA: {reason}.")
@@ -65,5 +65,6 @@ def refuse_options(config: LoraConfig) -> None:
         raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
 
 
-def _default(option: Field) -> object:
-    return option.default if option.default_factory is MISSING else option.default_factory()
+def _is_default(option: Field, value: object) -> bool:
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    return value is default or (isinstance(value, type(default)) and value == default)

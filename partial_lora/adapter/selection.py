@@ -117,6 +117,7 @@ def _numbers(values: object, key: str) -> np.ndarray:
         )
     if not np.isfinite(numbers).all():
         raise PartialLoraError(f"{key} has NaN or infinity: expected finite numbers.")
+    numbers = numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
     numbers.flags.writeable = False
     return numbers
 
