@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaConfig, LlamaForCausalLM, TimmWrapperConfig, TimmWrapperForImageClassification
+from torch.nn import functional as F
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from partial_lora.adapter import PartialLoraConfig
 
@@ -21,32 +39,85 @@ MIXED = {
     "fc2": {"rows": 0.0, "columns": 0.6},
 }
 
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "ls_init_value": 1.0}
+DECODER = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
 
 def vit() -> TimmWrapperForImageClassification:
     """A ViT of two blocks for 32 px images and 4 classes."""
     torch.manual_seed(0)
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return TimmWrapperForImageClassification(
-        TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=4, model_args=size)
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=4, model_args=VIT)
+    )
+
+
+def timm_vit() -> torch.nn.Module:
+    """The same ViT as timm builds it, without transformers around it."""
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=4, **VIT)
+
+
+def timm_convnext() -> torch.nn.Module:
+    """A ConvNeXt of four blocks for 32 px images and 4 classes, its branches as heavy as in a trained one."""
+    torch.manual_seed(0)
+    return timm.create_model("convnext_tiny", num_classes=4, **CONVNEXT)
+
+
+def convnext() -> ConvNextForImageClassification:
+    """A ConvNeXt of two blocks, as transformers builds it."""
+    torch.manual_seed(0)
+    return ConvNextForImageClassification(
+        ConvNextConfig(num_labels=4, num_stages=2, depths=[1, 1], hidden_sizes=[16, 32], layer_scale_init_value=1.0)
     )
 
 
 def llama() -> LlamaForCausalLM:
     """A Llama of two blocks over 50 tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return LlamaForCausalLM(LlamaConfig(**DECODER, num_attention_heads=4, num_key_value_heads=2))
+
+
+def qwen2() -> Qwen2ForCausalLM:
+    """A Qwen2 of two blocks over 50 tokens: biases in q, k and v, and one tensor for the embeddings and the head."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**DECODER, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return Qwen2ForCausalLM(config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A GPT-2 of two blocks over 50 tokens; its linear layers are Conv1D, whose weights are in × out."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**size, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    return GPT2LMHeadModel(config)
+
+
+def deberta() -> DebertaV2ForSequenceClassification:
+    """A DeBERTa-v3 of two blocks over 50 tokens, for 3 classes: its query and key layers run twice in each pass."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        **DECODER,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        relative_attention=True,
+        position_buckets=4,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        type_vocab_size=0,
+        position_biased_input=False,
+        pad_token_id=0,
+        num_labels=3,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        initializer_range=0.1,
     )
-    return LlamaForCausalLM(config)
+    return DebertaV2ForSequenceClassification(config)
 
 
 def images(seed: int = 0, count: int = 8) -> dict[str, torch.Tensor]:
-    """A batch for the ViT, labels included."""
+    """A batch for the image models of transformers, labels included."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "pixel_values": torch.randn(count, 3, 32, 32, generator=generator),
@@ -54,22 +125,57 @@ def images(seed: int = 0, count: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
+def timm_images(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch for the image models of timm, which take no labels."""
+    return {"x": images(seed)["pixel_values"]}
+
+
 def tokens(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch for the Llama, labels included."""
+    """A batch for the language models, labels included."""
     ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
 
 
+def sentences(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch for the text classifier, padded on the right, labels included."""
+    ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One class of models: how it is built and fed, what is adapted, and what trains in full beside the adapter."""
+
+    build: Callable[[], torch.nn.Module]
+    batch: Callable[[int], dict[str, torch.Tensor]]
+    targets: list[str]
+    head: list[str] | None = None
+    task: str | None = None
+
+
+KINDS = {
+    "wrapped_vit": Kind(vit, images, VIT_TARGETS, [HEAD]),
+    "timm_vit": Kind(timm_vit, timm_images, VIT_TARGETS, ["head"]),
+    "deberta": Kind(
+        deberta, sentences, ["query_proj", "key_proj", "intermediate.dense", "output.dense"], None, "SEQ_CLS"
+    ),
+    "llama": Kind(llama, tokens, LLAMA_TARGETS, None, "CAUSAL_LM"),
+    "qwen2": Kind(qwen2, tokens, ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"], None, "CAUSAL_LM"),
+    "gpt2": Kind(gpt2, tokens, ["c_attn", "c_proj", "c_fc"], None, "CAUSAL_LM"),
+    "timm_convnext": Kind(timm_convnext, timm_images, ["mlp.fc1", "mlp.fc2", "downsample.1", "stem.0"], ["head.fc"]),
+    "convnext": Kind(
+        convnext, images, ["pwconv1", "pwconv2", "downsampling_layer.1", "patch_embeddings"], ["classifier"]
+    ),
+}
+KIND_OF = {kind.build: kind for kind in KINDS.values()}
+
+
 def adapt(base=vit, seed=1, **settings):
     """``base`` with a Partial-LoRA adapter, or with plain LoRA where no sparsity is set."""
-    is_vit = base is vit
-    settings = {
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": VIT_TARGETS if is_vit else LLAMA_TARGETS,
-        "modules_to_save": [HEAD] if is_vit else None,
-        **settings,
-    }
+    kind = KIND_OF[base]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": kind.targets, "modules_to_save": kind.head, **settings}
     config = (
         PartialLoraConfig(**settings) if "sparsity" in settings or "indices" in settings else LoraConfig(**settings)
     )
@@ -79,35 +185,71 @@ def adapt(base=vit, seed=1, **settings):
 
 
 def layers(model):
-    return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def fill(model, seed=2):
-    """Give B values, as training would."""
+def fill(model, seed=2, adapter_name=None):
+    """Give B values, as training would: of one adapter, or of all."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for layer in layers(model).values():
-            for parameter in layer.lora_B.parameters():
-                parameter.normal_()
+            for name, factor in layer.lora_B.items():
+                if adapter_name in (None, name):
+                    for parameter in factor.parameters():
+                        parameter.normal_()
     return model
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+def dense_twin(model, base, **settings):
+    """``base`` with plain LoRA adapters of the same names that hold the dense tensors of ``model``'s, the head too."""
+    configs = {name: config.as_lora() for name, config in model.peft_config.items()}
+    for config in configs.values():
+        for option, value in settings.items():
+            setattr(config, option, value)
+    first, *others = configs
+    twin = get_peft_model(base(), configs[first], adapter_name=first)
+    for name in others:
+        twin.add_adapter(name, configs[name])
+    for name in configs:
+        result = set_peft_model_state_dict(twin, get_peft_model_state_dict(model, adapter_name=name), name)
+        assert not result.unexpected_keys
+    twin.set_adapter(model.active_adapter)
+    return twin
 
 
-def step(model, optimizer, batch, mask_gradients=lambda: None):
+def optimizer_of(model, lr=0.02):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+
+
+def loss_of(model, batch):
+    """The model's own loss, or one of the logits where it has none."""
+    output = model(**batch)
+    return F.cross_entropy(output, torch.arange(len(output)) % 4) if torch.is_tensor(output) else output.loss
+
+
+def step(model, optimizer, *batches, prepare=lambda: None):
+    """One training step over micro-batches whose gradients add up, clipped; gives the loss."""
     model.train()
-    loss = model(**batch).loss
-    loss.backward()
-    mask_gradients()
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(model, batch) / len(batches)
+        loss.backward()
+        total += loss.item()
+    prepare()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.5)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return total
+
+
+def to(batch, dtype):
+    """The batch with its floating-point tensors in ``dtype``."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def logits(model, batch):
     model.eval()
     with torch.no_grad():
-        return model(**batch).logits
+        output = model(**batch)
+    return output if torch.is_tensor(output) else output.logits

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapter_models import (
     HEAD,
+    KINDS,
     MIXED,
     VIT_TARGETS,
     adapt,
@@ -16,11 +17,15 @@ from adapter_models import (
     logits,
     optimizer_of,
     step,
+    to,
     tokens,
     vit,
 )
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter import module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -38,34 +43,67 @@ def test_sparsity_zero_is_plain_lora_to_the_last_bit(base, batches):
     assert trainable_parameters(partial) == trainable_parameters(plain)
 
 
-@pytest.mark.parametrize(
-    ("base", "batches", "sparsity"), [(vit, images, MIXED), (vit, images, 0.9), (llama, tokens, 0.4)]
-)
-def test_training_equals_dense_lora_with_masked_values_and_gradients(base, batches, sparsity):
-    partial, twin = adapt(base, sparsity=sparsity), adapt(base)
-    masked = []
-    for name, masks in module_masks(partial).items():
-        layer = layers(twin)[name]
-        rows = torch.from_numpy(masks.rows.dense()).float()[:, None]
-        columns = torch.from_numpy(masks.columns.dense()).float()[None, :]
-        masked += [(layer.lora_A["default"].weight, columns), (layer.lora_B["default"].weight, rows)]
-    for weight, mask in masked:
-        weight.data *= mask
+class Twin:
+    """The method, literally: dense A and B, zero where masked, whose masked gradients are set to zero before each step.
 
-    def mask_gradients():
-        for weight, mask in masked:
+    Weight decay needs no masking, since it shrinks zeros to zeros.
+    """
+
+    def __init__(self, partial, base, granularity):
+        self.model = adapt(base)
+        self.masked = []
+        for name, masks in module_masks(partial).items():
+            a, b = (getattr(layers(self.model)[name], factor)["default"].weight for factor in ("lora_A", "lora_B"))
+            rows, columns = torch.from_numpy(masks.rows.dense()), torch.from_numpy(masks.columns.dense())
+            if granularity == "element":
+                self.masked += [(a, columns.view(a.shape)), (b, rows.view(b.shape))]
+            else:
+                self.masked += [
+                    (a, columns.view(1, -1, *[1] * (a.dim() - 2))),
+                    (b, rows.view(-1, *[1] * (b.dim() - 1))),
+                ]
+        for weight, mask in self.masked:
+            weight.data *= mask
+
+    def mask_gradients(self):
+        for weight, mask in self.masked:
             weight.grad *= mask
 
-    optimizers = optimizer_of(partial), optimizer_of(twin)
+    def masked_entries(self):
+        return [weight.detach() * ~mask for weight, mask in self.masked]
+
+
+# In double precision rounding cannot hide a wrong formula; in single precision the two must still agree to 1e-5.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+@pytest.mark.parametrize("name", ["wrapped_vit", "timm_vit", "llama", "gpt2", "timm_convnext", "convnext", "deberta"])
+def test_training_equals_dense_lora_with_masked_values_and_gradients(name, granularity, dtype, tolerance):
+    kind = KINDS[name]
+    few, many, *_ = kind.targets
+    sparsity = {
+        few: {"rows": 0.9, "columns": 0.8},
+        many: {"rows": 0.1, "columns": 0.3},
+        ".*": {"rows": 0.3, "columns": 0.7},
+    }
+    partial = adapt(kind.build, sparsity=sparsity, granularity=granularity)
+    twin = Twin(partial, kind.build, granularity)
+    twin.model.to(dtype), partial.to(dtype)
+    optimizers = optimizer_of(partial, lr=0.005), optimizer_of(twin.model, lr=0.005)
+    losses = []
     for seed in range(12):
-        batch = batches(seed)
-        loss = step(partial, optimizers[0], batch)
-        assert loss == pytest.approx(step(twin, optimizers[1], batch, mask_gradients), abs=1e-5)
-    torch.testing.assert_close(logits(partial, batches(20)), logits(twin, batches(20)), atol=2e-5, rtol=1e-5)
-    for name, layer in layers(partial).items():
-        torch.testing.assert_close(
-            layer.get_delta_weight("default"), layers(twin)[name].get_delta_weight("default"), atol=2e-5, rtol=1e-5
+        batches = [to(kind.batch(2 * seed + micro), dtype) for micro in range(2)]
+        losses.append(step(partial, optimizers[0], *batches))
+        assert losses[-1] == pytest.approx(
+            step(twin.model, optimizers[1], *batches, prepare=twin.mask_gradients), abs=tolerance
         )
+    assert losses[-1] != losses[0]
+    batch = to(kind.batch(30), dtype)
+    torch.testing.assert_close(logits(partial, batch), logits(twin.model, batch), atol=tolerance, rtol=tolerance)
+    assert (logits(partial, batch) - logits(kind.build().to(dtype), batch)).abs().max() > 1000 * tolerance
+    assert not any(entries.any() for entries in twin.masked_entries())
+    for module, layer in layers(partial).items():
+        delta = layers(twin.model)[module].get_delta_weight("default")
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta, atol=tolerance, rtol=tolerance)
 
 
 def test_a_is_drawn_as_peft_draws_it_and_b_is_zero():
@@ -161,3 +199,68 @@ def test_lost_masks_are_noticed():
         layer.update_layer("default", r=4, lora_alpha=4, config=model.peft_config["default"])
     with pytest.raises(PartialLoraError, match=f"{name} has lost its masks"):
         module_masks(model)
+
+
+# Dropout, on one layer of zeros: what comes out is the adapter alone.
+
+TOKENS, WIDTH = 4000, 32
+
+
+def layer_with_dropout(probability, sparsity, granularity, kind="linear"):
+    """A layer whose output is 2 times the sum of what dropout leaves of the kept inputs, in every kept output."""
+    base = {
+        "linear": nn.Linear(WIDTH, 16),
+        "conv1d": Conv1D(16, WIDTH),
+        "convolution": nn.Conv2d(WIDTH, 16, 1),
+        "hooked": nn.Linear(WIDTH, 16),
+    }[kind]
+    nn.init.zeros_(base.weight), nn.init.zeros_(base.bias)
+    if kind == "hooked":
+        base.register_forward_hook(lambda *_: None)  # somebody who looks on keeps base and adapter apart
+    settings = {"r": 1, "lora_alpha": 2, "target_modules": ["0"], "granularity": granularity}
+    config = PartialLoraConfig(sparsity=sparsity, lora_dropout=probability, **settings)
+    model = get_peft_model(nn.Sequential(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.ones_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "convolution", "hooked"])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+@pytest.mark.parametrize(("probability", "sparsity"), [(0.1, 0.75), (0.5, 0.25), (0.5, 0.75)])
+def test_dropout_has_the_mean_and_the_spread_it_should(probability, sparsity, granularity, kind):
+    model = layer_with_dropout(probability, sparsity, granularity, kind)
+    shape = (TOKENS, WIDTH, 1, 1) if kind == "convolution" else (TOKENS, WIDTH)
+    x = torch.ones(shape, requires_grad=True)
+    kept = round(WIDTH * (1 - sparsity))
+    rows = torch.from_numpy(module_masks(model)["0"].rows.dense())
+
+    torch.manual_seed(0)
+    result = model.train()(x)
+    flat = result.detach().reshape(TOKENS, -1).double()
+    assert not flat[:, ~rows].any()
+    assert (flat[:, rows] == flat[:, rows][:, :1]).all()  # one draw for all outputs of a token
+    survivors = flat[:, rows][:, 0] * (1 - probability) / 2
+    torch.testing.assert_close(survivors, survivors.round(), atol=1e-4, rtol=0)
+    spread = (kept * probability * (1 - probability)) ** 0.5
+    assert abs(survivors.mean() - kept * (1 - probability)) < 4 * spread / TOKENS**0.5
+    assert abs(survivors.std() / spread - 1) < 0.1
+    assert abs(torch.corrcoef(torch.stack([survivors[:-1], survivors[1:]]))[0, 1]) < 4 / TOKENS**0.5
+
+    # The backward pass drops the same inputs: the output is linear in x and in each factor, so that Euler's rule holds.
+    result.sum().backward()
+    total = pytest.approx(result.sum().item(), rel=1e-4)
+    assert (x.grad * x).sum().item() == total
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad * parameter).sum().item() == total
+
+    again = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        again.append(model(x))
+    assert torch.equal(again[0], result)
+    assert not torch.equal(again[1], result)
+    evaluated = model.eval()(x).reshape(TOKENS, -1)
+    assert torch.equal(evaluated, (2 * kept * rows).float().expand(TOKENS, -1))

@@ -2,122 +2,396 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from adapter_models import MIXED, VIT_TARGETS, adapt, fill, images, layers, llama, logits, tokens, vit
-from peft import get_peft_model
+from adapter_models import (
+    KINDS,
+    MIXED,
+    VIT_TARGETS,
+    adapt,
+    dense_twin,
+    fill,
+    images,
+    layers,
+    llama,
+    logits,
+    loss_of,
+    to,
+    vit,
+)
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
 from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.errors import PartialLoraError
+
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+
+# Some modules keep so little that they gather and scatter, some so much that they do not.
+UNEVEN = {"rows": 0.9, "columns": 0.8}
+EVEN = {"rows": 0.3, "columns": 0.4}
 
 
+def uneven(name, **settings):
+    """The adapted model of a kind, B filled."""
+    kind = KINDS[name]
+    return fill(adapt(kind.build, sparsity={kind.targets[0]: UNEVEN, ".*": EVEN}, task_type=kind.task, **settings))
+
+
+def gradients(model, batch, seed=3):
+    torch.manual_seed(seed)  # of dropout
+    model.zero_grad()
+    loss_of(model.train(), batch).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Merging
+
+
+@granularities
 @pytest.mark.parametrize("safe", [True, False])
-def test_merge_and_unmerge(safe):
-    model = fill(adapt(sparsity=MIXED))
+def test_merge_and_unmerge(safe, granularity):
+    model = fill(adapt(sparsity=MIXED, granularity=granularity))
     before = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
     expected = logits(model, images())
     model.merge_adapter(safe_merge=safe)
     for name, layer in layers(model).items():
-        changed = (layer.base_layer.weight != before[name]).any(1)
-        assert changed.equal(torch.from_numpy(module_masks(model)[name].rows.dense()))
+        changed = layer.base_layer.weight != before[name]
+        assert changed.equal(layer.get_delta_weight("default") != 0)
+        if granularity == "rows_columns":
+            assert changed.any(1).equal(torch.from_numpy(module_masks(model)[name].rows.dense()))
     torch.testing.assert_close(logits(model, images()), expected, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
     for name, layer in layers(model).items():
         torch.testing.assert_close(layer.base_layer.weight, before[name], atol=1e-6, rtol=0)
     merged = model.merge_and_unload(safe_merge=safe)
-    assert not layers_left(merged)
+    assert not [module for module in merged.modules() if isinstance(module, (LoraLayer, FactorB, FactorA))]
     torch.testing.assert_close(logits(merged, images()), expected, atol=1e-5, rtol=1e-5)
 
 
-def layers_left(model):
-    return [module for module in model.modules() if isinstance(module, (LoraLayer, FactorB, FactorA))]
+def test_an_adapter_with_a_broken_value_is_not_merged():
+    model = fill(adapt(sparsity=0.5))
+    next(iter(layers(model).values())).lora_B["default"].kept.data[0, 0] = torch.nan
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(next(iter(layers(model).values())).base_layer.weight, next(iter(before.values())))
 
 
-def test_disabled_adapter_is_the_base_model():
-    model = fill(adapt(sparsity=MIXED))
-    assert not torch.allclose(logits(model, images()), logits(vit(), images()))
-    with model.disable_adapter():
-        assert torch.equal(logits(model, images()), logits(vit(), images()))
+# Precision
 
 
-def test_a_copy_is_the_same_and_independent():
-    model = fill(adapt(sparsity=MIXED))
-    expected = logits(model, images())
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin, images()), expected)
-    fill(twin, seed=8)
-    assert torch.equal(logits(model, images()), expected)
-    assert module_masks(twin) == module_masks(model)
+def distance(one, other):
+    """How far two lists of tensors are apart, all entries taken together."""
+    return sum((a.double() - b.double()).square().sum() for a, b in zip(one, other, strict=True)).sqrt().item()
 
 
-def test_autocast_and_low_precision_bases_train():
-    model = fill(adapt(sparsity=MIXED))
-    reference = model(**images()).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        result = model(**images())
-    result.loss.backward()
-    torch.testing.assert_close(result.logits.float(), reference, atol=0.3, rtol=0.1)
-    base = vit().to(torch.bfloat16)
-    torch.manual_seed(1)
-    config = PartialLoraConfig(r=4, target_modules=VIT_TARGETS, sparsity=MIXED)
-    low = fill(get_peft_model(base, config))
-    assert {p.dtype for p in low.parameters() if p.requires_grad} == {torch.float32}  # PEFT upcasts what trains
-    result = low(pixel_values=images()["pixel_values"].bfloat16(), labels=images()["labels"])
-    assert result.logits.dtype == torch.bfloat16
-    result.loss.backward()
-    assert all(p.grad.isfinite().all() for p in low.parameters() if p.requires_grad)
+def kept_only(model, gradient):
+    """Of the dense twin's gradients, in order of their names, the part that ``model``'s masks keep."""
+    factors = {
+        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, (FactorA, FactorB))
+    }
+    return [factors[name].keep(value) if name in factors else value for name, value in sorted(gradient.items())]
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        model = fill(adapt(llama, sparsity=0.6))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        model(**tokens()).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+def assert_no_further_off_than_dense_lora(one, other, exact):
+    assert 0 < distance(other, exact) < 0.1 * distance(exact, [0 * tensor for tensor in exact])
+    assert distance(one, exact) < 4 * distance(other, exact)  # with other seeds 0.3 to 3 times, on average once
 
 
-def test_a_weighted_combination_is_dense_and_exact():
-    model = fill(adapt(sparsity=MIXED))
-    model.add_adapter(
-        "other", PartialLoraConfig(r=4, lora_alpha=6, target_modules=VIT_TARGETS, sparsity=0.5, mask_seed=3)
+@granularities
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["wrapped_vit", "deberta", "llama", "gpt2", "timm_convnext"])
+def test_under_autocast_it_is_as_exact_as_dense_lora(name, dtype, granularity):
+    model, batch = uneven(name, granularity=granularity), KINDS[name].batch(0)
+    twin = dense_twin(model, KINDS[name].build)
+    exact = [logits(twin, batch)], kept_only(model, gradients(twin, batch))
+    with torch.autocast("cpu", dtype):
+        one, other = logits(model, batch), logits(twin, batch)
+        gradient, expected = gradients(model, batch), gradients(twin, batch)
+    assert one.dtype == other.dtype
+    assert {value.dtype for value in gradient.values()} == {torch.float32}
+    assert_no_further_off_than_dense_lora([one], [other], exact[0])
+    gradient = [value for _, value in sorted(gradient.items())]
+    assert_no_further_off_than_dense_lora(gradient, kept_only(model, expected), exact[1])
+
+
+@granularities
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("name", ["wrapped_vit", "llama", "gpt2", "convnext"])
+def test_a_base_in_low_precision_trains(name, autocast_adapter_dtype, granularity):
+    kind = KINDS[name]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": kind.targets, "sparsity": 0.6, "granularity": granularity}
+    config = PartialLoraConfig(**settings)
+    model, twin = (
+        get_peft_model(kind.build().bfloat16(), each, autocast_adapter_dtype=autocast_adapter_dtype)
+        for each in (config, config.as_lora())
     )
-    fill(model, seed=4)
-    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="cat")
-    for layer in layers(model).values():
-        expected = 0.5 * layer.get_delta_weight("default") + 2.0 * layer.get_delta_weight("other")
-        torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-5, rtol=1e-5)
-    assert isinstance(model.peft_config["default"], PartialLoraConfig)
-    assert not isinstance(model.peft_config["both"], PartialLoraConfig)
+    assert {p.dtype for p in fill(model).parameters() if p.requires_grad} == {
+        torch.float32 if autocast_adapter_dtype else torch.bfloat16
+    }
+    assert not twin.load_state_dict(model.state_dict(), strict=True).missing_keys
+    batch = to(kind.batch(0), torch.bfloat16)
+    one, other = logits(model, batch), logits(twin, batch)
+    assert one.dtype == other.dtype == torch.bfloat16
+    gradient, expected = gradients(model, batch), gradients(twin, batch)
+    assert {value.dtype for value in gradient.values()} == {value.dtype for value in expected.values()}
+    exact = to(batch, torch.float32)
+    assert_no_further_off_than_dense_lora([one], [other], [logits(twin.float(), exact)])
+    gradient = [value for _, value in sorted(gradient.items())]
+    expected = kept_only(model, expected), kept_only(model, gradients(twin, exact))
+    assert_no_further_off_than_dense_lora(gradient, *expected)
+
+
+# Gradient checkpointing
+
+
+@granularities
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deberta", "wrapped_vit"])
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, granularity):
+    model, batch = uneven(name, granularity=granularity, lora_dropout=0.3), KINDS[name].batch(0)
+    calls = []
+    next(iter(layers(model).values())).register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = gradients(model, batch)
+    once = len(calls)
+    model.enable_input_require_grads()  # or nothing before the first block would have a gradient to ask for
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    gradient = gradients(model, batch)
+    assert len(calls) == 3 * once  # and once more in the backward pass
+    assert gradient.keys() == expected.keys()
+    for parameter, value in gradient.items():
+        torch.testing.assert_close(value, expected[parameter], msg=parameter)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_convnext"])
+def test_gradient_checkpointing_of_timm_gives_the_same_gradients(name):
+    model, batch = uneven(name, lora_dropout=0.3), KINDS[name].batch(0)
+    expected = gradients(model, batch)
+    model.get_base_model().set_grad_checkpointing(True)
+    gradient = gradients(model, batch)
+    for parameter, value in gradient.items():
+        torch.testing.assert_close(value, expected[parameter], msg=parameter)
+    assert gradient.keys() == expected.keys()
+
+
+def test_a_base_prepared_as_quantised_ones_are_trains():
+    base = prepare_model_for_kbit_training(llama(), gradient_checkpointing_kwargs={"use_reentrant": True})
+    model = fill(get_peft_model(base, PartialLoraConfig(r=4, target_modules=["q_proj", "down_proj"], sparsity=0.6)))
+    gradient = gradients(model, KINDS["llama"].batch(0))
+    assert len(gradient) == 8
+    assert all(value.any() for value in gradient.values())
+
+
+# Several adapters
 
 
 def test_only_the_active_adapter_trains():
     model = adapt(sparsity=0.9)
     model.add_adapter("other", PartialLoraConfig(r=2, target_modules=VIT_TARGETS, sparsity=0.5))
+    expected = sum(
+        2 * (len(masks.rows.kept) + len(masks.columns.kept)) for masks in module_masks(model, "other").values()
+    )
     assert trainable_parameters(model) > 0
     assert trainable_parameters(model, "other") == 0
     model.set_adapter("other")
     assert trainable_parameters(model) == 0
-    assert trainable_parameters(model, "other") == sum(
-        2 * (len(masks.rows.kept) + len(masks.columns.kept)) for masks in module_masks(model, "other").values()
-    )
+    assert trainable_parameters(model, "other") == expected
+    model.set_requires_grad("other", requires_grad=False)
+    assert trainable_parameters(model, "other") == 0
+    model.set_requires_grad(["default", "other"])
+    assert trainable_parameters(model, "other") == expected
+    assert trainable_parameters(model) == trainable_parameters(adapt(sparsity=0.9))
+    model.set_adapter("default", inference_mode=True)
+    assert trainable_parameters(model) == trainable_parameters(model, "other") == 0
 
 
-def test_two_adapters_in_one_batch():
-    model = fill(adapt(sparsity=0.9, modules_to_save=None))
-    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=VIT_TARGETS, sparsity=0.5))
-    fill(model, seed=4)
-    pixels = images(count=2)["pixel_values"]
+@granularities
+@pytest.mark.parametrize("name", ["wrapped_vit", "llama", "gpt2", "convnext"])
+def test_each_example_of_a_batch_has_its_own_adapter(name, granularity):
+    kind = KINDS[name]
+    model = uneven(name, granularity=granularity, modules_to_save=None)
+    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=kind.targets, sparsity=0.5, mask_seed=3))
+    fill(model, seed=4, adapter_name="other")
+    rows = ["other", "default", "__base__", "default"]
+    batch = {
+        key: torch.cat([value, value.flip(1)])[: len(rows)] for key, value in kind.batch(0).items() if key != "labels"
+    }
     expected = []
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        expected.append(logits(model, {"pixel_values": pixels}))
-    mixed = logits(model, {"pixel_values": pixels, "adapter_names": ["default", "other"]})
-    torch.testing.assert_close(mixed, torch.stack([expected[0][0], expected[1][1]]), atol=1e-6, rtol=1e-5)
+    for row, adapter in enumerate(rows):
+        if adapter == "__base__":
+            with model.disable_adapter():
+                expected.append(logits(model, batch)[row])
+        else:
+            model.set_adapter(adapter)
+            expected.append(logits(model, batch)[row])
+    mixed = logits(model, {**batch, "adapter_names": rows})
+    torch.testing.assert_close(mixed, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        model.train()(**batch, adapter_names=rows)
+
+
+@granularities
+def test_a_language_model_generates(granularity):
+    model = uneven("llama", granularity=granularity)
+    prompt = {"input_ids": KINDS["llama"].batch(0)["input_ids"][:, :3]}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    generated = model.eval().generate(**prompt, **settings)
+    assert generated.shape == (2, 11)
+    assert torch.equal(generated, dense_twin(model, llama).eval().generate(**prompt, **settings))
+    assert not torch.equal(generated, llama().eval().generate(**prompt, **settings))
+    mixed = model.generate(**prompt, **settings, adapter_names=["default", "__base__"])
+    assert torch.equal(mixed[0], generated[0])
+    assert torch.equal(mixed[1], llama().eval().generate(**prompt, **settings)[1])
+    assert torch.equal(generated, model.merge_and_unload().generate(**prompt, **settings))
+
+
+# LoRA's other settings
+
+
+@granularities
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("name", ["wrapped_vit", "qwen2", "convnext"])
+def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
+    kind = KINDS[name]
+    model = uneven(name, granularity=granularity, bias=bias, modules_to_save=None)
+    twin = dense_twin(model, kind.build)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert {key.replace(".kept", ".weight") for key in trained} == {
+        key for key, p in twin.named_parameters() if p.requires_grad
+    }
+    assert any(key.endswith("base_layer.bias") for key in trained)
+    assert any(key.endswith(("norm1.bias", "layernorm.bias")) for key in trained) == (bias == "all" and name != "qwen2")
+    gradient = [value for _, value in sorted(gradients(model, kind.batch(0)).items())]
+    expected = kept_only(model, gradients(twin, kind.batch(0)))
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    for key, parameter in model.named_parameters():
+        if key in trained and key.endswith("bias"):
+            parameter.data += 0.5
+    model.save_pretrained(tmp_path)
+    again = adapt(kind.build, sparsity=0.0, bias=bias, task_type=kind.task, modules_to_save=None)
+    again.load_adapter(str(tmp_path), "default")
+    torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
+
+
+@granularities
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [({"lora_alpha": 12}, 3), ({"lora_alpha": 12, "use_rslora": True}, 6), ({"lora_alpha": 2, "r": 8}, 0.25)],
+)
+def test_scaling_is_that_of_plain_lora(settings, scaling, granularity):
+    model = uneven("wrapped_vit", granularity=granularity, **settings)
+    for layer in layers(model).values():
+        assert layer.scaling == {"default": scaling}
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(layer.get_delta_weight("default"), scaling * b @ a)
+    torch.testing.assert_close(logits(model, images()), logits(dense_twin(model, vit), images()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"exclude_modules": ["layers.0.self_attn.v_proj", "down_proj"]}),
+        ("llama", {"exclude_modules": r".*layers\.0\..*"}),
+        ("llama", {"layers_to_transform": [1]}),
+        ("llama", {"layers_to_transform": 0, "layers_pattern": "layers"}),
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": r".*\.1\..*_proj"}),
+        ("gpt2", {"target_modules": "all-linear"}),
+        ("gpt2", {"layers_to_transform": [1], "layers_pattern": "h"}),
+        ("deberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("qwen2", {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]}),
+        ("wrapped_vit", {"layers_to_transform": [0], "layers_pattern": "blocks"}),
+        ("timm_vit", {"target_modules": "all-linear", "exclude_modules": ["head"]}),
+        ("timm_vit", {"target_modules": ["proj"]}),  # ends the name of a convolution too, patch_embed.proj
+        ("timm_vit", {"target_modules": "all-linear", "modules_to_save": None}),  # takes the head of a timm model too
+    ],
+)
+def test_the_same_modules_are_adapted_as_by_plain_lora(name, settings):
+    plain, partial = (adapt(KINDS[name].build, **settings, **mask) for mask in ({}, {"sparsity": 0.5}))
+    assert list(layers(plain)) == list(layers(partial)) == list(module_masks(partial))
+    assert module_masks(partial)
+    assert {masks.rows.sparsity for masks in module_masks(partial).values()} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "message"),
+    [
+        (KINDS["gpt2"].build, ["c_attn", "wte"], "target module transformer.wte is a Embedding"),
+        (KINDS["deberta"].build, ["word_embeddings"], "word_embeddings is a Embedding"),
+        (llama, ["q_porj"], "target_modules names 'q_porj', which matches no module"),
+        (llama, ".*q_porj", r"target_modules='\.\*q_porj' matches no module"),
+        (vit, ["qkv", "norm1"], "norm1 is a LayerNorm"),
+        (lambda: nn.TransformerEncoderLayer(32, 2), ["linear1", "out_proj"], "inside nn.MultiheadAttention"),
+        (lambda: nn.TransformerEncoderLayer(32, 2), ["linear1", "self_attn"], "self_attn is a MultiheadAttention"),
+    ],
+)
+def test_targets_that_cannot_be_masked_are_refused_before_anything_is_built(build, target, message):
+    model = build()
+    with pytest.raises(PartialLoraError, match=message) as refusal:
+        get_peft_model(model, PartialLoraConfig(r=2, target_modules=target, sparsity=0.5))
+    assert "\n" not in str(refusal.value)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_names_that_match_more_than_was_meant_are_visible_in_the_masks():
+    found = module_masks(adapt(KINDS["timm_vit"].build, sparsity=0.5, target_modules=["proj"]))
+    assert list(found) == ["patch_embed.proj", "blocks.0.attn.proj", "blocks.1.attn.proj"]
+    everything = {"target_modules": "all-linear", "modules_to_save": None}
+    assert "head" in module_masks(adapt(KINDS["timm_vit"].build, sparsity=0.5, **everything))
+
+
+# AutoPeft
+
+
+@granularities
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("llama", AutoPeftModelForCausalLM),
+        ("qwen2", AutoPeftModelForCausalLM),
+        ("gpt2", AutoPeftModelForCausalLM),
+        ("deberta", AutoPeftModelForSequenceClassification),
+        ("wrapped_vit", AutoPeftModel),
+        ("convnext", AutoPeftModel),
+    ],
+)
+def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto, granularity):
+    kind = KINDS[name]
+    kind.build().save_pretrained(tmp_path / "base")
+    base = type(kind.build()).from_pretrained(tmp_path / "base")
+    config = PartialLoraConfig(
+        r=4,
+        target_modules=kind.targets,
+        sparsity=0.6,
+        granularity=granularity,
+        task_type=kind.task,
+        modules_to_save=kind.head,
+    )
+    model = fill(get_peft_model(base, config))
+    folder = str(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    plain = auto.from_pretrained(folder)
+    masked = auto.from_pretrained(folder, config=PartialLoraConfig.from_pretrained(folder), is_trainable=True)
+    assert type(plain.get_base_model()) is type(masked.get_base_model()) is type(base)
+    torch.testing.assert_close(logits(plain, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(masked, kind.batch(0)), logits(model, kind.batch(0)))
+    assert module_masks(masked) == module_masks(model)
+    assert trainable_parameters(masked) == trainable_parameters(model)
+    kept, again = get_peft_model_state_dict(model), get_peft_model_state_dict(masked)
+    assert kept.keys() == again.keys()
+
+
+def test_auto_peft_builds_no_raw_timm_model(tmp_path):
+    uneven("timm_vit").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'timm\.models\.vision_transformer' which is not in the import allowlist"):
+        AutoPeftModel.from_pretrained(str(tmp_path))
