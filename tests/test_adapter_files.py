@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, PartialLoraModel, module_masks, trainable_parameters
 from partial_lora.errors import PartialLoraError
 
+QKV = "timm_model.blocks.0.attn.qkv"
+
 
 def trained(base=vit, batches=images, **settings):
     model = adapt(base, **{"sparsity": MIXED if base is vit else 0.6, **settings})
@@ -69,23 +71,6 @@ def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
     assert tensors.keys() == expected
 
 
-def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path):
-    model = trained()
-    model.save_pretrained(tmp_path)
-    sidecar = json.loads((tmp_path / "partial_lora.json").read_text())
-    modules = sidecar.pop("modules")
-    assert sidecar == {"version": 1, "granularity": "rows_columns", "selection": "random", "mask_seed": 0}
-    masks = module_masks(model)
-    assert modules.keys() == masks.keys()
-    name = "timm_model.blocks.0.attn.qkv"
-    assert modules[name] == {
-        "rows": masks[name].rows.sparsity,
-        "columns": masks[name].columns.sparsity,
-        "shape": [96, 32],
-        "sha256": {"rows": masks[name].rows.digest, "columns": masks[name].columns.digest},
-    }
-
-
 @pytest.mark.parametrize(("base", "batches"), [(vit, images), (llama, tokens)])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_plain_peft_loads_it_without_a_warning(tmp_path, base, batches, low_cpu_mem_usage):
@@ -124,17 +109,6 @@ def test_masked_again_it_trains_on(tmp_path, low_cpu_mem_usage):
     ]
 
 
-def test_top_masks_come_back_from_the_file(tmp_path):
-    indices = {"timm_model.blocks.0.mlp.fc1": {"rows": [0, 7, 127], "columns": [3]}}
-    model = fill(adapt(selection="top", indices=indices, target_modules=["blocks.0.mlp.fc1"]))
-    model.save_pretrained(tmp_path)
-    entry = json.loads((tmp_path / "partial_lora.json").read_text())["modules"]["timm_model.blocks.0.mlp.fc1"]
-    assert entry["indices"] == indices["timm_model.blocks.0.mlp.fc1"]
-    again = masked_again(tmp_path)
-    assert module_masks(again) == module_masks(model)
-    assert torch.equal(logits(again, images()), logits(model, images()))
-
-
 def test_an_adapter_with_a_name_has_its_own_sidecar(tmp_path):
     model = adapt(sparsity=0.9)
     model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
@@ -146,49 +120,6 @@ def test_an_adapter_with_a_name_has_its_own_sidecar(tmp_path):
     model.set_adapter("other")
     assert len(module_masks(again, "other")) == 2
     assert torch.equal(logits(again, images()), logits(model, images()))
-
-
-def change(folder, alter):
-    path = folder / "partial_lora.json"
-    sidecar = json.loads(path.read_text())
-    alter(sidecar)
-    path.write_text(json.dumps(sidecar))
-
-
-QKV = "timm_model.blocks.0.attn.qkv"
-FC2 = "timm_model.blocks.1.mlp.fc2"
-
-
-@pytest.mark.parametrize(
-    ("alter", "message"),
-    [
-        (lambda s: s.update(mask_seed=1), f"{QKV}: the mask of its rows does not match the digest"),
-        (lambda s: s["modules"][QKV].update(columns=0.25), f"{QKV}: the mask of its columns does not match the digest"),
-        (lambda s: s["modules"][QKV].update(shape=[96, 33]), f"{QKV} has shape .96, 32. in this model, but .96, 33."),
-        (lambda s: s["modules"].pop(FC2), f"no entry for the target module {FC2}"),
-        (lambda s: s["modules"].update(more=s["modules"][FC2]), "sparsity names 'more', which matches no target"),
-        (lambda s: s.update(version=2), "partial_lora.json has version 2: this partial-lora reads version 1"),
-        (lambda s: s.pop("modules"), "partial_lora.json is broken"),
-        (lambda s: s["modules"][QKV].pop("sha256"), "partial_lora.json is broken"),
-        (lambda s: s.update(selection="top"), "partial_lora.json is broken"),
-    ],
-)
-def test_a_sidecar_that_does_not_match_is_refused(tmp_path, alter, message):
-    adapt(sparsity=0.5).save_pretrained(tmp_path)
-    change(tmp_path, alter)
-    with pytest.raises(PartialLoraError, match=message):
-        masked_again(tmp_path)
-
-
-def test_a_folder_without_a_whole_sidecar_is_refused(tmp_path):
-    adapt(sparsity=0.5).save_pretrained(tmp_path)
-    path = tmp_path / "partial_lora.json"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json is broken"):
-        PartialLoraConfig.from_pretrained(str(tmp_path))
-    path.unlink()
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json cannot be read .*: the adapter has no masks"):
-        PartialLoraConfig.from_pretrained(str(tmp_path))
 
 
 def test_weights_of_another_mask_are_refused(tmp_path):

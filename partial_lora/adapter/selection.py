@@ -104,12 +104,12 @@ def read_values(values: object, key: str) -> Values:
 
 
 def _numbers(values: object, key: str) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
     try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
         numbers = np.array(values)  # a copy, which nobody else changes
-    except ValueError:  # a ragged list
+    except (ValueError, TypeError, RuntimeError):  # a ragged list, a sparse tensor, one without values
         numbers = np.array(None)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
         raise PartialLoraError(
@@ -117,7 +117,8 @@ def _numbers(values: object, key: str) -> np.ndarray:
         )
     if not np.isfinite(numbers).all():
         raise PartialLoraError(f"{key} has NaN or infinity: expected finite numbers.")
-    numbers = numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
+    whole = numbers.dtype.kind != "f" and numbers.max(initial=0) <= np.iinfo(np.int64).max
+    numbers = numbers.astype(np.int64 if whole else np.float64)
     numbers.flags.writeable = False
     return numbers
 

@@ -98,11 +98,12 @@ def _expect(condition: bool, key: str, value: object, expected: str) -> None:
 
 def _check(content: object) -> None:
     _expect(isinstance(content, dict), "the content", content, "one object")
+    for name, choices in (("granularity", ("rows_columns", "element")), ("selection", ("random", "top"))):
+        if name in content:
+            _one_of(content, name, choices)
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
     _keys(content, "", ["version", "granularity", "selection", "mask_seed", *["count"] * element, "modules"])
     _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
-    _one_of(content, "granularity", ("rows_columns", "element"))
-    _one_of(content, "selection", ("random", "top"))
     _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
     if element:
         _one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
