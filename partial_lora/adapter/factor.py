@@ -114,17 +114,38 @@ class MaskedFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense factor, zero where masked; gradients reach ``kept`` through it, writing into it raises.
+        """The dense factor, zero where masked; gradients reach ``kept`` through it.
 
-        Of a sharded factor (FSDP2) all processes have to ask for it together.
+        Writing into it raises; assigning another dense factor makes ``kept`` a new parameter, with what the mask keeps
+        of it. Of a sharded factor (FSDP2) all processes have to ask for it together.
         """
         dense = self.fill(_whole(self.kept))
         # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
         return dense if self.full or torch.compiler.is_compiling() else dense.as_subclass(DenseView)
 
     @weight.setter
-    def weight(self, value: Tensor) -> None:
-        raise PartialLoraError("the weight of a masked factor is computed from `kept`: load a state dict instead.")
+    def weight(self, dense: Tensor) -> None:
+        if dense.shape != self.shape:
+            raise PartialLoraError(f"weight has shape {tuple(dense.shape)}, this masked factor {tuple(self.shape)}.")
+        kept = self._checked(dense.detach(), "weight")
+        self.kept = nn.Parameter(kept, requires_grad=self.kept.requires_grad)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; ``weight``, which is none of its parameters, is assigned."""
+        if name == "weight":
+            self.weight = param.data  # no parameter, or this method would be asked again
+        else:
+            super().register_parameter(name, param)
+
+    def _checked(self, dense: Tensor, name: str) -> Tensor:
+        """`keep` of a factor that must not have values elsewhere. Zeros are no proof of the right mask, values are."""
+        kept = self.keep(dense)
+        if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
+            raise PartialLoraError(
+                f"{name} has values outside this adapter's mask: it was trained under another mask or none, load it"
+                " with PartialLoraConfig.from_pretrained of its own folder."
+            )
+        return kept
 
     def operand(self, kept: Tensor) -> Tensor:
         """What a product needs of the factor: ``kept`` alone where features are gathered, else the dense factor."""
@@ -165,14 +186,7 @@ class MaskedFactor(nn.Module):
         elif dense.shape != self.shape:
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
         else:
-            kept = self.keep(dense)
-            # Zeros are no proof of the right mask, but values where this mask has none prove the wrong one.
-            if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
-                raise PartialLoraError(
-                    f"{prefix}weight has values outside this adapter's mask: it was trained under another mask or"
-                    " none, load it with PartialLoraConfig.from_pretrained of its own folder."
-                )
-            own[prefix + "kept"] = _sharded_like(self.kept, kept)
+            own[prefix + "kept"] = _sharded_like(self.kept, self._checked(dense, prefix + "weight"))
         super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
