@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
+from partial_lora.adapter.sharding import entry_like, sharded_like, whole
 from partial_lora.adapter.view import DenseView
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
@@ -28,18 +28,6 @@ _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 def _convolve(x: Tensor, weight: Tensor, **settings) -> Tensor:
     return _CONVOLUTIONS[weight.dim()](x, weight, **settings)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of one that FSDP2 has sharded, all of it (its processes have to ask together)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` spread over the processes as ``parameter`` is, if it is."""
-    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 class MaskedFactor(nn.Module):
@@ -119,7 +107,7 @@ class MaskedFactor(nn.Module):
         Writing into it raises; assigning another dense factor makes ``kept`` a new parameter, with what the mask keeps
         of it. Of a sharded factor (FSDP2) all processes have to ask for it together.
         """
-        dense = self.fill(_whole(self.kept))
+        dense = self.fill(whole(self.kept))
         # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
         return dense if self.full or torch.compiler.is_compiling() else dense.as_subclass(DenseView)
 
@@ -173,7 +161,7 @@ class MaskedFactor(nn.Module):
         return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        dense = self.fill(_whole(self.kept))
+        dense = entry_like(self.kept, self.fill(whole(self.kept)))
         destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
@@ -186,7 +174,7 @@ class MaskedFactor(nn.Module):
         elif dense.shape != self.shape:
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
         else:
-            own[prefix + "kept"] = _sharded_like(self.kept, self._checked(dense, prefix + "weight"))
+            own[prefix + "kept"] = sharded_like(self.kept, self._checked(whole(dense), prefix + "weight"))
         super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
