@@ -1,0 +1,518 @@
+"""The compact form holds kept values alone, gives them back bit for bit, and is refused where it does not belong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from adapter_models import (
+    HEAD,
+    KIND_OF,
+    LLAMA_TARGETS,
+    MIXED,
+    adapt,
+    convnext,
+    fill,
+    images,
+    layers,
+    llama,
+    logits,
+    optimizer_of,
+    qwen2,
+    step,
+    timm_convnext,
+    tokens,
+    vit,
+)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load, load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
+from partial_lora.adapter.compact_file import FILE_NAME
+from partial_lora.adapter.fingerprint import fingerprint
+from partial_lora.errors import PartialLoraError
+
+FC1 = "timm_model.blocks.0.mlp.fc1"
+
+
+def deep_llama() -> LlamaForCausalLM:
+    """A narrow Llama of 32 blocks, whose module names are as long as those of a real one."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 32}
+    return LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, num_key_value_heads=2))
+
+
+def top(base=vit, granularity="rows_columns", **settings) -> dict:
+    """Settings that keep what has the highest of arbitrary scores."""
+    random = adapt(base, sparsity=0.5, granularity=granularity, **settings)
+    generator = np.random.default_rng(0)
+    scores = {
+        name: {axis: generator.random(getattr(masks, axis).size) for axis in ("rows", "columns")}
+        for name, masks in module_masks(random).items()
+    }
+    return {"selection": "top", "scores": scores, "granularity": granularity, **settings}
+
+
+SETTINGS = {
+    "rows_columns": {},
+    "element": {"granularity": "element"},
+    "bernoulli": {"granularity": "element", "count": "bernoulli"},
+}
+settings_of_masks = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def state(model, adapter_name="default"):
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def assert_same(own, other, dtype=None):
+    """Equal names, types and bits; of values rounded to ``dtype`` where one is given."""
+    assert own.keys() == other.keys()
+    for name, value in own.items():
+        rounded = value if dtype is None else value.to(dtype).to(value.dtype)
+        assert torch.equal(rounded, other[name]), name
+        assert value.dtype == other[name].dtype
+
+
+def snapshot(model):
+    """What loading must leave alone when it fails."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        sorted(vars(model)),
+    )
+
+
+def assert_unchanged(model, before):
+    after = snapshot(model)
+    assert_same(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def refuses(model, folder, message, **arguments):
+    before = snapshot(model)
+    with pytest.raises(PartialLoraError, match=message) as error:
+        load_compact(model, folder, **arguments)
+    assert "\n" not in str(error.value)
+    assert_unchanged(model, before)
+
+
+# Size
+
+
+def promised_size(model, dtype: torch.dtype | None) -> int:
+    kept = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    masks = module_masks(model).values()
+    indices = sum(len(mask.rows.kept) + len(mask.columns.kept) for mask in masks)
+    is_random = model.peft_config["default"].selection == "random"
+    return kept * (2 if dtype == torch.bfloat16 else 4) + 400 * len(masks) + (0 if is_random else 4 * indices)
+
+
+def written_size(model, folder, dtype: torch.dtype | None) -> int:
+    write_compact(model, folder, dtype=dtype)
+    (file,) = folder.iterdir()
+    assert file.suffix == ".safetensors"
+    return file.stat().st_size
+
+
+def kept_indices(model) -> dict:
+    return {
+        name: {axis: getattr(masks, axis).kept for axis in ("rows", "columns")}
+        for name, masks in module_masks(model).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+@pytest.mark.parametrize("selection", ["random", "top"])
+@pytest.mark.parametrize("base", [vit, timm_convnext, convnext, llama])
+def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granularity, dtype):
+    chosen = top(base, granularity) if selection == "top" else {"granularity": granularity}
+    model = fill(adapt(base, sparsity=0.87, **chosen))
+    assert written_size(model, tmp_path, dtype) <= promised_size(model, dtype)
+    assert_same(state(model), state(load_compact(base(), tmp_path)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("selection", ["random", "top"])
+def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path, selection, dtype):
+    settings = {"r": 4, "target_modules": ["q_proj", "o_proj", "gate_proj"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(deep_llama(), PartialLoraConfig(**settings, sparsity=0.87))
+    assert "model.layers.31.self_attn.q_proj" in module_masks(model)
+    if selection == "top":
+        config = PartialLoraConfig(**settings, selection="top", indices=kept_indices(model))
+        model = get_peft_model(deep_llama(), config)
+    assert written_size(fill(model), tmp_path, dtype) <= promised_size(model, dtype)
+    assert_same(state(model), state(load_compact(deep_llama(), tmp_path)), dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_header_fits_where_few_modules_share_it(tmp_path, count):
+    targets = ["blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"][:count]
+    model = fill(adapt(sparsity=0.87, target_modules=targets))  # with a head, which is a module too
+    assert written_size(model, tmp_path, None) <= promised_size(model, None) + 400
+    model = fill(adapt(sparsity=0.87, target_modules=targets, modules_to_save=None))
+    assert written_size(model, tmp_path, None) <= promised_size(model, None)
+
+
+# Values
+
+
+@settings_of_masks
+@pytest.mark.parametrize("base", KIND_OF)
+def test_loading_gives_every_value_back_bit_for_bit(tmp_path, base, settings):
+    model = fill(adapt(base, sparsity=MIXED if base is vit else 0.6, mask_seed=3, **settings))
+    write_compact(model, tmp_path)
+    loaded = load_compact(base(), tmp_path)
+    assert_same(state(model), state(loaded))
+    assert module_masks(loaded) == module_masks(model)
+    batch = KIND_OF[base].batch(0)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+def test_masks_that_are_not_random_come_from_stored_indices(tmp_path, granularity):
+    model = fill(adapt(sparsity=0.8, **top(granularity=granularity)))
+    write_compact(model, tmp_path)
+    loaded = load_compact(vit(), tmp_path)
+    assert module_masks(loaded) == module_masks(model)
+    assert_same(state(model), state(loaded))
+    assert load_file(tmp_path / FILE_NAME)["#indices"].dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (vit, {"bias": "all"}),
+        (vit, {"bias": "lora_only", "use_rslora": True, "alpha_pattern": {"fc1": 3}}),
+        (vit, {"target_modules": "all-linear", "exclude_modules": ["fc2"], "lora_dropout": 0.1}),
+        (vit, {"target_modules": r".*\.blocks\.1\..*(qkv|fc1)", "modules_to_save": None}),
+        (llama, {"trainable_token_indices": [1, 3]}),
+        (llama, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (qwen2, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ],
+)
+def test_what_trains_beside_the_adapter_and_every_option_come_back(tmp_path, base, settings):
+    model = adapt(base, sparsity=0.6, **settings)
+    optimizer = optimizer_of(model)
+    for seed in range(2):
+        step(model, optimizer, KIND_OF[base].batch(seed))
+    write_compact(model, tmp_path)
+    loaded = load_compact(base(), tmp_path)
+    assert_same(state(model), state(loaded))
+    assert torch.equal(logits(loaded, KIND_OF[base].batch(5)), logits(model, KIND_OF[base].batch(5)))
+    own, other = (each.peft_config["default"].as_lora().to_dict() for each in (model, loaded))
+    assert {key: own[key] for key in own if own[key] != other[key]} == {"inference_mode": False}
+
+
+def test_rounded_values_load_in_the_type_they_were_trained_in(tmp_path):
+    model = fill(adapt(sparsity=0.6))
+    write_compact(model, tmp_path, dtype=torch.bfloat16)
+    assert {value.dtype for value in load_file(tmp_path / FILE_NAME).values()} == {torch.bfloat16}
+    assert_same(state(model), state(load_compact(vit(), tmp_path)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_adapter_on_a_base_in_half_precision_keeps_its_types(tmp_path, autocast):
+    def base():
+        return vit().to(torch.bfloat16)
+
+    config = PartialLoraConfig(r=4, target_modules=["qkv", "fc1"], sparsity=0.5, modules_to_save=[HEAD])
+    model = fill(get_peft_model(base(), config, autocast_adapter_dtype=autocast))
+    model.get_base_model().timm_model.head.modules_to_save["default"].float()  # trained in more precision than loaded
+    write_compact(model, tmp_path)
+    assert_same(state(model), state(load_compact(base(), tmp_path)))
+
+
+def test_reading_needs_no_model(tmp_path):
+    model = fill(adapt(sparsity=0.6, r=3, mask_seed=5))
+    write_compact(model, tmp_path)
+    config, tensors = read_compact(tmp_path)
+    assert (config.r, config.mask_seed, config.masks) == (3, 5, module_masks(model))
+    factor = layers(model)[FC1].lora_A["default"]
+    assert torch.equal(tensors[f"{FC1}.lora_A"], factor.kept)
+    assert tensors[f"{FC1}.lora_A"].shape == (3, len(factor.mask.kept))
+    assert sum(value.numel() for value in tensors.values()) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    for name in "ab":
+        write_compact(fill(adapt(sparsity=0.6, target_modules=["fc2", "qkv", "fc1"])), tmp_path / name)
+    assert (tmp_path / "a" / FILE_NAME).read_bytes() == (tmp_path / "b" / FILE_NAME).read_bytes()
+
+
+# Use
+
+
+@settings_of_masks
+def test_it_trains_on_as_if_it_had_never_been_away(tmp_path, settings):
+    model = adapt(sparsity=MIXED if not settings else 0.6, **settings)
+    optimizer = optimizer_of(model)
+    step(model, optimizer, images(0))
+    write_compact(model, tmp_path)
+    again = load_compact(vit(), tmp_path, is_trainable=True)
+    optimizers = optimizer_of(model), optimizer_of(again)
+    assert [step(model, optimizers[0], images(seed)) for seed in range(3)] == [
+        step(again, optimizers[1], images(seed)) for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_what_trains_and_what_is_active_are_as_by_peft(tmp_path, is_trainable):
+    model = fill(adapt(sparsity=0.6))
+    write_compact(model, tmp_path / "compact")
+    model.save_pretrained(tmp_path / "peft")
+    own = load_compact(vit(), tmp_path / "compact", is_trainable=is_trainable)
+    config = PartialLoraConfig.from_pretrained(str(tmp_path / "peft"))
+    peft = PeftModel.from_pretrained(vit(), str(tmp_path / "peft"), config=config, is_trainable=is_trainable)
+    assert snapshot(own)[1:] == snapshot(peft)[1:]
+
+
+def test_several_adapters_load_beside_each_other(tmp_path):
+    model = adapt(sparsity=0.6)
+    config = PartialLoraConfig(r=2, target_modules=["fc1"], granularity="element", sparsity=0.9, mask_seed=7)
+    model.add_adapter("other", config)
+    fill(model)
+    for name in ("default", "other"):
+        write_compact(model, tmp_path / name, adapter_name=name)
+    loaded = load_compact(vit(), tmp_path / "default", adapter_name="first")
+    assert load_compact(loaded, tmp_path / "other", adapter_name="second") is loaded
+    assert loaded.active_adapter == "first"
+    for own, other in (("default", "first"), ("other", "second")):
+        assert_same(state(model, own), state(loaded, other))
+        model.set_adapter(own)
+        loaded.set_adapter(other)
+        assert torch.equal(logits(model, images()), logits(loaded, images()))
+    refuses(loaded, tmp_path / "other", "adapter_name is 'first': the model has one of that name", adapter_name="first")
+
+
+# What does not fit
+
+
+def other_seed(base=vit):
+    """The same shapes with other weights."""
+    model = base()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9))
+    return model
+
+
+def without(model, name):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, torch.nn.Identity())
+    return model
+
+
+def replaced(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model
+
+
+def fine_tuned(model):
+    """One parameter trained a little."""
+    with torch.no_grad():
+        model.timm_model.blocks[1].mlp.fc2.weight.mul_(1.0001)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: without(m, FC1), rf"this model has no module {FC1}|{FC1} is a Identity"),
+        (lambda m: replaced(m, FC1, torch.nn.Linear(32, 64)), rf"{FC1} is 64 x 32 in this model .* but 128 x 32 in"),
+        (
+            lambda m: replaced(m, f"{HEAD}", torch.nn.Linear(32, 5)),
+            rf"{HEAD}\.bias is \[5\] in this model, but \[4\]",
+        ),
+        (lambda m: replaced(m, "timm_model.head", torch.nn.Linear(32, 4, bias=False)), r"head\.bias .* but this model"),
+        (lambda m: other_seed(), "weights of this model are not those of the base model"),
+        (fine_tuned, "weights of this model are not those of the base model"),
+        (lambda m: other_seed().to(torch.bfloat16), "weights of this model are not those of the base model"),
+        (lambda m: llama(), r"this model has no module timm_model\.blocks"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "adapters of another method"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "but is no PeftModel"),
+    ],
+)
+def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(tmp_path, change, message):
+    write_compact(fill(adapt(sparsity=0.6)), tmp_path)
+    refuses(change(vit()), tmp_path, message)
+
+
+def test_a_merged_model_is_refused_both_ways(tmp_path):
+    model = fill(adapt(sparsity=0.6))
+    write_compact(model, tmp_path)
+    model.merge_adapter()
+    refuses(model, tmp_path, r"merged into its base weight: call unmerge_adapter", adapter_name="other")
+    with pytest.raises(PartialLoraError, match=r"merged into its base weight: call unmerge_adapter"):
+        write_compact(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_more_modules_than_the_adapter_has_are_refused(tmp_path):
+    write_compact(fill(adapt(sparsity=0.6, target_modules=["fc1"])), tmp_path)
+    model = vit()
+    model.timm_model.blocks[0].attn.fc1 = torch.nn.Linear(32, 32)
+    refuses(model, tmp_path, r"not those of the base model|attn\.fc1")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_base_model_in_another_precision_is_the_same_model(tmp_path, dtype):
+    write_compact(fill(adapt(sparsity=0.6)), tmp_path)
+    load_compact(vit().to(dtype), tmp_path)
+
+
+def test_a_model_with_quantised_linear_layers_is_known_by_the_rest_of_it():
+    own, quantised, other = vit(), vit(), other_seed()
+    for model in (quantised, other):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                packed = torch.zeros(math.ceil(module.weight.numel() / 2), 1, dtype=torch.uint8)
+                module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert fingerprint(own).agrees(fingerprint(quantised))
+    assert not fingerprint(own).agrees(fingerprint(other))
+
+
+def test_adapters_and_their_training_do_not_move_the_fingerprint():
+    model = adapt(sparsity=0.5)
+    head = {f"{HEAD}.weight", f"{HEAD}.bias"}
+    step(model, optimizer_of(model), images())
+    assert fingerprint(model.get_base_model(), head) == fingerprint(vit(), head)
+    assert fingerprint(torch.compile(vit())) == fingerprint(vit())
+    assert fingerprint(vit().to("meta")).agrees(fingerprint(other_seed()))  # nothing to compare
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path):
+    path = write_compact(fill(adapt(sparsity=0.6)), tmp_path)
+    content = path.read_bytes()
+    for length in (0, 4, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        refuses(vit(), tmp_path, rf"{FILE_NAME} is broken, truncated or no compact adapter .*: copy it again")
+    path.write_bytes(content + b"x")
+    refuses(vit(), tmp_path, rf"{FILE_NAME} is broken, truncated")
+
+
+def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tensors: None):
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["partial_lora"])
+    tensors = load(content)
+    alter_header(header)
+    alter_tensors(tensors)
+    save_file(tensors, path, metadata={"partial_lora": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda h: h.update(version=2), "has version 2: this partial-lora reads version 1"),
+        (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), rf"masks of {FC1} do not match their digest"),
+        (lambda h: h["config"].update(mask_seed=1), r"masks of .* do not match their digest"),
+        (
+            lambda h: h["modules"].pop(FC1),
+            rf"does not fit this model: sparsity has no entry for the target module {FC1}",
+        ),
+        (
+            lambda h: h["modules"][FC1].__setitem__(2, 3),
+            rf"module {FC1} has \[\d+\] values of .*: expected \d+ numbers",
+        ),
+        (lambda h: h["config"].update(colour="red"), "header is not that of a compact adapter"),
+        (lambda h: h["config"].update(use_dora=True), "use_dora=True does not go with Partial-LoRA"),
+        (lambda h: h.update(modules=[]), "is broken"),
+        (lambda h: h.pop("base"), "is broken"),
+        (lambda h: h.update(base="?"), "is broken"),
+    ],
+)
+def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
+    rewritten(write_compact(fill(adapt(sparsity=0.6)), tmp_path), alter)
+    refuses(vit(), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda t: t.pop(FC1), f"the values of module {FC1} are missing"),
+        (lambda t: t.update({FC1: t[FC1][1:].clone()}), f"module {FC1} has"),
+        (lambda t: t.update({FC1: t[FC1].int()}), f"module {FC1} has"),
+        (lambda t: t.pop(f"{HEAD}.bias"), rf"{HEAD}\.bias trains beside the adapter, but the file does not have it"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra trains beside the adapter, but this model does not have it"),
+        (lambda t: t.update({f"{HEAD}.bias": torch.zeros(3)}), rf"{HEAD}\.bias is \[4\] in this model, but \[3\]"),
+    ],
+)
+def test_tensors_that_are_missing_or_of_another_shape_are_refused(tmp_path, alter, message):
+    rewritten(write_compact(fill(adapt(sparsity=0.6)), tmp_path), alter_tensors=alter)
+    refuses(vit(), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda t: t.pop("#indices"), "is broken"),
+        (lambda t: t.update({"#indices": t["#indices"][1:].clone()}), "#indices are .*: expected"),
+        (lambda t: t.update({"#indices": t["#indices"].long()}), "#indices are .*: expected"),
+        (lambda t: t["#indices"].add_(1), r"indices\[.*ascending, distinct|do not match their digest"),
+    ],
+)
+def test_indices_that_do_not_hold_are_refused(tmp_path, alter, message):
+    rewritten(write_compact(fill(adapt(sparsity=0.6, **top())), tmp_path), alter_tensors=alter)
+    refuses(vit(), tmp_path, message)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refuses(vit(), tmp_path / "none", rf"none/{FILE_NAME} cannot be read \(No such file or directory\)")
+
+
+def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch):
+    write_compact(fill(adapt(sparsity=0.6)), tmp_path)
+    model = fill(adapt(sparsity=0.3))
+    monkeypatch.setattr("partial_lora.adapter.compact._fill", lambda *_: [].pop())
+    answers = logits(model, images())
+    before = snapshot(model), str(model.peft_config)
+    with pytest.raises(IndexError):
+        load_compact(model, tmp_path, adapter_name="other")
+    assert_unchanged(model, before[0])
+    assert str(model.peft_config) == before[1]
+    assert torch.equal(logits(model, images()), answers)
+    monkeypatch.undo()
+    load_compact(model, tmp_path, adapter_name="other").set_adapter("other")
+
+
+# What cannot be written
+
+
+def test_only_a_masked_adapter_is_written(tmp_path):
+    model = adapt(sparsity=0.6)
+    file = tmp_path / "file"
+    file.write_text("")
+    for arguments, message in (
+        ({"model": vit()}, "written from a PeftModel, not from a TimmWrapperForImageClassification"),
+        ({"adapter_name": "none"}, "adapter_name is 'none': the model has 'default'"),
+        ({"model": adapt()}, "adapter 'default' is a LoraConfig, which masks nothing: use save_pretrained"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8: expected torch\.float32, torch\.bfloat16"),
+        ({"folder": file}, "cannot be written"),
+    ):
+        with pytest.raises(PartialLoraError, match=message):
+            write_compact(**{"model": model, "folder": tmp_path / "out"} | arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_the_config_does_not_make_are_not_written(tmp_path):
+    model = fill(adapt(sparsity=0.6))
+    model.peft_config["default"].mask_seed = 4
+    with pytest.raises(PartialLoraError, match=r"do not match their digest|not those that its config makes"):
+        write_compact(model, tmp_path / "out")
+
+
+def test_a_compact_adapter_of_a_language_model_is_served(tmp_path):
+    model = fill(adapt(llama, sparsity=0.6, target_modules=LLAMA_TARGETS))
+    write_compact(model, tmp_path)
+    loaded = load_compact(llama(), tmp_path)
+    prompt = {"input_ids": tokens()["input_ids"], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
