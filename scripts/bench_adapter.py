@@ -1,0 +1,235 @@
+"""Is the adapter cheaper than dense LoRA, in time and in memory? The benchmark behind `make bench`.
+
+`python scripts/bench_adapter.py` measures, side by side in one process, (a) the frozen floor, (b) dense LoRA, (c) and
+(d) Partial-LoRA in both granularities and (e) SHiRA, and writes adapter.json (every repetition) and adapter.md (tables,
+aims) into results/bench. An interrupted run goes on where it was. --profile shows instead where the time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+import bench_measure as measure
+import bench_profile
+import bench_report
+import torch
+from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, VARIANTS, Model, build_variant
+
+from partial_lora import record
+from partial_lora.adapter import module_masks
+from partial_lora.results import write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, read and checked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    others = [name for name in VARIANTS if name not in REFERENCES]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
+    parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the floors and LoRA")
+    parser.add_argument("--sparsity", type=float, default=0.87)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
+    parser.add_argument("--quick", action="store_true", help="tiny models of the same classes: a test, no measurement")
+    parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
+    options = parser.parse_args(argv)
+    if min(options.ranks) < 1 or options.repeats < 1:
+        parser.error("--ranks and --repeats are whole numbers of at least 1")
+    if not 0 < options.sparsity < 1:
+        parser.error(f"--sparsity is {options.sparsity}: it is the share removed, between 0 and 1")
+    if options.quick and options.out == parser.get_default("out"):
+        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure, or profile, and write what was found."""
+    options = arguments(argv)
+    torch.set_num_threads(1)
+    gc.freeze()  # what the imports have made need not be walked through at every collection
+    head = {"command": _command(options), "machine": describe_machine(malloc=measure.keep_freed_memory())}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.profile:
+        _write(options.out / "profile", {**head, "profiles": _profiles(options)}, bench_profile.page)
+        return
+    settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "quick")}
+    parts = options.out / "parts"
+    cells = _cells(
+        options, parts, {"settings": settings, "sources": _digest(), "versions": head["machine"]["versions"]}
+    )
+    result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
+    _write(options.out / "adapter", result, bench_report.page)
+    shutil.rmtree(parts)
+
+
+def _write(path: Path, result: Mapping, page: Callable[[Mapping], str]) -> None:
+    write_json(path.with_suffix(".json"), result)
+    write_atomic(path.with_suffix(".md"), page(result))
+    print(f"wrote {path.with_suffix('.md')}")
+
+
+def _cells(options: argparse.Namespace, parts: Path, key: Mapping) -> list[dict]:
+    """Every model at every rank; those that an interrupted run of the same ``key`` has finished are read."""
+    parts.mkdir(exist_ok=True)
+    todo, cells = list(product(options.models, options.ranks)), []
+    for model, rank in todo:
+        part = parts / f"{model}-r{rank}.json"
+        cell = _finished(part, key)
+        if cell is None:
+            cell = measure_cell(options, model, rank)
+            write_json(part, {"key": key, "cell": cell})
+        cell["ratios"] = bench_report.ratios(cell["variants"])
+        cells.append(cell)
+        print(f"{len(cells)} of {len(todo)}: {bench_report.line(cell)}", flush=True)
+    return cells
+
+
+def _finished(part: Path, key: Mapping) -> dict | None:
+    """What an earlier, interrupted run measured with the same settings and the same code; None if nothing."""
+    try:
+        saved = json.loads(part.read_text())
+    except (OSError, ValueError):
+        return None
+    return saved["cell"] if saved["key"] == key else None
+
+
+def build_cell(options: argparse.Namespace, model: Model, rank: int) -> tuple[dict, measure.Batch]:
+    """The references and the chosen variants over the same frozen weights, each after one step, and their batch."""
+    torch.manual_seed(SEED)
+    base, batch = model.build(), model.batch()
+    variants = {}
+    for name in VARIANTS:
+        if name in REFERENCES or name in options.variants:
+            before = measure.alive()
+            built = build_variant(name, base, model, rank, options.sparsity)
+            optimizer = measure.optimizer_of(built)
+            state = measure.state_bytes(built, optimizer, batch, before)
+            variants[name] = {"model": built, "optimizer": optimizer, "state": state}
+    return variants, batch
+
+
+def measure_cell(options: argparse.Namespace, model_name: str, rank: int) -> dict:
+    """Everything about one model at one rank: bytes once, seconds in shuffled rounds."""
+    load, started = os.getloadavg()[0], time.perf_counter()
+    model = (QUICK_MODELS if options.quick else MODELS)[model_name]
+    variants, batch = build_cell(options, model, rank)
+    measured = {
+        name: {
+            **variant["state"],
+            "kept_entries": kept_entries(variant["model"]) if name in PARTIAL else None,
+            "saved_bytes": measure.saved_bytes(variant["model"], batch),
+            "file_bytes": measure.file_bytes(variant["model"], compact=name in PARTIAL),
+            "seconds": {stage: [] for stage in measure.STAGES},
+        }
+        for name, variant in variants.items()
+    }
+    shuffle = random.Random(f"{SEED}/{model_name}/{rank}")
+    gc.disable()
+    for repetition in range(-1, options.repeats):  # the first is thrown away
+        gc.collect()
+        for name in shuffle.sample(list(variants), len(variants)):
+            spent = measure.step(variants[name]["model"], variants[name]["optimizer"], batch)
+            for stage, seconds in spent.items() if repetition >= 0 else ():
+                measured[name]["seconds"][stage].append(seconds)
+    gc.enable()
+    return {
+        "model": model_name,
+        "rank": rank,
+        "title": model.title,
+        "unit": model.unit,
+        "units": model.units,
+        "modules": len(module_masks(variants["lora"]["model"])),
+        "load": [load, os.getloadavg()[0]],
+        "wall_seconds": time.perf_counter() - started,
+        "variants": measured,
+    }
+
+
+def kept_entries(model: torch.nn.Module) -> int:
+    """The entries of A and B that the masks keep, counted on the masks."""
+    rank = model.peft_config["default"].r
+    return sum(
+        (len(masks.rows.kept) + len(masks.columns.kept)) * (1 if masks.element else rank)
+        for masks in module_masks(model).values()
+    )
+
+
+def describe_machine(malloc: list[str]) -> dict:
+    """Where and with what the numbers were made."""
+    made = record.new({"seed": SEED})
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "malloc": malloc,
+        "versions": made["versions"],
+        "git_commit": made["git_commit"],
+        "uncommitted": _uncommitted(),
+        "started": made["started"],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _sources() -> list[Path]:
+    package = ROOT / "partial_lora"
+    return sorted([*(package / "adapter").glob("*.py"), package / "masks.py", *(ROOT / "scripts").glob("bench_*.py")])
+
+
+def _digest() -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()
+
+
+def _uncommitted() -> bool | None:
+    """Whether the measured code or the benchmark differs from the commit; None without git."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *map(str, _sources())]
+    try:
+        return bool(subprocess.run(command, capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same again: `make bench`, or the script with what differs from its defaults."""
+    defaults, words = vars(arguments([])), []
+    for name, value in vars(options).items():
+        if value != defaults[name] and name != "out":
+            given = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, given)]
+    return " ".join(["python", "scripts/bench_adapter.py", *words]) if words else "make bench"
+
+
+def _profiles(options: argparse.Namespace) -> list[dict]:
+    found = []
+    for name, rank in product(options.models, options.ranks):
+        model = (QUICK_MODELS if options.quick else MODELS)[name]
+        profile = bench_profile.profile(*build_cell(options, model, rank))
+        found.append({"model": name, "title": model.title, "rank": rank, **profile})
+        print(f"{name} rank {rank}: profiled", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
