@@ -2,13 +2,14 @@
 # make test    everything the tests need, and the tests
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
+# make bench   time and memory of the adapter against dense LoRA, in about 40 minutes (results/bench)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CIFAR10 ?= ../shared/data/cifar10
 
-.PHONY: demo test lint first clean
+.PHONY: demo test lint first bench clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -42,6 +43,10 @@ first: $(VENV)/.installed
 	$(FIRST) experiment=first_bounds $(FIRST_CIFAR10)
 	$(FIRST) experiment=first $(FIRST_CIFAR10)
 	$(BIN)/partial-lora report results/first
+
+# An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist
