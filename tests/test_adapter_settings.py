@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_sparsity
+from partial_lora.adapter.selection import Geometry
 from partial_lora.errors import PartialLoraError
 
 
@@ -109,17 +110,20 @@ def test_settings_are_refused_by_name(settings, message):
 def test_settings_changed_later_are_refused_too(name, value):
     config = PartialLoraConfig(r=2, target_modules=["qkv"])
     setattr(config, name, value)
-    with pytest.raises(PartialLoraError, match=f"^{name}|with scores"):
-        get_peft_model(vit(), config)
+    for build in (lambda: get_peft_model(vit(), config), lambda: config.choose_masks({"qkv": QKV})):
+        with pytest.raises(PartialLoraError, match=f"^{name}|with scores"):
+            build()
 
 
 def test_settings_changed_later_are_used_in_any_form():
     config = PartialLoraConfig(r=2, target_modules=["qkv"])
     config.sparsity = {"qkv": 0.5}
+    assert len(config.choose_masks({"qkv": QKV})["qkv"].rows.kept) == 6
     assert set(map(str, module_sparsity(get_peft_model(vit(), config)).values())) == {str(both(0.5))}
 
 
 FC1 = "timm_model.blocks.0.mlp.fc1"
+QKV = Geometry((12, 4), a=(2, 4), b=(12, 2))
 
 
 @pytest.mark.parametrize(
