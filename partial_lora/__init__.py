@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from partial_lora.adapter import PartialLoraConfig, PartialLoraModel
+    from partial_lora.adapter import PartialLoraConfig, PartialLoraModel, load_compact, warm_start, write_compact
     from partial_lora.calibration import Calibration, calibrate
     from partial_lora.errors import PartialLoraError
 
@@ -17,9 +17,21 @@ _PUBLIC = {
     "PartialLoraError": "errors",
     "PartialLoraModel": "adapter",
     "calibrate": "calibration",
+    "load_compact": "adapter",
+    "warm_start": "adapter",
+    "write_compact": "adapter",
 }
 
-__all__ = ["Calibration", "PartialLoraConfig", "PartialLoraError", "PartialLoraModel", "calibrate"]
+__all__ = [
+    "Calibration",
+    "PartialLoraConfig",
+    "PartialLoraError",
+    "PartialLoraModel",
+    "calibrate",
+    "load_compact",
+    "warm_start",
+    "write_compact",
+]
 
 
 def __getattr__(name: str) -> object:

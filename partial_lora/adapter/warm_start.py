@@ -1,0 +1,197 @@
+"""Start a masked adapter from a LoRA that is trained already, instead of from a random A and a zero B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
+from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.model import module_masks
+from partial_lora.adapter.options import refuse_options
+from partial_lora.errors import PartialLoraError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FACTORS = ("lora_A", "lora_B")
+
+
+def warm_start(
+    model: nn.Module,
+    lora: str | PathLike | PeftModel,
+    adapter_name: str = "default",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Give a masked adapter the values that a trained LoRA has where the adapter's masks keep.
+
+    A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
+    B (out × rank), and single entries the same entries; what is masked stays zero. What trains whole beside the
+    adapter (a head in modules_to_save, biases) takes the LoRA's values too; where the LoRA has none, it stays as it
+    is. B is then no longer zero: with sparsity 0 the model says at once what it says with the LoRA, and the more is
+    masked, the less of it. Values are written in place, in the model's dtype, so that optimizers stay valid.
+
+        model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
+        warm_start(model, "path/or/hub-id/of/a/lora")
+
+    Args:
+        model: what get_peft_model (or inject_adapter_in_model) has made with a PartialLoraConfig.
+        lora: a folder, a hub repository, or a PeftModel, whose active adapter is taken. No bare state dict: it does
+            not say its alpha.
+        adapter_name: the adapter of ``model`` that takes the values.
+        subfolder, revision, token: of the hub repository (subfolder also of a folder).
+
+    Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
+    shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter
+    does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
+    """
+    config = _config_of(model, adapter_name)
+    source = _of_model(lora) if isinstance(lora, PeftModel) else _of_files(lora, subfolder, revision, token)
+    own = _tensors_of(model, adapter_name)
+    factors = _factors_of(model, adapter_name)
+    _compare(source, config, own, factors)
+    with torch.no_grad():
+        for key, value in source.tensors.items():
+            if key in factors:
+                factors[key].kept.copy_(factors[key].keep(value))
+            else:
+                own[key].copy_(value)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A trained LoRA: what errors call it, its config, and its tensors by their names in the base model."""
+
+    name: str
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        known = ", ".join(map(repr, configs)) or "none"
+        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {known}.")
+    if not isinstance(configs[adapter_name], PartialLoraConfig):
+        raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
+    return configs[adapter_name]
+
+
+def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:
+    """The adapter's factors by the names of their weights. Raises PartialLoraError where they cannot be filled."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = {_plain(name): module for name, module in base.named_modules()}
+    found = {}
+    for name in module_masks(model, adapter_name):
+        layer = modules[name]
+        if layer.merged:
+            raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
+        for factor in FACTORS:
+            found[f"{name}.{factor}.weight"] = getattr(layer, factor)[adapter_name]
+            if found[f"{name}.{factor}.weight"].kept.is_meta:
+                raise PartialLoraError(f"{name} is on the meta device: build the adapter without low_cpu_mem_usage.")
+    return found
+
+
+def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter, by the names in the base model; beside the factors the model's own tensors."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    again = (".modules_to_save.", ".original_module.")  # with bias="all", the biases of a head are there once more
+    return {_plain(key): value for key, value in state.items() if not any(part in key for part in again)}
+
+
+def _of_model(lora: PeftModel) -> _Source:
+    active = lora.active_adapters
+    if len(active) != 1:
+        raise PartialLoraError(f"lora has {len(active)} active adapters, {active}: activate one with set_adapter.")
+    name = active[0]
+    config = _checked(lora.peft_config[name], f"adapter {name!r} of lora")
+    return _Source(f"adapter {name!r} of lora", config, _tensors_of(lora, name))
+
+
+def _of_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
+    def find(name: str) -> Path:
+        path = Path(lora, subfolder or "", name)
+        if Path(lora).is_dir():
+            return path
+        return Path(hf_hub_download(str(lora), name, subfolder=subfolder, revision=revision, token=token))
+
+    where = str(Path(lora, subfolder or ""))
+    try:
+        config = PeftConfig.from_pretrained(str(find(CONFIG).parent))
+        tensors = load_file(find(WEIGHTS))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
+    config = _checked(config, where)
+    return _Source(where, config, {_plain(key): value for key, value in tensors.items()})
+
+
+def _checked(config: PeftConfig, name: str) -> LoraConfig:
+    """The config of a LoRA whose values mean what a masked adapter's mean; raises PartialLoraError for another."""
+    if config.peft_type not in ("LORA", PEFT_TYPE):
+        raise PartialLoraError(f"{name} is a {config.peft_type} adapter: expected LORA.")
+    trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other ways of drawing than these change W
+    try:
+        refuse_options(replace(config, init_lora_weights=True, eva_config=None) if trained_as_drawn else config)
+    except PartialLoraError as error:
+        raise PartialLoraError(f"{name}: {error}") from None
+    return config
+
+
+def _compare(
+    source: _Source, config: PartialLoraConfig, own: Mapping[str, Tensor], factors: Mapping[str, MaskedFactor]
+) -> None:
+    """Raise PartialLoraError, naming the module, where a trained LoRA and the adapter do not fit."""
+    for key in factors:
+        if key not in source.tensors:
+            raise PartialLoraError(f"{source.name} has no {key}, which the adapter has: give both the same targets.")
+    if source.config.r != config.r:
+        raise PartialLoraError(f"{source.name} has r={source.config.r}, the adapter r={config.r}: give both the same.")
+    for key, value in source.tensors.items():
+        module = key.rpartition(".")[0]
+        if key not in own:
+            what = "target_modules" if ".lora_" in key else "modules_to_save (or bias)"
+            raise PartialLoraError(f"{source.name} has {key}, which the adapter does not train: add it to {what}.")
+        if value.shape != own[key].shape:
+            raise PartialLoraError(
+                f"{source.name} has {key} in shape {list(value.shape)}, the adapter in {list(own[key].shape)}: it was"
+                " trained on another model."
+            )
+        if key in factors:
+            module = module.rpartition(".")[0]
+            theirs, ours = _scaling(source.config, module), _scaling(config, module)
+            if not math.isclose(theirs, ours, rel_tol=1e-6):
+                raise PartialLoraError(
+                    f"{module} is scaled by {theirs:g} in {source.name}, by {ours:g} in the adapter: give both the same"
+                    f" lora_alpha and use_rslora (here {_settings(source.config)} and {_settings(config)})."
+                )
+
+
+def _scaling(config: LoraConfig, module: str) -> float:
+    """What B A of a module is multiplied with: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def _settings(config: LoraConfig) -> str:
+    pattern = f", alpha_pattern={config.alpha_pattern}" if config.alpha_pattern else ""
+    return f"lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}{pattern}"
+
+
+def _plain(key: str) -> str:
+    """The name in the base model as loaded, whether or not torch.compile has wrapped it since."""
+    return key.removeprefix("base_model.model.").replace("_orig_mod.", "")

@@ -1,0 +1,262 @@
+"""A masked adapter takes the kept part of a trained LoRA, strictly, or stays as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from adapter_models import KINDS, VIT_TARGETS, adapt, fill, images, layers, logits, optimizer_of, step, vit
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+
+import partial_lora
+from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
+from partial_lora.errors import PartialLoraError
+
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+QKV = "timm_model.blocks.0.attn.qkv"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def trained(base=vit, batch=images, **settings):
+    """A plain LoRA after some steps: A, B and the head have moved."""
+    model = adapt(base, seed=5, **settings)
+    optimizer = optimizer_of(model)
+    for seed in range(2):
+        step(model, optimizer, batch(seed))
+    return fill(model, seed=6)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """The folder of a trained LoRA."""
+    trained().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@granularities
+@pytest.mark.parametrize("name", ["wrapped_vit", "llama", "gpt2", "timm_convnext", "deberta"])
+def test_kept_entries_are_those_of_the_lora_and_the_others_zero(tmp_path, name, granularity):
+    kind = KINDS[name]
+    dense = trained(kind.build, kind.batch, task_type=kind.task)
+    sparsity = {kind.targets[0]: {"rows": 0.9, "columns": 0.7}, ".*": 0.4}
+    model = adapt(kind.build, sparsity=sparsity, granularity=granularity, task_type=kind.task)
+    optimizer = optimizer_of(model)
+    before = [p.data_ptr() for p in model.parameters()]
+    warm_start(model, dense)
+    assert [p.data_ptr() for p in model.parameters()] == before
+
+    for module, masks in module_masks(model).items():
+        for factor, mask, axis in (("lora_A", masks.columns, 1), ("lora_B", masks.rows, 0)):
+            ours = getattr(layers(model)[module], factor)["default"].weight.detach()
+            theirs = getattr(layers(dense)[module], factor)["default"].weight.detach()
+            kept = torch.from_numpy(mask.dense())
+            kept = kept.view(theirs.shape) if granularity == "element" else kept
+            if granularity == "rows_columns":
+                ours, theirs = ours.movedim(axis, 0), theirs.movedim(axis, 0)
+            assert torch.equal(ours[kept], theirs[kept])
+            assert ours[kept].any()
+            assert not ours[~kept].any()
+    heads = [key for key in state(model) if ".modules_to_save." in key]
+    assert bool(heads) == (kind.head is not None or kind.task == "SEQ_CLS")
+    for key in heads:
+        assert torch.equal(state(model)[key], state(dense)[key])
+        assert not torch.equal(state(model)[key], state(adapt(kind.build, task_type=kind.task))[key])
+
+    # The optimizer made before goes on, and what it trains is saved and loaded as always.
+    losses = [step(model, optimizer, kind.batch(0)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    config = PartialLoraConfig.from_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(kind.build(), str(tmp_path), config=config, is_trainable=True)
+    assert torch.equal(logits(again, kind.batch(1)), logits(model, kind.batch(1)))
+
+
+def test_at_sparsity_zero_the_model_says_what_it_says_with_the_lora(lora):
+    model = adapt(sparsity=0.0)
+    warm_start(model, lora)
+    assert torch.equal(logits(model, images()), logits(PeftModel.from_pretrained(vit(), str(lora)), images()))
+
+
+@pytest.mark.parametrize("way", ["str", "path", "model", "masked folder", "masked model", "subfolder"])
+def test_every_form_of_a_lora_gives_the_same(tmp_path, way):
+    dense = trained()
+    model, expected = adapt(sparsity=0.7), adapt(sparsity=0.7)
+    warm_start(expected, dense)
+    if way.startswith("masked"):  # an adapter of ours under the same masks is a LoRA with zeros
+        dense = expected
+    dense.save_pretrained(tmp_path / "here" if way == "subfolder" else tmp_path)
+    settings = {"subfolder": "here"} if way == "subfolder" else {}
+    warm_start(model, dense if way.endswith("model") else str(tmp_path) if way == "str" else tmp_path, **settings)
+    assert all(torch.equal(value, state(expected)[key]) for key, value in state(model).items())
+
+
+def test_it_is_the_adapter_named_that_starts_warm(lora):
+    model = adapt(sparsity=0.7)
+    model.add_adapter("other", PartialLoraConfig(r=4, lora_alpha=6, target_modules=VIT_TARGETS, sparsity=0.5))
+    before = state(model)
+    with pytest.raises(PartialLoraError, match=r"head\.\w+, which the adapter does not train: add it to"):
+        warm_start(model, lora, "other")
+    warm_start(model, trained(modules_to_save=None), "other")
+    changed = {key for key, value in state(model).items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if ".other." in key}
+
+
+def test_a_model_without_peft_model_around_it_starts_warm():
+    base = vit()
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": VIT_TARGETS, "sparsity": 0.7}
+    bare = inject_adapter_in_model(PartialLoraConfig(**settings), base)
+    wrapped = adapt(sparsity=0.7, modules_to_save=None)
+    for model in (bare, wrapped):
+        warm_start(model, trained(modules_to_save=None))
+    assert torch.equal(logits(bare, images()), logits(wrapped, images()))
+
+
+def test_a_lora_in_half_precision_starts_an_adapter_in_single(tmp_path, lora):
+    tensors = {key: value.bfloat16() for key, value in load_file(lora / WEIGHTS).items()}
+    save_file(tensors, lora / WEIGHTS, metadata={"format": "pt"})
+    model = adapt(sparsity=0.7)
+    warm_start(model, lora)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    kept = layers(model)[QKV].lora_B["default"].kept
+    whole = tensors[f"base_model.model.{QKV}.lora_B.weight"].float()
+    assert torch.equal(kept, whole[module_masks(model)[QKV].rows.kept.copy()])
+
+
+def test_biases_and_a_head_are_taken_where_both_have_them():
+    dense = trained(bias="lora_only")
+    model = adapt(sparsity=0.7, bias="lora_only")
+    warm_start(model, dense)
+    biases = [key for key in state(model) if key.endswith("base_layer.bias")]
+    assert biases
+    assert all(torch.equal(state(model)[key], state(dense)[key]) for key in biases)
+    model = adapt(sparsity=0.7)
+    head = {key: value for key, value in state(model).items() if ".modules_to_save." in key}
+    warm_start(model, trained(modules_to_save=None))  # has no head: ours stays
+    assert all(torch.equal(state(model)[key], value) for key, value in head.items())
+
+
+def test_a_lora_drawn_in_another_way_that_leaves_the_base_alone_is_taken(lora):
+    rewrite(lora, init_lora_weights="eva", eva_config={"rho": 2.0})
+    warm_start(adapt(sparsity=0.7), lora)
+
+
+def rewrite(folder, **settings):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+
+
+def without(folder, part):
+    tensors = {key: value for key, value in load_file(folder / WEIGHTS).items() if part not in key}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def cut(folder, name=WEIGHTS):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-50])
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+REFUSALS = {
+    "rank": ({"r": 2}, None, r"has r=4, the adapter r=2: give both the same"),
+    "scaling": ({"lora_alpha": 3}, None, r"attn\.\w+ is scaled by 1.5 in .*, by 0.75 in the adapter: .*lora_alpha=6"),
+    "rslora": ({"use_rslora": True}, None, r"is scaled by 1.5 in .*, by 3 in the adapter: .*use_rslora=True"),
+    "pattern": (
+        {"alpha_pattern": {"fc1": 2}},
+        None,
+        r"0\.mlp\.fc1 is scaled by 1\.5 in .*, by 0\.5 in the adapter",
+    ),
+    "more modules": (
+        {"target_modules": ["attn.qkv"]},
+        None,
+        r"proj\.lora_A\.weight, .*: add it to target_modules",
+    ),
+    "head": (
+        {"modules_to_save": None},
+        None,
+        r"head\.\w+, which the adapter does not .*: add it to modules_to_save",
+    ),
+    "fewer modules": (
+        {},
+        lambda f: without(f, "blocks.1.mlp.fc1"),
+        r"has no .*\.1\.mlp\.fc1\.lora_A\.weight",
+    ),
+    "shape": (
+        {},
+        lambda f: transpose(f, "fc1.lora_A"),
+        r"A\.weight in shape \[32, 4\], the adapter in \[4, 32\]",
+    ),
+    "head shape": ({}, lambda f: transpose(f, "head.weight"), r"timm_model\.head\.weight in shape \[32, 4\]"),
+    "dora": ({}, lambda f: rewrite(f, use_dora=True), r"use_dora=True does not go with Partial-LoRA"),
+    "pissa": ({}, lambda f: rewrite(f, init_lora_weights="pissa"), r"init_lora_weights='pissa' does not go with"),
+    "ranks": ({}, lambda f: rewrite(f, rank_pattern={"fc1": 2}), r"rank_pattern={'fc1': 2} does not go with"),
+    "method": ({}, lambda f: rewrite(f, peft_type="LOHA"), r"is a .*LOHA adapter: expected LORA"),
+    "no config": ({}, lambda f: (f / CONFIG).unlink(), r"is no folder or repository with adapter_config\.json and"),
+    "broken config": ({}, lambda f: cut(f, CONFIG), r"is no folder or repository with adapter_config\.json and"),
+    "no weights": ({}, lambda f: (f / WEIGHTS).unlink(), r"adapter_model\.safetensors: .*No such file"),
+    "cut weights": ({}, cut, r"is no folder or repository with .* adapter_model\.safetensors: "),
+    "pickle": ({}, as_pickle, r"is no folder or repository with .* adapter_model\.safetensors: .*No such file"),
+}
+
+
+def transpose(folder, part):
+    tensors = {
+        key: value.T.contiguous() if part in key else value for key, value in load_file(folder / WEIGHTS).items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_lora_that_does_not_fit_is_refused_and_the_model_stays(lora, case):
+    settings, damage, message = REFUSALS[case]
+    if damage:
+        damage(lora)
+    model = adapt(sparsity=0.5, **settings)
+    before = state(model)
+    with pytest.raises(PartialLoraError, match=message) as refusal:
+        warm_start(model, lora)
+    assert "\n" not in str(refusal.value)
+    assert all(torch.equal(value, before[key]) for key, value in state(model).items())
+
+
+def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
+    with pytest.raises(PartialLoraError, match="adapter_name is 'default': the model's adapters are none"):
+        warm_start(vit(), lora)
+    with pytest.raises(PartialLoraError, match="adapter_name is 'mine': the model's adapters are 'default'"):
+        warm_start(adapt(sparsity=0.5), lora, "mine")
+    with pytest.raises(PartialLoraError, match="'default' is not masked: load the LoRA with PEFT's load_adapter"):
+        warm_start(adapt(), lora)
+    merged = fill(adapt(sparsity=0.5))
+    merged.merge_adapter()
+    with pytest.raises(PartialLoraError, match=f"{QKV} has an adapter merged into its base weight"):
+        warm_start(merged, lora)
+    config = PartialLoraConfig(r=4, lora_alpha=6, target_modules=["qkv"], sparsity=0.5)
+    with pytest.raises(PartialLoraError, match=f"{QKV} is on the meta device"):
+        warm_start(get_peft_model(vit(), config, low_cpu_mem_usage=True), lora)
+    adalora = get_peft_model(vit(), AdaLoraConfig(target_modules=["qkv"], total_step=10))
+    with pytest.raises(PartialLoraError, match=r"adapter 'default' of lora is a .*ADALORA adapter: expected LORA"):
+        warm_start(adapt(sparsity=0.5), adalora)
+    several = trained()
+    several.add_adapter("more", LoraConfig(target_modules=["qkv"]))
+    several.base_model.set_adapter(["default", "more"])
+    with pytest.raises(PartialLoraError, match=r"lora has 2 active adapters, \['default', 'more'\]: activate one"):
+        warm_start(adapt(sparsity=0.5), several)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PartialLoraError, match=r"me/nothing is no folder or repository with adapter_config\.json"
+    ) as refusal:
+        warm_start(adapt(sparsity=0.5), "me/nothing")
+    assert "\n" not in str(refusal.value)
+
+
+def test_it_is_part_of_the_public_surface():
+    assert partial_lora.warm_start is warm_start
+    assert "warm_start" in partial_lora.__all__
