@@ -1,0 +1,383 @@
+"""Adapters come, go and are combined: several in one model, switched, swapped, converted, and never half-masked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers.integrations.peft
+from adapter_models import (
+    KIND_OF,
+    adapt,
+    convnext,
+    dense_twin,
+    fill,
+    gpt2,
+    images,
+    layers,
+    llama,
+    logits,
+    optimizer_of,
+    step,
+    tokens,
+    vit,
+)
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
+
+from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.errors import PartialLoraError
+
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+
+
+def config_of(base, **settings):
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": KIND_OF[base].targets, "sparsity": 0.5, **settings}
+    return PartialLoraConfig(**settings)
+
+
+def pair(base=vit, granularity="rows_columns", **settings):
+    """A model with two masked adapters of unlike masks, "default" and "other", both with values in B."""
+    model = adapt(base, sparsity=0.8, granularity=granularity, modules_to_save=None)
+    model.add_adapter("other", config_of(base, granularity=granularity, mask_seed=7, **settings))
+    return fill(model)
+
+
+def single(base, name, **settings):
+    """What `pair` has under one of its names, alone in a model."""
+    model = pair(base, **settings)
+    model.set_adapter(name)
+    model.delete_adapter({"default": "other", "other": "default"}[name])
+    return model
+
+
+# Several adapters
+
+
+@granularities
+def test_adapters_are_switched_and_added(granularity):
+    model = pair(granularity=granularity)
+    assert module_masks(model, "other").keys() == module_masks(model).keys()
+    assert module_masks(model, "other") != module_masks(model)
+    twin = dense_twin(model, vit)
+    results = {}
+    for active in ("other", "default", ["default", "other"]):
+        for each in (model, twin):
+            each.base_model.set_adapter(active)
+        results[str(active)] = logits(model, images())
+        torch.testing.assert_close(results[str(active)], logits(twin, images()), atol=1e-5, rtol=1e-5)
+    assert len({result.sum().item() for result in results.values()}) == 3
+
+
+@granularities
+def test_a_second_adapter_is_loaded_dense_or_masked(tmp_path, granularity):
+    pair(granularity=granularity).save_pretrained(tmp_path)
+    expected = logits(single(vit, "other", granularity=granularity), images())
+    model = adapt(sparsity=0.8, granularity=granularity, modules_to_save=None)
+    with pytest.raises(ValueError, match=r"different peft types\. Found PARTIAL_LORA and .*LORA"):
+        model.load_adapter(str(tmp_path / "other"), "dense")  # one type a model; sparsity 0 is the plain LoRA of ours
+    model.add_adapter("dense", config_of(vit, sparsity=0.0))
+    model.load_adapter(str(tmp_path / "other"), "dense")
+    model.add_adapter("masked", PartialLoraConfig.from_pretrained(str(tmp_path), subfolder="other"))
+    result = model.load_adapter(str(tmp_path / "other"), "masked", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    for name in ("dense", "masked"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model, images()), expected, atol=1e-5, rtol=1e-5)
+    model.set_adapter("dense")
+    dense = trainable_parameters(model, "dense")
+    model.set_adapter("masked")
+    assert trainable_parameters(model, "masked") < dense
+    assert module_masks(model, "masked") == module_masks(pair(granularity=granularity), "other")
+    step(model, optimizer_of(model), images())
+    assert not torch.allclose(logits(model, images()), expected)
+
+
+def test_a_deleted_adapter_leaves_nothing_behind():
+    model = pair()
+    expected = logits(model, images())
+    model.delete_adapter("other")
+    assert not [name for name, _ in model.named_modules() if "other" in name]
+    assert not [key for key in model.state_dict() if "other" in key]
+    for layer in layers(model).values():
+        assert list(layer.lora_variant) == list(layer.lora_A) == list(layer.scaling) == ["default"]
+    assert torch.equal(logits(model, images()), expected)
+    model.add_adapter("other", config_of(vit, r=2, sparsity=0.25))  # the name is free again, for any other settings
+    assert trainable_parameters(model) > 0
+    assert {masks.rows.sparsity for masks in module_masks(model, "other").values()} == {0.25}
+
+
+def test_the_last_adapter_can_be_deleted_and_unloaded():
+    model = pair()
+    model.delete_adapter("other")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model.model, images()), logits(vit(), images()))
+    base = pair().unload()
+    assert type(base) is type(vit())
+    assert base.state_dict().keys() == vit().state_dict().keys()
+    assert torch.equal(logits(base, images()), logits(vit(), images()))
+
+
+@pytest.mark.parametrize("base", [vit, gpt2, convnext])
+@granularities
+def test_several_adapters_are_merged_and_taken_out_again(base, granularity):
+    model, batch = pair(base, granularity), KIND_OF[base].batch(0)
+    before = {name: layer.get_base_layer().weight.clone() for name, layer in layers(model).items()}
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model, batch)
+    model.merge_adapter(["default", "other"], safe_merge=True)
+    assert all(layer.merged_adapters == ["default", "other"] for layer in layers(model).values())
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+    for name, layer in layers(model).items():
+        torch.testing.assert_close(layer.get_base_layer().weight, before[name], atol=1e-5, rtol=0)
+    merged = model.merge_and_unload(adapter_names=["other"])
+    alone = single(base, "other", granularity=granularity)
+    torch.testing.assert_close(logits(merged, batch), logits(alone, batch), atol=1e-4, rtol=1e-4)
+
+
+# Combinations
+
+COMBINATIONS = [
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+
+
+@pytest.mark.parametrize("base", [vit, gpt2, convnext])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@granularities
+def test_a_weighted_combination_is_that_of_dense_lora(base, combination, granularity):
+    model = pair(base, granularity)
+    twin = dense_twin(model, base)
+    settings = {} if combination in ("linear", "cat", "svd") else {"density": 0.4}
+    for each in (model, twin):
+        torch.manual_seed(5)  # of dare
+        each.add_weighted_adapter(["default", "other"], [0.5, -2.0], "both", combination_type=combination, **settings)
+        each.set_adapter("both")
+    for one, other in zip(layers(model).values(), layers(twin).values(), strict=True):
+        assert one.get_delta_weight("both").any()
+        torch.testing.assert_close(one.get_delta_weight("both"), other.get_delta_weight("both"), atol=1e-4, rtol=1e-4)
+        assert "both" not in one.lora_variant
+    batch = KIND_OF[base].batch(0)
+    torch.testing.assert_close(logits(model, batch), logits(twin, batch), atol=1e-4, rtol=1e-4)
+    assert type(model.peft_config["both"]) is LoraConfig
+    assert [type(model.peft_config[name]) for name in ("default", "other")] == [PartialLoraConfig] * 2
+    model.set_adapter("default")
+    assert module_masks(model) == module_masks(pair(base, granularity))
+
+
+def test_a_combination_that_cannot_be_leaves_the_masked_configs_alone():
+    model = pair(r=2)
+    with pytest.raises(ValueError, match="All adapters must have the same r"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="linear")
+    assert {type(config) for config in model.peft_config.values()} == {PartialLoraConfig}
+    assert "both" not in model.peft_config
+
+
+def test_a_combination_is_saved_as_plain_lora(tmp_path):
+    model = pair()
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    assert not (tmp_path / "both" / "partial_lora.json").exists()
+    plain = PeftModel.from_pretrained(vit(), str(tmp_path / "both"))
+    torch.testing.assert_close(logits(plain, images()), logits(model, images()), atol=1e-5, rtol=1e-5)
+
+
+# Without a PeftModel
+
+
+@granularities
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapters_are_injected_without_a_peft_model(granularity, low_cpu_mem_usage):
+    base = vit()
+    torch.manual_seed(1)
+    bare = inject_adapter_in_model(config_of(vit, granularity=granularity), base)
+    wrapped = adapt(sparsity=0.5, granularity=granularity, modules_to_save=None)
+    fill(bare), fill(wrapped)
+    assert torch.equal(logits(bare, images()), logits(wrapped, images()))
+    assert module_masks(bare) == module_masks(wrapped)
+    saved = get_peft_model_state_dict(bare)
+    again = inject_adapter_in_model(config_of(vit, granularity=granularity), vit(), low_cpu_mem_usage=low_cpu_mem_usage)
+    result = set_peft_model_state_dict(again, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert result.unexpected_keys == []
+    assert not [key for key in result.missing_keys if "lora_" in key]
+    assert torch.equal(logits(again, images()), logits(bare, images()))
+    plain = inject_adapter_in_model(config_of(vit).as_lora(), vit())
+    set_peft_model_state_dict(plain, saved)
+    torch.testing.assert_close(logits(plain, images()), logits(bare, images()), atol=1e-5, rtol=1e-5)
+
+
+def test_targets_read_off_a_state_dict_are_refused():
+    saved = get_peft_model_state_dict(adapt(sparsity=0.5))
+    with pytest.raises(PartialLoraError, match="targets taken from a state_dict cannot be masked"):
+        inject_adapter_in_model(config_of(vit), vit(), state_dict=saved)
+
+
+@granularities
+def test_transformers_own_adapter_calls_take_it(tmp_path, granularity, monkeypatch):
+    # Some versions of transformers ask here for a PEFT later than the one this method is registered with.
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda min_version: None)
+    model = llama()
+    model.add_adapter(config_of(llama, granularity=granularity), adapter_name="default")
+    fill(model)
+    expected = logits(model, tokens())
+    assert not torch.allclose(expected, logits(llama(), tokens()))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "partial_lora.json").is_file()
+    plain = llama()
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(plain, tokens()), expected, atol=1e-5, rtol=1e-5)
+    again = llama()
+    again.load_adapter(
+        None,
+        peft_config=PartialLoraConfig.from_pretrained(str(tmp_path)),
+        adapter_state_dict=get_peft_model_state_dict(model),
+        is_trainable=True,
+    )
+    assert module_masks(again) == module_masks(model)
+    assert torch.equal(logits(again, tokens()), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model, tokens()), logits(llama(), tokens()))
+    model.enable_adapters()
+    assert torch.equal(logits(model, tokens()), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tokens()), logits(llama(), tokens()))
+
+
+# Swapping
+
+
+def saved(folder, base, **settings):
+    model = fill(adapt(base, modules_to_save=None, **settings), seed=settings["mask_seed"])
+    model.save_pretrained(folder)
+    return str(folder), logits(model, KIND_OF[base].batch(0))
+
+
+@granularities
+@pytest.mark.parametrize("base", [llama, convnext])
+def test_saved_adapters_are_swapped_into_each_other_as_plain_lora(tmp_path, base, granularity):
+    one = saved(tmp_path / "one", base, sparsity=0.8, mask_seed=1, granularity=granularity)
+    two = saved(tmp_path / "two", base, sparsity=0.5, mask_seed=2, granularity=granularity)
+    wide = saved(tmp_path / "wide", base, sparsity=0.9, mask_seed=3, granularity=granularity, r=8)
+    model = PeftModel.from_pretrained(base(), one[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    for folder, expected in (one, two, wide, one):
+        hotswap_adapter(model, folder, adapter_name="default")
+        torch.testing.assert_close(logits(model, KIND_OF[base].batch(0)), expected, atol=1e-5, rtol=1e-5)
+
+
+# Code that writes into `weight` of a factor would change nothing: each such path of PEFT is refused.
+
+
+@pytest.fixture
+def masked():
+    model = fill(adapt(sparsity=0.8, modules_to_save=None))
+    yield model
+    assert module_masks(model) == module_masks(adapt(sparsity=0.8, modules_to_save=None))
+    assert torch.equal(logits(model, images()), logits(fill(adapt(sparsity=0.8, modules_to_save=None)), images()))
+
+
+def test_swapping_into_a_masked_adapter_is_refused(masked, tmp_path):
+    folder, _ = saved(tmp_path, vit, sparsity=0.5, mask_seed=2)
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: PARTIAL_LORA and LORA"):
+        hotswap_adapter(masked, folder, adapter_name="default")
+
+
+def test_swapping_a_state_dict_into_a_masked_adapter_is_refused(masked):
+    other = fill(adapt(sparsity=0.8, modules_to_save=None), seed=9)
+    tensors = {key: value for key, value in other.state_dict().items() if "lora_" in key}
+    with pytest.raises(PartialLoraError, match="masked"):
+        hotswap_adapter_from_state_dict(masked, tensors, "default", LoraConfig(r=4, lora_alpha=6))
+
+
+def test_padding_a_masked_adapter_is_refused(masked):
+    with pytest.raises(AttributeError, match="'FactorA' object has no attribute 'bias'"):
+        prepare_model_for_compiled_hotswap(masked, target_rank=8)
+
+
+def test_reducing_intruder_dimensions_of_a_masked_adapter_is_refused(masked):
+    with pytest.raises(ValueError, match="not using LoRA and is therefore not supported"):
+        reduce_intruder_dimension(masked)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda factor, value: setattr(factor.weight, "data", value),
+        lambda factor, value: factor.weight.data.copy_(value),
+        lambda factor, value: factor.weight.copy_(value),
+        lambda factor, value: factor.weight.data.sub_(value),
+        lambda factor, value: factor.weight.data.fill_(0),
+        lambda factor, value: factor.weight[0].fill_(0),
+        lambda factor, value: torch.nn.init.zeros_(factor.weight),
+    ],
+)
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_writing_into_the_dense_view_is_refused(masked, factor, write):
+    layer = next(iter(layers(masked).values()))
+    factor = getattr(layer, factor)["default"]
+    with pytest.raises((PartialLoraError, AttributeError), match="masked"), torch.no_grad():
+        write(factor, torch.ones(factor.weight.shape))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Parameter, lambda tensor: tensor])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@granularities
+def test_a_dense_weight_that_is_assigned_is_kept_where_the_mask_keeps(factor, wrap, granularity):
+    model = adapt(sparsity=0.8, granularity=granularity)
+    donor = fill(adapt(sparsity=0.8, granularity=granularity), seed=9)
+    for module, layer in layers(model).items():
+        ours, theirs = (getattr(each, factor)["default"] for each in (layer, layers(donor)[module]))
+        before = ours.kept.clone()
+        with pytest.raises(PartialLoraError, match="values outside this adapter's mask"):
+            ours.weight = wrap(torch.ones(ours.shape))
+        with pytest.raises(PartialLoraError, match="masked factor"):
+            ours.weight = wrap(torch.zeros(2, 3))
+        assert torch.equal(ours.kept, before)
+        ours.weight = wrap(theirs.weight.detach().clone())
+        assert torch.equal(ours.kept, theirs.kept)
+        assert ours.kept.requires_grad
+        assert [name for name, _ in ours.named_parameters()] == ["kept"]
+    assert module_masks(model) == module_masks(donor)
+
+
+# Conversion
+
+
+@granularities
+def test_conversion_to_lora_is_exact_at_full_rank(tmp_path, granularity):
+    model = fill(adapt(sparsity=0.8, modules_to_save=None, granularity=granularity))
+    assert model.supports_lora_conversion()
+    assert all(layer.supports_lora_conversion() for layer in layers(model).values())
+    config, tensors = convert_to_lora(model, rank=4)
+    assert type(config) is LoraConfig
+    converted = get_peft_model(vit(), config)
+    set_peft_model_state_dict(converted, tensors)
+    torch.testing.assert_close(logits(converted, images()), logits(model, images()), atol=1e-4, rtol=1e-4)
+    save_as_lora(tmp_path, model, rank=4)
+    loaded = PeftModel.from_pretrained(vit(), str(tmp_path))
+    torch.testing.assert_close(logits(loaded, images()), logits(model, images()), atol=1e-4, rtol=1e-4)
