@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from adapter_models import MIXED, VIT_TARGETS, adapt, images, layers, vit
 from peft import PeftModel
@@ -20,10 +21,8 @@ def arguments(folder, **settings):
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        eval_strategy="epoch",
-        save_strategy="epoch",
         remove_unused_columns=False,
-        **settings,
+        **{"eval_strategy": "epoch", "save_strategy": "epoch", **settings},
     )
 
 
@@ -51,15 +50,29 @@ def state(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_trainer_resumes_to_the_last_bit(tmp_path):
-    whole = adapt(sparsity=MIXED, lora_dropout=0.1)
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+def test_trainer_resumes_to_the_last_bit(tmp_path, granularity):
+    settings = {"sparsity": MIXED, "lora_dropout": 0.1, "granularity": granularity}
+    whole = adapt(**settings)
     train(tmp_path / "whole", whole)
-    train(tmp_path / "parts", adapt(sparsity=MIXED, lora_dropout=0.1), callbacks=[StopAfter(1)])
-    resumed = adapt(sparsity=MIXED, lora_dropout=0.1, seed=9)  # whatever it was drawn as, the checkpoint decides
+    train(tmp_path / "parts", adapt(**settings), callbacks=[StopAfter(1)])
+    resumed = adapt(**settings, seed=9)  # whatever it was drawn as, the checkpoint decides
     train(tmp_path / "parts", resumed, resume=str(tmp_path / "parts" / "checkpoint-3"))
     expected = state(whole)
     assert state(resumed).keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_trainer_with_checkpointing_trains_as_without(tmp_path, use_reentrant):
+    models = adapt(sparsity=MIXED, lora_dropout=0.1), adapt(sparsity=MIXED, lora_dropout=0.1)
+    plain = {"save_strategy": "no", "eval_strategy": "no", "gradient_accumulation_steps": 3}
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    train(tmp_path, models[0], **plain)
+    train(tmp_path, models[1], **plain, **kwargs)
+    expected = state(models[0])
+    for name, value in state(models[1]).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
 
 
 def test_trainer_loads_the_best_model_at_the_end(tmp_path):
