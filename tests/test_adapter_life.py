@@ -26,6 +26,7 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    initialize_lora_eva_weights,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -322,6 +323,11 @@ def test_padding_a_masked_adapter_is_refused(masked):
 def test_reducing_intruder_dimensions_of_a_masked_adapter_is_refused(masked):
     with pytest.raises(ValueError, match="not using LoRA and is therefore not supported"):
         reduce_intruder_dimension(masked)
+
+
+def test_initialising_a_masked_adapter_late_from_data_is_refused(masked):
+    with pytest.raises(ValueError, match="can only be used with `init_lora_weights='eva'`"):
+        initialize_lora_eva_weights(masked, [images()])
 
 
 @pytest.mark.parametrize(
