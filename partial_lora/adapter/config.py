@@ -180,8 +180,8 @@ class PartialLoraConfig(LoraConfig):
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(lora) is not LoraConfig:
             raise PartialLoraError(
-                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA, and"
-                f" {sidecar.FILE_NAME} beside it."
+                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
+                f" and {sidecar.FILE_NAME} beside it."
             )
         path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
         if not path.parent.is_dir():
