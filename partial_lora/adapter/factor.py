@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partial_lora.adapter.sharding import entry_like, sharded_like, whole
+from partial_lora.adapter.sharding import entry_like, gathered, sharded_like, whole
 from partial_lora.adapter.view import DenseView
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
@@ -105,7 +105,7 @@ class MaskedFactor(nn.Module):
         """The dense factor, zero where masked; gradients reach ``kept`` through it.
 
         Writing into it raises; assigning another dense factor makes ``kept`` a new parameter, with what the mask keeps
-        of it. Of a sharded factor (FSDP2) all processes have to ask for it together.
+        of it. Of a sharded factor (FSDP2, ZeRO) all processes have to ask for it together.
         """
         dense = self.fill(whole(self.kept))
         # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
@@ -175,7 +175,8 @@ class MaskedFactor(nn.Module):
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
         else:
             own[prefix + "kept"] = sharded_like(self.kept, self._checked(whole(dense), prefix + "weight"))
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
+        with gathered(self.kept):
+            super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         what = "entries" if self.axis is None else self.axis_name

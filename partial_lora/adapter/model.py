@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.geometry import geometry
 from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
 from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
+from partial_lora.adapter.sharding import numel
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -85,6 +86,20 @@ class PartialLoraModel(LoraModel):
             self.peft_config.update(own)
 
     @classmethod
+    def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
+        """The adapter's part of a state dict, every factor dense.
+
+        That is what a masked factor puts there itself; but ZeRO's stage 3 gathers a state dict by the names of
+        parameters, and has its kept entries under ``kept``.
+        """
+        found = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        for key in [key for key in found if key.endswith(".kept")]:
+            factor = model.get_submodule(key.removesuffix(".kept"))
+            if isinstance(factor, MaskedFactor):
+                found[key.removesuffix("kept") + "weight"] = factor.fill(found.pop(key))
+        return found
+
+    @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
         raise PartialLoraError(
             "path_initial_model_for_weight_conversion has no meaning here: the base is never changed."
@@ -148,7 +163,7 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
     """The number of entries of the adapter that train, after masking; the head is not counted."""
     return sum(
-        parameter.numel()
+        numel(parameter)
         for _, layer in _adapter_layers(model, adapter_name)
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
         for parameter in factor.parameters()

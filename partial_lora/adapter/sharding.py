@@ -1,6 +1,9 @@
-"""Factors that FSDP2 has spread over processes: whole where someone looks, in parts where they are kept."""
+"""Parameters that FSDP2 or ZeRO has spread over processes: whole where someone looks, in parts where they are kept."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -8,7 +11,34 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of a sharded one all of it, which its processes have to ask for together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not _emptied(tensor):
+        return tensor
+    with gathered(tensor):
+        return tensor.detach().clone()
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Inside, a parameter that ZeRO's stage 3 has emptied is whole; what process 0 writes into it stays."""
+    if not _emptied(parameter):
+        yield
+        return
+    import deepspeed  # where there is such a parameter, there is DeepSpeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+def _emptied(parameter: Tensor) -> bool:
+    """Whether ZeRO's stage 3 keeps the values elsewhere for now."""
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+def numel(parameter: Tensor) -> int:
+    """The number of entries of the whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
