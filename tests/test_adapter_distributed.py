@@ -1,0 +1,112 @@
+"""Masked adapters train on several processes as on one: DistributedDataParallel, FSDP2, accelerate, DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import distributed_worker
+import pytest
+from distributed_worker import CASES
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What two processes found, each with half of every batch."""
+    return distributed_worker.start("torch", tmp_path_factory.mktemp("torch"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_takes_the_steps_of_one_process(found, case):
+    for process in found:
+        assert process[f"ddp {case}"]["parameters"] < TOLERANCE
+        assert process[f"ddp {case}"]["logits"] < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_sends_what_is_kept_and_nothing_else(found, case):
+    for process in found:
+        assert process[f"ddp {case}"]["sent_each_step"] == process[f"ddp {case}"]["trained"]
+        assert process[f"ddp {case}"]["buffers"] == []
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", CASES)
+def test_masks_agree_though_nobody_sends_them(found, way, case):
+    expected = distributed_worker.digests(CASES[case].build())
+    assert [process[f"{way} {case}"]["masks"] for process in found] == [expected, expected]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_saves_once_for_all(found, case):
+    assert all(process[f"ddp {case}"]["loaded"] for process in found)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_takes_the_steps_of_one_process(found, case):
+    for process in found:
+        assert process[f"fsdp2 {case}"]["parameters"] < TOLERANCE
+        assert process[f"fsdp2 {case}"]["logits"] < TOLERANCE
+        assert process[f"fsdp2 {case}"]["bfloat16"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_spreads_the_kept_entries(found, case):
+    first, second = (process[f"fsdp2 {case}"] for process in found)
+    assert first["whole"].keys() == first["held"].keys() == second["held"].keys()
+    for name, size in first["whole"].items():
+        assert first["held"][name] + second["held"][name] == size
+        assert first["held"][name] >= second["held"][name]
+    if case == "llama":
+        assert 0 in second["held"].values()  # the shares are uneven, up to none
+        assert any(0 < second["held"][name] < first["held"][name] for name in first["held"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_shows_and_saves_the_dense_adapter(found, case):
+    for process in found:
+        seen = process[f"fsdp2 {case}"]
+        assert seen["state_dict"] < TOLERANCE
+        assert seen["adapter"] < TOLERANCE
+        assert seen["outside"] == 0
+        assert seen["saved"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_loads_the_dense_adapter(found, case):
+    for process in found:
+        assert process[f"fsdp2 {case}"]["loaded"]
+        assert process[f"fsdp2 {case}"]["loaded_by_peft"]
+
+
+def test_accelerate_shards_trains_saves_and_restores(found):
+    for process in found:
+        seen = process["accelerate"]
+        assert seen["on_cpu"] == "MULTI_CPU"  # what it would take by itself: see the worker
+        assert seen["sharded"]
+        assert seen["parameters"] < TOLERANCE
+        assert seen["saved"]
+        assert seen["restored"]
+
+
+@pytest.fixture(scope="module")
+def found_by_deepspeed(tmp_path_factory) -> list[dict]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        return distributed_worker.start("deepspeed", tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed; it compiles its communication for a minute, so the tests do not require it",
+)
+@pytest.mark.parametrize("case", ["llama", "llama_element"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_saves_and_restores(found_by_deepspeed, stage, case):
+    expected = distributed_worker.digests(CASES[case].build())
+    for process in found_by_deepspeed:
+        seen = process[f"zero{stage} {case}"]
+        assert seen["masks"] == expected
+        assert seen["restored"]
+        assert max(seen[name] for name in ("logits", "adapter", "weights", "direct", "gathered")) < TOLERANCE
