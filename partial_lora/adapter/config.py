@@ -8,9 +8,11 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
 
 from partial_lora.adapter import sidecar
+from partial_lora.adapter.card import complete_card
 from partial_lora.adapter.options import refuse_options
 from partial_lora.adapter.selection import (
     Geometry,
@@ -163,11 +165,12 @@ class PartialLoraConfig(LoraConfig):
         return type(other) is type(self) and self.to_dict() == other.to_dict()
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write adapter_config.json as of a LoRA adapter, and partial_lora.json beside it."""
+        """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
         if not self.masks:
             raise PartialLoraError("a PartialLoraConfig can be saved once get_peft_model has made its masks.")
         self.as_lora().save_pretrained(save_directory, **kwargs)
         sidecar.write(Path(save_directory), self)
+        complete_card(Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -185,8 +188,7 @@ class PartialLoraConfig(LoraConfig):
             )
         path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
         if not path.parent.is_dir():
-            hub, _, _ = cls._split_kwargs(kwargs)
-            path = Path(hf_hub_download(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub))
+            path = _download(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         saved = sidecar.read(path)
         modules = saved["modules"]
         config = cls(
@@ -202,3 +204,12 @@ class PartialLoraConfig(LoraConfig):
         )
         config.expected = modules
         return config
+
+
+def _download(repository: str, subfolder: str | None, options: dict) -> Path:
+    """The sidecar of an adapter on the hub, in the hub's own cache."""
+    try:
+        return Path(hf_hub_download(repository, sidecar.FILE_NAME, subfolder=subfolder, **options))
+    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PartialLoraError(f"{repository} has no {sidecar.FILE_NAME} to read, so no masks: {reason}") from error
