@@ -43,7 +43,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the floors and LoRA")
     parser.add_argument("--sparsity", type=float, default=0.87)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     parser.add_argument("--quick", action="store_true", help="tiny models of the same classes: a test, no measurement")
     parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")

@@ -24,8 +24,8 @@ def ratio(values: np.ndarray, dense: np.ndarray, floor: np.ndarray) -> dict[str,
 
     All are seconds of the same repetitions (repetitions,). Differences are taken within a repetition, where a machine
     that is slow for a while is slow for all; the quotient is taken of their means, since a single repetition's may have
-    next to nothing below the line. The means leave out the quarter at either end: as deaf to outliers as a median, with
-    an interval a sixth narrower. That is the percentile bootstrap's, which draws whole repetitions; None for too few.
+    next to nothing below the line. The means leave out the quarter at either end: nearly as deaf to outliers as a
+    median, with intervals a tenth narrower. These are percentile bootstraps over whole repetitions, None of too few.
     """
 
     def quotient(values: np.ndarray, dense: np.ndarray, floor: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -95,7 +95,7 @@ def judge(cells: Sequence[Mapping]) -> list[dict]:
             if cell["rank"] in ranks and variant in cell["variants"]:
                 measured = cell["ratios"][variant][name]
                 where = {"aim": aim, "variant": variant, "model": cell["model"], "rank": cell["rank"]}
-                verdicts.append({**where, "at most": limit, **measured, "verdict": verdict(measured, limit)})
+                verdicts.append({**where, "limit": limit, **measured, "verdict": verdict(measured, limit)})
     return verdicts
 
 
@@ -137,7 +137,9 @@ def page(result: Mapping) -> str:
 
 def _aims(aims: Sequence[Mapping]) -> str:
     shown = ("aim", "variant", "model", "rank", "at most", "measured", "verdict")
-    rows = [{**aim, "variant": NAMES[aim["variant"]], "measured": _interval(aim)} for aim in aims]
+    rows = [
+        {**aim, "variant": NAMES[aim["variant"]], "at most": aim["limit"], "measured": _interval(aim)} for aim in aims
+    ]
     return markdown([{name: row[name] for name in shown} for row in rows])
 
 
@@ -165,10 +167,10 @@ def _interval(measured: Mapping) -> str:
 
 def _times(cell: Mapping, variant: Mapping, found: Mapping) -> dict:
     seconds = step_seconds(variant)
-    low, high = quantile_test(seconds, p=0.5).confidence_interval(CONFIDENCE)  # of the median; nan for less than six
+    low, high = quantile_test(seconds, p=0.5).confidence_interval(CONFIDENCE)
     return {
         f"{cell['unit']} / s": f"{cell['units'] / np.median(seconds):.2f}",
-        "step, s": f"{np.median(seconds):.3f} [{low:.3f}, {high:.3f}]",
+        "step, s": f"{np.median(seconds):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(seconds) >= ENOUGH else ""),
         **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
         "step / LoRA": _interval(found["step"]),
         "overhead": _interval(found["overhead"]),
