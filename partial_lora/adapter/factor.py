@@ -44,6 +44,7 @@ class MaskedFactor(nn.Module):
 
     axis_name: str
     rank: int
+    in_groups = False  # whether it is applied in groups, where a gather of features would mix them up
 
     def __init__(self, dense: nn.Module, mask: Mask, axis: int | None) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class MaskedFactor(nn.Module):
 
         Channels of a convolution are contiguous, so gathering them always pays.
         """
-        if self.axis is None or self.full:
+        if self.axis is None or self.full or self.in_groups:
             return False
         return self.is_convolution or self.mask.density <= GATHER_DENSITY
 
@@ -218,9 +219,8 @@ class FactorB(MaskedFactor):
         return self.shape[1] * (self._apply_weight.keywords["groups"] if self.is_convolution else 1)
 
     @property
-    def gathers(self) -> bool:
-        """As for any factor; but rows of a convolution in groups cannot be told apart by a gather."""
-        return super().gathers and self.rank == self.shape[1]
+    def in_groups(self) -> bool:
+        return self.rank != self.shape[1]
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
         """result + scaling * B low; where features are gathered only the kept ones are touched."""
