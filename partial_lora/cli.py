@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
-
-_USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,11 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
-            return _composed(arguments[0], arguments[1:])  # what follows is Hydra's grammar, not argparse's
+            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]])  # Hydra's grammar, not argparse's
         return _parsed(arguments)
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
-        return _USAGE_ERROR
+        return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
 
@@ -47,7 +45,25 @@ def _parsed(arguments: list[str]) -> int:
         commands.add_parser(name, help=text)
     report = commands.add_parser("report", help="tables over finished runs, grouped over seeds")
     report.add_argument("results_dir", nargs="?", default="results", type=Path, metavar="RESULTS_DIR")
-    return _report(parser.parse_args(arguments))
+    report.set_defaults(do=_report)
+    export = commands.add_parser("export", help="a finished run's adapter as files for other programs")
+    export.add_argument("run", type=Path, metavar="RUN_DIR")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=("peft", "compact", "merged"),
+        help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
+        "model in the format of transformers or timm",
+    )
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
+    export.add_argument(
+        "--check",
+        action="store_true",
+        help="prove that it loads and computes the run's logits (peft, merged: in an interpreter without this package)",
+    )
+    export.set_defaults(do=_export)
+    parsed = parser.parse_args(arguments)
+    return parsed.do(parsed)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -67,104 +83,30 @@ def _report(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _composed(command: str, arguments: list[str]) -> int:
-    """Let Hydra compose one run or a sweep from the arguments, and do the command for each once all are checked."""
-    from hydra.core.config_store import ConfigStore
+def _export(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
 
-    from partial_lora import config, schema
+    from partial_lora import errors, export, finished
 
-    _refuse_group_lists(arguments)
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
-    shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
-    if not shows & {
-        argument.partition("=")[0] for argument in arguments
-    }:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
-        refused: list[str] = []
-
-        def check(composed) -> None:
-            try:
-                config.resolve(composed)
-            except PartialLoraError as error:  # collected: Hydra would add lines of its own
-                refused.append(str(error))
-
-        _hydra(command, [*arguments, "hydra/launcher=basic"], check)
-        for line in dict.fromkeys(refused):
-            print(f"partial-lora: {line}", file=sys.stderr)
-        if refused:
-            return _USAGE_ERROR
-    codes: list[int] = []
-
-    def job(composed) -> None:
-        codes.append(_COMMANDS[command](config.resolve(composed)))
-        if codes[-1] > _USAGE_ERROR:  # interrupted: no further run of a sweep starts
-            raise SystemExit(codes[-1])
-
-    _hydra(command, arguments, job)
-    return max(codes, default=0)
-
-
-def _hydra(command: str, arguments: list[str], job: Callable) -> None:
-    """Call `job` with every config that Hydra composes from the arguments; raises PartialLoraError in one line."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from partial_lora import config
-
-    GlobalHydra.instance().clear()
-    sys.argv = [f"partial-lora {command}", *arguments]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     try:
-        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
-        raise PartialLoraError(_composition_error(error, arguments)) from error
+        run = finished.finished_run(arguments.run)
+        done = export.export(run, arguments.to, arguments.out, check=arguments.check)
+    except errors.ProofError as error:
+        print(f"partial-lora: {error}", file=sys.stderr)
+        return 1
+    console = Console()
+    said = "written again, as it was" if done.existed else "written"
+    console.print(f"{done.folder}: {said} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
+    if done.proof:
+        console.print(f"checked: {done.proof}", highlight=False, soft_wrap=True)
+    return 0
 
 
-def _refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Hydra would merge the files of a list of groups into one; nobody means that."""
-    from partial_lora.config import GROUPS
-
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.lstrip("+") in GROUPS and value.startswith("["):
-            raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
-
-
-def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
-    """One line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    for argument in arguments:
-        if argument.startswith("-"):
-            continue
-        try:
-            OverridesParser.create().parse_override(argument)
-        except HydraException:
-            return f"{argument!r}: expected KEY=VALUE, with quotes around a value of special characters"
-        if not argument.partition("=")[0]:
-            return f"{argument!r}: expected KEY=VALUE"
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    key = getattr(cause, "full_key", None)
-    if lines[0].startswith("Could not override"):
-        return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
-    if key:
-        reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
-        return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
-    if any("Available options" in line for line in lines):
-        missing = next(line for line in lines if "Could not" in line)
-        start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
-        options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
-        group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
-        return f"{group.replace('/', '=')}: no such file in the group; expected one of {', '.join(options)}"
-    for argument in arguments:
-        if "," in argument and "ambiguous" in " ".join(lines).lower():
-            return f"{argument}: several values; for a run of each add -m"
-    return " ".join(lines)
+def _leave(number: int, frame: object) -> None:
+    """End by way of exceptions, which leave nothing half-written behind."""
+    sys.exit(128 + number)
 
 
 def _train(settings: dict) -> int:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class PartialLoraError(Exception):
     The message names the key, file or module, what was expected and what to do. The command line prints it without a
     traceback and exits with a code other than 0.
     """
+
+
+class ProofError(PartialLoraError):
+    """A check that was asked for failed: what was made does not do what it should."""

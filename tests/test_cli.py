@@ -212,6 +212,78 @@ def test_two_processes_train_the_same_masks_and_reach_the_same_metrics(place: Pa
         assert first["metrics"][split] == pytest.approx(second["metrics"][split], abs=1e-4)
 
 
+def exporting(place: Path, *arguments: str) -> subprocess.Popen:
+    """An export that has begun to write: the folder beside its own is there."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "partial_lora", "export", *arguments],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(place.glob("stopped_export/.out.*")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return running
+
+
+def test_export_from_another_directory_is_checked_and_says_so(place: Path, trained, tmp_path: Path) -> None:
+    directory, _ = record(place, threshold=0.9, seed=0)
+    cache = str(place / "cache")
+    done = command(
+        tmp_path, "export", str(directory), "--to", "compact", "--out", "mine", "--check", PARTIAL_LORA_CACHE=cache
+    )
+    assert done.returncode == 0, done.stderr
+    written, checked = done.stdout.strip().splitlines()
+    size = (tmp_path / "mine" / "partial_lora.safetensors").stat().st_size
+    assert written == f"{tmp_path.resolve() / 'mine'}: written ({size:,} bytes)"
+    assert checked.startswith("checked: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing_half_written(place: Path, trained, number: signal.Signals) -> None:
+    directory, _ = record(place, threshold=0.9, seed=0)
+    running = exporting(place, str(directory), "--to", "peft", "--check", "--out", "stopped_export/out")
+    running.send_signal(number)
+    printed, said = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert "Traceback" not in said
+    assert printed == ""
+    assert list((place / "stopped_export").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--to", "peft"], "partial-lora: nowhere: no such directory, expected that of a run"),
+        ([".", "--to", "peft"], "partial-lora: .: expected the directory of a run, with a result.json in it"),
+        (["nowhere"], "the following arguments are required: --to"),
+        (["nowhere", "--to", "onnx"], "invalid choice: 'onnx' (choose from"),
+    ],
+)
+def test_a_wrong_export_is_refused_before_anything_is_loaded(place: Path, arguments: list[str], said: str) -> None:
+    script = f"""
+import sys
+from partial_lora.cli import main
+try:
+    code = main(["export", *{arguments!r}])
+finally:
+    assert not {{"torch", "transformers", "pandas"}} & set(sys.modules)
+sys.exit(code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=place, env=environment(place), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

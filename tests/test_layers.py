@@ -10,13 +10,14 @@ import partial_lora
 
 LAYERS = (
     {"config", "schema", "errors", "progress", "results", "cache"},
-    {"importance", "masks", "runs"},
-    {"adapter", "models", "tasks", "targets"},
+    {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished"},
+    {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "curves", "budget", "calibration", "calibration_file", "fewshot"},
-    {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"},
+    {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
+    | {"export", "formats", "proof"},
     {"launch"},
     {"train"},
-    {"worker", "cli"},
+    {"worker", "cli", "composition"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent

@@ -1,0 +1,115 @@
+"""From command-line arguments to checked settings: what Hydra composes, and its errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from partial_lora.errors import PartialLoraError
+
+USAGE_ERROR = 2
+
+
+def compose(command: str, arguments: list[str], work: Callable[[dict], int]) -> int:
+    """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
+
+    Gives the exit code: the highest that `work` gave, USAGE_ERROR where a run was refused. No further run starts after
+    one that was interrupted. Raises PartialLoraError for arguments that do not compose.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    from partial_lora import config, schema
+
+    _refuse_group_lists(arguments)
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
+    shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
+    if not shows & {
+        argument.partition("=")[0] for argument in arguments
+    }:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
+        refused: list[str] = []
+
+        def check(composed) -> None:
+            try:
+                config.resolve(composed)
+            except PartialLoraError as error:  # collected: Hydra would add lines of its own
+                refused.append(str(error))
+
+        _hydra(command, [*arguments, "hydra/launcher=basic"], check)
+        for line in dict.fromkeys(refused):
+            print(f"partial-lora: {line}", file=sys.stderr)
+        if refused:
+            return USAGE_ERROR
+    codes: list[int] = []
+
+    def job(composed) -> None:
+        codes.append(work(config.resolve(composed)))
+        if codes[-1] > USAGE_ERROR:  # interrupted: no further run of a sweep starts
+            raise SystemExit(codes[-1])
+
+    _hydra(command, arguments, job)
+    return max(codes, default=0)
+
+
+def _hydra(command: str, arguments: list[str], job: Callable) -> None:
+    """Call `job` with every config that Hydra composes from the arguments; raises PartialLoraError in one line."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from partial_lora import config
+
+    GlobalHydra.instance().clear()
+    sys.argv = [f"partial-lora {command}", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
+        raise PartialLoraError(_composition_error(error, arguments)) from error
+
+
+def _refuse_group_lists(arguments: Sequence[str]) -> None:
+    """Hydra would merge the files of a list of groups into one; nobody means that."""
+    from partial_lora.config import GROUPS
+
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in GROUPS and value.startswith("["):
+            raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+
+
+def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
+    """One line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            return f"{argument!r}: expected KEY=VALUE, with quotes around a value of special characters"
+        if not argument.partition("=")[0]:
+            return f"{argument!r}: expected KEY=VALUE"
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    key = getattr(cause, "full_key", None)
+    if lines[0].startswith("Could not override"):
+        return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
+    if key:
+        reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
+    if any("Available options" in line for line in lines):
+        missing = next(line for line in lines if "Could not" in line)
+        start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
+        options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
+        group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
+        return f"{group.replace('/', '=')}: no such file in the group; expected one of {', '.join(options)}"
+    for argument in arguments:
+        if "," in argument and "ambiguous" in " ".join(lines).lower():
+            return f"{argument}: several values; for a run of each add -m"
+    return " ".join(lines)
