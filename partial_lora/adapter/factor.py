@@ -40,6 +40,8 @@ class MaskedFactor(nn.Module):
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
         mask: what stays: indices along ``axis`` of the weight, or of its entries in row-major order.
         axis: None where the mask is over single entries.
+
+    Where the mask keeps everything (``full``) it is the factor plain LoRA has, and treated alike.
     """
 
     axis_name: str
@@ -50,6 +52,8 @@ class MaskedFactor(nn.Module):
         super().__init__()
         self.mask = mask
         self.axis = axis
+        # Once, for the forward pass: a compiler that follows them into the mask warns of its read-only array.
+        self.full, self.density = len(mask.kept) == mask.size, mask.density
         self.shape = dense.weight.shape
         self.is_convolution = not isinstance(dense, nn.Linear)
         # How the dense factor is applied to its input.
@@ -62,11 +66,6 @@ class MaskedFactor(nn.Module):
         self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
 
     @property
-    def full(self) -> bool:
-        """Whether the mask keeps everything; the factor is then the one plain LoRA has, and treated alike."""
-        return len(self.mask.kept) == self.mask.size
-
-    @property
     def gathers(self) -> bool:
         """Whether products with activations take their kept features; else the zero-filled factor takes them all.
 
@@ -74,12 +73,12 @@ class MaskedFactor(nn.Module):
         """
         if self.axis is None or self.full or self.in_groups:
             return False
-        return self.is_convolution or self.mask.density <= GATHER_DENSITY
+        return self.is_convolution or self.density <= GATHER_DENSITY
 
     @property
     def scatters(self) -> bool:
         """Whether a product is added to the kept features of an activation; else, zero-filled, to all of them."""
-        return self.gathers and (self.is_convolution or self.mask.density <= SCATTER_DENSITY_PER_RANK * self.rank)
+        return self.gathers and (self.is_convolution or self.density <= SCATTER_DENSITY_PER_RANK * self.rank)
 
     def index_on(self, device: torch.device) -> Tensor:
         """The kept indices on ``device``."""
