@@ -1,52 +1,26 @@
 """How important each row and each column of a pre-trained weight is: larger = keep.
 
 A measure is a pure function of one weight W (m, n) that gives row scores (m,) and column scores (n,). Every measure
-takes the full name of the module and a seed, whether it needs them or not, and its own options by name.
+takes the full name of the module and a seed, whether it needs them or not, and its own options by name. Measures that
+need examples too are functions of the model, its modules and batches, and give the scores of all modules at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.leverage import svd
 from partial_lora.masks import random_keys
+from partial_lora.pruning import imp
+from partial_lora.saliency import Batch, Loss, Scores, activation, snip, task_loss
 
-Scores = tuple[Tensor, Tensor]
-
-
-def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None, energy: float = 0.9) -> Scores:
-    """Leverage scores: how much of the leading k-dimensional subspace of W lies in each row and column.
-
-    W ~ P_k L_k Q_k': row i scores |P_k[i, :]|^2, column j scores |Q_k[j, :]|^2, so either sums to k. Without `k`, k is
-    the smallest that holds `energy` of the squared spectrum; at full rank every row of a square matrix scores 1.
-    Source: the paper's importance; what decides k is DESIGN section 3. Raises PartialLoraError for a k above the rank.
-    """
-    if weight.shape[0] < weight.shape[1]:
-        columns, rows = svd(weight.T, module=module, seed=seed, k=k, energy=energy)
-        return rows, columns
-    # Q_k and L_k from the n x n matrix W'W, then P_k = W Q_k / L_k: tens of times faster than the SVD of W, and in
-    # float64 the squaring costs no digit that W has.
-    wide = weight.detach().double()
-    squares, right = torch.linalg.eigh(wide.T @ wide)
-    squares, right = squares.flip(0).clamp(min=0), right.flip(1)
-    k = leading_rank(squares, energy) if k is None else k
-    if not 1 <= k <= len(squares) or squares[k - 1] <= 1e-14 * squares[0]:
-        raise PartialLoraError(
-            f"importance.k={k}: expected 1 to the rank of {module or 'the weight'} {tuple(weight.shape)}"
-        )
-    leading = right[:, :k]
-    left = wide @ leading / squares[:k].sqrt()
-    return left.square().sum(1), leading.square().sum(1)
-
-
-def leading_rank(squares: Tensor, energy: float) -> int:
-    """The smallest k whose k largest squared singular values (given from large to small) hold `energy` of them all."""
-    held = squares.cumsum(0)
-    return min(int((held < energy * held[-1]).sum()) + 1, len(squares))
+logger = logging.getLogger(__name__)
 
 
 def magnitude(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
@@ -72,7 +46,17 @@ def _drawn(size: int, seed: int, module: str, axis: str) -> Tensor:
     return scores
 
 
-MEASURES = {"svd": svd, "magnitude": magnitude, "random": random}
+MEASURES: dict[str, Callable[..., Scores]] = {"svd": svd, "magnitude": magnitude, "random": random}
+NEEDS_DATA: dict[str, Callable[..., dict[str, Scores]]] = {"snip": snip, "imp": imp, "activation": activation}
+# The keys of the group `importance` that each measure takes.
+OPTIONS = {
+    "svd": ("k", "energy"),
+    "magnitude": (),
+    "random": (),
+    "snip": (),
+    "imp": ("rounds", "fraction", "steps", "learning_rate"),
+    "activation": (),
+}
 
 Importance = str | Callable[..., Scores] | Mapping[str, Scores]
 
@@ -88,8 +72,43 @@ def scores_of(module: str, weight: Tensor, importance: Importance, *, seed: int,
             raise PartialLoraError(f"importance: expected scores of {module}, found none")
         rows, columns = importance[module]
     else:
-        measure = MEASURES[importance] if isinstance(importance, str) else importance
+        measure = MEASURES[name_of(importance)] if isinstance(importance, str) else importance
         rows, columns = measure(weight.detach(), module=module, seed=seed, **options)
+    return _checked(module, weight, rows, columns)
+
+
+def data_scores(
+    name: str,
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    options: Mapping | None = None,
+    loss: Loss | None = None,
+) -> dict[str, Scores]:
+    """Row scores (m,) and column scores (n,) of each module's weight (m, n) by a measure that needs data, on the CPU.
+
+    name: a key of NEEDS_DATA. model: with a head for the task; given back bit for bit. modules: those of the model that
+    are scored, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
+    loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own, else cross entropy.
+    Raises PartialLoraError where there is nothing to score by, and, naming the module, for scores that are not finite.
+    """
+    if name not in NEEDS_DATA:
+        raise PartialLoraError(f"importance={name}: expected one of {', '.join(NEEDS_DATA)}, which need data")
+    if not batches:
+        raise PartialLoraError(f"importance={name}: the fit draw is empty, expected at least 1 example")
+    found = NEEDS_DATA[name](model, modules, batches, loss=loss or task_loss, seed=seed, **(options or {}))
+    scores = {module: _checked(module, modules[module].weight, *pair) for module, pair in found.items()}
+    for module, axes in scores.items():
+        if any(len(axis) > 1 and (axis == axis[0]).all() for axis in axes):
+            logger.warning(
+                "importance=%s: all rows or all columns of %s score alike: it does not rank them", name, module
+            )
+    return scores
+
+
+def _checked(module: str, weight: Tensor, rows: object, columns: object) -> Scores:
     rows, columns = torch.as_tensor(rows).detach().cpu(), torch.as_tensor(columns).detach().cpu()
     if (rows.shape, columns.shape) != (weight.shape[:1], weight.shape[1:]):
         raise PartialLoraError(
@@ -102,11 +121,15 @@ def scores_of(module: str, weight: Tensor, importance: Importance, *, seed: int,
 
 
 def name_of(importance: Importance) -> str:
-    """What a record says of an importance. Raises PartialLoraError for a name that is none."""
+    """What a record says of an importance. Raises PartialLoraError for a name that no weight-only measure has."""
     if isinstance(importance, Mapping):
         return "given"
     if callable(importance):
         return getattr(importance, "__qualname__", type(importance).__qualname__)
+    if importance in NEEDS_DATA:
+        raise PartialLoraError(
+            f"importance={importance}: needs examples, which are not at hand here; give what data_scores returns"
+        )
     if importance not in MEASURES:
         raise PartialLoraError(f"importance={importance}: expected one of {', '.join(MEASURES)}")
     return importance

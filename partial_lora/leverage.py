@@ -100,7 +100,7 @@ def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, ene
     of it holds `energy` of the squared norm of W: what a subspace holds is never more than what as many singular
     vectors hold, so that much is proven. None where the subspace would be wider than WIDEST * n, where the scores do
     not settle in ITERATIONS, and where rounding in float32 could decide k or which of two directions is the k-th.
-    Source: Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1.
+    Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight = (weight / weight.abs().max()).float()

@@ -1,66 +1,14 @@
 from __future__ import annotations
 
-import numpy as np
+import inspect
+import logging
+
 import pytest
 import torch
 
 from partial_lora import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
-
-SHAPES = [(24, 24), (40, 16), (16, 40)]
-
-
-def weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """A weight whose spectrum falls, as that of a trained one does."""
-    generator = torch.Generator().manual_seed(seed)
-    left, spectrum, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-    return left @ torch.diag(spectrum * torch.logspace(0, -2, len(spectrum))) @ right
-
-
-def leverage_scores(matrix: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The literal twin: numpy's full SVD, cut to k."""
-    left, _, right = np.linalg.svd(matrix.double().numpy(), full_matrices=True)
-    rows = [sum(left[i, c] ** 2 for c in range(k)) for i in range(matrix.shape[0])]
-    columns = [sum(right[c, j] ** 2 for c in range(k)) for j in range(matrix.shape[1])]
-    return np.array(rows), np.array(columns)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 5])
-def test_svd_scores_are_leverage_scores(shape, k):
-    matrix = weight(shape)
-    rows, columns = importance.svd(matrix, k=k)
-    expected_rows, expected_columns = leverage_scores(matrix, k)
-    np.testing.assert_allclose(rows, expected_rows, atol=1e-9)
-    np.testing.assert_allclose(columns, expected_columns, atol=1e-9)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
-def test_svd_takes_the_smallest_k_that_holds_the_energy(shape, energy):
-    matrix = weight(shape)
-    squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
-    k = next(k for k in range(1, len(squares) + 1) if squares[:k].sum() >= energy * squares.sum())
-    rows, columns = importance.svd(matrix, energy=energy)
-    assert float(rows.sum()) == pytest.approx(k)
-    assert float(columns.sum()) == pytest.approx(k)
-
-
-def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
-    rows, columns = importance.svd(weight((12, 12)), energy=1.0)
-    np.testing.assert_allclose(rows, 1, atol=1e-6)
-    np.testing.assert_allclose(columns, 1, atol=1e-6)
-
-
-def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
-    matrix = torch.outer(torch.arange(1.0, 7.0), torch.tensor([3.0, 0.0, 4.0]))
-    rows, columns = importance.svd(matrix)
-    np.testing.assert_allclose(columns, [9 / 25, 0, 16 / 25], atol=1e-12)
-    assert float(rows.sum()) == pytest.approx(1)
-    for k in (0, 2, 4):
-        with pytest.raises(PartialLoraError, match=rf"importance.k={k}: .*blocks.0.fc \(6, 3\)"):
-            importance.svd(matrix, k=k, module="blocks.0.fc")
 
 
 def test_magnitude_is_the_squared_norm():
@@ -87,7 +35,7 @@ def test_random_importance_differs_between_seeds_modules_and_axes():
 
 
 def test_measures_leave_the_weight_alone():
-    matrix = torch.nn.Parameter(weight((8, 6)))
+    matrix = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))
     before = matrix.detach().clone()
     for measure in importance.MEASURES.values():
         rows, columns = measure(matrix, module="m", seed=0)
@@ -108,3 +56,50 @@ def test_scores_may_be_given_and_are_checked():
         importance.scores_of("m", matrix, {"m": (good[0] * torch.nan, good[1])}, seed=0, options={})
     with pytest.raises(PartialLoraError, match="importance=snap: expected one of svd, magnitude, random"):
         importance.name_of("snap")
+
+
+@pytest.mark.parametrize("name", importance.NEEDS_DATA)
+def test_a_measure_that_needs_data_is_not_taken_by_name_alone(name):
+    with pytest.raises(PartialLoraError, match=f"importance={name}: needs examples"):
+        importance.name_of(name)
+
+
+def test_the_options_of_every_measure_are_those_it_takes():
+    measures = importance.MEASURES | importance.NEEDS_DATA
+    assert importance.OPTIONS.keys() == measures.keys()
+    shared = {"weight", "module", "model", "modules", "batches", "loss", "seed"}
+    for name, measure in measures.items():
+        assert set(inspect.signature(measure).parameters) - shared == set(importance.OPTIONS[name])
+
+
+def measured(scores, **changes):
+    """data_scores of a measure that says `scores`, on two modules that no batch matters to."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    modules = {"first": model[0], "second": model[1]}
+    arguments = {"batches": [{"labels": torch.zeros(1)}], "seed": 0, "options": {"depth": 1}} | changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(importance.NEEDS_DATA, "told", lambda *_, **given: scores)
+        return importance.data_scores("told", model, modules, **arguments)
+
+
+GOOD = {"first": (torch.arange(3.0), torch.arange(2.0)), "second": (torch.arange(2.0), torch.arange(3.0))}
+
+
+def test_data_scores_are_checked_by_module():
+    assert measured(GOOD)["second"][1].tolist() == [0, 1, 2]
+    with pytest.raises(PartialLoraError, match=r"\(2, 3\) rows and columns of second"):
+        measured(GOOD | {"second": GOOD["first"]})
+    with pytest.raises(PartialLoraError, match="second are not finite"):
+        measured(GOOD | {"second": (GOOD["second"][0] / 0, GOOD["second"][1])})
+    with pytest.raises(PartialLoraError, match="importance=told: the fit draw is empty"):
+        measured(GOOD, batches=[])
+    with pytest.raises(PartialLoraError, match="importance=svd: expected one of snip, imp, activation"):
+        importance.data_scores("svd", torch.nn.Identity(), {}, [{}], seed=0)
+
+
+def test_scores_that_rank_nothing_are_said_in_words(caplog):
+    with caplog.at_level(logging.WARNING):
+        measured(GOOD)
+        assert not caplog.messages
+        measured(GOOD | {"second": (torch.zeros(2), torch.arange(3.0))})
+    assert [message for message in caplog.messages if "importance=told" in message and "second" in message]
