@@ -26,7 +26,7 @@ import bench_measure as measure
 import bench_profile
 import bench_report
 import torch
-from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, VARIANTS, Model, build_variant
+from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
 
 from partial_lora import record
 from partial_lora.adapter import module_masks
@@ -43,13 +43,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the floors and LoRA")
     parser.add_argument("--sparsity", type=float, default=0.87)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=28)
+    parser.add_argument("--every", type=int, default=3, help=f"repetitions for one of {' and '.join(SELDOM)}")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     parser.add_argument("--quick", action="store_true", help="tiny models of the same classes: a test, no measurement")
     parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
     options = parser.parse_args(argv)
-    if min(options.ranks) < 1 or options.repeats < 1:
-        parser.error("--ranks and --repeats are whole numbers of at least 1")
+    if min(*options.ranks, options.repeats, options.every) < 1:
+        parser.error("--ranks, --repeats and --every are whole numbers of at least 1")
     if not 0 < options.sparsity < 1:
         parser.error(f"--sparsity is {options.sparsity}: it is the share removed, between 0 and 1")
     if options.quick and options.out == parser.get_default("out"):
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     if options.profile:
         _write(options.out / "profile", {**head, "profiles": _profiles(options)}, bench_profile.page)
         return
-    settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "quick")}
+    settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
     parts = options.out / "parts"
     cells = _cells(
         options, parts, {"settings": settings, "sources": _digest(), "versions": head["machine"]["versions"]}
@@ -134,6 +135,7 @@ def measure_cell(options: argparse.Namespace, model_name: str, rank: int) -> dic
             "kept_entries": kept_entries(variant["model"]) if name in PARTIAL else None,
             "saved_bytes": measure.saved_bytes(variant["model"], batch),
             "file_bytes": measure.file_bytes(variant["model"], compact=name in PARTIAL),
+            "repetitions": [],
             "seconds": {stage: [] for stage in measure.STAGES},
         }
         for name, variant in variants.items()
@@ -142,10 +144,13 @@ def measure_cell(options: argparse.Namespace, model_name: str, rank: int) -> dic
     gc.disable()
     for repetition in range(-1, options.repeats):  # the first is thrown away
         gc.collect()
-        for name in shuffle.sample(list(variants), len(variants)):
+        names = [name for name in variants if name not in SELDOM or repetition < 0 or repetition % options.every == 0]
+        for name in shuffle.sample(names, len(names)):
             spent = measure.step(variants[name]["model"], variants[name]["optimizer"], batch)
-            for stage, seconds in spent.items() if repetition >= 0 else ():
-                measured[name]["seconds"][stage].append(seconds)
+            if repetition >= 0:
+                measured[name]["repetitions"].append(repetition)
+                for stage, seconds in spent.items():
+                    measured[name]["seconds"][stage].append(seconds)
     gc.enable()
     return {
         "model": model_name,

@@ -191,8 +191,9 @@ def shira(base: nn.Module, model: Model, rank: int, sparsity: float) -> nn.Modul
 
 
 VARIANTS = {build.__name__: build for build in (floor, short_floor, lora, rows_columns, element, shira)}
-REFERENCES = ("floor", "short_floor", "lora")  # what ratios are taken against
+REFERENCES = ("lora", "floor", "short_floor")  # what ratios are taken against
 PARTIAL = ("rows_columns", "element")
+SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
 
 
 def build_variant(name: str, base: nn.Module, model: Model, rank: int, sparsity: float) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from bench_measure import STAGES
-from bench_models import PARTIAL, REFERENCES
+from bench_models import PARTIAL, REFERENCES, SELDOM
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
 
@@ -48,13 +48,13 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     """
     seconds = {name: step_seconds(variant) for name, variant in variants.items()}
     saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
-    dense, nothing = seconds["lora"], np.zeros_like(seconds["lora"])
     found = {}
     for name, variant in variants.items():
+        dense, floor, short = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
         found[name] = {
-            "step": ratio(seconds[name], dense, nothing),
-            "overhead": ratio(seconds[name], dense, seconds["floor"]),
-            "overhead_short": ratio(seconds[name], dense, seconds["short_floor"]),
+            "step": ratio(seconds[name], dense, np.zeros_like(dense)),
+            "overhead": ratio(seconds[name], dense, floor),
+            "overhead_short": ratio(seconds[name], dense, short),
             "saved": _exact((saved[name] - saved["floor"]) / (saved["lora"] - saved["floor"])),
         }
         if name in PARTIAL:
@@ -201,9 +201,11 @@ def _method(result: Mapping) -> str:
         " frozen. Random weights, the same frozen tensors in memory for all variants, the same batch.",
         "A step is forward pass, loss, backward pass, optimizer and zeroing of gradients, in processor time (user and"
         " system) of this one process. All variants of a model and rank stay in memory; after a discarded round,"
-        f" {settings['repeats']} repetitions run each variant once, in an order shuffled for every repetition. Python's"
-        " garbage collector runs between repetitions only. Seconds are medians (and images or tokens / s are made from"
-        f" them); in brackets the two repetitions between which the median lies with {CONFIDENCE:.0%} confidence.",
+        f" {settings['repeats']} repetitions run each variant once,"
+        f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']} only, in an order shuffled for"
+        " every repetition. Python's garbage collector runs between repetitions only. Seconds are medians (and images or"
+        " tokens / s are made from them); in brackets the two repetitions between which the median lies with"
+        f" {CONFIDENCE:.0%} confidence.",
         f"The C library's allocator keeps freed memory ({', '.join(malloc) or 'not here: it has no mallopt'}), for all"
         " variants alike, as a GPU's caching allocator does; otherwise page faults cost more than what is compared.",
         'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor).',
