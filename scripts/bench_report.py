@@ -203,8 +203,8 @@ def _method(result: Mapping) -> str:
         " system) of this one process. All variants of a model and rank stay in memory; after a discarded round,"
         f" {settings['repeats']} repetitions run each variant once,"
         f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']} only, in an order shuffled for"
-        " every repetition. Python's garbage collector runs between repetitions only. Seconds are medians (and images or"
-        " tokens / s are made from them); in brackets the two repetitions between which the median lies with"
+        " every repetition. Python's garbage collector runs between repetitions only. Seconds are medians (images or"
+        " tokens / s made from them); in brackets the two repetitions between which the median lies with"
         f" {CONFIDENCE:.0%} confidence.",
         f"The C library's allocator keeps freed memory ({', '.join(malloc) or 'not here: it has no mallopt'}), for all"
         " variants alike, as a GPU's caching allocator does; otherwise page faults cost more than what is compared.",
