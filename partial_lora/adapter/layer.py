@@ -33,7 +33,7 @@ class PartialLoraVariant(LoraVariant):
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """A new tensor: the base weight with the adapter in it."""
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight + _change_of(orig_weight, module, active_adapter)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -43,7 +43,13 @@ class PartialLoraVariant(LoraVariant):
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """A new tensor: the base weight with the adapter taken out again."""
-        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight.data - _change_of(orig_weight, module, active_adapter)
+
+
+def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
+    """The adapter's B A, scaled: in the dtype of W where the sum replaces W, and whole where it is quantised again."""
+    change = module.get_delta_weight(adapter)
+    return change.to(weight.dtype) if isinstance(module, (lora.Linear, lora.layer._ConvNd)) else change
 
 
 class PartialLinear(lora.Linear):
