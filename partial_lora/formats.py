@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.utils import logging as transformers_logging
 
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
@@ -33,7 +34,8 @@ _SAMPLES = 4  # inputs that logits are compared on
 def base_model(run: FinishedRun) -> PreTrainedModel:
     """The run's base model as it was before training, but for its head, which the run's adapter has of its own."""
     names = ("name", "weights", "architecture", "model_args", "image_size")
-    return models.load(labels=run.labels(), **{name: run.settings["model"][name] for name in names})
+    with _quiet():
+        return models.load(labels=run.labels(), **{name: run.settings["model"][name] for name in names})
 
 
 def adapted_model(run: FinishedRun) -> PeftModel:
@@ -57,10 +59,16 @@ def adapted_model(run: FinishedRun) -> PeftModel:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep PEFT from warning that it asks transformers for a name which is on its way out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    """Keep PEFT from warning that it asks transformers for a name which is on its way out, and bars off the screen."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _tensors(adapted: PeftModel) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ def write_compact(
     """Write what an adapter keeps into ``folder``, made if need be, and give the file's path.
 
     The file takes 4 bytes a kept value in float32 (2 in bfloat16), those of a head in modules_to_save included, 4 bytes
-    an index where the selection is "top", and less than 400 bytes a module.
+    an index where the selection is "top", and less than 400 bytes a module (a head is one, where there are only one
+    or two others).
 
     Args:
         model: any PEFT model with a Partial-LoRA adapter called ``adapter_name``, not merged.

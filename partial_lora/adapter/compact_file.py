@@ -3,9 +3,9 @@
 It is safetensors, called partial_lora.safetensors. Of each module it holds one flat tensor, named as the module: the
 kept part of A, then the kept part of B, row-major. What trains whole beside them (a head in modules_to_save, biases) is
 there under its own name. The indices of masks that are not random are one int32 tensor, "#indices": of each module in
-turn, in the order of the header, rows then columns. The header says the rest, as JSON under the key "partial_lora":
+turn, in the order of the header, rows then columns. The header says the rest, as JSON under the key "partial_lora.1",
+of which 1 is the format's version:
 
-version   1
 config    every setting of the PartialLoraConfig that is not its default, except what masks are made from
 modules   {name: [shape of B, shape of A, kept of B, kept of A, digest of both masks]}; of the count "bernoulli" two
           sparsities follow, as requested for B and A
@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from partial_lora.adapter.config import PartialLoraConfig
-from partial_lora.adapter.fingerprint import Fingerprint
+from partial_lora.adapter.fingerprint import Fingerprint, short
 from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.adapter.sparsity import AXES, assign_sparsity
 from partial_lora.errors import PartialLoraError
@@ -37,7 +37,7 @@ from partial_lora.errors import PartialLoraError
 FILE_NAME = "partial_lora.safetensors"
 VERSION = 1
 
-_HEADER = "partial_lora"
+_HEADER = "partial_lora."
 _INDICES = "#indices"  # no module of a model can be called so and be reached
 # Said elsewhere in the file, or of no meaning in it.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
@@ -87,7 +87,6 @@ def encode(compact: Compact) -> bytes:
         modules[name] = [geometry.b, geometry.a, *(len(mask.kept) for mask in both), _digest(masks[name])]
         modules[name] += [shares[name][axis] for axis in AXES] if shares else []
     header = {
-        "version": VERSION,
         "config": _settings(config, list(masks)),
         "modules": modules,
         "base": str(compact.base),
@@ -98,7 +97,9 @@ def encode(compact: Compact) -> bytes:
     if config.selection != "random":
         every = [getattr(mask, axis).kept for mask in masks.values() for axis in AXES]
         tensors[_INDICES] = torch.from_numpy(np.concatenate(every).astype(np.int32))
-    return save(tensors, metadata={_HEADER: json.dumps(header, separators=(",", ":"), ensure_ascii=False)})
+    return save(
+        tensors, metadata={f"{_HEADER}{VERSION}": json.dumps(header, separators=(",", ":"), ensure_ascii=False)}
+    )
 
 
 def decode(content: bytes, path: Path) -> Compact:
@@ -106,13 +107,15 @@ def decode(content: bytes, path: Path) -> Compact:
     try:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][_HEADER])
-        version = header["version"]
+        ((key, text),) = json.loads(content[8 : 8 + size])["__metadata__"].items()
+        if not key.startswith(_HEADER):
+            raise ValueError(f"its header is called {key!r}")
+        header, version = json.loads(text), key.removeprefix(_HEADER)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartialLoraError(
             f"{path} is broken, truncated or no compact adapter ({' '.join(str(error).split())}): copy it again."
         ) from None
-    if version != VERSION:
+    if version != str(VERSION):
         raise PartialLoraError(
             f"{path} has version {version!r}: this partial-lora reads version {VERSION}, upgrade it."
         )
@@ -195,7 +198,7 @@ def _settings(config: PartialLoraConfig, modules: list[str]) -> dict:
 
 def _digest(masks: ModuleMasks) -> str:
     both = "".join(getattr(masks, axis).digest for axis in AXES)
-    return hashlib.sha256(both.encode()).hexdigest()[:16]
+    return short(hashlib.sha256(both.encode()))
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

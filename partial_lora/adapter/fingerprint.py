@@ -3,7 +3,7 @@
 Shapes alone cannot tell a model from its fine-tuned sibling, and all weights are too much to read on every load. So:
 
 digest   sha256 over the name, shape, dtype and first eight values of every base parameter. It must match on a model
-         that has the same dtypes.
+         that has the same dtypes. Quantised parameters are left out: some are packed otherwise once they have run.
 samples  two values from the middle of each of the two largest parameters outside linear layers, in bfloat16. On a
          model of other dtypes (half precision, quantised linear layers) these must agree, up to rounding.
 
@@ -12,6 +12,7 @@ Buffers are left out, since running averages move in training, and so are the pa
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 _VALUES = 8  # of every parameter, in the digest
 _SAMPLED = 2  # parameters
-_ROUNDING = 2**-6  # four bits less than bfloat16 keeps are lost by no rounding; other weights rarely agree so far
+_ROUNDING = 2**-6  # four times what bfloat16 rounds off; other weights hardly ever agree so far
 _TINY = 1e-6  # float16 has no relative precision below
 
 
@@ -72,9 +73,16 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
         return Fingerprint(dtypes, None, ())
     digest = hashlib.sha256()
     for name, _, parameter in found:
+        if not parameter.is_floating_point():
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {_name_of(parameter.dtype)}\n".encode())
         digest.update(_bytes(_some(parameter, at=0, count=_VALUES)))
-    return Fingerprint(dtypes, digest.hexdigest()[:16], _samples(found))
+    return Fingerprint(dtypes, short(digest), _samples(found))
+
+
+def short(digest: hashlib._Hash) -> str:
+    """64 bits of a digest in eleven characters: enough against mistakes, which is all that it is for."""
+    return base64.urlsafe_b64encode(digest.digest()[:8]).decode().rstrip("=")
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
@@ -105,10 +113,10 @@ def _samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, .
 def _some(parameter: Tensor, *, at: float, count: int) -> Tensor:
     """Up to ``count`` neighbouring values, on the CPU, starting at a share ``at`` of every dimension."""
     values = parameter.detach()
-    if values.dim() == 0:
-        return values.reshape(1).cpu()
+    if values.dim() == 0 or values.numel() == 0:
+        return values.reshape(-1).cpu()
     for size in values.shape[:-1]:
-        values = values[int(size * at)] if size else values.reshape(-1)
+        values = values[int(size * at)]
     start = int(values.shape[-1] * at)
     return values[start : start + count].cpu()
 
@@ -118,7 +126,8 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _readable(parameter: Tensor) -> bool:
-    return not parameter.is_meta and not hasattr(parameter, "full_tensor")
+    """Whether its values are here: not those of a DTensor, nor what DeepSpeed leaves of a parameter in stage 3."""
+    return not parameter.is_meta and not hasattr(parameter, "full_tensor") and not hasattr(parameter, "ds_id")
 
 
 def _name_of(dtype: torch.dtype) -> str:
