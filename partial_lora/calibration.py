@@ -40,6 +40,7 @@ def calibrate(
     threshold: float = 0.9,
     budget: float | None = None,
     rank: int = 16,
+    granularity: str = "rows_columns",
     search: str = "scan",
     levels: float = 0.05,
     max_sparsity: float = 0.95,
@@ -58,7 +59,8 @@ def calibrate(
         target_modules: as in PEFT: a list of names or suffixes, or one regular expression. Linear layers only.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         threshold: share of the baseline score that must be left.
-        budget: in place of the threshold, the trainable parameters to spend at `rank`: a share (at most 1) or a count.
+        budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count.
+        rank, granularity: of the adapter that spends them; "element" where single entries of A and B are masked.
         search: "scan", the level before the first failure; or "bisect", an approximation: curves are not monotone.
         levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
         importance_options, seed: passed to the measure.
@@ -76,7 +78,8 @@ def calibrate(
     _check(threshold, search, levels, max_sparsity)
     modules = target_linears(model, target_modules)
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
-    count = None if budget is None else budgets.parameter_count(budget, shapes, rank)
+    units = budgets.masked_units(shapes, rank, granularity)
+    count = None if budget is None else budgets.parameter_count(budget, *units)
     grid = sparsity_levels(levels, max_sparsity)
 
     @cache
@@ -85,6 +88,8 @@ def calibrate(
 
     known = Store(store, {"importance": name_of(importance), "search": search, "shapes": shapes})
     point = {"threshold": threshold} if count is None else {"budget": count, "rank": rank, "chance": chance}
+    if count is not None and granularity != "rows_columns":
+        point["granularity"] = granularity
     request = json.dumps(point | {"levels": levels, "max_sparsity": max_sparsity})
     cached = request in known.results
     curves = Curves(model, score, modules, scores, known)
@@ -102,7 +107,7 @@ def calibrate(
                 chosen = sparsities(threshold)
             else:
                 lowest = max(0.0, chance / baseline) if chance and baseline > 0 else 0.0
-                threshold, chosen = budgets.meet(count, shapes, rank, sparsities, lowest)
+                threshold, chosen = budgets.meet(count, *units, sparsities, lowest)
 
             # (3) What the model scores with all of it zeroed at once.
             joint = curves.joint(chosen)

@@ -153,14 +153,21 @@ def _info(settings: dict) -> int:
     from rich.console import Console
 
     from partial_lora import methods, models, parameters
+    from partial_lora.budget import masked_units
 
-    model, rank = settings["model"], settings["method"]["rank"]
+    model, rank, granularity = settings["model"], settings["method"]["rank"], settings["mask"]["granularity"]
     classes = settings["task"]["classes"] or 2
     empty = models.empty(architecture=model["architecture"], model_args=model["model_args"], num_labels=classes)
     shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
-    sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], shapes, rank, settings["calibration"])
+    units = masked_units(shapes, rank, granularity)
+    sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], *units, settings["calibration"])
     described = parameters.describe(
-        empty, target_modules=model["target_modules"], head=model["head"], rank=rank, sparsity=sparsity
+        empty,
+        target_modules=model["target_modules"],
+        head=model["head"],
+        rank=rank,
+        sparsity=sparsity,
+        granularity=granularity,
     )
     console = Console()
     console.print(parameters.table(described))

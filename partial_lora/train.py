@@ -145,6 +145,7 @@ def _calibration(
         scores=scores,
         classes=len(task.labels),
         rank=settings["method"]["rank"],
+        granularity=settings["mask"]["granularity"],
         importance={"seed": chosen["seed"]} | settings["importance"],
         architecture=_named(settings["model"], "architecture", "model_args"),
         **_named(settings["model"], "head", "blocks"),

@@ -186,6 +186,17 @@ def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: 
         assert own["adapter_trainable"] == expected[method]
 
 
+def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
+    settings = (*TINY, "mask=element", "calibration.threshold=0.7", "calibration.budget=0.3")
+    done = command(place, "train", *settings)
+    assert done.returncode == 0, done.stderr
+    directory, result = record(place, threshold=0.7)
+    own = result["parameters"]
+    assert 0.99 * 0.3 * own["adapter_dense"] < own["adapter_trainable"] <= 0.3 * own["adapter_dense"]
+    sidecar = json.loads((directory / "adapter" / "partial_lora.json").read_text())
+    assert (sidecar["granularity"], sidecar["count"]) == ("element", "exact")
+
+
 def test_report_tabulates_the_runs(place: Path, trained) -> None:
     done = command(place, "report", "results")
     assert done.returncode == 0, done.stderr
