@@ -95,22 +95,25 @@ def leading_rank(squares: Tensor, energy: float) -> int:
 def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, energy: float) -> Scores | None:
     """Leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones, or None where the exact way is the better.
 
-    Subspace iteration from a random start, of twice k dimensions, until the scores settle: how much is still to come
-    is extrapolated from their last two changes, which shrink geometrically. Without `k` the subspace grows until half
-    of it holds `energy` of the squared norm of W: what a subspace holds is never more than what as many singular
-    vectors hold, so that much is proven. None where the subspace would be wider than WIDEST * n, where the scores do
-    not settle in ITERATIONS, and where rounding in float32 could decide k or which of two directions is the k-th.
+    Subspace iteration from a random start until the scores settle: how much is still to come is extrapolated from their
+    last two changes, which shrink geometrically. The subspace has twice k dimensions or more, and as many as allowed
+    where the scores settle too slowly. Without `k` it grows until half of it holds `energy` of the squared norm of W:
+    what a subspace holds is never more than what as many singular vectors hold, so that much is proven. None where even
+    WIDEST * n dimensions are too few or settle too slowly, and where rounding in float32 could decide k, or which of
+    two directions is the k-th.
     Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight = (weight / weight.abs().max()).float()
     widest = int(WIDEST * weight.shape[1])
     wanted = energy * float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
-    width = FIRST_WIDTH if k is None else oversampled(k)
+    width = FIRST_WIDTH if k is None else max(FIRST_WIDTH, oversampled(k))
+    if width > widest:
+        return None
     basis = torch.empty(weight.shape[1], 0, device=weight.device)
-    while width <= widest:
+    while True:
         added = torch.randn(len(basis), width - basis.shape[1], generator=generator).to(weight.device)
-        basis, settling = torch.cat([basis, added], 1), Settling()
+        basis, settling, wider = torch.cat([basis, added], 1), Settling(), widest
         for step, (left, spectrum, right) in enumerate(_iterate(weight, basis)):
             held = spectrum.square().cumsum(0)
             rank = int((held < wanted).sum()) + 1 if k is None else k
@@ -119,20 +122,20 @@ def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, ene
                     continue
                 if held[-1] + (widest // 2 - width) * spectrum[-1] ** 2 < wanted:
                     return None  # not even the widest could hold it: no later direction holds more than the last one
+                wider = 2 * width
                 break
             scores = left[:, :rank].square().sum(1), right[:, :rank].square().sum(1)
             settling.see(rank, scores)
             if settling.hopeless(ITERATIONS - step):
-                return None
+                break
             if settling.done():
                 near = k is None and (held[max(rank - 2, 0) : rank] - wanted).abs().min() < 1e-6 * wanted
                 if near or spectrum[rank - 1] - spectrum[rank] < 1e-5 * spectrum[0]:
                     return None
                 return scores[0].double(), scores[1].double()
-        else:
+        if width == widest:
             return None
-        basis, width = right, max(min(2 * width, widest), width + 1)
-    return None
+        basis, width = right, min(wider, widest)
 
 
 def oversampled(k: int) -> int:
