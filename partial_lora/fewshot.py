@@ -23,7 +23,7 @@ from partial_lora.calibration import Calibration, calibrate
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import weights_digest
 from partial_lora.scoring import FewShotAccuracy
-from partial_lora.tasks import ImageTransform, few_shot_draws
+from partial_lora.tasks import Draws, ImageTransform, few_shot_draws
 
 VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
 _BATCH = 32
@@ -51,6 +51,7 @@ def calibrate_few_shot(
     levels: float,
     max_sparsity: float,
     search: str,
+    draws: Draws | None = None,
 ) -> Calibration:
     """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
 
@@ -59,9 +60,10 @@ def calibrate_few_shot(
         scores: importance of rows and columns by module; `importance` says how it was measured.
         architecture: what, beside its weights, decides what the model computes.
         head: the module that is fitted on the fit draw; left as it was found.
+        draws: the two draws, where they are not to be `shots`, `max_samples` and `seed`'s of `train`.
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
     """
-    draws = few_shot_draws(train["label"], shots=shots, seed=seed, max_samples=max_samples)
+    draws = draws or few_shot_draws(train["label"], shots=shots, seed=seed, max_samples=max_samples)
     fit = transform.batches(train.select(draws.fit), _BATCH)
     scored = transform.batches(train.select(draws.scored), _BATCH)
     decides = {
