@@ -18,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
             return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]])  # Hydra's grammar, not argparse's
+        if arguments and arguments[0] == "analyse":
+            from partial_lora.analysis_command import analyse
+
+            return analyse(arguments[1:])
         return _parsed(arguments)
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
@@ -40,6 +44,7 @@ def _parsed(arguments: list[str]) -> int:
         "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
         "calibrate": "find the sparsities alone (the same keys)",
         "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
+        "analyse": "how far calibration can be trusted: agreement, reliability, stability or cost (the same keys)",
     }
     for name, text in composed.items():
         commands.add_parser(name, help=text)

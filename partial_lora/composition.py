@@ -11,8 +11,17 @@ from partial_lora.errors import PartialLoraError
 USAGE_ERROR = 2
 
 
-def compose(command: str, arguments: list[str], work: Callable[[dict], int]) -> int:
+def compose(
+    command: str,
+    arguments: list[str],
+    work: Callable[[dict], int],
+    *,
+    node: type | None = None,
+    resolve: Callable[[object], dict] | None = None,
+) -> int:
     """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
+
+    node, resolve: the dataclass of the settings and what checks them; by default a run's.
 
     Gives the exit code: the highest that `work` gave, USAGE_ERROR where a run was refused. No further run starts after
     one that was interrupted. Raises PartialLoraError for arguments that do not compose.
@@ -21,8 +30,9 @@ def compose(command: str, arguments: list[str], work: Callable[[dict], int]) -> 
 
     from partial_lora import config, schema
 
+    resolve = resolve or config.resolve
     _refuse_group_lists(arguments)
-    ConfigStore.instance().store(name="schema", node=schema.Config)
+    ConfigStore.instance().store(name="schema", node=node or schema.Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
     if not shows & {
@@ -32,7 +42,7 @@ def compose(command: str, arguments: list[str], work: Callable[[dict], int]) -> 
 
         def check(composed) -> None:
             try:
-                config.resolve(composed)
+                resolve(composed)
             except PartialLoraError as error:  # collected: Hydra would add lines of its own
                 refused.append(str(error))
 
@@ -44,7 +54,7 @@ def compose(command: str, arguments: list[str], work: Callable[[dict], int]) -> 
     codes: list[int] = []
 
     def job(composed) -> None:
-        codes.append(work(config.resolve(composed)))
+        codes.append(work(resolve(composed)))
         if codes[-1] > USAGE_ERROR:  # interrupted: no further run of a sweep starts
             raise SystemExit(codes[-1])
 
