@@ -1,0 +1,87 @@
+"""Whether two calibrations of one model find the same sparsities: the correlation over modules and axes.
+
+Sparsities from a handful of examples carry noise. Two halves of the scored draw know nothing of each other: what their
+sparsities share is the model's, what they do not share is chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+
+from partial_lora.errors import PartialLoraError
+
+Sparsity = Mapping[str, Mapping[str, float]]
+
+_FEWEST = 3  # through two points there is always a line
+
+
+def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two disjoint halves of a draw, as ascending indices, the same ones for a seed.
+
+    Every class is halved at random. One with an odd number of examples gives its last to the half that has fewer, so
+    neither the halves nor their classes differ by more than one. Raises PartialLoraError for fewer than two examples.
+    """
+    labels = np.asarray(labels)
+    if len(labels) < 2:
+        raise PartialLoraError(f"split-half: expected at least 2 scored examples, found {len(labels)}")
+    generator = np.random.default_rng(seed)
+    halves: tuple[list[int], list[int]] = [], []
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label)).tolist()
+        less = int(len(halves[1]) < len(halves[0]))
+        halves[less].extend(rows[0::2])
+        halves[1 - less].extend(rows[1::2])
+    return np.sort(np.asarray(halves[0])), np.sort(np.asarray(halves[1]))
+
+
+def reliability(first: Sparsity, second: Sparsity) -> dict:
+    """How far the sparsities of two halves agree: {pearson, spearman, spearman_brown, n, said}.
+
+    spearman_brown: the correlation that two calibrations of the whole draw are expected to have, 2r / (1 + r) of the
+    Pearson correlation r of the halves (Spearman 1910, Brown 1910). An r below zero stays as it is: there is nothing
+    in common that more examples would bring out. `said` has, in words, why a number is None, else it is empty.
+    """
+    found = correlation(first, second)
+    r = found["pearson"]
+    corrected = None if r is None else 2 * r / (1 + r) if r > 0 else r
+    return {
+        "pearson": r,
+        "spearman": found["spearman"],
+        "spearman_brown": corrected,
+        "n": found["n"],
+        "said": found["said"],
+    }
+
+
+def correlation(first: Sparsity, second: Sparsity) -> dict:
+    """Pearson's and Spearman's correlation over (module, axis): {pearson, spearman, n, said}.
+
+    Where all sparsities of one side are equal, or there are fewer than three, there is none: None, said in words.
+    Raises PartialLoraError, naming the first module, for calibrations of different modules.
+    """
+    pairs = paired(first, second)
+    said = ""
+    if len(pairs) < _FEWEST:
+        said = f"{len(pairs)} sparsities: at least {_FEWEST} are needed for a correlation"
+    for which, values in zip(("first", "second"), pairs.T, strict=True):
+        if not said and np.ptp(values) == 0:
+            said = f"all sparsities of the {which} calibration are {values[0]:g}: there is nothing to correlate"
+    if said:
+        return {"pearson": None, "spearman": None, "n": len(pairs), "said": said}
+    return {
+        "pearson": float(pearsonr(*pairs.T).statistic),
+        "spearman": float(spearmanr(*pairs.T).statistic),
+        "n": len(pairs),
+        "said": "",
+    }
+
+
+def paired(first: Sparsity, second: Sparsity) -> np.ndarray:
+    """The two sparsities of each (module, axis), in the first one's order (n, 2)."""
+    for module in sorted(first.keys() ^ second.keys()):
+        raise PartialLoraError(f"calibrations of different modules cannot be compared: {module} is in one of them only")
+    values = [[axes[axis], second[module][axis]] for module, axes in first.items() for axis in axes]
+    return np.asarray(values, dtype=np.float64).reshape(-1, 2)
