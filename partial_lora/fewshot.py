@@ -21,6 +21,7 @@ from partial_lora import progress
 from partial_lora.cache import cache_dir
 from partial_lora.calibration import Calibration, calibrate
 from partial_lora.errors import PartialLoraError
+from partial_lora.importance import NEEDS_DATA, data_scores, scores_of
 from partial_lora.models import weights_digest
 from partial_lora.scoring import FewShotAccuracy
 from partial_lora.tasks import Draws, ImageTransform, few_shot_draws
@@ -29,13 +30,49 @@ VERSION = 1  # of how scores are computed; another one leaves every kept calibra
 _BATCH = 32
 _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 
+Batch = dict[str, Tensor]
+Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
+
+
+def batches_of(train: Dataset, rows: np.ndarray, transform: ImageTransform) -> list[Batch]:
+    """A draw as the model sees it."""
+    return transform.batches(train.select(rows), _BATCH)
+
+
+def importance_few_shot(
+    model: nn.Module,
+    train: Dataset,
+    transform: ImageTransform,
+    *,
+    measure: str,
+    modules: Sequence[str],
+    draws: Draws,
+    head: str,
+    seed: int,
+    options: Mapping,
+) -> Scores:
+    """Importance of every row and column of the modules, by a measure's name.
+
+    A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own; any other
+    sees the weights alone.
+    """
+    targets = {name: model.get_submodule(name) for name in modules}
+    if measure not in NEEDS_DATA:
+        return {
+            name: scores_of(name, module.weight, measure, seed=seed, options=options)
+            for name, module in targets.items()
+        }
+    fit = batches_of(train, draws.fit, transform)
+    with few_shot_head(model, head, fit):
+        return data_scores(measure, model, targets, fit, seed=seed, options=options)
+
 
 def calibrate_few_shot(
     model: nn.Module,
     train: Dataset,
     transform: ImageTransform,
     *,
-    scores: Mapping[str, tuple[Tensor, Tensor]],
+    scores: Scores,
     importance: Mapping[str, object],
     architecture: Mapping[str, object],
     classes: int,
@@ -64,8 +101,7 @@ def calibrate_few_shot(
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
     """
     draws = draws or few_shot_draws(train["label"], shots=shots, seed=seed, max_samples=max_samples)
-    fit = transform.batches(train.select(draws.fit), _BATCH)
-    scored = transform.batches(train.select(draws.scored), _BATCH)
+    fit, scored = (batches_of(train, rows, transform) for rows in (draws.fit, draws.scored))
     decides = {
         "version": VERSION,
         "architecture": dict(architecture),
@@ -109,7 +145,7 @@ def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping
 
 
 @torch.no_grad()
-def features(model: nn.Module, head: str, batches: Sequence[dict[str, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+def features(model: nn.Module, head: str, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
     """What enters the head for every example (N, d), and the labels (N,)."""
     entering: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(
@@ -145,7 +181,7 @@ def logistic_head(inputs: np.ndarray, labels: np.ndarray, classes: int) -> tuple
 
 
 @contextmanager
-def few_shot_head(model: nn.Module, head: str, batches: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+def few_shot_head(model: nn.Module, head: str, batches: Sequence[Batch]) -> Iterator[None]:
     """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards."""
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:

@@ -8,7 +8,6 @@ values equal to them: a new key then leaves the ids of old runs alone.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,26 +15,8 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from partial_lora.errors import PartialLoraError
-
-
-def _require(holds: bool, key: str, value: object, expected: str) -> None:
-    if not holds:
-        raise PartialLoraError(f"{key}={value}: expected {expected}")
-
-
-def _positive(key: str, value: float) -> None:
-    _require(0 < value < math.inf, key, value, "a number above 0")
-
-
-def _name(key: str, value: str) -> None:
-    """A name that may become a folder's; a missing one is refused where settings are resolved."""
-    plain = re.fullmatch(r"\w[\w.-]*", value) is not None
-    _require(plain or value == MISSING, key, value, "letters, digits, dots, dashes, underscores")
-
-
-def _one_of(key: str, value: object, *known: str) -> None:
-    _require(value in known, key, value, " or ".join(known))
+from partial_lora.ranges import one_of, plain_name, positive, require
+from partial_lora.sparsity_schema import CalibrationConfig, ImportanceConfig, MaskConfig
 
 
 @dataclass
@@ -55,13 +36,13 @@ class ModelConfig:
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
     def __post_init__(self) -> None:
-        _name("model.name", self.name)
+        plain_name("model.name", self.name)
         for key in ("mean", "std"):
-            _require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
-        _require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
-        _require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
-        _require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
-        _one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
+            require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
+        require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
+        require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
+        require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
+        one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
 
 
 @dataclass
@@ -81,21 +62,21 @@ class TaskConfig:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        _name("task.name", self.name)
-        _require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
-        _require(not self.text_columns, "task.text_columns", self.text_columns, "[], there is no text task yet")
+        plain_name("task.name", self.name)
+        require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        require(not self.text_columns, "task.text_columns", self.text_columns, "[], there is no text task yet")
         share = self.validation_share
-        _require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
+        require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         if self.data_files is not None:
             valid = isinstance(self.data_files, Mapping) and {"train", "test"} <= set(self.data_files)
-            _require(
+            require(
                 valid and set(self.data_files) <= {"train", "validation", "test"},
                 "task.data_files",
                 self.data_files,
                 "{train: FILE, test: FILE}, with validation: FILE if there is one",
             )
             for split, file in self.data_files.items():
-                _require(Path(str(file)).is_file(), f"task.data_files.{split}", file, "an existing parquet file")
+                require(Path(str(file)).is_file(), f"task.data_files.{split}", file, "an existing parquet file")
 
 
 @dataclass
@@ -108,87 +89,9 @@ class MethodConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "method.rank", self.rank, "at least 1")
-        _positive("method.alpha", self.alpha)
-        _require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
-
-
-@dataclass
-class ImportanceConfig:
-    """What makes a row or column important."""
-
-    name: str = "svd"
-    k: Optional[int] = None  # leading singular vectors; null: as many as hold `energy`
-    energy: float = 0.9  # share of the squared spectrum
-
-    def __post_init__(self) -> None:
-        _require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
-        _require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
-
-
-@dataclass
-class CalibrationConfig:
-    """How the sparsity of each module and axis is found on a handful of examples."""
-
-    threshold: float = 0.9
-    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
-    shots: int = 16
-    share: float = 0.03  # of the training rows, for language tasks
-    max_samples: Optional[int] = None
-    seed: int = 0
-    file: Optional[str] = None  # a calibration.json to use instead of calibrating
-    levels: float = 0.05
-    max_sparsity: float = 0.95
-    axes: str = "separate"
-    scope: str = "independent"
-    search: str = "scan"
-    repair: bool = False
-    chance: str = "ignore"
-
-    def __post_init__(self) -> None:
-        _require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
-        if self.budget is not None:
-            whole = self.budget <= 1 or float(self.budget).is_integer()
-            _require(
-                0 < self.budget < math.inf and whole,
-                "calibration.budget",
-                self.budget,
-                "a share in (0, 1] or a whole count of trainable parameters",
-            )
-        _require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
-        _require(self.share == 0.03, "calibration.share", self.share, "0.03: it is for language tasks, not there yet")
-        _require(self.seed >= 0, "calibration.seed", self.seed, "0 or more")
-        _require(
-            self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
-        )
-        _require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
-        _require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
-        _require(
-            self.file is None or Path(self.file).is_file(),
-            "calibration.file",
-            self.file,
-            "an existing calibration.json",
-        )
-        _one_of("calibration.search", self.search, "scan", "bisect")
-        _one_of("calibration.axes", self.axes, "separate")
-        _one_of("calibration.scope", self.scope, "independent")
-        _require(not self.repair, "calibration.repair", self.repair, "false")
-        _one_of("calibration.chance", self.chance, "ignore")
-
-
-@dataclass
-class MaskConfig:
-    """Which entries the found sparsities keep."""
-
-    granularity: str = "rows_columns"
-    count: str = "exact"
-    seed: Optional[int] = None  # null: the run's seed
-
-    def __post_init__(self) -> None:
-        _one_of("mask.granularity", self.granularity, "rows_columns", "element")
-        _one_of("mask.count", self.count, "exact", "bernoulli")
-        if self.granularity == "rows_columns":
-            _one_of("mask.count", self.count, "exact")
+        require(self.rank >= 1, "method.rank", self.rank, "at least 1")
+        positive("method.alpha", self.alpha)
+        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
 
 @dataclass
@@ -212,21 +115,21 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _positive("trainer.epochs", self.epochs)
+        positive("trainer.epochs", self.epochs)
         for key in ("max_steps", "save_steps", "num_processes", "batch_size", "eval_batch_size"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
-        _positive("trainer.learning_rate", self.learning_rate)
-        _require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
-        _require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
-        _positive("trainer.max_grad_norm", self.max_grad_norm)
-        _require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
-        _one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
-        _one_of("trainer.device", self.device, "auto", "cpu", "cuda")
-        _one_of("trainer.strategy", self.strategy, "ddp")
+            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
+        positive("trainer.learning_rate", self.learning_rate)
+        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        positive("trainer.max_grad_norm", self.max_grad_norm)
+        require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
+        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
+        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        one_of("trainer.strategy", self.strategy, "ddp")
         shared = f"a multiple of trainer.num_processes={self.num_processes}"
-        _require(self.batch_size % (self.num_processes or 1) == 0, "trainer.batch_size", self.batch_size, shared)
-        _require(not self.report_to, "trainer.report_to", self.report_to, "[]")
+        require(self.batch_size % (self.num_processes or 1) == 0, "trainer.batch_size", self.batch_size, shared)
+        require(not self.report_to, "trainer.report_to", self.report_to, "[]")
 
 
 @dataclass
@@ -245,6 +148,6 @@ class Config:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
         if self.method.name == "targeted":  # importance is of rows and columns
-            _one_of("mask.granularity", self.mask.granularity, "rows_columns")
+            one_of("mask.granularity", self.mask.granularity, "rows_columns")

@@ -16,13 +16,14 @@ from transformers import set_seed
 from partial_lora import evaluation, figures, fit, methods, models, parameters, results, tasks
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
-from partial_lora.fewshot import calibrate_few_shot
-from partial_lora.importance import scores_of
+from partial_lora.fewshot import calibrate_few_shot, importance_few_shot
+from partial_lora.importance import OPTIONS
 from partial_lora.record import timed
 from partial_lora.targets import target_names
 from partial_lora.world import join
 
 _PRIMARY = "accuracy"
+_DRAWN_BY = ("shots", "max_samples", "seed")  # the keys of `calibration` that decide the few-shot draws
 
 
 def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
@@ -53,8 +54,9 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     calibration, scores = None, None
     if methods.is_calibrated(method) or stage == "calibrate":
         with timed(record, "calibrate"), world.main_first():
-            scores = _importance(settings, model, targets)
-            calibration = _calibration(settings, task, transform, model, scores)
+            draws = tasks.few_shot_draws(task.train["label"], **_named(settings["calibration"], *_DRAWN_BY))
+            scores = _importance(settings, task, transform, model, targets, draws)
+            calibration = _calibration(settings, task, transform, model, scores, draws)
         record["calibration"] = calibration.summary()
         record["sparsity"] = calibration.sparsity
         if world.is_main:
@@ -121,21 +123,40 @@ def _named(settings: dict, *names: str) -> dict:
     return {name: settings[name] for name in names}
 
 
-def _importance(settings: dict, model: nn.Module, targets: list[str]) -> methods.Scores:
+def _importance(
+    settings: dict,
+    task: tasks.Task,
+    transform: tasks.ImageTransform,
+    model: nn.Module,
+    targets: list[str],
+    draws: tasks.Draws,
+) -> methods.Scores:
     """Importance of every row and column of the modules that are to be adapted."""
-    chosen, seed = settings["importance"], settings["calibration"]["seed"]
-    options = _named(chosen, "k", "energy") if chosen["name"] == "svd" else {}
-    return {
-        name: scores_of(name, model.get_submodule(name).weight, chosen["name"], seed=seed, options=options)
-        for name in targets
-    }
+    measure, head = settings["importance"]["name"], settings["model"]["head"]
+    options = _named(settings["importance"], *OPTIONS[measure])
+    return importance_few_shot(
+        model,
+        task.train,
+        transform,
+        measure=measure,
+        modules=targets,
+        draws=draws,
+        head=head,
+        seed=settings["calibration"]["seed"],
+        options=options,
+    )
 
 
 def _calibration(
-    settings: dict, task: tasks.Task, transform: tasks.ImageTransform, model: nn.Module, scores: methods.Scores
+    settings: dict,
+    task: tasks.Task,
+    transform: tasks.ImageTransform,
+    model: nn.Module,
+    scores: methods.Scores,
+    draws: tasks.Draws,
 ) -> Calibration:
-    """The sparsities: from a file where the settings name one, else from the few-shot draws."""
-    chosen = settings["calibration"]
+    """The sparsities: those of a file where the settings name one, whatever they say beside it; else from the draws."""
+    chosen, measure = settings["calibration"], settings["importance"]["name"]
     if chosen["file"]:
         return Calibration.load(Path(chosen["file"])).reused_for(list(scores))
     return calibrate_few_shot(
@@ -143,13 +164,14 @@ def _calibration(
         task.train,
         transform,
         scores=scores,
+        draws=draws,
         classes=len(task.labels),
         rank=settings["method"]["rank"],
         granularity=settings["mask"]["granularity"],
-        importance={"seed": chosen["seed"]} | settings["importance"],
+        importance={"seed": chosen["seed"]} | _named(settings["importance"], "name", *OPTIONS[measure]),
         architecture=_named(settings["model"], "architecture", "model_args"),
         **_named(settings["model"], "head", "blocks"),
-        **_named(chosen, "threshold", "budget", "shots", "max_samples", "seed", "levels", "max_sparsity", "search"),
+        **_named(chosen, *_DRAWN_BY, "threshold", "budget", "levels", "max_sparsity", "search"),
     )
 
 

@@ -186,6 +186,21 @@ def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: 
         assert own["adapter_trainable"] == expected[method]
 
 
+def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
+    by_gradients = (*TINY, "importance=snip", "method=targeted")
+    done = command(place, "train", *by_gradients, "results_dir=snip")
+    assert done.returncode == 0, done.stderr
+    (run,) = (path.parent for path in place.glob("snip/runs/*/*/targeted-*/seed0/result.json"))
+    settings = json.loads((run / "calibration.json").read_text())["settings"]
+    assert settings["importance"] == {"name": "snip", "seed": 0}
+    # Out of a file come the sparsities alone: the most important rows are found again, the same ones.
+    done = command(place, "train", *by_gradients, "results_dir=again", f"calibration.file={run / 'calibration.json'}")
+    assert done.returncode == 0, done.stderr
+    (again,) = (path.parent for path in place.glob("again/runs/*/*/targeted-*/seed0/result.json"))
+    kept = [json.loads((path / "adapter" / "partial_lora.json").read_text())["modules"] for path in (run, again)]
+    assert kept[0] == kept[1]
+
+
 def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
     settings = (*TINY, "mask=element", "calibration.threshold=0.7", "calibration.budget=0.3")
     done = command(place, "train", *settings)

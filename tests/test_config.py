@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from partial_lora import config, schema
+from partial_lora import config, importance, schema
 from partial_lora.errors import PartialLoraError
 
 
@@ -34,6 +35,10 @@ def settings(*overrides: str) -> dict:
         ("calibration.file=/nowhere/calibration.json", "calibration.file"),
         ("importance.k=0", "importance.k"),
         ("importance.energy=1.5", "importance.energy"),
+        ("importance.rounds=0", "importance.rounds"),
+        ("importance.fraction=1", "importance.fraction"),
+        ("importance.steps=-1", "importance.steps"),
+        ("importance.learning_rate=0", "importance.learning_rate"),
         ("mask.granularity=block", "mask.granularity"),
         ("mask.count=bernoulli", "mask.count"),
         ("method.rank=0", "method.rank"),
@@ -82,6 +87,14 @@ def test_every_group_file_composes() -> None:
         if folder.is_dir() and folder.name != "experiment":
             for file in folder.glob("*.yaml"):
                 assert settings(f"{folder.name}={file.stem}")[folder.name].get("name", file.stem) == file.stem
+
+
+def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
+    chosen = settings("importance=imp")["importance"]
+    for name, options in importance.OPTIONS.items():
+        measure = (importance.MEASURES | importance.NEEDS_DATA)[name]
+        defaults = {key: value.default for key, value in inspect.signature(measure).parameters.items()}
+        assert {key: chosen[key] for key in options} == {key: defaults[key] for key in options}
 
 
 def test_the_ids_of_runs_never_change() -> None:

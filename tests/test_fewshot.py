@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from partial_lora import models
+from partial_lora import leverage, models, tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.fewshot import features, few_shot_head, logistic_head
+from partial_lora.fewshot import features, few_shot_head, importance_few_shot, logistic_head
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HEAD = "timm_model.head"
@@ -87,3 +89,83 @@ def test_a_head_that_is_not_linear_is_refused_by_name(model, batches) -> None:
     refused = pytest.raises(PartialLoraError, match=r"model\.head=timm_model\.norm: expected a linear layer")
     with refused, few_shot_head(model, "timm_model.norm", batches):
         pass
+
+
+@pytest.fixture
+def digits() -> tuple[tasks.Task, tasks.ImageTransform]:
+    task = tasks.load(name="digits", path="bundled:digits")
+    return task, tasks.ImageTransform(image_size=32, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear")
+
+
+def ten_classes() -> nn.Module:
+    torch.manual_seed(0)
+    return models.load(
+        name="tiny_vit",
+        weights="random",
+        architecture="vit_tiny_patch16_224",
+        model_args=TINY,
+        labels=[str(digit) for digit in range(10)],
+        image_size=32,
+    )
+
+
+TARGETS = ["timm_model.blocks.0.attn.qkv", "timm_model.blocks.1.mlp.fc2"]
+IMP = {"rounds": 2, "fraction": 0.3, "steps": 2, "learning_rate": 1e-3}
+
+
+def spoilt(train: Dataset, rows: np.ndarray) -> Dataset:
+    """The same rows, but for these: a black picture, and the label that comes next."""
+    kept = [row in set(rows.tolist()) for row in range(len(train))]
+    black = Image.new("L", (8, 8))
+    images = [black if bad else image for image, bad in zip(train["image"], kept, strict=True)]
+    labels = [(label + bad) % 10 for label, bad in zip(train["label"], kept, strict=True)]
+    return Dataset.from_dict({"image": images, "label": labels}, features=train.features)
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(*pair) for name in first for pair in zip(first[name], second[name], strict=True))
+
+
+@pytest.mark.parametrize(("measure", "options"), [("snip", {}), ("imp", IMP), ("activation", {})])
+def test_importance_sees_the_fit_draw_and_never_the_scored_one(digits, measure: str, options: dict) -> None:
+    task, transform = digits
+    draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
+    settings = {"measure": measure, "modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0, "options": options}
+    model = ten_classes()
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    scores = importance_few_shot(model, task.train, transform, **settings)
+    assert list(scores) == TARGETS
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+    assert same(scores, importance_few_shot(model, spoilt(task.train, draws.scored), transform, **settings))
+    assert not same(scores, importance_few_shot(model, spoilt(task.train, draws.fit), transform, **settings))
+
+
+def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
+    task, transform = digits
+    draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
+    model = ten_classes()
+    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0, "options": {}}
+    scores = importance_few_shot(model, task.train, transform, measure="snip", **settings)
+    fit = transform.batches(task.train.select(draws.fit), 30)
+    layer = model.get_submodule(HEAD)
+    weight, bias = logistic_head(*features(model, HEAD, fit), classes=10)
+    layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    loss = nn.functional.cross_entropy(model(pixel_values=fit[0]["pixel_values"]).logits, fit[0]["labels"])
+    for name, (rows, columns) in scores.items():
+        own = model.get_submodule(name).weight
+        (gradient,) = torch.autograd.grad(loss, own, retain_graph=True)
+        entries = (own * gradient).abs().double()
+        assert torch.allclose(rows, entries.sum(1), rtol=1e-4)
+        assert torch.allclose(columns, entries.sum(0), rtol=1e-4)
+
+
+def test_measures_of_the_weights_alone_look_at_no_example(digits) -> None:
+    task, transform = digits
+    draws = tasks.Draws(fit=np.empty(0, dtype=np.int64), scored=np.empty(0, dtype=np.int64))
+    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
+    model = ten_classes()
+    found = importance_few_shot(
+        model, task.train, transform, measure="svd", options={"k": 3, "energy": 0.9}, **settings
+    )
+    rows, _ = leverage.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
+    assert torch.equal(found[TARGETS[0]][0], rows.cpu())

@@ -1,0 +1,96 @@
+"""The settings that decide how sparse an adapter is: importance, calibration and mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from partial_lora.ranges import one_of, positive, require
+
+
+@dataclass
+class ImportanceConfig:
+    """What makes a row or column important; a measure takes those of the keys that are its own (importance.OPTIONS)."""
+
+    name: str = "svd"
+    k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
+    energy: float = 0.9  # svd: share of the squared spectrum
+    rounds: int = 3  # imp: how often it prunes
+    fraction: float = 0.2  # imp: share of the rows and columns left that a round prunes
+    steps: int = 10  # imp: optimizer steps before each pruning
+    learning_rate: float = 1e-5  # imp: of those steps
+
+    def __post_init__(self) -> None:
+        require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
+        require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
+        require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
+        require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
+        require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
+        positive("importance.learning_rate", self.learning_rate)
+
+
+@dataclass
+class CalibrationConfig:
+    """How the sparsity of each module and axis is found on a handful of examples."""
+
+    threshold: float = 0.9
+    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
+    shots: int = 16
+    share: float = 0.03  # of the training rows, for language tasks
+    max_samples: Optional[int] = None
+    seed: int = 0
+    file: Optional[str] = None  # a calibration.json to use instead of calibrating
+    levels: float = 0.05
+    max_sparsity: float = 0.95
+    axes: str = "separate"
+    scope: str = "independent"
+    search: str = "scan"
+    repair: bool = False
+    chance: str = "ignore"
+
+    def __post_init__(self) -> None:
+        require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
+        if self.budget is not None:
+            whole = self.budget <= 1 or float(self.budget).is_integer()
+            require(
+                0 < self.budget < math.inf and whole,
+                "calibration.budget",
+                self.budget,
+                "a share in (0, 1] or a whole count of trainable parameters",
+            )
+        require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
+        require(self.share == 0.03, "calibration.share", self.share, "0.03: it is for language tasks, not there yet")
+        require(self.seed >= 0, "calibration.seed", self.seed, "0 or more")
+        require(
+            self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
+        )
+        require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
+        require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
+        require(
+            self.file is None or Path(self.file).is_file(),
+            "calibration.file",
+            self.file,
+            "an existing calibration.json",
+        )
+        one_of("calibration.search", self.search, "scan", "bisect")
+        one_of("calibration.axes", self.axes, "separate")
+        one_of("calibration.scope", self.scope, "independent")
+        require(not self.repair, "calibration.repair", self.repair, "false")
+        one_of("calibration.chance", self.chance, "ignore")
+
+
+@dataclass
+class MaskConfig:
+    """Which entries the found sparsities keep."""
+
+    granularity: str = "rows_columns"
+    count: str = "exact"
+    seed: Optional[int] = None  # null: the run's seed
+
+    def __post_init__(self) -> None:
+        one_of("mask.granularity", self.granularity, "rows_columns", "element")
+        one_of("mask.count", self.count, "exact", "bernoulli")
+        if self.granularity == "rows_columns":
+            one_of("mask.count", self.count, "exact")
