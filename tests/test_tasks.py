@@ -174,16 +174,36 @@ def test_draws_are_balanced_disjoint_and_fixed_by_their_seed() -> None:
     assert not np.array_equal(draws.scored, other.scored)
 
 
-def test_a_small_class_is_used_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    labels = np.array([0] * 40 + [1] * 7)
+@pytest.mark.parametrize(
+    ("size", "scored", "fitted"),
+    [(2, 1, 1), (3, 2, 1), (7, 4, 3), (20, 10, 10), (31, 16, 15), (32, 16, 16), (33, 16, 16)],
+)
+def test_a_class_smaller_than_two_draws_is_used_whole_and_named(size: int, scored: int, fitted: int) -> None:
+    labels = np.array([0] * 40 + [1] * size)
     draws = tasks.few_shot_draws(labels, shots=16, seed=0)
-    assert (labels[draws.fit] == 1).sum() == (labels[draws.scored] == 1).sum() == 3
-    assert "class 1" in caplog.text
+    assert ((labels[draws.scored] == 1).sum(), (labels[draws.fit] == 1).sum()) == (scored, fitted)
+    assert not set(draws.fit) & set(draws.scored)
+    assert [("class 1" in warning, "used whole" in warning) for warning in draws.warnings] == [(True, True)] * (
+        size < 32
+    )
 
 
-def test_a_class_of_one_cannot_be_drawn_from() -> None:
-    with pytest.raises(PartialLoraError, match=r"calibration\.shots: class 1 has one training example"):
-        tasks.few_shot_draws([0, 0, 0, 1], shots=2, seed=0)
+def test_a_class_of_one_is_known_to_the_head_and_never_scored(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.array([0, 0, 0, 1])
+    draws = tasks.few_shot_draws(labels, shots=2, seed=0)
+    assert (Counter(labels[draws.fit]), Counter(labels[draws.scored])) == ({0: 1, 1: 1}, {0: 2})
+    assert "never scored: class 1" in draws.warnings[-1]
+    assert all(warning in caplog.text for warning in draws.warnings)
+
+
+def test_without_two_examples_of_any_class_nothing_can_be_scored() -> None:
+    with pytest.raises(PartialLoraError, match=r"calibration\.shots=2: no class has 2 training examples"):
+        tasks.few_shot_draws([0, 1, 2], shots=2, seed=0)
+
+
+def test_many_small_classes_are_counted() -> None:
+    (warning,) = tasks.few_shot_draws(np.repeat(np.arange(30), 2), shots=2, seed=0).warnings
+    assert warning.endswith("class 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more")
 
 
 def test_a_bound_below_one_example_a_class_is_refused() -> None:

@@ -17,39 +17,59 @@ logger = logging.getLogger(__name__)
 class Draws:
     """Two disjoint sets of training rows, as ascending indices.
 
-    `fit` is what heads and gradients are fitted on, `scored` is what decides which sparsity passes.
+    `fit` is what heads and gradients are fitted on, `scored` is what decides which sparsity passes. `warnings` says in
+    words which classes are too small for what was asked.
     """
 
     fit: np.ndarray
     scored: np.ndarray
+    warnings: tuple[str, ...] = ()
 
 
 def few_shot_draws(labels: Sequence[int], *, shots: int, seed: int, max_samples: int | None = None) -> Draws:
     """Draw `shots` examples a class for each of the two sets, the same ones for a seed.
 
-    A class with fewer than 2 * shots examples is used whole, half in each set, with a warning. `max_samples` bounds
-    each set, by going round the classes until it is full.
+    A class with fewer than 2 * shots examples is used whole, half in each set and an odd one in `scored`, with a
+    warning; a single example goes to `fit`, since a head has to know the class. `max_samples` bounds each set, by going
+    round the classes until it is full. Raises PartialLoraError where one of the sets would be empty, or could not hold
+    one example of each class.
     """
     labels = np.asarray(labels)
-    classes = len(np.unique(labels))
-    if max_samples is not None and max_samples < classes:
+    classes = np.unique(labels)
+    if max_samples is not None and max_samples < len(classes):
         raise PartialLoraError(
-            f"calibration.max_samples={max_samples}: expected at least one for each of {classes} classes"
+            f"calibration.max_samples={max_samples}: expected at least one for each of {len(classes)} classes"
         )
     generator = np.random.default_rng(seed)
-    fit, scored, small = [], [], []
-    for label in np.unique(labels):
+    fit, scored, small, single = [], [], [], []
+    for label in classes:
         rows = generator.permutation(np.flatnonzero(labels == label))
-        if len(rows) < 2:
-            raise PartialLoraError(f"calibration.shots: class {label} has one training example, expected at least 2")
-        count = min(shots, len(rows) // 2)
-        if count < shots:
-            small.append(str(label))
+        count = min(shots, (len(rows) + 1) // 2) if len(rows) > 1 else 0
         scored.append(rows[:count])
-        fit.append(rows[count : 2 * count])
+        fit.append(rows[count : count + shots])
+        if len(rows) < 2 * shots:
+            (small if count else single).append(str(label))
+    if not any(map(len, scored)):
+        raise PartialLoraError(
+            f"calibration.shots={shots}: no class has 2 training examples, one to fit and one to score; add rows"
+        )
+    warnings = []
     if small:
-        logger.warning("calibration.shots=%d: used whole, since smaller: class %s", shots, ", ".join(small))
-    return Draws(fit=_round_robin(fit, max_samples), scored=_round_robin(scored, max_samples))
+        warnings.append(
+            f"calibration.shots={shots}: used whole, half to fit and half to score, since smaller: class {_few(small)}"
+        )
+    if single:
+        warnings.append(
+            f"calibration.shots={shots}: a single training example, fitted on and never scored: class {_few(single)}"
+        )
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
+
+
+def _few(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:
