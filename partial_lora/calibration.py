@@ -7,26 +7,29 @@ sparsity. (3) The score with all sparsities at once, since modules that can each
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 
 from torch import nn
 
 from partial_lora import budget as budgets
-from partial_lora.calibration_file import AXES, Calibration, Sparsity
+from partial_lora.calibration_file import Calibration
 from partial_lora.curves import Curves, Store
-from partial_lora.errors import PartialLoraError
+from partial_lora.estimate import estimate, timed_pass
 from partial_lora.importance import Importance, Scores, name_of, scores_of
+from partial_lora.peers import Alone, Peers, gathered, of_first
+from partial_lora.points import AXES, BOTH, CURVE_AXES, Levels, Sparsity, both_axes, listed
+from partial_lora.question import RECORDED, Question, start_from
+from partial_lora.repair import repaired
+from partial_lora.scopes import chosen
 from partial_lora.scoring import Score, frozen
+from partial_lora.search import SEARCHES, bisect, passes, scan, sparsity_levels, walk
 from partial_lora.targets import target_linears, target_names
 
-__all__ = ["Calibration", "bisect", "calibrate", "passes", "scan", "target_names"]
+__all__ = ["Calibration", "Peers", "bisect", "calibrate", "passes", "scan", "sparsity_levels", "target_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,18 @@ def calibrate(
     search: str = "scan",
     levels: float = 0.05,
     max_sparsity: float = 0.95,
+    axes: str = "separate",
+    scope: str = "independent",
+    repair: bool = False,
+    chance: float | None = None,
+    above_chance: bool = False,
     importance_options: Mapping | None = None,
     seed: int = 0,
-    chance: float | None = None,
     settings: Mapping | None = None,
+    known: Calibration | None = None,
     store: Path | None = None,
+    peers: Peers | None = None,
+    say: Callable[[str], None] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Calibration:
     """Find one sparsity for each module and axis from the frozen model (Algorithm 1).
@@ -59,146 +69,127 @@ def calibrate(
         target_modules: as in PEFT: a list of names or suffixes, or one regular expression. Linear layers only.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         threshold: share of the baseline score that must be left.
-        budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count.
+        budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count. Met to
+            within 1 %, in every scope; in a cumulative one each threshold tried has curves of its own to pay for.
         rank, granularity: of the adapter that spends them; "element" where single entries of A and B are masked.
         search: "scan", the level before the first failure; or "bisect", an approximation: curves are not monotone.
         levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
+        axes: "separate"; or "joint", one level zeroes that share of rows and of columns, so both have one curve.
+        scope: "independent", all other modules intact; "cumulative" and "cumulative_backward", what was chosen before
+            stays zeroed, from the first module to the last or from the last to the first.
+        repair: relax sparsities until the score with all of them at once is enough, too (repair.py).
+        chance: what guessing scores, by default what `score.chance` says; a budget never follows a threshold below it.
+        above_chance: apply the threshold to what the baseline is above chance.
         importance_options, seed: passed to the measure.
-        chance: what guessing scores; a budget never follows a threshold below it.
         settings: plain data that goes into the result as it is.
+        known: an earlier result for the same model and score; what its curves decide is not evaluated again.
         store: a JSON file of the curves found so far, kept up to date. Its name must stand for the model, the score and
             the importance: none of them is in it. Asked the same again, it is all that is read.
-        progress: called as progress(done, total, module=, axis=, sparsity=) after each axis of a module; with a budget,
-            anew for each threshold tried.
+        peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
+            one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
+        say: called once with an estimate of the cost in words, before the curves start.
+        progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
+            both share it; with a budget, anew for each threshold tried.
 
     Raises:
-        PartialLoraError: in one line, for a target that is none, an argument out of range, a score that is not finite.
+        PartialLoraError: in one line, for a target that is none, an argument out of range, a baseline score that is
+            not finite, a `known` of something else, and what stopped any of the peers.
     """
     began = time.perf_counter()
-    _check(threshold, search, levels, max_sparsity)
+    peers = peers or Alone()
+    chance = getattr(score, "chance", None) if chance is None else chance
+    asked = Question(threshold, budget, search, levels, max_sparsity, axes, scope, repair, chance, above_chance)
     modules = target_linears(model, target_modules)
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
     count = None if budget is None else budgets.parameter_count(budget, *units)
     grid = sparsity_levels(levels, max_sparsity)
+    if known is not None:
+        asked.agrees_with(known, list(modules))
 
     @cache
     def scores(module: str) -> Scores:
         return scores_of(module, modules[module].weight, importance, seed=seed, options=importance_options or {})
 
-    known = Store(store, {"importance": name_of(importance), "search": search, "shapes": shapes})
-    point = {"threshold": threshold} if count is None else {"budget": count, "rank": rank, "chance": chance}
-    if count is not None and granularity != "rows_columns":
-        point["granularity"] = granularity
-    request = json.dumps(point | {"levels": levels, "max_sparsity": max_sparsity})
-    cached = request in known.results
-    curves = Curves(model, score, modules, scores, known)
+    kept = Store.shared(store, {"importance": name_of(importance), "search": search, "shapes": shapes}, peers)
+    request = asked.named(count, rank, granularity)
+    cached = request in kept.results
+    curves = Curves(model, score, modules, scores, kept)
+    cost = []  # (evaluations, seconds) of every process
     if not cached:
-        with frozen(model), known.kept():
+        with frozen(model), kept.kept():
             # (1) What the frozen model scores.
-            baseline = curves.intact()
+            baseline, seconds = gathered(peers, partial(timed_pass, score, curves.intact))[0]
+            kept.belongs_to(baseline)
+            if known is not None:
+                start_from(kept, known)
+            if say is not None and peers.rank == 0:
+                say(estimate(asked, len(modules), len(grid), getattr(score, "size", None), seconds, peers.size))
+
+            def enough(score: float, at: float) -> bool:
+                return passes(score, baseline=baseline, threshold=at, chance=asked.guessing)
 
             # (2) For each module and axis, how much can be zeroed while enough of that is left.
-            def sparsities(at: float) -> Sparsity:
-                enough = partial(passes, baseline=baseline, threshold=at)
-                return _find(curves, modules, SEARCHES[search], grid, enough, progress)
+            @cache
+            def levels_at(at: float) -> Levels:
+                def find(module: str, axis: str) -> float:
+                    survives = partial(curves.survives, module, axis, passes=partial(enough, at=at))
+                    return SEARCHES[search](survives, grid)
+
+                how = {"scope": scope, "peers": peers, "progress": progress}
+                return chosen(curves, list(modules), CURVE_AXES[axes], find, **how)
 
             if count is None:
-                chosen = sparsities(threshold)
+                sparsity = both_axes(levels_at(threshold))
             else:
-                lowest = max(0.0, chance / baseline) if chance and baseline > 0 else 0.0
-                threshold, chosen = budgets.meet(count, *units, sparsities, lowest)
+                lowest = asked.lowest(baseline)
+                threshold, sparsity = budgets.meet(count, *units, lambda at: both_axes(levels_at(at)), lowest)
+            found = levels_at(threshold)
 
-            # (3) What the model scores with all of it zeroed at once.
-            joint = curves.joint(chosen)
-            known.results[request] = {
-                "baseline": baseline,
-                "joint": joint,
-                "threshold": threshold,
-                "search": search,
-                "scaled": any(value not in (0.0, *grid) for axes in chosen.values() for value in axes.values()),
-                "modules": {
-                    module: {axis: {"sparsity": axes[axis], "curve": curves.points(module, axis)} for axis in AXES}
-                    for module, axes in chosen.items()
-                },
-            }
-            known.changed = True
-        if grid and all(sparsity >= grid[-1] for axes in chosen.values() for sparsity in axes.values()):
-            logger.warning("calibration: every level of every module passes: the score does not tell modules apart")
-    return Calibration(
-        **known.results[request],
-        budget=budget,
-        evaluations=curves.evaluations,
-        seconds=time.perf_counter() - began,
+            # (3) What the model scores with all of it zeroed at once; where that is too little, less is zeroed.
+            def together() -> dict:
+                joint = curves.joint(sparsity)
+                result = {"baseline": baseline, "threshold": threshold, "search": search}
+                if not repair:
+                    scaled = sparsity != both_axes(found)
+                    return result | {
+                        "joint": joint,
+                        "scaled": scaled,
+                        "modules": _entries(kept, found, sparsity, scope),
+                    }
+                before, given = curves.evaluations, {"own": curves.exact, "joint": curves.joint}
+                less, after, steps = repaired(
+                    found, grid, units[0], enough=partial(enough, at=threshold), before=joint, **given
+                )
+                mended = {"joint_before": joint, "steps": steps, "threshold": threshold}
+                mended["evaluations"] = curves.evaluations - before
+                modules = _entries(kept, found, both_axes(less), scope)
+                return result | {"joint": after, "scaled": False, "repaired": mended, "modules": modules}
+
+            kept.results[request] = of_first(peers, together)
+            kept.changed = True
+            cost = gathered(peers, lambda: (curves.evaluations, time.perf_counter() - began))
+    result = Calibration(
+        **kept.results[request],
+        **{name: getattr(asked, name) for name in RECORDED},
+        evaluations=sum(evaluations for evaluations, _ in cost),
+        seconds=max((seconds for _, seconds in cost), default=time.perf_counter() - began),
         cached=cached,
         settings=dict(settings or {}),
     )
+    density = budgets.kept_parameters(*units, result.sparsity) / budgets.dense_parameters(*units)
+    result.warnings.extend(result.findings(size=getattr(score, "size", None), density=density))
+    for warning in result.warnings if peers.rank == 0 else ():
+        logger.warning("calibration: %s", warning)
+    return result
 
 
-def sparsity_levels(step: float, highest: float) -> list[float]:
-    """The sparsities that are tried: multiples of `step` up to `highest`."""
-    return [round(number * step, 10) for number in range(1, math.floor(highest / step + 1e-9) + 1)]
-
-
-def passes(score: float, *, baseline: float, threshold: float) -> bool:
-    """Whether enough of the baseline score is left; for scores below zero, whether the loss grew little enough."""
-    if baseline < 0:
-        return threshold == 0 or score >= baseline / threshold
-    return score >= threshold * baseline - 1e-9
-
-
-def scan(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
-    """The level before the first failure; 0 where the first level fails."""
-    sparsity = 0.0
-    for level in grid:
-        if not survives(level):
-            break
-        sparsity = level
-    return sparsity
-
-
-def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
-    """A level that survives next to one that does not, found by halving; the scan's where the curve is monotone."""
-    below, above = 0, len(grid) + 1  # of the levels 0 (intact), 1, 2, ...: this one survives, that one does not
-    while above - below > 1:
-        middle = (below + above) // 2
-        if survives(grid[middle - 1]):
-            below = middle
-        else:
-            above = middle
-    return grid[below - 1] if below else 0.0
-
-
-Search = Callable[[Callable[[float], bool], Sequence[float]], float]
-SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect}
-
-
-def _find(
-    curves: Curves,
-    modules: Collection[str],
-    search: Search,
-    grid: Sequence[float],
-    enough: Callable[[float], bool],
-    progress: Callable[..., None] | None,
-) -> Sparsity:
-    """The sparsity of each module and axis, the other modules intact."""
-    chosen: Sparsity = {module: {} for module in modules}
-    for done, (module, axis) in enumerate(product(modules, AXES), start=1):
-        sparsity = search(partial(curves.survives, module, axis, passes=enough), grid)
-        chosen[module][axis] = sparsity
-        if axis == AXES[-1]:
-            curves.save()
-        if progress is not None:
-            progress(done, len(AXES) * len(modules), module=module, axis=axis, sparsity=sparsity)
-    return chosen
-
-
-def _check(threshold: float, search: str, levels: float, max_sparsity: float) -> None:
-    if not 0 < threshold <= 1:
-        raise PartialLoraError(f"calibration.threshold={threshold}: expected a share in (0, 1]")
-    if search not in SEARCHES:
-        raise PartialLoraError(f"calibration.search={search}: expected one of {', '.join(SEARCHES)}")
-    if not 0 < levels < 1:
-        raise PartialLoraError(f"calibration.levels={levels}: expected the step between two levels, in (0, 1)")
-    if not 0 <= max_sparsity < 1:
-        raise PartialLoraError(f"calibration.max_sparsity={max_sparsity}: expected a share in [0, 1)")
+def _entries(kept: Store, levels: Levels, sparsity: Sparsity, scope: str) -> dict[str, dict[str, dict]]:
+    """What a result says of each module and axis: the sparsity, the curve, and the level of it where another."""
+    entries: dict[str, dict[str, dict]] = {module: {} for module in levels}
+    for module, axis, level, after in walk(levels, scope):
+        points = listed(kept.curve(module, axis, after))
+        for each in AXES if axis == BOTH else (axis,):
+            entry = {"sparsity": sparsity[module][each], "curve": points}
+            entries[module][each] = entry if entry["sparsity"] == level else entry | {"level": level}
+    return entries

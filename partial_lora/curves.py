@@ -6,28 +6,21 @@ question needs them, no further than the question needs, and are kept on disk so
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from partial_lora.calibration_file import AXES, Sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.importance import Scores
 from partial_lora.masks import Mask
-from partial_lora.results import write_json
-from partial_lora.scoring import BoundedScore, Bounds, Score
+from partial_lora.points import AXES, BOTH, UNKNOWN, Bounds, Levels, Sparsity, bounds_of, digest_of
+from partial_lora.scoring import BoundedScore, Score
+from partial_lora.store import Store
 
-VERSION = 1
-_UNKNOWN: Bounds = (-math.inf, math.inf)
-
-logger = logging.getLogger(__name__)
+__all__ = ["Curves", "Store", "zeroed"]
 
 
 @contextmanager
@@ -62,139 +55,117 @@ class Curves:
         self.evaluations = 0
         self._model, self._score, self._modules, self._importance = model, score, modules, importance
         self._store = store
-        self._started: set[tuple[str, str, float]] = set()  # points evaluated by this score: it may go on with them
+        self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
+        self._chosen: Levels = {}  # what stays zeroed while curves are measured
+        self._after = ""  # its digest
+        self._untold: set[str] = set()  # modules altered for good, as far as the score need not know yet
 
     def intact(self) -> float:
-        """The baseline: the score of the frozen model. Curves in the store that belong to another one are dropped."""
-        baseline = self._score_of_model("of the frozen model")
-        known = self._store.baseline
-        if known is not None and not math.isclose(known, baseline, rel_tol=1e-6, abs_tol=1e-9):
-            self._store.discard(f"its baseline score is {known}, this model's is {baseline}")
-        self._store.baseline = baseline
-        return baseline
+        """The score of the model as it is. Raises PartialLoraError where it is no finite number."""
+        score = self._score_of_model()
+        if not math.isfinite(score):
+            raise PartialLoraError(
+                f"calibration: the score of the frozen model is {score}, expected a finite number; "
+                "check the weights, the precision and the examples"
+            )
+        return score
 
     def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
         """Whether the score passes with all but the most important rows (columns) of one module zeroed.
 
         `passes` must be monotone: where it holds for a score it holds for every larger one.
         """
+        low, _ = self._point(module, axis, level, lambda low, high: passes(high) and not passes(low))
+        return passes(low)
 
-        def undecided(low: float, high: float) -> bool:
-            return passes(high) and not passes(low)
+    def exact(self, module: str, axis: str, level: float) -> float:
+        """The score itself with so much of one module zeroed; NaN where it is no number."""
+        return self._point(module, axis, level, lambda low, high: low < high)[0]
 
-        curve = self._store.curve(module, axis)
-        if undecided(*curve.get(level, _UNKNOWN)):
-            curve[level] = self._evaluate(module, axis, level, undecided)
-            self._store.changed = True
-        return passes(curve[level][0])
-
-    def joint(self, sparsity: Sparsity) -> float:
-        """The score with every module at its own sparsity at once."""
+    def joint(self, sparsity: Sparsity) -> float | None:
+        """The score with every module at its own sparsity at once; None where it is no number."""
         with ExitStack() as stack:
             for module, axes in sparsity.items():
-                for axis, scores in zip(AXES, self._importance(module), strict=True):
-                    mask = Mask.top(scores, axes[axis])
-                    stack.enter_context(zeroed(self._modules[module].weight, axis, mask))
-            return self._score_of_model("with all sparsities at once")
+                for axis in AXES:
+                    stack.enter_context(self._zeroed(module, axis, axes[axis]))
+            score = self._score_of_model()
+            return score if math.isfinite(score) else None
 
-    def points(self, module: str, axis: str) -> list[list]:
-        """One curve by rising level: [level, score] or, where the evaluation was cut short, [level, [low, high]]."""
-        return _listed(self._store.curve(module, axis))
+    @contextmanager
+    def choices(self) -> Iterator[Callable[[str, str, float], None]]:
+        """Let curves be measured after earlier choices: gives a function that zeroes a level of a module and axis.
+
+        What is chosen stays zeroed until the block ends; then the weights are back, and the score has been told.
+        """
+        altered: set[str] = set()
+
+        def choose(module: str, axis: str, level: float) -> None:
+            stack.enter_context(self._zeroed(module, axis, level))
+            self._chosen.setdefault(module, {})[axis] = level
+            self._after = digest_of(self._chosen)
+            if level:
+                altered.add(module)
+                self._untold.add(module)
+
+        try:
+            with ExitStack() as stack:
+                yield choose
+        finally:
+            self._chosen, self._after = {}, ""
+            self._settle(altered - self._untold)  # of the others it has never known that they were altered
+            self._untold = set()
+
+    def curve(self, module: str, axis: str) -> dict[float, Bounds]:
+        """The points known of one curve, by level, after the choices that are in force; to be added to."""
+        return self._store.curve(module, axis, self._after)
+
+    def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
+        """Take points that were evaluated elsewhere."""
+        self.curve(module, axis).update(points)
+        self._store.changed = True
 
     def save(self) -> None:
         """Keep what is known so far."""
         self._store.save()
 
+    def _settle(self, modules: Collection[str]) -> None:
+        """Tell the score that the weights of modules have been altered for longer than one evaluation, or are back."""
+        if hasattr(self._score, "settled"):
+            for module in modules:
+                self._score.settled(module)
+
+    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+        curve = self.curve(module, axis)
+        if undecided(*curve.get(level, UNKNOWN)):
+            curve[level] = self._evaluate(module, axis, level, undecided)
+            self._store.changed = True
+        return curve.get(level, UNKNOWN)
+
     def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
-        point = module, axis, level
-        mask = Mask.top(self._importance(module)[AXES.index(axis)], level)
-        what = f"of {module} with {level:g} of its {axis} zeroed"
-        with zeroed(self._modules[module].weight, axis, mask):
-            if not isinstance(self._score, BoundedScore):
-                return (self._score_of_model(what),) * 2
-            known = self._store.curve(module, axis)[level] if point in self._started else None
+        point = self._after, module, axis, level
+        # Without `settled` a score goes by the intact model, and reuses what the earlier choices have changed.
+        bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
+        with self._zeroed(module, axis, level):
+            if not bounded:
+                return bounds_of(*(self._score_of_model(),) * 2)
+            others = self._untold - {module}
+            self._settle(others)
+            self._untold -= others
+            known = self.curve(module, axis)[level] if point in self._started else None
             self.evaluations += 1
-            low, high = self._score.bounds(self._model, module, undecided, known)
+            bounds = self._score.bounds(self._model, module, undecided, known)
         self._started.add(point)
-        return _finite(low, what), _finite(high, what)
-
-    def _score_of_model(self, what: str) -> float:
-        self.evaluations += 1
-        return _finite(self._score(self._model), what)
-
-
-class Store:
-    """Curves and finished results on disk, for one model, score, importance and search.
-
-    path: a JSON file, or None to keep nothing. key: plain data that says what the curves are of. A file that is broken
-    or has another key is named, removed and never used.
-    """
-
-    def __init__(self, path: Path | None, key: Mapping) -> None:
-        self.path, self.key = None if path is None else Path(path), json.loads(json.dumps(key))
-        self.baseline: float | None = None
-        self.results: dict[str, dict] = {}
-        self.changed = False
-        self._curves: dict[str, dict[str, dict[float, Bounds]]] = {}
-        if self.path is not None and self.path.exists():
-            try:
-                self._read(json.loads(self.path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.discard(f"not the curves that were kept there ({type(error).__name__}: {error})")
-
-    def curve(self, module: str, axis: str) -> dict[float, Bounds]:
-        """The points known of one curve, by level; to be added to."""
-        return self._curves.setdefault(module, {}).setdefault(axis, {})
-
-    def discard(self, reason: str) -> None:
-        """Forget everything, and say of which file and why."""
-        logger.warning("%s: %s; removed, its points are evaluated again", self.path, reason)
-        self.baseline, self.results, self._curves = None, {}, {}
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        return bounds_of(*bounds)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Write the file once the block ends, and where it is interrupted."""
-        try:
+    def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
+        """All but the most important rows, columns or both of a module zeroed, as importance ranks the intact one."""
+        with ExitStack() as stack:
+            for each in AXES if axis == BOTH else (axis,):
+                mask = Mask.top(self._importance(module)[AXES.index(each)], level)
+                stack.enter_context(zeroed(self._modules[module].weight, each, mask))
             yield
-        finally:
-            self.save()
 
-    def save(self) -> None:
-        """Write the file, if there is one and anything is new."""
-        if self.path is None or not self.changed:
-            return
-        curves = {
-            module: {axis: _listed(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
-        }
-        content = {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"version": VERSION, "sha256": _digest(content), "content": content})
-        self.changed = False
-
-    def _read(self, file: dict) -> None:
-        content = file["content"]
-        if file["version"] != VERSION or file["sha256"] != _digest(content):
-            raise ValueError("wrong version or checksum")
-        if content["key"] != self.key:
-            raise ValueError("made for another question")
-        self.baseline, self.results = content["baseline"], content["results"]
-        for module, axes in content["curves"].items():
-            for axis, points in axes.items():
-                for level, value in points:
-                    self.curve(module, axis)[level] = tuple(value) if isinstance(value, list) else (value, value)
-
-
-def _finite(score: float, what: str) -> float:
-    if not math.isfinite(score):
-        raise PartialLoraError(f"calibration: the score {what} is {score}, expected a finite number")
-    return float(score)
-
-
-def _digest(content: Mapping) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _listed(curve: Mapping[float, Bounds]) -> list[list]:
-    return [[level, low if low == high else [low, high]] for level, (low, high) in sorted(curve.items())]
+    def _score_of_model(self) -> float:
+        self.evaluations += 1
+        return float(self._score(self._model))

@@ -44,16 +44,7 @@ def test_bad_arguments_are_named(model, score, arguments, message):
         calibrate(model, score, **{"target_modules": TARGETS} | arguments)
 
 
-def test_a_score_that_is_no_number_is_named(model, batches):
-    calls = 0
-
-    def breaks(model):
-        nonlocal calls
-        calls += 1
-        return math.nan if calls == 4 else 1.0
-
-    with pytest.raises(PartialLoraError, match=r"vit.blocks.0.attn.qkv with 0.15 of its rows zeroed is nan"):
-        calibrate(model, breaks, target_modules=TARGETS)
+def test_a_baseline_that_is_no_number_is_refused(model):
     with pytest.raises(PartialLoraError, match=r"frozen model is inf"):
         calibrate(model, lambda model: math.inf, target_modules=TARGETS)
 

@@ -9,15 +9,18 @@ from pathlib import Path
 import partial_lora
 
 LAYERS = (
-    {"config", "schema", "errors", "progress", "results", "cache"},
-    {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished"},
+    {"config", "schema", "sparsity_schema", "analysis_schema", "ranges", "errors", "progress", "results", "cache"},
+    {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
+    | {"agreement", "reliability", "stability"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
-    {"scoring", "curves", "budget", "calibration", "calibration_file", "fewshot"},
+    {"scoring", "rubric", "metric", "likelihood", "replay", "reuse", "fewshot"}
+    | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
+    | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
-    | {"export", "formats", "proof"},
+    | {"export", "formats", "proof", "closing", "calibration_figures", "analysis_figures", "analysis_tables"},
     {"launch"},
-    {"train"},
-    {"worker", "cli", "composition"},
+    {"train", "analysis", "examinations", "subject"},
+    {"worker", "cli", "composition", "analysis_command"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent

@@ -1,0 +1,61 @@
+"""Several processes that calibrate together: what each of them found, and an error on one as an error on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from partial_lora.errors import PartialLoraError
+
+Value = TypeVar("Value")
+
+
+class Peers(Protocol):
+    """This process among those that share a calibration; all of them ask the same and in the same order.
+
+    gather: every process's value (plain data), in the order of their ranks; returns once all have called it.
+    """
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class Alone:
+    """The one process of a calibration that nobody shares."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
+    """What `work` gave in every process, in rank order.
+
+    An error in one of them must not leave the others waiting: they all raise it, as one PartialLoraError.
+    """
+    if peers.size == 1:
+        return [work()]
+    failure, found = None, None
+    try:
+        found = work()
+    except PartialLoraError as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"calibration: process {peers.rank} failed with {type(error).__name__}: {_one_line(error)}"
+    outcomes = peers.gather((failure, found))
+    for failed, _ in outcomes:
+        if failed is not None:
+            raise PartialLoraError(failed)
+    return [value for _, value in outcomes]
+
+
+def of_first(peers: Peers, work: Callable[[], Value]) -> Value:
+    """What `work` gave in the process of rank 0; the others do nothing and receive it."""
+    return gathered(peers, lambda: work() if peers.rank == 0 else None)[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
