@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 
@@ -27,11 +28,13 @@ def analyse(arguments: list[str]) -> int:
 
     def work(settings: dict) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for workers, and before torch is there
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _leave)
         from partial_lora import analysis
 
-        return analysis.analyse(what, settings)
+        return analysis.analyse(what, settings, shlex.join(["partial-lora", "analyse", *arguments]))
 
     return compose(f"analyse {what}", rest, work, node=analysis_schema.AnalysedConfig, resolve=analysis_schema.resolve)
 

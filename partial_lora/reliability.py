@@ -15,6 +15,7 @@ from partial_lora.errors import PartialLoraError
 
 Sparsity = Mapping[str, Mapping[str, float]]
 
+WEAK = 0.5  # below it sparsities are more chance than model
 _FEWEST = 3  # through two points there is always a line
 
 
@@ -54,6 +55,15 @@ def reliability(first: Sparsity, second: Sparsity) -> dict:
         "n": found["n"],
         "said": found["said"],
     }
+
+
+def verdict(corrected: float | None) -> str:
+    """What a Spearman-Brown corrected correlation says of the sparsities, in words; empty where it supports them."""
+    if corrected is None:
+        return "no reliability: there is nothing to correlate"
+    if corrected < WEAK:
+        return f"inconsistent: split-half reliability {corrected:.2f}; use more shots or targeted"
+    return ""
 
 
 def correlation(first: Sparsity, second: Sparsity) -> dict:

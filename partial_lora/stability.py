@@ -12,7 +12,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import Sparsity, correlation, paired
 
 
-def noisy_labels(labels: Sequence[int], share: float, *, classes: int, seed: int) -> np.ndarray:
+def noisy_labels(labels: Sequence[int], share: float, *, classes: int, seed: int | Sequence[int]) -> np.ndarray:
     """The labels (n,) with a share of them, rounded to whole labels, replaced by another class at random.
 
     The wrong labels of a smaller share are among those of a larger one of the same seed, so more noise is more of the

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.reliability import correlation, reliability, split_half
+from partial_lora.reliability import correlation, reliability, split_half, verdict
 
 
 def sparsities(*values: float) -> dict:
@@ -92,3 +94,11 @@ def test_two_sparsities_are_too_few() -> None:
 def test_calibrations_of_different_modules_are_refused_by_name() -> None:
     with pytest.raises(PartialLoraError, match="m1 is in one of them only"):
         reliability(sparsities(0.1, 0.2, 0.3, 0.4), sparsities(0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("corrected", "words"),
+    [(0.51, ""), (0.5, ""), (0.49, "inconsistent: .* 0.49; use more shots or targeted"), (None, "no reliability")],
+)
+def test_the_verdict_turns_at_one_half(corrected, words) -> None:
+    assert re.match(words + ("$" if not words else ""), verdict(corrected))

@@ -1,0 +1,140 @@
+"""What an analysis examines: a frozen model, a task's training rows, and the calibrations that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from datasets import Dataset
+from transformers import set_seed
+
+from partial_lora import models, tasks
+from partial_lora.budget import dense_parameters, kept_parameters, masked_units
+from partial_lora.calibration import Calibration, calibrate
+from partial_lora.fewshot import batches_of, calibrate_few_shot, few_shot_head, importance_few_shot
+from partial_lora.importance import OPTIONS, Scores
+from partial_lora.scoring import Evaluations, FewShotAccuracy
+from partial_lora.stability import noisy_labels
+from partial_lora.targets import target_linears
+from partial_lora.world import join
+
+_FOUND_BY = ("threshold", "budget", "levels", "max_sparsity")  # the keys of `calibration` that are the same throughout
+
+
+class Subject:
+    """The model and task of some settings, calibrated again and again on draws that differ.
+
+    settings: resolved settings (`config.resolve`). The model is the one that `partial-lora calibrate` finds with them,
+    so a calibration that either has made is kept for the other.
+    """
+
+    def __init__(self, settings: Mapping) -> None:
+        model = settings["model"]
+        self._settings = settings
+        self.device = join(settings["trainer"]["device"]).device
+        self._task = tasks.load(**_named(settings["task"], *tasks.SETTINGS))
+        self._transform = tasks.ImageTransform(**_named(model, "image_size", "mean", "std", "interpolation"))
+        set_seed(settings["seed"])
+        self._model = models.load(
+            labels=list(self._task.labels),
+            **_named(model, "name", "weights", "architecture", "model_args", "image_size"),
+        ).to(self.device)
+        targets = target_linears(self._model, model["target_modules"], head=model["head"])
+        self.shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
+
+    @property
+    def train(self) -> Dataset:
+        """The training rows that draws come from."""
+        return self._task.train
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks one pass runs; 1 for a model that is not known as a sequence of them."""
+        name = self._settings["model"]["blocks"]
+        return len(self._model.get_submodule(name)) if name else 1
+
+    def draws(self, **changes: int) -> tasks.Draws:
+        """The two draws; `changes` are of `shots`, `max_samples` and `seed`."""
+        chosen = _named(self._settings["calibration"], "shots", "max_samples", "seed") | changes
+        return tasks.few_shot_draws(self.train["label"], **chosen)
+
+    def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[Dataset, tasks.Draws]:
+        """The examples of both draws with a share of each draw's labels wrong, and the draws among them."""
+        parts = []
+        for number, rows in enumerate((draws.fit, draws.scored)):
+            part = self.train.select(rows)
+            wrong = noisy_labels(part["label"], share, classes=len(self._task.labels), seed=[seed, number])
+            parts.append(wrong)
+        rows = self.train.select(np.concatenate([draws.fit, draws.scored]))
+        label = rows.features["label"]
+        rows = rows.remove_columns("label").add_column("label", np.concatenate(parts).tolist(), feature=label)
+        fit, scored = np.split(np.arange(len(rows)), [len(draws.fit)])
+        return rows, tasks.Draws(fit=fit, scored=scored)
+
+    def importance(
+        self, measure: str, draws: tasks.Draws, *, train: Dataset | None = None, seed: int | None = None
+    ) -> dict[str, Scores]:
+        """Row and column scores of every module by a measure's name; one that needs data sees the fit draw alone."""
+        return importance_few_shot(
+            self._model,
+            self.train if train is None else train,
+            self._transform,
+            measure=measure,
+            modules=list(self.shapes),
+            draws=draws,
+            head=self._settings["model"]["head"],
+            seed=self._settings["calibration"]["seed"] if seed is None else seed,
+            options=_named(self._settings["importance"], *OPTIONS[measure]),
+        )
+
+    def calibration(self, draws: tasks.Draws, *, train: Dataset | None = None, **changes: int) -> Calibration:
+        """The sparsities by the settings' measure on these draws, kept in the cache as any calibration is.
+
+        train: the rows that `draws` are of. changes: of `shots` and `seed`, what the draws were made with.
+        """
+        chosen = self._settings["calibration"] | changes
+        measure = self._settings["importance"]["name"]
+        train = self.train if train is None else train
+        return calibrate_few_shot(
+            self._model,
+            train,
+            self._transform,
+            scores=self.importance(measure, draws, train=train, seed=chosen["seed"]),
+            draws=draws,
+            importance={"seed": chosen["seed"]} | _named(self._settings["importance"], "name", *OPTIONS[measure]),
+            architecture=_named(self._settings["model"], "architecture", "model_args"),
+            classes=len(self._task.labels),
+            rank=self._settings["method"]["rank"],
+            granularity=self._settings["mask"]["granularity"],
+            **_named(self._settings["model"], "head", "blocks"),
+            **_named(chosen, *_FOUND_BY, "shots", "max_samples", "seed", "search"),
+        )
+
+    def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, Evaluations]:
+        """A calibration that nothing is known for, and what its score counted."""
+        fit, scored = (batches_of(self.train, rows, self._transform) for rows in (draws.fit, draws.scored))
+        scores = self.importance(self._settings["importance"]["name"], draws)
+        with few_shot_head(self._model, self._settings["model"]["head"], fit):
+            score = FewShotAccuracy(self._model, scored, blocks=self._settings["model"]["blocks"])
+            calibration = calibrate(
+                self._model,
+                score,
+                target_modules=list(scores),
+                importance=scores,
+                rank=self._settings["method"]["rank"],
+                granularity=self._settings["mask"]["granularity"],
+                search=search,
+                chance=1 / len(self._task.labels),
+                **_named(self._settings["calibration"], *_FOUND_BY),
+            )
+        return calibration, score.evaluations
+
+    def density(self, sparsity: Mapping[str, Mapping[str, float]]) -> float:
+        """The share of dense LoRA's parameters that an adapter of these sparsities trains."""
+        units = masked_units(self.shapes, self._settings["method"]["rank"], self._settings["mask"]["granularity"])
+        return kept_parameters(*units, sparsity) / dense_parameters(*units)
+
+
+def _named(settings: Mapping, *names: str) -> dict:
+    """The named arguments that a group of settings gives a function."""
+    return {name: settings[name] for name in names}
