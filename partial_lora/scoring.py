@@ -7,6 +7,8 @@ changed. Both give the numbers of a full pass: they save time and nothing else.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +16,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.likelihood import Loss, OptionLikelihood
+from partial_lora.metric import METRICS, Metric, Whole
+from partial_lora.ordering import arranged, enough, next_batch
+from partial_lora.reuse import Reuse, logits_of
+from partial_lora.rubric import Batch, Bounds, Correctness, Rubric, Tally
 
-Bounds = tuple[float, float]
-ANYTHING: Bounds = (0.0, 1.0)
+__all__ = ["MEASURES", "BoundedScore", "Bounds", "Evaluations", "FewShotAccuracy", "FewShotScore", "Score", "frozen"]
+
+MEMORY = 2**31
+MEASURES: dict[str, Callable[[], Rubric]] = {
+    "accuracy": Correctness,
+    "loss": Loss,
+    "options": OptionLikelihood,
+    "options_per_token": lambda: OptionLikelihood(per_token=True),
+    **{name: lambda metric=metric: Whole(metric) for name, metric in METRICS.items()},
+}
+_NO_INPUTS = ("labels", "items", "answers")
 
 
 class Score(Protocol):
@@ -30,7 +45,11 @@ class Score(Protocol):
 
 @runtime_checkable
 class BoundedScore(Protocol):
-    """A score that can stop as soon as a question about it is decided."""
+    """A score that can stop as soon as a question about it is decided.
+
+    It may also have `settled(module)`, to be called once that module's weights have been altered for good, `chance`,
+    what guessing scores (None where that means nothing), and `size`, the number of examples.
+    """
 
     def __call__(self, model: nn.Module) -> float: ...
 
@@ -49,7 +68,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they change
             yield
     finally:
         for module, training in flags:
@@ -58,173 +77,163 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Evaluations:
-    """How much work a score has done: passes begun, examples classified, blocks run (one block on one batch)."""
+    """How much work a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same
+    for each example (one block on one example of a batch; a block of which a part was left out counts whole)."""
 
     passes: int = 0
     examples: int = 0
     blocks: int = 0
+    sample_blocks: int = 0
 
 
-class FewShotAccuracy:
-    """The share of the scored draw that a classifier gets right.
+class FewShotScore:
+    """What a model is worth on the scored draw, by any measure.
 
-    batches: the scored draw; each holds the model's inputs by name and "labels" (batch,).
-    blocks: the name of the model's sequence of blocks, or None for no reuse. Before the block that holds the altered
-    module nothing changes, so what enters it is computed once and kept (one copy for each batch, of the latest block
-    asked for: going through modules in the model's order costs no pass of its own).
+    batches: the scored draw; each holds the model's inputs by name and "labels" (what else "options" needs: see
+    `likelihood.OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of
+    two arrays. blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds
+    the altered module nothing changes, and inside it not all. memory: bytes that may be kept for that between passes.
 
     The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.
 
-    Raises PartialLoraError where `blocks` names no sequence, or one that does not run as a plain sequence.
+    Raises PartialLoraError where the batches do not suit the measure, and as `reuse.Reuse` does.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]], blocks: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Tensor]],
+        measure: str | Metric = "accuracy",
+        blocks: str | None = None,
+        memory: int = MEMORY,
+    ) -> None:
         self.evaluations = Evaluations()
-        self.size = sum(len(batch["labels"]) for batch in batches)
-        if self.size == 0:
-            raise PartialLoraError("batches: the scored draw is empty, expected at least 1 example")
+        self.rubric = _rubric(measure)
         self._batches = list(batches)
+        for batch in self._batches:
+            self.rubric.check(batch)
+        self._sizes = [self._units(batch) for batch in self._batches]
+        self.size = sum(self._sizes)
+        if not self._sizes or min(self._sizes) == 0:
+            raise PartialLoraError("batches: the scored draw is empty, expected at least 1 example in every batch")
+        self.chance = self.rubric.chance(self._batches)
+        self._weight = sum(self.rubric.weight(batch) for batch in self._batches)
         self._arranged = False
-        self._blocks_name = blocks
-        self._block_names = [] if blocks is None else _block_names(model, blocks)
-        self._entering: dict[int, tuple[int, Any]] = {}  # batch -> (block, output of the block before it)
+        self._reuse = Reuse(model, blocks, memory)
+        self._stopped: dict[tuple[str, Bounds], Tally | None] = {}  # what had been seen; None if that is ambiguous
+
+    @property
+    def bytes(self) -> int:
+        """The memory that is kept between passes."""
+        return self._reuse.bytes
 
     def __call__(self, model: nn.Module) -> float:
-        """The accuracy by a full pass from the inputs on, whatever was altered."""
+        """The score by a full pass from the inputs on, whatever was altered."""
         with frozen(model):
             if not self._arranged:
-                self._batches, self._arranged = self._arrange(model), True
-            return self._count(model, 0, lambda low, high: True, ANYTHING)[0]
+                self._arrange(model)
+                self._arranged = True
+            self.evaluations.passes += 1
+            tally = Tally()
+            for index in range(len(self._batches)):
+                if not self._see(model, index, None, tally):
+                    return math.nan
+            return self._bounds(tally)[0]
 
     def bounds(
         self, model: nn.Module, module: str, undecided: Callable[[float, float], bool], known: Bounds | None = None
     ) -> Bounds:
-        """What is known of the accuracy once `undecided(low, high)` turns False: equal bounds are the accuracy itself.
+        """What is known of the score once `undecided(low, high)` turns False: equal bounds are the score itself.
 
-        model: as it was at the first pass but for the weights of `module`.
+        model: as it was at the first pass, or when `settled` was last called, but for the weights of `module`.
         known: bounds that an earlier, cut-short call gave for these very weights; it goes on where that one stopped.
         """
-        with frozen(model):
-            return self._count(model, self._block_of(module), undecided, known or ANYTHING)
-
-    def _count(self, model: nn.Module, first: int, undecided: Callable[[float, float], bool], known: Bounds) -> Bounds:
-        """Go through the batches, only from block `first` on, until the question is decided."""
         self.evaluations.passes += 1
-        right, wrong = round(known[0] * self.size), self.size - round(known[1] * self.size)
-        unseen = list(enumerate(self._batches))
-        seen = 0
-        while seen < right + wrong:
-            seen += len(unseen.pop(0)[1]["labels"])
-        for index, batch in unseen:
-            if not undecided(right / self.size, (self.size - wrong) / self.size):
-                break
-            logits = self._logits(model, index, first)
-            if not torch.isfinite(logits).all():
-                return float("nan"), float("nan")
-            correct = int((logits.argmax(-1) == batch["labels"].to(logits.device)).sum())
-            right, wrong = right + correct, wrong + len(batch["labels"]) - correct
-        return right / self.size, (self.size - wrong) / self.size
+        before = None if known is None else self._stopped.get((module, known))
+        tally = Tally() if before is None else before.copy()
+        if known is not None and not undecided(*known):
+            return known
+        counted = (self.rubric.lowest, self.rubric.highest) == (0.0, 1.0)
+        needed = enough(undecided, self.size) if counted else None
+        with frozen(model):
+            while len(tally.seen) < len(self._batches) and undecided(*self._bounds(tally)):
+                index = len(tally.seen) if needed is None else next_batch(self._sizes, tally, needed)
+                if not self._see(model, index, module, tally):
+                    return math.nan, math.nan
+        found = self._bounds(tally)
+        if found[0] < found[1]:
+            other = self._stopped.get((module, found), tally)
+            same = other is not None and set(other.seen) == set(tally.seen)
+            self._stopped[module, found] = tally if same else None
+        return found
 
-    def _logits(self, model: nn.Module, index: int, first: int) -> Tensor:
-        """The logits of batch `index`, where nothing before block `first` differs from the intact model."""
-        start, entering = self._entering.get(index, (0, None))
-        if start == first or first == 0:
-            return self._forward(model, index, first, entering)
-        if start > first:
-            start, entering = 0, None
-        block = model.get_submodule(self._block_names[first - 1])
-        kept: list[Any] = []
-        hook = block.register_forward_hook(lambda _block, _inputs, output: kept.append(_copy(output)))
-        try:
-            logits = self._forward(model, index, start, entering)
-        finally:
-            hook.remove()
-        if len(kept) != 1:
-            raise self._not_a_sequence(f"block {first - 1} ran {len(kept)} times in one pass")
-        self._entering[index] = first, kept[0]
-        if index == 0 and torch.isfinite(logits).all():
-            again = self._forward(model, index, first, kept[0])
-            if not torch.allclose(logits, again, rtol=1e-4, atol=1e-4 * float(logits.abs().max())):
-                raise self._not_a_sequence(f"the output depends on more than what leaves block {first - 1}")
-        return logits
+    def settled(self, module: str) -> None:
+        """The weights of a module have been altered for good: from now on the model with them is the intact one."""
+        self._stopped.clear()
+        self._reuse.settled(module)
 
-    def _forward(self, model: nn.Module, index: int, start: int, entering: Any) -> Tensor:
-        """A pass of the model's own forward in which the blocks before `start` do nothing but give `entering`."""
+    def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
+        """Add what the model says of one batch to a tally; False if it says nothing that is a number."""
+        values = self.rubric.values(self._logits(model, index, module), self._batches[index])
+        tally.add(index, values, keep=self.rubric.highest is None)
+        return bool(values.isfinite().all())
+
+    def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
+        """The logits of a batch, on the device of its labels, where only `module` differs from the intact model."""
         batch = self._batches[index]
         device = next(model.parameters()).device
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        skipped = [model.get_submodule(name) for name in self._block_names[:start]]
-        with _replaced_by(skipped, _copy(entering)):
-            output = model(**inputs)
-        self.evaluations.examples += len(batch["labels"])
-        self.evaluations.blocks += len(self._block_names) - start
-        return getattr(output, "logits", output)
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False  # nothing is generated, and a cache is something to write into
+        if module is None:
+            output = self._reuse.full(model, inputs)
+        else:
+            output = self._reuse.altered(model, inputs, index, module)
+        self.evaluations.examples += self._sizes[index]
+        self.evaluations.blocks += self._reuse.ran
+        self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
+        return logits_of(output).to(batch["labels"].device)
 
-    def _block_of(self, module: str) -> int:
-        """The position of the block that holds a module; 0, where nothing can be skipped, if none does."""
-        for position, block in enumerate(self._block_names):
-            if module == block or module.startswith(f"{block}."):
-                return position
-        return 0
+    def _bounds(self, tally: Tally) -> Bounds:
+        """What the score is at least and at most, whatever the units are that have not been seen."""
+        rest = self.size - tally.units
+        if self.rubric.highest is None:
+            if rest:
+                return -math.inf, math.inf
+            values = torch.cat([tally.values[index] for index in range(len(self._batches))])
+            return (self.rubric.whole(values, torch.cat([batch["labels"] for batch in self._batches])),) * 2
+        if not rest:
+            return (tally.total / self._weight,) * 2
+        low, high = (tally.total + rest * least for least in (self.rubric.lowest, self.rubric.highest))
+        return low / self._weight, high / self._weight
 
-    def _arrange(self, model: nn.Module) -> list[dict[str, Tensor]]:
-        """The same examples in batches of the same size, in the order that decides soonest."""
-        logits = torch.cat([self._logits(model, index, 0).float().cpu() for index in range(len(self._batches))])
-        parts = {name: [batch[name] for batch in self._batches] for name in self._batches[0]}
-        if any(len({part.shape[1:] for part in of_name}) > 1 for of_name in parts.values()):
-            return self._batches  # inputs of several lengths: padded together as the caller put them
-        whole = {name: torch.cat(of_name) for name, of_name in parts.items()}
-        order = _soonest_first(logits, whole["labels"].cpu())
-        sizes = [len(batch["labels"]) for batch in self._batches]
-        return [{name: value[chosen] for name, value in whole.items()} for chosen in order.split(sizes)]
+    def _arrange(self, model: nn.Module) -> None:
+        """Put the examples in the order that decides soonest."""
+        logits = [self._logits(model, index, None) for index in range(len(self._batches))]
+        sureness = [self.rubric.sureness(*pair).cpu() for pair in zip(logits, self._batches, strict=True)]
+        self._batches = arranged(self._batches, sureness, self.rubric)
+        self._sizes = [self._units(batch) for batch in self._batches]
 
-    def _not_a_sequence(self, reason: str) -> PartialLoraError:
-        return PartialLoraError(
-            f"model.blocks={self._blocks_name}: expected blocks that run one after the other; {reason}; set it to null"
-        )
-
-
-def _block_names(model: nn.Module, blocks: str) -> list[str]:
-    try:
-        container = model.get_submodule(blocks)
-    except AttributeError as error:
-        raise PartialLoraError(f"model.blocks={blocks}: no such module; set it to null for no reuse") from error
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        raise PartialLoraError(
-            f"model.blocks={blocks}: expected a ModuleList or Sequential, found {type(container).__name__}; "
-            "set it to null for no reuse"
-        )
-    return [f"{blocks}.{name}" for name, _ in container.named_children()]
+    def _units(self, batch: Batch) -> int:
+        return int(self.rubric.units(batch)[-1]) + 1 if len(batch["labels"]) else 0
 
 
-def _soonest_first(logits: Tensor, labels: Tensor) -> Tensor:
-    """The examples that the intact model gets right, largest margin first, then those that it gets wrong.
+class FewShotAccuracy(FewShotScore):
+    """The share of the scored draw that a classifier gets right."""
 
-    Most levels that are tried pass, and to pass a level needs so many examples right: those that stay right longest
-    come first, those that are wrong anyway last. (On digits this order saved as much as the opposite one at threshold
-    0.9, and a tenth more at 0.5.)
-    """
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    best_other = logits.scatter(1, labels[:, None], float("-inf")).max(1).values
-    return (own - best_other).argsort(descending=True, stable=True)
-
-
-def _copy(output: Any) -> Any:
-    """Tensors of their own, in whatever tuple or dict a block gives: a later block may write into its input."""
-    return pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Tensor]],
+        blocks: str | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, batches, "accuracy", blocks, memory)
 
 
-@contextmanager
-def _replaced_by(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let every block give `output` without running; what a block had as its forward comes back afterwards."""
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+def _rubric(measure: str | Metric) -> Rubric:
+    if callable(measure):
+        return Whole(measure)
+    if measure not in MEASURES:
+        raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(MEASURES)}")
+    return MEASURES[measure]()
