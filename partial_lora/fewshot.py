@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -23,8 +24,11 @@ from partial_lora.calibration import Calibration, calibrate
 from partial_lora.errors import PartialLoraError
 from partial_lora.importance import NEEDS_DATA, data_scores, scores_of
 from partial_lora.models import weights_digest
+from partial_lora.peers import Alone, Peers, of_first
 from partial_lora.scoring import FewShotAccuracy
 from partial_lora.tasks import Draws, ImageTransform, few_shot_draws
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
 _BATCH = 32
@@ -89,6 +93,7 @@ def calibrate_few_shot(
     max_sparsity: float,
     search: str,
     draws: Draws | None = None,
+    peers: Peers | None = None,
 ) -> Calibration:
     """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
 
@@ -97,6 +102,7 @@ def calibrate_few_shot(
         scores: importance of rows and columns by module; `importance` says how it was measured.
         architecture: what, beside its weights, decides what the model computes.
         head: the module that is fitted on the fit draw; left as it was found.
+        peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         draws: the two draws, where they are not to be `shots`, `max_samples` and `seed`'s of `train`.
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
     """
@@ -112,7 +118,7 @@ def calibrate_few_shot(
         "search": search,
     }
     key = _key(weights_digest(model, exclude=head), (*fit, *scored), decides)
-    with few_shot_head(model, head, fit):
+    with few_shot_head(model, head, fit, peers):
         return calibrate(
             model,
             FewShotAccuracy(model, scored, blocks=blocks),
@@ -129,8 +135,16 @@ def calibrate_few_shot(
             settings=decides | {"shots": shots, "max_samples": max_samples, "seed": seed, "key": key},
             store=cache_dir() / "calibrations" / f"{key}.json",
             chance=1 / classes,
+            peers=peers,
+            say=_say,
             progress=lambda done, total, **detail: progress.emit("calibrate", done, total, **detail),
         )
+
+
+def _say(words: str) -> None:
+    """Words for the log and for whoever watches."""
+    logger.info("%s", words)
+    progress.say(words)
 
 
 def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:
@@ -181,13 +195,18 @@ def logistic_head(inputs: np.ndarray, labels: np.ndarray, classes: int) -> tuple
 
 
 @contextmanager
-def few_shot_head(model: nn.Module, head: str, batches: Sequence[Batch]) -> Iterator[None]:
-    """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards."""
+def few_shot_head(model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None) -> Iterator[None]:
+    """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
+
+    peers: the processes that all need the very same head; the first one fits it.
+    """
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
     own = {name: value.clone() for name, value in layer.state_dict().items()}
-    weight, bias = logistic_head(*features(model, head, batches), classes=layer.out_features)
+    weight, bias = of_first(
+        peers or Alone(), lambda: logistic_head(*features(model, head, batches), classes=layer.out_features)
+    )
     try:
         layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         yield

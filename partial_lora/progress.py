@@ -18,23 +18,31 @@ _INTERVAL = 0.1  # seconds between two events of one stage; a bar drawn more oft
 _last: dict[str, float] = {}
 
 
+def say(text: str) -> None:
+    """Let the parent show a line of words. Silent where `emit` is."""
+    _write({"said": text})
+
+
 def emit(stage: str, done: int, total: int, **detail: object) -> None:
     """Tell the parent that `done` of `total` units of a stage are finished.
 
     Free to call often: events of one stage closer than 0.1 s are dropped, except the first and the last. Does nothing
     outside a worker, on ranks other than 0, and where the file cannot be written.
     """
-    path = os.environ.get(VARIABLE)
-    if not path or os.environ.get("RANK", "0") != "0":
-        return
     now = time.monotonic()
     if done < total and now - _last.get(stage, -_INTERVAL) < _INTERVAL:
         return
     _last[stage] = now
-    line = json.dumps({"stage": stage, "done": done, "total": total, **detail})
+    _write({"stage": stage, "done": done, "total": total, **detail})
+
+
+def _write(event: dict) -> None:
+    path = os.environ.get(VARIABLE)
+    if not path or os.environ.get("RANK", "0") != "0":
+        return
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(event) + "\n")
     except OSError:
         os.environ.pop(VARIABLE)  # a full disk or a removed directory must not end a training for its progress bar
 

@@ -28,6 +28,7 @@ def new(settings: Mapping) -> dict:
         "peak_memory_bytes": None,
         "parameters": {},
         "sparsity": {},
+        "shapes": {},
         "calibration": None,
         "metrics": {},
         "history": [],

@@ -1,11 +1,10 @@
-"""Tables of finished runs: one row a method over its seeds, and the few lines that one run ends with."""
+"""Tables of finished runs: one row a method over its seeds. What one run ends with on a terminal: closing.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import pandas as pd
 from rich import box
@@ -13,9 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from tabulate import tabulate
 
+from partial_lora.closing import calibration_summary, cell, percent, summary
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import write_atomic
-from partial_lora.runs import NONE, collect, number, operating_point, row
+from partial_lora.runs import NONE, collect
 
 __all__ = ["calibration_summary", "collect", "group", "on_screen", "readable", "summary", "write"]
 
@@ -144,7 +144,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         "head parameters": _column(table["head_parameters"], ",.0f"),
         "sparsity": _column(table["adapter_sparsity"], ".3f"),
         "calibrate (s)": [
-            "reused" if math.isnan(seconds) and reused else _cell(seconds, ",.1f")
+            "reused" if math.isnan(seconds) and reused else cell(seconds, ",.1f")
             for seconds, reused in zip(table["calibrate_seconds"], table["calibrations_reused"], strict=True)
         ],
         "train (s)": _column(table["train_seconds"], ",.1f"),
@@ -157,17 +157,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def percent(mean: float, std: float = math.nan) -> str:
-    """A share as a percentage, with its standard deviation over seeds where there is one."""
-    return f"{mean:.2%}".rstrip("%") + ("" if math.isnan(std) else f" ± {100 * std:.2f}")
-
-
 def _column(values: pd.Series, form: str) -> list[str]:
-    return [_cell(value, form) for value in values]
-
-
-def _cell(value: float, form: str) -> str:
-    return NONE if math.isnan(value) else format(value, form)
+    return [cell(value, form) for value in values]
 
 
 def on_screen(frame: pd.DataFrame) -> Group:
@@ -184,66 +175,3 @@ def on_screen(frame: pd.DataFrame) -> Group:
             drawn.add_row(*cells)
         tables.append(drawn)
     return Group(*tables)
-
-
-def summary(result: Mapping, directory: Path) -> Table:
-    """One finished run in a few lines: how good, how small, how long, and where its files are. Fits 100 columns."""
-    found = row(result, Path(directory))
-    adapter = f"{found['adapter_parameters']:,}"
-    if found["adapter_dense"]:
-        adapter += f" of {found['adapter_dense']:,} of the dense adapter ({found['share_of_dense']:.1%})"
-    return _lines(
-        {
-            "run": _title(result),
-            f"test {found['metric']}": f"{percent(found['test'])} %",
-            "adapter, trainable": adapter,
-            "head, trainable": f"{found['head_parameters']:,}",
-            "sparsity": _cell(found["adapter_sparsity"], ".3f"),
-            "seconds": _seconds(result, "calibrate", "train", "evaluate"),
-            "files": str(directory),
-        }
-    )
-
-
-def calibration_summary(result: Mapping, directory: Path) -> Table:
-    """One calibration in a few lines: what it chose, what that does to the score, where its files are."""
-    calibration, sparsity = result["calibration"], result["sparsity"]
-    chosen = [f"{axis} {fmean(each[axis] for each in sparsity.values()):.3f}" for axis in ("rows", "columns")]
-    return _lines(
-        {
-            "calibration": _title(result),
-            "mean sparsity": f"{' · '.join(chosen)} over {len(sparsity)} modules",
-            "score": f"{calibration['baseline']:.4f} intact · {calibration['joint']:.4f} with all sparsities at once",
-            "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
-            "seconds": _seconds(result, "calibrate"),
-            "files": str(directory),
-        }
-    )
-
-
-def _title(result: Mapping) -> str:
-    config = result["config"]
-    names = [config["method"]["name"], config["model"]["name"], config["task"]["name"]]
-    point = operating_point(result)
-    return " · ".join(names + ([] if point == NONE else [point]) + [f"seed {result['seed']}"])
-
-
-def _seconds(result: Mapping, *stages: str) -> str:
-    """The stages that took time; a calibration that was found rather than made says so."""
-    reused = " (reused)" if (result["calibration"] or {}).get("cached") else ""
-    spent = {stage: number(result["seconds"].get(stage)) for stage in stages}
-    calibrated = result["calibration"] is not None
-    return " · ".join(
-        f"{stage} {NONE if stage == 'calibrate' and not calibrated else _cell(seconds, ',.1f')}"
-        + (reused if stage == "calibrate" else "")
-        for stage, seconds in spent.items()
-    )
-
-
-def _lines(lines: Mapping[str, str]) -> Table:
-    drawn = Table(show_header=False)
-    drawn.add_column(style="bold", no_wrap=True)
-    drawn.add_column(overflow="fold")
-    for name, value in lines.items():
-        drawn.add_row(name, value)
-    return drawn

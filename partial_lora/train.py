@@ -13,11 +13,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import evaluation, figures, fit, methods, models, parameters, results, tasks
+from partial_lora import calibration_figures, evaluation, figures, fit, methods, models, parameters, results, tasks
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
+from partial_lora.peers import Peers, of_first
 from partial_lora.record import timed
 from partial_lora.targets import target_names
 from partial_lora.world import join
@@ -53,15 +54,19 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     method = methods.named(settings["method"]["name"])
     calibration, scores = None, None
     if methods.is_calibrated(method) or stage == "calibrate":
-        with timed(record, "calibrate"), world.main_first():
+        with timed(record, "calibrate"):
             draws = tasks.few_shot_draws(task.train["label"], **_named(settings["calibration"], *_DRAWN_BY))
-            scores = _importance(settings, task, transform, model, targets, draws)
-            calibration = _calibration(settings, task, transform, model, scores, draws)
+            # One process measures importance for all of them, to the bit; what it decides on is then shared out.
+            scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
+            calibration = _calibration(settings, task, transform, model, scores, draws, world)
         record["calibration"] = calibration.summary()
         record["sparsity"] = calibration.sparsity
+        record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
         if world.is_main:
             calibration.save(directory / results.CALIBRATION)
     if stage == "calibrate":
+        if world.is_main:
+            calibration_figures.draw(record, calibration.modules, directory)
         return
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
@@ -113,7 +118,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, test.predictions, test.label_ids, task.labels)
         _save_adapter(adapted, directory / results.ADAPTER)
-        figures.sparsity_by_depth(record, directory / "sparsity.png")
+        calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
         fit.remove_checkpoints(directory)
 
@@ -154,6 +159,7 @@ def _calibration(
     model: nn.Module,
     scores: methods.Scores,
     draws: tasks.Draws,
+    peers: Peers,
 ) -> Calibration:
     """The sparsities: those of a file where the settings name one, whatever they say beside it; else from the draws."""
     chosen, measure = settings["calibration"], settings["importance"]["name"]
@@ -165,6 +171,7 @@ def _calibration(
         transform,
         scores=scores,
         draws=draws,
+        peers=peers,
         classes=len(task.labels),
         rank=settings["method"]["rank"],
         granularity=settings["mask"]["granularity"],

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import distributed
 
 from partial_lora.errors import PartialLoraError
 
 EXPECTED = "PARTIAL_LORA_WORLD"  # how many processes the parent asked for
-_PATIENCE = timedelta(days=1)  # the others wait for as long as rank 0 calibrates
+_PATIENCE = timedelta(days=1)  # one process may calibrate alone while the others wait
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,16 @@ class World:
         """True for the one process that writes files."""
         return self.rank == 0
 
-    def main_first(self) -> AbstractContextManager:
-        """Let rank 0 go first, and the others find what it cached."""
-        return self.state.main_process_first() if self.state else nullcontext()
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks; returns once all have called it (`peers.Peers`).
+
+        Values are pickled: plain data and tensors on the CPU.
+        """
+        if self.state is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
 
     def peak_memory_bytes(self) -> int:
         """The most memory this process has held: on its accelerator if it has one, else resident."""

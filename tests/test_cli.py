@@ -71,7 +71,10 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
         "config.yaml",
         "predictions.parquet",
         "result.json",
+        "curves.png",
+        "curves.svg",
         "sparsity.png",
+        "sparsity.svg",
         "training.png",
         "train.log",
     }

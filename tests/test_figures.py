@@ -1,117 +1,17 @@
-"""Figures of a run: that what is drawn is what the record says."""
+"""Figures of a run's training: that what is drawn is what the record says."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from drawn_records import drawn_curves, kept_figures, record
 from matplotlib.image import imread
 
-from partial_lora import figures
-
-KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-def record(depth=3, kinds=KINDS, start="timm_model.blocks"):
-    """A result.json with a different sparsity everywhere and five looks at validation, the fourth the best."""
-    history = [
-        {"loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "step": step} for step in range(10, 60, 10)
-    ]
-    for step, accuracy in zip((12, 24, 36, 48, 60), (0.5, 0.8, 0.9, 0.975, 0.96), strict=True):
-        history.append({"eval_loss": 1 - accuracy, "eval_accuracy": accuracy, "eval_runtime": 1.0, "step": step})
-    history.append({"train_loss": 0.3, "train_runtime": 30.0, "step": 60})
-    modules = [f"{start}.{block}.{kind}" for block in range(depth) for kind in kinds]
-    return {
-        "seed": 0,
-        "config": {"method": {"name": "partial"}, "model": {"name": "tiny_vit"}, "task": {"name": "digits"}},
-        "parameters": {"adapter_sparsity": 0.31},
-        "sparsity": {
-            module: {"rows": index / 40, "columns": 0.95 - index / 50} for index, module in enumerate(modules)
-        },
-        "metrics": {"test": {"primary": "accuracy", "accuracy": 0.9512, "loss": 0.2}},
-        "history": history,
-    }
+from partial_lora import calibration_figures, figures
 
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were written, to look at what is in them."""
-    kept = []
-    write = Figure.savefig
-
-    def keep(figure, *arguments, **options):
-        kept.append(figure)
-        write(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
-
-
-def test_every_module_is_at_its_kind_and_depth(tmp_path, saved):
-    result = record()
-    assert figures.sparsity_by_depth(result, tmp_path / "sparsity.png") == tmp_path / "sparsity.png"
-    rows, columns = saved[0].axes[:2]
-    for axes, axis in ((rows, "rows"), (columns, "columns")):
-        assert tuple(label.get_text() for label in axes.get_yticklabels()) == KINDS
-        cells = axes.images[0].get_array()
-        for line, kind in enumerate(KINDS):
-            for depth in range(3):
-                assert cells[line, depth] == result["sparsity"][f"timm_model.blocks.{depth}.{kind}"][axis]
-        written = [text.get_text() for text in axes.texts]
-        assert written == [f"{100 * value:.0f}" for value in np.asarray(cells).ravel()]
-    assert rows.images[0].norm.vmin == 0
-    assert rows.images[0].norm.vmax == 1  # the same scale in every figure
-
-
-def test_modules_that_a_block_lacks_stay_empty(tmp_path, saved):
-    result = record()
-    del result["sparsity"]["timm_model.blocks.1.mlp.fc1"]
-    figures.sparsity_by_depth(result, tmp_path / "sparsity.png")
-    assert saved[0].axes[0].images[0].get_array().mask.sum() == 1
-    assert len(saved[0].axes[0].texts) == 11
-
-
-def test_depth_is_in_order_of_numbers(tmp_path, saved):
-    figures.sparsity_by_depth(record(depth=12), tmp_path / "sparsity.png")
-    ticks = [label.get_text() for label in saved[0].axes[1].get_xticklabels()]
-    assert ticks == [str(block) for block in range(12)]
-
-
-def test_a_deep_model_has_no_numbers_in_its_cells(tmp_path, saved):
-    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
-    figures.sparsity_by_depth(record(32, kinds, "model.layers"), tmp_path / "sparsity.png")
-    assert len(saved[0].axes[0].texts) == 0
-    assert saved[0].axes[0].images[0].get_array().shape == (3, 32)
-
-
-@pytest.mark.parametrize(
-    ("module", "kind", "depth"),
-    [
-        ("timm_model.blocks.3.attn.qkv", "timm_model.blocks.attn.qkv", (3,)),
-        ("layers.1.blocks.0.mlp.fc1", "layers.blocks.mlp.fc1", (1, 0)),
-        ("fc1", "fc1", ()),
-    ],
-)
-def test_place(module, kind, depth):
-    assert figures.place(module) == (kind, depth)
-
-
-@pytest.mark.parametrize(
-    "modules",
-    [
-        ["encoder.layers.0.blocks.0.qkv", "encoder.layers.0.blocks.1.qkv", "encoder.layers.1.blocks.0.qkv"],
-        ["dense"],
-        ["a", "a.b", "layers.0.a"],
-    ],
-)
-def test_any_names_can_be_drawn(tmp_path, modules):
-    result = record() | {"sparsity": {module: {"rows": 0.5, "columns": 0.0} for module in modules}}
-    assert figures.sparsity_by_depth(result, tmp_path / "sparsity.png").is_file()
-
-
-def test_without_an_adapter_there_is_no_figure(tmp_path):
-    assert figures.sparsity_by_depth(record() | {"sparsity": {}}, tmp_path / "sparsity.png") is None
-    assert list(tmp_path.iterdir()) == []
+    return kept_figures(monkeypatch)
 
 
 def test_the_curve_is_the_history(tmp_path, saved):
@@ -171,7 +71,7 @@ def test_training_loss_alone(tmp_path):
     assert figures.training_curve(result, tmp_path / "training.png").is_file()
 
 
-@pytest.mark.parametrize("draw", [figures.sparsity_by_depth, figures.training_curve])
+@pytest.mark.parametrize("draw", [calibration_figures.sparsity_by_depth, drawn_curves, figures.training_curve])
 def test_files_are_images_whole_and_the_same_twice(tmp_path, draw):
     first, second = draw(record(), tmp_path / "a.png"), draw(record(), tmp_path / "b.png")
     assert first.read_bytes() == second.read_bytes()
