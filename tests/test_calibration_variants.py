@@ -118,6 +118,16 @@ def test_variants_against_the_literal_twin(model, batches, twin, axes, scope, se
         assert torch.equal(value, strict.told[name])  # it has been told that the weights are back
 
 
+def test_a_score_that_cannot_be_told_of_choices_is_asked_in_full(model, batches, twin):
+    class Deaf(Strict):
+        @property
+        def settled(self):
+            raise AttributeError
+
+    found = calibrate(model, Deaf(batches), threshold=0.8, scope="cumulative", **GRID)
+    assert (found.sparsity, found.joint) == twin.calibrated(enough(twin, 0.8), scope="cumulative")
+
+
 def test_joint_axes_share_one_curve(model, score):
     found = calibrate(model, score, axes="joint", **GRID)
     for axes in found.modules.values():
