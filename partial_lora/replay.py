@@ -152,7 +152,7 @@ class Recorder:
         self._intact: dict[int, int] = {}  # memory -> version, of tensors that do not depend on it
         self._held: list[Snapshot] = []  # so that no memory in `_intact` is freed and used for something else
         for snapshot in entering:
-            self._hold(snapshot)
+            self.hold(snapshot)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -212,9 +212,10 @@ class Recorder:
             del calls[inner]
         calls[place] = call
         for snapshot in call.snapshots:
-            self._hold(snapshot)
+            self.hold(snapshot)
 
-    def _hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: Snapshot) -> None:
+        """Take tensors to be as in the intact model, for as long as nothing is written into them."""
         self._held.append(snapshot)
         for tensor in snapshot.tensors:
             self._intact[tensor.untyped_storage().data_ptr()] = _version(tensor)

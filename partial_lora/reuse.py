@@ -95,6 +95,7 @@ class Reuse:
                 output = own(*args, **kwargs)
                 snapshot = Snapshot(output)
                 leaving[block].append(Snapshot(snapshot.clone()) if block in self._written else snapshot)
+                recorder.hold(snapshot)
                 return output
 
             return forward

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import contextmanager
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -85,8 +87,64 @@ def with_zeroed(model, cuts):
     return cut
 
 
-def linears(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
+def linears(model, part="blocks"):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part in name]
+
+
+def random_model(family: str, labels: int = 3) -> nn.Module:
+    """A tiny model of transformers with weights so large that zeroing some of them changes what it says."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        BertConfig,
+        DebertaV2Config,
+        LlamaConfig,
+    )
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 3, "initializer_range": 0.4, "max_position_embeddings": 32}
+    if family == "llama":
+        model = AutoModelForCausalLM.from_config(LlamaConfig(num_key_value_heads=1, **sizes))
+    elif family == "deberta":
+        relative = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]}
+        relative |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+        model = AutoModelForSequenceClassification.from_config(DebertaV2Config(**sizes, **relative, num_labels=labels))
+    else:
+        model = AutoModelForSequenceClassification.from_config(BertConfig(**sizes, num_labels=labels))
+    return model.eval()
+
+
+def word_batches(lengths: tuple[int, ...] = (5, 9), rows: int = 6, labels: int = 3) -> list[dict[str, Tensor]]:
+    """Random words, batches of several lengths, the first row of each padded on the right."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for length in lengths:
+        words = torch.randint(1, 50, (rows, length), generator=generator)
+        mask = torch.ones_like(words)
+        mask[0, 3:] = 0
+        batches.append({"input_ids": words, "attention_mask": mask, "labels": torch.arange(rows) % labels})
+    return batches
+
+
+@contextmanager
+def called(model):
+    """The names of the modules with weights of their own that compute anything, for as long as the block lasts."""
+    ran = set()
+    names = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    own = {each: each.forward for each in map(type, names)}
+
+    def noted(forward):
+        def run(self, *args, **kwargs):
+            ran.add(names.get(self))
+            return forward(self, *args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for each, forward in own.items():
+            patch.setattr(each, "forward", noted(forward))
+        yield ran
 
 
 class Altered:

@@ -1,0 +1,253 @@
+"""What is left out of a pass with one module altered changes nothing, and is left out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from scored_models import Altered, Named, called, linears, random_model, scored_draw, tiny_vit, word_batches
+from torch import nn
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.reuse import Reuse, logits_of
+
+BLOCKS = {
+    "vit": "vit.blocks",
+    "bert": "bert.encoder.layer",
+    "deberta": "deberta.encoder.layer",
+    "llama": "model.layers",
+}
+
+
+def made(family):
+    """A tiny random model, its inputs in two batches, and the linear layers of its blocks in the model's order."""
+    if family == "vit":
+        model = Named(tiny_vit())
+        batches = scored_draw(model, sizes=(6, 3))
+    else:
+        model = random_model(family)
+        batches = word_batches()
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    names = [name for name in linears(model, "") if name.startswith(BLOCKS[family])]
+    return model, inputs, names
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return logits_of(model(**inputs))
+
+
+def altered(reuse, model, inputs, batch, module):
+    with torch.no_grad():
+        return logits_of(reuse.altered(model, inputs, batch, module))
+
+
+def in_order(names, order):
+    shuffled = random.Random(1).sample(names, len(names))
+    return {"forwards": names, "backwards": names[::-1], "any": shuffled}[order]
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize(("memory", "order"), [(2**31, "any"), (2**31, "backwards"), (9000, "forwards"), (9000, "any")])
+def test_the_outputs_are_those_of_a_full_pass_bit_for_bit(family, memory, order):
+    model, inputs, names = made(family)
+    reuse = Reuse(model, BLOCKS[family], memory)
+    intact = [outputs(model, batch) for batch in inputs]
+    changed = 0
+    for name in in_order(names, order):
+        for rows in (3, 8):  # what fills the store, what reads it
+            with Altered(model, name, rows):
+                for index in (0, 1):
+                    expected = outputs(model, inputs[index])
+                    assert torch.equal(altered(reuse, model, inputs[index], index, name), expected)
+                    changed += not torch.equal(expected, intact[index])
+                    assert reuse.bytes <= memory
+    assert changed > 0.8 * 4 * len(names)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# module that is altered -> what runs of the modules of its block that have weights, whether they hold it or follow it
+RUN = {
+    ("vit", "attn.qkv"): "attn.proj attn.qkv mlp.fc1 mlp.fc2 norm2",
+    ("vit", "attn.proj"): "attn.proj mlp.fc1 mlp.fc2 norm2",
+    ("vit", "mlp.fc1"): "mlp.fc1 mlp.fc2",
+    ("vit", "mlp.fc2"): "mlp.fc2",
+    ("bert", "attention.self.query"): "attention.output.LayerNorm attention.output.dense attention.self.query "
+    "intermediate.dense output.LayerNorm output.dense",
+    ("bert", "output.dense"): "output.LayerNorm output.dense",
+    ("deberta", "attention.self.value_proj"): "attention.output.LayerNorm attention.output.dense "
+    "attention.self.value_proj intermediate.dense output.LayerNorm output.dense",
+    ("llama", "self_attn.q_proj"): "mlp.down_proj mlp.gate_proj mlp.up_proj post_attention_layernorm self_attn.o_proj "
+    "self_attn.q_proj",
+    ("llama", "mlp.gate_proj"): "mlp.down_proj mlp.gate_proj",
+    ("llama", "mlp.up_proj"): "mlp.down_proj mlp.up_proj",
+}
+
+
+@pytest.mark.parametrize(("family", "module"), RUN)
+def test_only_what_depends_on_the_module_runs(family, module):
+    model, inputs, _ = made(family)
+    block = f"{BLOCKS[family]}.1"
+    reuse = Reuse(model, BLOCKS[family], 2**31)
+    altered(reuse, model, inputs[0], 0, f"{block}.{module}")
+    with called(model) as names:
+        altered(reuse, model, inputs[0], 0, f"{block}.{module}")
+    inside = {name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")}
+    assert sorted(inside) == RUN[family, module].split()
+    assert not [name for name in names if "embed" in name or name.startswith(f"{BLOCKS[family]}.0")]
+    assert [name for name in names if name.startswith(f"{BLOCKS[family]}.2")]
+    assert reuse.ran == 2
+
+
+def test_memory_holds_the_nearest_earlier_state_where_the_own_does_not_fit():
+    model, inputs, _ = made("vit")
+    whole, bare = Reuse(model, BLOCKS["vit"], 2**31), Reuse(model, BLOCKS["vit"], 0)
+    module = "vit.blocks.2.mlp.fc2"
+    for _ in range(2):
+        altered(whole, model, inputs[0], 0, module)
+        altered(bare, model, inputs[0], 0, module)
+    assert (whole.ran, bare.ran) == (1, 3)
+    assert whole.bytes > bare.bytes == 0
+    large, small = (4 * 17 * 32 * len(batch["pixel_values"]) for batch in inputs)  # float32, tokens, width
+    ran = []
+    tight = Reuse(model, BLOCKS["vit"], large + small)
+    for batch, block in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 2), (0, 2)):
+        altered(tight, model, inputs[batch], batch, f"vit.blocks.{block}.mlp.fc2")
+        ran.append(tight.ran)
+        assert tight.bytes <= large + small
+    assert ran == [
+        3 + 2,
+        2,
+        3 + 1,
+        1,
+        2,
+        1,
+    ]  # once for each block it is checked that it depends on what enters it alone
+    assert tight.bytes == large + small  # the two states, and no records
+    tighter = Reuse(model, BLOCKS["vit"], large)
+    for batch in (1, 0, 1, 0):
+        altered(tighter, model, inputs[batch], batch, module)
+        assert tighter.ran >= (1 if batch else 3)
+    assert tighter.bytes == small
+
+
+def test_going_backwards_costs_no_more_than_going_forwards():
+    model, inputs, names = made("vit")
+    ran = {}
+    for order in ("forwards", "backwards"):
+        reuse = Reuse(model, BLOCKS["vit"], 2**31)
+        ran[order] = 0
+        for name in in_order(names, order):
+            for _ in range(2):
+                altered(reuse, model, inputs[0], 0, name)
+                ran[order] += reuse.ran
+    assert ran["backwards"] <= ran["forwards"] < 0.75 * 2 * 3 * len(names)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+def test_what_depends_on_a_settled_module_is_forgotten(family, order):
+    model, inputs, names = made(family)
+    reuse = Reuse(model, BLOCKS[family], 2**31)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    names = in_order(names, order)
+    for name in names:
+        weight = model.get_submodule(name).weight.data
+        with Altered(model, name):
+            assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
+        weight[:, :4] = 0
+        reuse.settled(name)
+        for other in names[:: len(names) // 4]:
+            with Altered(model, other):
+                assert torch.equal(altered(reuse, model, inputs[0], 0, other), outputs(model, inputs[0]))
+    model.load_state_dict(own)
+    for name in names:
+        reuse.settled(name)
+    for name in names:
+        with Altered(model, name):
+            assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
+
+
+# Blocks that are not as tidy
+
+
+class Block(nn.Module):
+    """A norm, two linear layers one of which runs twice, and an activation that may write into its input."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.norm = nn.LayerNorm(6)
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+        self.act = nn.ReLU(inplace=kind == "writes into its input")
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.kind == "writes into an output":
+            a = self.first(h)
+            a += self.second(h)
+            a.mul_(2)
+        elif self.kind == "runs one twice":
+            a = self.second(self.first(self.second(h)))
+        elif self.kind == "weights read from outside":
+            a = self.second(self.attention(h, h, h, need_weights=False)[0]) + self.first(h)
+        else:
+            a = self.act(self.first(h)) + self.second(h)
+        return x + self.third(a)
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(6, 6)
+        self.blocks = nn.Sequential(*(Block(kind) for _ in range(3)))
+        self.head = nn.Linear(6, 3)
+        if kind == "weights tied in a block":
+            self.blocks[1].third.weight = self.blocks[1].first.weight
+        if kind == "weights tied across blocks":
+            self.blocks[2].third.weight = self.blocks[1].first.weight
+        if kind == "weights tied outside":
+            self.embed.weight = self.blocks[1].first.weight
+
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x)))
+
+
+KINDS = ["tidy", "writes into its input", "writes into an output", "runs one twice", "weights read from outside"]
+KINDS += ["weights tied in a block", "weights tied across blocks", "weights tied outside"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["forwards", "backwards", "any"])
+def test_blocks_that_are_not_as_tidy_give_the_same(kind, order):
+    model = Blocks(kind).eval()
+    inputs = {"x": torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))}
+    reuse = Reuse(model, "blocks", 2**31)
+    intact = outputs(model, inputs)
+    different = set()
+    for name in in_order(linears(model, ""), order):
+        for rows in (2, 4, 3):
+            with Altered(model, name, rows):
+                expected = outputs(model, inputs)
+                assert torch.equal(altered(reuse, model, inputs, 0, name), expected)
+                if not torch.equal(expected, intact):
+                    different.add(name)
+    assert len(different) >= 8
+
+
+def test_under_inference_mode_as_well():
+    model, inputs, names = made("vit")
+    reuse = Reuse(model, BLOCKS["vit"], 2**31)
+    with torch.inference_mode():
+        for name in names[3:7]:
+            for _ in range(2):
+                with Altered(model, name):
+                    assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
+
+
+def test_memory_is_a_number_of_bytes():
+    with pytest.raises(PartialLoraError, match=r"calibration.memory=-1: expected a number of bytes"):
+        Reuse(Blocks("tidy"), "blocks", -1)
