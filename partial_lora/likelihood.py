@@ -61,7 +61,7 @@ class OptionLikelihood:
         log_likelihood = torch.where(log_likelihood.isfinite(), log_likelihood, math.nan)
         right, unit = batch["answers"].bool(), self.units(batch).to(logits.device)
         best = torch.full((int(unit[-1]) + 1,), -math.inf, dtype=torch.float64, device=logits.device)
-        best_other = best.index_reduce(0, unit[~right], log_likelihood[~right], "amax")
+        best_other = best.scatter_reduce(0, unit[~right], log_likelihood[~right], "amax")
         return log_likelihood[right] - best_other
 
     def chance(self, batches: Sequence[Batch]) -> float:
