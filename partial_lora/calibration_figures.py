@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 
 from partial_lora.figures import save, titled
 from partial_lora.places import grid, place
-from partial_lora.points import curve_of
+from partial_lora.points import Curve, curve_of
 from partial_lora.search import line
 
 FORMATS = (".png", ".svg")
@@ -105,6 +105,9 @@ def curves(result: Mapping, modules: Mapping[str, Mapping], path: Path) -> Path:
     panels = figure.subplots(len(kinds), len(shown), sharex=True, sharey=True, squeeze=False)
     low, high = _limits(calibration, modules)
     held = _held(calibration)
+    # A curve of a cumulative calibration starts where the choices before it have left the score.
+    alone = calibration.get("scope", "independent") == "independent"
+    start: Curve = {0.0: (calibration["baseline"],) * 2} if alone else {}
     for axes in panels.flat:
         axes.set_visible(False)
     for name, found in modules.items():
@@ -116,7 +119,7 @@ def curves(result: Mapping, modules: Mapping[str, Mapping], path: Path) -> Path:
         axes.axhline(calibration["baseline"], color="0.5", linewidth=0.8, linestyle="-.")
         axes.axhline(held, color="0.25", linewidth=0.8, linestyle=":")
         for axis, _ in _AXES:
-            _draw_curve(axes, calibration["baseline"], found[axis], _LOOKS[axis], (low, high))
+            _draw_curve(axes, start | curve_of(found[axis].get("curve", [])), _LOOKS[axis], (low, high))
             axes.plot(
                 [found[axis]["sparsity"]], [held], _LOOKS[axis]["marker"], **_MARKED | {"color": _LOOKS[axis]["color"]}
             )
@@ -136,9 +139,10 @@ def curves(result: Mapping, modules: Mapping[str, Mapping], path: Path) -> Path:
     return save(figure, path)
 
 
-def _draw_curve(axes: Axes, baseline: float, found: Mapping, look: Mapping, limits: tuple[float, float]) -> None:
+def _draw_curve(axes: Axes, points: Curve, look: Mapping, limits: tuple[float, float]) -> None:
     """One curve, as the band between what its points are at least and at most; a score that is no number is a gap."""
-    points = {0.0: (baseline, baseline)} | curve_of(found.get("curve", []))
+    if not points:
+        return
     edges = np.clip(np.asarray(list(points.values())), *limits)
     axes.fill_between(list(points), *edges.T, facecolor=look["color"], alpha=0.3, hatch=look["hatch"], linewidth=0)
     axes.plot(list(points), edges, color=look["color"], linestyle=look["linestyle"], linewidth=1)

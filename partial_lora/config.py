@@ -15,12 +15,14 @@ from partial_lora.schema import Config
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
 
-# What a run computes does not depend on these: where its files go, and the device, launch, worker and tracker keys.
+# What a run computes does not depend on these: where its files go, what memory it may use, and the device, launch,
+# worker and tracker keys.
 _NOT_SETTINGS = {
     "seed",
     "results_dir",
     "overwrite",
     "task.classes",
+    "calibration.memory",
     "trainer.device",
     "trainer.num_processes",
     "trainer.strategy",

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.importance import NEEDS_DATA, data_scores, scores_of
 from partial_lora.models import weights_digest
 from partial_lora.peers import Alone, Peers, of_first
-from partial_lora.scoring import FewShotAccuracy
+from partial_lora.reliability import reliability, split_half
+from partial_lora.scoring import MEMORY, FewShotScore
 from partial_lora.tasks import Draws, ImageTransform, few_shot_draws
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,6 @@ def calibrate_few_shot(
     scores: Scores,
     importance: Mapping[str, object],
     architecture: Mapping[str, object],
-    classes: int,
     rank: int,
     granularity: str,
     head: str,
@@ -92,8 +93,16 @@ def calibrate_few_shot(
     levels: float,
     max_sparsity: float,
     search: str,
+    axes: str = "separate",
+    scope: str = "independent",
+    repair: bool = False,
+    chance: str = "ignore",
+    score: str = "auto",
+    memory: int = MEMORY,
     draws: Draws | None = None,
     peers: Peers | None = None,
+    stage: str = "calibrate",
+    classes: int | None = None,
 ) -> Calibration:
     """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
 
@@ -102,6 +111,10 @@ def calibrate_few_shot(
         scores: importance of rows and columns by module; `importance` says how it was measured.
         architecture: what, beside its weights, decides what the model computes.
         head: the module that is fitted on the fit draw; left as it was found.
+        chance: "majority" where the threshold is of what the score is above that of always the largest class.
+        score: what is left of the model, a name of `scoring.MEASURES`; "auto" is accuracy. memory: bytes it may keep.
+        stage: what progress is told of.
+        classes: not needed, what guessing scores is the score's to say.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         draws: the two draws, where they are not to be `shots`, `max_samples` and `seed`'s of `train`.
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
@@ -117,11 +130,14 @@ def calibrate_few_shot(
         "max_sparsity": max_sparsity,
         "search": search,
     }
+    measure = "accuracy" if score == "auto" else score
+    if measure != "accuracy":  # which calibrations were of before there was another
+        decides["score"] = measure
     key = _key(weights_digest(model, exclude=head), (*fit, *scored), decides)
     with few_shot_head(model, head, fit, peers):
         return calibrate(
             model,
-            FewShotAccuracy(model, scored, blocks=blocks),
+            FewShotScore(model, scored, measure, blocks, memory),
             target_modules=list(scores),
             importance=dict(scores),
             threshold=threshold,
@@ -134,11 +150,31 @@ def calibrate_few_shot(
             seed=seed,
             settings=decides | {"shots": shots, "max_samples": max_samples, "seed": seed, "key": key},
             store=cache_dir() / "calibrations" / f"{key}.json",
-            chance=1 / classes,
+            axes=axes,
+            scope=scope,
+            repair=repair,
+            above_chance=chance == "majority",
             peers=peers,
             say=_say,
-            progress=lambda done, total, **detail: progress.emit("calibrate", done, total, **detail),
+            progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
         )
+
+
+def halves_few_shot(
+    model: nn.Module, train: Dataset, transform: ImageTransform, *, draws: Draws, seed: int, **asked: Any
+) -> dict:
+    """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
+
+    Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
+    """
+    labels = np.asarray(train["label"])[draws.scored]
+    found = []
+    for number, half in enumerate(split_half(labels, seed), start=1):
+        logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
+        part, stage = Draws(draws.fit, draws.scored[half]), f"half {number}"
+        asked_of = {"draws": part, "seed": seed, "stage": stage}
+        found.append(calibrate_few_shot(model, train, transform, **asked_of, **asked).sparsity)
+    return reliability(*found)
 
 
 def _say(words: str) -> None:

@@ -41,14 +41,17 @@ class CalibrationConfig:
     share: float = 0.03  # of the training rows, for language tasks
     max_samples: Optional[int] = None
     seed: int = 0
-    file: Optional[str] = None  # a calibration.json to use instead of calibrating
+    file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
     levels: float = 0.05
     max_sparsity: float = 0.95
-    axes: str = "separate"
-    scope: str = "independent"
-    search: str = "scan"
-    repair: bool = False
-    chance: str = "ignore"
+    axes: str = "separate"  # joint: one level zeroes that share of rows and of columns together
+    scope: str = "independent"  # cumulative: what was chosen before, front to back (or backward), stays zeroed
+    search: str = "scan"  # bisect: an approximation, since curves are not monotone
+    repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
+    chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
+    score: str = "auto"  # what is left of the model; auto: accuracy
+    reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
+    memory: int = 2**31  # bytes that may be kept between passes; changes no result
 
     def __post_init__(self) -> None:
         require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
@@ -75,10 +78,15 @@ class CalibrationConfig:
             "an existing calibration.json",
         )
         one_of("calibration.search", self.search, "scan", "bisect")
-        one_of("calibration.axes", self.axes, "separate")
-        one_of("calibration.scope", self.scope, "independent")
-        require(not self.repair, "calibration.repair", self.repair, "false")
-        one_of("calibration.chance", self.chance, "ignore")
+        one_of("calibration.axes", self.axes, "separate", "joint")
+        one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
+        one_of("calibration.chance", self.chance, "ignore", "majority")
+        one_of("calibration.score", self.score, "auto", "accuracy", "f1", "matthews", "loss")
+        require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
+        fixed = f"false: calibration.budget={self.budget} has fixed the parameters that a repair would give back"
+        require(not (self.repair and self.budget is not None), "calibration.repair", self.repair, fixed)
+        given = "false: a calibration.file is used as it is, and its draws are not at hand"
+        require(not (self.reliability and self.file), "calibration.reliability", self.reliability, given)
 
 
 @dataclass

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +18,15 @@ from transformers import set_seed
 from partial_lora import calibration_figures, evaluation, figures, fit, methods, models, parameters, results, tasks
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
-from partial_lora.fewshot import calibrate_few_shot, importance_few_shot
+from partial_lora.fewshot import calibrate_few_shot, halves_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
 from partial_lora.peers import Peers, of_first
 from partial_lora.record import timed
+from partial_lora.reliability import verdict
 from partial_lora.targets import target_names
 from partial_lora.world import join
+
+logger = logging.getLogger(__name__)
 
 _PRIMARY = "accuracy"
 _DRAWN_BY = ("shots", "max_samples", "seed")  # the keys of `calibration` that decide the few-shot draws
@@ -58,8 +63,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             draws = tasks.few_shot_draws(task.train["label"], **_named(settings["calibration"], *_DRAWN_BY))
             # One process measures importance for all of them, to the bit; what it decides on is then shared out.
             scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
-            calibration = _calibration(settings, task, transform, model, scores, draws, world)
-        record["calibration"] = calibration.summary()
+            calibration, agreement = _calibration(settings, task, transform, model, scores, draws, world)
+        record["calibration"] = calibration.summary() | ({"reliability": agreement} if agreement else {})
         record["sparsity"] = calibration.sparsity
         record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
         if world.is_main:
@@ -160,26 +165,34 @@ def _calibration(
     scores: methods.Scores,
     draws: tasks.Draws,
     peers: Peers,
-) -> Calibration:
-    """The sparsities: those of a file where the settings name one, whatever they say beside it; else from the draws."""
+) -> tuple[Calibration, dict | None]:
+    """The sparsities, those of a file where the settings name one, whatever they say beside it; and their reliability.
+
+    Reliability is None where nobody has asked for it. What is wrong with the draws, or weak about the sparsities, is
+    among the warnings.
+    """
     chosen, measure = settings["calibration"], settings["importance"]["name"]
     if chosen["file"]:
-        return Calibration.load(Path(chosen["file"])).reused_for(list(scores))
-    return calibrate_few_shot(
-        model,
-        task.train,
-        transform,
-        scores=scores,
-        draws=draws,
-        peers=peers,
-        classes=len(task.labels),
-        rank=settings["method"]["rank"],
-        granularity=settings["mask"]["granularity"],
-        importance={"seed": chosen["seed"]} | _named(settings["importance"], "name", *OPTIONS[measure]),
-        architecture=_named(settings["model"], "architecture", "model_args"),
+        return Calibration.load(Path(chosen["file"])).reused_for(list(scores)), None
+    asked = {
+        "scores": scores,
+        "draws": draws,
+        "peers": peers,
+        "rank": settings["method"]["rank"],
+        "granularity": settings["mask"]["granularity"],
+        "importance": {"seed": chosen["seed"]} | _named(settings["importance"], "name", *OPTIONS[measure]),
+        "architecture": _named(settings["model"], "architecture", "model_args"),
         **_named(settings["model"], "head", "blocks"),
         **_named(chosen, *_DRAWN_BY, "threshold", "budget", "levels", "max_sparsity", "search"),
-    )
+        **_named(chosen, "axes", "scope", "repair", "chance", "score", "memory"),
+    }
+    found = calibrate_few_shot(model, task.train, transform, **asked)
+    agreement = halves_few_shot(model, task.train, transform, **asked) if chosen["reliability"] else None
+    weak = (agreement["said"] or verdict(agreement["spearman_brown"])) if agreement else ""
+    if weak:
+        logger.warning("calibration: %s", weak)
+    warnings = [*draws.warnings, *found.warnings, *([weak] if weak else [])]
+    return dataclasses.replace(found, warnings=warnings), agreement
 
 
 def _save_adapter(adapted: PeftModel, directory: Path) -> None:

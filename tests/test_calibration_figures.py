@@ -148,6 +148,15 @@ def test_curves_differ_without_colour(tmp_path, saved):
     assert len({band.get_hatch() for band in axes.collections}) == 2
 
 
+def test_a_curve_after_earlier_choices_does_not_start_from_the_intact_model(tmp_path, saved):
+    result, modules = calibrated(depth=1)
+    result["calibration"]["scope"] = "cumulative"
+    modules["timm_model.blocks.0.attn.proj"]["rows"]["curve"] = []
+    calibration_figures.curves(result, modules, tmp_path / "curves.png")
+    for axes in saved[0].axes[:2]:
+        assert 0.0 not in [line.get_xdata()[0] for line in axes.lines[2:] if len(line.get_xdata()) > 1]
+
+
 def test_a_calibration_without_curves_is_drawn_too(tmp_path):
     result, modules = calibrated(depth=1)
     bare = {name: {axis: {"sparsity": of["sparsity"]} for axis, of in axes.items()} for name, axes in modules.items()}

@@ -57,6 +57,11 @@ def settings(*overrides: str) -> dict:
         ("model.mean=[0.5]", "model.mean"),
         ("calibration.share=0.5", "calibration.share"),
         ("task.text_columns=[a]", "task.text_columns"),
+        ("calibration.axes=both", "calibration.axes"),
+        ("calibration.scope=backward", "calibration.scope"),
+        ("calibration.chance=0.1", "calibration.chance"),
+        ("calibration.score=precision", "calibration.score"),
+        ("calibration.memory=-1", "calibration.memory"),
         ("calibration.seed=-1", "calibration.seed"),
         ("trainer.mixed_precision=fp8", "trainer.mixed_precision"),
         ("+trainer.lr=1", "trainer.lr"),
@@ -74,6 +79,16 @@ def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, name
 def test_the_batch_has_to_divide_among_the_processes() -> None:
     with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32.*trainer\.num_processes=3"):
         settings("trainer.num_processes=3")
+
+
+def test_a_repair_does_not_go_with_a_budget_nor_reliability_with_a_file(tmp_path: Path) -> None:
+    assert settings("calibration.repair=true")["calibration"]["repair"]
+    with pytest.raises(PartialLoraError, match=r"^calibration\.repair=True: expected false: calibration\.budget=0\.13"):
+        settings("calibration=budget", "calibration.repair=true")
+    file = tmp_path / "calibration.json"
+    file.write_text("{}")
+    with pytest.raises(PartialLoraError, match=r"^calibration\.reliability=True: expected false: a calibration\.file"):
+        settings(f"calibration.file={file}", "calibration.reliability=true")
 
 
 def test_targeted_has_no_importance_of_single_entries() -> None:
@@ -118,14 +133,27 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=3", "results_dir=/else", "overwrite=true", "trainer.device=cpu", "trainer.num_processes=2"],
+    [
+        "seed=3",
+        "results_dir=/else",
+        "overwrite=true",
+        "trainer.device=cpu",
+        "trainer.num_processes=2",
+        "calibration.memory=0",
+    ],
 )
 def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
     assert config.run_id(settings(override)) == config.run_id(settings())
 
 
 @pytest.mark.parametrize(
-    "override", ["calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"]
+    "override",
+    [
+        *("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"),
+        *("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true"),
+        *("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true"),
+        *("importance=snip", "importance.rounds=4"),
+    ],
 )
 def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
     assert config.run_id(settings(override)) != config.run_id(settings())
