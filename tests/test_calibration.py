@@ -149,7 +149,7 @@ def highest_threshold(twin, shapes, rank, count):
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7, 0.9])
 def test_a_budget_is_the_largest_threshold_that_meets_it(model, batches, score, twin, budget):
-    found = calibrate(model, score, target_modules=TARGETS, budget=budget, rank=4)
+    found = calibrate(model, score, target_modules=TARGETS, budget=budget, rank=4, chance=0.0)
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.sparsity}
     count = math.floor(budget * 4 * sum(map(sum, shapes.values())))
     threshold, sparsity = highest_threshold(twin, shapes, 4, count)

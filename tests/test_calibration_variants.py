@@ -9,12 +9,16 @@ import signal
 import pytest
 import torch
 from scored_models import Counted, Named, full_accuracy, scored_draw, tiny_vit, with_zeroed
+from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.budget import kept_parameters
 from partial_lora.calibration import bisect, passes, scan
 from partial_lora.points import digest_of
+from partial_lora.scoring import FewShotScore
 from partial_lora.search import line, threshold_of
+
+BLOCKS = "vit.blocks"
 
 TARGETS = ["attn.qkv", "mlp.fc2"]
 NAMES = [f"vit.blocks.{block}.{target}" for block in range(3) for target in TARGETS]
@@ -100,13 +104,13 @@ VARIANTS = [
 
 @pytest.mark.parametrize("search", ["scan", "bisect"])
 @pytest.mark.parametrize(("axes", "scope"), VARIANTS)
-def test_variants_against_the_literal_twin(model, batches, twin, axes, scope, search):
+def test_variants_against_the_literal_twin(model, batches, score, twin, axes, scope, search):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kind = {"axes": axes, "scope": scope}
     expected = twin.calibrated(enough(twin, 0.8), **kind, search={"scan": scan, "bisect": bisect}[search])
     strict = Strict(batches)
-    for score in (strict, Counted(batches)):
-        found = calibrate(model, score, threshold=0.8, search=search, **GRID, **kind)
+    for each in (strict, score):
+        found = calibrate(model, each, threshold=0.8, search=search, **GRID, **kind)
         assert (found.sparsity, found.joint) == expected
         assert list(found.sparsity) == NAMES
         assert (found.axes, found.scope, found.baseline) == (axes, scope, twin.baseline)
@@ -176,6 +180,28 @@ def test_the_threshold_above_chance_against_the_literal_twin(model, score, twin,
     assert (found.sparsity, found.joint) == twin.calibrated(enough(twin, 0.6, 0.5), scope=scope)
     assert (found.chance, found.above_chance) == (0.5, True)
     assert found.sparsity != twin.calibrated(enough(twin, 0.6), scope=scope)[0]
+
+
+@pytest.mark.parametrize(
+    ("above_chance", "scope"), [(False, "cumulative"), (True, "cumulative"), (True, "independent")]
+)
+def test_losses_are_below_zero_in_every_variant(model, batches, above_chance, scope):
+    """The bounds of a loss reach down to infinity, and a repair takes none of it for the score."""
+
+    def minus_loss(model):
+        with torch.no_grad():
+            logits = torch.cat([model(batch["pixel_values"]) for batch in batches])
+        return -float(nn.functional.cross_entropy(logits, torch.cat([batch["labels"] for batch in batches])))
+
+    kind = {"threshold": 0.85, "above_chance": above_chance, "scope": scope, "repair": True, "chance": -1.9, **GRID}
+    expected, found = (
+        calibrate(model, by, **kind) for by in (minus_loss, FewShotScore(model, batches, "loss", BLOCKS))
+    )
+    assert found.sparsity == expected.sparsity
+    assert found.joint == pytest.approx(expected.joint, rel=1e-5)
+    needed = line(baseline=found.baseline, threshold=0.85, chance=-1.9 if above_chance else None)
+    assert found.joint >= needed
+    assert 0 < sum(level for axes in found.sparsity.values() for level in axes.values()) < 0.8 * 12
 
 
 def test_chance_is_what_the_score_says_unless_it_is_given(model, batches):

@@ -48,8 +48,8 @@ def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_
     assert again.modules == first.modules
     assert (again.baseline, again.joint, again.threshold) == (first.baseline, first.joint, first.threshold)
     assert again.settings == {"shots": 16}
-    budget = calibrate(model, score, target_modules=TARGETS, store=store, budget=0.5)
-    again = calibrate(model, never, target_modules=TARGETS, store=store, budget=0.5)
+    budget = calibrate(model, score, target_modules=TARGETS, store=store, budget=0.5, chance=0.0)
+    again = calibrate(model, never, target_modules=TARGETS, store=store, budget=0.5, chance=0.0)
     assert again.cached
     assert again.sparsity == budget.sparsity
     assert again.budget == 0.5

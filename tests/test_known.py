@@ -105,6 +105,18 @@ def test_what_is_known_goes_into_the_store(model, batches, tmp_path):
     assert calibrate(model, Counted(batches), threshold=0.9, store=store, **GRID).evaluations == 2
 
 
+def test_of_the_store_and_what_is_known_the_one_that_knows_better_counts(model, batches, tmp_path):
+    store = tmp_path / "curves.json"
+    calibrate(model, bounded(model, batches), threshold=0.7, store=store, **GRID)
+    exact = calibrate(model, Counted(batches), threshold=0.7, **GRID)
+    assert calibrate(model, Counted(batches), threshold=0.8, store=None, known=exact, **GRID).evaluations == 2
+    rest = calibrate(model, Counted(batches), threshold=0.8, store=store, known=exact, **GRID)
+    assert rest.evaluations == 2
+    short = calibrate(model, bounded(model, batches), threshold=0.7, **GRID)
+    assert calibrate(model, Counted(batches), threshold=0.9, store=store, known=short, **GRID).evaluations == 2
+    assert calibrate(model, Counted(batches), threshold=0.9, known=short, **GRID).evaluations > 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

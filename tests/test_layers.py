@@ -13,7 +13,7 @@ LAYERS = (
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
-    {"scoring", "rubric", "metric", "likelihood", "replay", "reuse", "fewshot"}
+    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "fewshot"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
