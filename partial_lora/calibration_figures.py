@@ -25,11 +25,21 @@ from partial_lora.search import line
 
 FORMATS = (".png", ".svg")
 _AXES = (("rows", "rows of B (outputs)"), ("columns", "columns of A (inputs)"))
-_LOOKS = {  # Okabe and Ito's palette; of the two, rows are the darker
-    "rows": {"color": "#0072B2", "linestyle": "-", "hatch": None, "marker": "o"},
-    "columns": {"color": "#D55E00", "linestyle": "--", "hatch": "////", "marker": "D"},
+_LOOKS = {  # Okabe and Ito's palette; of the two, rows are the darker, and their marker shows behind the other
+    "rows": {
+        "color": "#0072B2",
+        "linestyle": "-",
+        "hatch": None,
+        "chosen": {"color": "#0072B2", "marker": "o", "markersize": 7},
+    },
+    "columns": {
+        "color": "#D55E00",
+        "linestyle": "--",
+        "hatch": "////",
+        "chosen": {"color": "#D55E00", "marker": "D", "markersize": 4},
+    },
 }
-_MARKED = {"markersize": 5, "markeredgecolor": "black", "zorder": 3}
+_MARKED = {"linestyle": "", "markeredgecolor": "black", "zorder": 3, "clip_on": False}
 _CELL = 0.52  # inches, wide enough for two digits
 _MOST_LABELLED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_PANELS = 12  # positions in depth whose curves are drawn
@@ -120,9 +130,7 @@ def curves(result: Mapping, modules: Mapping[str, Mapping], path: Path) -> Path:
         axes.axhline(held, color="0.25", linewidth=0.8, linestyle=":")
         for axis, _ in _AXES:
             _draw_curve(axes, start | curve_of(found[axis].get("curve", [])), _LOOKS[axis], (low, high))
-            axes.plot(
-                [found[axis]["sparsity"]], [held], _LOOKS[axis]["marker"], **_MARKED | {"color": _LOOKS[axis]["color"]}
-            )
+            axes.plot([found[axis]["sparsity"]], [held], **_LOOKS[axis]["chosen"], **_MARKED)
         axes.set_xlim(0, 1)
         axes.set_ylim(low, high)
         axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
@@ -171,22 +179,14 @@ def _limits(calibration: Mapping, modules: Mapping[str, Mapping]) -> tuple[float
 
 
 def _legend() -> list:
-    by_axis = [
-        Patch(
-            facecolor=_LOOKS[axis]["color"], alpha=0.4, hatch=_LOOKS[axis]["hatch"], label=f"{axis}: score, or bounds"
+    handles: list = []
+    for axis, look in _LOOKS.items():
+        handles.append(
+            Patch(facecolor=look["color"], alpha=0.4, hatch=look["hatch"], label=f"{axis}: score, or bounds")
         )
-        for axis, _ in _AXES
-    ]
-    chosen = [
-        Line2D([], [], color=_LOOKS[axis]["color"], marker=_LOOKS[axis]["marker"], markeredgecolor="black",
-               linestyle=_LOOKS[axis]["linestyle"], label=f"{axis}: sparsity chosen")
-        for axis, _ in _AXES
-    ]  # fmt: skip
-    lines = [
-        Line2D([], [], color="0.5", linewidth=0.8, linestyle="-.", label="intact model"),
-        Line2D([], [], color="0.25", linewidth=0.8, linestyle=":", label="to be held"),
-    ]
-    return [by_axis[0], chosen[0], by_axis[1], chosen[1], *lines]
+        handles.append(Line2D([], [], label=f"{axis}: sparsity chosen", **look["chosen"], **_MARKED))
+    intact = Line2D([], [], color="0.5", linewidth=0.8, linestyle="-.", label="intact model")
+    return [*handles, intact, Line2D([], [], color="0.25", linewidth=0.8, linestyle=":", label="to be held")]
 
 
 def _some(depths: Sequence, shown: Sequence) -> str:

@@ -161,6 +161,50 @@ def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
     assert "attn.proj is not in this model's targets" in foreign.stderr
 
 
+def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> None:
+    done = command(place, "calibrate", *TINY, "results_dir=told", "calibration.seed=3", COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    (run,) = (path.parent for path in place.glob("told/calibrations/*/*/*/result.json"))
+    result = json.loads((run / "result.json").read_text())
+    lines = done.stdout.splitlines()
+    for module, axes in result["sparsity"].items():
+        (line,) = (line for line in lines if f" {module} " in line)
+        assert f" {axes['rows']:.3f} " in line
+        assert f" {axes['columns']:.3f} " in line
+    estimate = next(number for number, line in enumerate(lines) if line.startswith("calibration: 12 modules, 2 axes"))
+    assert estimate < lines.index("calibrate done")
+    assert max(map(len, lines[lines.index("calibrate done") :])) <= 100
+    assert "beware" in done.stdout
+    log = (run / "train.log").read_text()
+    assert result["calibration"]["warnings"]
+    assert all(warning in log for warning in result["calibration"]["warnings"])
+    assert {path.name for path in run.iterdir()} >= {"curves.png", "curves.svg", "sparsity.png", "sparsity.svg"}
+
+
+def test_two_processes_share_a_calibration_and_find_what_one_finds(place: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        own = {"results_dir": f"shared{processes}", "trainer.num_processes": processes, "importance": "snip"}
+        given = [f"{key}={value}" for key, value in own.items()]
+        done = command(place, "calibrate", *TINY, *given, PARTIAL_LORA_CACHE=str(place / f"own_cache{processes}"))
+        assert done.returncode == 0, done.stderr
+        (path,) = place.glob(f"shared{processes}/calibrations/*/*/*/calibration.json")
+        found.append(json.loads(path.read_text()))
+        assert ("in 2 processes" in done.stdout) == (processes == 2)
+    one, two = ({key: of[key] for key in ("modules", "baseline", "joint", "warnings")} for of in found)
+    assert one == two
+    assert not found[1]["cached"]
+
+
+def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) -> None:
+    diverging = ("importance=imp", "importance.learning_rate=1e30", "importance.steps=5", "trainer.num_processes=2")
+    done = command(place, "calibrate", *TINY, *diverging, "results_dir=diverged")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "importance=imp: training" in line
+    assert "diverged; lower importance.learning_rate" in line
+
+
 def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> None:
     known = set((place / "cache" / "calibrations").iterdir())
     done = command(place, "calibrate", *TINY, "model.model_args.num_heads=4")  # the weights have the same shapes
