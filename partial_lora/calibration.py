@@ -168,7 +168,12 @@ def calibrate(
 
             kept.results[request] = of_first(peers, together)
             kept.changed = True
-            cost = gathered(peers, lambda: (curves.evaluations, time.perf_counter() - began))
+
+            def paid() -> tuple[int, float]:
+                kept.save()  # here, where an error is one in all processes
+                return curves.evaluations, time.perf_counter() - began
+
+            cost = gathered(peers, paid)
     result = Calibration(
         **kept.results[request],
         **{name: getattr(asked, name) for name in RECORDED},

@@ -30,7 +30,8 @@ def estimate(
     examples: of a pass, where they are known. seconds: what one pass takes. processes: that could share the work.
     """
     together, independent = asked.axes == "joint", asked.scope == "independent"
-    passes = passes_at_most(modules, 1 if together else 2, levels, search=asked.search, repair=asked.repair)
+    search = "scan" if asked.budget is not None and independent else asked.search  # thresholds ask for other points
+    passes = passes_at_most(modules, 1 if together else 2, levels, search=search, repair=asked.repair)
     sharing = processes if independent else 1
     parts = [
         f"{modules} module{'s' * (modules != 1)}",

@@ -24,7 +24,7 @@ def test_durations_are_said_as_one_says_them():
 
 
 @pytest.mark.parametrize("search", ["scan", "bisect"])
-@pytest.mark.parametrize("more", [{}, {"axes": "joint"}, {"scope": "cumulative"}, {"repair": True}])
+@pytest.mark.parametrize("more", [{}, {"axes": "joint"}, {"scope": "cumulative"}, {"repair": True}, {"budget": 0.4}])
 def test_the_estimate_is_said_once_and_is_never_too_low(model, batches, tmp_path, search, more):
     said, score = [], Counted(batches)
     score.size = 37
