@@ -32,6 +32,8 @@ def analyse(what: str, settings: Mapping, command: str, console: Console | None 
     one line, where a calibration is refused, or another process holds the directory.
     """
     console = console or Console()
+    if not console.is_terminal:
+        console.width = 100  # what the tables are made for; rich's own guess for a file is narrower
     if settings["calibration"]["file"]:
         raise PartialLoraError("calibration.file: an analysis calibrates itself, on draws that differ; leave it out")
     directory = analysis_schema.directory(settings, what)

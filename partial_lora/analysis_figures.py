@@ -54,7 +54,7 @@ def _matrix(axes: Axes, measures: Sequence[str], lines: Sequence[Mapping], title
     for line in lines:
         row, column = measures.index(line["second"]) - 1, measures.index(line["first"])
         values[row, column] = np.nan if line["beyond_chance"] is None else line["beyond_chance"]
-        ink = "white" if (line["beyond_chance"] or 0) > 0.6 else "black"
+        ink = "white" if (line["beyond_chance"] or 0) > 0.55 else "black"
         axes.text(column, row, number(line["jaccard"]), ha="center", va="center", fontsize=9, color=ink)
     axes.imshow(np.ma.masked_invalid(values), cmap="Blues", norm=Normalize(0, 1), aspect="auto")
     axes.set_xticks(range(len(measures) - 1), measures[:-1], fontsize=8, rotation=30, ha="right")
@@ -87,7 +87,8 @@ def _modules(
         _plain(axes)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panels[0][0].set_ylim(top=1.05)
-    panels[0][0].legend(frameon=False, fontsize=8, handletextpad=0.1)
+    handles = panels[0][0].get_legend_handles_labels()
+    below.legend(*handles, loc="outside lower right", ncols=2, frameon=False, fontsize=8, handletextpad=0.1)
     below.supxlabel("depth (block)", fontsize=9)
 
 
@@ -168,12 +169,13 @@ def _stability(analysis: Mapping) -> Figure:
         panels[2][column].set_xticks(x)
     for axes, label in zip(panels[:, 0], ("Pearson correlation", "mean absolute difference", "density"), strict=True):
         axes.set_ylabel(label)
+    for axes in panels[[0, 2], 0]:
         axes.legend(frameon=False, fontsize=8)
     for axes in panels.flat:
         _plain(axes)
     panels[0][0].set_ylim(top=1.03)
     panels[1][0].set_ylim(bottom=0)
-    panels[2][0].set_ylim(0, 1)
+    panels[2][0].set_ylim(0, 1.05)
     figure.suptitle(_title("Stability of the sparsities", analysis), fontsize=11)
     return figure
 
@@ -185,7 +187,9 @@ def _cost(analysis: Mapping) -> Figure:
     timed = {name: cost["seconds"] for name, cost in searches.items() if cost["seconds"] is not None}
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    _bars(panels[0], {name: cost["blocks"] for name, cost in searches.items()}, ",.0f", "sample-block evaluations")
+    _bars(
+        panels[0], {name: cost["sample_blocks"] for name, cost in searches.items()}, ",.0f", "sample-block evaluations"
+    )
     _bars(panels[1], timed, ",.1f", "seconds of the search")
     _bars(panels[2], summary["importance"], ",.1f", "seconds of the importance")
     figure.suptitle(_title("Cost of a calibration", analysis), fontsize=11)

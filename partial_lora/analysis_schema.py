@@ -36,7 +36,9 @@ class AnalysisConfig:
     noise: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2])  # stability: share of labels that is wrong
 
     def __post_init__(self) -> None:
-        _distinct("analysis.measures", self.measures, 2, True, "measures of importance")
+        known = sorted(file.stem for file in (config.conf_dir() / "importance").glob("*.yaml"))
+        measures = f"measures out of {', '.join(known)}"
+        _distinct("analysis.measures", self.measures, 2, set(self.measures) <= set(known), measures)
         shares = all(0 <= sparsity < 1 for sparsity in self.sparsities)
         _distinct("analysis.sparsities", self.sparsities, 0 if self.calibrated else 1, shares, "shares in [0, 1)")
         if self.splits < 1:

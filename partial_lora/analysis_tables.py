@@ -94,7 +94,8 @@ def _reliability(analysis: Mapping) -> list[Sheet]:
         density = " / ".join(number(half["density"]) for half in part["halves"])
         rows.append([name, examples, *(number(values[key]) for key in names), density])
     summary = analysis["summary"]
-    rows.append(["mean ± sd", "", *(spread(summary[key]) for key in names), ""])
+    rows.append(["mean", "", *(number(summary[key]["mean"]) for key in names), ""])
+    rows.append(["sd", "", *(number(summary[key]["deviation"]) for key in names), ""])
     title = "Split-half reliability of the sparsities"
     return [Sheet(title, ["", "examples", *names.values(), "density"], rows, (_CORRECTED, *summary["said"]))]
 
@@ -114,11 +115,12 @@ def _stability(analysis: Mapping) -> list[Sheet]:
         ]
         for line in lines
     ]
-    heads = ["", "r, seeds", "diff., seeds", "r, ref.", "diff., ref.", "density", "score", "passes", "seconds"]
+    heads = ["", "r, seeds", "diff.", "r, ref.", "diff.", "density", "score", "passes", "seconds"]
     seeds, reference = lines[0]["seeds"], summary["reference"]["shots"]
     notes = [
         f"r: Pearson; diff.: mean absolute difference of the sparsities; seeds: between {seeds} seeds; ref.: to the "
-        f"same seed at {reference} shots without noise. score: of the frozen model. {NONE} in the costs: all had been found before."
+        f"same seed at {reference} shots without noise; score: of the frozen model.",
+        f"passes, seconds: of what was not in the cache; {NONE}: all of it was.",
     ]
     for line in lines:
         for key in ("between_seeds", "to_reference"):
@@ -135,8 +137,8 @@ def _cost(analysis: Mapping) -> list[Sheet]:
         [
             name,
             number(cost["passes"], ",d"),
-            number(cost["blocks"], ",d"),
-            f"{first['blocks'] / cost['blocks']:.1f} ×",
+            number(cost["sample_blocks"], ",d"),
+            f"{first['sample_blocks'] / cost['sample_blocks']:.1f} ×",
             number(cost["seconds"], ",.1f"),
         ]
         for name, cost in searches.items()

@@ -163,7 +163,7 @@ def _search_cost(search: str, subject: Subject) -> dict:
         "search": search,
         "passes": counted.passes,
         "examples": counted.examples,
-        "blocks": counted.blocks,
+        "sample_blocks": counted.sample_blocks,
         "seconds": found.seconds,
         "scored": len(draws.scored),
         "depth": subject.blocks,
@@ -182,22 +182,24 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     """Both searches beside the literal reference, how far they differ, and the seconds of each measure.
 
     The literal reference is counted, not run: full passes over the whole scored draw, for the baseline, for each level
-    upward to the first failure, and for all sparsities at once. With a budget there is none.
+    upward to the first failure, and for all sparsities at once. With a budget, and where sparsities were repaired and
+    no longer say how many levels were tried, there is none.
     """
     scan, bisect = parts["search scan"], parts["search bisect"]
     chosen = settings["calibration"]
     literal = None
-    if chosen["budget"] is None:
-        passes = 2 + _levels_tried(scan["sparsity"], chosen["levels"], chosen["max_sparsity"])
+    if chosen["budget"] is None and not chosen["repair"]:
+        curves = AXES[:1] if chosen["axes"] == "joint" else AXES
+        passes = 2 + _levels_tried(scan["sparsity"], curves, chosen["levels"], chosen["max_sparsity"])
         examples = passes * scan["scored"]
-        literal = {"passes": passes, "examples": examples, "blocks": examples * scan["depth"], "seconds": None}
+        literal = {"passes": passes, "examples": examples, "sample_blocks": examples * scan["depth"], "seconds": None}
     pairs = [
         (axes[axis], bisect["sparsity"][module][axis]) for module, axes in scan["sparsity"].items() for axis in axes
     ]
     return {
         "searches": {"literal": literal}
         | {
-            part["search"]: {key: part[key] for key in ("passes", "examples", "blocks", "seconds")}
+            part["search"]: {key: part[key] for key in ("passes", "examples", "sample_blocks", "seconds")}
             for part in (scan, bisect)
         },
         "differ": sum(first != second for first, second in pairs) / len(pairs),
@@ -205,10 +207,10 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     }
 
 
-def _levels_tried(sparsity: Sparsity, step: float, highest: float) -> int:
+def _levels_tried(sparsity: Sparsity, curves: tuple[str, ...], step: float, highest: float) -> int:
     """How many levels an upward scan evaluates: those that pass and the first that fails, where there is one."""
     levels = int(highest / step + 1e-9)
-    return sum(min(round(value / step) + 1, levels) for axes in sparsity.values() for value in axes.values())
+    return sum(min(round(axes[axis] / step) + 1, levels) for axes in sparsity.values() for axis in curves)
 
 
 def _told(subject: Subject, found: Calibration) -> dict:
@@ -220,6 +222,7 @@ def _told(subject: Subject, found: Calibration) -> dict:
         "density": subject.density(found.sparsity),
         "cost": dict.fromkeys(cost) if found.cached else cost,
         "sparsity": found.sparsity,
+        "warnings": found.warnings,
     }
 
 

@@ -13,12 +13,13 @@ from partial_lora.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.calibration import Calibration, calibrate
 from partial_lora.fewshot import batches_of, calibrate_few_shot, few_shot_head, importance_few_shot
 from partial_lora.importance import OPTIONS, Scores
-from partial_lora.scoring import Evaluations, FewShotAccuracy
+from partial_lora.scoring import Evaluations, FewShotScore
 from partial_lora.stability import noisy_labels
 from partial_lora.targets import target_linears
 from partial_lora.world import join
 
-_FOUND_BY = ("threshold", "budget", "levels", "max_sparsity")  # the keys of `calibration` that are the same throughout
+# The keys of `calibration` that are the same throughout, beside how the score is made of what is left.
+_FOUND_BY = ("threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
 
 
 class Subject:
@@ -103,19 +104,20 @@ class Subject:
             draws=draws,
             importance={"seed": chosen["seed"]} | _named(self._settings["importance"], "name", *OPTIONS[measure]),
             architecture=_named(self._settings["model"], "architecture", "model_args"),
-            classes=len(self._task.labels),
             rank=self._settings["method"]["rank"],
             granularity=self._settings["mask"]["granularity"],
             **_named(self._settings["model"], "head", "blocks"),
-            **_named(chosen, *_FOUND_BY, "shots", "max_samples", "seed", "search"),
+            **_named(chosen, *_FOUND_BY, "chance", "score", "memory", "shots", "max_samples", "seed", "search"),
         )
 
     def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, Evaluations]:
         """A calibration that nothing is known for, and what its score counted."""
         fit, scored = (batches_of(self.train, rows, self._transform) for rows in (draws.fit, draws.scored))
-        scores = self.importance(self._settings["importance"]["name"], draws)
+        scores, chosen = self.importance(self._settings["importance"]["name"], draws), self._settings["calibration"]
+        measure = "accuracy" if chosen["score"] == "auto" else chosen["score"]
         with few_shot_head(self._model, self._settings["model"]["head"], fit):
-            score = FewShotAccuracy(self._model, scored, blocks=self._settings["model"]["blocks"])
+            blocks = self._settings["model"]["blocks"]
+            score = FewShotScore(self._model, scored, measure, blocks, chosen["memory"])
             calibration = calibrate(
                 self._model,
                 score,
@@ -124,8 +126,8 @@ class Subject:
                 rank=self._settings["method"]["rank"],
                 granularity=self._settings["mask"]["granularity"],
                 search=search,
-                chance=1 / len(self._task.labels),
-                **_named(self._settings["calibration"], *_FOUND_BY),
+                above_chance=chosen["chance"] == "majority",
+                **_named(chosen, *_FOUND_BY),
             )
         return calibration, score.evaluations
 
