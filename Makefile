@@ -3,13 +3,14 @@
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make bench   time and memory of the adapter against dense LoRA, in about 40 minutes (results/bench)
+# make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CIFAR10 ?= ../shared/data/cifar10
 
-.PHONY: demo test lint first bench clean
+.PHONY: demo test lint first bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -47,6 +48,13 @@ first: $(VENV)/.installed
 # An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
+
+# One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
+calibration-analyses: $(VENV)/.installed
+	$(BIN)/partial-lora analyse cost $(ANALYSES)
+	$(BIN)/partial-lora analyse agreement $(ANALYSES)
+	$(BIN)/partial-lora analyse reliability $(ANALYSES)
+	$(BIN)/partial-lora analyse stability $(ANALYSES)
 
 clean:
 	rm -rf $(VENV) build dist
