@@ -126,8 +126,8 @@ def calibrate(
             if say is not None and peers.rank == 0:
                 say(estimate(asked, len(modules), len(grid), getattr(score, "size", None), seconds, peers.size))
 
-            def enough(score: float, at: float) -> bool:
-                return passes(score, baseline=baseline, threshold=at, chance=asked.guessing)
+            def enough(value: float, at: float) -> bool:
+                return passes(value, baseline=baseline, threshold=at, chance=asked.guessing)
 
             # (2) For each module and axis, how much can be zeroed while enough of that is left.
             @cache
@@ -148,23 +148,22 @@ def calibrate(
 
             # (3) What the model scores with all of it zeroed at once; where that is too little, less is zeroed.
             def together() -> dict:
-                joint = curves.joint(sparsity)
-                result = {"baseline": baseline, "threshold": threshold, "search": search}
-                if not repair:
-                    scaled = sparsity != both_axes(found)
-                    return result | {
-                        "joint": joint,
-                        "scaled": scaled,
-                        "modules": _entries(kept, found, sparsity, scope),
-                    }
-                before, given = curves.evaluations, {"own": curves.exact, "joint": curves.joint}
-                less, after, steps = repaired(
-                    found, grid, units[0], enough=partial(enough, at=threshold), before=joint, **given
-                )
-                mended = {"joint_before": joint, "steps": steps, "threshold": threshold}
-                mended["evaluations"] = curves.evaluations - before
-                modules = _entries(kept, found, both_axes(less), scope)
-                return result | {"joint": after, "scaled": False, "repaired": mended, "modules": modules}
+                joint, zeroed, mended = curves.joint(sparsity), sparsity, None
+                if repair:
+                    before, mended = curves.evaluations, {"joint_before": joint, "threshold": threshold}
+                    asking = {"own": curves.exact, "joint": curves.joint, "enough": partial(enough, at=threshold)}
+                    relaxed, joint, mended["steps"] = repaired(found, grid, units[0], before=joint, **asking)
+                    mended["evaluations"] = curves.evaluations - before
+                    zeroed = both_axes(relaxed)
+                return {
+                    "baseline": baseline,
+                    "joint": joint,
+                    "threshold": threshold,
+                    "search": search,
+                    "scaled": sparsity != both_axes(found),
+                    "repaired": mended,
+                    "modules": _entries(kept, found, zeroed, scope),
+                }
 
             kept.results[request] = of_first(peers, together)
             kept.changed = True
