@@ -114,8 +114,25 @@ def test_a_variant_is_what_it_promises(place: Place, overrides: list[str], holds
     assert entry["sparsity"] == found.sparsity
 
 
-def test_memory_changes_nothing_that_is_found(place: Place) -> None:
+def test_memory_changes_nothing_that_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = []
+
+    class Watched(fewshot.FewShotScore):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            scores.append(self)
+
+        def bounds(self, *arguments: object) -> tuple[float, float]:
+            found = super().bounds(*arguments)
+            self.most = max(getattr(self, "most", 0), self.bytes)
+            return found
+
+    monkeypatch.setattr(fewshot, "FewShotScore", Watched)
     _, none = place.calibrate("calibration.memory=0")
+    assert scores[0].most == 0
+    (place.folder / "cache" / "calibrations").rename(place.folder / "kept")
+    place.calibrate()
+    assert scores[1].most > 0
     _, much = place.calibrate()
     assert much["calibration"]["cached"]
     assert (none["calibration"]["cached"], none["sparsity"]) == (False, much["sparsity"])
