@@ -281,7 +281,7 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
         (
             "rows_columns",
             lambda s: s["modules"].update(more=s["modules"][FC2]),
-            "sparsity names 'more', which matches no target",
+            r"adapter_model\.safetensors has no lora_A of more, which its masks are for",
         ),
     ],
 )

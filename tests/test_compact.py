@@ -388,6 +388,23 @@ def test_a_model_with_quantised_linear_layers_is_known_by_the_rest_of_it():
     assert fingerprint(quantised) == before
 
 
+def test_a_base_with_a_masked_adapter_merged_into_it_is_another():
+    own = fingerprint(llama())
+    for seed in range(20):
+        merged = fill(adapt(llama, sparsity=0.87, mask_seed=seed)).merge_and_unload()
+        assert not own.agrees(fingerprint(merged))
+
+
+def test_other_linear_weights_are_told_apart_in_another_precision():
+    own, other = fingerprint(llama()), llama()
+    assert own.agrees(fingerprint(llama().to(torch.bfloat16)))
+    for name, parameter in other.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(parameter)
+    assert not own.agrees(fingerprint(other.to(torch.bfloat16)))
+    assert type(own).parse(str(own)) == type(own).parse(str(type(own).parse(str(own))))
+
+
 def test_adapters_and_their_training_do_not_move_the_fingerprint():
     model = adapt(sparsity=0.5)
     head = {f"{HEAD}.weight", f"{HEAD}.bias"}
@@ -436,6 +453,10 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
         (lambda h: h.update(modules=[]), "is broken"),
         (lambda h: h.pop("base"), "is broken"),
         (lambda h: h.update(base="?"), "is broken"),
+        (lambda h: h["modules"][FC1].__setitem__(2, 0), rf"module {FC1} keeps 0 of \d+ rows"),
+        (lambda h: h["modules"][FC1][0].__setitem__(0, 0), rf"module {FC1} keeps \d+ of 0 rows"),
+        (lambda h: h["modules"][FC1][0].__setitem__(0, 10**13), r"is broken"),
+        (lambda h: h["modules"][FC1][0].__setitem__(0, 1e3), r"is broken"),
     ],
 )
 def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
@@ -508,6 +529,9 @@ def test_only_a_masked_adapter_is_written(tmp_path):
     ):
         with pytest.raises(PartialLoraError, match=message):
             write_compact(**{"model": model, "folder": tmp_path / "out"} | arguments)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks what its stage 3 spreads
+    with pytest.raises(PartialLoraError, match="is spread over processes: use save_pretrained"):
+        write_compact(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

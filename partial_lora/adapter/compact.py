@@ -21,6 +21,7 @@ from partial_lora.adapter.fingerprint import base_parameters, fingerprint
 from partial_lora.adapter.geometry import geometry
 from partial_lora.adapter.model import PartialLoraModel, module_masks
 from partial_lora.adapter.restore import unchanged_on_error
+from partial_lora.adapter.sharding import is_sharded
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import write_atomic
 
@@ -140,6 +141,9 @@ def _config_of(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
             f"adapter {adapter_name!r} is a {type(config).__name__}, which masks nothing: use save_pretrained."
         )
     _refuse_merged(model)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which puts it together.")
     return config
 
 

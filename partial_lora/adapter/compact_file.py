@@ -123,7 +123,7 @@ def decode(content: bytes, path: Path) -> Compact:
         return _decoded(header, tensors)
     except PartialLoraError as error:
         raise PartialLoraError(f"{path} is broken: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, MemoryError) as error:
         raise PartialLoraError(
             f"{path} is broken: its header is not that of a compact adapter ({type(error).__name__}: {error})."
         ) from None
@@ -138,6 +138,12 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
+        for axis, size in geometries[name].sizes("element" if element else "rows_columns").items():
+            if (
+                not all(type(number) is int for number in (*a, *b, rows, columns))
+                or not 1 <= counts[name][axis] <= size
+            ):
+                raise PartialLoraError(f"module {name} keeps {counts[name][axis]} of {size} {axis}.")
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], element=element)
     masks_of: dict = {}
     if settings.get("selection", "random") != "random":

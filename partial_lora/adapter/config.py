@@ -14,6 +14,7 @@ from peft import LoraConfig
 from partial_lora.adapter import sidecar
 from partial_lora.adapter.card import complete_card
 from partial_lora.adapter.options import refuse_options
+from partial_lora.adapter.saved_file import check_values
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
@@ -178,7 +179,7 @@ class PartialLoraConfig(LoraConfig):
     ) -> PartialLoraConfig:
         """The config that masks a saved adapter again, from its folder (or hub repository).
 
-        Masks made from it must match the digests saved there, else PartialLoraError.
+        Masks made from it must match the digests saved there, and the values must all be there, else PartialLoraError.
         """
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(lora) is not LoraConfig:
@@ -191,6 +192,7 @@ class PartialLoraConfig(LoraConfig):
             path = _download(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         saved = sidecar.read(path)
         modules = saved["modules"]
+        check_values(path.parent, modules)
         config = cls(
             **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
             sparsity={module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},

@@ -1,7 +1,8 @@
 """The masked low-rank factors: modules of which only the kept entries exist as a parameter.
 
 For W (out × in), kept rows I and kept columns J, A (rank × in) is zero outside the columns J and B (out × rank) is zero
-outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Element-wise masks store the kept entries as a list.
+outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Element-wise masks store the kept entries as a
+column (kept × 1): optimizers and schedules that tell weights from biases by their dimensions take them for weights.
 """
 
 from __future__ import annotations
@@ -83,13 +84,16 @@ class MaskedFactor(nn.Module):
     def index_on(self, device: torch.device) -> Tensor:
         """The kept indices on ``device``."""
         if self._index.device != device:
-            self._index = torch.tensor(self.mask.kept, device=device)
+            with torch.inference_mode(False):  # what is made inside inference mode could not serve training later
+                self._index = torch.tensor(self.mask.kept, device=device)
         return self._index
 
     def keep(self, dense: Tensor) -> Tensor:
         """The part of ``dense`` (a tensor like the dense factor) that the mask keeps, in the form of ``kept``."""
         index = self.index_on(dense.device)
-        return dense.flatten().index_select(0, index) if self.axis is None else dense.index_select(self.axis, index)
+        if self.axis is None:
+            return dense.flatten().index_select(0, index).unsqueeze(1)
+        return dense.index_select(self.axis, index)
 
     def fill(self, kept: Tensor) -> Tensor:
         """The dense factor that has ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
@@ -97,7 +101,7 @@ class MaskedFactor(nn.Module):
             return kept.view(self.shape)
         index = self.index_on(kept.device)
         if self.axis is None:
-            return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept).view(self.shape)
+            return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept.squeeze(1)).view(self.shape)
         return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
 
     @property

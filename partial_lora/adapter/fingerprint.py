@@ -2,10 +2,13 @@
 
 Shapes alone cannot tell a model from its fine-tuned sibling, and all weights are too much to read on every load. So:
 
-digest   sha256 over the name, shape, dtype and first eight values of every base parameter. It must match on a model
-         that has the same dtypes. Quantised parameters are left out: some are packed otherwise once they have run.
-samples  two values from the middle of each of the two largest parameters outside linear layers, in bfloat16. On a
-         model of other dtypes (half precision, quantised linear layers) these must agree, up to rounding.
+digest   sha256 over the name, shape, dtype and a diagonal of every base parameter: at least one value of each row and
+         each column, so that a change to a block of it, such as a masked adapter merged into it, shows. It must match
+         on a model that has the same dtypes. Quantised parameters are left out: some are packed otherwise once they
+         have run.
+samples  two values from the middle of each of the two largest parameters outside linear layers, in bfloat16, and one
+         from the middle of each of four linear layers. On a model of other dtypes these must agree, up to rounding;
+         where its linear layers are quantised, the first of them alone.
 
 Buffers are left out, since running averages move in training, and so are the parameters an adapter has of its own.
 """
@@ -22,8 +25,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-_VALUES = 8  # of every parameter, in the digest
-_SAMPLED = 2  # parameters
+from partial_lora.adapter.sharding import is_sharded
+
+_SAMPLED = 2  # parameters outside linear layers, of two values each
+_SAMPLED_LINEAR = 4  # of one value each
 _ROUNDING = 2**-6  # four times what bfloat16 rounds off; other weights hardly ever agree so far
 _TINY = 1e-6  # float16 has no relative precision below
 
@@ -38,6 +43,7 @@ class Fingerprint:
     dtypes: str
     digest: str | None
     samples: tuple[float, ...]
+    linear_samples: tuple[float, ...] = ()
 
     def agrees(self, other: Fingerprint) -> bool:
         """Whether both can be of one model; True where neither digests nor samples can be compared."""
@@ -47,19 +53,34 @@ class Fingerprint:
             return self.digest == other.digest
         if len(self.samples) != len(other.samples):
             return False
-        pairs = zip(self.samples, other.samples, strict=True)
+        pairs = list(zip(self.samples, other.samples, strict=True))
+        if not (self.is_quantised or other.is_quantised):
+            if len(self.linear_samples) != len(other.linear_samples):
+                return False
+            pairs += zip(self.linear_samples, other.linear_samples, strict=True)
         return all(abs(own - its) <= _ROUNDING * max(abs(own), abs(its)) + _TINY for own, its in pairs)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some parameters are not numbers that can be compared with another model's."""
+        return any(not name.startswith(("float", "bfloat")) or "float8" in name for name in self.dtypes.split("+"))
+
     def __str__(self) -> str:
-        values = torch.tensor(self.samples, dtype=torch.bfloat16)
-        return f"{self.dtypes} {self.digest or '-'} {_bytes(values).hex() or '-'}"
+        samples = (_bytes(torch.tensor(some, dtype=torch.bfloat16)).hex() for some in self._both())
+        return " ".join([self.dtypes, self.digest or "-", *(text or "-" for text in samples)])
+
+    def _both(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.samples, self.linear_samples
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
         """The inverse of ``str``; raises ValueError for another text."""
-        dtypes, digest, samples = text.split(" ")
-        values = torch.frombuffer(bytearray.fromhex(samples.replace("-", "0000")), dtype=torch.bfloat16)
-        return cls(dtypes, None if digest == "-" else digest, () if samples == "-" else tuple(values.tolist()))
+        dtypes, digest, *samples = text.split(" ")
+        values, linear_values = (
+            () if some == "-" else torch.frombuffer(bytearray.fromhex(some), dtype=torch.bfloat16).tolist()
+            for some in samples
+        )
+        return cls(dtypes, None if digest == "-" else digest, tuple(values), tuple(linear_values))
 
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
@@ -70,14 +91,14 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
     )
     dtypes = "+".join(sorted({_name_of(parameter.dtype) for _, _, parameter in found}))
     if not all(_readable(parameter) for _, _, parameter in found):
-        return Fingerprint(dtypes, None, ())
+        return Fingerprint(dtypes, None, (), ())
     digest = hashlib.sha256()
     for name, _, parameter in found:
-        if not parameter.is_floating_point():
+        if not _is_plain(parameter):
             continue
         digest.update(f"{name} {tuple(parameter.shape)} {_name_of(parameter.dtype)}\n".encode())
-        digest.update(_bytes(_some(parameter, at=0, count=_VALUES)))
-    return Fingerprint(dtypes, short(digest), _samples(found))
+        digest.update(_bytes(_diagonal(parameter)))
+    return Fingerprint(dtypes, short(digest), _samples(found), _linear_samples(found))
 
 
 def short(digest: hashlib._Hash) -> str:
@@ -103,31 +124,56 @@ def _samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, .
     plain = [
         (name, parameter)
         for name, owner, parameter in found
-        if parameter.is_floating_point() and not isinstance(owner, nn.Linear)
+        if _is_plain(parameter) and not isinstance(owner, nn.Linear)
     ]
     largest = sorted(plain, key=lambda entry: (-entry[1].numel(), entry[0]))[:_SAMPLED]
-    middles = [_some(parameter, at=0.5, count=2) for _, parameter in largest]
-    return tuple(value for middle in middles for value in middle.to(torch.bfloat16).tolist())
+    return tuple(value for _, parameter in largest for value in _middle(parameter, count=2))
 
 
-def _some(parameter: Tensor, *, at: float, count: int) -> Tensor:
-    """Up to ``count`` neighbouring values, on the CPU, starting at a share ``at`` of every dimension."""
+def _linear_samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
+    weights = [
+        parameter
+        for name, owner, parameter in found
+        if _is_plain(parameter) and type(owner) is nn.Linear and name.endswith("weight")
+    ]
+    last = max(len(weights) - 1, 0)
+    chosen = sorted({last * number // (_SAMPLED_LINEAR - 1) for number in range(_SAMPLED_LINEAR)})
+    return tuple(value for number in chosen if weights for value in _middle(weights[number], count=1))
+
+
+def _middle(parameter: Tensor, *, count: int) -> list[float]:
+    """Up to ``count`` neighbouring values from the middle of every dimension, rounded to bfloat16."""
     values = parameter.detach()
-    if values.dim() == 0 or values.numel() == 0:
+    if values.numel() > 0 and values.dim() > 0:
+        for size in values.shape[:-1]:
+            values = values[size // 2]
+        start = values.shape[-1] // 2
+        values = values[start : start + count]
+    return values.reshape(-1).to("cpu", torch.bfloat16).tolist()
+
+
+def _diagonal(parameter: Tensor) -> Tensor:
+    """Values of a parameter, seen as a matrix, that meet each row and each column at least once; on the CPU."""
+    values = parameter.detach()
+    if values.dim() < 2 or values.numel() == 0:
         return values.reshape(-1).cpu()
-    for size in values.shape[:-1]:
-        values = values[int(size * at)]
-    start = int(values.shape[-1] * at)
-    return values[start : start + count].cpu()
+    matrix = values.flatten(0, -2)
+    steps = torch.arange(max(matrix.shape), device=matrix.device)
+    return matrix[steps % matrix.shape[0], steps % matrix.shape[1]].cpu()
 
 
 def _bytes(values: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
 
 
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether it holds numbers, and not the codes or the class of a quantiser."""
+    return parameter.is_floating_point() and type(parameter) in (nn.Parameter, Tensor)
+
+
 def _readable(parameter: Tensor) -> bool:
     """Whether its values are here: not those of a DTensor, nor what DeepSpeed leaves of a parameter in stage 3."""
-    return not parameter.is_meta and not hasattr(parameter, "full_tensor") and not hasattr(parameter, "ds_id")
+    return not parameter.is_meta and not is_sharded(parameter)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -33,21 +33,24 @@ def adapted_linear(
     Returns (..., out) in the dtype of W x. Where the factors have a wider dtype than x, the adapter is computed in it,
     as PEFT does. Second derivatives are refused by PyTorch.
     """
+    tokens = x.reshape(-1, x.shape[-1])
     kept_a, kept_b = a.kept, b.kept
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, kept_a, kept_b = (
+        tokens, weight, bias, kept_a, kept_b = (
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-            for tensor in (x, weight, bias, kept_a, kept_b)
+            for tensor in (tokens, weight, bias, kept_a, kept_b)
         )
-    return _AdaptedLinear.apply(x, weight, bias, kept_a, kept_b, a, b, scaling, dropout)
+    # Of matrices, so that what it gives is no view: later code may write into that, as into any layer's output.
+    result = _AdaptedLinear.apply(tokens, weight, bias, kept_a, kept_b, a, b, scaling, dropout)
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        x: Tensor,
+        tokens: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         kept_a: Tensor,
@@ -57,24 +60,30 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        inputs = _features_of(tokens, a)  # first, while x is still in the processor's cache
+        inputs = _features_of(tokens, a)  # first, while they are still in the processor's cache
         dropped = _Dropout.draw(inputs, dropout)
         low = dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T
         result = F.linear(tokens, weight, bias)
         _add_product(result, low.mul_(scaling), b, kept_b)
         ctx.save_for_backward(inputs, dropped.zeroed, weight, kept_a, kept_b)
         ctx.a, ctx.b, ctx.scaling, ctx.dropout = a, b, scaling, dropout
-        return result.view(*x.shape[:-1], result.shape[-1])
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kind = gradient.device.type
+        if not torch.is_autocast_enabled(kind):
+            return _AdaptedLinear._gradients(ctx, gradient)
+        with torch.autocast(kind, enabled=False):  # what was cast was cast in the forward pass
+            return _AdaptedLinear._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
         inputs, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
         matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # as the features below were taken
         dropped = _Dropout(zeroed, ctx.dropout)
-        wide = gradient.reshape(-1, gradient.shape[-1])
         inputs = dropped(inputs).to(kept_a.dtype)
         outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
         low = (inputs @ matrix_a.T).mul_(ctx.scaling)
@@ -90,7 +99,6 @@ class _AdaptedLinear(torch.autograd.Function):
                 _scatter(gradient_x, dropped(gradient_low @ matrix_a), a)
             else:
                 gradient_x.copy_(gradient_x + dropped(gradient_low @ matrix_a))
-            gradient_x = gradient_x.view(*gradient.shape[:-1], gradient_x.shape[-1])
         if ctx.needs_input_grad[2]:
             gradient_bias = wide.sum(0)
         return gradient_x, None, gradient_bias, gradient_a, gradient_b, None, None, None, None

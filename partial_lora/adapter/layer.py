@@ -6,6 +6,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter.factor import FactorA, FactorB
@@ -27,8 +28,11 @@ class PartialLoraVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         """The base layer's ``result`` (..., out) plus scaling * B A dropout(x), for x (..., in)."""
-        low = module.lora_A[active_adapter].project(x, module.lora_dropout[active_adapter])
-        return module.lora_B[active_adapter].add_to(result, low, module.scaling[active_adapter])
+        a, b, dropout = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout))
+        scaling = module.scaling[active_adapter]
+        if x.is_nested or _is_watched(a) or _is_watched(b):
+            return result + b(a(dropout(x))) * scaling
+        return b.add_to(result, a.project(x, dropout), scaling)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -55,13 +59,18 @@ def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
 class PartialLinear(lora.Linear):
     """PEFT's LoRA layer over a plain linear layer, which runs base and adapter as one operation where it may.
 
-    It may where exactly one masked adapter is active and nothing else is interested in the base layer's own output;
-    everything else runs as in PEFT, through PartialLoraVariant, with the same result.
+    It may where exactly one masked adapter is active and nothing else is interested in what the parts give on their
+    own; everything else runs as in PEFT, through PartialLoraVariant, with the same result.
+
+    Attributes:
+        fuses: whether it ever does. Set False on the class for second derivatives, which the one operation lacks.
     """
+
+    fuses = True
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The adapted layer's output (..., out) for x (..., in)."""
-        name = None if args or kwargs else self._fusable_adapter()
+        name = None if args or kwargs or x.is_nested else self._fusable_adapter()
         if name is None:
             return super().forward(x, *args, **kwargs)
         base, dropout = self.base_layer, self.lora_dropout[name]
@@ -72,15 +81,19 @@ class PartialLinear(lora.Linear):
             self.lora_A[name],
             self.lora_B[name],
             scaling=self.scaling[name],
-            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+            dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
         )
 
     def _fusable_adapter(self) -> str | None:
         """The one active adapter, where it can run as one operation with the base layer."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
+        if not self.fuses or len(active) != 1:
             return None
-        a, b = self.lora_A[active[0]], self.lora_B[active[0]]
+        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
+            return None
+        a, b, dropout = (part[active[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
+        if _is_watched(a) or _is_watched(b) or _is_watched(dropout):
+            return None
         if not (isinstance(a, FactorA) and isinstance(b, FactorB)) or (a.full and b.full):
             return None  # dense: PEFT's own way, to the last bit
         return active[0] if _is_plain(self.base_layer) and not _is_traced() else None
@@ -95,16 +108,28 @@ def _is_plain(base: nn.Module) -> bool:
     """Whether calling the base layer does nothing but its product, with a frozen weight that is an ordinary tensor."""
     return (
         can_fuse(base)
-        and "forward" not in vars(base)  # accelerate's hooks replace it
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not _is_watched(base)
         and not base.weight.requires_grad
         and type(base.weight) in (nn.Parameter, Tensor)  # no DTensor, no quantised tensor
     )
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks, or accelerate's, which replace the forward."""
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def _is_traced() -> bool:
-    """Whether a compiler (which fuses by itself) or a functorch transform (vmap, jvp) looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler (which fuses by itself), a functorch transform (vmap, jvp) or forward-mode AD looks on."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def mask_layer(layer: LoraLayer, adapter_name: str, masks: ModuleMasks) -> None:

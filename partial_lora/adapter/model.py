@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import peft.mapping
@@ -32,6 +33,8 @@ class PartialLoraModel(LoraModel):
         """Put an adapter into ``model``, as PEFT does."""
         if state_dict is not None and isinstance(self.peft_config[adapter_name], PartialLoraConfig):
             raise PartialLoraError("targets taken from a state_dict cannot be masked: name them in target_modules.")
+        # Of its own: the config remembers the masks of one model, and the caller may use or change it for another.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:

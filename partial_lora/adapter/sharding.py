@@ -36,6 +36,11 @@ def _emptied(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a process holds only its part of the parameter."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def numel(parameter: Tensor) -> int:
     """The number of entries of the whole parameter."""
     return getattr(parameter, "ds_numel", parameter.numel())

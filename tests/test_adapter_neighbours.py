@@ -1,0 +1,208 @@
+"""What other code does around an adapted layer works as it does around plain LoRA's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_models import adapt, dense_twin, fill, layers, llama, logits, tokens
+from peft import PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.autograd import forward_ad
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from partial_lora import PartialLoraConfig
+from partial_lora.adapter import module_masks
+from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.layer import PartialLinear
+from partial_lora.errors import PartialLoraError
+
+GRANULARITIES = ["rows_columns", "element"]
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Perceptron(nn.Module):
+    """Two linear layers; what happens between them is given."""
+
+    def __init__(self, between=nn.ReLU):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.between, self.fc2 = nn.Linear(12, 16), between(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc2(self.between(self.fc1(x)))
+
+
+def adapted(base, granularity="rows_columns", targets=("fc1", "fc2"), **settings):
+    config = {"r": 4, "target_modules": list(targets), "sparsity": 0.6, "granularity": granularity}
+    torch.manual_seed(1)
+    return fill(get_peft_model(base(), PartialLoraConfig(**config | settings)))
+
+
+def assert_same_gradients(model, twin, *inputs):
+    outputs = []
+    for each in (model, twin):
+        each.zero_grad()
+        output = each(*inputs)
+        output.square().sum().backward()
+        outputs.append(output.detach())
+    torch.testing.assert_close(*outputs, **TOLERANCE)
+    for name, layer in layers(model).items():
+        for factors in ("lora_A", "lora_B"):
+            own = getattr(layer, factors)["default"]
+            dense = getattr(layers(twin)[name], factors)["default"].weight
+            torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), **TOLERANCE)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
+def test_an_output_may_be_written_into(granularity, shape):
+    def base():
+        return Perceptron(lambda: nn.ReLU(inplace=True))
+
+    model = adapted(base, granularity)
+    assert_same_gradients(model, dense_twin(model, base), torch.randn(shape))
+
+
+def test_olmo_clips_its_projections_in_place():
+    size = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+
+    def base():
+        torch.manual_seed(0)
+        return OlmoForCausalLM(OlmoConfig(**size, num_attention_heads=4, clip_qkv=0.05))
+
+    model = adapted(base, targets=["q_proj", "v_proj"])
+    twin = dense_twin(model, base)
+    losses = []
+    for each in (model, twin):
+        losses.append(each(**tokens()).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(logits(model, tokens()), logits(twin, tokens()), **TOLERANCE)
+
+
+def test_configs_are_the_callers_to_use_again(tmp_path):
+    config = PartialLoraConfig(r=4, target_modules=["fc1"], sparsity=0.6, mask_seed=0)
+    first = fill(get_peft_model(Perceptron(), config))
+    config.mask_seed = 1
+    second = get_peft_model(Perceptron(), config)
+    assert module_masks(first) != module_masks(second)
+    first.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Perceptron(), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
+    assert module_masks(again) == module_masks(first)
+    x = torch.randn(3, 12)
+    assert torch.equal(again(x), first(x))
+
+
+def test_dropout_follows_its_own_module():
+    # Monte Carlo dropout: the model evaluates, its dropouts go on.
+    model = adapted(Perceptron, lora_dropout=0.5).eval()
+    x = torch.randn(4, 12)
+    assert torch.equal(model(x), model(x))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+def test_hooks_on_the_parts_of_an_adapter_are_called(part):
+    model = adapted(Perceptron, lora_dropout=0.2)
+    x, seen = torch.randn(4, 12), []
+    model.eval()
+    expected = model(x)
+    hook = getattr(layers(model)["fc1"], part)["default"].register_forward_hook(lambda *given: seen.append(given[2]))
+    torch.testing.assert_close(model(x), expected, **TOLERANCE)
+    assert len(seen) == 1
+    hook.remove()
+    assert torch.equal(model(x), expected)
+
+
+def test_a_model_that_was_evaluated_in_inference_mode_on_a_new_device_trains(monkeypatch):
+    monkeypatch.setattr(PartialLinear, "fuses", False)  # convolutions and quantised layers run this way
+    model, x = adapted(Perceptron), torch.randn(4, 12)
+    for module in model.modules():
+        if isinstance(module, MaskedFactor):
+            module._index = module._index.to("meta")  # as where the factor was made, before the model was moved
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_backward_under_autocast_of_a_forward_outside_it():
+    model = adapted(Perceptron)
+    twin = dense_twin(model, Perceptron)
+    x = torch.randn(6, 12)
+    for each in (model, twin):
+        loss = each(x).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    for name, layer in layers(model).items():
+        own, dense = layer.lora_A["default"], layers(twin)[name].lora_A["default"].weight
+        torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), rtol=0.05, atol=0.05)
+
+
+def test_nested_tensors_of_jagged_rows():
+    model = adapted(Perceptron)
+    twin = dense_twin(model, Perceptron)
+    x = torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(5, 12)], layout=torch.jagged)
+    torch.testing.assert_close(model(x).values(), twin(x).values(), **TOLERANCE)
+
+
+def test_second_derivatives_by_pefts_own_way(monkeypatch):
+    def penalty(model, x):
+        model.zero_grad()
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    model = adapted(lambda: Perceptron(nn.Tanh))
+    twin = dense_twin(model, lambda: Perceptron(nn.Tanh))
+    x = torch.randn(4, 12, requires_grad=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty(model, x)
+    monkeypatch.setattr(PartialLinear, "fuses", False)
+    for each in (model, twin):
+        penalty(each, x)
+    own, dense = layers(model)["fc1"].lora_A["default"], layers(twin)["fc1"].lora_A["default"].weight
+    torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_derivatives():
+    model = adapted(Perceptron)
+    twin = dense_twin(model, Perceptron)
+    x, tangent = torch.randn(4, 12), torch.randn(4, 12)
+    found = []
+    for each in (model, twin):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(each(forward_ad.make_dual(x, tangent))).tangent)
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_optimizers_take_kept_entries_for_weights(granularity):
+    model = adapted(Perceptron, granularity)
+    groups = param_groups_weight_decay(model, weight_decay=0.1)
+    assert not any(group["params"] for group in groups if group["weight_decay"] == 0)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers(model).values():
+        assert rates[id(layer.lora_A["default"].kept)] == pytest.approx(1e-4)
+        assert rates[id(layer.lora_B["default"].kept)] == pytest.approx(16e-4)
+
+
+def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_model_is_touched(tmp_path):
+    fill(adapt(llama, sparsity=0.6)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    gone = next(key for key in tensors if key.endswith("v_proj.lora_B.weight"))
+    save_file({key: value for key, value in tensors.items() if key != gone}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        PartialLoraError, match=r"adapter_model\.safetensors has no lora_B of model\.layers\.0\.self_attn"
+    ):
+        PartialLoraConfig.from_pretrained(tmp_path)
+    path.write_bytes(whole[:-40])
+    with pytest.raises(PartialLoraError, match=r"adapter_model\.safetensors is broken or truncated"):
+        PartialLoraConfig.from_pretrained(tmp_path)
