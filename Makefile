@@ -1,12 +1,13 @@
 # make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
-# make test    everything the tests need, and the tests
+# make test    everything the tests need, and the tests (JOBS=2 processes)
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
-# make bench   time and memory of the adapter against dense LoRA, in about 40 minutes (results/bench)
+# make bench   time and memory of the adapter against dense LoRA, in about an hour (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN = $(VENV)/bin
 CIFAR10 ?= ../shared/data/cifar10
 
@@ -28,7 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/partial-lora train
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
