@@ -52,7 +52,7 @@ def calibration_summary(result: Mapping, directory: Path) -> Group:
         "threshold": _threshold(calibration),
         **_reliability(calibration),
         "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
-        "seconds": _seconds(result, "calibrate"),
+        "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         **_warned(result),
         "files": str(directory),
     }

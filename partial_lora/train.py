@@ -63,8 +63,14 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             draws = tasks.few_shot_draws(task.train["label"], **_named(settings["calibration"], *_DRAWN_BY))
             # One process measures importance for all of them, to the bit; what it decides on is then shared out.
             scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
-            calibration, agreement = _calibration(settings, task, transform, model, scores, draws, world)
-        record["calibration"] = calibration.summary() | ({"reliability": agreement} if agreement else {})
+            given, asked = (model, task.train, transform), _asked(settings, scores, draws, world)
+            calibration = _calibration(settings["calibration"]["file"], given, asked)
+        agreement = {}
+        if settings["calibration"]["reliability"]:
+            with timed(record, "reliability"):
+                agreement["reliability"] = halves_few_shot(*given, **asked)
+            calibration = _doubted(calibration, agreement["reliability"])
+        record["calibration"] = calibration.summary() | agreement
         record["sparsity"] = calibration.sparsity
         record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
         if world.is_main:
@@ -157,24 +163,10 @@ def _importance(
     )
 
 
-def _calibration(
-    settings: dict,
-    task: tasks.Task,
-    transform: tasks.ImageTransform,
-    model: nn.Module,
-    scores: methods.Scores,
-    draws: tasks.Draws,
-    peers: Peers,
-) -> tuple[Calibration, dict | None]:
-    """The sparsities, those of a file where the settings name one, whatever they say beside it; and their reliability.
-
-    Reliability is None where nobody has asked for it. What is wrong with the draws, or weak about the sparsities, is
-    among the warnings.
-    """
+def _asked(settings: dict, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
+    """What is asked of the few-shot draws (`calibrate_few_shot`)."""
     chosen, measure = settings["calibration"], settings["importance"]["name"]
-    if chosen["file"]:
-        return Calibration.load(Path(chosen["file"])).reused_for(list(scores)), None
-    asked = {
+    return {
         "scores": scores,
         "draws": draws,
         "peers": peers,
@@ -186,13 +178,26 @@ def _calibration(
         **_named(chosen, *_DRAWN_BY, "threshold", "budget", "levels", "max_sparsity", "search"),
         **_named(chosen, "axes", "scope", "repair", "chance", "score", "memory"),
     }
-    found = calibrate_few_shot(model, task.train, transform, **asked)
-    agreement = halves_few_shot(model, task.train, transform, **asked) if chosen["reliability"] else None
-    weak = (agreement["said"] or verdict(agreement["spearman_brown"])) if agreement else ""
-    if weak:
-        logger.warning("calibration: %s", weak)
-    warnings = [*draws.warnings, *found.warnings, *([weak] if weak else [])]
-    return dataclasses.replace(found, warnings=warnings), agreement
+
+
+def _calibration(file: str | None, given: tuple, asked: dict) -> Calibration:
+    """The sparsities: those of a file where one is named, whatever else is asked; else what the draws say.
+
+    What is wrong with the draws is among the warnings.
+    """
+    if file:
+        return Calibration.load(Path(file)).reused_for(list(asked["scores"]))
+    found = calibrate_few_shot(*given, **asked)
+    return dataclasses.replace(found, warnings=[*asked["draws"].warnings, *found.warnings])
+
+
+def _doubted(calibration: Calibration, agreement: dict) -> Calibration:
+    """The same, with a warning where two halves of the scored draw do not support it."""
+    weak = agreement["said"] or verdict(agreement["spearman_brown"])
+    if not weak:
+        return calibration
+    logger.warning("calibration: %s", weak)
+    return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
 
 
 def _save_adapter(adapted: PeftModel, directory: Path) -> None:

@@ -201,6 +201,7 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
     result = entry["calibration"]["reliability"]
     assert result == reliability(one.sparsity, other.sparsity)
     assert entry["sparsity"] == found.sparsity  # the whole draw decides
+    assert entry["seconds"]["reliability"] > 0  # which is no cost of calibrating
     weak = any(warning.startswith("inconsistent") for warning in entry["calibration"]["warnings"])
     assert weak == (result["spearman_brown"] < 0.5)
     assert entry["calibration"]["warnings"] == json.loads((directory / "calibration.json").read_text())["warnings"]

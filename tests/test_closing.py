@@ -99,6 +99,12 @@ def test_what_was_asked_for_is_said_in_words(changes, said):
     assert said in text
 
 
+def test_what_reliability_took_is_told_apart():
+    result = calibration()
+    result["seconds"] |= {"reliability": 12.5}
+    assert "calibrate 60.0 · reliability 12.5" in drawn(closing.calibration_summary(result, "somewhere"))
+
+
 def test_a_run_repeats_the_warnings_of_its_calibration():
     result = record()
     assert "beware" not in drawn(closing.summary(result, "runs/seed0"))
