@@ -40,13 +40,14 @@ class Full:
         return float(torch.cat(right).double().mean())
 
 
-def literal(subject: Subject, train, draws: tasks.Draws) -> tuple[dict, int]:
+def literal(subject: Subject, train, draws: tasks.Draws, importance="svd", seed=0) -> tuple[dict, int]:
     """The sparsities of a calibration that reuses nothing, and how many full passes it took."""
     model, targets = subject._model, list(subject.shapes)
     fit, scored = (batches_of(train, rows, subject._transform) for rows in (draws.fit, draws.scored))
     score = Full(scored)
     with few_shot_head(model, HEAD, fit):
-        found = calibrate(model, score, target_modules=targets, importance="svd", levels=0.3, max_sparsity=0.9)
+        chosen = {"importance": importance, "seed": seed, "levels": 0.3, "max_sparsity": 0.9}
+        found = calibrate(model, score, target_modules=targets, **chosen)
     return found.sparsity, score.calls
 
 
@@ -70,6 +71,17 @@ def test_without_noise_the_calibration_is_the_ordinary_one_and_found_in_the_cach
     assert ordinary.sparsity == literal(subject, subject.train, draws)[0]
     assert (again.cached, clean.cached) == (True, True)
     assert clean.sparsity == ordinary.sparsity
+
+
+def test_another_seed_and_size_is_what_calibrate_finds_with_them(subject) -> None:
+    usual = Subject(settings("importance=random"))
+    draws = usual.draws(seed=1, shots=2)
+    found = usual.calibration(draws, seed=1, shots=2)
+    assert found.sparsity == literal(usual, usual.train, draws, "random", seed=1)[0]
+    asked = Subject(settings("importance=random", "calibration.seed=1", "calibration.shots=2"))
+    again = asked.calibration(asked.draws())
+    assert (found.cached, again.cached) == (False, True)
+    assert (again.settings, again.sparsity) == (found.settings, found.sparsity)
 
 
 def test_halves_are_calibrated_on_what_is_theirs(subject) -> None:
