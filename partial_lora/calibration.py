@@ -98,6 +98,7 @@ def calibrate(
     began = time.perf_counter()
     peers = peers or Alone()
     chance = getattr(score, "chance", None) if chance is None else chance
+    chance = None if chance is None else float(chance)
     asked = Question(threshold, budget, search, levels, max_sparsity, axes, scope, repair, chance, above_chance)
     modules = target_linears(model, target_modules)
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
