@@ -102,7 +102,6 @@ def calibrate_few_shot(
     draws: Draws | None = None,
     peers: Peers | None = None,
     stage: str = "calibrate",
-    classes: int | None = None,
 ) -> Calibration:
     """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
 
@@ -114,7 +113,6 @@ def calibrate_few_shot(
         chance: "majority" where the threshold is of what the score is above that of always the largest class.
         score: what is left of the model, a name of `scoring.MEASURES`; "auto" is accuracy. memory: bytes it may keep.
         stage: what progress is told of.
-        classes: not needed, what guessing scores is the score's to say.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         draws: the two draws, where they are not to be `shots`, `max_samples` and `seed`'s of `train`.
         The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
