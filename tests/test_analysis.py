@@ -172,6 +172,13 @@ def test_ids_depend_on_what_is_asked_and_not_on_where_files_go() -> None:
     assert len({named(), named("analysis.splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
 
 
+def test_a_key_that_is_new_leaves_the_ids_of_old_analyses_alone() -> None:
+    chosen = settings()
+    before = settings()
+    del before["analysis"]["splits"]  # as if there were no such key yet
+    assert analysis_schema.directory(chosen, "cost") == analysis_schema.directory(before, "cost")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
