@@ -2,7 +2,8 @@
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
-# make bench   time and memory of the adapter against dense LoRA, in about an hour (results/bench)
+# make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
+#              Algorithm 1 done literally, in about ten minutes (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
@@ -49,6 +50,7 @@ first: $(VENV)/.installed
 # An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
+	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 calibration-analyses: $(VENV)/.installed

@@ -1,0 +1,226 @@
+"""What does calibration cost, against Algorithm 1 done literally? The second benchmark behind `make bench`.
+
+`python scripts/bench_calibration.py` runs a default scan and a bisect of the default model and task with nothing known,
+and the literal reference: every (module, axis, level) one full pass over the whole scored draw, levels upward to the
+first failure. What the reference evaluates follows exactly from the scan's result; it is run, and timed, on some of the
+modules. Writes calibration.json and calibration.md into results/bench. An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import bench_calibration_page as page
+import torch
+from bench_adapter import ROOT, describe_machine
+from torch import nn
+from transformers import set_seed
+
+from partial_lora import models, tasks
+from partial_lora.calibration import calibrate, sparsity_levels
+from partial_lora.calibration_file import Sparsity
+from partial_lora.composition import compose
+from partial_lora.fewshot import batches_of, few_shot_head, importance_few_shot
+from partial_lora.results import write_atomic, write_json
+from partial_lora.scoring import FewShotScore
+from partial_lora.targets import target_names
+
+QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
+
+
+class Literal:
+    """A score that is nothing but a full pass: it does not stop early, and reuses nothing."""
+
+    def __init__(self, score: FewShotScore) -> None:
+        self._score = score
+
+    def __call__(self, model: nn.Module) -> float:
+        return self._score(model)
+
+
+class Question:
+    """What is calibrated: the model with its few-shot head, the scored draw and the importance of every module."""
+
+    def __init__(self, settings: Mapping) -> None:
+        model, chosen = settings["model"], settings["calibration"]
+        task = tasks.load(**{name: settings["task"][name] for name in tasks.SETTINGS})
+        transform = tasks.ImageTransform(**{key: model[key] for key in ("image_size", "mean", "std", "interpolation")})
+        set_seed(settings["seed"])
+        loaded = ("name", "weights", "architecture", "model_args", "image_size")
+        self.model = models.load(labels=list(task.labels), **{name: model[name] for name in loaded})
+        self.blocks, self.head = model["blocks"], model["head"]
+        drawn = {name: chosen[name] for name in ("shots", "max_samples", "seed")}
+        draws = tasks.few_shot_draws(task.train["label"], **drawn)
+        self.fit, self.scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
+        self.search = {name: chosen[name] for name in ("threshold", "levels", "max_sparsity")}
+        self.importance = importance_few_shot(
+            self.model,
+            task.train,
+            transform,
+            measure="svd",
+            modules=target_names(self.model, model["target_modules"], head=self.head),
+            draws=draws,
+            head=self.head,
+            seed=chosen["seed"],
+            options={name: settings["importance"][name] for name in ("k", "energy")},
+        )
+
+    def measured(self, side: str, modules: Sequence[str]) -> dict:
+        """One calibration of these modules with nothing known, timed and counted."""
+        load = os.getloadavg()[0]
+        with few_shot_head(self.model, self.head, self.fit):
+            score = FewShotScore(self.model, self.scored, "accuracy", self.blocks)
+            began, spent = time.perf_counter(), time.process_time()
+            found = calibrate(
+                self.model,
+                Literal(score) if side == "literal" else score,
+                target_modules=list(modules),
+                importance={module: self.importance[module] for module in modules},
+                search="bisect" if side == "bisect" else "scan",
+                **self.search,
+            )
+            wall, cpu = time.perf_counter() - began, time.process_time() - spent
+        return {
+            "wall_seconds": wall,
+            "cpu_seconds": cpu,
+            "evaluations": asdict(score.evaluations),
+            "baseline": found.baseline,
+            "joint": found.joint,
+            "sparsity": found.sparsity,
+            "load": [load, os.getloadavg()[0]],
+            "usable_cpus": len(os.sched_getaffinity(0)),
+        }
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, read and checked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--literal", type=int, default=6, help="modules that the literal reference is run on")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
+    parser.add_argument("--quick", action="store_true", help="a tiny random model: a test, no measurement")
+    options = parser.parse_args(argv)
+    if min(options.threads, options.literal) < 1:
+        parser.error("--threads and --literal are whole numbers of at least 1")
+    if options.quick and options.out == parser.get_default("out"):
+        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure every side, or read what an interrupted run has measured, and write what was found."""
+    options = arguments(argv)
+    torch.set_num_threads(options.threads)
+    machine = describe_machine(malloc=[])
+    settings = _settings(QUICK if options.quick else [])
+    question = Question(settings)
+    names = list(question.importance)
+    some = [names[position] for position in spread(len(names), options.literal)]
+    key = {"settings": settings, "threads": options.threads, "sources": _digest(), "versions": machine["versions"]}
+    parts = options.out / "calibration-parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    sides = {}
+    for side, modules in {"scan": names, "bisect": names, "literal": some}.items():
+        part, own = parts / f"{side}.json", key | {"modules": modules}
+        sides[side] = _finished(part, own)
+        if sides[side] is None:
+            sides[side] = question.measured(side, modules)
+            write_json(part, {"key": own, "side": sides[side]})
+        print(f"{side}: {len(modules)} modules in {sides[side]['wall_seconds']:.0f} s", flush=True)
+    blocks, examples = (
+        len(question.model.get_submodule(question.blocks)),
+        sum(len(b["labels"]) for b in question.scored),
+    )
+    levels = sparsity_levels(question.search["levels"], question.search["max_sparsity"])
+    result = {
+        "command": _command(options),
+        "machine": machine,
+        "settings": settings,
+        "threads": options.threads,
+        "blocks": blocks,
+        "examples": examples,
+        "modules": names,
+        "sides": sides,
+        "literal": literal(sides, levels, blocks * examples),
+    }
+    result["aims"] = page.judge(result)
+    write_json(options.out / "calibration.json", result)
+    write_atomic(options.out / "calibration.md", page.page(result))
+    print(f"wrote {options.out / 'calibration.md'}")
+    shutil.rmtree(parts)
+
+
+def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:
+    """What the literal reference evaluates and takes on all modules.
+
+    Its passes follow from the scan's sparsities: for each curve every level up to the first failure; one for the
+    baseline, one for the joint score. Raises SystemExit where its own run, on some modules, says anything else.
+    """
+    ran, scanned = sides["literal"], sides["scan"]["sparsity"]
+    some = {module: scanned[module] for module in ran["sparsity"]}
+    if ran["sparsity"] != some:
+        raise SystemExit(f"the scan's sparsities are not the literal reference's: {some}, {ran['sparsity']}")
+    passes, own = (literal_passes(sparsity, levels) for sparsity in (scanned, some))
+    counted = ran["evaluations"]["passes"]
+    if own != counted or ran["evaluations"]["sample_blocks"] != (counted + 1) * pass_sample_blocks:  # 1 puts in order
+        raise SystemExit(f"the literal reference took {counted} passes, expected {own} of {pass_sample_blocks}")
+    share = passes / (own + 1)
+    return {
+        "passes": passes,
+        "sample_blocks": passes * pass_sample_blocks,
+        "passes_run": own,
+        "wall_seconds": ran["wall_seconds"] * share,
+        "cpu_seconds": ran["cpu_seconds"] * share,
+    }
+
+
+def literal_passes(sparsity: Sparsity, levels: Sequence[float]) -> int:
+    """Full passes from the baseline to the joint score, by what sparsities came out."""
+    chosen = [value for axes in sparsity.values() for value in axes.values()]
+    return 2 + sum(min(len(levels), sum(level <= value for level in levels) + 1) for value in chosen)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Positions spread evenly over a sequence in which four kinds take turns, so that each kind comes up."""
+    wanted = min(count, wanted)
+    return sorted({min(count - 1, number * count // wanted + number % 4) for number in range(wanted)})
+
+
+def _settings(overrides: list[str]) -> dict:
+    composed: list[dict] = []
+    compose("calibrate", overrides, lambda settings: composed.append(settings) or 0)
+    return composed[0]
+
+
+def _finished(part: Path, key: Mapping) -> dict | None:
+    """What an earlier, interrupted run measured with the same settings and the same code; None if nothing."""
+    try:
+        saved = json.loads(part.read_text())
+    except (OSError, ValueError):
+        return None
+    return saved["side"] if saved["key"] == json.loads(json.dumps(key)) else None
+
+
+def _digest() -> str:
+    """Of the code that calibrates, and of this."""
+    sources = [*(ROOT / "partial_lora").glob("*.py"), *(ROOT / "scripts").glob("bench_calibration*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = [f"--threads {options.threads}"] if options.threads != 2 else []
+    words += [f"--literal {options.literal}"] if options.literal != 6 else []
+    return " ".join(["python scripts/bench_calibration.py", *words, *(["--quick"] if options.quick else [])])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
