@@ -305,7 +305,7 @@ def exporting(place: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_export_from_another_directory_is_checked_and_says_so(place: Path, trained, tmp_path: Path) -> None:
-    directory, _ = record(place, threshold=0.9, seed=0)
+    directory, _ = record(place, method="partial", threshold=0.9, seed=0)
     cache = str(place / "cache")
     done = command(
         tmp_path, "export", str(directory), "--to", "compact", "--out", "mine", "--check", PARTIAL_LORA_CACHE=cache
@@ -320,7 +320,7 @@ def test_export_from_another_directory_is_checked_and_says_so(place: Path, train
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing_half_written(place: Path, trained, number: signal.Signals) -> None:
-    directory, _ = record(place, threshold=0.9, seed=0)
+    directory, _ = record(place, method="partial", threshold=0.9, seed=0)
     running = exporting(place, str(directory), "--to", "peft", "--check", "--out", "stopped_export/out")
     running.send_signal(number)
     printed, said = running.communicate(timeout=60)
