@@ -169,7 +169,6 @@ class FewShotScore:
 
     def settled(self, module: str) -> None:
         """The weights of a module have been altered for good: from now on the model with them is the intact one."""
-        self._stopped.clear()
         self._reuse.settled(module)
 
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
