@@ -27,11 +27,11 @@ def walked(sizes, right, needed):
 
 
 def test_what_passes_is_decided_by_the_surest_and_what_fails_by_the_least_sure():
-    sizes, needed = [10] * 5, 35
-    assert walked(sizes, [10, 10, 10, 8, 0], needed) == [3, 0, 1, 2]  # 38 of 50: none of the last batch is needed
-    assert walked(sizes, [10, 10, 10, 0, 0], needed) == [3, 4]  # 20 wrong are too many already
-    assert walked(sizes, [10, 10, 10, 4, 1], needed) == [3, 4, 0, 1, 2]  # as close as can be
-    assert walked(sizes, [0, 0, 0, 10, 10], needed) == [3, 0, 4, 1]  # not in their order, and found out
+    sizes, needed = [10] * 7, 45
+    assert walked(sizes, [10, 10, 9, 9, 8, 0, 0], needed) == [4, 3, 2, 0, 1]  # none of the last two is needed
+    assert walked(sizes, [10, 10, 5, 4, 2, 2, 0], needed) == [4, 3, 2, 6]  # 29 wrong are too many already
+    assert walked(sizes, [10, 10, 9, 6, 3, 4, 3], needed) == [4, 3, 2, 6, 5, 1, 0]  # as close as can be
+    assert walked(sizes, [0, 0, 9, 9, 9, 9, 9], needed) == [4, 3, 2, 0, 1, 5, 6]  # not in their order
     assert walked([7], [7], 7) == [0]
     assert walked([4, 3], [4, 3], 8) == []
 
@@ -64,6 +64,22 @@ def test_units_stay_what_they_were():
     assert first["x"].tolist() == [4, 1, 6, 3]
     assert first["labels"].tolist() == [0, 1, 2, 3]
     assert second["x"].tolist() == [2, 0, 5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "finer"),
+    [
+        ([32] * 5, [16] * 10),
+        ([64, 40], [16] * 6 + [8]),
+        ([10, 7], [10, 7]),
+        ([300, 200], [50] * 10),
+        ([8] * 60, [8] * 60),
+    ],
+)
+def test_batches_are_a_tenth_of_the_draw_at_most(sizes, finer):
+    batches = [{"labels": torch.arange(size)} for size in sizes]
+    parts = arranged(batches, [torch.arange(float(size)) for size in sizes], Correctness())
+    assert [len(part["labels"]) for part in parts] == finer
 
 
 def test_what_two_points_have_in_common_is_not_taken_for_the_same(model, monkeypatch):
