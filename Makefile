@@ -3,7 +3,7 @@
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
-#              Algorithm 1 done literally, in about ten minutes (results/bench)
+#              Algorithm 1 done literally, in about a quarter of an hour (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3

@@ -2,8 +2,8 @@
 
 `python scripts/bench_calibration.py` runs a default scan and a bisect of the default model and task with nothing known,
 and the literal reference: every (module, axis, level) one full pass over the whole scored draw, levels upward to the
-first failure. What the reference evaluates follows exactly from the scan's result; it is run, and timed, on some of the
-modules. Writes calibration.json and calibration.md into results/bench. An interrupted run goes on where it was.
+first failure, whose answer the scan's has to be. Writes calibration.json and calibration.md into results/bench. An
+interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from partial_lora.results import write_atomic, write_json
 from partial_lora.scoring import FewShotScore
 from partial_lora.targets import target_names
 
+_ALL = 10**6
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
 
 
@@ -105,7 +106,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, read and checked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--literal", type=int, default=6, help="modules that the literal reference is run on")
+    parser.add_argument("--literal", type=int, default=_ALL, help="modules that the literal reference is run on")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     parser.add_argument("--quick", action="store_true", help="a tiny random model: a test, no measurement")
     options = parser.parse_args(argv)
@@ -191,7 +192,8 @@ def literal_passes(sparsity: Sparsity, levels: Sequence[float]) -> int:
 
 def spread(count: int, wanted: int) -> list[int]:
     """Positions spread evenly over a sequence in which four kinds take turns, so that each kind comes up."""
-    wanted = min(count, wanted)
+    if wanted >= count:
+        return list(range(count))
     return sorted({min(count - 1, number * count // wanted + number % 4) for number in range(wanted)})
 
 
@@ -218,7 +220,7 @@ def _digest() -> str:
 
 def _command(options: argparse.Namespace) -> str:
     words = [f"--threads {options.threads}"] if options.threads != 2 else []
-    words += [f"--literal {options.literal}"] if options.literal != 6 else []
+    words += [f"--literal {options.literal}"] if options.literal != _ALL else []
     return " ".join(["python scripts/bench_calibration.py", *words, *(["--quick"] if options.quick else [])])
 
 

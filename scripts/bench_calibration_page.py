@@ -93,32 +93,36 @@ def _measured(result: Mapping) -> str:
 
 def _sparsities(result: Mapping) -> str:
     other, of = differing(result)
-    some = len(result["sides"]["literal"]["sparsity"])
-    means = {}
+    some, means = _literal_modules(result), {}
     for side in AIMS:
         values = [value for axes in result["sides"][side]["sparsity"].values() for value in axes.values()]
         means[side] = sum(values) / len(values)
     return (
-        f"The scan's are those of the literal reference on the {some} modules that it was run on (a run in which they"
-        f" are not ends without a page). Bisect's differ in {other} of {of} ({other / of:.1%}): curves are not"
+        f"The scan's are those of the literal reference on {some} (a run in which they are not ends without a page)."
+        f" Bisect's differ in {other} of {of} ({other / of:.1%}): curves are not"
         f" monotone. Mean sparsity {means['scan']:.3f} by scan, {means['bisect']:.3f} by bisect; baseline"
         f" {result['sides']['scan']['baseline']:.4f}, joint score {result['sides']['scan']['joint']:.4f} and"
         f" {result['sides']['bisect']['joint']:.4f}."
     )
 
 
+def _literal_modules(result: Mapping) -> str:
+    ran = result["sides"]["literal"]["sparsity"]
+    return "all modules" if len(ran) == len(result["modules"]) else f"{', '.join(ran)}, where it was run"
+
+
 def _method(result: Mapping) -> str:
-    some, settings = result["sides"]["literal"]["sparsity"], result["settings"]
+    settings = result["settings"]
     lines = [
         f"{settings['model']['name']} on {settings['task']['name']}: {len(result['modules'])} modules, rows and"
         f" columns, {result['examples']} scored examples, {settings['model']['image_size']} pixels, threshold"
         f" {settings['calibration']['threshold']}, fp32, threads: {result['threads']}. Nothing is known before.",
         "A sample-block evaluation is one block run on one example. A block of which only a part is computed counts"
         " whole, and so does the pass that puts the examples in order.",
-        "Literal: every (module, axis, level) is one full pass from the input over the whole scored draw, levels upward"
-        " to the first failure; one pass for the baseline and one for the joint score. What it evaluates on all modules"
-        " follows from the sparsities, and the same formula gives what was counted where it was run. Its seconds are"
-        f" those of {len(some)} modules spread over the model, by the number of passes: {', '.join(some)}.",
+        "Literal: every (module, axis, level) is one full pass from the input over the whole scored draw, in the same"
+        " batches, levels upward to the first failure; one pass for the baseline and one for the joint score. What it"
+        " evaluates follows from the sparsities, and the same formula gives what was counted where it was run, on"
+        f" {_literal_modules(result).removesuffix(', where it was run')}. Its seconds on all modules go by the passes.",
         "Seconds are from the first full pass to the joint score; importance, head and data are made before.",
     ]
     return "\n".join(f"- {line}" for line in lines)

@@ -69,14 +69,15 @@ def test_units_stay_what_they_were():
 @pytest.mark.parametrize(
     ("sizes", "finer"),
     [
-        ([32] * 5, [16] * 10),
+        ([32] * 5, [16] * 8 + [8] * 4),
         ([64, 40], [16] * 6 + [8]),
         ([10, 7], [10, 7]),
-        ([300, 200], [50] * 10),
+        ([300, 200], [50] * 8 + [25] * 4),
         ([8] * 60, [8] * 60),
+        ([20], [16, 4]),
     ],
 )
-def test_batches_are_a_tenth_of_the_draw_at_most(sizes, finer):
+def test_batches_are_a_tenth_of_the_draw_at_most_and_then_half_of_that(sizes, finer):
     batches = [{"labels": torch.arange(size)} for size in sizes]
     parts = arranged(batches, [torch.arange(float(size)) for size in sizes], Correctness())
     assert [len(part["labels"]) for part in parts] == finer
