@@ -6,7 +6,7 @@ import pytest
 import torch
 from scored_models import scored_draw
 
-from partial_lora.ordering import arranged, enough, next_batch
+from partial_lora.ordering import arranged, batch_sizes, enough, next_batch
 from partial_lora.rubric import Correctness, Tally
 from partial_lora.scoring import FewShotScore
 
@@ -67,20 +67,22 @@ def test_units_stay_what_they_were():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "finer"),
+    ("sizes", "smaller"),
     [
-        ([32] * 5, [16] * 8 + [8] * 4),
-        ([64, 40], [16] * 6 + [8]),
+        ([32] * 5, [24] * 4 + [16] * 2 + [8] * 4),
+        ([64, 40], [24] * 3 + [16] + [8] * 2),
         ([10, 7], [10, 7]),
-        ([300, 200], [50] * 8 + [25] * 4),
+        ([300, 200], [75] * 4 + [50] * 2 + [25] * 4),
         ([8] * 60, [8] * 60),
-        ([20], [16, 4]),
+        ([20], [20]),
+        ([1], [1]),
     ],
 )
-def test_batches_are_a_tenth_of_the_draw_at_most_and_then_half_of_that(sizes, finer):
+def test_batches_get_smaller_where_most_is_decided(sizes, smaller):
+    assert batch_sizes(sizes) == smaller
     batches = [{"labels": torch.arange(size)} for size in sizes]
     parts = arranged(batches, [torch.arange(float(size)) for size in sizes], Correctness())
-    assert [len(part["labels"]) for part in parts] == finer
+    assert [len(part["labels"]) for part in parts] == smaller
 
 
 def test_what_two_points_have_in_common_is_not_taken_for_the_same(model, monkeypatch):
