@@ -12,8 +12,8 @@ from torch import Tensor
 
 from partial_lora.rubric import Batch, Rubric, Tally
 
-# (Up to this share of the draw, batches of this share of it at most, of that many units at least): small ones where most
-# questions are decided, but what is nearly always seen in as few as can be, since a small batch takes longer for each.
+# (Up to this share of the draw, batches of this share of it at most, of that many units at least): small ones where
+# most questions are decided, but what is nearly always seen in as few as can be, since small batches take longer.
 _BATCHES = ((0.6, 0.15, 24), (0.8, 0.1, 16), (1.0, 0.05, 8))
 _LESS_SURE = 1 / 8  # of those less sure are right: by vit_s14 on digits, where 0.06 to 0.2 save as much
 
