@@ -42,7 +42,8 @@ def estimate(
     words += f" over {examples:,} examples" if examples is not None else ""
     words += f" in {sharing} processes" if sharing > 1 else ""
     words += " for each threshold tried" if asked.budget is not None and not independent else ""
-    return f"{words}, about {duration(passes * seconds / sharing)} by the time of the first"
+    at_most = duration(passes * seconds / sharing)
+    return f"{words}, no more than about {at_most} by the time of the first"
 
 
 def duration(seconds: float) -> str:

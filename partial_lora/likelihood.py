@@ -76,9 +76,6 @@ class OptionLikelihood:
         shares = torch.bincount(torch.cat(positions)).double() / sum(map(len, positions))
         return max(float(shares.max()), float((1 / torch.cat(options)).mean()))
 
-    def whole(self, values: Tensor, labels: Tensor) -> float:
-        raise NotImplementedError("a mean of items")
-
 
 class Loss(Rows):
     """Minus the mean loss: cross entropy of classes, squared error of real labels, cross entropy of the next tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Tally:
 
 
 class Rubric(Protocol):
-    """How answers are valued. `lowest`, `highest`: what a unit adds at least and at most; None if no mean of units."""
+    """How answers are valued. `lowest`, `highest`: what a unit adds at least and at most; None of a WholeRubric."""
 
     lowest: float | None
     highest: float | None
@@ -63,11 +63,16 @@ class Rubric(Protocol):
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         """The units that decide soonest have the largest (units,)."""
 
-    def whole(self, values: Tensor, labels: Tensor) -> float:
-        """The score of all units, where it is no mean of them."""
-
     def chance(self, batches: Sequence[Batch]) -> float | None:
         """What guessing scores; None where that means nothing."""
+
+
+@runtime_checkable
+class WholeRubric(Rubric, Protocol):
+    """A rubric whose score is no mean of units, so that it takes them all."""
+
+    def whole(self, values: Tensor, labels: Tensor) -> float:
+        """The score of all units."""
 
 
 class Rows:
@@ -85,9 +90,6 @@ class Rows:
             raise PartialLoraError(
                 f"labels: expected whole numbers (batch,), found {labels.dtype} {list(labels.shape)}"
             )
-
-    def whole(self, values: Tensor, labels: Tensor) -> float:
-        raise NotImplementedError("a mean of units")
 
 
 class Correctness(Rows):

@@ -22,7 +22,7 @@ from partial_lora.likelihood import Loss, OptionLikelihood
 from partial_lora.metric import METRICS, Metric, Whole
 from partial_lora.ordering import arranged, enough, next_batch
 from partial_lora.reuse import Reuse, logits_of
-from partial_lora.rubric import Batch, Bounds, Correctness, Rubric, Tally
+from partial_lora.rubric import Batch, Bounds, Correctness, Rubric, Tally, WholeRubric
 
 __all__ = ["MEASURES", "BoundedScore", "Bounds", "Evaluations", "FewShotAccuracy", "FewShotScore", "Score", "frozen"]
 
@@ -174,7 +174,7 @@ class FewShotScore:
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
         """Add what the model says of one batch to a tally; False if it says nothing that is a number."""
         values = self.rubric.values(self._logits(model, index, module), self._batches[index])
-        tally.add(index, values, keep=self.rubric.highest is None)
+        tally.add(index, values, keep=isinstance(self.rubric, WholeRubric))
         return bool(values.isfinite().all())
 
     def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
@@ -196,7 +196,7 @@ class FewShotScore:
     def _bounds(self, tally: Tally) -> Bounds:
         """What the score is at least and at most, whatever the units are that have not been seen."""
         rest = self.size - tally.units
-        if self.rubric.highest is None:
+        if isinstance(self.rubric, WholeRubric):
             if rest:
                 return -math.inf, math.inf
             values = torch.cat([tally.values[index] for index in range(len(self._batches))])

@@ -35,7 +35,7 @@ def test_the_estimate_is_said_once_and_is_never_too_low(model, batches, tmp_path
     axes = "rows and columns together" if "axes" in more else "2 axes"
     match = re.fullmatch(
         rf"calibration: 6 modules, {axes}, 4 levels: at most (\d+) passes over 37 examples, "
-        r"about \d+ (s|min) by the time of the first",
+        r"no more than about \d+ (s|min) by the time of the first",
         words,
     )
     assert match
@@ -47,12 +47,12 @@ def test_the_estimate_is_said_once_and_is_never_too_low(model, batches, tmp_path
 def test_without_a_size_no_examples_are_mentioned(model):
     said = []
     calibrate(model, lambda model: 1.0, target_modules=["mlp.fc2"], levels=0.4, say=said.append)
-    assert "at most 13 passes, about" in said[0]
+    assert "at most 13 passes, no more than about" in said[0]
     calibrate(model, lambda model: 1.0, target_modules=["mlp.fc2"], levels=0.4, say=said.append, budget=0.9)
     assert "for each threshold" not in said[1]
     kind = {"scope": "cumulative", "budget": 0.9}
     calibrate(model, lambda model: 1.0, target_modules=["mlp.fc2"], levels=0.4, say=said.append, **kind)
-    assert "at most 13 passes for each threshold tried, about" in said[2]
+    assert "at most 13 passes for each threshold tried, no more than about" in said[2]
 
 
 def test_a_score_that_takes_several_passes_at_first_is_timed_by_the_examples(monkeypatch):
