@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
 from partial_lora.schema import Config
 
@@ -22,6 +23,7 @@ _NOT_SETTINGS = {
     "results_dir",
     "overwrite",
     "task.classes",
+    "task.cache_bytes",
     "calibration.memory",
     "trainer.device",
     "trainer.num_processes",
@@ -83,8 +85,8 @@ def run_id(settings: Mapping) -> str:
         if key not in _NOT_SETTINGS and value != defaults.get(key)
     }
     for key, value in changed.items():
-        if key == "calibration.file" or key.startswith("task.data_files."):
-            changed[key] = _file_digest(value)
+        if key in ("calibration.file", "task.data_files") or key.startswith("task.data_files."):
+            changed[key] = _digest(Path(value))
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -110,9 +112,10 @@ def _flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _file_digest(file: str) -> str:
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    if not path.is_dir():
+        return file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    content = [(file.relative_to(path).as_posix(), file_sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

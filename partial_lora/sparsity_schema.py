@@ -38,7 +38,7 @@ class CalibrationConfig:
     threshold: float = 0.9
     budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
     shots: int = 16
-    share: float = 0.03  # of the training rows, for language tasks
+    share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
     max_samples: Optional[int] = None
     seed: int = 0
     file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
@@ -49,7 +49,7 @@ class CalibrationConfig:
     search: str = "scan"  # bisect: an approximation, since curves are not monotone
     repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
     chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
-    score: str = "auto"  # what is left of the model; auto: accuracy
+    score: str = "auto"  # what is left of the model; auto: the task's primary metric
     reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
     memory: int = 2**31  # bytes that may be kept between passes; changes no result
 
@@ -64,7 +64,7 @@ class CalibrationConfig:
                 "a share in (0, 1] or a whole count of trainable parameters",
             )
         require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
-        require(self.share == 0.03, "calibration.share", self.share, "0.03: it is for language tasks, not there yet")
+        require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
         require(self.seed >= 0, "calibration.seed", self.seed, "0 or more")
         require(
             self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
@@ -81,7 +81,7 @@ class CalibrationConfig:
         one_of("calibration.axes", self.axes, "separate", "joint")
         one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
         one_of("calibration.chance", self.chance, "ignore", "majority")
-        one_of("calibration.score", self.score, "auto", "accuracy", "f1", "matthews", "loss")
+        one_of("calibration.score", self.score, "auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss")
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
         fixed = f"false: calibration.budget={self.budget} has fixed the parameters that a repair would give back"
         require(not (self.repair and self.budget is not None), "calibration.repair", self.repair, fixed)

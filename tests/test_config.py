@@ -55,8 +55,17 @@ def settings(*overrides: str) -> dict:
         ("importance.name=foo", "importance.name"),
         ("task.name=../up", "task.name"),
         ("model.mean=[0.5]", "model.mean"),
-        ("calibration.share=0.5", "calibration.share"),
-        ("task.text_columns=[a]", "task.text_columns"),
+        ("calibration.share=0.6", "calibration.share"),
+        ("task.text_columns=[a,b,c]", "task.text_columns"),
+        ("task.modality=sound", "task.modality"),
+        ("task.metrics=[bleu]", "task.metrics"),
+        ("task.train_samples=0", "task.train_samples"),
+        ("task.data_files=/nowhere", "task.data_files"),
+        ("model.family=diffusion", "model.family"),
+        ("model.dtype=int8", "model.dtype"),
+        ("model.prompts=[a photo]", "model.prompts"),
+        ("model.text_weights=random", "model.text_weights"),
+        ("model.family=clip", "model.text_weights"),
         ("calibration.axes=both", "calibration.axes"),
         ("calibration.scope=backward", "calibration.scope"),
         ("calibration.chance=0.1", "calibration.chance"),
@@ -140,6 +149,7 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
         "trainer.device=cpu",
         "trainer.num_processes=2",
         "calibration.memory=0",
+        "task.cache_bytes=0",
     ],
 )
 def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
@@ -170,6 +180,22 @@ def test_files_enter_the_id_by_content(tmp_path: Path) -> None:
     shutil.copytree(first, second)
     assert identifier(first) == identifier(second)
     (second / "b").write_text("edited rows")
+    assert identifier(first) != identifier(second)
+
+
+def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path) -> None:
+    def identifier(folder: Path) -> str:
+        return config.run_id(settings(f"task.data_files={folder}"))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "cats").mkdir(parents=True)
+    (first / "cats" / "a.png").write_text("pixels")
+    shutil.copytree(first, second)
+    assert identifier(first) == identifier(second)
+    (second / "cats" / "a.png").rename(second / "cats" / "b.png")
+    assert identifier(first) != identifier(second)
+    (second / "cats" / "b.png").rename(second / "cats" / "a.png")
+    (second / "cats" / "a.png").write_text("others")
     assert identifier(first) != identifier(second)
 
 
