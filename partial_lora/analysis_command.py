@@ -12,7 +12,7 @@ from partial_lora.composition import compose
 from partial_lora.errors import PartialLoraError
 
 
-def analyse(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Compose the settings of one analysis or a sweep of them, and do it in this process; gives the exit code.
 
     Raises PartialLoraError where the first word names no analysis.

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from partial_lora.composition import USAGE_ERROR, compose
@@ -18,10 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
             return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]])  # Hydra's grammar, not argparse's
-        if arguments and arguments[0] == "analyse":
-            from partial_lora.analysis_command import analyse
-
-            return analyse(arguments[1:])
+        if arguments and arguments[0] in _MODULES:
+            return import_module(f"partial_lora.{_MODULES[arguments[0]]}").main(arguments[1:])
         return _parsed(arguments)
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
@@ -45,6 +44,9 @@ def _parsed(arguments: list[str]) -> int:
         "calibrate": "find the sparsities alone (the same keys)",
         "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
         "analyse": "how far calibration can be trusted: agreement, reliability, stability or cost (the same keys)",
+        "evaluate": "a finished run on another split or task",
+        "predict": "what a finished run says of images, texts or lines of a file",
+        "theory": "what is proven about random masks, beside simulations",
     }
     for name, text in composed.items():
         commands.add_parser(name, help=text)
@@ -161,8 +163,9 @@ def _info(settings: dict) -> int:
     from partial_lora.budget import masked_units
 
     model, rank, granularity = settings["model"], settings["method"]["rank"], settings["mask"]["granularity"]
-    classes = settings["task"]["classes"] or 2
-    empty = models.empty(architecture=model["architecture"], model_args=model["model_args"], num_labels=classes)
+    classes = 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
+    geometry = {key: model[key] for key in ("family", "architecture", "model_args")}
+    empty = models.empty(**geometry, num_labels=classes)
     shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
     units = masked_units(shapes, rank, granularity)
     sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], *units, settings["calibration"])
@@ -173,11 +176,19 @@ def _info(settings: dict) -> int:
         rank=rank,
         sparsity=sparsity,
         granularity=granularity,
+        new_modules=model["new_modules"],
     )
     console = Console()
     console.print(parameters.table(described))
-    console.print(f"{said}; the head is for {classes} classes", highlight=False)
+    heads = "one number" if classes == 1 else f"{classes} classes"
+    console.print(f"{said}; the head is for {heads}", highlight=False)
     return 0
 
 
+_MODULES = {  # of commands that have a parser of their own
+    "analyse": "analysis_command",
+    "evaluate": "evaluate_command",
+    "predict": "predict_command",
+    "theory": "theory_command",
+}
 _COMMANDS: dict[str, Callable[[dict], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}

@@ -90,6 +90,15 @@ def run_id(settings: Mapping) -> str:
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def with_defaults(settings: Mapping) -> dict:
+    """Recorded settings with the defaults of keys that came later."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(Config))
+    return {
+        key: {**value, **settings.get(key, {})} if isinstance(value, dict) else settings.get(key, value)
+        for key, value in defaults.items()
+    }
+
+
 def run_directory(settings: Mapping) -> Path:
     """Where a run's files go: results_dir/runs/task/model/method-id/seed."""
     names = settings["task"]["name"], settings["model"]["name"], f"{settings['method']['name']}-{run_id(settings)}"

@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas
 from scipy.special import log_softmax
+from sklearn.metrics import f1_score
 
+from partial_lora import metric
 from partial_lora.results import write_atomic
+
+LOWER_IS_BETTER = {"mse"}
+
+
+def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(np.mean(predictions == references))
+
+
+def _f1(predictions: np.ndarray, references: np.ndarray, classes: int) -> float:
+    """F1 of the second of two classes, as GLUE has it; of more classes, the mean over those that occur."""
+    if classes == 2:
+        return float(f1_score(references, predictions, pos_label=1, zero_division=0))
+    return metric.f1(predictions, references)
+
+
+def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(np.mean((predictions - references) ** 2))
+
+
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": metric.matthews,
+    "pearson": metric.pearson,
+    "spearman": metric.spearman,
+    "mse": _mse,
+}
+_SAID = {
+    "accuracy": "Share of predictions that equal their reference.",
+    "f1": "Harmonic mean of precision and recall of the second of two classes, or averaged over more.",
+    "matthews": "Matthews' correlation of predicted and true classes.",
+    "pearson": "Linear correlation.",
+    "spearman": "Correlation of the ranks.",
+    "mse": "Mean squared error.",
+}
 
 
 @cache
-def accuracy():
-    """The share of examples whose predicted label is the true one, as a metric of `evaluate`.
+def offline(name: str):
+    """A metric of `evaluate` by its name.
 
     evaluate fetches its own metric scripts from the hub; a subclass in the package needs no network. Its import is
     slow and must not share a line with that of datasets, hence here.
@@ -24,58 +61,74 @@ def accuracy():
     import datasets
     import evaluate
 
-    class Accuracy(evaluate.Metric):
+    kind = datasets.Value("float64" if name in ("pearson", "spearman", "mse") else "int64")
+
+    class Offline(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
-            integers = datasets.Value("int64")
             return evaluate.MetricInfo(
-                description="Share of predictions that equal their reference.",
+                description=_SAID[name],
                 citation="",
-                inputs_description="predictions and references: class indices",
-                features=datasets.Features({"predictions": integers, "references": integers}),
+                inputs_description="predictions and references: class indices, or numbers",
+                features=datasets.Features({"predictions": kind, "references": kind}),
             )
 
-        def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-            return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+        def _compute(self, predictions: Sequence, references: Sequence, **options: int) -> dict[str, float]:
+            return {name: _FUNCTIONS[name](np.asarray(predictions), np.asarray(references), **options)}
 
-    return Accuracy(keep_in_memory=True)
-
-
-def classification_metrics(prediction) -> dict[str, float]:
-    """Metrics of an EvalPrediction: logits (N, classes) against labels (N,)."""
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    return accuracy().compute(predictions=predicted, references=prediction.label_ids)
+    return Offline(keep_in_memory=True)
 
 
-def split_metrics(output, primary: str) -> dict:
-    """Metrics of a PredictionOutput under their plain names, `primary` naming the main one.
+def predicted(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """What logits (N, outputs) say: the class, or the one output where references are real numbers (N,)."""
+    if np.issubdtype(references.dtype, np.floating):
+        return logits.reshape(len(references))
+    return logits.argmax(axis=-1)
 
-    The loss is the cross entropy averaged over examples, which Trainer's own average over batches is not where the last
-    batch is smaller or, with several processes, filled up.
+
+def metrics_of(names: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The named metrics of logits (N, classes) or (N, 1) against class indices or real numbers (N,)."""
+    said = predicted(logits, references)
+    options = {"f1": {"classes": logits.shape[-1]}}
+    found = {}
+    for name in names:
+        found |= offline(name).compute(predictions=said, references=references, **options.get(name, {}))
+    return found
+
+
+def mean_loss(logits: np.ndarray, references: np.ndarray) -> float:
+    """The cross entropy, or squared error of real numbers, averaged over examples.
+
+    Trainer's own average over batches is not that where the last batch is smaller or, with several processes, filled
+    up.
     """
-    log_chances = np.take_along_axis(log_softmax(output.predictions, axis=-1), output.label_ids[:, None], axis=-1)
-    loss = -log_chances.mean()
-    return {"primary": primary, **classification_metrics(output), "loss": float(loss)}
+    if np.issubdtype(references.dtype, np.floating):
+        return _mse(predicted(logits, references), references)
+    log_chances = np.take_along_axis(log_softmax(logits, axis=-1), references[:, None], axis=-1)
+    return float(-log_chances.mean())
+
+
+def split_metrics(names: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict:
+    """The metrics of a split under their plain names, and its loss; `primary` names the main one, the first."""
+    found = metrics_of(names, logits, references)
+    return {"primary": names[0], **found, "loss": mean_loss(logits, references)}
 
 
 def write_predictions(path: Path, logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> None:
     """Keep what was said about every example, so that two methods can be compared example by example.
 
     One row an example, in the order of the split: index, label, prediction (class indices), their names, score (the
-    softmax probability of the prediction) and the logits.
+    softmax probability of the prediction) and the logits. Of a regression, which has no labels: index, label,
+    prediction and score (the same number), and the logits.
     """
-    probabilities = np.exp(log_softmax(logits, axis=-1))
-    predicted = logits.argmax(axis=-1)
-    frame = pandas.DataFrame(
-        {
-            "index": np.arange(len(logits)),
-            "label": references,
-            "prediction": predicted,
-            "label_name": [labels[index] for index in references],
-            "prediction_name": [labels[index] for index in predicted],
-            "score": probabilities.max(axis=-1),
-            "logits": list(logits.astype(np.float32)),
-        }
-    )
+    said = predicted(logits, references)
+    columns = {"index": np.arange(len(logits)), "label": references, "prediction": said}
+    if labels:
+        columns["label_name"] = [labels[index] for index in references]
+        columns["prediction_name"] = [labels[index] for index in said]
+        columns["score"] = np.exp(log_softmax(logits, axis=-1)).max(axis=-1)
+    else:
+        columns["score"] = said
+    columns["logits"] = list(logits.astype(np.float32))
     buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
+    pandas.DataFrame(columns).to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())

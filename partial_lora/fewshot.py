@@ -1,7 +1,6 @@
 """Calibration on a handful of a task's examples: the two draws, the head fitted on one, the score on the other.
 
-A model pre-trained on something else has no head for the task, and calibration needs its score before any training:
-scikit-learn's LogisticRegression on frozen features of the fit draw.
+The model's head is new, as a rule, so calibration scores it with one that is fitted on the fit draw (heads.py).
 """
 
 from __future__ import annotations
@@ -9,38 +8,34 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from partial_lora import progress
 from partial_lora.cache import cache_dir
 from partial_lora.calibration import Calibration, calibrate
-from partial_lora.errors import PartialLoraError
+from partial_lora.heads import Batch, scored_head
 from partial_lora.importance import NEEDS_DATA, data_scores, scores_of
+from partial_lora.loading import Transform
 from partial_lora.models import weights_digest
-from partial_lora.peers import Alone, Peers, of_first
+from partial_lora.peers import Peers
 from partial_lora.reliability import reliability, split_half
 from partial_lora.scoring import MEMORY, FewShotScore
-from partial_lora.tasks import Draws, ImageTransform, few_shot_draws
+from partial_lora.tasks import Draws
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
 _BATCH = 32
-_ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 
-Batch = dict[str, Tensor]
 Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
 
 
-def batches_of(train: Dataset, rows: np.ndarray, transform: ImageTransform) -> list[Batch]:
+def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:
     """A draw as the model sees it."""
     return transform.batches(train.select(rows), _BATCH)
 
@@ -48,7 +43,7 @@ def batches_of(train: Dataset, rows: np.ndarray, transform: ImageTransform) -> l
 def importance_few_shot(
     model: nn.Module,
     train: Dataset,
-    transform: ImageTransform,
+    transform: Transform,
     *,
     measure: str,
     modules: Sequence[str],
@@ -56,11 +51,12 @@ def importance_few_shot(
     head: str,
     seed: int,
     options: Mapping,
+    new_head: bool = True,
 ) -> Scores:
     """Importance of every row and column of the modules, by a measure's name.
 
-    A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own; any other
-    sees the weights alone.
+    A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
+    that one is not new; any other sees the weights alone.
     """
     targets = {name: model.get_submodule(name) for name in modules}
     if measure not in NEEDS_DATA:
@@ -69,14 +65,14 @@ def importance_few_shot(
             for name, module in targets.items()
         }
     fit = batches_of(train, draws.fit, transform)
-    with few_shot_head(model, head, fit):
+    with scored_head(model, head, fit, new_head):
         return data_scores(measure, model, targets, fit, seed=seed, options=options)
 
 
 def calibrate_few_shot(
     model: nn.Module,
     train: Dataset,
-    transform: ImageTransform,
+    transform: Transform,
     *,
     scores: Scores,
     importance: Mapping[str, object],
@@ -87,8 +83,7 @@ def calibrate_few_shot(
     blocks: str | None,
     threshold: float,
     budget: float | None,
-    shots: int,
-    max_samples: int | None,
+    drawn: Mapping[str, object],
     seed: int,
     levels: float,
     max_sparsity: float,
@@ -97,9 +92,10 @@ def calibrate_few_shot(
     scope: str = "independent",
     repair: bool = False,
     chance: str = "ignore",
-    score: str = "auto",
+    score: str = "accuracy",
     memory: int = MEMORY,
-    draws: Draws | None = None,
+    draws: Draws,
+    new_head: bool = True,
     peers: Peers | None = None,
     stage: str = "calibrate",
 ) -> Calibration:
@@ -109,15 +105,15 @@ def calibrate_few_shot(
         train: the training rows that both draws come from.
         scores: importance of rows and columns by module; `importance` says how it was measured.
         architecture: what, beside its weights, decides what the model computes.
-        head: the module that is fitted on the fit draw; left as it was found.
+        head: the module that is fitted on the fit draw, where it is new; left as it was found.
+        drawn: in words of settings, how the two draws were made; recorded, no more.
         chance: "majority" where the threshold is of what the score is above that of always the largest class.
-        score: what is left of the model, a name of `scoring.MEASURES`; "auto" is accuracy. memory: bytes it may keep.
+        score: what is left of the model, a name of `scoring.MEASURES`. memory: bytes it may keep.
         stage: what progress is told of.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
-        draws: the two draws, where they are not to be `shots`, `max_samples` and `seed`'s of `train`.
-        The others as in `calibration.calibrate` and `tasks.few_shot_draws`.
+        draws: the two draws of `train`.
+        The others as in `calibration.calibrate`.
     """
-    draws = draws or few_shot_draws(train["label"], shots=shots, seed=seed, max_samples=max_samples)
     fit, scored = (batches_of(train, rows, transform) for rows in (draws.fit, draws.scored))
     decides = {
         "version": VERSION,
@@ -128,14 +124,13 @@ def calibrate_few_shot(
         "max_sparsity": max_sparsity,
         "search": search,
     }
-    measure = "accuracy" if score == "auto" else score
-    if measure != "accuracy":  # which calibrations were of before there was another
-        decides["score"] = measure
-    key = _key(weights_digest(model, exclude=head), (*fit, *scored), decides)
-    with few_shot_head(model, head, fit, peers):
+    if score != "accuracy":  # which calibrations were of before there was another
+        decides["score"] = score
+    key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)
+    with scored_head(model, head, fit, new_head, peers):
         return calibrate(
             model,
-            FewShotScore(model, scored, measure, blocks, memory),
+            FewShotScore(model, scored, score, blocks, memory),
             target_modules=list(scores),
             importance=dict(scores),
             threshold=threshold,
@@ -146,7 +141,7 @@ def calibrate_few_shot(
             levels=levels,
             max_sparsity=max_sparsity,
             seed=seed,
-            settings=decides | {"shots": shots, "max_samples": max_samples, "seed": seed, "key": key},
+            settings=decides | dict(drawn) | {"seed": seed, "key": key},
             store=cache_dir() / "calibrations" / f"{key}.json",
             axes=axes,
             scope=scope,
@@ -159,7 +154,7 @@ def calibrate_few_shot(
 
 
 def halves_few_shot(
-    model: nn.Module, train: Dataset, transform: ImageTransform, *, draws: Draws, seed: int, **asked: Any
+    model: nn.Module, train: Dataset, transform: Transform, *, draws: Draws, seed: int, **asked: Any
 ) -> dict:
     """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
 
@@ -190,59 +185,3 @@ def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping
             digest.update(batch[name].contiguous().numpy().tobytes())
     digest.update(json.dumps(decides, sort_keys=True).encode())
     return digest.hexdigest()[:32]
-
-
-@torch.no_grad()
-def features(model: nn.Module, head: str, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """What enters the head for every example (N, d), and the labels (N,)."""
-    entering: list[Tensor] = []
-    hook = model.get_submodule(head).register_forward_pre_hook(
-        lambda module, inputs: entering.append(inputs[0].float())
-    )
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
-    finally:
-        hook.remove()
-        model.train(training)
-    labels = torch.cat([batch["labels"] for batch in batches])
-    return torch.cat(entering).cpu().numpy(), labels.numpy()
-
-
-def logistic_head(inputs: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weight (classes, d) and bias (classes,) of a multinomial logistic regression with C = 1.
-
-    A class without an example gets a zero row and a bias that no other logit falls below.
-    """
-    regression = LogisticRegression(C=1.0, max_iter=_ITERATIONS).fit(inputs, labels)
-    coefficients, intercepts = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # scikit-learn keeps the one logit of the second class against the first
-        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-        intercepts = np.concatenate([-intercepts / 2, intercepts / 2])
-    weight = np.zeros((classes, inputs.shape[1]), dtype=np.float32)
-    bias = np.full(classes, -1e4, dtype=np.float32)
-    weight[regression.classes_], bias[regression.classes_] = coefficients, intercepts
-    return weight, bias
-
-
-@contextmanager
-def few_shot_head(model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None) -> Iterator[None]:
-    """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
-
-    peers: the processes that all need the very same head; the first one fits it.
-    """
-    layer = model.get_submodule(head)
-    if not isinstance(layer, nn.Linear) or layer.bias is None:
-        raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
-    own = {name: value.clone() for name, value in layer.state_dict().items()}
-    weight, bias = of_first(
-        peers or Alone(), lambda: logistic_head(*features(model, head, batches), classes=layer.out_features)
-    )
-    try:
-        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-        yield
-    finally:
-        layer.load_state_dict(own)

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partial_lora import results
+from partial_lora.config import with_defaults
 from partial_lora.errors import PartialLoraError
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that ended well: its directory, and its resolved settings as they were recorded."""
+    """A run that ended well: its directory, its resolved settings and its record.
+
+    Settings that were recorded before a key was there have its default.
+    """
 
     directory: Path
     settings: dict
+    result: dict
 
     @property
     def adapter(self) -> Path:
@@ -31,10 +36,13 @@ class FinishedRun:
         return (self.adapter / "partial_lora.json").is_file()
 
     def labels(self) -> list[str]:
-        """The names of the classes, in the order of the logits, from the run's own predictions.
+        """The names of the classes, in the order of the logits; of a regression none.
 
-        A class that no test row has and that was never predicted is called by its index.
+        A record that was made before labels were kept has them in its predictions alone, where a class that no test row
+        has and that was never predicted is called by its index.
         """
+        if "labels" in self.result:
+            return list(self.result["labels"])
         import pandas
 
         path = self.directory / results.PREDICTIONS
@@ -74,4 +82,4 @@ def finished_run(directory: Path) -> FinishedRun:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
     except (KeyError, TypeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
-    return FinishedRun(directory, settings)
+    return FinishedRun(directory, with_defaults(settings), result)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from partial_lora import progress
+from partial_lora.callbacks import Progress, StopOnNonFinite
 from partial_lora.errors import PartialLoraError
-
-logger = logging.getLogger(__name__)
+from partial_lora.evaluation import LOWER_IS_BETTER, metrics_of
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = (  # of the trainer group, as `trainer` takes them
@@ -32,57 +33,19 @@ SETTINGS = (  # of the trainer group, as `trainer` takes them
     "max_grad_norm",
     "num_workers",
 )
+_MOST_WORKERS = 8  # that load data for one accelerator
 
 
-class _Progress(TrainerCallback):
-    """Tells the parent which step training or evaluation is at, and the log what Trainer measured."""
+class ByLength(LengthGroupedSampler):
+    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one."""
 
-    def __init__(self) -> None:
-        self._stage, self._batches = "evaluate", 0
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._stage = "validate"
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._stage = "evaluate"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        progress.emit("train", state.global_step, state.max_steps, **({} if loss is None else {"loss": loss}))
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        self._batches += 1
-        progress.emit(self._stage, self._batches, len(eval_dataloader))
-        if self._batches == len(eval_dataloader):
-            self._batches = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
-
-
-class _StopOnNonFinite(TrainerCallback):
-    """Ends the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
-
-    In fp16 such a step is routine, and skipped by the gradient scaler; there only a loss that is not finite ends it.
-    """
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            self._stop(state.global_step, logs.get("learning_rate", args.learning_rate))
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if args.fp16:
-            return
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            self._stop(state.global_step + 1, optimizer.param_groups[0]["lr"])
-
-    def _stop(self, step: int, learning_rate: float) -> None:
-        raise PartialLoraError(
-            f"the loss is not finite at step {step} with learning rate {learning_rate:.3g}: "
-            "lower trainer.learning_rate, or set trainer.mixed_precision=no"
-        )
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
 
 
 class _Trainer(Trainer):
@@ -92,6 +55,10 @@ class _Trainer(Trainer):
     processes, which share a short batch unevenly, would compute something else than one. Evaluation leaves none out.
     """
 
+    def __init__(self, *, length_grouped: bool, **settings) -> None:
+        super().__init__(**settings)
+        self._length_grouped = length_grouped
+
     def get_train_dataloader(self):
         whole = len(self.train_dataset) >= self.args.train_batch_size * self.args.world_size
         self.args.dataloader_drop_last = whole
@@ -99,6 +66,38 @@ class _Trainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = False
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Texts of like length together, in batches of all processes: what one process alone would have drawn.
+
+        Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
+        """
+        if not self._length_grouped:
+            return super()._get_train_sampler(train_dataset)
+        lengths = list(self.train_dataset["length"])
+        return ByLength(self.args.train_batch_size * self.args.world_size, lengths, self.args.data_seed)
+
+
+def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+    """The cross entropy, or squared error of real labels, summed over a batch and divided by `num_items_in_batch`.
+
+    That is the number of examples of the whole optimizer step, over all processes; None stands for this batch's.
+    transformers' text classifiers average over their own part of the step, and so multiply loss and gradient by the
+    number of parts (transformers issue 47688).
+    """
+    logits = outputs.logits.float()
+    if labels.is_floating_point():
+        total = F.mse_loss(logits.view(labels.shape), labels.float(), reduction="sum")
+    else:
+        total = F.cross_entropy(logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def loading_processes(requested: int | None, device: str, world_size: int) -> int:
+    """How many processes load data for this one: none on a CPU, which they would only compete for."""
+    if requested is not None:
+        return requested
+    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
 
 
 def mixed_precision(requested: str, device: str) -> str:
@@ -119,9 +118,9 @@ def trainer(
     *,
     train: Dataset,
     validation: Dataset,
+    collate: Callable[[Sequence], dict[str, Tensor]],
     directory: Path,
-    metrics: Callable,
-    primary: str,
+    metrics: Sequence[str],
     device: str,
     precision: str,
     world_size: int,
@@ -135,13 +134,15 @@ def trainer(
     weight_decay: float,
     warmup: float,
     max_grad_norm: float,
-    num_workers: int,
+    num_workers: int | None = None,
+    length_grouped: bool = False,
 ) -> Trainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
     AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch. Data have the columns pixel_values and labels.
+    steps, or every epoch; the first of `metrics` says which did best. `collate` makes a batch of rows. Where
+    `length_grouped`, rows have a column `length`, and those of like length are put in one batch.
     """
     if batch_size % world_size:
         raise PartialLoraError(
@@ -175,25 +176,29 @@ def trainer(
         save_steps=steps,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model=primary,
-        greater_is_better=True,
+        metric_for_best_model=metrics[0],
+        greater_is_better=metrics[0] not in LOWER_IS_BETTER,
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_num_workers=num_workers,
+        label_names=["labels"],
+        dataloader_num_workers=loading_processes(num_workers, device, world_size),
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
     fit = _Trainer(
+        length_grouped=length_grouped,
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        compute_metrics=metrics,
-        callbacks=[_Progress(), _StopOnNonFinite()],
+        data_collator=collate,
+        compute_loss_func=loss_of_batch,
+        compute_metrics=lambda said: metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),
+        callbacks=[Progress(), StopOnNonFinite()],
     )
     fit.remove_callback(PrinterCallback)
     fit.remove_callback(ProgressCallback)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from partial_lora import models
+from partial_lora import loading
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.finished import FinishedRun
@@ -29,13 +29,13 @@ from partial_lora.saved_model import save_model
 _BOUND = 1e-5
 
 _SAMPLES = 4  # inputs that logits are compared on
+_WORDS = ["the", "film", "was", "long", "but", "every", "scene", "of", "it", "had", "something", "to", "say"]
 
 
 def base_model(run: FinishedRun) -> PreTrainedModel:
     """The run's base model as it was before training, but for its head, which the run's adapter has of its own."""
-    names = ("name", "weights", "architecture", "model_args", "image_size")
     with _quiet():
-        return models.load(labels=run.labels(), **{name: run.settings["model"][name] for name in names})
+        return loading.model_of(run.settings["model"], run.labels())
 
 
 def adapted_model(run: FinishedRun) -> PeftModel:
@@ -124,9 +124,13 @@ def _prove_merged(run: FinishedRun, folder: Path) -> str:
 
 
 def _inputs(run: FinishedRun) -> dict[str, Tensor]:
-    size = run.settings["model"]["image_size"]
+    """Random pixels, or sentences of random length; one of each batch is padded."""
     generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
+    if loading.modality(run.settings["model"]) == "image":
+        size = run.settings["model"]["image_size"]
+        return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
+    transform = loading.transform_of(run.settings["model"])
+    return dict(transform.of_inputs([" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]))
 
 
 def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

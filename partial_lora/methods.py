@@ -31,7 +31,8 @@ class Setting:
     """What a method may use.
 
     `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, and `scores` the importance it chose by,
-    {module: (rows, columns)}; both are None for a method that is not calibrated.
+    {module: (rows, columns)}; both are None for a method that is not calibrated. `new_modules` have no pre-trained
+    weights and train whole, as the head does.
     """
 
     target_modules: Sequence[str]
@@ -44,6 +45,7 @@ class Setting:
     count: str = "exact"
     sparsity: Sparsity | None = None
     scores: Scores | None = None
+    new_modules: Sequence[str] = ()
 
     def lora(self) -> dict:
         """The arguments that every low-rank adapter here shares."""
@@ -52,7 +54,7 @@ class Setting:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": list(self.target_modules),
-            "modules_to_save": [self.head],
+            "modules_to_save": [self.head, *self.new_modules],
         }
 
     def masked(self) -> dict:

@@ -59,15 +59,17 @@ def describe(
     rank: int,
     sparsity: Sparsity | None,
     granularity: str = "rows_columns",
+    new_modules: Sequence[str] = (),
 ) -> dict[str, int | float | None]:
     """What training this model would hold and write, read off its shapes alone (the meta device is enough).
 
     `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. Gives the counts of
     result.json's `parameters`; `targets`, the number of adapted modules; and bytes: `adapter_bytes` of the tensors in a
-    saved adapter (PEFT's format, zeros where masked, the head included), `compact_bytes` with the kept entries alone,
-    `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
+    saved adapter (PEFT's format, zeros where masked, the head and `new_modules` included), `compact_bytes` with the
+    kept entries alone, `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
     """
-    head_count = sum(parameter.numel() for parameter in _submodule(model, head).parameters())
+    whole = _trained_whole(model, head, new_modules)
+    head_count = sum(parameter.numel() for module in whole for parameter in module.parameters())
     shapes = {} if sparsity is None else target_shapes(model, target_modules, head)
     adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
     trainable = adapter["trainable"] + head_count
@@ -83,19 +85,22 @@ def describe(
     }
 
 
-def measured(model: nn.Module, head: str, adapter: str = "default") -> dict[str, int | float | None]:
+def measured(
+    model: nn.Module, head: str, adapter: str = "default", new_modules: Sequence[str] = ()
+) -> dict[str, int | float | None]:
     """The parameters of a model that is set up to train, counted on its tensors, never on what was asked.
 
     `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; dense is the size
-    of the `.weight` of every lora_A and lora_B. Raises PartialLoraError, naming it, where a parameter outside the
-    adapter and the head trains: no column of a table would count it.
+    of the `.weight` of every lora_A and lora_B; `new_modules`, which train whole, too, are counted with the head.
+    Raises PartialLoraError, naming it, where a parameter outside of these trains: no column of a table would count it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     parts = [part for layer in layers for part in _tensors(layer, adapter)]
-    head_module = _submodule(model, head)  # under PEFT with the frozen head it was copied from
+    # Under PEFT, each with the frozen module it was copied from.
+    heads = _trained_whole(model, head, new_modules)
     adapters = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
-    counted_apart = {id(parameter) for holder in (head_module, *adapters) for parameter in holder.parameters()}
+    counted_apart = {id(parameter) for holder in (*heads, *adapters) for parameter in holder.parameters()}
     base = 0
     for name, parameter in model.named_parameters():
         if id(parameter) in counted_apart:
@@ -107,7 +112,7 @@ def measured(model: nn.Module, head: str, adapter: str = "default") -> dict[str,
         base=base,
         dense=sum(weight.numel() for weight, _ in parts),
         trainable=sum(_trainable(held) for _, held in parts),
-        head=_trainable(head_module.parameters()),
+        head=sum(_trainable(module.parameters()) for module in heads),
     )
 
 
@@ -147,11 +152,16 @@ def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, in
     }
 
 
-def _submodule(model: nn.Module, head: str) -> nn.Module:
-    try:
-        return model.get_submodule(head)
-    except AttributeError as error:
-        raise PartialLoraError(f"model.head={head}: {type(model).__name__} has no module of that name") from error
+def _trained_whole(model: nn.Module, head: str, new_modules: Sequence[str]) -> list[nn.Module]:
+    """The head, and what else trains without an adapter."""
+    found = []
+    for key, name in [("head", head), *(("new_modules", name) for name in new_modules)]:
+        try:
+            found.append(model.get_submodule(name))
+        except AttributeError as error:
+            kind = type(model).__name__
+            raise PartialLoraError(f"model.{key}={name}: {kind} has no module of that name") from error
+    return found
 
 
 def _tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[torch.Tensor, list[nn.Parameter]]]:

@@ -23,9 +23,12 @@ def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray
     """Two disjoint halves of a draw, as ascending indices, the same ones for a seed.
 
     Every class is halved at random. One with an odd number of examples gives its last to the half that has fewer, so
-    neither the halves nor their classes differ by more than one. Raises PartialLoraError for fewer than two examples.
+    neither the halves nor their classes differ by more than one; real labels are of one class. Raises
+    PartialLoraError for fewer than two examples.
     """
     labels = np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.floating):
+        labels = np.zeros(len(labels), dtype=np.int64)
     if len(labels) < 2:
         raise PartialLoraError(f"split-half: expected at least 2 scored examples, found {len(labels)}")
     generator = np.random.default_rng(seed)

@@ -8,11 +8,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import set_seed
 
-from partial_lora import models, tasks
+from partial_lora import loading, tasks
 from partial_lora.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.calibration import Calibration, calibrate
-from partial_lora.fewshot import batches_of, calibrate_few_shot, few_shot_head, importance_few_shot
+from partial_lora.fewshot import batches_of, calibrate_few_shot, importance_few_shot
+from partial_lora.heads import scored_head
 from partial_lora.importance import OPTIONS, Scores
+from partial_lora.loading import named
 from partial_lora.scoring import Evaluations, FewShotScore
 from partial_lora.stability import noisy_labels
 from partial_lora.targets import target_linears
@@ -33,13 +35,12 @@ class Subject:
         model = settings["model"]
         self._settings = settings
         self.device = join(settings["trainer"]["device"]).device
-        self._task = tasks.load(**_named(settings["task"], *tasks.SETTINGS))
-        self._transform = tasks.ImageTransform(**_named(model, "image_size", "mean", "std", "interpolation"))
+        self._task = loading.task_of(settings)
+        self._transform = loading.transform_of(model)
         set_seed(settings["seed"])
-        self._model = models.load(
-            labels=list(self._task.labels),
-            **_named(model, "name", "weights", "architecture", "model_args", "image_size"),
-        ).to(self.device)
+        self._model = loading.model_of(model, self._task.labels).to(self.device)
+        self._new_head = loading.has_new_head(model)
+        self._score = loading.calibration_score(settings, self._task)
         targets = target_linears(self._model, model["target_modules"], head=model["head"])
         self.shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
 
@@ -55,9 +56,8 @@ class Subject:
         return len(self._model.get_submodule(name)) if name else 1
 
     def draws(self, **changes: int) -> tasks.Draws:
-        """The two draws; `changes` are of `shots`, `max_samples` and `seed`."""
-        chosen = _named(self._settings["calibration"], "shots", "max_samples", "seed") | changes
-        return tasks.few_shot_draws(self.train["label"], **chosen)
+        """The two draws; `changes` are of `shots` and `seed`."""
+        return loading.draws_of(self._settings, self.train, **changes)
 
     def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[Dataset, tasks.Draws]:
         """The examples of both draws with a share of each draw's labels wrong, and the draws among them."""
@@ -85,7 +85,8 @@ class Subject:
             draws=draws,
             head=self._settings["model"]["head"],
             seed=self._settings["calibration"]["seed"] if seed is None else seed,
-            options=_named(self._settings["importance"], *OPTIONS[measure]),
+            options=named(self._settings["importance"], *OPTIONS[measure]),
+            new_head=self._new_head,
         )
 
     def calibration(self, draws: tasks.Draws, *, train: Dataset | None = None, **changes: int) -> Calibration:
@@ -102,22 +103,24 @@ class Subject:
             self._transform,
             scores=self.importance(measure, draws, train=train, seed=chosen["seed"]),
             draws=draws,
-            importance={"seed": chosen["seed"]} | _named(self._settings["importance"], "name", *OPTIONS[measure]),
-            architecture=_named(self._settings["model"], "architecture", "model_args"),
+            importance={"seed": chosen["seed"]} | named(self._settings["importance"], "name", *OPTIONS[measure]),
+            architecture=named(self._settings["model"], "architecture", "model_args"),
             rank=self._settings["method"]["rank"],
             granularity=self._settings["mask"]["granularity"],
-            **_named(self._settings["model"], "head", "blocks"),
-            **_named(chosen, *_FOUND_BY, "chance", "score", "memory", "shots", "max_samples", "seed", "search"),
+            **named(self._settings["model"], "head", "blocks"),
+            new_head=self._new_head,
+            score=self._score,
+            drawn=loading.drawn_by(self._settings | {"calibration": chosen}),
+            **named(chosen, *_FOUND_BY, "chance", "memory", "seed", "search"),
         )
 
     def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, Evaluations]:
         """A calibration that nothing is known for, and what its score counted."""
         fit, scored = (batches_of(self.train, rows, self._transform) for rows in (draws.fit, draws.scored))
         scores, chosen = self.importance(self._settings["importance"]["name"], draws), self._settings["calibration"]
-        measure = "accuracy" if chosen["score"] == "auto" else chosen["score"]
-        with few_shot_head(self._model, self._settings["model"]["head"], fit):
+        with scored_head(self._model, self._settings["model"]["head"], fit, self._new_head):
             blocks = self._settings["model"]["blocks"]
-            score = FewShotScore(self._model, scored, measure, blocks, chosen["memory"])
+            score = FewShotScore(self._model, scored, self._score, blocks, chosen["memory"])
             calibration = calibrate(
                 self._model,
                 score,
@@ -127,7 +130,7 @@ class Subject:
                 granularity=self._settings["mask"]["granularity"],
                 search=search,
                 above_chance=chosen["chance"] == "majority",
-                **_named(chosen, *_FOUND_BY),
+                **named(chosen, *_FOUND_BY),
             )
         return calibration, score.evaluations
 
@@ -135,8 +138,3 @@ class Subject:
         """The share of dense LoRA's parameters that an adapter of these sparsities trains."""
         units = masked_units(self.shapes, self._settings["method"]["rank"], self._settings["mask"]["granularity"])
         return kept_parameters(*units, sparsity) / dense_parameters(*units)
-
-
-def _named(settings: Mapping, *names: str) -> dict:
-    """The named arguments that a group of settings gives a function."""
-    return {name: settings[name] for name in names}

@@ -15,11 +15,23 @@ from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import calibration_figures, evaluation, figures, fit, methods, models, parameters, results, tasks
+from partial_lora import (
+    calibration_figures,
+    evaluation,
+    figures,
+    fit,
+    loading,
+    methods,
+    models,
+    parameters,
+    results,
+    tasks,
+)
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot, halves_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
+from partial_lora.loading import named
 from partial_lora.peers import Peers, of_first
 from partial_lora.record import timed
 from partial_lora.reliability import verdict
@@ -27,9 +39,6 @@ from partial_lora.targets import target_names
 from partial_lora.world import join
 
 logger = logging.getLogger(__name__)
-
-_PRIMARY = "accuracy"
-_DRAWN_BY = ("shots", "max_samples", "seed")  # the keys of `calibration` that decide the few-shot draws
 
 
 def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
@@ -46,13 +55,11 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["device"] = world.device
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = tasks.load(**_named(settings["task"], *tasks.SETTINGS))
-    transform = tasks.ImageTransform(**_named(settings["model"], "image_size", "mean", "std", "interpolation"))
+    task = loading.task_of(settings)
+    transform = loading.transform_of(settings["model"])
+    record["labels"] = list(task.labels)
     set_seed(seed)
-    model = models.load(
-        labels=list(task.labels),
-        **_named(settings["model"], "name", "weights", "architecture", "model_args", "image_size"),
-    ).to(world.device)
+    model = loading.model_of(settings["model"], task.labels).to(world.device)
     targets = target_names(model, settings["model"]["target_modules"], head=settings["model"]["head"])
 
     # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
@@ -60,10 +67,10 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     calibration, scores = None, None
     if methods.is_calibrated(method) or stage == "calibrate":
         with timed(record, "calibrate"):
-            draws = tasks.few_shot_draws(task.train["label"], **_named(settings["calibration"], *_DRAWN_BY))
+            draws = loading.draws_of(settings, task.train)
             # One process measures importance for all of them, to the bit; what it decides on is then shared out.
             scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
-            given, asked = (model, task.train, transform), _asked(settings, scores, draws, world)
+            given, asked = (model, task.train, transform), _asked(settings, task, scores, draws, world)
             calibration = _calibration(settings["calibration"]["file"], given, asked)
         agreement = {}
         if settings["calibration"]["reliability"]:
@@ -84,31 +91,36 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     set_seed(seed)
     mask_seed = settings["mask"]["seed"]
     setting = methods.Setting(
-        **_named(settings["model"], "target_modules", "head"),
-        **_named(settings["method"], "rank", "alpha", "dropout"),
-        **_named(settings["mask"], "granularity", "count"),
+        **named(settings["model"], "target_modules", "head", "new_modules"),
+        **named(settings["method"], "rank", "alpha", "dropout"),
+        **named(settings["mask"], "granularity", "count"),
         mask_seed=seed if mask_seed is None else mask_seed,
         sparsity=calibration.sparsity if calibration else None,
         scores=scores,
     )
     adapted = method(model, setting)
-    record["parameters"] = parameters.measured(adapted, settings["model"]["head"])
+    record["parameters"] = parameters.measured(adapted, **named(settings["model"], "head", "new_modules"))
     record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
     # Training, on the kept entries and the head.
+    if settings["model"]["gradient_checkpointing"]:
+        models.enable_gradient_checkpointing(adapted)
+    kept = settings["task"]["cache_bytes"]
+    rows = {split: transform.prepare(getattr(task, split), cache_bytes=kept) for split in tasks.SPLITS}
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
-        train=task.train.with_transform(transform),
-        validation=task.validation.with_transform(transform),
+        train=rows["train"],
+        validation=rows["validation"],
+        collate=transform.collate,
+        length_grouped=transform.lengths,
         directory=directory,
-        metrics=evaluation.classification_metrics,
-        primary=_PRIMARY,
+        metrics=task.metrics,
         device=world.device,
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
-        **_named(settings["trainer"], *fit.SETTINGS),
+        **named(settings["trainer"], *fit.SETTINGS),
     )
     with timed(record, "train"):
         trained = trainer.train()
@@ -116,17 +128,15 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
-        validation = trainer.predict(task.validation.with_transform(transform))
-        test = trainer.predict(task.test.with_transform(transform))
-    record["metrics"] = {
-        "train": {"primary": "loss", "loss": trained.training_loss},
-        "validation": evaluation.split_metrics(validation, _PRIMARY),
-        "test": evaluation.split_metrics(test, _PRIMARY),
+        said = {split: trainer.predict(rows[split]) for split in ("validation", "test")}
+    record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}} | {
+        split: evaluation.split_metrics(task.metrics, each.predictions, each.label_ids) for split, each in said.items()
     }
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
     if world.is_main:
+        test = said["test"]
         evaluation.write_predictions(directory / results.PREDICTIONS, test.predictions, test.label_ids, task.labels)
         _save_adapter(adapted, directory / results.ADAPTER)
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
@@ -134,22 +144,17 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         fit.remove_checkpoints(directory)
 
 
-def _named(settings: dict, *names: str) -> dict:
-    """The named arguments that a group of settings gives a function."""
-    return {name: settings[name] for name in names}
-
-
 def _importance(
     settings: dict,
     task: tasks.Task,
-    transform: tasks.ImageTransform,
+    transform: loading.Transform,
     model: nn.Module,
     targets: list[str],
     draws: tasks.Draws,
 ) -> methods.Scores:
     """Importance of every row and column of the modules that are to be adapted."""
     measure, head = settings["importance"]["name"], settings["model"]["head"]
-    options = _named(settings["importance"], *OPTIONS[measure])
+    options = named(settings["importance"], *OPTIONS[measure])
     return importance_few_shot(
         model,
         task.train,
@@ -160,10 +165,11 @@ def _importance(
         head=head,
         seed=settings["calibration"]["seed"],
         options=options,
+        new_head=loading.has_new_head(settings["model"]),
     )
 
 
-def _asked(settings: dict, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
+def _asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
     """What is asked of the few-shot draws (`calibrate_few_shot`)."""
     chosen, measure = settings["calibration"], settings["importance"]["name"]
     return {
@@ -172,11 +178,14 @@ def _asked(settings: dict, scores: methods.Scores, draws: tasks.Draws, peers: Pe
         "peers": peers,
         "rank": settings["method"]["rank"],
         "granularity": settings["mask"]["granularity"],
-        "importance": {"seed": chosen["seed"]} | _named(settings["importance"], "name", *OPTIONS[measure]),
-        "architecture": _named(settings["model"], "architecture", "model_args"),
-        **_named(settings["model"], "head", "blocks"),
-        **_named(chosen, *_DRAWN_BY, "threshold", "budget", "levels", "max_sparsity", "search"),
-        **_named(chosen, "axes", "scope", "repair", "chance", "score", "memory"),
+        "importance": {"seed": chosen["seed"]} | named(settings["importance"], "name", *OPTIONS[measure]),
+        "architecture": named(settings["model"], "architecture", "model_args"),
+        "new_head": loading.has_new_head(settings["model"]),
+        "drawn": loading.drawn_by(settings),
+        "score": loading.calibration_score(settings, task),
+        **named(settings["model"], "head", "blocks"),
+        **named(chosen, "seed", "threshold", "budget", "levels", "max_sparsity", "search"),
+        **named(chosen, "axes", "scope", "repair", "chance", "memory"),
     }
 
 

@@ -25,11 +25,12 @@ from bench_adapter import ROOT, describe_machine
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import models, tasks
+from partial_lora import loading
 from partial_lora.calibration import calibrate, sparsity_levels
 from partial_lora.calibration_file import Sparsity
 from partial_lora.composition import compose
-from partial_lora.fewshot import batches_of, few_shot_head, importance_few_shot
+from partial_lora.fewshot import batches_of, importance_few_shot
+from partial_lora.heads import few_shot_head
 from partial_lora.results import write_atomic, write_json
 from partial_lora.scoring import FewShotScore
 from partial_lora.targets import target_names
@@ -53,14 +54,11 @@ class Question:
 
     def __init__(self, settings: Mapping) -> None:
         model, chosen = settings["model"], settings["calibration"]
-        task = tasks.load(**{name: settings["task"][name] for name in tasks.SETTINGS})
-        transform = tasks.ImageTransform(**{key: model[key] for key in ("image_size", "mean", "std", "interpolation")})
+        task, transform = loading.task_of(settings), loading.transform_of(model)
         set_seed(settings["seed"])
-        loaded = ("name", "weights", "architecture", "model_args", "image_size")
-        self.model = models.load(labels=list(task.labels), **{name: model[name] for name in loaded})
+        self.model = loading.model_of(model, task.labels)
         self.blocks, self.head = model["blocks"], model["head"]
-        drawn = {name: chosen[name] for name in ("shots", "max_samples", "seed")}
-        draws = tasks.few_shot_draws(task.train["label"], **drawn)
+        draws = loading.draws_of(settings, task.train)
         self.fit, self.scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
         self.search = {name: chosen[name] for name in ("threshold", "levels", "max_sparsity")}
         self.importance = importance_few_shot(

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from sklearn import metrics
 
-from partial_lora import Calibration, config, fewshot, models, progress, record, schema, tasks, train
+from partial_lora import Calibration, config, fewshot, heads, models, progress, record, schema, tasks, train
 from partial_lora.budget import kept_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import reliability
@@ -64,7 +64,7 @@ def literal_scores(seed: int = 3, shots: int = 4) -> dict[str, float]:
     torch.manual_seed(chosen["seed"])
     of_model = ("name", "weights", "architecture", "model_args", "image_size")
     model = models.load(labels=list(task.labels), **{name: chosen["model"][name] for name in of_model}).eval()
-    with fewshot.few_shot_head(model, chosen["model"]["head"], fit):
+    with heads.few_shot_head(model, chosen["model"]["head"], fit):
         logits, labels = model(pixel_values=scored[0]["pixel_values"]).logits, scored[0]["labels"]
     predictions = logits.argmax(-1)
     return {

@@ -1,4 +1,4 @@
-"""The head that a frozen model is given for calibration."""
+"""The head that a frozen model is given for calibration, and what importance sees of the draws."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from partial_lora import leverage, models, tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.fewshot import features, few_shot_head, importance_few_shot, logistic_head
+from partial_lora.fewshot import importance_few_shot
+from partial_lora.heads import features, few_shot_head, fitted_head, scored_head
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HEAD = "timm_model.head"
@@ -52,7 +53,7 @@ def test_the_head_gives_the_probabilities_of_the_logistic_regression(classes: in
     generator = np.random.default_rng(0)
     labels = np.arange(60) % classes
     inputs = generator.standard_normal((60, 5)) + labels[:, None]
-    weight, bias = logistic_head(inputs, labels, classes)
+    weight, bias = fitted_head(inputs, labels, classes)
     given = torch.softmax(torch.from_numpy(inputs @ weight.T + bias), dim=-1).numpy()
     expected = LogisticRegression(C=1.0, max_iter=5000).fit(inputs, labels).predict_proba(inputs)
     assert np.allclose(given, expected, atol=1e-6)
@@ -62,13 +63,31 @@ def test_a_class_without_examples_is_never_predicted() -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(60) % 2 * 3  # classes 0 and 3 of 4
     inputs = generator.standard_normal((60, 5)) + labels[:, None]
-    weight, bias = logistic_head(inputs, labels, classes=4)
+    weight, bias = fitted_head(inputs, labels, outputs=4)
     assert set((inputs @ weight.T + bias).argmax(axis=-1)) == {0, 3}
+
+
+def test_of_real_labels_the_head_is_a_ridge_regression() -> None:
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((60, 5))
+    labels = (inputs @ np.arange(5) + generator.standard_normal(60)).astype(np.float32)
+    weight, bias = fitted_head(inputs, labels, outputs=1)
+    expected = Ridge(alpha=1.0).fit(inputs, labels).predict(inputs)
+    assert (weight.shape, bias.shape) == ((1, 5), (1,))
+    assert np.allclose((inputs @ weight.T + bias)[:, 0], expected, atol=1e-5)
+
+
+def test_a_model_with_a_head_of_its_own_keeps_it(model, batches) -> None:
+    before = logits(model, batches)
+    with scored_head(model, HEAD, batches, new=False):
+        assert np.array_equal(logits(model, batches), before)
+    with scored_head(model, HEAD, batches, new=True):
+        assert not np.array_equal(logits(model, batches), before)
 
 
 def test_the_model_predicts_with_the_fitted_head_and_gets_its_own_back(model, batches) -> None:
     before, state = logits(model, batches), {key: value.clone() for key, value in model.state_dict().items()}
-    weight, bias = logistic_head(*features(model, HEAD, batches), classes=3)
+    weight, bias = fitted_head(*features(model, HEAD, batches), outputs=3)
     with few_shot_head(model, HEAD, batches):
         entering, labels = features(model, HEAD, batches)
         given = logits(model, batches)
@@ -148,7 +167,7 @@ def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
     scores = importance_few_shot(model, task.train, transform, measure="snip", **settings)
     fit = transform.batches(task.train.select(draws.fit), 30)
     layer = model.get_submodule(HEAD)
-    weight, bias = logistic_head(*features(model, HEAD, fit), classes=10)
+    weight, bias = fitted_head(*features(model, HEAD, fit), outputs=10)
     layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     loss = nn.functional.cross_entropy(model(pixel_values=fit[0]["pixel_values"]).logits, fit[0]["labels"])
     for name, (rows, columns) in scores.items():

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import default_data_collator
 
-from partial_lora import evaluation, fit, models
+from partial_lora import fit, models
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 BATCH = 8
 
 
-def rows(count: int) -> datasets.Dataset:
+def rows(count: int, real: bool = False) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
     pixels = torch.randn(count, 3, 16, 16, generator=generator) + labels[:, None, None, None]
-    table = datasets.Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": labels.tolist()})
+    table = datasets.Dataset.from_dict(
+        {"pixel_values": pixels.numpy(), "labels": (labels / 2 if real else labels).tolist()}
+    )
     return table.with_format("torch")
 
 
@@ -32,7 +38,19 @@ def adapted() -> PeftModel:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["attn.qkv"], modules_to_save=["timm_model.head"]))
 
 
-def trainer(model: PeftModel, directory: Path, count: int = 20, **changes: object):
+@pytest.fixture
+def adapted_to_a_number() -> PeftModel:
+    torch.manual_seed(0)
+    settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
+    model = models.load(model_args=TINY, labels=[], **settings)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["attn.qkv"], modules_to_save=["timm_model.head"]))
+
+
+def collate(some: list[dict]) -> dict[str, torch.Tensor]:
+    return default_data_collator([{key: row[key] for key in ("pixel_values", "labels")} for row in some])
+
+
+def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = False, **changes: object):
     settings = {
         "world_size": 1,
         "epochs": 3.0,
@@ -45,14 +63,14 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, **changes: objec
         "warmup": 0.1,
         "max_grad_norm": 1.0,
         "num_workers": 0,
+        "metrics": ("accuracy",),
     } | changes
     return fit.trainer(
         model,
-        train=rows(count),
-        validation=rows(12),
+        train=rows(count, real),
+        validation=rows(12, real),
         directory=directory,
-        metrics=evaluation.classification_metrics,
-        primary="accuracy",
+        collate=collate,
         device="cpu",
         precision="no",
         seed=0,
@@ -121,3 +139,64 @@ def test_bf16_is_chosen_where_the_processor_is_made_for_it(monkeypatch, amx: boo
     assert fit.mixed_precision("auto", "cpu") == chosen
     assert fit.mixed_precision("no", "cpu") == "no"
     assert fit.mixed_precision("bf16", "cpu") == "bf16"
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_parts_of_a_step_add_up_to_the_mean_over_its_examples(real: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 1 if real else 3, generator=generator)
+    labels = torch.randn(7, generator=generator) if real else torch.arange(7) % 3
+    literal = nn.functional.mse_loss(logits[:, 0], labels) if real else nn.functional.cross_entropy(logits, labels)
+    parts = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]  # uneven, as accumulation and processes may be
+    total = sum(fit.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
+    assert torch.allclose(total, literal)
+    assert torch.allclose(fit.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
+
+
+def test_texts_of_like_length_share_a_batch_in_an_order_that_seed_and_epoch_decide() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 400).tolist()
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = fit.ByLength(BATCH, lengths, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(400))
+    batches = np.array(lengths)[order(0, 0)].reshape(-1, BATCH)
+    assert np.ptp(batches, axis=1).mean() < 10 < np.ptp(np.array(lengths).reshape(-1, BATCH), axis=1).mean()
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 1) == order(0, 1)  # whatever epochs came before
+
+
+def test_every_epoch_of_a_training_by_length_has_its_own_order(adapted: PeftModel, tmp_path: Path) -> None:
+    training = trainer(adapted, tmp_path, count=24, length_grouped=True)
+    training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
+    seen = []
+    hook = adapted.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]) if module.training else None,
+        with_kwargs=True,
+    )
+    training.train()
+    said = training.predict(rows(12).add_column("length", list(range(12))[::-1]))
+    hook.remove()
+    assert said.label_ids.tolist() == list(rows(12)["labels"])  # evaluation keeps the order of the rows
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:6])
+    assert not torch.equal(first, second)
+    assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
+
+
+@pytest.mark.parametrize(("primary", "best"), [("pearson", max), ("mse", min)])
+def test_a_regression_is_selected_by_its_metric(adapted_to_a_number, tmp_path: Path, primary: str, best) -> None:
+    training = trainer(adapted_to_a_number, tmp_path, epochs=5.0, metrics=(primary, "mse"), real=True)
+    training.train()
+    measured = [entry[f"eval_{primary}"] for entry in training.state.log_history if f"eval_{primary}" in entry]
+    assert min(measured) < max(measured)
+    assert training.evaluate()[f"eval_{primary}"] == pytest.approx(best(measured))
+
+
+def test_no_process_loads_data_beside_a_cpu_unless_asked_to() -> None:
+    assert fit.loading_processes(None, "cpu", 1) == 0
+    assert fit.loading_processes(3, "cpu", 1) == 3
+    assert 1 <= fit.loading_processes(None, "cuda", 1) <= 8

@@ -13,10 +13,10 @@ LAYERS = (
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
-    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "fewshot"}
+    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
-    {"methods", "fit", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
+    {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "closing", "calibration_figures", "analysis_figures", "analysis_tables"},
     {"launch"},
     {"train", "analysis", "examinations", "subject"},
