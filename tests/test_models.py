@@ -14,7 +14,7 @@ from tiny_vit import HEAD, TINY, load, pretrained
 from transformers import TimmWrapperForImageClassification
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import timm
+from partial_lora.models import timm, weights_digest
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_random_weights_are_the_same_whatever_the_seed():
     one = load()
     torch.manual_seed(2)
     two = load()
-    assert timm.weights_digest(one, HEAD) == timm.weights_digest(two, HEAD)
+    assert weights_digest(one, HEAD) == weights_digest(two, HEAD)
     assert not torch.equal(one.timm_model.head.weight, two.timm_model.head.weight)
 
 
@@ -159,19 +159,19 @@ def test_empty_has_the_shapes_of_the_loaded_model_and_no_memory():
 
 def test_digest_tells_every_weight_but_the_heads():
     model = load(architecture="resnet18", model_args={})  # batch norm: buffers count too
-    digest = timm.weights_digest(model, "timm_model.fc")
+    digest = weights_digest(model, "timm_model.fc")
     for name, tensor in list(model.state_dict().items())[::7] + list(model.state_dict().items())[-2:]:
         changed = copy.deepcopy(model)
         flat = changed.state_dict()[name].view(-1)
         flat[-1] += 1
-        assert (timm.weights_digest(changed, "timm_model.fc") == digest) == name.startswith("timm_model.fc."), name
+        assert (weights_digest(changed, "timm_model.fc") == digest) == name.startswith("timm_model.fc."), name
         assert tensor.shape == changed.state_dict()[name].shape
-    assert timm.weights_digest(model, "timm_model.f") != digest  # a module's name, not any prefix
+    assert weights_digest(model, "timm_model.f") != digest  # a module's name, not any prefix
 
 
 def test_digest_is_the_same_in_another_process():
-    script = "import sys, json; from partial_lora.models import timm; s = json.loads(sys.argv[1]);"
-    script += f"print(timm.weights_digest(timm.load(**s), {HEAD!r}))"
+    script = "import sys, json; from partial_lora.models import timm, weights_digest; s = json.loads(sys.argv[1]);"
+    script += f"print(weights_digest(timm.load(**s), {HEAD!r}))"
     command = [sys.executable, "-c", script, json.dumps(TINY)]
     other = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == timm.weights_digest(load(), HEAD)
+    assert other.stdout.strip() == weights_digest(load(), HEAD)

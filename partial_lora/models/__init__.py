@@ -1,5 +1,16 @@
 """Pre-trained models, each loaded whole and checked, with a new head for the task."""
 
-from partial_lora.models.timm import empty, load, weights_digest
+from partial_lora.models.checkpointing import enable_gradient_checkpointing
+from partial_lora.models.digest import weights_digest
+from partial_lora.models.family import SETTINGS, empty, has_own_head, load
+from partial_lora.models.tokenizers import tokenizer
 
-__all__ = ["empty", "load", "weights_digest"]
+__all__ = [
+    "SETTINGS",
+    "empty",
+    "enable_gradient_checkpointing",
+    "has_own_head",
+    "load",
+    "tokenizer",
+    "weights_digest",
+]

@@ -15,8 +15,15 @@ from partial_lora import progress
 from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
 
-OFFLINE_MODEL = "vit_s14"  # what a message recommends to who cannot reach the hub
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # never a pickle
+OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL = "vit_s14", "minilm_l6"  # recommended to who cannot reach the hub
+# The names that transformers reads: a repository may hold the same weights for other libraries beside them.
+_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
+_FILES = ["config.json", *_WEIGHTS]
+_TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+_TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model"]
+# Of text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which is read
+# with torch's unpickler of plain weights, so that none of its code runs.
+_PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
@@ -33,20 +40,22 @@ class _Events(tqdm):
             progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
 
 
-def fetch_model(repo: str, *, name: str) -> Path:
+def fetch_model(repo: str, *, name: str, text: bool = False) -> Path:
     """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
+
+    text: with its tokenizer too, and with weights in a pickle where there are no others; an image model has neither.
 
     A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
     PartialLoraError that names the model, the repository and the model that needs no hub.
     """
-    folder = _download(repo, name)
+    folder = _download_all(repo, name, text)
     broken = _broken_files(folder)
     if broken:
         for file in broken:
             logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
             file.resolve().unlink()
             file.unlink()
-        folder = _download(repo, name)
+        folder = _download_all(repo, name, text)
         for file in _broken_files(folder):
             raise PartialLoraError(
                 f"model={name}: {repo} was downloaded twice and {file.name} is broken; try again later"
@@ -54,15 +63,25 @@ def fetch_model(repo: str, *, name: str) -> Path:
     return folder
 
 
-def _download(repo: str, name: str) -> Path:
+def _download_all(repo: str, name: str, text: bool) -> Path:
+    if not text:
+        return _download(repo, name, _FILES, OFFLINE_IMAGE_MODEL)
+    folder = _download(repo, name, _FILES + _TOKENIZER, OFFLINE_TEXT_MODEL)
+    if not any(folder.glob("model*.safetensors")):
+        logger.info("%s has no safetensors: its pickled weights are read without running any of their code", repo)
+        folder = _download(repo, name, _PICKLES, OFFLINE_TEXT_MODEL)
+    return folder
+
+
+def _download(repo: str, name: str, files: list[str], offline: str) -> Path:
     try:
-        return Path(snapshot_download(repo, allow_patterns=_FILES, tqdm_class=_Events))
+        return Path(snapshot_download(repo, allow_patterns=files, tqdm_class=_Events))
     except (OSError, HFValidationError, HTTPError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
             f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
-            f"connection and the repository's name, or use model={OFFLINE_MODEL}, which needs no hub"
+            f"connection and the repository's name, or use model={offline}, which needs no hub"
         ) from error
 
 
@@ -70,6 +89,6 @@ def _broken_files(folder: Path) -> list[Path]:
     """Weight files whose SHA-256 is not their name in the cache, where large files are stored under their hash."""
     return [
         file
-        for file in sorted(folder.glob("*.safetensors"))
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
         if _SHA256.fullmatch(file.resolve().name) and file_sha256(file) != file.resolve().name
     ]

