@@ -103,24 +103,25 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, key: str
 
 
 class Hub:
-    """What a hub data set gives, by split."""
+    """A folder laid out as a data set of the hub is."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **splits: datasets.Dataset) -> None:
-        monkeypatch.setattr(datasets, "load_dataset", lambda path, revision: splits)
+    def __init__(self, folder: Path, **splits: datasets.Dataset) -> None:
+        self._path = str(folder)
+        files(folder, **splits)
 
     def load(self, test_split: str) -> tasks.Task:
-        return tasks.load(name="animals", path="some/animals", test_split=test_split)
+        return tasks.load(name="animals", path=self._path, test_split=test_split)
 
 
 @pytest.mark.parametrize("split", ["tset", "train"])
-def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused(monkeypatch, split: str) -> None:
-    hub = Hub(monkeypatch, train=rows(60), validation=rows(21), test=rows(30))
+def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused(tmp_path: Path, split: str) -> None:
+    hub = Hub(tmp_path, train=rows(60), validation=rows(21), test=rows(30))
     with pytest.raises(PartialLoraError, match=rf"task\.test_split={split}: expected one of test, validation"):
         hub.load(split)
 
 
-def test_a_validation_split_that_reports_does_not_select(monkeypatch) -> None:
-    task = Hub(monkeypatch, train=rows(60), validation=rows(21), test=rows(30)).load("validation")
+def test_a_validation_split_that_reports_does_not_select(tmp_path: Path) -> None:
+    task = Hub(tmp_path, train=rows(60), validation=rows(21), test=rows(30)).load("validation")
     assert [len(split) for split in (task.train, task.validation, task.test)] == [54, 6, 21]
     assert not pictures(task.validation) & pictures(task.test)
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.strata import spread
+
+LEAST = 128  # rows of a set that is a share of all
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +29,67 @@ class Draws:
     warnings: tuple[str, ...] = ()
 
 
-def few_shot_draws(labels: Sequence[int], *, shots: int, seed: int, max_samples: int | None = None) -> Draws:
-    """Draw `shots` examples a class for each of the two sets, the same ones for a seed.
+def few_shot_draws(
+    labels: Sequence[int] | Sequence[float],
+    *,
+    seed: int,
+    shots: int | None = None,
+    max_samples: int | None = None,
+    share: float | None = None,
+) -> Draws:
+    """Draw rows for each of the two sets, the same ones for a seed.
 
-    A class with fewer than 2 * shots examples is used whole, half in each set and an odd one in `scored`, with a
-    warning; a single example goes to `fit`, since a head has to know the class. `max_samples` bounds each set, by going
-    round the classes until it is full. Raises PartialLoraError where one of the sets would be empty, or could not hold
-    one example of each class.
+    With `share`, each set is that share of the rows, at least 128 of them and at most half, which a warning says; every
+    class has its part of it. Labels that are real numbers have no classes: rows are drawn from all of them alike, 128
+    where no share says more.
+
+    With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
+    in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
+    class. `max_samples` bounds each set, by going round the classes until it is full.
+
+    Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
     """
     labels = np.asarray(labels)
+    real = np.issubdtype(labels.dtype, np.floating)
+    if share is not None or real:
+        return _shares(np.zeros(len(labels), dtype=np.int64) if real else labels, seed, share or 0.0, max_samples)
+    return _shots(labels, seed, shots, max_samples)
+
+
+def _shares(labels: np.ndarray, seed: int, share: float, max_samples: int | None) -> Draws:
+    """Two sets of equal size, whose rows of a class are every other one of it: they never meet, and are alike."""
+    asked = max(LEAST, round(share * len(labels)))
+    asked = asked if max_samples is None else min(asked, max_samples)
+    count = min(asked, len(labels) // 2)
+    classes = np.unique(labels)
+    if count < len(classes):
+        raise PartialLoraError(
+            f"calibration.share={share}: {count} rows for each of the two draws, expected at least one for each of "
+            f"{len(classes)} classes; raise calibration.max_samples or add rows"
+        )
+    generator = np.random.default_rng(seed)
+    order = spread(labels, generator)
+    turn = np.empty(len(labels), dtype=np.int64)
+    for label in classes:
+        own = order[labels[order] == label]
+        turn[own] = np.arange(len(own))
+    fit, scored = order[turn[order] % 2 == 0], order[turn[order] % 2 == 1]
+    warnings = []
+    if count < asked:
+        warnings.append(
+            f"calibration.share={share}: {count} rows for each draw, half of the training rows, in place of {asked}"
+        )
+    single = [str(label) for label in classes if (labels == label).sum() == 1]
+    if single:
+        warnings.append(
+            f"calibration.share={share}: a single training example, fitted on and never scored: class {_few(single)}"
+        )
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))
+
+
+def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -> Draws:
     classes = np.unique(labels)
     if max_samples is not None and max_samples < len(classes):
         raise PartialLoraError(

@@ -1,0 +1,142 @@
+"""A task: inputs and their labels in three disjoint splits, whatever its rows are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.tasks import columns, files, labels, sources, splits
+
+SPLITS = ("train", "validation", "test")
+SETTINGS = (  # of the task group, as `load` takes them
+    "name",
+    "path",
+    "subset",
+    "revision",
+    "train_split",
+    "test_split",
+    "data_files",
+    "modality",
+    "image_column",
+    "text_columns",
+    "label_column",
+    "regression",
+    "metrics",
+    "train_samples",
+    "test_samples",
+    "validation_share",
+    "split_seed",
+)
+_TEST_SHARE = 0.2  # of a source that comes without a test split
+_METRICS = {False: ("accuracy", "f1", "matthews"), True: ("pearson", "spearman", "mse")}  # by whether labels are real
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled data set in three disjoint splits, with the columns `image`, or `text` and `text_pair`, and `label`.
+
+    `train` is learned from, `validation` selects a checkpoint, `test` is looked at once, at the end.
+
+    modality: "image" or "text".
+    labels: the names of the classes; none for regression, where `label` is a real number.
+    metrics: what predictions are measured by; the first one selects.
+    """
+
+    name: str
+    modality: str
+    labels: tuple[str, ...]
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    metrics: tuple[str, ...]
+
+
+def load(
+    *,
+    name: str,
+    path: str,
+    subset: str | None = None,
+    revision: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    data_files: Mapping[str, str] | str | None = None,
+    modality: str = "image",
+    image_column: str | None = None,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    regression: bool | None = None,
+    metrics: Sequence[str] = (),
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+    validation_share: float = 0.1,
+    split_seed: int = 0,
+) -> Task:
+    """Read a task's rows and fix its splits.
+
+    Args:
+        path: a data set of the hub (`subset` of it, at `revision`), "bundled:digits" out of scikit-learn, or "files".
+        data_files: files or folders by split, or one for all, read instead of the hub (`files.read`).
+        image_column, text_columns, label_column: their names; None or none takes the one column of that kind.
+        regression: whether labels are real numbers; None where they are fractions.
+        metrics: none means accuracy, or Pearson's correlation for regression.
+        train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
+        validation_share: share of the training rows set aside, per class, where the source has no validation split.
+
+    Raises:
+        PartialLoraError: no network; a missing file, column, label or text; labels that do not fit; an empty split; a
+            class too small to split.
+    """
+    source = sources.read(name, path, subset, revision, data_files, text_columns)
+    places = _places(name, source, train_split, test_split, own_files=bool(data_files))
+    found = {}
+    for split, place in places.items():
+        rows = source[place]
+        if len(rows) == 0:
+            raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
+        folder = files.folder_of(data_files, place)
+        found[split] = columns.chosen(rows, name, split, modality, image_column, text_columns, label_column, folder)
+    names, found = labels.read(found, name, regression)
+    if "test" not in found:
+        found["train"], found["test"] = splits.cut(found["train"], _TEST_SHARE, split_seed, name)
+    found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
+    found["test"] = splits.sample(found["test"], test_samples, split_seed, "test_samples")
+    if "validation" not in found:
+        found["train"], found["validation"] = splits.cut(found["train"], validation_share, split_seed, name)
+    return Task(name=name, modality=modality, labels=names, metrics=_measured_by(metrics, name, not names), **found)
+
+
+def _places(
+    name: str, source: Mapping[str, Dataset], train_split: str, test_split: str, *, own_files: bool
+) -> dict[str, str]:
+    """Which split of the source each split of the task is; one that is lacking is cut from train."""
+    places = {"train": "train", "validation": "validation", "test": "test"}
+    if not own_files:
+        places |= {"train": train_split, "test": test_split}
+    train, test = places["train"], places["test"]
+    if train not in source:
+        raise PartialLoraError(f"task.train_split={train}: expected one of {_listed(source)}, the splits of {name}")
+    if not own_files and len(source) > 1 and (test not in source or test == train):
+        others = _listed(set(source) - {train})
+        raise PartialLoraError(f"task.test_split={test}: expected one of {others}, the other splits of {name}")
+    if "validation" in (train, test):  # what reports must not select: validation is cut from train instead
+        del places["validation"]
+    return {split: place for split, place in places.items() if place in source}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _measured_by(metrics: Sequence[str], name: str, regression: bool) -> tuple[str, ...]:
+    """The metrics of a task; those asked for have to suit its labels."""
+    fitting = _METRICS[regression]
+    unfit = [metric for metric in metrics if metric not in fitting]
+    if unfit:
+        kind = "real numbers" if regression else "classes"
+        raise PartialLoraError(
+            f"task.metrics: {name} has labels that are {kind}, expected some of {', '.join(fitting)}, not {unfit[0]}"
+        )
+    return tuple(metrics) or fitting[:1]
