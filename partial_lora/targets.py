@@ -12,13 +12,16 @@ from partial_lora.errors import PartialLoraError
 
 
 def target_linears(
-    model: nn.Module, target_modules: str | Sequence[str], head: str | None = None
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    head: str | None = None,
+    new_modules: Sequence[str] = (),
 ) -> dict[str, nn.Linear]:
     """The modules to adapt, by full name in the model's order.
 
     target_modules: a list of names or suffixes, or one regular expression, as PEFT's LoraConfig takes them. Raises
-    PartialLoraError where nothing matches, or something that is no linear layer with a plain weight. `head` trains
-    whole and is no target: a pattern that matches it passes over it, as PEFT does with modules_to_save.
+    PartialLoraError where nothing matches, or something that is no linear layer with a plain weight. `head` and
+    `new_modules` train whole and are no targets: a pattern passes over them, as PEFT does with modules_to_save.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=targets)
@@ -26,8 +29,8 @@ def target_linears(
     for target in [] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name in found):
             raise PartialLoraError(f"target_modules: no module of {type(model).__name__} matches {target!r}")
-    if head is not None:
-        found = {name: module for name, module in found.items() if name != head and not name.startswith(f"{head}.")}
+    for whole in [*new_modules, *([] if head is None else [head])]:
+        found = {name: module for name, module in found.items() if name != whole and not name.startswith(f"{whole}.")}
     if not found:
         raise PartialLoraError(f"target_modules={targets}: no module of {type(model).__name__} matches")
     for name, module in found.items():
@@ -38,6 +41,11 @@ def target_linears(
     return found
 
 
-def target_names(model: nn.Module, target_modules: str | Sequence[str], head: str | None = None) -> list[str]:
+def target_names(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    head: str | None = None,
+    new_modules: Sequence[str] = (),
+) -> list[str]:
     """Full names of the modules to adapt, in the model's order; raises as `target_linears` does."""
-    return list(target_linears(model, target_modules, head))
+    return list(target_linears(model, target_modules, head, new_modules))

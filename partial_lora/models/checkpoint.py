@@ -36,7 +36,7 @@ def pretrained(
     running any of its code, where there is nothing better. Raises PartialLoraError that names the first problem.
     """
     try:
-        with _quiet():
+        with quiet():
             model, report = build(
                 folder,
                 config=config,
@@ -71,8 +71,8 @@ def check_architecture(wanted: str, found: str, weights: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of the new head, which is meant to be new."""
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning of the new head, and of other classes, which are meant to be new."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
 
@@ -133,7 +134,7 @@ def _clip(
     folder = folder_of(text_weights, name, text=True)
     try:
         config = CLIPConfig.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:160]
         raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({reason})") from error
     check_architecture("clip", config.model_type, text_weights)
@@ -163,6 +164,6 @@ def _random_clip(text_args: dict, width: int) -> CLIPModel:
         )
         with heads.own_generator():
             return CLIPModel(config).eval()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:160]
         raise PartialLoraError(f"model.text_args={text_args}: no geometry of CLIP's text tower ({reason})") from error

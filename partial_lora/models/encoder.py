@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import heads, tokenizers
-from partial_lora.models.checkpoint import check_architecture, pretrained
+from partial_lora.models.checkpoint import check_architecture, pretrained, quiet
 from partial_lora.models.source import RANDOM, folder_of, name_after
 
 
@@ -38,7 +39,9 @@ def load(
     """
     classes = heads.outputs(labels, name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    counted = _built(architecture, model_args, classes, options).config  # before anything is downloaded
+    counted = _built(architecture, model_args, classes).config  # before anything is downloaded
+    if attn_implementation is not None:
+        _check_attention(_config(architecture, model_args, classes), attn_implementation)
     with heads.own_generator():
         if weights == RANDOM:
             if counted.vocab_size < tokenizers.VOCABULARY:
@@ -74,7 +77,7 @@ def empty(*, architecture: str, model_args: dict, num_labels: int) -> PreTrained
 
     Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
     """
-    return _built(architecture, model_args, {"num_labels": num_labels}, {})
+    return _built(architecture, model_args, {"num_labels": num_labels})
 
 
 def head_name(model: PreTrainedModel) -> str:
@@ -105,7 +108,7 @@ def _config(architecture: str, model_args: dict, classes: dict) -> PretrainedCon
             raise PartialLoraError(f"model.model_args.{key}: {architecture} takes none of that name")
     try:
         return AutoConfig.for_model(architecture, **model_args, **classes)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
 
@@ -116,23 +119,34 @@ def _is_read(key: str, config: PretrainedConfig) -> bool:
     return f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
 
 
-def _built(architecture: str, model_args: dict, classes: dict, options: dict) -> PreTrainedModel:
+def _built(architecture: str, model_args: dict, classes: dict) -> PreTrainedModel:
     config = _config(architecture, model_args, classes)
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config, **options)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            return AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:160]
-        if options and "attention" in reason.lower():  # what the class cannot do is known before any weight is
-            key = f"model.attn_implementation={options['attn_implementation']}"
-            raise PartialLoraError(f"{key}: {architecture} cannot be computed so ({reason}); null leaves it") from error
         raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
+
+
+def _check_attention(config: PretrainedConfig, implementation: str) -> None:
+    """Raise PartialLoraError where the class, or this machine, cannot compute attention so."""
+    try:
+        with torch.device("meta"):
+            AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PartialLoraError(
+            f"model.attn_implementation={implementation}: {config.model_type} cannot be computed so ({reason}); null "
+            "leaves it to transformers"
+        ) from error
 
 
 def _config_in(folder, architecture: str, classes: dict, weights: str) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **classes)
-    except (OSError, ValueError) as error:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **classes)
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:160]
         raise PartialLoraError(
             f"model.weights={weights}: expected a config.json that transformers knows ({reason})"
@@ -156,10 +170,10 @@ def _same_geometry(
 
 
 def _draw_anew(model: PreTrainedModel, new: Sequence[str]) -> None:
-    """Matrices that no pre-training has filled, one after the other by name, so that no other draw moves them."""
-    for key in new:
-        parameter = model.get_parameter(key)
-        if parameter.ndim >= 2 and not key.startswith(f"{head_name(model)}."):
-            with torch.no_grad():
-                drawn = nn.init.normal_(torch.empty(parameter.shape), std=model.config.initializer_range)
-                parameter.copy_(drawn)
+    """Give matrices that no pre-training has filled numbers that depend on no other draw: the same for every task."""
+    head = head_name(model)
+    with heads.own_generator(), torch.no_grad():
+        for key in new:
+            parameter = model.get_parameter(key)
+            if parameter.ndim >= 2 and not key.startswith(f"{head}."):
+                parameter.copy_(nn.init.normal_(torch.empty(parameter.shape), std=model.config.initializer_range))

@@ -22,6 +22,7 @@ def outputs(labels: Sequence[str], name: str) -> dict[str, object]:
         raise PartialLoraError(f"model={name}: expected at least two labels to tell apart, got {list(labels)}")
     return {
         "num_labels": len(labels),
+        "problem_type": None,  # which transformers then sees by the labels; the weights may have been for another
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }

@@ -13,7 +13,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import heads
-from partial_lora.models.checkpoint import check_architecture, pretrained
+from partial_lora.models.checkpoint import check_architecture, pretrained, quiet
 from partial_lora.models.heads import own_generator
 from partial_lora.models.source import RANDOM, folder_of, name_after
 
@@ -76,7 +76,8 @@ def headless(
             model = TimmWrapperForImageClassification(config).to(dtype)
         else:
             folder = folder_of(weights, name)
-            config = TimmWrapperConfig.from_pretrained(folder, **classes)
+            with quiet():
+                config = TimmWrapperConfig.from_pretrained(folder, **classes)
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
             config.model_args = {**(config.model_args or {}), **model_args}

@@ -1,0 +1,61 @@
+"""The models of conf/model, as settings and loaded, and inputs that fit them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from partial_lora import models
+
+FOLDER = Path(__file__).parents[1] / "conf" / "model"
+ALL = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+TINY = [name for name in ALL if name.startswith("tiny_")]
+OTHERS = [name for name in ALL if name not in TINY]
+# The tiny one of each model's class, by whose code path it is tested.
+TINY_OF = {
+    "vit_b16": "tiny_vit",
+    "vit_s14": "tiny_vit",
+    "clip_vit_b16": "tiny_clip",
+    "convnext_tiny": "tiny_convnext",
+    "deberta_v3_base": "tiny_deberta",
+    "bert_base": "tiny_bert",
+    "minilm_l6": "tiny_bert",
+}
+LABELS = ["cat", "dog", "barn_owl"]
+
+
+def settings(name: str, **changes: object) -> dict:
+    """A group file as it is, with some of its keys changed."""
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) | changes
+
+
+def load(name: str, labels=LABELS, seed: int = 0, **changes: object) -> nn.Module:
+    """The model of a group file, its head drawn from a seed."""
+    chosen = settings(name, **changes)
+    torch.manual_seed(seed)
+    return models.load(labels=labels, **{key: chosen[key] for key in models.SETTINGS if key in chosen})
+
+
+def loud(model: nn.Module, gain: float = 8.0) -> nn.Module:
+    """The same with matrices so large that what a single module does is seen in the logits."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(gain)
+    return model
+
+
+def inputs(name: str, rows: int = 4, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
+    """Random images, or random words of which the first row's end early."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = settings(name)
+    if chosen.get("family") != "encoder":
+        size = chosen["image_size"]
+        return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
+    words = torch.randint(1, chosen["model_args"]["vocab_size"], (rows, length), generator=generator)
+    mask = torch.ones_like(words)
+    mask[0, 3:] = 0
+    return {"input_ids": words, "attention_mask": mask}
