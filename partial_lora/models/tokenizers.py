@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.source import RANDOM, folder_of
 
-_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+_SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
@@ -47,7 +47,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, symbols.index(token)) for token in ("[CLS]", "[SEP]")],
     )
-    names = dict(zip(("pad_token", "cls_token", "sep_token", "mask_token"), _SPECIAL, strict=True))
+    names = dict(zip(("pad_token", "cls_token", "mask_token", "sep_token"), _SPECIAL, strict=True))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=built, model_input_names=inputs, bos_token="[CLS]", eos_token="[SEP]", **names
