@@ -217,3 +217,50 @@ def test_max_samples_bounds_each_draw_and_keeps_classes_even() -> None:
     draws = tasks.few_shot_draws(labels, shots=8, seed=0, max_samples=10)
     assert len(draws.fit) == len(draws.scored) == 10
     assert sorted(Counter(labels[draws.scored]).values()) == [2, 2, 3, 3]
+
+
+def test_a_share_of_the_rows_has_every_class_in_proportion() -> None:
+    labels = np.repeat([0, 1, 2], [6000, 3000, 1000])
+    draws = tasks.few_shot_draws(labels, seed=0, share=0.05)
+    assert len(draws.fit) == len(draws.scored) == 500
+    assert not set(draws.fit) & set(draws.scored)
+    for rows in (draws.fit, draws.scored):
+        assert np.abs(np.bincount(labels[rows]) - [300, 150, 50]).max() <= 1
+        assert list(rows) == sorted(rows)
+    same, other = (tasks.few_shot_draws(labels, seed=seed, share=0.05) for seed in (0, 1))
+    assert np.array_equal(draws.fit, same.fit)
+    assert len(set(draws.fit) & set(other.fit)) < 100
+    assert draws.warnings == ()
+
+
+def test_a_share_is_at_least_128_rows_and_at_most_half_of_them() -> None:
+    labels = np.arange(4000) % 4
+    assert [len(rows) for rows in vars(tasks.few_shot_draws(labels, seed=0, share=0.02)).values()][:2] == [128, 128]
+    few = tasks.few_shot_draws(labels[:200], seed=0, share=0.02)
+    assert (len(few.fit), len(few.scored)) == (100, 100)
+    assert few.warnings == (
+        "calibration.share=0.02: 100 rows for each draw, half of the training rows, in place of 128",
+    )
+    bounded = tasks.few_shot_draws(labels, seed=0, share=0.1, max_samples=60)
+    assert (len(bounded.fit), len(bounded.scored), bounded.warnings) == (60, 60, ())
+    with pytest.raises(
+        PartialLoraError, match=r"calibration\.share=0\.1: 3 rows .* at least one for each of 4 classes"
+    ):
+        tasks.few_shot_draws(labels, seed=0, share=0.1, max_samples=3)
+
+
+def test_a_share_knows_every_class_and_says_which_one_it_cannot_score() -> None:
+    labels = np.array([0] * 900 + [1] * 95 + [2] * 2 + [3])
+    draws = tasks.few_shot_draws(labels, seed=0, share=0.03)
+    assert set(labels[draws.fit]) == {0, 1, 2, 3}
+    assert set(labels[draws.scored]) == {0, 1, 2}
+    assert "never scored: class 3" in draws.warnings[-1]
+
+
+def test_real_labels_are_drawn_from_all_rows_alike() -> None:
+    labels = np.random.default_rng(0).normal(size=4000)
+    draws = tasks.few_shot_draws(labels, seed=0, share=0.1)
+    assert len(draws.fit) == len(draws.scored) == 400
+    assert not set(draws.fit) & set(draws.scored)
+    assert abs(draws.fit.mean() - 2000) < 200
+    assert len(tasks.few_shot_draws(labels, shots=16, seed=0).scored) == 128

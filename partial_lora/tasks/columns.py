@@ -46,7 +46,7 @@ def chosen(
             )
     renamed = {column: new for new, column in (inputs | {"label": label}).items() if column != new}
     rows = rows.rename_columns(renamed) if renamed else rows
-    return _pictures(rows, name, split, folder) if modality == "image" else rows
+    return _pictures(rows, name, split, folder) if modality == "image" else _strings(rows)
 
 
 def stored(rows: Dataset, column: str) -> pa.ChunkedArray:
@@ -98,7 +98,7 @@ def _only(rows: Dataset, name: str, key: str, columns: Sequence[str], kind: str)
 
 def _there(rows: Dataset) -> dict[str, str]:
     return {
-        column: feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        column: feature.dtype.removeprefix("large_") if isinstance(feature, Value) else type(feature).__name__
         for column, feature in rows.features.items()
     }
 
@@ -125,6 +125,14 @@ def _may_be_image(feature: object) -> bool:
 def _first_null(rows: Dataset, column: str) -> int | None:
     values = stored(rows, column)
     return values.is_null().to_pylist().index(True) if values.null_count else None
+
+
+def _strings(rows: Dataset) -> Dataset:
+    """The rows with texts as one type, whichever of Arrow's two they came in."""
+    for column in ("text", "text_pair"):
+        if column in rows.features and rows.features[column].dtype != "string":
+            rows = rows.cast_column(column, Value("string"))
+    return rows
 
 
 def _pictures(rows: Dataset, name: str, split: str, folder: Path | None) -> Dataset:

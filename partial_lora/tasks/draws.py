@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.strata import spread
+from partial_lora.tasks.strata import in_turn, shuffled
 
 LEAST = 128  # rows of a set that is a share of all
 
@@ -61,25 +61,19 @@ def _shares(labels: np.ndarray, seed: int, share: float, max_samples: int | None
     asked = max(LEAST, round(share * len(labels)))
     asked = asked if max_samples is None else min(asked, max_samples)
     count = min(asked, len(labels) // 2)
-    classes = np.unique(labels)
+    classes = shuffled(labels, np.random.default_rng(seed))
     if count < len(classes):
         raise PartialLoraError(
             f"calibration.share={share}: {count} rows for each of the two draws, expected at least one for each of "
             f"{len(classes)} classes; raise calibration.max_samples or add rows"
         )
-    generator = np.random.default_rng(seed)
-    order = spread(labels, generator)
-    turn = np.empty(len(labels), dtype=np.int64)
-    for label in classes:
-        own = order[labels[order] == label]
-        turn[own] = np.arange(len(own))
-    fit, scored = order[turn[order] % 2 == 0], order[turn[order] % 2 == 1]
+    fit, scored = in_turn([rows[::2] for rows in classes]), in_turn([rows[1::2] for rows in classes])
     warnings = []
     if count < asked:
         warnings.append(
             f"calibration.share={share}: {count} rows for each draw, half of the training rows, in place of {asked}"
         )
-    single = [str(label) for label in classes if (labels == label).sum() == 1]
+    single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
         warnings.append(
             f"calibration.share={share}: a single training example, fitted on and never scored: class {_few(single)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, NamedSplit, Value
+from datasets import Dataset, NamedSplit
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import folders
@@ -62,7 +62,8 @@ def _table(key: str, file: Path, split: str, text_columns: Sequence[str]) -> Dat
         if suffix in (".parquet", ".pq"):
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
-        cause = first_line(error.__cause__ or error)
+        generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = first_line(error.__cause__ if generated and error.__cause__ else error)
         kind = "parquet" if suffix == ".pq" else suffix[1:]
         raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
     raise PartialLoraError(f"{key}={file}: expected a {_KINDS} file, by the end of its name, or a folder of images")
@@ -74,18 +75,14 @@ def _delimited(file: Path, separator: str, split: str, text_columns: Sequence[st
     frame = pd.read_csv(
         file, sep=separator, dtype=dtypes, keep_default_na=False, na_values=[""], low_memory=False, encoding="utf-8-sig"
     )
-    rows = Dataset.from_pandas(frame, preserve_index=False, split=NamedSplit(split))
-    for column, feature in rows.features.items():
-        if isinstance(feature, Value) and feature.dtype == "large_string":
-            rows = rows.cast_column(column, Value("string"))
-    return rows
+    return Dataset.from_pandas(frame, preserve_index=False, split=NamedSplit(split))
 
 
 def _objects(file: Path, split: str) -> Dataset:
     """A json file that is one list of objects, or a file with one object a line."""
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        rows = json.loads(text)
+        rows = _parsed(text)
     else:
         rows = [_object(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
@@ -101,6 +98,10 @@ def _objects(file: Path, split: str) -> Dataset:
 
 def _object(line: str, number: int) -> object:
     try:
-        return json.loads(line)
+        return _parsed(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON object") from error
+
+
+def _parsed(text: str) -> object:
+    return json.loads(text, parse_constant=lambda _: None)  # NaN is no value

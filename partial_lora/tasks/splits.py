@@ -8,7 +8,7 @@ from sklearn.model_selection import train_test_split
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.hub import first_line
-from partial_lora.tasks.strata import spread
+from partial_lora.tasks.strata import in_turn, shuffled
 
 _FEW = 10  # classes that a message lists
 
@@ -41,7 +41,7 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
     if count < len(classes):
         raise PartialLoraError(f"task.{key}={count}: expected at least one row for each of {len(classes)} classes")
     labels = np.asarray(rows["label"]) if classes else np.zeros(len(rows), dtype=np.int64)
-    return rows.select(np.sort(spread(labels, np.random.default_rng(seed))[:count]))
+    return rows.select(np.sort(in_turn(shuffled(labels, np.random.default_rng(seed)))[:count]))
 
 
 def _classes(rows: Dataset) -> list[str]:
