@@ -1,0 +1,144 @@
+"""Finished runs of tiny models, each trained once for all tests that only look at it."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from PIL import Image
+
+from partial_lora import config, finished, record, results, schema, train
+
+COLOURS = ("red", "green", "blue")
+_SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
+_PLACE = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")  # gone when the interpreter ends
+
+
+def cache() -> str:
+    """The cache that the runs were trained with."""
+    return str(Path(_PLACE.name) / "cache")
+
+
+def trained(name: str, *overrides: str) -> finished.FinishedRun:
+    """What a worker does with a run, in this process."""
+    directory = Path(_PLACE.name) / name
+    directory.mkdir()
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        settings = config.resolve(compose("config", [*_SHORT, *overrides]))
+    (directory / results.CONFIG).write_text(json.dumps(settings))
+    entry = record.new(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARTIAL_LORA_CACHE", cache())
+        train.run(settings, directory, entry, "train")
+    results.write_json(directory / results.RESULT, entry | {"status": "finished"})
+    return finished.finished_run(directory)
+
+
+def files(rows: dict[str, datasets.Dataset], name: str) -> dict[str, str]:
+    """The splits as parquet files, for `task.data_files`."""
+    folder = Path(_PLACE.name) / "data" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, of_split in rows.items():
+        of_split.to_parquet(str(folder / f"{split}.parquet"))
+    return {split: str(folder / f"{split}.parquet") for split in rows}
+
+
+def override(paths: dict[str, str]) -> str:
+    return f"task.data_files={{{','.join(f'{split}: {path!r}' for split, path in paths.items())}}}"
+
+
+def encoded(colour: int, seed: int) -> bytes:
+    """A noisy picture of a colour as the bytes of a file; sizes, modes, formats and the camera's orientation differ."""
+    generator = np.random.default_rng([colour, seed])
+    height, width = ((32, 32), (40, 64), (90, 50))[seed % 3]
+    pixels = generator.integers(0, 120, (height, width, 3))
+    pixels[: height // 2, :, colour] += 130  # brighter in the upper half, so that orientation matters
+    image = Image.fromarray(pixels.astype(np.uint8)).convert("RGBA" if seed % 4 == 1 else "RGB")
+    exif = image.getexif()
+    if seed % 5 == 2:
+        exif[0x0112] = 6  # lies on its side
+    stream = io.BytesIO()
+    lossy = image.mode == "RGB" and seed % 2 == 0
+    image.save(stream, "JPEG" if lossy else "PNG", exif=exif)
+    return stream.getvalue()
+
+
+def pictures(count: int, first: int, labels: tuple[str, ...] = COLOURS) -> datasets.Dataset:
+    """`count` pictures of each colour, in turn; `labels` orders the names of the classes."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(labels))})
+    rows = [(colour, first + number) for number in range(count) for colour in range(len(COLOURS))]
+    images = [{"bytes": encoded(*row), "path": None} for row in rows]
+    names = [COLOURS[colour] for colour, _ in rows]
+    return datasets.Dataset.from_dict({"image": images, "label": names}, features=features)
+
+
+@functools.cache
+def picture_files() -> dict[str, str]:
+    return files({"train": pictures(20, 0), "test": pictures(7, 100)}, "pictures")
+
+
+@functools.cache
+def image_run() -> finished.FinishedRun:
+    """A masked adapter on the pictures."""
+    return trained("images", "model=tiny_vit", "task=cifar10", "calibration.shots=4", override(picture_files()))
+
+
+def photographs(folder: Path) -> list[str]:
+    """The files of the pictures that the image run was tested on, in the order of its predictions."""
+    rows = datasets.Dataset.from_parquet(picture_files()["test"]).cast_column("image", datasets.Image(decode=False))
+    paths = [str(folder / f"{number:02}.png") for number in range(len(rows))]
+    for path, image in zip(paths, rows["image"], strict=True):
+        Path(path).write_bytes(image["bytes"])
+    return paths
+
+
+TEXTS = {"good": "a fine and lovely film", "bad": "dull, long and loud"}
+
+
+def sentences(count: int, first: int) -> datasets.Dataset:
+    """`count` sentences of each of two labels; their lengths differ."""
+    rows = [(label, first + number) for number in range(count) for label in TEXTS]
+    texts = [f"{'so ' * (number % 7)}{TEXTS[label]} {number}" for label, number in rows]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(TEXTS))})
+    return datasets.Dataset.from_dict({"text": texts, "label": [label for label, _ in rows]}, features=features)
+
+
+def scored_pairs(count: int, first: int) -> datasets.Dataset:
+    """Pairs of sentences, and how many words they share as a real number."""
+    ones = [f"one {'two ' * (number % 5)}{number}" for number in range(first, first + count)]
+    others = [f"two {'three ' * (number % 3)}{number}" for number in range(first, first + count)]
+    numbers = [len(set(one.split()) & set(other.split())) + 0.25 for one, other in zip(ones, others, strict=True)]
+    return datasets.Dataset.from_dict({"first": ones, "second": others, "label": numbers})
+
+
+@functools.cache
+def sentence_files() -> dict[str, str]:
+    return files({"train": sentences(24, 0), "test": sentences(10, 100)}, "sentences")
+
+
+@functools.cache
+def pair_files() -> dict[str, str]:
+    return files({"train": scored_pairs(48, 0), "test": scored_pairs(20, 100)}, "pairs")
+
+
+@functools.cache
+def text_run() -> finished.FinishedRun:
+    """A dense adapter of a small BERT on the sentences."""
+    return trained("texts", "model=tiny_bert", "task=text_table", "method=lora", override(sentence_files()))
+
+
+@functools.cache
+def pair_run() -> finished.FinishedRun:
+    """A regression on the pairs, by a small DeBERTa."""
+    columns = "task.text_columns=[first,second]"
+    paths = override(pair_files())
+    return trained("pairs", "model=tiny_deberta", "task=text_table", "method=lora", columns, paths)
