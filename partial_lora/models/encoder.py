@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import heads, tokenizers
 from partial_lora.models.checkpoint import check_architecture, pretrained, quiet
+from partial_lora.models.hub import OFFLINE_TEXT_MODEL
 from partial_lora.models.source import RANDOM, folder_of, name_after
 
 
@@ -52,7 +53,7 @@ def load(
             config = _config(architecture, model_args, classes)
             model = AutoModelForSequenceClassification.from_config(config, **options).to(dtype)
         else:
-            folder = folder_of(weights, name, text=True)
+            folder = folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL)
             model, new = pretrained(
                 AutoModelForSequenceClassification.from_pretrained,
                 folder,

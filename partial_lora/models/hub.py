@@ -40,22 +40,23 @@ class _Events(tqdm):
             progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
 
 
-def fetch_model(repo: str, *, name: str, text: bool = False) -> Path:
+def fetch_model(repo: str, *, name: str, text: bool = False, instead: str = OFFLINE_IMAGE_MODEL) -> Path:
     """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
 
     text: with its tokenizer too, and with weights in a pickle where there are no others; an image model has neither.
+    instead: the model that needs no hub.
 
     A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
     PartialLoraError that names the model, the repository and the model that needs no hub.
     """
-    folder = _download_all(repo, name, text)
+    folder = _download_all(repo, name, text, instead)
     broken = _broken_files(folder)
     if broken:
         for file in broken:
             logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
             file.resolve().unlink()
             file.unlink()
-        folder = _download_all(repo, name, text)
+        folder = _download_all(repo, name, text, instead)
         for file in _broken_files(folder):
             raise PartialLoraError(
                 f"model={name}: {repo} was downloaded twice and {file.name} is broken; try again later"
@@ -63,17 +64,17 @@ def fetch_model(repo: str, *, name: str, text: bool = False) -> Path:
     return folder
 
 
-def _download_all(repo: str, name: str, text: bool) -> Path:
+def _download_all(repo: str, name: str, text: bool, instead: str) -> Path:
     if not text:
-        return _download(repo, name, _FILES, OFFLINE_IMAGE_MODEL)
-    folder = _download(repo, name, _FILES + _TOKENIZER, OFFLINE_TEXT_MODEL)
+        return _download(repo, name, _FILES, instead)
+    folder = _download(repo, name, _FILES + _TOKENIZER, instead)
     if not any(folder.glob("model*.safetensors")):
         logger.info("%s has no safetensors: its pickled weights are read without running any of their code", repo)
-        folder = _download(repo, name, _PICKLES, OFFLINE_TEXT_MODEL)
+        folder = _download(repo, name, _PICKLES, instead)
     return folder
 
 
-def _download(repo: str, name: str, files: list[str], offline: str) -> Path:
+def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=files, tqdm_class=_Events))
     except (OSError, HFValidationError, HTTPError) as error:
@@ -81,7 +82,7 @@ def _download(repo: str, name: str, files: list[str], offline: str) -> Path:
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
             f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
-            f"connection and the repository's name, or use model={offline}, which needs no hub"
+            f"connection and the repository's name, or use model={instead}, which needs no hub"
         ) from error
 
 

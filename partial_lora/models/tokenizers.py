@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.hub import OFFLINE_TEXT_MODEL
 from partial_lora.models.source import RANDOM, folder_of
 
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
@@ -19,7 +20,7 @@ def tokenizer(*, name: str, weights: str) -> PreTrainedTokenizerBase:
     """
     if weights == RANDOM:
         return byte_tokenizer()
-    return tokenizer_in(folder_of(weights, name, text=True), name=name, weights=weights)
+    return tokenizer_in(folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL), name=name, weights=weights)
 
 
 def tokenizer_in(folder, *, name: str, weights: str) -> PreTrainedTokenizerBase:
