@@ -9,7 +9,8 @@ from analysed import settings
 
 from partial_lora import examinations, tasks
 from partial_lora.calibration import calibrate
-from partial_lora.fewshot import batches_of, few_shot_head
+from partial_lora.fewshot import batches_of
+from partial_lora.heads import few_shot_head
 from partial_lora.importance import scores_of
 from partial_lora.masks import Mask
 from partial_lora.reliability import reliability, split_half

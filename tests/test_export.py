@@ -368,6 +368,18 @@ def truncate(name: str):
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
 
 
+def of_old(spoil):
+    """The same to a run that was recorded before labels were kept, when predictions alone had them."""
+
+    def spoil_old(directory: Path) -> None:
+        record = json.loads((directory / "result.json").read_text())
+        del record["labels"]
+        (directory / "result.json").write_text(json.dumps(record))
+        spoil(directory)
+
+    return spoil_old
+
+
 def drop_tensor(directory: Path) -> None:
     path = directory / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -394,7 +406,7 @@ def reseed(directory: Path) -> None:
         (change_result(metrics={}), "only calibrated, nothing was trained"),
         (change_result(config={}), "no settings of a run in it"),
         (remove("adapter/adapter_model.safetensors"), "the run has lost files of its adapter/"),
-        (truncate("predictions.parquet"), r"predictions\.parquet cannot be read"),
+        (of_old(truncate("predictions.parquet")), r"predictions\.parquet cannot be read"),
         (truncate("adapter/adapter_model.safetensors"), r"adapter_model\.safetensors is broken or truncated"),
         (truncate("adapter/adapter_config.json"), r"adapter: cannot be loaded \("),
         (truncate("adapter/partial_lora.json"), r"partial_lora\.json is broken"),
