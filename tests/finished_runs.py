@@ -21,6 +21,8 @@ COLOURS = ("red", "green", "blue")
 _SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
 _PLACE = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")  # gone when the interpreter ends
 
+datasets.disable_progress_bars()  # as the commands do in a process of their own
+
 
 def cache() -> str:
     """The cache that the runs were trained with."""

@@ -1,0 +1,145 @@
+"""`partial-lora evaluate RUN_DIR [KEY=VALUE …]`: a finished run on another split or task, composed as a run is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partial_lora import config, schema
+from partial_lora.composition import _composition_error, _refuse_group_lists
+from partial_lora.errors import PartialLoraError
+from partial_lora.finished import FinishedRun, finished_run
+
+if TYPE_CHECKING:
+    from partial_lora.evaluate_run import Evaluation
+
+_TRAINER = ("device", "eval_batch_size")  # what may be told beside the task
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate what the arguments ask for, say how it went and where it is kept; gives the exit code.
+
+    Raises PartialLoraError for a run that is none, a key that is not one of the task's, and labels of other names.
+    """
+    parsed = _parser().parse_intermixed_args(list(arguments))
+    run = finished_run(parsed.run)
+    asked = composed(run, parsed.overrides)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from partial_lora.evaluate_run import evaluate_run
+
+    with _bar() as advance:
+        done = evaluate_run(
+            run,
+            task=asked["task"],
+            split=parsed.split,
+            device=asked["trainer"]["device"],
+            batch_size=asked["trainer"]["eval_batch_size"],
+            advance=advance,
+        )
+    if parsed.json:
+        print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
+    else:
+        _show(done)
+    return 0
+
+
+def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
+    """The groups `task` and `trainer` of a run's settings, changed by Hydra overrides.
+
+    `task=NAME` takes that group file in place of the run's own task. Raises PartialLoraError, in one line, for any
+    other key, and as `config.resolve` does.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _refuse_others(overrides)
+    _refuse_group_lists(overrides)
+    trainer = {key: run.settings["trainer"][key] for key in _TRAINER}
+    if trainer["device"] == "cuda":  # where it trained; here is perhaps none
+        trainer["device"] = "auto"
+    kept = {"trainer": trainer}
+    if not any(override.partition("=")[0] == "task" for override in overrides):
+        kept["task"] = run.settings["task"]
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **kept})
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            found = compose("evaluated", list(overrides))
+        for group in ("task", "trainer"):
+            for key in sorted(OmegaConf.missing_keys(found[group])):
+                raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
+            OmegaConf.to_object(found[group])  # runs every __post_init__
+        return {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise PartialLoraError(_composition_error(error, list(overrides))) from error
+
+
+def _refuse_others(overrides: Sequence[str]) -> None:
+    allowed = {f"trainer.{key}" for key in _TRAINER}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise PartialLoraError(f"{override!r}: expected KEY=VALUE")
+        if key != "task" and not key.startswith("task.") and key not in allowed:
+            others = ", ".join(sorted(allowed))
+            raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {others}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="partial-lora evaluate",
+        description="A finished run on another split or task. Without KEY=VALUE it is the run's own task. The labels "
+        "of another task must have the names of the run's. Kept in RUN_DIR/evaluations; what the run recorded stays.",
+        epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
+    )
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
+    parser.add_argument("--json", action="store_true", help="one object: folder, and all of evaluation.json")
+    return parser
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """How far the evaluation is, on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+
+    from partial_lora.watch import Bars
+
+    with Bars(Console(stderr=True)) as bars:
+        yield lambda done, total: bars.update({"stage": "evaluate", "done": done, "total": total})
+
+
+def _show(done: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    record: Mapping = done.record
+    metrics = dict(record["metrics"])
+    primary = metrics.pop("primary")
+    drawn = Table(show_header=False, box=None, pad_edge=False)
+    drawn.add_row("task", record["task"]["name"])
+    drawn.add_row(record["split"], f"{record['examples']:,} examples")
+    for name, value in metrics.items():
+        drawn.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
+    console = Console()
+    console.print(drawn)
+    console.print(f"wrote {done.folder}", highlight=False, markup=False, soft_wrap=True)
