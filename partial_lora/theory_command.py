@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Print bounds and simulated values side by side, and draw them where asked; gives the exit code, 2 a wrong input."""
+    """Print bounds and simulated values side by side, and draw them where asked; gives the exit code."""
     try:
         parsed = _parser().parse_args(arguments)
         if parsed.target_rank > parsed.rank:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="partial-lora theory",
-        description="Bounds for sparse adapters of one size, and simulated values beside them; docs/theory.md proves them.",
+        description="Bounds for sparse adapters, proved in docs/theory.md, and simulated values beside them.",
         allow_abbrev=False,
     )
     whole, least_two = _number(int, "a whole number from 1", lambda n: n >= 1), lambda n: n >= 2
@@ -107,8 +107,8 @@ def _printed(reports: list[Report], *, as_json: bool) -> None:
     for one in reports:
         setting = one.setting
         table = Table(
-            title=f"{setting.rows} x {setting.columns}, rank {setting.rank}, target rank {setting.target_rank}, sparsity "
-            f"{setting.sparsity:g}, delta {setting.delta:g}, {setting.draws} draws",
+            title=f"{setting.rows} x {setting.columns}, rank {setting.rank}, target rank {setting.target_rank}, "
+            f"sparsity {setting.sparsity:g}, delta {setting.delta:g}, {setting.draws} draws",
             title_justify="left",
         )
         table.add_column("what", overflow="fold")

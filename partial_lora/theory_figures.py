@@ -15,6 +15,7 @@ from partial_lora.theory_report import Report, Setting, over_sparsities
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
 _POINT = {"linestyle": "none", "markersize": 5, "color": "black", "markerfacecolor": "white"}
+_LEGEND = {"frameon": False, "fontsize": 8}
 _SPARSITIES = np.round(np.arange(0.1, 0.951, 0.05), 2)
 
 
@@ -37,8 +38,8 @@ def bounds(setting: Setting, reports: Sequence[Report], path: Path) -> Path:
         one.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _plain(one)
     figure.suptitle(
-        f"{setting.rows} × {setting.columns}, target rank {setting.target_rank}, δ = {setting.delta:g}; lines are proved, "
-        f"points simulated ({setting.draws} draws)",
+        f"{setting.rows} × {setting.columns}, target rank {setting.target_rank}, δ = {setting.delta:g}; "
+        f"lines are proved, points simulated ({setting.draws} draws)",
         fontsize=11,
     )
     return save(figure, path)
@@ -75,7 +76,8 @@ def _masses(axes: Axes, values: Mapping[str, np.ndarray]) -> None:
     axes.plot(x, values["top_spread"], marker="s", label="top, independent entries", **_POINT)
     axes.plot(x, values["top_concentrated"], marker="^", label="top, a few large rows and columns", **_POINT)
     axes.set_title("The gradient's mass inside the mask:\nwhat one step is guaranteed", fontsize=10)
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(0, 1.4)  # room for the legend
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
@@ -83,24 +85,27 @@ def propagation(record: Mapping, path: Path) -> Path:
     """Draw the bounds and the measured change of the output over the size of the update, a panel for each model."""
     models = record["models"]
     figure = Figure(figsize=(5.6 * len(models), 4.6), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models, strict=True):
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         points = model["points"]
         x = [point["relative_size"] for point in points]
         for key, label, style in (
             ("bound", "proved: constants from known activations", {"color": _BLUE, "marker": "s"}),
-            ("secant", "the same sum, slopes measured afterwards", {"color": _GREEN, "marker": "^", "linestyle": "--"}),
+            ("slopes", "to first order, largest slopes", {"color": _ORANGE, "marker": "D", "linestyle": "-."}),
+            ("secant", "slopes measured afterwards", {"color": _GREEN, "marker": "^", "linestyle": "--"}),
             ("measured", "measured", {"color": "black", "marker": "o", "linestyle": "-"}),
         ):
             middle, low, high = ([point[key][name] for point in points] for name in ("median", "least", "most"))
             axes.plot(x, middle, label=label, markersize=5, **style)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         farthest = model["farthest"]["most"]
-        axes.axhline(farthest, color=_ORANGE, linestyle=":", linewidth=1.8, label="no two outputs are farther apart")
+        axes.axhline(farthest, color=_GREY, linestyle=":", linewidth=1.8, label="no two outputs are farther apart")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("size of the dense update, |T| / |W|")
         axes.set_title(f"{model['name']}: {model['blocks']} blocks, {model['modules']} modules", fontsize=10)
         _plain(axes)
+        axes.get_legend().remove()  # the lines fill the panel
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, **_LEGEND)
     figure.axes[0].set_ylabel("change of the output / its norm")
     figure.suptitle(
         f"A masked adapter in place of a dense one, density {record['density']:g} of rows and columns\n"
@@ -114,4 +119,4 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)

@@ -173,8 +173,8 @@ def _target(setting: Setting, rng: np.random.Generator) -> np.ndarray:
 def _of_rows_and_columns(setting: Setting) -> str:
     precision = rows_columns.least_precision(*setting.densities, setting.delta)
     return (
-        f"Rows and columns: for no fixed target is the squared error below {precision:.4f} of its norm with probability "
-        f"{1 - setting.delta:g}; a claim for these masks has to be about other solutions."
+        f"Rows and columns: for no fixed target is the squared error below {precision:.4f} of its norm with "
+        f"probability {1 - setting.delta:g}; a claim for these masks has to be about other solutions."
     )
 
 

@@ -1,4 +1,4 @@
-"""What moving W inside kept rows I and columns J does to the loss, to first order: the gradient's mass on I x J decides.
+"""What moving W inside kept rows I and columns J does to the loss, to first order: the gradient's mass there decides.
 
 L is differentiable and beta-smooth in W on the segment that is walked: |grad L(W + D) - grad L(W)| <= beta |D|.
 """

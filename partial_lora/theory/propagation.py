@@ -1,9 +1,9 @@
-"""From errors of modules to the change of a network's output, through Lipschitz constants anchored at known activations.
+"""From errors of modules to the change of a network's output, by Lipschitz constants taken from known activations.
 
 x_l = f_l(x_{l-1}) is the network, y_l = g_l(y_{l-1}) the same with other weights, y_0 = x_0. Assumed of every l: g_l is
 K_l-Lipschitz *from the known point*, |g_l(y) - g_l(x_{l-1})| <= K_l |y - x_{l-1}| for every y that can occur, and
-|g_l(x_{l-1}) - f_l(x_{l-1})| <= e_l. Then |y_L - x_L| <= sum_l e_l prod_{k > l} K_k. Norms are Euclidean, of one example
-with all its tokens.
+|g_l(x_{l-1}) - f_l(x_{l-1})| <= e_l. Then |y_L - x_L| <= sum_l e_l prod_{k > l} K_k. Norms are Euclidean, of one
+example with all its tokens.
 """
 
 from __future__ import annotations
@@ -82,5 +82,5 @@ def longest(weight: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: np.nd
 
 
 def farthest(gain: np.ndarray) -> float:
-    """No two outputs of a layer normalisation can be farther apart: 2 max |gain| sqrt(width). A larger bound is vacuous."""
+    """No two outputs of a normalisation are farther apart: 2 max |gain| sqrt(width). A larger bound says nothing."""
     return float(2 * abs(gain).max() * len(gain) ** 0.5)
