@@ -4,6 +4,7 @@
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
 # make encoders   the same of a real text encoder on four sets of texts (results/encoders)
+# make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
@@ -15,7 +16,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -75,6 +76,9 @@ encoders: $(VENV)/.installed
 	$(BIN)/partial-lora calibrate experiment=encoders results_dir=results/encoders task=mrpc $(call FILES,mrpc)
 	$(BIN)/partial-lora calibrate experiment=encoders results_dir=results/encoders task=rte $(call FILES,rte)
 	$(BIN)/partial-lora report results/encoders
+
+models: $(VENV)/.installed
+	$(BIN)/python scripts/model_table.py
 
 # An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed

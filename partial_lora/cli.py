@@ -159,29 +159,14 @@ def _closing(directory: Path, stage: str):
 def _info(settings: dict) -> int:
     from rich.console import Console
 
-    from partial_lora import methods, models, parameters
-    from partial_lora.budget import masked_units
+    from partial_lora import parameters
+    from partial_lora.outline import outline
 
-    model, rank, granularity = settings["model"], settings["method"]["rank"], settings["mask"]["granularity"]
-    classes = 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
-    geometry = {key: model[key] for key in ("family", "architecture", "model_args")}
-    empty = models.empty(**geometry, num_labels=classes)
-    shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
-    units = masked_units(shapes, rank, granularity)
-    sparsity, said = methods.foreseen_sparsity(settings["method"]["name"], *units, settings["calibration"])
-    described = parameters.describe(
-        empty,
-        target_modules=model["target_modules"],
-        head=model["head"],
-        rank=rank,
-        sparsity=sparsity,
-        granularity=granularity,
-        new_modules=model["new_modules"],
-    )
+    found = outline(settings)
     console = Console()
-    console.print(parameters.table(described))
-    heads = "one number" if classes == 1 else f"{classes} classes"
-    console.print(f"{said}; the head is for {heads}", highlight=False)
+    console.print(parameters.table(found.counts))
+    heads = "one number" if found.outputs == 1 else f"{found.outputs} classes"
+    console.print(f"{found.sparsity_is}; the head is for {heads}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -11,16 +11,17 @@ import partial_lora
 LAYERS = (
     {"config", "schema", "sparsity_schema", "analysis_schema", "ranges", "errors", "progress", "results", "cache"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
-    | {"agreement", "reliability", "stability"},
+    | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
-    | {"export", "formats", "proof", "closing", "calibration_figures", "analysis_figures", "analysis_tables"},
+    | {"export", "formats", "proof", "outline", "inference", "evaluate_run"}
+    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables"},
     {"launch"},
     {"train", "analysis", "examinations", "subject"},
-    {"worker", "cli", "composition", "analysis_command"},
+    {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent
