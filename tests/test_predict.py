@@ -110,6 +110,14 @@ def test_a_name_that_is_no_text_can_be_predicted(photos, predict, tmp_path) -> N
     assert os.fsencode(json.loads(predict("--json", os.fsdecode(name))[1][0])["input"]) == name
 
 
+def test_a_terminal_of_few_characters_ends_no_stream(photos, run, monkeypatch, tmp_path) -> None:
+    (tmp_path / "été.png").write_bytes(Path(photos[0]).read_bytes())
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert predict_command.main([run, "--device", "cpu", str(tmp_path / "été.png")]) == 0
+    assert out.getvalue().endswith(b"\\xe9t\\xe9.png\n")
+
+
 def test_options_may_stand_anywhere(run, photos, predict) -> None:
     assert predict(photos[0], "--json", photos[1]) == predict("--json", photos[0], photos[1])
 
