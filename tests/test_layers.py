@@ -18,7 +18,7 @@ LAYERS = (
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "outline", "inference", "evaluate_run"}
-    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables"},
+    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},
     {"train", "analysis", "examinations", "subject"},
     {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
