@@ -29,4 +29,4 @@ def plain_name(key: str, value: str) -> None:
 
 def one_of(key: str, value: object, *known: str) -> None:
     """One of a few words."""
-    require(value in known, key, value, " or ".join(known))
+    require(value in known, key, value, " or ".join(map(str, known)))

