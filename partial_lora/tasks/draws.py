@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.strata import in_turn, shuffled
@@ -27,6 +28,11 @@ class Draws:
     fit: np.ndarray
     scored: np.ndarray
     warnings: tuple[str, ...] = ()
+
+
+def drawn_from(rows: Dataset) -> np.ndarray:
+    """What draws of a task's rows are stratified by: their labels, or nothing where they have none (real zeros)."""
+    return np.asarray(rows["label"]) if "label" in rows.column_names else np.zeros(len(rows))
 
 
 def few_shot_draws(

@@ -18,12 +18,10 @@ def cut(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dat
 
     Raises PartialLoraError for a class too small to have rows on both sides.
     """
-    labels = np.asarray(rows["label"])
     classes = _classes(rows)
+    labels = np.asarray(rows["label"]) if classes else None
     try:
-        kept, off = train_test_split(
-            np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels if classes else None
-        )
+        kept, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
         per_class = " per class" if classes else ""
         reason = _single(labels, classes) or first_line(error)
@@ -45,11 +43,11 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
 
 
 def _classes(rows: Dataset) -> list[str]:
-    feature = rows.features["label"]
+    feature = rows.features.get("label")  # a text that is to be written has none
     return feature.names if isinstance(feature, ClassLabel) else []
 
 
-def _single(labels: np.ndarray, classes: list[str]) -> str:
+def _single(labels: np.ndarray | None, classes: list[str]) -> str:
     """Names the classes that have one row, where there are any."""
     if not classes:
         return ""

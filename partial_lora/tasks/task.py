@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import columns, files, labels, sources, splits
+from partial_lora.tasks import choices, columns, exchanges, files, labels, sources, splits
 
 SPLITS = ("train", "validation", "test")
 SETTINGS = (  # of the task group, as `load` takes them
@@ -20,9 +20,16 @@ SETTINGS = (  # of the task group, as `load` takes them
     "test_split",
     "data_files",
     "modality",
+    "kind",
     "image_column",
     "text_columns",
     "label_column",
+    "format",
+    "prompt_columns",
+    "option_columns",
+    "answer_column",
+    "response_column",
+    "answer",
     "regression",
     "metrics",
     "train_samples",
@@ -31,17 +38,24 @@ SETTINGS = (  # of the task group, as `load` takes them
     "split_seed",
 )
 _TEST_SHARE = 0.2  # of a source that comes without a test split
-_METRICS = {False: ("accuracy", "f1", "matthews"), True: ("pearson", "spearman", "mse")}  # by whether labels are real
+_METRICS = {  # that suit a task, by what its labels are
+    "classes": ("accuracy", "f1", "matthews"),
+    "real numbers": ("pearson", "spearman", "mse"),
+    "places of options": ("accuracy", "accuracy_norm"),
+    "texts": ("exact_match", "rouge_l", "perplexity"),
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A labelled data set in three disjoint splits, with the columns `image`, or `text` and `text_pair`, and `label`.
+    """A labelled data set in three disjoint splits.
 
-    `train` is learned from, `validation` selects a checkpoint, `test` is looked at once, at the end.
+    `train` is learned from, `validation` selects a checkpoint, `test` is looked at once, at the end. Their columns are
+    `image`, or `text` and `text_pair`, and `label`; of kind "choice" `prompts`, `options` and `label`, the right one's
+    place (`choices.read`); of kind "generation" `prompt` and `response`.
 
     modality: "image" or "text".
-    labels: the names of the classes; none for regression, where `label` is a real number.
+    labels: the names of the classes; none for regression, where `label` is a real number, and for any other kind.
     metrics: what predictions are measured by; the first one selects.
     """
 
@@ -52,6 +66,7 @@ class Task:
     validation: Dataset
     test: Dataset
     metrics: tuple[str, ...]
+    kind: str = "label"
 
 
 def load(
@@ -64,9 +79,16 @@ def load(
     test_split: str = "test",
     data_files: Mapping[str, str] | str | None = None,
     modality: str = "image",
+    kind: str = "label",
     image_column: str | None = None,
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
+    format: str | None = None,
+    prompt_columns: Sequence[str] = (),
+    option_columns: Sequence[str] = (),
+    answer_column: str | None = None,
+    response_column: str | None = None,
+    answer: str | None = None,
     regression: bool | None = None,
     metrics: Sequence[str] = (),
     train_samples: int | None = None,
@@ -79,9 +101,13 @@ def load(
     Args:
         path: a data set of the hub (`subset` of it, at `revision`), "bundled:digits" out of scikit-learn, or "files".
         data_files: files or folders by split, or one for all, read instead of the hub (`files.read`).
+        kind: "label", "choice" or "generation".
         image_column, text_columns, label_column: their names; None or none takes the one column of that kind.
+        format, prompt_columns, option_columns, answer_column: of a choice, as in `choices.read`.
+        format, prompt_columns, response_column, answer: of a generation, as in `exchanges.read`.
         regression: whether labels are real numbers; None where they are fractions.
-        metrics: none means accuracy, or Pearson's correlation for regression.
+        metrics: none means accuracy, or Pearson's correlation for regression; both accuracies of a choice; of a
+            generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
         train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
         validation_share: share of the training rows set aside, per class, where the source has no validation split.
 
@@ -89,23 +115,32 @@ def load(
         PartialLoraError: no network; a missing file, column, label or text; labels that do not fit; an empty split; a
             class too small to split.
     """
-    source = sources.read(name, path, subset, revision, data_files, text_columns)
+    cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
+    source = sources.read(name, path, subset, revision, data_files, cells)
     places = _places(name, source, train_split, test_split, own_files=bool(data_files))
-    found = {}
-    for split, place in places.items():
-        rows = source[place]
+    found = {split: source[place] for split, place in places.items()}
+    for split, rows in found.items():
         if len(rows) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
-        folder = files.folder_of(data_files, place)
-        found[split] = columns.chosen(rows, name, split, modality, image_column, text_columns, label_column, folder)
-    names, found = labels.read(found, name, regression)
+    names: tuple[str, ...] = ()
+    if kind == "choice":
+        found = choices.read(found, name, format, prompt_columns, option_columns, answer_column)
+    elif kind == "generation":
+        found = exchanges.read(found, name, format, prompt_columns, response_column, answer)
+    else:
+        for split, place in places.items():
+            folder = files.folder_of(data_files, place)
+            by_name = (image_column, text_columns, label_column)
+            found[split] = columns.chosen(found[split], name, split, modality, *by_name, folder)
+        names, found = labels.read(found, name, regression)
     if "test" not in found:
         found["train"], found["test"] = splits.cut(found["train"], _TEST_SHARE, split_seed, name)
     found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
     found["test"] = splits.sample(found["test"], test_samples, split_seed, "test_samples")
     if "validation" not in found:
         found["train"], found["validation"] = splits.cut(found["train"], validation_share, split_seed, name)
-    return Task(name=name, modality=modality, labels=names, metrics=_measured_by(metrics, name, not names), **found)
+    measured = _measured_by(metrics, name, _labelled_by(kind, names), answer)
+    return Task(name=name, modality=modality, labels=names, metrics=measured, kind=kind, **found)
 
 
 def _places(
@@ -130,13 +165,23 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _measured_by(metrics: Sequence[str], name: str, regression: bool) -> tuple[str, ...]:
+def _labelled_by(kind: str, names: Sequence[str]) -> str:
+    if kind == "label":
+        return "classes" if names else "real numbers"
+    return {"choice": "places of options", "generation": "texts"}[kind]
+
+
+def _measured_by(metrics: Sequence[str], name: str, labelled_by: str, answer: str | None) -> tuple[str, ...]:
     """The metrics of a task; those asked for have to suit its labels."""
-    fitting = _METRICS[regression]
+    fitting = _METRICS[labelled_by]
     unfit = [metric for metric in metrics if metric not in fitting]
     if unfit:
-        kind = "real numbers" if regression else "classes"
         raise PartialLoraError(
-            f"task.metrics: {name} has labels that are {kind}, expected some of {', '.join(fitting)}, not {unfit[0]}"
+            f"task.metrics: {name} has labels that are {labelled_by}, expected some of {', '.join(fitting)}, not "
+            f"{unfit[0]}"
         )
-    return tuple(metrics) or fitting[:1]
+    if metrics:
+        return tuple(metrics)
+    if labelled_by == "texts":
+        return ("exact_match" if answer else "rouge_l", "perplexity")
+    return fitting if labelled_by == "places of options" else fitting[:1]
