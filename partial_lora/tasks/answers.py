@@ -8,7 +8,7 @@ from decimal import Decimal
 _MARK = "####"  # what GSM8K writes before the answer
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]%])[-+−])?"  # after a digit or a bracket it is an operator: 16-3 has no number -3
-    r"[$€£]?(?P<inner>[-+−])?"
+    r"(?:[$€£](?P<inner>[-+−])?)?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
 
