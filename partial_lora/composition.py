@@ -31,7 +31,7 @@ def compose(
     from partial_lora import config, schema
 
     resolve = resolve or config.resolve
-    _refuse_group_lists(arguments)
+    refuse_group_lists(arguments)
     ConfigStore.instance().store(name="schema", node=node or schema.Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
@@ -76,10 +76,10 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
-        raise PartialLoraError(_composition_error(error, arguments)) from error
+        raise PartialLoraError(composition_error(error, arguments)) from error
 
 
-def _refuse_group_lists(arguments: Sequence[str]) -> None:
+def refuse_group_lists(arguments: Sequence[str]) -> None:
     """Hydra would merge the files of a list of groups into one; nobody means that."""
     from partial_lora.config import GROUPS
 
@@ -89,7 +89,7 @@ def _refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
 
 
-def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
+def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """One line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

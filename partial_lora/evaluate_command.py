@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import config, schema
-from partial_lora.composition import _composition_error, _refuse_group_lists
+from partial_lora.composition import composition_error, refuse_group_lists
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun, finished_run
 
@@ -65,7 +65,7 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
     from omegaconf.errors import OmegaConfBaseException
 
     _refuse_others(overrides)
-    _refuse_group_lists(overrides)
+    refuse_group_lists(overrides)
     trainer = {key: run.settings["trainer"][key] for key in _TRAINER}
     if trainer["device"] == "cuda":  # where it trained; here is perhaps none
         trainer["device"] = "auto"
@@ -84,7 +84,7 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
             OmegaConf.to_object(found[group])  # runs every __post_init__
         return {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise PartialLoraError(_composition_error(error, list(overrides))) from error
+        raise PartialLoraError(composition_error(error, list(overrides))) from error
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

@@ -64,9 +64,25 @@ def transform_of(model: Mapping) -> Transform:
 def model_of(model: Mapping, labels: Sequence[str]) -> PreTrainedModel:
     """The frozen model of the settings' group `model` with a head for `labels`, or for one number where none is given.
 
-    A head that is new is drawn from torch's global generator as it is.
+    A head that is new is drawn from torch's global generator as it is. Raises PartialLoraError where texts of the
+    settings' length do not fit.
     """
-    return models.load(labels=list(labels), **named(model, *models.SETTINGS))
+    loaded = models.load(labels=list(labels), **named(model, *models.SETTINGS))
+    if modality(model) == "text":
+        _check_length(loaded, model)
+    return loaded
+
+
+def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:
+    """Positions that are embedded one by one come to an end; some models start to count after the padding's."""
+    for name, module in loaded.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if model["max_length"] > longest:
+                raise PartialLoraError(
+                    f"model.max_length={model['max_length']}: expected at most {longest}, the positions that "
+                    f"model={model['name']} has"
+                )
 
 
 def has_new_head(model: Mapping) -> bool:

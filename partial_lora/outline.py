@@ -24,7 +24,7 @@ def outline(settings: Mapping) -> Outline:
     model, method, granularity = settings["model"], settings["method"], settings["mask"]["granularity"]
     outputs = 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
     empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs)
-    shapes = parameters.target_shapes(empty, model["target_modules"], model["head"])
+    shapes = parameters.target_shapes(empty, **named(model, "target_modules", "head", "new_modules"))
     units = masked_units(shapes, method["rank"], granularity)
     sparsity, said = methods.foreseen_sparsity(method["name"], *units, settings["calibration"])
     counts = parameters.describe(

@@ -42,12 +42,14 @@ def adapter_parameters(
     return {"dense": dense_parameters(shapes, rank), "trainable": kept}
 
 
-def target_shapes(model: nn.Module, target_modules: Sequence[str] | str, head: str) -> dict[str, tuple[int, int]]:
+def target_shapes(
+    model: nn.Module, target_modules: Sequence[str] | str, head: str, new_modules: Sequence[str] = ()
+) -> dict[str, tuple[int, int]]:
     """The modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
 
-    The head is never one of them: it trains whole. Raises PartialLoraError as `target_linears` does.
+    What trains whole, the head and `new_modules`, is never one of them. Raises as `target_linears` does.
     """
-    linears = target_linears(model, target_modules, head)
+    linears = target_linears(model, target_modules, head, new_modules)
     return {name: tuple(linear.weight.shape) for name, linear in linears.items()}
 
 
@@ -70,7 +72,7 @@ def describe(
     """
     whole = _trained_whole(model, head, new_modules)
     head_count = sum(parameter.numel() for module in whole for parameter in module.parameters())
-    shapes = {} if sparsity is None else target_shapes(model, target_modules, head)
+    shapes = {} if sparsity is None else target_shapes(model, target_modules, head, new_modules)
     adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
     trainable = adapter["trainable"] + head_count
     return {

@@ -41,7 +41,7 @@ class Subject:
         self._model = loading.model_of(model, self._task.labels).to(self.device)
         self._new_head = loading.has_new_head(model)
         self._score = loading.calibration_score(settings, self._task)
-        targets = target_linears(self._model, model["target_modules"], head=model["head"])
+        targets = target_linears(self._model, **named(model, "target_modules", "head", "new_modules"))
         self.shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
 
     @property

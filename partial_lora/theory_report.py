@@ -13,6 +13,8 @@ from partial_lora.theory import Simulated, elements, first_order, rows_columns, 
 EQUAL, AT_LEAST, AT_MOST, NOT_SIMULATED = "equal", "at least", "at most", ""
 _PRECISION = 0.01  # of subset sums
 _FEW = 20  # draws of what is costly and varies little
+_CELLS = 2 * 10**8  # random numbers that a simulation may take, unless that leaves fewer than _FEW draws
+_MOST_CELLS = 5 * 10**7  # of one draw; what takes more is not simulated
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,25 @@ def _elements(setting: Setting) -> list[Line]:
     t, keep, delta = setting.target_rank, setting.keep, setting.delta
     blocks, enough, needed = ranks(setting)
     exact = elements.exact_probability(setting.rows, setting.rank, t, keep)
-    size = {"draws": setting.draws, "rng": rng}
-    full = elements.full_rows(setting.rows, setting.rank, t, keep, **size)
-    at_blocks = subset_sums.kept_groups(setting.rows * t, blocks // t, keep, **size)
-    at_enough = elements.full_rows(setting.rows, enough, t, keep, **size)
+
+    def full(rank: int) -> np.ndarray | None:
+        draws = _draws(setting, setting.rows * rank)
+        return elements.full_rows(setting.rows, rank, t, keep, draws=draws, rng=rng) if draws else None
+
+    at_rank, draws = full(setting.rank), _draws(setting, setting.rows * blocks)
+    at_blocks = subset_sums.kept_groups(setting.rows * t, blocks // t, keep, draws=draws, rng=rng) if draws else None
+    at_enough = full(enough)
     lines = [
-        _line(f"entries of B: P(every row keeps {t}) at rank {setting.rank}; then exact", exact, EQUAL, full),
+        _line(f"entries of B: P(every row keeps {t}) at rank {setting.rank}; then exact", exact, EQUAL, at_rank),
         Line(f"rank that suffices, by blocks ({blocks / t:.3g} x target rank)", blocks),
         _line("of masks at that rank, those with an entry in every block", 1 - delta, AT_LEAST, at_blocks),
         Line(f"rank that suffices, by counting ({enough / t:.3g} x target rank)", enough),
         _line(f"of masks at that rank, those with {t} entries in every row", 1 - delta, AT_LEAST, at_enough),
         Line(f"rank that is necessary for almost every target ({needed / t:.3g} x target rank)", needed),
     ]
-    if needed > t:
-        drawn = (elements.masks(setting.rows, needed - 1, keep, rng=rng) for _ in range(setting.draws))
+    draws = _draws(setting, setting.rows * needed)
+    if needed > t and draws:
+        drawn = (elements.masks(setting.rows, needed - 1, keep, rng=rng) for _ in range(draws))
         within = [elements.deficit(mask, t) <= elements.allowance(needed - 1, t) for mask in drawn]
         what = "of masks one rank lower, those that do not rule almost all targets out"
         lines.append(_line(what, 1 - delta, AT_MOST, np.array(within, dtype=np.float64)))
@@ -160,7 +167,14 @@ def _subset_sums(setting: Setting) -> Line:
     return Line(what, fewest, AT_LEAST, values)
 
 
-def _line(what: str, bound: float, holds: str, values: Sequence[float]) -> Line:
+def _draws(setting: Setting, cells: int) -> int:
+    """How many draws of so many random numbers each: fewer of large ones, none of those that memory may not hold."""
+    return 0 if cells > _MOST_CELLS else min(setting.draws, max(_FEW, _CELLS // cells))
+
+
+def _line(what: str, bound: float, holds: str, values: Sequence[float] | None) -> Line:
+    if values is None:
+        return Line(what, float(bound))
     simulated = Simulated.share(values) if set(np.unique(values)) <= {0.0, 1.0} else Simulated.of(values)
     return Line(what, float(bound), holds, simulated.mean, simulated.standard_error)
 

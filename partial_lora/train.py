@@ -60,7 +60,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["labels"] = list(task.labels)
     set_seed(seed)
     model = loading.model_of(settings["model"], task.labels).to(world.device)
-    targets = target_names(model, settings["model"]["target_modules"], head=settings["model"]["head"])
+    targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
 
     # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
     method = methods.named(settings["method"]["name"])

@@ -1,4 +1,4 @@
-"""A timm ViT whose activations are seen, and the bound of partial_lora.theory.propagation along its residual branches."""
+"""A timm ViT whose activations are seen, and the bound of partial_lora.theory.propagation along its branches."""
 
 from __future__ import annotations
 

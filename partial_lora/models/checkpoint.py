@@ -28,8 +28,8 @@ def pretrained(
     may_be_new: Callable[[PreTrainedModel, str], bool],
     pickled: bool = False,
     **options: object,
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model with the folder's weights, and the names of its parameters that are not from there.
+) -> PreTrainedModel:
+    """The model with the folder's weights.
 
     build: a from_pretrained of transformers. may_be_new: whether the model may have that parameter without any weights,
     or with other ones than the folder's; all others must be there, in their shape. pickled: take a pickle, read without
@@ -58,7 +58,7 @@ def pretrained(
                 f"model={name}: {unfilled[0]} is {problem} in {weights} ({len(unfilled)} such weights); "
                 "model.architecture and model.model_args must be those of the weights"
             )
-    return model, sorted({*report["missing_keys"], *mismatched})
+    return model
 
 
 def check_architecture(wanted: str, found: str, weights: str) -> None:

@@ -138,7 +138,7 @@ def _clip(
         reason = " ".join(str(error).split())[:160]
         raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({reason})") from error
     check_architecture("clip", config.model_type, text_weights)
-    clip, _ = pretrained(
+    clip = pretrained(
         CLIPModel.from_pretrained,
         folder,
         config,

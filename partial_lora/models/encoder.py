@@ -54,7 +54,7 @@ def load(
             model = AutoModelForSequenceClassification.from_config(config, **options).to(dtype)
         else:
             folder = folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL)
-            model, new = pretrained(
+            model = pretrained(
                 AutoModelForSequenceClassification.from_pretrained,
                 folder,
                 _same_geometry(_config_in(folder, architecture, classes, weights), counted, model_args, weights),
@@ -65,7 +65,6 @@ def load(
                 pickled=True,
                 **options,
             )
-            _draw_anew(model, new)
             name_after(model, weights)
     heads.draw(model.get_submodule(head_name(model)), std=model.config.initializer_range)
     # Else the loss, and with it the gradient, is multiplied by the steps of accumulation and by the processes.
@@ -168,13 +167,3 @@ def _same_geometry(
                 "for the model that trains"
             )
     return config
-
-
-def _draw_anew(model: PreTrainedModel, new: Sequence[str]) -> None:
-    """Give matrices that no pre-training has filled numbers that depend on no other draw: the same for every task."""
-    head = head_name(model)
-    with heads.own_generator(), torch.no_grad():
-        for key in new:
-            parameter = model.get_parameter(key)
-            if parameter.ndim >= 2 and not key.startswith(f"{head}."):
-                parameter.copy_(nn.init.normal_(torch.empty(parameter.shape), std=model.config.initializer_range))

@@ -81,7 +81,7 @@ def headless(
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
             config.model_args = {**(config.model_args or {}), **model_args}
-            model, _ = pretrained(
+            model = pretrained(
                 TimmWrapperForImageClassification.from_pretrained,
                 folder,
                 config,

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from partial_lora.errors import PartialLoraError
 from partial_lora.theory.arguments import count, failure, share
 from partial_lora.theory.subset_sums import group_size, least_group_size
 
@@ -58,7 +59,10 @@ def sufficient_rank(rows: int, target_rank: int, keep: float, delta: float, *, c
     low, high = target_rank - 1, target_rank
     while rows * short_row(high, target_rank, keep, rows=rows_of) > delta:
         low, high = high, 2 * high
-        count("rank", high, _MOST_RANK)
+        if high > _MOST_RANK:
+            raise PartialLoraError(
+                f"sparsity={1 - keep:g}: no rank up to {_MOST_RANK} is enough for targets of any kind"
+            )
     while high - low > 1:  # the probability falls with the rank
         middle = (low + high) // 2
         low, high = (
