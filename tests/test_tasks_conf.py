@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -16,7 +18,7 @@ from partial_lora.errors import PartialLoraError
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FOLDER = config.conf_dir() / "task"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-OWN = ("image_folder", "image_table", "text_table", "flowers17", "signdigits")
+OWN = ("image_folder", "image_table", "text_table", "choice_table", "text_generation", "flowers17", "signdigits")
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 SIZES = {  # of the shared rows: train, validation, test, classes
     "cifar10": (4500, 500, 2000, 10),
@@ -32,6 +34,15 @@ SIZES = {  # of the shared rows: train, validation, test, classes
     "trec": (4906, 546, 500, 6),
     "imdb": (4491, 499, 1994, 2),
 }
+COMMONSENSE = {  # of the shared rows: train, validation, test; of the others there are none
+    "arc_easy": (2025, 226, 2376),
+    "arc_challenge": (1007, 112, 1172),
+    "boolq": (8484, 943, 3270),
+    "openbookqa": (4461, 496, 500),
+    "piqa": (1204, 134, 500),
+    "social_iqa": (1263, 141, 550),
+}
+FAIR = {"arc_easy": (2, 6), "arc_challenge": (2, 6), "openbookqa": (4, 4), "social_iqa": (3, 3)}  # options; else 2
 
 
 def settings(name: str) -> dict:
@@ -99,6 +110,39 @@ def test_real_rows_load_under_the_hub_s_own_names_of_columns(name: str) -> None:
     inputs = {"image": ["image"], "text": ["text", "text_pair"][: len(chosen["text_columns"])]}[task.modality]
     assert task.train.column_names == [*inputs, "label"]
     assert task.metrics == tuple(chosen["metrics"] or ["accuracy"])
+
+
+@pytest.mark.parametrize("name", COMMONSENSE)
+def test_real_questions_load_and_their_right_options_are_spread(name: str) -> None:
+    task = load(settings(name) | {"data_files": shared(name)})
+    assert (len(task.train), len(task.validation), len(task.test)) == COMMONSENSE[name]
+    assert (task.kind, task.metrics) == ("choice", ("accuracy", "accuracy_norm"))
+    counts = [len(options) for options in task.test["options"]]
+    fewest, most = FAIR.get(name, (2, 2))
+    assert fewest <= min(counts) <= max(counts) <= most
+    assert max(Counter(task.test["label"]).values()) < 0.65 * len(task.test)
+    for row in task.test.select(range(50)):
+        assert len(row["prompts"]) == len(row["options"])
+        assert all(option.startswith(" ") and option.strip() for option in row["options"])
+        assert all(prompt == prompt.rstrip() for prompt in row["prompts"])
+
+
+def test_real_solutions_come_to_a_number() -> None:
+    task = load(settings("gsm8k") | {"data_files": shared("gsm8k")})
+    assert (len(task.train), len(task.validation), len(task.test)) == (6725, 748, 1319)
+    said = task.test["response"][:]
+    assert [tasks.final_number(text) for text in said] == [
+        Decimal(text.split("####")[1].replace(",", "").strip()) for text in said
+    ]
+    assert (settings("gsm8k")["stop"], task.metrics) == (["Question:"], ("exact_match", "perplexity"))
+
+
+def test_benchmarks_are_never_put_into_a_chat() -> None:
+    for name in NAMES:
+        chosen = settings(name)
+        if chosen["kind"] != "label":
+            assert chosen["chat_template"] is (None if chosen["path"] == "files" else False)
+            assert (chosen["format"] is None) == (chosen["path"] == "files")
 
 
 def test_real_tables_are_found_out_without_any_name_of_a_column() -> None:
