@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 import torch
 from torch import nn
@@ -20,16 +21,25 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self._stage, self._batches = "evaluate", 0
+        self._began, self._tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._stage = "validate"
+        self._began, self._tokens = time.monotonic(), state.num_input_tokens_seen
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stage = "evaluate"
 
     def on_step_end(self, args, state, control, **kwargs):
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        progress.emit("train", state.global_step, state.max_steps, **({} if loss is None else {"loss": loss}))
+        detail = {} if loss is None else {"loss": loss}
+        if state.num_input_tokens_seen > self._tokens:
+            detail["tokens_per_second"] = self._rate(state.num_input_tokens_seen)
+        progress.emit("train", state.global_step, state.max_steps, **detail)
+
+    def _rate(self, seen: int) -> float:
+        """Tokens a second since training began, looks at validation and checkpoints included."""
+        return (seen - self._tokens) / max(time.monotonic() - self._began, 1e-9)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self._batches += 1

@@ -60,7 +60,7 @@ def evaluate_run(
     places = _places(run, other, is_own=asked["task"] == run.settings["task"])
     model = RunModel(run, device)
     size = batch_size or run.settings["trainer"]["eval_batch_size"]
-    transform = loading.transform_of(run.settings["model"])
+    transform = loading.transform_of(run.settings)
     rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
     batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
     logits, references = _said(model, batches, advance)
@@ -129,7 +129,8 @@ def _write(folder: Path, record: dict, logits: np.ndarray, references: np.ndarra
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EVALUATION).unlink(missing_ok=True)
-        evaluation.write_predictions(folder / results.PREDICTIONS, logits, references, record["labels"])
+        frame = evaluation.predictions_of(logits, references, record["labels"])
+        evaluation.write_predictions(folder / results.PREDICTIONS, frame)
         results.write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

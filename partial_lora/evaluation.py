@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 from partial_lora import metric
 from partial_lora.results import write_atomic
 
-LOWER_IS_BETTER = {"mse"}
+LOWER_IS_BETTER = {"mse", "perplexity"}
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -113,8 +113,8 @@ def split_metrics(names: Sequence[str], logits: np.ndarray, references: np.ndarr
     return {"primary": names[0], **found, "loss": mean_loss(logits, references)}
 
 
-def write_predictions(path: Path, logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> None:
-    """Keep what was said about every example, so that two methods can be compared example by example.
+def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> pandas.DataFrame:
+    """What was said about every example, so that two methods can be compared example by example.
 
     One row an example, in the order of the split: index, label, prediction (class indices), their names, score (the
     softmax probability of the prediction) and the logits. Of a regression, which has no labels: index, label,
@@ -129,6 +129,11 @@ def write_predictions(path: Path, logits: np.ndarray, references: np.ndarray, la
     else:
         columns["score"] = said
     columns["logits"] = list(logits.astype(np.float32))
+    return pandas.DataFrame(columns)
+
+
+def write_predictions(path: Path, frame: pandas.DataFrame) -> None:
+    """Keep predictions as parquet, whole or not at all."""
     buffer = io.BytesIO()
-    pandas.DataFrame(columns).to_parquet(buffer, index=False)
+    frame.to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())

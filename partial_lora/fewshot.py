@@ -20,7 +20,7 @@ from partial_lora.cache import cache_dir
 from partial_lora.calibration import Calibration, calibrate
 from partial_lora.heads import Batch, scored_head
 from partial_lora.importance import NEEDS_DATA, data_scores, scores_of
-from partial_lora.loading import Transform
+from partial_lora.loading import Transform, training_batches
 from partial_lora.models import weights_digest
 from partial_lora.peers import Peers
 from partial_lora.reliability import reliability, split_half
@@ -48,7 +48,7 @@ def importance_few_shot(
     measure: str,
     modules: Sequence[str],
     draws: Draws,
-    head: str,
+    head: str | None,
     seed: int,
     options: Mapping,
     new_head: bool = True,
@@ -64,7 +64,7 @@ def importance_few_shot(
             name: scores_of(name, module.weight, measure, seed=seed, options=options)
             for name, module in targets.items()
         }
-    fit = batches_of(train, draws.fit, transform)
+    fit = training_batches(train.select(draws.fit), transform, _BATCH)
     with scored_head(model, head, fit, new_head):
         return data_scores(measure, model, targets, fit, seed=seed, options=options)
 
@@ -79,7 +79,7 @@ def calibrate_few_shot(
     architecture: Mapping[str, object],
     rank: int,
     granularity: str,
-    head: str,
+    head: str | None,
     blocks: str | None,
     threshold: float,
     budget: float | None,

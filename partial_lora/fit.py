@@ -7,18 +7,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora.callbacks import Progress, StopOnNonFinite
 from partial_lora.errors import PartialLoraError
-from partial_lora.evaluation import LOWER_IS_BETTER, metrics_of
+from partial_lora.evaluation import LOWER_IS_BETTER
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = (  # of the trainer group, as `trainer` takes them
@@ -78,21 +76,6 @@ class _Trainer(Trainer):
         return ByLength(self.args.train_batch_size * self.args.world_size, lengths, self.args.data_seed)
 
 
-def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """The cross entropy, or squared error of real labels, summed over a batch and divided by `num_items_in_batch`.
-
-    That is the number of examples of the whole optimizer step, over all processes; None stands for this batch's.
-    transformers' text classifiers average over their own part of the step, and so multiply loss and gradient by the
-    number of parts (transformers issue 47688).
-    """
-    logits = outputs.logits.float()
-    if labels.is_floating_point():
-        total = F.mse_loss(logits.view(labels.shape), labels.float(), reduction="sum")
-    else:
-        total = F.cross_entropy(logits, labels, reduction="sum")
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
 def loading_processes(requested: int | None, device: str, world_size: int) -> int:
     """How many processes load data for this one: none on a CPU, which they would only compete for."""
     if requested is not None:
@@ -119,8 +102,10 @@ def trainer(
     train: Dataset,
     validation: Dataset,
     collate: Callable[[Sequence], dict[str, Tensor]],
+    loss: Callable[..., Tensor],
+    measure: Callable[[EvalPrediction], dict[str, float]],
+    selects: str,
     directory: Path,
-    metrics: Sequence[str],
     device: str,
     precision: str,
     world_size: int,
@@ -136,13 +121,17 @@ def trainer(
     max_grad_norm: float,
     num_workers: int | None = None,
     length_grouped: bool = False,
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    reads_tokens: bool = False,
 ) -> Trainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
     AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch; the first of `metrics` says which did best. `collate` makes a batch of rows. Where
-    `length_grouped`, rows have a column `length`, and those of like length are put in one batch.
+    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best. `collate` makes a
+    batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
+    `length_grouped`, rows have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens
+    are counted, so that progress tells how many a second.
     """
     if batch_size % world_size:
         raise PartialLoraError(
@@ -176,8 +165,9 @@ def trainer(
         save_steps=steps,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model=metrics[0],
-        greater_is_better=metrics[0] not in LOWER_IS_BETTER,
+        metric_for_best_model=selects,
+        greater_is_better=selects not in LOWER_IS_BETTER,
+        include_num_input_tokens_seen="non_padding" if reads_tokens else "no",
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -196,8 +186,9 @@ def trainer(
         train_dataset=train,
         eval_dataset=validation,
         data_collator=collate,
-        compute_loss_func=loss_of_batch,
-        compute_metrics=lambda said: metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),
+        compute_loss_func=loss,
+        compute_metrics=measure,
+        preprocess_logits_for_metrics=reduce,
         callbacks=[Progress(), StopOnNonFinite()],
     )
     fit.remove_callback(PrinterCallback)

@@ -129,7 +129,7 @@ def _inputs(run: FinishedRun) -> dict[str, Tensor]:
     if loading.modality(run.settings["model"]) == "image":
         size = run.settings["model"]["image_size"]
         return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
-    transform = loading.transform_of(run.settings["model"])
+    transform = loading.transform_of(run.settings)
     return dict(transform.of_inputs([" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]))
 
 

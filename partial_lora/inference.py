@@ -76,7 +76,7 @@ class Predictor:
         self.modality = run.settings["task"]["modality"]
         self._pairs = len(run.settings["task"]["text_columns"]) == 2
         self._batch_size = run.settings["trainer"]["eval_batch_size"]
-        self._transform = loading.transform_of(run.settings["model"])
+        self._transform = loading.transform_of(run.settings)
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:

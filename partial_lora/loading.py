@@ -13,7 +13,8 @@ from partial_lora import models, tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import Draws, Task
 
-_MODALITY = {"timm": "image", "clip": "image", "encoder": "text"}
+_MODALITY = {"timm": "image", "clip": "image", "encoder": "text", "causal": "text"}
+_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6", "causal": "smollm2_135m"}
 
 
 class Transform(Protocol):
@@ -44,7 +45,15 @@ def check_modality(settings: Mapping) -> None:
     if modality(model) != task["modality"]:
         raise PartialLoraError(
             f"model={model['name']} reads {modality(model)}s, and task={task['name']} has {task['modality']}s: choose "
-            f"another model or task, such as model={'vit_s14' if task['modality'] == 'image' else 'minilm_l6'}"
+            f"another model or task, such as model={_EXAMPLE[task['modality']]}"
+        )
+    causal, answers = model["family"] == "causal", task["kind"] != "label"
+    if causal != answers:
+        kinds = "chooses options or writes texts" if causal else "tells labels"
+        other = "minilm_l6" if causal else "smollm2_135m"
+        raise PartialLoraError(
+            f"model={model['name']} {kinds}, and task={task['name']} is of kind {task['kind']}: choose another task, "
+            f"or a model such as model={other}"
         )
 
 
@@ -54,11 +63,29 @@ def task_of(settings: Mapping) -> Task:
     return tasks.load(**named(settings["task"], *tasks.SETTINGS))
 
 
-def transform_of(model: Mapping) -> Transform:
-    """How rows enter the model of the settings' group `model`."""
+def transform_of(settings: Mapping) -> Transform:
+    """How rows of a run's task enter its model."""
+    model, task = settings["model"], settings["task"]
     if modality(model) == "image":
         return tasks.ImageTransform(**named(model, "image_size", "mean", "std", "interpolation"))
-    return tasks.TextTransform(models.tokenizer(**named(model, "name", "weights")), model["max_length"])
+    tokenizer = models.tokenizer(**named(model, "name", "weights"))
+    if task["kind"] == "label":
+        return tasks.TextTransform(tokenizer, model["max_length"])
+    chat = task["chat_template"]
+    if chat is None:  # of a benchmark the prompt is part of what is compared
+        chat = task["path"] == "files" and tokenizer.chat_template is not None
+    return tasks.CausalTransform(tokenizer, model["max_length"], kind=task["kind"], chat=chat)
+
+
+def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, torch.Tensor]]:
+    """All rows in order as they are trained on: of a choice the right option alone."""
+    if not isinstance(transform, tasks.CausalTransform):
+        return transform.batches(rows, size)
+    prepared = transform.prepare(rows, cache_bytes=0)
+    return [
+        transform.collate([prepared[row] for row in range(start, min(start + size, len(prepared)))])
+        for start in range(0, len(prepared), size)
+    ]
 
 
 def model_of(model: Mapping, labels: Sequence[str]) -> PreTrainedModel:
@@ -87,7 +114,7 @@ def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:
 
 def has_new_head(model: Mapping) -> bool:
     """Whether the model comes without a head for the task; CLIP makes one of the names of the classes."""
-    return model["text_weights"] is None
+    return model["head"] is not None and model["text_weights"] is None
 
 
 def drawn_by(settings: Mapping) -> dict:
@@ -102,7 +129,7 @@ def draws_of(settings: Mapping, rows: Dataset, **changes: int) -> Draws:
     drawn = drawn_by(settings)
     if "shots" in changes:
         drawn.pop("share", None)
-    return tasks.few_shot_draws(rows["label"], **{"seed": settings["calibration"]["seed"]} | drawn | changes)
+    return tasks.few_shot_draws(tasks.drawn_from(rows), **{"seed": settings["calibration"]["seed"]} | drawn | changes)
 
 
 def calibration_score(settings: Mapping, task: Task) -> str:
@@ -110,5 +137,7 @@ def calibration_score(settings: Mapping, task: Task) -> str:
     asked = settings["calibration"]["score"]
     if asked != "auto":
         return asked
+    if task.kind != "label":
+        return {"choice": "options", "generation": "loss"}[task.kind]
     primary = task.metrics[0]
     return {"mse": "loss"}.get(primary, primary)

@@ -36,7 +36,7 @@ class Setting:
     """
 
     target_modules: Sequence[str]
-    head: str
+    head: str | None
     rank: int
     alpha: float
     dropout: float
@@ -54,7 +54,7 @@ class Setting:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": list(self.target_modules),
-            "modules_to_save": [self.head, *self.new_modules],
+            "modules_to_save": [*([] if self.head is None else [self.head]), *self.new_modules] or None,
         }
 
     def masked(self) -> dict:
@@ -122,7 +122,12 @@ def lora(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def probe(model: nn.Module, setting: Setting) -> PeftModel:
-    """The head alone: an adapter that adapts no module, so that it is saved and loaded like the others."""
+    """The head alone: an adapter that adapts no module, so that it is saved and loaded like the others.
+
+    Raises PartialLoraError for a model without a new head, of which nothing would train.
+    """
+    if setting.head is None:
+        raise PartialLoraError("method=probe: the model has no new head, so that nothing would train; choose another")
     return get_peft_model(model, LoraConfig(**setting.lora() | {"target_modules": DUMMY_TARGET_MODULES}))
 
 

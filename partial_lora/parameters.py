@@ -43,7 +43,7 @@ def adapter_parameters(
 
 
 def target_shapes(
-    model: nn.Module, target_modules: Sequence[str] | str, head: str, new_modules: Sequence[str] = ()
+    model: nn.Module, target_modules: Sequence[str] | str, head: str | None, new_modules: Sequence[str] = ()
 ) -> dict[str, tuple[int, int]]:
     """The modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
 
@@ -57,7 +57,7 @@ def describe(
     model: nn.Module,
     *,
     target_modules: Sequence[str] | str,
-    head: str,
+    head: str | None,
     rank: int,
     sparsity: Sparsity | None,
     granularity: str = "rows_columns",
@@ -88,7 +88,7 @@ def describe(
 
 
 def measured(
-    model: nn.Module, head: str, adapter: str = "default", new_modules: Sequence[str] = ()
+    model: nn.Module, head: str | None, adapter: str = "default", new_modules: Sequence[str] = ()
 ) -> dict[str, int | float | None]:
     """The parameters of a model that is set up to train, counted on its tensors, never on what was asked.
 
@@ -108,7 +108,9 @@ def measured(
         if id(parameter) in counted_apart:
             continue
         if parameter.requires_grad:
-            raise PartialLoraError(f"{name} trains but is neither in the adapter nor in {head}: expected it frozen")
+            raise PartialLoraError(
+                f"{name} trains but is neither in the adapter nor in {head or 'a head'}: expected it frozen"
+            )
         base += parameter.numel()
     return _counts(
         base=base,
@@ -154,10 +156,11 @@ def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, in
     }
 
 
-def _trained_whole(model: nn.Module, head: str, new_modules: Sequence[str]) -> list[nn.Module]:
+def _trained_whole(model: nn.Module, head: str | None, new_modules: Sequence[str]) -> list[nn.Module]:
     """The head, and what else trains without an adapter."""
     found = []
-    for key, name in [("head", head), *(("new_modules", name) for name in new_modules)]:
+    heads = [] if head is None else [("head", head)]
+    for key, name in [*heads, *(("new_modules", name) for name in new_modules)]:
         try:
             found.append(model.get_submodule(name))
         except AttributeError as error:

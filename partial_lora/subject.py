@@ -36,7 +36,7 @@ class Subject:
         self._settings = settings
         self.device = join(settings["trainer"]["device"]).device
         self._task = loading.task_of(settings)
-        self._transform = loading.transform_of(model)
+        self._transform = loading.transform_of(settings)
         set_seed(settings["seed"])
         self._model = loading.model_of(model, self._task.labels).to(self.device)
         self._new_head = loading.has_new_head(model)

@@ -20,6 +20,7 @@ from partial_lora import (
     evaluation,
     figures,
     fit,
+    judges,
     loading,
     methods,
     models,
@@ -56,7 +57,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
     task = loading.task_of(settings)
-    transform = loading.transform_of(settings["model"])
+    transform = loading.transform_of(settings)
     record["labels"] = list(task.labels)
     set_seed(seed)
     model = loading.model_of(settings["model"], task.labels).to(world.device)
@@ -105,17 +106,20 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
-    kept = settings["task"]["cache_bytes"]
-    rows = {split: transform.prepare(getattr(task, split), cache_bytes=kept) for split in tasks.SPLITS}
+    judge = judges.judge_of(task, transform, settings, world)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
-        train=rows["train"],
-        validation=rows["validation"],
+        train=judge.train(),
+        validation=judge.validation(),
         collate=transform.collate,
         length_grouped=transform.lengths,
+        reads_tokens=task.modality == "text",
+        loss=judge.loss,
+        reduce=judge.reduce,
+        measure=judge.measure,
+        selects=judge.selects,
         directory=directory,
-        metrics=task.metrics,
         device=world.device,
         precision=record["mixed_precision"],
         world_size=world.size,
@@ -128,16 +132,14 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
-        said = {split: trainer.predict(rows[split]) for split in ("validation", "test")}
-    record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}} | {
-        split: evaluation.split_metrics(task.metrics, each.predictions, each.label_ids) for split, each in said.items()
-    }
+        judged = {split: judge.judged(trainer, split) for split in ("validation", "test")}
+    record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}}
+    record["metrics"] |= {split: each.metrics for split, each in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
     if world.is_main:
-        test = said["test"]
-        evaluation.write_predictions(directory / results.PREDICTIONS, test.predictions, test.label_ids, task.labels)
+        evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         _save_adapter(adapted, directory / results.ADAPTER)
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")

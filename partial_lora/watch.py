@@ -59,7 +59,10 @@ class Bars:
 
 
 def _detail(event: dict) -> str:
-    """What a stage tells beside its count: the module and its sparsity so far, or the loss."""
+    """What a stage tells beside its count: the module and its sparsity so far, or the loss and the speed."""
     if "module" in event:
         return f"{event['module']} {event.get('axis', '')} {event.get('sparsity', 0):.2f}"
-    return f"loss {event['loss']:.3f}" if "loss" in event else ""
+    told = [f"loss {event['loss']:.3f}"] if "loss" in event else []
+    if "tokens_per_second" in event:
+        told.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(told)

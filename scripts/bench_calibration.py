@@ -54,7 +54,7 @@ class Question:
 
     def __init__(self, settings: Mapping) -> None:
         model, chosen = settings["model"], settings["calibration"]
-        task, transform = loading.task_of(settings), loading.transform_of(model)
+        task, transform = loading.task_of(settings), loading.transform_of(settings)
         set_seed(settings["seed"])
         self.model = loading.model_of(model, task.labels)
         self.blocks, self.head = model["blocks"], model["head"]

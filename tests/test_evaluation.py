@@ -47,7 +47,7 @@ def test_a_split_has_its_primary_metric_and_the_loss_averaged_over_examples() ->
 
 
 def test_predictions_of_a_regression_are_numbers(tmp_path: Path) -> None:
-    evaluation.write_predictions(tmp_path / "predictions.parquet", OUTPUTS, NUMBERS, ())
+    evaluation.write_predictions(tmp_path / "predictions.parquet", evaluation.predictions_of(OUTPUTS, NUMBERS, ()))
     frame = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert list(frame) == ["index", "label", "prediction", "score", "logits"]
     assert frame["label"].tolist() == NUMBERS.tolist()
@@ -56,7 +56,8 @@ def test_predictions_of_a_regression_are_numbers(tmp_path: Path) -> None:
 
 def test_predictions_say_what_was_said_about_every_example(tmp_path: Path) -> None:
     logits = np.array([[0.0, np.log(3.0)], [1000.0, 0.0]])
-    evaluation.write_predictions(tmp_path / "predictions.parquet", logits, np.array([1, 1]), ("cat", "dog"))
+    said = evaluation.predictions_of(logits, np.array([1, 1]), ("cat", "dog"))
+    evaluation.write_predictions(tmp_path / "predictions.parquet", said)
     frame = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert frame[["index", "label", "prediction"]].values.tolist() == [[0, 1, 1], [1, 1, 0]]
     assert frame["label_name"].tolist() == ["dog", "dog"]

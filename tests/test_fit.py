@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
-from partial_lora import fit, models
+from partial_lora import evaluation, fit, losses, models
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -63,14 +63,17 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
         "warmup": 0.1,
         "max_grad_norm": 1.0,
         "num_workers": 0,
-        "metrics": ("accuracy",),
     } | changes
+    metrics = settings.pop("metrics", ("accuracy",))
     return fit.trainer(
         model,
         train=rows(count, real),
         validation=rows(12, real),
         directory=directory,
         collate=collate,
+        loss=losses.loss_of_batch,
+        measure=lambda said: evaluation.metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),
+        selects=metrics[0],
         device="cpu",
         precision="no",
         seed=0,
@@ -148,9 +151,9 @@ def test_parts_of_a_step_add_up_to_the_mean_over_its_examples(real: bool) -> Non
     labels = torch.randn(7, generator=generator) if real else torch.arange(7) % 3
     literal = nn.functional.mse_loss(logits[:, 0], labels) if real else nn.functional.cross_entropy(logits, labels)
     parts = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]  # uneven, as accumulation and processes may be
-    total = sum(fit.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
+    total = sum(losses.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
     assert torch.allclose(total, literal)
-    assert torch.allclose(fit.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
+    assert torch.allclose(losses.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
 
 
 def test_texts_of_like_length_share_a_batch_in_an_order_that_seed_and_epoch_decide() -> None:

@@ -18,6 +18,7 @@ LAYERS = (
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "outline", "inference", "evaluate_run"}
+    | {"judges", "losses", "options", "generation", "memory"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},
     {"train", "analysis", "examinations", "subject"},
