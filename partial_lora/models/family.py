@@ -1,4 +1,4 @@
-"""The families of models, and what each is loaded with: timm's image models, CLIP, text encoders."""
+"""The families of models, and what each is loaded with: timm's image models, CLIP, text encoders, causal models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import clip, encoder, timm
+from partial_lora.models import causal, clip, encoder, timm
 
 SETTINGS = (  # the keys of `model` that decide what is loaded
     "name",
@@ -18,12 +18,13 @@ SETTINGS = (  # the keys of `model` that decide what is loaded
     "model_args",
     "image_size",
     "dtype",
+    "quantization",
     "attn_implementation",
     "text_weights",
     "text_args",
     "prompts",
 )
-FAMILIES = {"timm": timm, "clip": clip, "encoder": encoder}
+FAMILIES = {"timm": timm, "clip": clip, "encoder": encoder, "causal": causal}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,6 +38,7 @@ def load(
     family: str = "timm",
     image_size: int = 224,
     dtype: str = "float32",
+    quantization: str | None = None,
     attn_implementation: str | None = None,
     text_weights: str | None = None,
     text_args: Mapping | None = None,
@@ -44,8 +46,9 @@ def load(
 ) -> PreTrainedModel:
     """A pre-trained model with a head for `labels` (none: one real number), on the CPU, in evaluation mode.
 
-    The settings are those of the config's `model`; `timm.load`, `clip.load` and `encoder.load` say what they mean for
-    each family. All weights, the head's too, are of `dtype`. Raises PartialLoraError, in one line, where the model
+    The settings are those of the config's `model`; `timm.load`, `clip.load`, `encoder.load` and `causal.load` say what
+    they mean for each family; a causal model has no head, and no use for labels. All weights, the head's too, are of
+    `dtype`, but those that `quantization` is for. Raises PartialLoraError, in one line, where the model
     cannot be had as asked.
     """
     if dtype not in _DTYPES:
@@ -55,23 +58,27 @@ def load(
         "weights": weights,
         "architecture": architecture,
         "model_args": dict(model_args or {}),
-        "labels": list(labels),
         "dtype": _DTYPES[dtype],
         "attn_implementation": attn_implementation,
     }
     of_text = {"text_weights": text_weights, "text_args": dict(text_args or {})}
+    if quantization is not None and _named(family) is not causal:
+        raise PartialLoraError(f"model.quantization={quantization}: model.family={family} is not quantised; use null")
     if _named(family) is clip:
-        return clip.load(**asked, **of_text, image_size=image_size, prompts=list(prompts))
+        return clip.load(**asked, **of_text, labels=list(labels), image_size=image_size, prompts=list(prompts))
     for key, value in of_text.items():
         if value:
             raise PartialLoraError(f"model.{key}={value}: model.family={family} has no text tower; leave it out")
+    if _named(family) is causal:
+        return causal.load(**asked, quantized=quantization)
+    asked["labels"] = list(labels)
     return encoder.load(**asked) if family == "encoder" else timm.load(**asked, image_size=image_size)
 
 
 def empty(
-    *, architecture: str, model_args: Mapping | None = None, num_labels: int, family: str = "timm"
+    *, architecture: str, model_args: Mapping | None = None, num_labels: int | None = None, family: str = "timm"
 ) -> PreTrainedModel:
-    """The model's shapes on the meta device: no weights, no memory, no download.
+    """The model's shapes on the meta device: no weights, no memory, no download. `num_labels` is for all but causal.
 
     Raises PartialLoraError for an architecture or an argument that the family's library does not know.
     """
@@ -81,7 +88,7 @@ def empty(
 
 def has_own_head(family: str | Mapping) -> bool:
     """Whether a model of the family (or of these settings) has a head for any task before anything is fitted."""
-    return _named(family if isinstance(family, str) else family.get("family", "timm")) is clip
+    return _named(family if isinstance(family, str) else family.get("family", "timm")) in (clip, causal)
 
 
 def _named(family: str):

@@ -8,19 +8,20 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 
 from partial_lora import progress
 from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
 
-OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL = "vit_s14", "minilm_l6"  # recommended to who cannot reach the hub
+# Recommended to who cannot reach the hub.
+OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 _FILES = ["config.json", *_WEIGHTS]
 _TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-_TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model"]
+_TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model", "chat_template.jinja"]
 # Of text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which is read
 # with torch's unpickler of plain weights, so that none of its code runs.
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -40,23 +41,25 @@ class _Events(tqdm):
             progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
 
 
-def fetch_model(repo: str, *, name: str, text: bool = False, instead: str = OFFLINE_IMAGE_MODEL) -> Path:
+def fetch_model(
+    repo: str, *, name: str, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
+) -> Path:
     """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
 
-    text: with its tokenizer too, and with weights in a pickle where there are no others; an image model has neither.
-    instead: the model that needs no hub.
+    text: with its tokenizer too and, unless `pickles` is false, with weights in a pickle where there are no others; an
+    image model has neither. instead: the model that needs no hub.
 
     A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
     PartialLoraError that names the model, the repository and the model that needs no hub.
     """
-    folder = _download_all(repo, name, text, instead)
+    folder = _download_all(repo, name, text, text and pickles, instead)
     broken = _broken_files(folder)
     if broken:
         for file in broken:
             logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
             file.resolve().unlink()
             file.unlink()
-        folder = _download_all(repo, name, text, instead)
+        folder = _download_all(repo, name, text, text and pickles, instead)
         for file in _broken_files(folder):
             raise PartialLoraError(
                 f"model={name}: {repo} was downloaded twice and {file.name} is broken; try again later"
@@ -64,11 +67,9 @@ def fetch_model(repo: str, *, name: str, text: bool = False, instead: str = OFFL
     return folder
 
 
-def _download_all(repo: str, name: str, text: bool, instead: str) -> Path:
-    if not text:
-        return _download(repo, name, _FILES, instead)
-    folder = _download(repo, name, _FILES + _TOKENIZER, instead)
-    if not any(folder.glob("model*.safetensors")):
+def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str) -> Path:
+    folder = _download(repo, name, _FILES + _TOKENIZER if text else _FILES, instead)
+    if pickles and not any(folder.glob("model*.safetensors")):
         logger.info("%s has no safetensors: its pickled weights are read without running any of their code", repo)
         folder = _download(repo, name, _PICKLES, instead)
     return folder
@@ -79,11 +80,31 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=files, tqdm_class=_Events))
     except (OSError, HFValidationError, HTTPError) as error:
         first_line = (str(error).splitlines() or [""])[0]
+        if _is_gated(error):
+            raise PartialLoraError(
+                f"model={name}: {repo} is open to those who accepted its licence: accept it on "
+                f"https://huggingface.co/{repo} and log in (`hf auth login`, or a token in HF_TOKEN), or use "
+                f"model={instead}, which needs no hub"
+            ) from error
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
             f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
             f"connection and the repository's name, or use model={instead}, which needs no hub"
         ) from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub refused for want of a licence accepted or of a login; the client may wrap what the hub said."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, GatedRepoError):
+            return True
+        if isinstance(error, HfHubHTTPError) and status == 403:
+            return True
+        if isinstance(error, HfHubHTTPError) and status == 401 and not isinstance(error, RepositoryNotFoundError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _broken_files(folder: Path) -> list[Path]:

@@ -9,17 +9,19 @@ from partial_lora.models import bundled, hub
 RANDOM = "random"
 
 
-def folder_of(weights: str, name: str, *, text: bool = False, instead: str = hub.OFFLINE_IMAGE_MODEL) -> Path:
+def folder_of(
+    weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = hub.OFFLINE_IMAGE_MODEL
+) -> Path:
     """The folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
 
-    `weights` is bundled:NAME, a folder, or a repository of the model hub. `instead` is what a message
-    recommends to who cannot reach the hub. Raises PartialLoraError as the two fetch.
+    `weights` is bundled:NAME, a folder, or a repository of the model hub. `pickles` and `instead` as in
+    `hub.fetch_model`. Raises PartialLoraError as the two fetch.
     """
     if weights.startswith(bundled.PREFIX):
         return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
     if Path(weights).is_dir():
         return Path(weights)
-    return hub.fetch_model(weights, name=name, text=text, instead=instead)
+    return hub.fetch_model(weights, name=name, text=text, pickles=pickles, instead=instead)
 
 
 def name_after(model, weights: str) -> None:

@@ -1,4 +1,4 @@
-"""From text to the numbers a text encoder reads: the tokenizer that belongs to a model's weights."""
+"""From text to the numbers a text model reads: the tokenizer that belongs to a model's weights."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models.hub import OFFLINE_TEXT_MODEL
+from partial_lora.models.hub import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL
 from partial_lora.models.source import RANDOM, folder_of
 
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
-def tokenizer(*, name: str, weights: str) -> PreTrainedTokenizerBase:
+def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrainedTokenizerBase:
     """The tokenizer beside a text model's weights; for random ones, one token for each byte.
 
-    `weights` as in `models.load`. Raises PartialLoraError where there is none that can be read.
+    Padding is one of its tokens: where it has none of its own, as Llama's, the one that ends a text, which is masked
+    out. `weights` and `family` as in `models.load`. Raises PartialLoraError where there is none that can be read.
     """
     if weights == RANDOM:
         return byte_tokenizer()
-    return tokenizer_in(folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL), name=name, weights=weights)
+    causal = family == "causal"
+    instead = OFFLINE_CAUSAL_MODEL if causal else OFFLINE_TEXT_MODEL
+    folder = folder_of(weights, name, text=True, pickles=not causal, instead=instead)
+    found = tokenizer_in(folder, name=name, weights=weights)
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
 
 
 def tokenizer_in(folder, *, name: str, weights: str) -> PreTrainedTokenizerBase:
@@ -35,6 +42,14 @@ def tokenizer_in(folder, *, name: str, weights: str) -> PreTrainedTokenizerBase:
             f"model={name}: {weights} has no tokenizer; expected tokenizer.json, vocab.txt or spm.model"
         )
     return found
+
+
+def check_room(vocabulary: int) -> None:
+    """Raise PartialLoraError where a model of random weights has fewer tokens than the tokenizer that goes with it."""
+    if vocabulary < VOCABULARY:
+        raise PartialLoraError(
+            f"model.model_args.vocab_size={vocabulary}: expected at least {VOCABULARY}, the tokens of weights=random"
+        )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,55 @@
+"""Frozen weights in 4 or 8 bits, by bitsandbytes: what a model of billions of parameters needs to fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from partial_lora.errors import PartialLoraError
+
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers quantises the linear layers as it loads them; all but the output layer, as is its default.
+
+    nf4: blocks of 64 weights, each with its fp32 scale, and products in `dtype`. int8: rows, as LLM.int8() does.
+    Raises PartialLoraError where it is neither, bitsandbytes is missing, or no device here runs it.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise PartialLoraError(f"model.quantization={quantization}: expected one of {', '.join(QUANTIZATIONS)} or null")
+    if not is_bitsandbytes_available():
+        raise PartialLoraError(
+            f"model.quantization={quantization}: bitsandbytes is missing or too old (`pip install -U bitsandbytes`); "
+            "null leaves the weights as they are"
+        )
+    _check_device(quantization)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let a model that has been scored still be trained.
+
+    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights anew at their first inference, and gradients no
+    longer pass through them (nn/modules.py, Linear4bit.forward). A slower inference keeps them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_device(quantization: str) -> None:
+    from transformers.integrations import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except (RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PartialLoraError(
+            f"model.quantization={quantization}: bitsandbytes runs on no device of this machine ({reason}); null "
+            "leaves the weights as they are"
+        ) from error
