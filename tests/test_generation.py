@@ -97,6 +97,14 @@ def test_texts_are_cut_at_the_first_of_the_stops(writer) -> None:
     assert generate(model, transform, PROMPTS, max_new_tokens=12, stop=stops, batch_size=3) == expected
 
 
+def test_a_token_that_holds_two_stops_is_cut_at_the_first() -> None:
+    tokenizer = merging_tokenizer()
+    model, transform = llama(tokenizer, seed=3), tasks.CausalTransform(tokenizer, 64)
+    first = tokenizer.decode(written(model, tokenizer, PROMPTS[1], 1, ()))
+    assert len(set(first)) == len(first) >= 3
+    assert generate(model, transform, PROMPTS[1:2], max_new_tokens=3, stop=[first[2], first[1]]) == [first[0]]
+
+
 def test_nothing_more_is_written_after_a_stop(writer, monkeypatch) -> None:
     model, _, transform = writer
     (whole,) = generate(model, transform, PROMPTS[4:], max_new_tokens=40)

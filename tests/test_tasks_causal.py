@@ -19,6 +19,7 @@ QUESTIONS = [
     ("Question: which of these is a bird?\nAnswer:", [" the robin", " the snow", " four"], 0),
     ("the man  writes over ", ["the snow", "two"], 1),  # ends in a space, as options then do not begin with one
     ("Ques", ["tion", "nine, naïve"], 0),  # the options are part of a word that the prompt begins
+    ("and tw", ["o and two", "o is four"], 0),  # so are these, and some of their words' tokens are left
     ("", [" the end", " the start"], 1),
     ("<s> the end", [" is", " of"], 0),
 ]
@@ -63,6 +64,8 @@ def test_options_are_tokenised_as_lm_evaluation_harness_does(begins: bool) -> No
     tokenizer = merging_tokenizer(begins=begins)
     asked = tokenizer.encode("Ques", add_special_tokens=False)
     assert tokenizer.encode("Question", add_special_tokens=False)[: len(asked)] != asked  # merged across the border
+    _, answer = literal(tokenizer, "and tw", "o and two")
+    assert answer not in ([], tokenizer.encode("o and two", add_special_tokens=False))
     rows = questions()
     for bound in (BOUND, 0):
         prepared = tasks.CausalTransform(tokenizer, 64, kind="choice").options(rows, cache_bytes=bound)
@@ -121,7 +124,7 @@ def test_the_right_answer_is_trained_and_nothing_else_is_a_label() -> None:
 def test_draws_of_questions_have_whole_questions_in_order() -> None:
     rows, transform = questions(), tasks.CausalTransform(merging_tokenizer(), 64, kind="choice")
     every = transform.options(rows, cache_bytes=0).to_list()
-    for size, expected in ((4, [3, 4, 4]), (1, [3, 2, 2, 2, 2]), (100, [11])):
+    for size, expected in ((4, [3, 4, 4, 2]), (1, [3, 2, 2, 2, 2, 2]), (100, [13])):
         batches = transform.batches(rows, size)
         assert [len(batch["items"]) for batch in batches] == expected
         at = 0

@@ -139,6 +139,8 @@ def test_answers_are_texts_letters_or_places(tmp_path: Path, name: str, answers:
 def test_a_column_of_numbers_is_read_in_one_way_for_all_rows(tmp_path: Path) -> None:
     sums = [{"q": f"{first}+1?", "a": first, "b": first + 1, "right": first + 1} for first in range(5)] * 2
     assert set(load(tmp_path, sums, **COLUMNS).test["label"]) == {1}  # as texts, though some would be places too
+    both = [{"q": "?", "a": 1, "b": 0, "right": first % 2} for first in range(6)] * 2
+    assert load(tmp_path, both, **COLUMNS).test["label"][:4] == [1, 0, 1, 0]  # a text is the surer reading
     places = [{"q": "?", "a": 7, "b": first, "right": first % 2} for first in range(6)] * 2
     assert load(tmp_path, places, **COLUMNS).test["label"][:6] == [0, 1, 0, 1, 0, 1]
 
