@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -10,6 +12,12 @@ from transformers.utils import is_bitsandbytes_available
 from partial_lora.errors import PartialLoraError
 
 QUANTIZATIONS = ("nf4", "int8")
+# Loggers of bitsandbytes that say nothing new: at every product that LLM.int8() casts its inputs to fp16, as it does;
+# and that a kernel is missing which only packed weights need (see `keep_gradients`).
+_REPETITIVE = {
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
 
 
 def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -25,6 +33,8 @@ def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
             f"model.quantization={quantization}: bitsandbytes is missing or too old (`pip install -U bitsandbytes`); "
             "null leaves the weights as they are"
         )
+    for name in _REPETITIVE:
+        logging.getLogger(name).addFilter(_is_news)
     _check_device(quantization)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -40,6 +50,10 @@ def keep_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_REPETITIVE[record.name])
 
 
 def _check_device(quantization: str) -> None:
