@@ -23,6 +23,11 @@ TINY_OF = {
     "deberta_v3_base": "tiny_deberta",
     "bert_base": "tiny_bert",
     "minilm_l6": "tiny_bert",
+    "llama2_7b": "tiny_llama",
+    "llama3_1_8b": "tiny_llama",
+    "smollm2_135m": "tiny_llama",
+    "qwen2_5_14b": "tiny_qwen",
+    "qwen2_5_0_5b": "tiny_qwen",
 }
 LABELS = ["cat", "dog", "barn_owl"]
 
@@ -52,10 +57,17 @@ def inputs(name: str, rows: int = 4, length: int = 9, seed: int = 1) -> dict[str
     """Random images, or random words of which the first row's end early."""
     generator = torch.Generator().manual_seed(seed)
     chosen = settings(name)
-    if chosen.get("family") != "encoder":
+    if chosen.get("family") not in ("encoder", "causal"):
         size = chosen["image_size"]
         return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
     words = torch.randint(1, chosen["model_args"]["vocab_size"], (rows, length), generator=generator)
     mask = torch.ones_like(words)
     mask[0, 3:] = 0
     return {"input_ids": words, "attention_mask": mask}
+
+
+def labels(name: str, batch: dict[str, Tensor]) -> Tensor:
+    """What a model is to say of a batch of `inputs`: its own words, or one of three classes for each of four rows."""
+    if settings(name).get("family") != "causal":
+        return torch.tensor([0, 1, 2, 0])
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from configured import ALL, LABELS, OTHERS, TINY, TINY_OF, inputs, load, loud, settings
+from configured import ALL, LABELS, OTHERS, TINY, TINY_OF, inputs, labels, load, loud, settings
 from peft import get_peft_model
 from scored_models import Altered
 from torch import nn
@@ -26,11 +26,17 @@ PARAMETERS = {
     "deberta_v3_base": 184_422_144,
     "bert_base": 109_482_240,
     "minilm_l6": 22_713_216,
+    "llama2_7b": 6_738_415_616,
+    "llama3_1_8b": 8_030_261_248,
+    "qwen2_5_14b": 14_770_033_664,
+    "qwen2_5_0_5b": 494_032_768,  # the embeddings, which are the output layer as well, once
+    "smollm2_135m": 134_515_008,
 }
 ENCODER_LAYER = ["intermediate.dense", "output.dense", "attention.output.dense"]
 BERT = ["attention.self.query", "attention.self.key", "attention.self.value"]
 DEBERTA = ["attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"]
 VIT = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+CAUSAL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
 def expected_targets(name: str) -> set[str]:
@@ -44,9 +50,17 @@ def expected_targets(name: str) -> set[str]:
     elif family == "encoder":
         places = range(args["num_hidden_layers"])
         layers = ENCODER_LAYER + (BERT if chosen["architecture"] == "bert" else DEBERTA)
+    elif family == "causal":
+        places, layers = range(args["num_hidden_layers"]), CAUSAL
     else:
         places, layers = range(args.get("depth", 12)), VIT
     return {f"{blocks}.{place}.{layer}" for place in places for layer in layers}
+
+
+def trained_whole(name: str) -> list[str]:
+    """The modules that are new for a task: a causal model has none."""
+    chosen = settings(name)
+    return [module for module in (chosen["head"], *chosen.get("new_modules", [])) if module is not None]
 
 
 def empty(name: str) -> nn.Module:
@@ -66,10 +80,10 @@ def test_every_config_is_tested_through_the_tiny_one_of_its_class():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_parameters_are_those_of_the_published_weights(name):
-    model = empty(name)
-    head = model.get_submodule(settings(name)["head"])
+    model, head = empty(name), settings(name)["head"]
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in head.parameters()) == PARAMETERS[name]
+    new = 0 if head is None else sum(p.numel() for p in model.get_submodule(head).parameters())
+    assert sum(p.numel() for p in model.parameters()) - new == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -78,10 +92,10 @@ def test_targets_are_the_linear_layers_of_the_blocks_and_no_others(name):
     whole = {"head": chosen["head"], "new_modules": chosen.get("new_modules", [])}
     assert set(target_names(model, chosen["target_modules"], **whole)) == expected_targets(name)
     assert isinstance(model.get_submodule(chosen["blocks"]), (nn.ModuleList, nn.Sequential))
-    for module in [chosen["head"], *whole["new_modules"]]:
+    for module in trained_whole(name):
         model.get_submodule(module)
-    with pytest.raises(PartialLoraError, match=r"no module of .* matches 'q_proj'"):
-        target_linears(model, [*chosen["target_modules"], "q_proj"], **whole)
+    with pytest.raises(PartialLoraError, match=r"no module of .* matches 'z_proj'"):
+        target_linears(model, [*chosen["target_modules"], "z_proj"], **whole)
 
 
 def test_clip_has_the_activation_it_was_trained_with():
@@ -107,13 +121,15 @@ def saved(tmp_path):
 def test_config_loads_a_folder_of_the_hubs_format(name, saved):
     tiny, folder = settings(TINY_OF[name]), saved(name)
     geometry = ("architecture", "model_args", "image_size", "text_weights", "text_args")
-    of_tiny = {key: tiny[key] for key in geometry if key in tiny}
+    of_tiny = {key: tiny[key] for key in geometry if key in tiny} | {"dtype": "float32"}
     model = load(name, weights=str(folder), **of_tiny)
     expected = loud(load(TINY_OF[name]))
     head = settings(name)["head"]
-    assert models.weights_digest(model, head) == models.weights_digest(expected, head)
+    assert models.weights_digest(model, head or "") == models.weights_digest(expected, head or "")
     assert model.name_or_path == str(folder)
     assert not model.training
+    if head is None:
+        return
     assert model.config.id2label == dict(enumerate(LABELS))
     for key, value in model.get_submodule(head).state_dict().items():
         fresh = load(TINY_OF[name]).get_submodule(head).state_dict()[key]
@@ -122,13 +138,12 @@ def test_config_loads_a_folder_of_the_hubs_format(name, saved):
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_target_and_what_trains_whole_receives_a_gradient(name):
-    chosen, model = settings(name), load(name)
-    whole = [chosen["head"], *chosen.get("new_modules", [])]
+    chosen, model, whole, batch = settings(name), load(name), trained_whole(name), inputs(name)
     config = PartialLoraConfig(
         r=4, target_modules=chosen["target_modules"], modules_to_save=whole, sparsity=0.5, init_lora_weights=False
     )
     adapted = get_peft_model(model, config).train()
-    adapted(**inputs(name), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    adapted(**batch, labels=labels(name, batch)).loss.backward()
     trained = {key: parameter for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     for target in expected_targets(name):
         for part in ("lora_A", "lora_B"):
@@ -162,7 +177,7 @@ def test_gradients_are_the_same_with_checkpoints_and_less_is_kept(name):
 
         torch.manual_seed(5)  # of dropout, which has to fall out the same when a block is computed again
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = adapted(**inputs(name), labels=torch.tensor([0, 1, 2, 0])).loss
+            loss = adapted(**inputs(name), labels=labels(name, inputs(name))).loss
         loss.backward()
         return {key: p.grad for key, p in adapted.named_parameters() if p.grad is not None}, kept
 
@@ -185,6 +200,8 @@ def test_model_that_cannot_keep_less_is_refused():
 def test_what_blocks_leave_out_changes_no_output(name):
     chosen, model = settings(name), loud(load(name))
     batches = [inputs(name, rows=5, seed=1), inputs(name, rows=3, length=6, seed=2)]
+    if chosen.get("family") == "causal":
+        batches = [batch | {"use_cache": False} for batch in batches]  # as scoring does
     reuse = Reuse(model, chosen["blocks"], 2**28)
 
     def full(batch: dict) -> torch.Tensor:
@@ -227,7 +244,7 @@ def test_unknown_dtype_and_family_are_named():
         load("tiny_vit", family="onnx")
 
 
-@pytest.mark.parametrize("name", ["tiny_vit", "tiny_clip", "tiny_bert"])
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_clip", "tiny_bert", "tiny_llama", "tiny_qwen"])
 def test_attention_is_computed_as_asked_and_the_same(name, monkeypatch):
     calls, fused = [], nn.functional.scaled_dot_product_attention
 
@@ -251,6 +268,7 @@ def test_attention_is_computed_as_asked_and_the_same(name, monkeypatch):
     [
         ("tiny_deberta", "sdpa", "deberta-v2 cannot be computed so"),
         ("tiny_bert", "fused", "bert cannot be computed so"),
+        ("tiny_llama", "fused", "llama cannot be computed so"),
         ("tiny_vit", "flash_attention_2", "vit_tiny_patch16_224 takes eager or sdpa"),
         ("tiny_convnext", "eager", "convnext_tiny has no attention to choose"),
     ],
@@ -261,10 +279,11 @@ def test_attention_that_a_model_cannot_compute_is_refused_in_one_line(name, impl
     assert "\n" not in str(caught.value)
 
 
-def test_text_tower_is_of_clip_only_and_only_clip_has_a_head_of_its_own():
+def test_text_tower_is_of_clip_only_and_who_has_a_head_of_its_own():
     with pytest.raises(PartialLoraError, match=r"model\.text_weights=random: model\.family=timm has no text tower"):
         load("tiny_vit", text_weights="random")
     owners = [name for name in ALL if models.has_own_head(settings(name))]
-    assert owners == ["clip_vit_b16", "tiny_clip"]
+    assert owners == [name for name in ALL if settings(name).get("family") in ("clip", "causal")]
     assert models.has_own_head("clip")
+    assert models.has_own_head("causal")
     assert not models.has_own_head("encoder")

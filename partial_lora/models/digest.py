@@ -11,8 +11,8 @@ from torch import nn
 def weights_digest(model: nn.Module, exclude: str) -> str:
     """The SHA-256 of what a model has learnt: names, shapes, types and bytes of all parameters and buffers.
 
-    Of quantised weights the scales, too. The module named `exclude` (the head) is left out. Two models of one architecture and the same digest compute the
-    same features, so what was found out about one holds for the other.
+    Of quantised weights the scales, too. The module named `exclude` (the head) is left out. Two models of one
+    architecture and the same digest compute the same features, so what was found out about one holds for the other.
     """
     digest = hashlib.sha256()
     learnt = dict([*model.named_parameters(), *model.named_buffers()])
