@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import pandas
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from partial_lora import evaluation, progress
@@ -21,6 +21,9 @@ from partial_lora.losses import loss_of_batch, loss_of_tokens
 from partial_lora.options import log_likelihoods, option_metrics, predictions
 from partial_lora.peers import Peers
 from partial_lora.tasks import CausalTransform, Task
+
+# What is kept of a model's logits of rows, in their order, and the rows' labels.
+Predict = Callable[[Dataset], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Judged:
 
 
 class Judge(Protocol):
-    """selects: the metric of `measure` that a checkpoint is selected by. reduce: what is kept of a batch's logits."""
+    """selects: the metric of `measure` that a checkpoint is selected by. reduce: what is kept of a batch's logits.
+
+    `judged` is given a model and what foretells with it.
+    """
 
     selects: str
     loss: Callable[..., Tensor]
@@ -44,7 +50,7 @@ class Judge(Protocol):
 
     def measure(self, said: EvalPrediction) -> dict[str, float]: ...
 
-    def judged(self, trainer: Trainer, split: str) -> Judged: ...
+    def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged: ...
 
 
 @dataclass
@@ -70,8 +76,8 @@ class ByLabels:
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return evaluation.metrics_of(self.task.metrics, said.predictions, np.asarray(said.label_ids))
 
-    def judged(self, trainer: Trainer, split: str) -> Judged:
-        logits, references = _said(trainer, self._rows(split))
+    def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
+        logits, references = predict(self._rows(split))
         return Judged(
             evaluation.split_metrics(self.task.metrics, logits, references),
             evaluation.predictions_of(logits, references, self.task.labels),
@@ -104,9 +110,9 @@ class ByOptions:
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return option_metrics(said.predictions[:, 0], *_of_options(self._options("validation")))
 
-    def judged(self, trainer: Trainer, split: str) -> Judged:
+    def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         rows = self._options(split)
-        said, _ = _said(trainer, rows)
+        said, _ = predict(rows)
         columns = _of_options(rows)
         found = option_metrics(said[:, 0], *columns)
         right = columns[1]
@@ -144,22 +150,22 @@ class ByTexts:
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return {"perplexity": _perplexity(said.predictions)}
 
-    def judged(self, trainer: Trainer, split: str) -> Judged:
+    def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         """On test the model writes; on validation, which selects by perplexity, it does not."""
-        said, _ = _said(trainer, self._rows(split))
+        said, _ = predict(self._rows(split))
         perplexity = _perplexity(said)
         known = {"perplexity": perplexity, "loss": float(np.log(perplexity))}
         if split != "test":
             return Judged({"primary": "perplexity", **known}, pandas.DataFrame())
         rows = getattr(self.task, split)
         prompts, references = list(rows["prompt"]), list(rows["response"])
-        written = self._written(trainer.model, prompts)
+        written = self._written(model, prompts)
         each = {"exact_match": exact_match(written, references, self.answer), "rouge_l": rouge_l(written, references)}
         frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, "prediction": written, **each})
         metrics = {name: known.get(name) or float(each[name].mean()) for name in self.task.metrics}
         return Judged({"primary": self.task.metrics[0], **known, **metrics}, frame)
 
-    def _written(self, model, prompts: Sequence[str]) -> list[str]:
+    def _written(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
         """What the model writes after every prompt; several processes share the prompts."""
         own = prompts[self.peers.rank :: self.peers.size]
         told = generate(
@@ -189,14 +195,18 @@ def judge_of(task: Task, transform: object, settings: Mapping, peers: Peers) -> 
     return ByLabels(*given)
 
 
-def _said(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """What is kept of the logits of all rows, in their order, and their labels."""
-    measure, trainer.compute_metrics = trainer.compute_metrics, None  # it may be for the rows of validation alone
-    try:
-        output = trainer.predict(rows)
-    finally:
-        trainer.compute_metrics = measure
-    return output.predictions, np.asarray(output.label_ids)
+def predicts(trainer: Trainer) -> Predict:
+    """What a trainer's model says of other rows than those of its validation; all of its processes ask."""
+
+    def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        measure, trainer.compute_metrics = trainer.compute_metrics, None  # it may be for the rows of validation alone
+        try:
+            output = trainer.predict(rows)
+        finally:
+            trainer.compute_metrics = measure
+        return output.predictions, np.asarray(output.label_ids)
+
+    return predict
 
 
 def _of_options(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

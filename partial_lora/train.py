@@ -132,7 +132,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
-        judged = {split: judge.judged(trainer, split) for split in ("validation", "test")}
+        predict = judges.predicts(trainer)
+        judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}}
     record["metrics"] |= {split: each.metrics for split, each in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()

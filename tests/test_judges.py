@@ -96,7 +96,7 @@ def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> N
     trainer = trained(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):
-        found = judge.judged(trainer, split)
+        found = judge.judged(judges.predicts(trainer), model, split)
         right, normed, told, tokens = [], [], 0.0, 0
         for row in getattr(chosen, split):
             said = [literal(model, *pair) for pair in zip(row["prompts"], row["options"], strict=True)]
@@ -111,7 +111,7 @@ def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> N
         assert found.metrics["loss"] == pytest.approx(-told / tokens, rel=1e-4)
         assert (found.predictions["prediction"] == found.predictions["label"]).tolist() == right
     selected = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    assert max(selected) == judge.judged(trainer, "validation").metrics["accuracy"]
+    assert max(selected) == judge.judged(judges.predicts(trainer), model, "validation").metrics["accuracy"]
 
 
 def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_path: Path) -> None:
@@ -119,7 +119,8 @@ def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_pa
     writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
     judge = judges.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
     trainer = trained(judge, tmp_path / "run")
-    validation, test = (judge.judged(trainer, split) for split in ("validation", "test"))
+    predict = judges.predicts(trainer)
+    validation, test = (judge.judged(predict, trainer.model, split) for split in ("validation", "test"))
     told = [literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in chosen.validation]
     perplexity = math.exp(-sum(total for total, _ in told) / sum(count for _, count in told))
     assert validation.metrics == {
