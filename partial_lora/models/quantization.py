@@ -44,8 +44,10 @@ def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 def keep_gradients(model: nn.Module) -> None:
     """Let a model that has been scored still be trained.
 
-    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights anew at their first inference, and gradients no
-    longer pass through them (nn/modules.py, Linear4bit.forward). A slower inference keeps them.
+    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights anew at their first inference, with rounded scales,
+    and from then on no gradient passes through them, without a word: only what flows past them in the residual stream
+    is left (bitsandbytes' nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit). They stay as they
+    were, for a slower inference.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
