@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import configured
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny_vit import HEAD, load, pretrained
@@ -16,6 +18,7 @@ from tiny_vit import HEAD, load, pretrained
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import hub, tokenizer, weights_digest
+from partial_lora.models.tokenizers import byte_tokenizer
 
 
 @pytest.fixture
@@ -170,6 +173,10 @@ def test_image_model_is_never_read_of_a_pickle(text_hub, folder):
         ("bert_base", "google-bert/bert-base-uncased", "minilm_l6"),
         ("deberta_v3_base", "microsoft/deberta-v3-base", "minilm_l6"),
         ("convnext_tiny", "timm/convnext_tiny.fb_in22k", "vit_s14"),
+        ("llama2_7b", "meta-llama/Llama-2-7b-hf", "smollm2_135m"),
+        ("llama3_1_8b", "meta-llama/Llama-3.1-8B", "smollm2_135m"),
+        ("qwen2_5_14b", "Qwen/Qwen2.5-14B", "smollm2_135m"),
+        ("qwen2_5_0_5b", "Qwen/Qwen2.5-0.5B", "smollm2_135m"),
         ("clip_vit_b16", "timm/vit_base_patch16_clip_224.openai", "vit_s14"),
     ],
 )
@@ -179,9 +186,10 @@ def test_every_model_of_the_hub_names_one_that_needs_none(tmp_path, monkeypatch,
     with pytest.raises(PartialLoraError, match=rf"model={name}: .*{repository}.*model={instead}, ") as caught:
         configured.load(name)
     assert "\n" not in str(caught.value)
-    if instead == "minilm_l6":
+    if instead != "vit_s14":
+        family = "causal" if instead == "smollm2_135m" else "encoder"
         with pytest.raises(PartialLoraError, match=rf"model={name}: .*{repository}.*model={instead}, "):
-            tokenizer(name=name, weights=repository)
+            tokenizer(name=name, weights=repository, family=family)
 
 
 def test_clip_without_its_text_tower_names_an_image_model(tmp_path, monkeypatch):
@@ -189,3 +197,63 @@ def test_clip_without_its_text_tower_names_an_image_model(tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(PartialLoraError, match=r"model=tiny_clip: .*openai/clip-vit-base-patch16.*model=vit_s14, "):
         configured.load("tiny_clip", text_weights="openai/clip-vit-base-patch16", text_args={})
+
+
+@pytest.fixture
+def causal_hub(tmp_path, monkeypatch) -> Hub:
+    """A Llama with its tokenizer and chat template, the same weights as a pickle, and those of another library."""
+    source = tmp_path / "source"
+    configured.load("tiny_llama").save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "consolidated.safetensors").write_bytes(b"of no use")
+    served = Hub(tmp_path, source)
+    monkeypatch.setattr(hub, "snapshot_download", served)
+    return served
+
+
+def test_causal_model_comes_with_its_chat_template_and_never_of_a_pickle(causal_hub):
+    model = configured.load("tiny_llama", weights="someone/llama")
+    assert "chat_template.jinja" in causal_hub.fetched
+    assert not causal_hub.fetched & {"pytorch_model.bin", "consolidated.safetensors"}
+    assert model.name_or_path == "someone/llama"
+    read = tokenizer(name="llama", weights="someone/llama", family="causal")
+    assert read.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    (causal_hub.source / "model.safetensors").unlink()
+    (causal_hub.snapshot / "model.safetensors").unlink()
+    with pytest.raises(PartialLoraError, match="model=tiny_llama: cannot read the weights in"):
+        configured.load("tiny_llama", weights="someone/llama")
+    assert "pytorch_model.bin" not in causal_hub.fetched
+
+
+def refusal(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("refused\nin several lines", response=response)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "status"), [(GatedRepoError, 401), (GatedRepoError, 403), (HfHubHTTPError, 401), (HfHubHTTPError, 403)]
+)
+def test_gated_repository_says_how_its_licence_is_accepted(monkeypatch, kind, status, wrapped):
+    def refuse(repo: str, **settings: object) -> str:
+        if not wrapped:
+            raise refusal(kind, status)
+        raise LocalEntryNotFoundError("nothing in the cache") from refusal(kind, status)
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    page = r"https://huggingface\.co/meta-llama/Llama-2-7b-hf"
+    expected = rf"model=llama2_7b: .*licence.*{page}.*hf auth login.*HF_TOKEN.*model=smollm2_135m, "
+    with pytest.raises(PartialLoraError, match=expected) as caught:
+        configured.load("llama2_7b")
+    assert "\n" not in str(caught.value)
+
+
+def test_repository_that_is_not_there_is_not_taken_for_a_gated_one(monkeypatch):
+    def refuse(repo: str, **settings: object) -> str:
+        raise refusal(RepositoryNotFoundError, 401)
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(PartialLoraError, match=r"no such repository, or no access to it.*model=smollm2_135m"):
+        configured.load("llama2_7b")

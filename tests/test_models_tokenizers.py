@@ -93,3 +93,25 @@ def test_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path, kind, message
     with pytest.raises(PartialLoraError, match=rf"model=tiny: .*{message}") as caught:
         tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_padding_is_the_end_of_a_text_where_nothing_else_is(tmp_path):
+    """Llama's tokenizers have no token for it; one that has keeps its own."""
+    for own, expected in ((None, "[SEP]"), ("[MASK]", "[MASK]")):
+        load("tiny_llama").save_pretrained(tmp_path)
+        built = tokenizers.byte_tokenizer()
+        built.pad_token = own
+        built.save_pretrained(tmp_path)
+        read = models.tokenizer(name="tiny", weights=str(tmp_path), family="causal")
+        assert read.pad_token == expected
+        masked = read(["a", "abc"], padding=True)["attention_mask"]
+        assert masked == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen"])
+def test_random_causal_models_share_the_tokens_of_bytes(name):
+    read, model = models.tokenizer(name=name, weights="random", family="causal"), load(name)
+    config = model.config
+    ids = (read.pad_token_id, read.bos_token_id, read.eos_token_id)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == ids
+    assert len(read) == config.vocab_size
