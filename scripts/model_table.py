@@ -4,7 +4,7 @@
     make models                          # the same
 
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
-for two classes. The same numbers, one model at a time: `partial-lora info model=NAME`.
+for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from partial_lora.outline import outline
 from partial_lora.results import write_atomic, write_json
 
 FOLDER = Path("results/models")
-_TASKS = {"encoder": "text_table"}  # of each family; images otherwise
+_TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 _MIB = 2**20
 
 

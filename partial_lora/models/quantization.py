@@ -33,8 +33,6 @@ def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
             f"model.quantization={quantization}: bitsandbytes is missing or too old (`pip install -U bitsandbytes`); "
             "null leaves the weights as they are"
         )
-    for name in _REPETITIVE:
-        logging.getLogger(name).addFilter(_is_news)
     _check_device(quantization)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -56,6 +54,10 @@ def keep_gradients(model: nn.Module) -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_REPETITIVE[record.name])
+
+
+for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does for any model
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 def _check_device(quantization: str) -> None:
