@@ -27,6 +27,7 @@ def summary(result: Mapping, directory: Path) -> Table:
         {
             "run": _title(result),
             f"test {found['metric']}": f"{percent(found['test'])} %",
+            **_by_member(result["metrics"]["test"]),
             "adapter, trainable": adapter,
             "head, trainable": f"{found['head_parameters']:,}",
             "sparsity": cell(found["adapter_sparsity"], ".3f"),
@@ -88,6 +89,17 @@ def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) 
     granularity = config.get("mask", {}).get("granularity", "rows_columns")
     counted = masked_units({"module": tuple(shape)}, config["method"]["rank"], granularity)
     return kept_parameters(*counted, {"module": sparsity})
+
+
+def _by_member(test: Mapping) -> dict[str, str]:
+    """Of a mixture the metrics of every member, a line each member; nothing of a single task."""
+    lines: dict[str, list[str]] = {}
+    for key, value in test.items():
+        member, _, metric = key.rpartition("/")
+        if member and metric != "loss":
+            said = f"{value:.2f}" if metric == "perplexity" else f"{percent(value)} %"
+            lines.setdefault(f"test {member}", []).append(f"{metric} {said}")
+    return {member: " · ".join(said) for member, said in lines.items()}
 
 
 def _warned(result: Mapping) -> dict[str, str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
+from partial_lora.members import with_members
 from partial_lora.schema import Config
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
@@ -57,7 +58,7 @@ def resolve(composed: DictConfig) -> dict:
         if name not in known:
             raise PartialLoraError(f"{group}.name={name}: expected one of {', '.join(known)}")
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
-    return OmegaConf.to_container(composed, resolve=True)
+    return with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task")
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
@@ -76,17 +77,22 @@ def run_id(settings: Mapping) -> str:
     """Eight hex digits that name everything a run computes from, its seed apart.
 
     The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON. Files enter by content, so a
-    copy elsewhere gives the same id and an edited file another one.
+    copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
+    their order, which is that of the outputs.
     """
     defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
-    changed = {
-        key: value
-        for key, value in _flatten(settings).items()
-        if key not in _NOT_SETTINGS and value != defaults.get(key)
-    }
-    for key, value in changed.items():
-        if key in ("calibration.file", "task.data_files") or key.startswith("task.data_files."):
-            changed[key] = _digest(Path(value))
+    names, changed = list(settings.get("task", {}).get("members") or ()), {}
+    for key, value in _flatten(settings).items():
+        plain = key
+        if key.startswith("task.members."):  # a name may have dots in it
+            of = max((name for name in names if key.startswith(f"task.members.{name}.")), key=len)
+            plain = "task." + key.removeprefix(f"task.members.{of}.")
+        if plain in _NOT_SETTINGS or value == defaults.get(plain):
+            continue
+        is_file = plain in ("calibration.file", "task.data_files") or plain.startswith("task.data_files.")
+        changed[key] = _digest(Path(value)) if is_file else value
+    if names:
+        changed["task.members"] = names
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -25,7 +25,8 @@ from partial_lora.models import weights_digest
 from partial_lora.peers import Peers
 from partial_lora.reliability import reliability, split_half
 from partial_lora.scoring import MEMORY, FewShotScore
-from partial_lora.tasks import Draws
+from partial_lora.slices import mean_loss_within
+from partial_lora.tasks import Draws, drawn_from
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,12 @@ def importance_few_shot(
     seed: int,
     options: Mapping,
     new_head: bool = True,
+    sizes: Sequence[int] = (),
 ) -> Scores:
     """Importance of every row and column of the modules, by a measure's name.
 
     A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
-    that one is not new; any other sees the weights alone.
+    that one is not new; any other sees the weights alone. sizes: of a mixture, how many classes each member has.
     """
     targets = {name: model.get_submodule(name) for name in modules}
     if measure not in NEEDS_DATA:
@@ -65,8 +67,9 @@ def importance_few_shot(
             for name, module in targets.items()
         }
     fit = training_batches(train.select(draws.fit), transform, _BATCH)
-    with scored_head(model, head, fit, new_head):
-        return data_scores(measure, model, targets, fit, seed=seed, options=options)
+    loss = mean_loss_within(sizes) if sizes else None
+    with scored_head(model, head, fit, new_head, sizes=sizes):
+        return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
 
 
 def calibrate_few_shot(
@@ -96,6 +99,7 @@ def calibrate_few_shot(
     memory: int = MEMORY,
     draws: Draws,
     new_head: bool = True,
+    sizes: Sequence[int] = (),
     peers: Peers | None = None,
     stage: str = "calibrate",
 ) -> Calibration:
@@ -109,6 +113,7 @@ def calibrate_few_shot(
         drawn: in words of settings, how the two draws were made; recorded, no more.
         chance: "majority" where the threshold is of what the score is above that of always the largest class.
         score: what is left of the model, a name of `scoring.MEASURES`. memory: bytes it may keep.
+        sizes: of a mixture, how many classes each member has, whose heads are fitted and scored each by itself.
         stage: what progress is told of.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         draws: the two draws of `train`.
@@ -126,11 +131,13 @@ def calibrate_few_shot(
     }
     if score != "accuracy":  # which calibrations were of before there was another
         decides["score"] = score
+    if sizes:
+        decides["sizes"] = list(sizes)
     key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)
-    with scored_head(model, head, fit, new_head, peers):
+    with scored_head(model, head, fit, new_head, peers, sizes):
         return calibrate(
             model,
-            FewShotScore(model, scored, score, blocks, memory),
+            FewShotScore(model, scored, score, blocks, memory, sizes),
             target_modules=list(scores),
             importance=dict(scores),
             threshold=threshold,
@@ -160,7 +167,7 @@ def halves_few_shot(
 
     Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
     """
-    labels = np.asarray(train["label"])[draws.scored]
+    labels = drawn_from(train)[draws.scored]
     found = []
     for number, half in enumerate(split_half(labels, seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))

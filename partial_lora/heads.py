@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.peers import Alone, Peers, of_first
+from partial_lora.slices import starts
 
 _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 
@@ -63,26 +64,47 @@ def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[n
     return weight, bias
 
 
+def fitted_heads(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias of several tasks' heads side by side, each fitted on its own task's examples (`slices`)."""
+    fitted = []
+    for start, size in zip(starts(sizes), sizes, strict=True):
+        own = (labels >= start) & (labels < start + size)
+        fitted.append(fitted_head(inputs[own], labels[own] - start, size))
+    weights, biases = zip(*fitted, strict=True)
+    return np.concatenate(weights), np.concatenate(biases)
+
+
 def scored_head(
-    model: nn.Module, head: str, batches: Sequence[Batch], new: bool, peers: Peers | None = None
+    model: nn.Module,
+    head: str,
+    batches: Sequence[Batch],
+    new: bool,
+    peers: Peers | None = None,
+    sizes: Sequence[int] = (),
 ) -> AbstractContextManager:
     """The head that the model is scored with: one fitted on `batches` in place of a new one, else its own."""
-    return few_shot_head(model, head, batches, peers) if new else nullcontext()
+    return few_shot_head(model, head, batches, peers, sizes) if new else nullcontext()
 
 
 @contextmanager
-def few_shot_head(model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None) -> Iterator[None]:
+def few_shot_head(
+    model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None, sizes: Sequence[int] = ()
+) -> Iterator[None]:
     """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
 
-    peers: the processes that all need the very same head; the first one fits it.
+    peers: the processes that all need the very same head; the first one fits it. sizes: as of `fitted_heads`, where it
+    is the heads of several tasks.
     """
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
     own = {name: value.clone() for name, value in layer.state_dict().items()}
-    weight, bias = of_first(
-        peers or Alone(), lambda: fitted_head(*features(model, head, batches), outputs=layer.out_features)
-    )
+
+    def fitted() -> tuple[np.ndarray, np.ndarray]:
+        seen = features(model, head, batches)
+        return fitted_heads(*seen, sizes) if sizes else fitted_head(*seen, layer.out_features)
+
+    weight, bias = of_first(peers or Alone(), fitted)
     try:
         layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         yield

@@ -57,28 +57,42 @@ def check_modality(settings: Mapping) -> None:
         )
 
 
-def task_of(settings: Mapping) -> Task:
-    """The task of a run's settings."""
+def task_of(settings: Mapping, *, mixtures: bool = False) -> Task:
+    """The task of a run's settings. Raises PartialLoraError for several in one, unless the caller knows `mixtures`."""
     check_modality(settings)
-    return tasks.load(**named(settings["task"], *tasks.SETTINGS))
+    chosen = settings["task"]
+    if not chosen.get("members"):
+        return tasks.load(**named(chosen, *tasks.SETTINGS))
+    if not mixtures:
+        raise PartialLoraError(
+            f"task={chosen['name']}: a mixture can be trained on and calibrated, no more: take one "
+            f"of its members, {', '.join(chosen['members'])}"
+        )
+    members = [tasks.load(**named(member, *tasks.SETTINGS)) for member in chosen["members"].values()]
+    return tasks.mixed(chosen["name"], members, mixing=chosen["mixing"], seed=chosen["split_seed"])
 
 
-def transform_of(settings: Mapping) -> Transform:
-    """How rows of a run's task enter its model."""
-    model, task = settings["model"], settings["task"]
+def transform_of(settings: Mapping, task: Task | None = None) -> Transform:
+    """How rows of a run's task enter its model. Of a mixture `task` says where the rows are, if any are to be read."""
+    model, chosen = settings["model"], settings["task"]
+    if chosen.get("members"):
+        members = chosen["members"].values()
+        return tasks.MixtureTransform([transform_of({**settings, "task": member}) for member in members], task)
     if modality(model) == "image":
         return tasks.ImageTransform(**named(model, "image_size", "mean", "std", "interpolation"))
     tokenizer = models.tokenizer(**named(model, "name", "weights"))
-    if task["kind"] == "label":
+    if chosen["kind"] == "label":
         return tasks.TextTransform(tokenizer, model["max_length"])
-    chat = task["chat_template"]
+    chat = chosen["chat_template"]
     if chat is None:  # of a benchmark the prompt is part of what is compared
-        chat = task["path"] == "files" and tokenizer.chat_template is not None
-    return tasks.CausalTransform(tokenizer, model["max_length"], kind=task["kind"], chat=chat)
+        chat = chosen["path"] == "files" and tokenizer.chat_template is not None
+    return tasks.CausalTransform(tokenizer, model["max_length"], kind=chosen["kind"], chat=chat)
 
 
 def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, torch.Tensor]]:
     """All rows in order as they are trained on: of a choice the right option alone."""
+    if isinstance(transform, tasks.MixtureTransform):
+        return transform.by_member(rows, lambda own, each: training_batches(own, each, size))
     if not isinstance(transform, tasks.CausalTransform):
         return transform.batches(rows, size)
     prepared = transform.prepare(rows, cache_bytes=0)
@@ -88,13 +102,17 @@ def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dic
     ]
 
 
-def model_of(model: Mapping, labels: Sequence[str]) -> PreTrainedModel:
+def model_of(model: Mapping, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
     """The frozen model of the settings' group `model` with a head for `labels`, or for one number where none is given.
 
-    A head that is new is drawn from torch's global generator as it is. Raises PartialLoraError where texts of the
-    settings' length do not fit.
+    A head that is new is drawn from torch's global generator as it is. class_names: what CLIP's sentences call the
+    classes, where that is not what they are told apart by. Raises PartialLoraError where texts of the settings' length
+    do not fit.
     """
-    loaded = models.load(labels=list(labels), **named(model, *models.SETTINGS))
+    loaded = models.load(labels=list(class_names or labels), **named(model, *models.SETTINGS))
+    if class_names:
+        loaded.config.id2label = dict(enumerate(labels))
+        loaded.config.label2id = {label: index for index, label in enumerate(labels)}
     if modality(model) == "text":
         _check_length(loaded, model)
     return loaded
@@ -129,7 +147,10 @@ def draws_of(settings: Mapping, rows: Dataset, **changes: int) -> Draws:
     drawn = drawn_by(settings)
     if "shots" in changes:
         drawn.pop("share", None)
-    return tasks.few_shot_draws(tasks.drawn_from(rows), **{"seed": settings["calibration"]["seed"]} | drawn | changes)
+    asked = {"seed": settings["calibration"]["seed"]} | drawn | changes
+    if settings["task"].get("members"):
+        return tasks.member_draws(rows, list(settings["task"]["members"]), **asked)
+    return tasks.few_shot_draws(tasks.drawn_from(rows), **asked)
 
 
 def calibration_score(settings: Mapping, task: Task) -> str:
@@ -139,5 +160,7 @@ def calibration_score(settings: Mapping, task: Task) -> str:
         return asked
     if task.kind != "label":
         return {"choice": "options", "generation": "loss"}[task.kind]
+    if task.sizes:  # the only one that is the same for all members
+        return "accuracy"
     primary = task.metrics[0]
     return {"mse": "loss"}.get(primary, primary)

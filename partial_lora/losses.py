@@ -6,10 +6,13 @@ parts that accumulation and processes make of it (transformers issue 47688).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from partial_lora.likelihood import IGNORED
+from partial_lora.slices import within
 
 
 def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
@@ -23,6 +26,16 @@ def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | No
     else:
         total = F.cross_entropy(logits, labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def loss_of_batch_within(sizes: Sequence[int]) -> Callable[..., Tensor]:
+    """`loss_of_batch` of classes, each row's over the outputs of its own task (`slices`)."""
+
+    def loss(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        total = F.cross_entropy(within(outputs.logits, labels, sizes), labels, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
 
 
 def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:

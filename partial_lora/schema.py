@@ -84,7 +84,9 @@ class TaskConfig:
     """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
 
     name: str = MISSING
-    path: str = MISSING  # a hub data set, bundled:NAME (out of an installed package), or files (data_files alone)
+    path: str = MISSING  # a hub data set, bundled:NAME (out of a package), files (data_files alone), or members
+    members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; settings once resolved
+    mixing: str = "proportional"  # all training rows of every member; equal: as many of each as the smallest has
     subset: Optional[str] = None  # of the hub data set, where it is several
     revision: Optional[str] = None
     train_split: str = "train"
@@ -120,6 +122,10 @@ class TaskConfig:
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
         one_of("task.kind", self.kind, *_METRICS)
+        one_of("task.mixing", self.mixing, "proportional", "equal")
+        is_mixture = self.path == "members"
+        expected = "the names of tasks, such as [sst2,mrpc], for task=mixture alone"
+        require(is_mixture == bool(self.members), "task.members", self.members, expected)
         known = _METRICS[self.kind]
         require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
         texts = self.kind == "label" or self.modality == "text"
@@ -132,7 +138,7 @@ class TaskConfig:
         require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
         share = self.validation_share
         require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
-        if self.data_files is not None:
+        if self.data_files is not None and not is_mixture:  # of a mixture they are checked by member
             _check_files(self.data_files)
 
 

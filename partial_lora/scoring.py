@@ -23,6 +23,7 @@ from partial_lora.metric import METRICS, Metric, Whole
 from partial_lora.ordering import arranged, enough, next_batch
 from partial_lora.reuse import Reuse, logits_of
 from partial_lora.rubric import Batch, Bounds, Correctness, Rubric, Tally, WholeRubric
+from partial_lora.slices import Within
 
 __all__ = ["MEASURES", "BoundedScore", "Bounds", "Evaluations", "FewShotAccuracy", "FewShotScore", "Score", "frozen"]
 
@@ -93,6 +94,7 @@ class FewShotScore:
     `likelihood.OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of
     two arrays. blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds
     the altered module nothing changes, and inside it not all. memory: bytes that may be kept for that between passes.
+    sizes: where several tasks' heads are side by side, how many outputs each has (`slices`); of accuracy or loss.
 
     The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.
 
@@ -106,9 +108,10 @@ class FewShotScore:
         measure: str | Metric = "accuracy",
         blocks: str | None = None,
         memory: int = MEMORY,
+        sizes: Sequence[int] = (),
     ) -> None:
         self.evaluations = Evaluations()
-        self.rubric = _rubric(measure)
+        self.rubric = Within(_rubric(measure), sizes) if sizes else _rubric(measure)
         self._batches = list(batches)
         for batch in self._batches:
             self.rubric.check(batch)

@@ -23,6 +23,7 @@ from partial_lora import (
     judges,
     loading,
     methods,
+    mixture_judge,
     models,
     parameters,
     results,
@@ -56,11 +57,11 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["device"] = world.device
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = loading.task_of(settings)
-    transform = loading.transform_of(settings)
+    task = loading.task_of(settings, mixtures=True)
+    transform = loading.transform_of(settings, task)
     record["labels"] = list(task.labels)
     set_seed(seed)
-    model = loading.model_of(settings["model"], task.labels).to(world.device)
+    model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
     targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
 
     # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
@@ -106,7 +107,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
-    judge = judges.judge_of(task, transform, settings, world)
+    judge = mixture_judge.judge_of(task, transform, settings, world)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
@@ -169,6 +170,7 @@ def _importance(
         seed=settings["calibration"]["seed"],
         options=options,
         new_head=loading.has_new_head(settings["model"]),
+        sizes=task.sizes,
     )
 
 
@@ -184,6 +186,7 @@ def _asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: task
         "importance": {"seed": chosen["seed"]} | named(settings["importance"], "name", *OPTIONS[measure]),
         "architecture": named(settings["model"], "architecture", "model_args"),
         "new_head": loading.has_new_head(settings["model"]),
+        "sizes": task.sizes,
         "drawn": loading.drawn_by(settings),
         "score": loading.calibration_score(settings, task),
         **named(settings["model"], "head", "blocks"),

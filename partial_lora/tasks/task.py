@@ -68,6 +68,16 @@ class Task:
     metrics: tuple[str, ...]
     kind: str = "label"
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of several tasks in one, how many classes each has; none of a single task."""
+        return ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, to be put into sentences."""
+        return self.labels
+
 
 def load(
     *,

@@ -1,0 +1,175 @@
+"""Several tasks as one: rows that say whose they are, read and prepared as their own task's are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value
+from torch import Tensor
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.tasks import splits
+from partial_lora.tasks.draws import Draws, drawn_from, few_shot_draws
+from partial_lora.tasks.task import SPLITS, Task
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Mixture(Task):
+    """Tasks of one kind and modality, their rows one task after the other.
+
+    Rows stay where they are: each split has the columns `member` (the number of the task), `row` (in that task's split)
+    and, but for texts that are to be written, `label`. Labels count on over the members; a class is MEMBER/CLASS.
+    """
+
+    members: tuple[Task, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many classes each member has; none where members have no classes."""
+        return tuple(len(member.labels) for member in self.members) if self.labels else ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, without the member's name."""
+        return tuple(label for member in self.members for label in member.labels)
+
+    def rows_of(self, number: int, rows: Dataset) -> Dataset:
+        """Those of some rows of a split that are of one member, as that one has them."""
+        places = np.asarray(rows["row"], dtype=np.int64)[np.asarray(rows["member"]) == number]
+        return getattr(self.members[number], str(rows.split)).select(places)
+
+
+def mixed(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixture:
+    """A mixture of tasks.
+
+    mixing: "proportional" for all training rows, "equal" for as many of each member as the smallest has, the same share
+    of every class of it, drawn by `seed`. Validation and test rows are all taken. Raises PartialLoraError for numbers
+    among the labels.
+    """
+    for member in members:
+        if member.kind == "label" and not member.labels:
+            raise PartialLoraError(
+                f"task.members: the labels of {member.name} are real numbers, expected tasks of classes: an error "
+                "squared is not to be added to cross entropy"
+            )
+    if mixing == "equal":
+        fewest = min(len(member.train) for member in members)
+        key = "mixing=equal, rows of each member"
+        members = [
+            dataclasses.replace(member, train=splits.sample(member.train, fewest, seed, key)) for member in members
+        ]
+    first, names = members[0], [f"{member.name}/{label}" for member in members for label in member.labels]
+    rows = {split: _rows(split, [getattr(member, split) for member in members], names, members) for split in SPLITS}
+    return Mixture(
+        name=name,
+        modality=first.modality,
+        labels=tuple(names),
+        metrics=("average",),
+        kind=first.kind,
+        members=tuple(members),
+        **rows,
+    )
+
+
+def _rows(split: str, given: Sequence[Dataset], names: Sequence[str], members: Sequence[Task]) -> Dataset:
+    columns = {
+        "member": np.repeat(np.arange(len(given)), [len(rows) for rows in given]),
+        "row": np.concatenate([np.arange(len(rows)) for rows in given]),
+    }
+    features = Features({"member": Value("int64"), "row": Value("int64")})
+    if "label" in given[0].column_names:
+        starts = np.cumsum([0, *(len(member.labels) for member in members)])[:-1]
+        labels = [np.asarray(rows["label"]) + start for rows, start in zip(given, starts, strict=True)]
+        columns["label"] = np.concatenate(labels)
+        features["label"] = ClassLabel(names=list(names)) if names else Value("int64")
+    return Dataset.from_dict(columns, features=features, split=split)
+
+
+def member_draws(rows: Dataset, names: Sequence[str], **asked: object) -> Draws:
+    """The few-shot draws of every member by itself, as those of the task alone would be; `few_shot_draws` is asked."""
+    of, labels, found = np.asarray(rows["member"]), drawn_from(rows), []
+    for number, name in enumerate(names):
+        places = np.flatnonzero(of == number)
+        try:
+            drawn = few_shot_draws(labels[places], **asked)
+        except PartialLoraError as error:
+            raise PartialLoraError(f"{error} (task.members: {name})") from error
+        found.append(Draws(places[drawn.fit], places[drawn.scored], tuple(f"{name}: {w}" for w in drawn.warnings)))
+    return Draws(
+        np.concatenate([each.fit for each in found]),
+        np.concatenate([each.scored for each in found]),
+        tuple(warning for each in found for warning in each.warnings),
+    )
+
+
+class Joined:
+    """Prepared rows of several tasks, one after the other, for a DataLoader; `starts` is added to each task's labels.
+
+    `joined[column]` is a whole column, as of a Dataset.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], starts: Sequence[int] | None = None) -> None:
+        self._parts, self._starts = list(parts), list(starts or [0] * len(parts))
+        self.sizes = [len(part) for part in self._parts]
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: int | str) -> dict | list:
+        if isinstance(key, str):
+            return [value for part in self._parts for value in part[key]]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int]) -> list[dict]:
+        """The rows of a batch, read from each task in one go."""
+        of = np.searchsorted(self._ends, keys, side="right")
+        found: list[dict] = [{} for _ in keys]
+        for number in np.unique(of):
+            places = np.flatnonzero(of == number)
+            inner = [int(keys[place] - self._ends[number] + self.sizes[number]) for place in places]
+            for place, row in zip(places, self._parts[number].__getitems__(inner), strict=True):
+                found[place] = row | ({"label": row["label"] + self._starts[number]} if "label" in row else {})
+        return found
+
+
+class MixtureTransform:
+    """How rows of a mixture enter the model: those of each member by its own transform.
+
+    Batches of few-shot draws hold rows of one member. mixture: may be None where no rows are to be read.
+    """
+
+    def __init__(self, transforms: Sequence, mixture: Mixture | None) -> None:
+        self.transforms, self._mixture = list(transforms), mixture
+        self.lengths = self.transforms[0].lengths
+        self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # of the model
+        self.of_inputs = self.transforms[0].of_inputs
+
+    def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
+        """Rows for `collate`, as the members' own transforms prepare them."""
+        parts = self._by_member(rows)
+        prepared = [transform.prepare(own, cache_bytes=cache_bytes) for own, transform, _ in parts]
+        return Joined(prepared, [start for *_, start in parts])
+
+    def batches(self, rows: Dataset, size: int) -> Batches:
+        """All rows in order, at most `size` a batch."""
+        return self.by_member(rows, lambda own, transform: transform.batches(own, size))
+
+    def by_member(self, rows: Dataset, batches: Callable[[Dataset, object], Batches]) -> Batches:
+        """What `batches` makes of each member's rows and transform; labels of classes count on over the members."""
+        return [
+            batch | {"labels": batch["labels"] + start} if start else batch
+            for own, transform, start in self._by_member(rows)
+            for batch in batches(own, transform)
+        ]
+
+    def _by_member(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
+        """Of each member that has any of the rows: those, its transform, and the first of its outputs."""
+        sizes = self._mixture.sizes
+        each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
+        return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
