@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from partial_lora import models
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import quantization
+from partial_lora.targets import target_linears
 
 LLAMA = settings("tiny_llama")["model_args"]
 QUANTIZATIONS = ["nf4", "int8"]
@@ -102,7 +103,7 @@ def test_linear_layers_but_the_last_are_quantised_and_all_else_is_as_it_was(name
         module = model.get_submodule(key.removesuffix(".weight"))
         state = module.weight.quant_state if quantized == "nf4" else module.state
         meant = dequantize_bnb_weight(module.weight, state=state).to(torch.bfloat16)
-        lost = float((meant - parameter).norm() / parameter.norm())
+        lost = ((meant - parameter).norm() / parameter.norm()).item()
         assert 0 < lost < {"nf4": 0.12, "int8": 0.02}[quantized], key
         parameter.data = meant
     likeness = nn.functional.cosine_similarity(*(logits(each, name).float().flatten() for each in (plain, model)), 0)
@@ -143,6 +144,55 @@ def test_gradients_through_quantised_weights_are_the_same_once_they_were_scored(
     for expected, found in zip(fresh, again, strict=True):
         assert expected.abs().max() > 0
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("quantized", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen"])
+def test_quantised_model_is_scored_by_what_its_codes_mean(name, quantized, llama, qwen):
+    """As plain layers of these values, whose rows can be zeroed; then the codes come back."""
+    model = load(name, weights=str({"tiny_llama": llama, "tiny_qwen": qwen}[name]), quantization=quantized)
+    before, digest = logits(model, name), models.weights_digest(model, "")
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = settings(name)["target_modules"]
+    with pytest.raises(PartialLoraError, match=r"is a Linear(4|8)bit"):
+        target_linears(model, targets)
+    with models.dequantised(model):
+        linears = target_linears(model, targets)
+        assert {type(module) for module in linears.values()} == {nn.Linear}
+        for key, linear in linears.items():
+            shape = (layers[key].out_features, layers[key].in_features)
+            assert (tuple(linear.weight.shape), linear.weight.dtype) == (shape, torch.float32)
+            assert not linear.training
+        plain = logits(model, name)
+        likeness = nn.functional.cosine_similarity(before.flatten(), plain.flatten(), 0)
+        assert likeness > {"nf4": 1 - 1e-6, "int8": 0.99}[quantized]
+        with torch.no_grad():
+            linears["model.layers.0.mlp.up_proj"].weight[:20] = 0
+        assert not torch.equal(logits(model, name), plain)
+    assert {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)} == layers
+    assert torch.equal(logits(model, name), before)
+    assert models.weights_digest(model, "") == digest
+
+
+def test_codes_come_back_after_an_error():
+    model = load("tiny_llama", quantization="nf4")
+    layers = list(model.modules())
+    with pytest.raises(PartialLoraError), models.dequantised(model):
+        target_linears(model, ["z_proj"])
+    assert list(model.modules()) == layers
+
+
+def test_plain_model_stays_as_it_is_where_quantised_ones_are_not():
+    model = load("tiny_llama")
+    layers = list(model.modules())
+    with models.dequantised(model):
+        assert list(model.modules()) == layers
+
+
+@pytest.mark.parametrize("quantized", [None, *QUANTIZATIONS])
+def test_weights_are_counted_whole_however_many_share_a_byte(quantized):
+    counted = sum(models.size_of(parameter) for parameter in load("tiny_qwen", quantization=quantized).parameters())
+    assert counted == sum(parameter.numel() for parameter in load("tiny_qwen").parameters())
 
 
 def test_bitsandbytes_does_not_repeat_itself(caplog):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from partial_lora.errors import PartialLoraError
@@ -58,6 +60,47 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does for any model
     logging.getLogger(_name).addFilter(_is_news)
+
+
+@contextmanager
+def dequantised(model: PreTrainedModel) -> Iterator[None]:
+    """Let quantised layers be plain ones of the values that their codes mean, for as long as the block lasts.
+
+    What needs the weights themselves, importance and calibration, works on these: they are of the model's dtype and
+    take the memory that it would take without quantisation. The codes come back as they were. int8 then rounds what
+    enters a layer no more, as it does in training. A model that is not quantised stays as it is.
+    """
+    quantised = {name: module for name, module in model.named_modules() if _is_quantised(module)}
+    try:
+        for name, module in quantised.items():
+            model.set_submodule(name, _plain(module, model.dtype))
+        yield
+    finally:
+        for name, module in quantised.items():
+            module.train(model.get_submodule(name).training)
+            model.set_submodule(name, module)
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds: two in each byte of 4-bit codes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def _plain(module: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    # Imported here: it imports bitsandbytes, which not everyone has.
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    values = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).to(dtype)
+    with torch.device("meta"):
+        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+    plain.weight = nn.Parameter(values, requires_grad=False)
+    plain.bias = module.bias
+    return plain.train(module.training)
 
 
 def _check_device(quantization: str) -> None:
