@@ -11,12 +11,13 @@ number of the activations, the frozen weights need no input of theirs, and a blo
     4 a T n d      queries, keys and values (these two repeated for every head) and what attention gives
     4 T n          the logarithm of each softmax's sum
     3 a T f        the two factors of the gated product, and what the activation function was applied to
+    a T (2 h + f)  int8 alone: the inputs of its products, which bitsandbytes keeps (attention's output is kept anyway)
 and for each adapted module, of i inputs, what the gradient of A needs, c bytes a number: T i c where A is dense, or
 T |J| c where the kept features J are gathered. Where PEFT's own layer runs, of dense or quantised modules, numbers are
 converted to fp32 first (c = 4) and the gradient of B keeps 4 T rank, too; where nothing has to be converted, modules
 that read the same input keep it once. Past the blocks: 4 T h of the last norm, a T V logits, and 8 T V, their
 log-probabilities in fp32 and the gradient of these. With checkpoints every block keeps a T h, its input, and one block
-at a time the rest.
+at a time the rest; checkpoints do not reach what bitsandbytes keeps for int8, a T (2 h + n d + f) in every block.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _READS = {
     **dict.fromkeys(("gate_proj", "up_proj"), "normed again"),
     "down_proj": "gated",
 }
-_KEPT_ANYWAY = {"attended"}  # by attention itself
+_KEPT_ANYWAY = {"o_proj"}  # its input, by attention itself
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Activations:
 
     blocks: int
     block: int
-    entering: int  # the input of one block, all that a checkpoint keeps
+    entering: int  # what a checkpoint keeps of one block: its input
     after: int  # the last norm and the log-probabilities
     logits: int
     gradient: int  # of the log-probabilities, when the backward pass begins
@@ -103,7 +104,7 @@ def peak_memory(
         rank=rank,
         density=density,
         size=size,
-        quantized=quantization is not None,
+        quantization=quantization,
         batch_size=batch_size,
         length=length,
     )
@@ -145,14 +146,14 @@ def activations(
     rank: int,
     density: float,
     size: int,
-    quantized: bool,
+    quantization: str | None,
     batch_size: int,
     length: int,
 ) -> Activations:
     """What autograd keeps of a step, by the formulas above.
 
     config: of the model. shapes: (out, in) of each adapted module. density: share of an adapter's columns that is kept;
-    1 is plain LoRA. size: bytes of a number of the activations. quantized: whether adapted modules are.
+    1 is plain LoRA. size: bytes of a number of the activations. quantization: of the linear layers of the blocks.
     """
     try:
         hidden, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -165,11 +166,15 @@ def activations(
     width = heads * (getattr(config, "head_dim", None) or hidden // heads)
     tokens = batch_size * length
     block = tokens * (2 * _FP32 * hidden + 4 * size * width + _FP32 * heads + 3 * size * inner)
-    adapters = tokens * _kept_for_adapters(shapes, rank, density, size, quantized)
+    entering = size * tokens * hidden
+    if quantization == "int8":
+        block += tokens * size * (2 * hidden + inner)
+        entering += tokens * size * (2 * hidden + width + inner)
+    adapters = tokens * _kept_for_adapters(shapes, rank, density, size, quantization)
     return Activations(
         blocks=blocks,
         block=block + math.ceil(adapters / blocks),
-        entering=size * tokens * hidden,
+        entering=entering,
         after=_FP32 * tokens * (hidden + words),
         logits=size * tokens * words,
         gradient=_FP32 * tokens * words,
@@ -177,10 +182,12 @@ def activations(
 
 
 def _kept_for_adapters(
-    shapes: Mapping[str, tuple[int, int]], rank: int, density: float, size: int, quantized: bool
+    shapes: Mapping[str, tuple[int, int]], rank: int, density: float, size: int, quantization: str | None
 ) -> int:
     """Bytes that the adapters of all blocks keep for one token."""
-    gathers, own = density <= GATHER_DENSITY, density == 1 or quantized  # own: PEFT's own layer, on numbers in fp32
+    gathers = density <= GATHER_DENSITY
+    own = density == 1 or quantization is not None  # PEFT's own layer, on numbers in fp32
+    kept = _READS.keys() if quantization == "int8" else _KEPT_ANYWAY
     total, shared = 0, {}
     for name, (_, inputs) in shapes.items():
         block, _, module = name.rpartition(".")
@@ -189,7 +196,7 @@ def _kept_for_adapters(
             total += max(1, math.floor(density * inputs + 0.5)) * (_FP32 if own else size)
         elif own and size < _FP32:
             total += inputs * _FP32
-        elif _READS.get(module) not in _KEPT_ANYWAY:
+        elif module not in kept:
             shared[block, _READS.get(module, module)] = inputs * size
     return total + sum(shared.values())
 
@@ -206,7 +213,7 @@ def _quantised_bytes(weight: nn.Parameter, quantization: str) -> int:
 
 
 def _workspace(model: PreTrainedModel, size: int, quantization: str | None) -> int:
-    """The largest matrix that is made whole for a product, where they are kept in 4 bits."""
-    if quantization != "nf4":
+    """The largest matrix that is made whole for a product, where they are quantised."""
+    if quantization is None:
         return 0
     return size * max((linear.weight.numel() for linear in _quantised(model)), default=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from configured import load, settings
@@ -74,8 +76,23 @@ def kept(
     mask = torch.ones_like(words)
     mask[0, 10:] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=words, attention_mask=mask, labels=words, use_cache=False)
+        loss = model(input_ids=words, attention_mask=mask, labels=words, use_cache=False).loss
+    for tensor in unseen(loss):
+        pack(tensor)
     return sum(pieces.values())
+
+
+def unseen(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What bitsandbytes' functions keep by themselves, past autograd."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [function for function, _ in node.next_functions]
+        kept = (getattr(node, "A", None), *getattr(node, "tensors", ()))  # of MatMul8bitFp; of MatMul8bitLt
+        yield from (each for each in kept if each is not None)
 
 
 CASES = [
@@ -85,6 +102,9 @@ CASES = [
     ("tiny_llama", 0.87, "bfloat16", None),
     ("tiny_llama", 0.3, "bfloat16", None),
     ("tiny_llama", 0.87, "bfloat16", "nf4"),
+    ("tiny_llama", 0.87, "bfloat16", "int8"),
+    ("tiny_llama", 0.0, "float32", "int8"),
+    ("tiny_llama", 0.0, "bfloat16", "nf4"),
     ("tiny_qwen", 0.87, "bfloat16", None),
 ]
 
@@ -100,7 +120,7 @@ def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsit
         rank=RANK,
         density=counts["adapter_trainable"] / counts["adapter_dense"],
         size=getattr(torch, dtype).itemsize,
-        quantized=quantization is not None,
+        quantization=quantization,
         batch_size=BATCH,
         length=LENGTH,
     )
@@ -148,7 +168,7 @@ def test_dense_adapters_keep_more_and_longer_batches_in_proportion():
 def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
     """Where log-probabilities are small, the most is kept when a block has been computed again."""
     outline, shapes, _ = described("tiny_llama", 0.0)
-    one = {"rank": RANK, "density": 1.0, "size": 4, "quantized": False, "batch_size": 1, "length": 10}
+    one = {"rank": RANK, "density": 1.0, "size": 4, "quantization": None, "batch_size": 1, "length": 10}
     found = memory.activations(outline.config, shapes, **one)
     assert found.block > found.after + found.gradient
     assert found.peak_checkpointed == found.blocks * found.entering + found.block + found.logits
@@ -161,5 +181,5 @@ def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
 def test_model_of_another_kind_is_refused_in_one_line():
     outline = models.empty(architecture="vit_tiny_patch16_224", num_labels=2)
     with pytest.raises(PartialLoraError, match=r"memory of its activations is not known") as caught:
-        memory.activations(outline.config, {}, rank=4, density=1.0, size=4, quantized=False, batch_size=1, length=1)
+        memory.activations(outline.config, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
     assert "\n" not in str(caught.value)
