@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +15,30 @@ from datasets import Dataset
 from finished_runs import trained
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from test_judges import choices, exchanges
-from tiny_causal import llama, merging_tokenizer
+from rich.console import Console
+from test_judges import choices, exchanges, literal
+from test_judges import trained as trained_by
+from tiny_causal import merging_tokenizer
 from torch.nn import functional as F
 
-from partial_lora import closing, config, fewshot, importance, loading, losses, mixture_judge, results, schema, slices
+from partial_lora import (
+    closing,
+    config,
+    evaluate_run,
+    fewshot,
+    formats,
+    judges,
+    loading,
+    losses,
+    mixture_judge,
+    results,
+    schema,
+    slices,
+)
 from partial_lora import tasks as tasks_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.heads import features, fitted_head, fitted_heads
 from partial_lora.peers import Alone
-from partial_lora.rubric import Correctness
 from partial_lora.scoring import MEASURES, FewShotScore
 from partial_lora.tasks import Task
 
@@ -291,6 +307,15 @@ def test_an_example_is_scored_within_its_member_and_guessed_there(measure: str) 
     assert not rubric.values(logits.fill_(float("nan")), batch).isfinite().any()
 
 
+def said(model, batch: dict, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The logits of a head of our own on what enters the model's."""
+    entering = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    model(**{key: value for key, value in batch.items() if key != "labels"})
+    hook.remove()
+    return entering[0] @ weight.T + bias
+
+
 def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     chosen = settings(*members(tables, "reviews", "questions"), "calibration.share=0", "calibration.shots=6")
     mixed = mixture(chosen)
@@ -329,22 +354,172 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     right, gradients = [], 0.0
     matrix = model.get_submodule(asked["modules"][0]).weight
     for of_fit, of_scored, size, start in zip(fit, scored, (2, 3), (0, 2), strict=True):
-        weight, bias = (
-            torch.from_numpy(part)
-            for part in fitted_head(*[part - shift for part, shift in zip(features(model, "classifier", [of_fit]), (0, start), strict=True)], size)
-        )
-
-        def said(batch: dict, weight=weight, bias=bias) -> torch.Tensor:
-            entering = []
-            hook = model.classifier.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
-            model(**{key: value for key, value in batch.items() if key != "labels"})
-            hook.remove()
-            return entering[0] @ weight.T + bias
-
-        right += (said(of_scored).argmax(-1) == of_scored["labels"] - start).tolist()
-        loss = F.cross_entropy(said(of_fit), of_fit["labels"] - start, reduction="sum") / len(draws.fit)
-        gradients = gradients + torch.autograd.grad(loss, matrix)[0]
+        entering, labels = features(model, "classifier", [of_fit])
+        weight, bias = map(torch.from_numpy, fitted_head(entering, labels - start, size))
+        right += (said(model, of_scored, weight, bias).argmax(-1) == of_scored["labels"] - start).tolist()
+        loss = F.cross_entropy(said(model, of_fit, weight, bias), of_fit["labels"] - start, reduction="sum")
+        gradients = gradients + torch.autograd.grad(loss / len(draws.fit), matrix)[0]
     assert found.baseline == pytest.approx(np.mean(right))
     assert 0.3 < np.mean(right) < 1
     entries = (matrix * gradients).abs().double()
     assert torch.allclose(scores[asked["modules"][0]][0], entries.sum(1), rtol=1e-3)
+
+
+# Whole runs
+
+
+def test_a_mixture_of_one_is_that_task(tables) -> None:
+    short = ("calibration.max_sparsity=0.2", "calibration.levels=0.1", "model.target_modules=[query,output.dense]")
+    reviews = ("task=text_table", f"task.data_files='{tables['reviews']}'", "model=tiny_bert")
+    single = trained("one-alone", *reviews, "task.metrics=[matthews,accuracy]", "calibration.score=accuracy", *short)
+    mixed = trained("one-mixture", *members(tables, "reviews"), *short)
+    assert [entry.get("loss") for entry in single.result["history"]] == [
+        entry.get("loss") for entry in mixed.result["history"]
+    ]
+    assert single.result["sparsity"] == mixed.result["sparsity"]
+    assert single.result["calibration"]["baseline"] == mixed.result["calibration"]["baseline"]
+    for split in ("validation", "test"):
+        own, joint = single.result["metrics"][split], mixed.result["metrics"][split]
+        assert (joint["primary"], joint["average"], joint["loss"]) == ("average", own["matthews"], own["loss"])
+        for name in ("matthews", "accuracy", "loss"):
+            assert joint[f"reviews/{name}"] == own[name]
+    own, joint = (pandas.read_parquet(run.directory / results.PREDICTIONS) for run in (single, mixed))
+    assert joint.drop(columns="member").equals(own)
+    assert set(joint["member"]) == {"reviews"}
+
+
+def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head() -> None:
+    given = ("task.train_samples=200", "task.test_samples=60", "calibration.shots=3", "calibration.max_sparsity=0.1")
+    given += ("model.target_modules=[mlp.fc1]", "trainer.max_steps=80", "trainer.learning_rate=0.02")
+    run = trained(
+        "digits-twice", "task=mixture", f"task.members={{a: {DIGITS}, b.c: {DIGITS}}}", "model=tiny_vit", *given
+    )
+    assert run.labels() == [f"{name}/{digit}" for name in ("a", "b.c") for digit in range(10)]
+    test = run.result["metrics"]["test"]
+    model, own = formats.adapted_model(run), run.settings | {"task": run.settings["task"]["members"]["a"]}
+    (batch,) = loading.transform_of(own).batches(loading.task_of(own).test, 60)
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"]).logits
+    frame = pandas.read_parquet(run.directory / results.PREDICTIONS)
+    assert frame["member"].tolist() == ["a"] * 60 + ["b.c"] * 60
+    for place, name in enumerate(("a", "b.c")):  # the same rows, by two heads
+        alone_of = logits[:, 10 * place : 10 * place + 10]
+        accuracy = float((alone_of.argmax(-1) == batch["labels"]).float().mean())
+        assert test[f"{name}/accuracy"] == pytest.approx(accuracy)
+        assert test[f"{name}/loss"] == pytest.approx(float(F.cross_entropy(alone_of, batch["labels"])), rel=1e-4)
+        part = frame[frame["member"] == name]
+        assert part["prediction"].nunique() > 1
+        assert part["index"].tolist() == list(range(60))
+        assert part["prediction_name"].tolist() == [str(int(digit)) for digit in alone_of.argmax(-1)]
+    assert test["average"] == pytest.approx((test["a/accuracy"] + test["b.c/accuracy"]) / 2)
+    assert test["a/loss"] != test["b.c/loss"]
+    measured = [entry["eval_average"] for entry in run.result["history"] if "eval_average" in entry]
+    assert max(measured) == run.result["metrics"]["validation"]["average"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(closing.summary(run.result, run.directory / "seed0"))
+    assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
+    with pytest.raises(PartialLoraError, match="a mixture can be trained on and calibrated, no more"):
+        evaluate_run.evaluate_run(run)
+
+
+def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
+    chosen = settings("model=tiny_clip")["model"]
+    names, labels = ["cat", "dog", "cat"], ["a/cat", "a/dog", "b/cat"]
+    model = loading.model_of(chosen, labels, names)
+    head, single = model.get_submodule(chosen["head"]), loading.model_of(chosen, names[:2])
+    assert torch.equal(head.weight[[0, 1]], single.get_submodule(chosen["head"]).weight)
+    assert torch.equal(head.weight[2], head.weight[0])
+    assert list(model.config.id2label.values()) == labels
+    assert model.config.num_labels == 3
+
+
+# Options and texts
+
+
+def of_kind(kind: str, metrics: tuple[str, ...]) -> tasks_of.Mixture:
+    rows = {"choice": choices, "generation": exchanges}[kind]
+    made = [
+        Task(
+            name=name,
+            modality="text",
+            labels=(),
+            metrics=metrics,
+            kind=kind,
+            train=of_split(rows(12, first), "train"),
+            validation=of_split(rows(count, first + 50), "validation"),
+            test=of_split(rows(count, first + 70), "test"),
+        )
+        for name, first, count in (("a", 0, 5), ("b", 20, 3))
+    ]
+    return tasks_of.mixed("mixture", made, mixing="proportional", seed=0)
+
+
+def of_split(rows: Dataset, split: str) -> Dataset:
+    return Dataset.from_list(rows.to_list(), split=split)
+
+
+def judge_and_transform(mixed: tasks_of.Mixture):
+    tokenizer = merging_tokenizer()
+    each = [tasks_of.CausalTransform(tokenizer, 64, kind=mixed.kind) for _ in mixed.members]
+    transform = tasks_of.MixtureTransform(each, mixed)
+    own = {"cache_bytes": 2**20, "stop": [], "max_new_tokens": 6, "answer": None}
+    chosen = {"task": {"members": {"a": own, "b": own}}, "trainer": {"eval_batch_size": 4}}
+    judge = mixture_judge.judge_of(mixed, transform, chosen, Alone())
+    judge.transform = transform
+    return judge, transform
+
+
+def test_questions_of_several_sets_are_judged_by_set(tmp_path: Path) -> None:
+    mixed = of_kind("choice", ("accuracy", "accuracy_norm"))
+    judge, transform = judge_and_transform(mixed)
+    trainer = trained_by(judge, tmp_path / "run")
+    model = trainer.model.eval()
+    for split in ("validation", "test"):
+        found = judge.judged(judges.predicts(trainer), model, split)
+        scores = []
+        for member in mixed.members:
+            right = [
+                np.argmax([literal(model, *pair)[0] for pair in zip(row["prompts"], row["options"], strict=True)])
+                == row["label"]
+                for row in getattr(member, split)
+            ]
+            scores.append(np.mean(right))
+            assert found.metrics[f"{member.name}/accuracy"] == pytest.approx(scores[-1])
+            part = found.predictions[found.predictions["member"] == member.name]
+            assert (part["prediction"] == part["label"]).tolist() == right
+        assert found.metrics["primary"] == judge.selects == "average"
+        assert found.metrics["average"] == pytest.approx(np.mean(scores))
+    logged = [entry["eval_average"] for entry in trainer.state.log_history if "eval_average" in entry]
+    assert max(logged) == judge.judged(judges.predicts(trainer), model, "validation").metrics["average"]
+    assert scores[0] != scores[1]
+    score = FewShotScore(model, transform.batches(mixed.test, 8), "options")
+    assert score(model) == pytest.approx((5 * scores[0] + 3 * scores[1]) / 8)
+
+
+def test_texts_of_several_sets_are_selected_by_their_mean_perplexity(tmp_path: Path) -> None:
+    mixed = of_kind("generation", ("rouge_l", "perplexity"))
+    judge, _ = judge_and_transform(mixed)
+    trainer = trained_by(judge, tmp_path / "run")
+    validation, test = (judge.judged(judges.predicts(trainer), trainer.model, s) for s in ("validation", "test"))
+    each = []
+    for member in mixed.members:
+        told = [
+            literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in member.validation
+        ]
+        each.append(float(np.exp(-sum(total for total, _ in told) / sum(count for _, count in told))))
+        assert validation.metrics[f"{member.name}/perplexity"] == pytest.approx(each[-1], rel=1e-4)
+        part = test.predictions[test.predictions["member"] == member.name]
+        assert test.metrics[f"{member.name}/rouge_l"] == pytest.approx(part["rouge_l"].mean())
+    assert validation.metrics["primary"] == judge.selects == "perplexity"
+    assert validation.metrics["perplexity"] == pytest.approx(np.mean(each), rel=1e-4)
+    logged = [entry["eval_perplexity"] for entry in trainer.state.log_history if "eval_perplexity" in entry]
+    assert min(logged) == pytest.approx(validation.metrics["perplexity"], rel=1e-6)
+    assert test.metrics["primary"] == "average"
+    assert test.metrics["average"] == pytest.approx(test.predictions.groupby("member")["rouge_l"].mean().mean())
+
+
+def test_main_metrics_that_cannot_be_averaged_are_refused() -> None:
+    mixed = of_kind("generation", ("rouge_l", "perplexity"))
+    second = dataclasses.replace(mixed.members[1], metrics=("perplexity",))
+    with pytest.raises(PartialLoraError, match=r"task\.members: expected first metrics .* 'b': 'perplexity'"):
+        judge_and_transform(dataclasses.replace(mixed, members=(mixed.members[0], second)))
