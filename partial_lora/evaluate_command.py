@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora evaluate",
         description="A finished run on another split or task. Without KEY=VALUE it is the run's own task. The labels "
-        "of another task must have the names of the run's. Kept in RUN_DIR/evaluations; what the run recorded stays.",
+        "of another task must have the names of the run's; a causal language model takes any task with options or "
+        "responses. Kept in RUN_DIR/evaluations; what the run recorded stays.",
         epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR")

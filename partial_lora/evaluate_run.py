@@ -1,4 +1,4 @@
-"""A finished run on another split or another task of the same labels; what the run recorded stays as it is."""
+"""A finished run on another split or another task that it can answer; what the run recorded stays as it is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from partial_lora import config, evaluation, loading, results
+from partial_lora import config, evaluation, judges, loading, results
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun
 from partial_lora.inference import RunModel
+from partial_lora.peers import Alone
 from partial_lora.tasks import Task
 
 SPLITS = ("test", "validation", "train")
@@ -42,7 +45,8 @@ def evaluate_run(
     """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
 
     Args:
-        task: the settings of a task, all of its keys; None is the run's own. Its labels are matched by name.
+        task: the settings of a task, all of its keys; None is the run's own. Its labels are matched by name; a causal
+            model, which has none, chooses options or writes texts, whichever the task asks for.
         batch_size: None takes the run's own.
         advance: told how many rows of how many are done.
 
@@ -56,28 +60,35 @@ def evaluate_run(
             f"task={asked['task']['name']} has {asked['task']['modality']}s, and the run's model reads "
             f"{run.settings['task']['modality']}s: choose another task"
         )
-    other = loading.task_of(asked)
-    places = _places(run, other, is_own=asked["task"] == run.settings["task"])
-    model = RunModel(run, device)
     size = batch_size or run.settings["trainer"]["eval_batch_size"]
-    transform = loading.transform_of(run.settings)
-    rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
-    batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
-    logits, references = _said(model, batches, advance)
-    if places is not None:
-        references = places[references]
+    asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
+    other = loading.task_of(asked)
+    places = _places(run, other, is_own=asked["task"] == run.settings["task"]) if other.kind == "label" else None
+    model = RunModel(run, device)
+    transform = loading.transform_of(asked)
+    judge = judges.judge_of(other, transform, asked, Alone())
+
+    def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
+        return _said(model, batches, judge.reduce, advance)
+
+    if other.kind == "label":
+        rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
+        found = _of_labels(*predict(rows), other, places, run.labels())
+    else:
+        found = judge.judged(predict, model.model, split)
     folder = run.directory / FOLDER / f"{asked['task']['name']}-{split}-{config.run_id({'task': asked['task']})}"
     record = {
         "task": asked["task"],
         "split": split,
-        "examples": len(references),
+        "examples": len(getattr(other, split)),
         "labels": run.labels(),
-        "metrics": _finite(evaluation.split_metrics(other.metrics, logits, references)),
+        "metrics": _finite(found.metrics),
         "device": model.device,
         "mixed_precision": model.precision,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    _write(folder, record, logits, references)
+    _write(folder, record, found.predictions)
     return Evaluation(folder, record)
 
 
@@ -108,15 +119,28 @@ def _names(labels: set[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _said(model: RunModel, batches: DataLoader, advance: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
-    """The logits (N, outputs) of all rows, and their labels (N,)."""
-    logits, references, done = [], [], 0
+def _said(
+    model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
+    kept, references, done = [], [], 0
     for batch in batches:
-        logits.append(model.logits(batch))
-        references.append(batch["labels"].numpy())
-        done += len(references[-1])
+        kept.append(model.logits(batch, reduce))
+        references.append(batch["labels"].numpy() if reduce is None else np.empty(0))
+        done += len(kept[-1])
         advance(done, len(batches.dataset))
-    return np.concatenate(logits), np.concatenate(references)
+    return np.concatenate(kept), np.concatenate(references)
+
+
+def _of_labels(
+    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, labels: list[str]
+) -> judges.Judged:
+    if places is not None:
+        references = places[references]
+    return judges.Judged(
+        evaluation.split_metrics(task.metrics, logits, references),
+        evaluation.predictions_of(logits, references, labels),
+    )
 
 
 def _finite(metrics: Mapping) -> dict:
@@ -124,13 +148,16 @@ def _finite(metrics: Mapping) -> dict:
     return {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _write(folder: Path, record: dict, logits: np.ndarray, references: np.ndarray) -> None:
-    """evaluation.json goes first and comes last: where it is, the predictions beside it are its own."""
+def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
+    """evaluation.json goes first and comes last: where it is, the predictions beside it are its own.
+
+    There are none of the texts of a split that was judged by their likelihood alone.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EVALUATION).unlink(missing_ok=True)
-        frame = evaluation.predictions_of(logits, references, record["labels"])
-        evaluation.write_predictions(folder / results.PREDICTIONS, frame)
+        if len(predictions):
+            evaluation.write_predictions(folder / results.PREDICTIONS, predictions)
         results.write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

@@ -1,4 +1,4 @@
-"""What a finished run says of inputs that it has never seen: labels, probabilities, or a number.
+"""What a finished run says of inputs that it has never seen: labels and options with probabilities, numbers, texts.
 
 Predictor("results/runs/…/seed0").predict(["a.png", "b.png"])
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from PIL import Image
 from scipy.special import log_softmax
 from torch import Tensor
 
-from partial_lora import formats, loading
+from partial_lora import answering, formats, loading
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun, finished_run
+from partial_lora.generation import generate
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow lets go of the interpreter while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,14 +32,15 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Prediction:
     """What the run's model says of one input.
 
-    input: as it was given: a path, a text, two texts with a tab between them; "" for an image without a file.
-    label, score: the most probable label and its probability; of a regression None and the predicted number.
-    scores: the probability of every label, the most probable first; empty for a regression.
+    input: as it was given: a path, a text, texts with tabs between them; "" for an image without a file.
+    label, score: the most probable label or option and its probability; of a regression None and the predicted number;
+        of a generation the text that was written and None.
+    scores: the probability of every label or option, the most probable first; empty for a regression or generation.
     """
 
     input: str
     label: str | None
-    score: float
+    score: float | None
     scores: dict[str, float]
 
 
@@ -49,14 +51,21 @@ class RunModel:
         self.device = _device(device)
         precision = run.result.get("mixed_precision", "no")
         self.precision = precision if run.result.get("device") == self.device and precision in _AUTOCAST else "no"
-        self._model = formats.adapted_model(run).to(self.device)
+        self.model = formats.adapted_model(run).to(self.device)
 
     @torch.inference_mode()
-    def logits(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The logits (N, outputs), float32, of what a transform made of N inputs."""
+    def logits(
+        self, batch: Mapping[str, Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> np.ndarray:
+        """The logits (N, outputs), float32, of what a transform made of N inputs; or what `reduce` keeps of them.
+
+        reduce: of the logits and the labels of a batch, which then has some.
+        """
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         with self._arithmetic():
-            return self._model(**inputs).logits.float().cpu().numpy()
+            logits = self.model(**inputs).logits
+        found = logits.float() if reduce is None else reduce(logits, batch["labels"].to(self.device))
+        return found.cpu().numpy()
 
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         if self.precision == "no":
@@ -67,14 +76,20 @@ class RunModel:
 class Predictor:
     """A finished run, ready to predict. Raises PartialLoraError where there is none, or not on that device.
 
-    device: "cpu", "cuda", or "auto" for the second where there is one. `labels` is empty for a regression.
+    device: "cpu", "cuda", or "auto" for the second where there is one. max_new_tokens: the most that a generation
+    writes, None for as many as the run's task has. `labels` is empty but where there are classes.
     """
 
-    def __init__(self, run: FinishedRun | Path | str, *, device: str = "auto") -> None:
+    def __init__(
+        self, run: FinishedRun | Path | str, *, device: str = "auto", max_new_tokens: int | None = None
+    ) -> None:
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
+        task = run.settings["task"]
         self.labels = run.labels()
-        self.modality = run.settings["task"]["modality"]
-        self._pairs = len(run.settings["task"]["text_columns"]) == 2
+        self.modality, self.kind = task["modality"], task["kind"]
+        self._pairs = len(task["text_columns"]) == 2
+        self._writing = {"stop": task["stop"], "max_new_tokens": max_new_tokens or task["max_new_tokens"]}
+        self._layout = task["format"]
         self._batch_size = run.settings["trainer"]["eval_batch_size"]
         self._transform = loading.transform_of(run.settings)
         self._model = RunModel(run, device)
@@ -82,8 +97,9 @@ class Predictor:
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
         """A prediction for every input, in order.
 
-        inputs: paths of images or PIL images; texts or pairs of texts. Batches are as large as in the run's own
-        evaluation unless told otherwise. Raises PartialLoraError that names the first input that cannot be read.
+        inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
+        Batches are as large as in the run's own evaluation unless told otherwise. Raises PartialLoraError that names
+        the first input that cannot be read.
         """
         size = batch_size or self._batch_size
         predictions = []
@@ -99,13 +115,37 @@ class Predictor:
         outcomes: list = self._encoded(inputs)
         readable = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, PartialLoraError)]
         if readable:
-            logits = self._model.logits(self._batch([outcomes[place] for place in readable]))
-            for place, row in zip(readable, logits, strict=True):
-                outcomes[place] = self._outcome(_said(inputs[place]), row)
+            given = [inputs[place] for place in readable]
+            found = self._predicted(given, [outcomes[place] for place in readable])
+            for place, prediction in zip(readable, found, strict=True):
+                outcomes[place] = prediction
         return outcomes
 
-    def _encoded(self, inputs: Sequence) -> list[Tensor | str | tuple[str, str] | PartialLoraError]:
-        """Images as the pixels of the model's size, since as files they may be far larger; texts as they are."""
+    def _predicted(self, given: list, encoded: list) -> list[Prediction | PartialLoraError]:
+        """What is said of inputs that can be read."""
+        said = [_said(each) for each in given]
+        if self.kind == "generation":
+            texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
+            return [Prediction(*each, None, {}) for each in zip(said, texts, strict=True)]
+        if self.kind == "choice":
+            size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
+            found = answering.likelihoods(encoded, self._model.logits, self._transform, size)
+            return [_outcome(said[at], found[at], given[at][1]) for at in range(len(given))]
+        logits = self._model.logits(self._batch(encoded))
+        return [_outcome(*each, self.labels) for each in zip(said, logits, strict=True)]
+
+    def _encoded(self, inputs: Sequence) -> list:
+        """Images as the pixels of the model's size, since as files they may be far larger; texts as they are.
+
+        Of a question, which can be too long, the options as tokens. In place of what cannot be read, the error.
+        """
+        if self.kind == "choice":
+            asked = [given for given in inputs if answering.is_question(given)]
+            rows = iter(answering.rows_of(self._transform, self._layout, asked))
+            expected = "(prompt, options)"
+            return [next(rows) if answering.is_question(given) else _unlike(given, expected) for given in inputs]
+        if self.kind == "generation":
+            return [_prompt(given) for given in inputs]
         if self.modality == "text":
             expected = "two texts" if self._pairs else "a text"
             return [given if _is_text(given, self._pairs) else _unlike(given, expected) for given in inputs]
@@ -131,15 +171,16 @@ class Predictor:
     def _batch(self, encoded: list) -> dict[str, Tensor]:
         return self._transform.of_inputs(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
 
-    def _outcome(self, said: str, logits: np.ndarray) -> Prediction | PartialLoraError:
-        if not np.isfinite(logits).all():
-            return PartialLoraError(f"{said}: the model's output is not a finite number")
-        if not self.labels:
-            return Prediction(said, None, float(logits[0]), {})
-        chances = np.exp(log_softmax(logits))
-        order = np.argsort(-logits, kind="stable")  # the first of equals, as argmax takes it
-        scores = {self.labels[index]: float(chances[index]) for index in order}
-        return Prediction(said, self.labels[order[0]], float(chances[order[0]]), scores)
+
+def _outcome(said: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
+    if not np.isfinite(logits).all():
+        return PartialLoraError(f"{said}: the model's output is not a finite number")
+    if not labels:
+        return Prediction(said, None, float(logits[0]), {})
+    chances = np.exp(log_softmax(logits))
+    order = np.argsort(-logits, kind="stable")  # the first of equals, as argmax takes it
+    scores = {labels[index]: float(chances[index]) for index in order}
+    return Prediction(said, labels[order[0]], float(chances[order[0]]), scores)
 
 
 def read_image(given: object) -> Image.Image:
@@ -172,7 +213,15 @@ def _reason(error: Exception) -> str:
 def _said(given: object) -> str:
     if isinstance(given, Image.Image):
         return str(getattr(given, "filename", ""))
+    if answering.is_question(given):
+        return "\t".join([given[0], *given[1]])
     return "\t".join(given) if isinstance(given, (tuple, list)) else str(given)
+
+
+def _prompt(given: object) -> str | PartialLoraError:
+    if not isinstance(given, str):
+        return _unlike(given, "a text")
+    return given if given.strip() else PartialLoraError("an empty prompt: expected a text")
 
 
 def _is_text(given: object, pairs: bool) -> bool:

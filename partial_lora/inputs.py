@@ -19,14 +19,14 @@ STDIN = "-"
 class Input:
     """One thing to predict.
 
-    said: as the user named it: a path, a text, or a pair of texts with a tab between them.
-    given: what the model is shown: the path, the text, or the two texts.
+    said: as the user named it: a path, a text, or texts with tabs between them.
+    given: what the model is shown: the path, the text, the two texts, or a prompt and its options.
     problem: why there is nothing to show, in one line; None for an input that can be predicted.
     place: the line it was read from, "FILE, line 3"; "" for an argument.
     """
 
     said: str
-    given: str | tuple[str, str]
+    given: str | tuple[str, str] | tuple[str, tuple[str, ...]]
     problem: str | None = None
     place: str = ""
 
@@ -47,20 +47,21 @@ class _Source:
     total: int | None = 1
 
 
-def read(arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO) -> Inputs:
+def read(arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO, kind: str = "label") -> Inputs:
     """The inputs that arguments name; lines are read as they are asked for.
 
     Args:
         arguments: an image file, a folder of images or a text; @FILE for the lines of a file, - for those of `stdin`.
-            A line is a text, two of them with a tab between them, or the path of an image.
+            A line is a text, several of them with tabs between them, or the path of an image.
         modality: "image" or "text".
         pairs: whether texts come in pairs.
+        kind: of the task; "choice" has a prompt and its options in a line, "generation" a prompt.
 
     Raises PartialLoraError, in one line, for an argument that is no such thing.
     """
     if sum(argument in (STDIN, f"@{STDIN}") for argument in arguments) > 1:
         raise PartialLoraError("-: standard input can be read once, and is named twice")
-    parse = _image_path if modality == "image" else (_pair if pairs else _text)
+    parse = _image_path if modality == "image" else _question if kind == "choice" else _pair if pairs else _text
     sources = [_source(argument, modality, parse, stdin) for argument in arguments]
     totals = [source.total for source in sources]
     stream = chain.from_iterable(source.inputs for source in sources)
@@ -148,3 +149,18 @@ def _pair(line: str) -> Input:
     if len(parts) != 2 or not all(part.strip() for part in parts):
         return Input(line, line, "expected two texts with a tab between them")
     return Input(line, parts)
+
+
+def _question(line: str) -> Input:
+    prompt, *options = line.split("\t")
+    problem = problem_of_question(prompt, options)
+    return Input(line, line if problem else (prompt, tuple(options)), problem)
+
+
+def problem_of_question(prompt: str, options: Sequence[str]) -> str | None:
+    """Why there is nothing to choose among options, in a few words; None where there is."""
+    texts = [text.strip() for text in (prompt, *options)]
+    if len(options) < 2 or not all(texts):
+        return "expected a prompt and two or more options, with tabs between them"
+    twice = next((text for text in texts[1:] if texts[1:].count(text) > 1), None)
+    return f"the option {twice!r} is there twice" if twice else None

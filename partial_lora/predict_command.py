@@ -1,4 +1,4 @@
-"""`partial-lora predict RUN_DIR INPUT…`: what a finished run says of images or texts, line by line."""
+"""`partial-lora predict RUN_DIR INPUT…`: what a finished run says of images, texts or prompts, line by line."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
     task = run.settings["task"]
+    if parsed.max_new_tokens and task["kind"] != "generation":
+        raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task['name']} has none")
     given = inputs.read(
         [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
         modality=task["modality"],
         pairs=len(task["text_columns"]) == 2,
+        kind=task["kind"],
         stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # there is none where it was closed
     )
     first = next(given.stream, None)  # before torch is there, which takes its time
@@ -60,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="partial-lora predict",
         description="What a finished run says of images or texts it has not seen. An INPUT is an image file, a folder "
         "of images (with its sub-folders), a text, @FILE for a file of lines, or - for the lines of standard input. A "
-        "line is a text (two with a tab between them where the run's texts are pairs) or the path of an image.",
+        "line is a text (two with a tab between them where the run's texts are pairs), the path of an image, a prompt, "
+        "or a prompt and its options with tabs between them where the run chooses among some.",
         epilog="Exit code: 0; 1 where an input could not be predicted (it is named on stderr, the others are "
         "predicted); 2 for a wrong argument.",
     )
@@ -74,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="inputs predicted, and printed, at once (default: the run's)"
     )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="the most that is written of a text (default: the run's)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     return parser
 
@@ -85,7 +92,7 @@ def _positive(value: str) -> int:
 
 
 def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int:
-    predictor = _predictor(run, parsed.device)
+    predictor = _predictor(run, parsed.device, parsed.max_new_tokens)
     size = parsed.batch_size or run.settings["trainer"]["eval_batch_size"]
     line = _json_line(parsed.top_k) if parsed.json else _readable_line(parsed.top_k or 1, predictor.labels)
     failed = False
@@ -105,13 +112,13 @@ def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int
     return 1 if failed else 0
 
 
-def _predictor(run: FinishedRun, device: str) -> Predictor:
+def _predictor(run: FinishedRun, device: str, max_new_tokens: int | None) -> Predictor:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from partial_lora.inference import Predictor
 
-    return Predictor(run, device=device)
+    return Predictor(run, device=device, max_new_tokens=max_new_tokens)
 
 
 def _outcomes(predictor: Predictor, batch: Sequence[Input]) -> list[Prediction | PartialLoraError]:
@@ -144,6 +151,8 @@ def _readable_line(top_k: int, labels: Sequence[str]) -> Callable[[Prediction], 
     width = min(max(map(cell_len, labels), default=0), _WIDEST)
 
     def line(prediction: Prediction) -> str:
+        if prediction.score is None:
+            return f"{_plain(prediction.label)}  {_plain(prediction.input)}\n"
         best = islice(prediction.scores.items(), top_k) if prediction.scores else [("", prediction.score)]
         columns = [f"{_plain(label)}{' ' * (width - cell_len(label))}  {score:.4f}" for label, score in best]
         return "  ".join([*columns, _plain(prediction.input)]).lstrip() + "\n"

@@ -144,3 +144,65 @@ def pair_run() -> finished.FinishedRun:
     columns = "task.text_columns=[first,second]"
     paths = override(pair_files())
     return trained("pairs", "model=tiny_deberta", "task=text_table", "method=lora", columns, paths)
+
+
+def questions(count: int, first: int) -> list[dict]:
+    """Questions with two or three options; the right one has a word of the question in it, at a place that moves."""
+    rows = []
+    for number in range(first, first + count):
+        colour = COLOURS[number % 3]
+        options = [f"a {colour} one", "none of them", f"{number} or more"][: 2 + number % 2]
+        place = number % len(options)
+        options[0], options[place] = options[place], options[0]
+        asked = f"which {'very ' * (number % 4)}{colour} one is it? ({number})"
+        rows.append({"question": asked, "options": options, "answer": place})
+    return rows
+
+
+def exchanges(count: int, first: int) -> list[dict]:
+    """Prompts and responses of unlike lengths."""
+    rows = []
+    for number in range(first, first + count):
+        colour = COLOURS[number % 3]
+        rows.append({"prompt": f"say {'so ' * (number % 4)}{colour} {number}", "response": f"{colour} it is"})
+    return rows
+
+
+def tables(rows: dict[str, list[dict]], name: str) -> dict[str, str]:
+    """The splits as files of JSON lines, for `task.data_files`."""
+    folder = Path(_PLACE.name) / "data" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, of_split in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
+    return {split: str(folder / f"{split}.jsonl") for split in rows}
+
+
+CHOICE = ("task.prompt_columns=[question]", "task.option_columns=[options]", "task.answer_column=answer")
+_AT_ITS_END = "trainer.save_steps=12"  # of few questions as many are answered after every epoch, and the first counts
+GENERATION = ("task.prompt_columns=[prompt]", "task.response_column=response")
+
+
+@functools.cache
+def question_files() -> dict[str, str]:
+    return tables({"train": questions(40, 0), "test": questions(11, 100)}, "questions")
+
+
+@functools.cache
+def exchange_files() -> dict[str, str]:
+    return tables({"train": exchanges(40, 0), "test": exchanges(9, 100)}, "exchanges")
+
+
+@functools.cache
+def choice_run() -> finished.FinishedRun:
+    """A masked adapter of a small Llama that chooses among options."""
+    given = ("calibration.levels=0.45", "calibration.share=0.1", "method.alpha=128", _AT_ITS_END)
+    return trained("choices", "model=tiny_llama", "task=choice_table", *CHOICE, *given, override(question_files()))
+
+
+@functools.cache
+def generation_run() -> finished.FinishedRun:
+    """A dense adapter of a small Llama, trained so little that what it writes still depends on the prompt."""
+    given = ("method=lora", "task.max_new_tokens=12", "trainer.learning_rate=0.001", _AT_ITS_END)
+    return trained(
+        "generations", "model=tiny_llama", "task=text_generation", *GENERATION, *given, override(exchange_files())
+    )

@@ -184,3 +184,49 @@ def test_numbers_are_no_labels() -> None:
     texts = override(finished_runs.sentence_files())
     said = refused(own, "task=text_table", texts)
     assert "has labels, and the run predicts numbers" in said
+
+
+# Questions and prompts
+
+
+@pytest.mark.parametrize("of", [finished_runs.choice_run, finished_runs.generation_run])
+def test_a_causal_run_is_what_it_recorded(evaluate, of) -> None:
+    own = of()
+    before = snapshot(own)
+    for split, count in (("test", len(predictions(own.directory))), ("validation", 4)):
+        found = evaluate("--split", split, directory=own.directory)
+        assert found["metrics"] == pytest.approx(own.result["metrics"][split], abs=1e-6)
+        assert (found["examples"], found["labels"]) == (count, [])
+        if split == "test":
+            pandas.testing.assert_frame_equal(predictions(found["folder"]), predictions(own.directory), atol=1e-6)
+    assert snapshot(own) == before
+    # What is likely is judged without a text being written; every question is answered.
+    assert (Path(found["folder"]) / results.PREDICTIONS).exists() == (of is finished_runs.choice_run)
+
+
+def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate, tmp_path) -> None:
+    own = finished_runs.choice_run()
+    rows = [
+        {
+            "question": "what is red?",
+            "choices": {"text": ["a rose", "coal", n], "label": ["A", "B", "C"]},
+            "answerKey": "A",
+        }
+        for n in ("milk", "the night sky", "snow")
+    ]
+    other = finished_runs.tables({"train": rows * 4, "test": rows}, "arc")
+    found = evaluate("task=arc_challenge", override(other), directory=own.directory)
+    said = predictions(found["folder"])
+    assert (found["examples"], len(said), set(said["label"])) == (3, 3, {0})
+    assert found["metrics"]["accuracy"] == np.mean(said["prediction"] == 0)
+    assert said["scores"].map(len).tolist() == [3, 3, 3]
+    given = ("task=text_generation", *finished_runs.GENERATION, "task.max_new_tokens=4")
+    found = evaluate(*given, override(finished_runs.exchange_files()), directory=own.directory)
+    assert list(found["metrics"]) == ["primary", "perplexity", "loss", "rouge_l"]
+    assert predictions(found["folder"])["prediction"].str.len().max() <= 4
+    assert "is of kind label" in refused(own, "task=text_table", override(finished_runs.sentence_files()))
+
+
+def test_a_run_of_labels_answers_no_questions() -> None:
+    given = ("task=choice_table", *finished_runs.CHOICE, override(finished_runs.question_files()))
+    assert "is of kind choice" in refused(finished_runs.text_run(), *given)

@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 
-from partial_lora import inference
+from partial_lora import answering, inference, tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun
 from partial_lora.inference import Predictor, RunModel
+from partial_lora.models.tokenizers import byte_tokenizer
+from partial_lora.tasks import choices, formats
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def test_a_run_that_was_evaluated_in_bf16_predicts_in_it_on_the_same_kind_of_dev
     assert (plain.precision, half.precision) == ("no", "bf16")
     assert RunModel(dataclasses.replace(run, result=elsewhere), "cpu").precision == "no"
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = plain._model(**batch).logits.float().numpy()
+        expected = plain.model(**batch).logits.float().numpy()
     np.testing.assert_array_equal(half.logits(batch), expected)
     assert (half.logits(batch) != plain.logits(batch)).any()
 
@@ -194,3 +196,87 @@ def test_a_regression_on_pairs_predicts_the_number_that_the_run_said() -> None:
     assert [each.score for each in swapped] != [each.score for each in found]
     for wrong in ("alone", ("a", "b", "c"), ("a", 1)):
         assert "expected two texts" in str(predictor.outcomes([pairs[0], wrong])[1])
+
+
+# Questions and prompts
+
+
+def asked(count: int) -> list[tuple[str, list[str]]]:
+    """The questions that the choice run was tested on, as a user asks them."""
+    return [(row["question"], row["options"]) for row in finished_runs.questions(count, 100)]
+
+
+def test_options_are_as_likely_as_the_run_said() -> None:
+    run = finished_runs.choice_run()
+    own, questions = recorded(run), asked(11)
+    predictor = Predictor(run, device="cpu")
+    assert own["prediction"].nunique() > 1
+    for size in (1, 4, 100):
+        found = predictor.predict(questions, batch_size=size)
+        for each, (prompt, options), row in zip(found, questions, own.itertuples(), strict=True):
+            assert each.input == "\t".join([prompt, *options])
+            assert each.label == options[row.prediction] == next(iter(each.scores))
+            assert each.score == pytest.approx(row.score, abs=1e-5)
+            np.testing.assert_allclose([each.scores[option] for option in options], row.scores, atol=1e-5)
+            assert list(each.scores.values()) == sorted(each.scores.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("a question", "expected (prompt, options)"),
+        (("a question", "an option"), "expected (prompt, options)"),
+        (("a question", ["one", 2]), "expected (prompt, options)"),
+        (("a question", ["one"]), "'a question': expected a prompt and two or more options"),
+        ((" ", ["one", "two"]), "expected a prompt and two or more options"),
+        (("a question", ["one", "two", "one"]), "'a question': the option 'one' is there twice"),
+        (("a question", ["one", "two " * 50]), "'a question': an option is longer than the run's model.max_length"),
+    ],
+)
+def test_what_is_no_question_is_named_and_the_others_are_answered(given, said) -> None:
+    predictor = Predictor(finished_runs.choice_run(), device="cpu")
+    found = predictor.outcomes([asked(1)[0], given, asked(2)[1]])
+    assert said in str(found[1])
+    assert [each.label in options for each, (_, options) in zip(found[::2], asked(2), strict=True)] == [True, True]
+
+
+def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
+    """Of known data sets, whose options have their space from the layout; winogrande's are a part of the prompt."""
+    transform = tasks.CausalTransform(byte_tokenizer(), 128, kind="choice")
+    arc = {"question": "what is red?", "choices": {"text": ["a rose", "coal"], "label": ["A", "B"]}, "answerKey": "A"}
+    wino = {"sentence": "The cup fits not the box as the _ is too big.", "option1": "cup", "option2": "box"}
+    cases = (
+        (formats.arc(arc), None, ("Question: what is red?\nAnswer:", ["a rose", "coal"])),
+        (formats.winogrande(wino | {"answer": 1}), "winogrande", (wino["sentence"], ["cup", "box"])),
+    )
+    for choice, layout, question in cases:
+        row = {"prompts": [choice.prompts], "options": [choice.options], "label": [0]}
+        expected = transform.options(datasets.Dataset.from_dict(row, features=choices.FEATURES), cache_bytes=0)
+        (found,) = answering.rows_of(transform, layout, [question])
+        assert found == expected.to_list()
+    (found,) = answering.rows_of(transform, "winogrande", [("no place for a name", ["cup", "box"])])
+    assert "expected a _ in the prompt" in str(found)
+
+
+def test_texts_are_what_the_run_wrote() -> None:
+    run = finished_runs.generation_run()
+    prompts, own = [row["prompt"] for row in finished_runs.exchanges(9, 100)], list(recorded(run)["prediction"])
+    assert len(set(own)) > 1
+    predictor = Predictor(run, device="cpu")
+    for size in (1, 4, 100):
+        found = predictor.predict(prompts, batch_size=size)
+        assert [(each.input, each.label, each.score, each.scores) for each in found] == [
+            (prompt, text, None, {}) for prompt, text in zip(prompts, own, strict=True)
+        ]
+    short = Predictor(run, device="cpu", max_new_tokens=3).predict(prompts)
+    assert max(len(each.label) for each in short) == 3  # bytes, one a token
+    assert all(text.startswith(each.label) for text, each in zip(own, short, strict=True))
+    longest = max(range(9), key=lambda row: len(own[row]))
+    end = own[longest][1]
+    stopped = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"stop": [end]}})
+    assert (
+        Predictor(stopped, device="cpu").predict([prompts[longest]])[0].label == own[longest].partition(end)[0].strip()
+    )
+    for wrong, said in ((7, "expected a text"), (" ", "an empty prompt")):
+        good, bad = predictor.outcomes([prompts[0], wrong])
+        assert (good.label, said in str(bad)) == (own[0], True)

@@ -14,8 +14,10 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.inputs import Input
 
 
-def read(*arguments: str, modality: str = "text", pairs: bool = False, stdin: bytes = b"") -> inputs.Inputs:
-    return inputs.read(arguments, modality=modality, pairs=pairs, stdin=io.BytesIO(stdin))
+def read(
+    *arguments: str, modality: str = "text", pairs: bool = False, kind: str = "label", stdin: bytes = b""
+) -> inputs.Inputs:
+    return inputs.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
 
 
 def refused(*arguments: str, **how: object) -> str:
@@ -94,6 +96,22 @@ def test_a_pair_is_two_texts_with_a_tab_between_them() -> None:
 
 def test_a_tab_in_a_text_that_is_no_pair_is_part_of_it() -> None:
     assert next(read("one\ttwo").stream).given == "one\ttwo"
+
+
+def test_a_question_is_a_prompt_and_its_options_with_tabs_between_them() -> None:
+    lines = b"which?\tone\ntwo of\twhich?\t \t\nwhich?\tone\ttwo\tone \n\tone\ttwo\n"
+    found = list(read("which\none?\tthis\tthat\tnone", "-", kind="choice", stdin=lines).stream)
+    assert found[0] == Input("which\none?\tthis\tthat\tnone", ("which\none?", ("this", "that", "none")))
+    expected = "expected a prompt and two or more options, with tabs between them"
+    assert [each.problem for each in found[1:]] == [expected, expected, "the option 'one' is there twice", expected]
+    assert f"'which one?': {expected}" in refused("which one?", kind="choice")
+
+
+def test_a_prompt_is_a_text() -> None:
+    assert [each.given for each in read("one\ttwo", "-", kind="generation", stdin=b"three\n").stream] == [
+        "one\ttwo",
+        "three",
+    ]
 
 
 @pytest.mark.parametrize("argument", ["", "  "])

@@ -17,7 +17,7 @@ LAYERS = (
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
-    | {"export", "formats", "proof", "outline", "inference", "evaluate_run"}
+    | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "losses", "options", "generation", "memory"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},

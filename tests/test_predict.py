@@ -15,7 +15,7 @@ import torch
 
 from partial_lora import predict_command
 from partial_lora.errors import PartialLoraError
-from partial_lora.inference import Predictor
+from partial_lora.inference import Prediction, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +283,46 @@ def test_a_pair_is_predicted_as_a_number(predict) -> None:
     assert predict("one\ttwo", directory=directory)[1] == [f"{found['score']:.4f}  one\ttwo"]
     with pytest.raises(PartialLoraError, match="expected two texts with a tab between them"):
         predict("alone", directory=directory)
+
+
+# Questions and prompts
+
+
+def test_the_likeliest_option_is_said_first(predict, monkeypatch) -> None:
+    directory = str(finished_runs.choice_run().directory)
+    row = finished_runs.questions(1, 101)[0]
+    line = "\t".join([row["question"], *row["options"]])
+    monkeypatch.setattr(sys, "stdin", Stdin([line, "which one?\tthis"]))
+    code, lines, err = predict("--json", "-", directory=directory)
+    found = json.loads(lines[0])
+    assert (code, len(lines), found["input"]) == (1, 1, line)
+    assert err == (
+        "partial-lora: standard input, line 2: 'which one?\\tthis': expected a prompt and two or more options, with "
+        "tabs between them\n"
+    )
+    assert set(found["scores"]) == set(row["options"])
+    assert next(iter(found["scores"].items())) == (found["label"], found["score"])
+    assert predict(line, directory=directory)[1] == [f"{found['label']}  {found['score']:.4f}  {line}"]
+    told = [f"{option}  {score:.4f}" for option, score in list(found["scores"].items())[:2]]
+    assert predict(line, "--top-k", "2", directory=directory)[1] == ["  ".join([*told, line])]
+
+
+def test_a_text_is_written_after_a_prompt(predict) -> None:
+    directory = str(finished_runs.generation_run().directory)
+    code, lines, err = predict("--json", "say red 7\nor 8", "--max-new-tokens", "5", directory=directory)
+    found = json.loads(lines[0])
+    assert (code, err, found["input"], found["score"], found["scores"]) == (0, "", "say red 7\nor 8", None, {})
+    assert len(found["label"]) == 5
+    (line,) = predict("say red 7\nor 8", "--max-new-tokens", "5", directory=directory)[1]
+    assert line == f"{found['label']}  say red 7\\nor 8"
+
+
+def test_line_breaks_that_were_written_are_shown_as_they_are_written_down() -> None:
+    line = predict_command._readable_line(1, [])(Prediction("a prompt", "one\ntwo\x1b[2J", None, {}))
+    assert line == "one\\ntwo\\x1b[2J  a prompt\n"
+
+
+@pytest.mark.parametrize("of", [finished_runs.image_run, finished_runs.choice_run])
+def test_the_length_of_a_text_is_for_runs_that_write_some(of) -> None:
+    with pytest.raises(PartialLoraError, match="--max-new-tokens: the run's model writes no texts"):
+        predict_command.main([str(of().directory), "a", "--max-new-tokens", "3"])
