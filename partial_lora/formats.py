@@ -25,29 +25,34 @@ from partial_lora.saved_model import save_model
 
 # How far others' logits may be from the run's own, as a share of the largest of them (of 1, where none exceeds that).
 # They compute the same in another order: PEFT multiplies with the zeros too, and a merged weight is W + BA rounded once
-# to float32. Measured on the real ViT-S at 98 pixels, with logits up to 28: 1.1e-6 (PEFT) and 1.6e-6 (merged).
-_BOUND = 1e-5
+# to the model's number format. Measured on the real ViT-S at 98 pixels, with logits up to 28: 1.1e-6 (PEFT) and 1.6e-6
+# (merged); in bf16, on a random Llama of three layers: 0.014 (PEFT) and 0.04 (merged). fp16 has eight times its digits.
+_BOUND = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.0125}
 
 _SAMPLES = 4  # inputs that logits are compared on
 _WORDS = ["the", "film", "was", "long", "but", "every", "scene", "of", "it", "had", "something", "to", "say"]
 
 
-def base_model(run: FinishedRun) -> PreTrainedModel:
-    """The run's base model as it was before training, but for its head, which the run's adapter has of its own."""
+def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
+    """The run's base model as it was before training, but for its head, which the run's adapter has of its own.
+
+    whole: quantised weights in the model's number format again, with the values that they stand for.
+    """
     with _quiet():
-        return loading.model_of(run.settings["model"], run.labels())
+        model = loading.model_of(run.settings["model"], run.labels())
+        return model.dequantize() if whole and _is_quantised(run) else model
 
 
-def adapted_model(run: FinishedRun) -> PeftModel:
+def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
     """The run's base model with its trained adapter, masked where the run's was, in evaluation mode.
 
-    Raises PartialLoraError where the adapter is broken, lacks a tensor or has one too many.
+    `whole` as in `base_model`. Raises PartialLoraError where the adapter is broken, lacks a tensor or has one too many.
     """
     folder = run.adapter
     try:
         config = PartialLoraConfig.from_pretrained(str(folder)) if run.is_masked else None
         with _quiet():
-            adapted = PeftModel.from_pretrained(base_model(run), str(folder), config=config)
+            adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
@@ -59,14 +64,19 @@ def adapted_model(run: FinishedRun) -> PeftModel:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep PEFT from warning that it asks transformers for a name which is on its way out, and bars off the screen."""
-    bars = transformers_logging.is_progress_bar_enabled()
+    """Keep PEFT from warning that it asks transformers for a name which is on its way out, and bars off the screen.
+
+    transformers warns of a number format that was asked for.
+    """
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -84,16 +94,25 @@ def _write_compact(run: FinishedRun, folder: Path) -> None:
 
 
 def _write_merged(run: FinishedRun, folder: Path) -> None:
-    save_model(adapted_model(run).merge_and_unload(safe_merge=True), folder, run.settings["model"])
+    """Quantised weights are merged whole: rounded to four bits again, they would lose most of what was added."""
+    merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
+    with _quiet():
+        save_model(merged, folder, run.settings["model"])
+        if run.settings["model"]["family"] == "causal":  # texts come out of it, and the tokenizer's end ends them
+            loading.transform_of(run.settings).tokenizer.save_pretrained(folder)
 
 
 def _prove_peft(run: FinishedRun, folder: Path) -> str:
-    """Plain PEFT loads it on the base model without a warning, and computes the run's logits."""
+    """Plain PEFT loads it on the base model without a warning, and computes the run's logits.
+
+    Quantised weights are whole again for this: how they are multiplied differs from one library and device to another.
+    """
     inputs = _inputs(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
-        save_model(base_model(run), Path(base), run.settings["model"])
-        others = {"plain PEFT": lambda: logits_elsewhere(inputs, model=Path(base), adapter=folder)}
-        return _compared(_logits(adapted_model(run), inputs), others, folder, _BOUND)
+        with _quiet():
+            save_model(base_model(run, whole=True), Path(base), run.settings["model"])
+        others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(inputs, model=Path(base), adapter=folder)}
+        return _compared(_logits(adapted_model(run, whole=True), inputs), others, folder, _bound(run))
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
@@ -112,25 +131,42 @@ def _prove_compact(run: FinishedRun, folder: Path) -> str:
 
 def _prove_merged(run: FinishedRun, folder: Path) -> str:
     """The libraries that own the format load it on their own, and compute the run's logits."""
-    own, inputs = adapted_model(run), _inputs(run)
+    own, inputs = adapted_model(run, whole=True), _inputs(run)
     libraries = ["transformers"]
     if isinstance(own.get_base_model(), TimmWrapperForImageClassification):
         libraries.append("timm")
     others = {
-        f"{library} alone": lambda library=library: logits_elsewhere(inputs, model=folder, library=library)
+        f"{library} alone{_whole(run)}": lambda library=library: logits_elsewhere(inputs, model=folder, library=library)
         for library in libraries
     }
-    return _compared(_logits(own, inputs), others, folder, _BOUND)
+    return _compared(_logits(own, inputs), others, folder, _bound(run))
+
+
+def _is_quantised(run: FinishedRun) -> bool:
+    return run.settings["model"]["quantization"] is not None
+
+
+def _whole(run: FinishedRun) -> str:
+    return f" ({run.settings['model']['quantization']} weights whole again)" if _is_quantised(run) else ""
+
+
+def _bound(run: FinishedRun) -> float:
+    return _BOUND[run.settings["model"]["dtype"]]
 
 
 def _inputs(run: FinishedRun) -> dict[str, Tensor]:
-    """Random pixels, or sentences of random length; one of each batch is padded."""
+    """Random pixels, or sentences of unlike length; all but the longest of a batch are padded, on the right."""
     generator = torch.Generator().manual_seed(0)
     if loading.modality(run.settings["model"]) == "image":
         size = run.settings["model"]["image_size"]
         return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
     transform = loading.transform_of(run.settings)
-    return dict(transform.of_inputs([" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]))
+    sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
+    if run.settings["model"]["family"] != "causal":
+        return dict(transform.of_inputs(sentences))
+    tokens = [each[: run.settings["model"]["max_length"]] for each in transform.tokenizer(sentences)["input_ids"]]
+    batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -144,7 +180,7 @@ def _compared(own: Tensor, others: Mapping[str, Callable[[], Tensor]], folder: P
     said = []
     for who, compute in others.items():
         found = compute()
-        difference = (found - own).abs().max().item() if found.shape == own.shape else float("inf")
+        difference = (found.float() - own.float()).abs().max().item() if found.shape == own.shape else float("inf")
         if not difference <= bound * scale:  # NaN too
             raise ProofError(
                 f"{folder}: the logits of {who} differ from the run's by {difference:.2g}, at most {bound * scale:.2g}"
