@@ -31,6 +31,8 @@ _NOT_SETTINGS = {
     "trainer.num_workers",
     "trainer.report_to",
 }
+_FILES = {"calibration.file", "task.data_files"}
+_PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
 
 
 def conf_dir() -> Path:
@@ -85,7 +87,7 @@ def run_id(settings: Mapping) -> str:
         if key not in _NOT_SETTINGS and value != defaults.get(key)
     }
     for key, value in changed.items():
-        if key in ("calibration.file", "task.data_files") or key.startswith("task.data_files."):
+        if key in _FILES or key.startswith("task.data_files.") or (key in _PLACES and Path(value).is_dir()):
             changed[key] = _digest(Path(value))
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -122,9 +124,13 @@ def _flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    """The SHA-256 of a file's content, or of the names and contents of all files in a folder that are not hidden."""
     if not path.is_dir():
         return file_sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
     content = [(file.relative_to(path).as_posix(), file_sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora.callbacks import Progress, StopOnNonFinite
 from partial_lora.errors import PartialLoraError
-from partial_lora.evaluation import LOWER_IS_BETTER, metrics_of
+from partial_lora.evaluation import mean_loss, metrics_of
+from partial_lora.runs import LOWER_IS_BETTER
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = (  # of the trainer group, as `trainer` takes them
@@ -149,6 +150,11 @@ def trainer(
             f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator; "
             "set it or trainer.num_processes"
         )
+    if world_size > 1 and len(train) < batch_size:  # which they would share unevenly
+        raise PartialLoraError(
+            f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
+            "processes share each batch"
+        )
     steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
     # A short run still needs one look at validation, at its end.
@@ -197,12 +203,17 @@ def trainer(
         eval_dataset=validation,
         data_collator=collate,
         compute_loss_func=loss_of_batch,
-        compute_metrics=lambda said: metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),
+        compute_metrics=lambda said: _measured(metrics, said.predictions, np.asarray(said.label_ids)),
         callbacks=[Progress(), StopOnNonFinite()],
     )
     fit.remove_callback(PrinterCallback)
     fit.remove_callback(ProgressCallback)
     return fit
+
+
+def _measured(metrics: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The metrics of validation, and the loss over all its examples: Trainer's own is of one process's batches."""
+    return metrics_of(metrics, logits, references) | {"loss": mean_loss(logits, references)}
 
 
 def remove_checkpoints(directory: Path) -> None:

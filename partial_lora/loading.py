@@ -64,13 +64,29 @@ def transform_of(model: Mapping) -> Transform:
 def model_of(model: Mapping, labels: Sequence[str]) -> PreTrainedModel:
     """The frozen model of the settings' group `model` with a head for `labels`, or for one number where none is given.
 
-    A head that is new is drawn from torch's global generator as it is. Raises PartialLoraError where texts of the
-    settings' length do not fit.
+    A head that is new is drawn from torch's global generator as it is. It and the other modules that train whole are in
+    float32 whatever `model.dtype` says of the frozen rest. Raises PartialLoraError where texts of the settings' length
+    do not fit, and for a `head` that does not give the logits.
     """
     loaded = models.load(labels=list(labels), **named(model, *models.SETTINGS))
+    head = models.head_name(loaded, model["family"])
+    if model["head"] != head:
+        raise PartialLoraError(
+            f"model.head={model['head']}: expected {head}, which gives the logits of {model['name']}"
+        )
+    for name in (head, *model["new_modules"]):
+        models.in_full_precision(_module(loaded, name))
     if modality(model) == "text":
         _check_length(loaded, model)
     return loaded
+
+
+def _module(loaded: PreTrainedModel, name: str) -> torch.nn.Module:
+    try:
+        return loaded.get_submodule(name)
+    except AttributeError as error:
+        kind = type(loaded).__name__
+        raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
 
 
 def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:

@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from peft import PeftModel
 from torch import nn
@@ -129,7 +130,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
         said = {split: trainer.predict(rows[split]) for split in ("validation", "test")}
-    record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}} | {
+    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trained.training_loss))}} | {
         split: evaluation.split_metrics(task.metrics, each.predictions, each.label_ids) for split, each in said.items()
     }
     record["peak_memory_bytes"] = world.peak_memory_bytes()
