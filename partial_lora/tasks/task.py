@@ -89,22 +89,28 @@ def load(
         PartialLoraError: no network; a missing file, column, label or text; labels that do not fit; an empty split; a
             class too small to split.
     """
-    source = sources.read(name, path, subset, revision, data_files, text_columns)
+    source = sources.read(name, path, subset, revision, data_files, text_columns, label_column, regression)
     places = _places(name, source, train_split, test_split, own_files=bool(data_files))
     found = {}
     for split, place in places.items():
         rows = source[place]
         if len(rows) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
-        folder = files.folder_of(data_files, place)
-        found[split] = columns.chosen(rows, name, split, modality, image_column, text_columns, label_column, folder)
+        file = files.file_of(data_files, place)
+        found[split] = columns.chosen(rows, name, split, modality, image_column, text_columns, label_column, file)
     names, found = labels.read(found, name, regression)
+    whole, least, taken = found["train"], len(SPLITS) - len(found) + 1, []
     if "test" not in found:
-        found["train"], found["test"] = splits.cut(found["train"], _TEST_SHARE, split_seed, name)
-    found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
+        found["train"], found["test"] = splits.cut(whole, _TEST_SHARE, split_seed, name, least=least)
+        taken.append("the test split was cut off")
+    if train_samples is not None and train_samples < len(found["train"]):
+        found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
+        taken.append(f"task.train_samples={train_samples} rows were drawn")
     found["test"] = splits.sample(found["test"], test_samples, split_seed, "test_samples")
     if "validation" not in found:
-        found["train"], found["validation"] = splits.cut(found["train"], validation_share, split_seed, name)
+        found["train"], found["validation"] = splits.cut(
+            found["train"], validation_share, split_seed, name, least=least, whole=whole, taken=taken
+        )
     return Task(name=name, modality=modality, labels=names, metrics=_measured_by(metrics, name, not names), **found)
 
 
