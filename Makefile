@@ -72,7 +72,7 @@ encoders: $(VENV)/.installed
 	$(call BOTH,encoders,sst2,)
 	$(call BOTH,encoders,trec,)
 	$(call BOTH,encoders,qnli,)
-	$(call BOTH,encoders,imdb,task.train_samples=1000)
+	$(call BOTH,encoders,imdb,task.train_samples=500)
 	$(BIN)/partial-lora calibrate experiment=encoders results_dir=results/encoders task=mrpc $(call FILES,mrpc)
 	$(BIN)/partial-lora calibrate experiment=encoders results_dir=results/encoders task=rte $(call FILES,rte)
 	$(BIN)/partial-lora report results/encoders

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from partial_lora.budget import kept_parameters, masked_units
 from partial_lora.places import AXES, place, without_common_start
-from partial_lora.runs import NONE, number, operating_point, row
+from partial_lora.runs import NONE, SHARES, number, operating_point, row
 
 
 def summary(result: Mapping, directory: Path) -> Table:
@@ -26,7 +26,7 @@ def summary(result: Mapping, directory: Path) -> Table:
     return _lines(
         {
             "run": _title(result),
-            f"test {found['metric']}": f"{percent(found['test'])} %",
+            f"test {found['metric']}": measured(found["metric"], found["test"]),
             **_by_member(result["metrics"]["test"]),
             "adapter, trainable": adapter,
             "head, trainable": f"{found['head_parameters']:,}",
@@ -169,6 +169,13 @@ def _lines(lines: Mapping[str, str]) -> Table:
 def percent(mean: float, std: float = math.nan) -> str:
     """A share as a percentage, with its standard deviation over seeds where there is one."""
     return f"{mean:.2%}".rstrip("%") + ("" if math.isnan(std) else f" ± {100 * std:.2f}")
+
+
+def measured(metric: str, mean: float, std: float = math.nan) -> str:
+    """A metric's value as it is read: a share in percent, anything else as a plain number."""
+    if metric in SHARES:
+        return f"{percent(mean, std)} %"
+    return f"{mean:.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 
 
 def cell(value: float, form: str) -> str:

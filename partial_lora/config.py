@@ -32,6 +32,8 @@ _NOT_SETTINGS = {
     "trainer.num_workers",
     "trainer.report_to",
 }
+_FILES = {"calibration.file", "task.data_files"}
+_PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
 
 
 def conf_dir() -> Path:
@@ -89,7 +91,8 @@ def run_id(settings: Mapping) -> str:
             plain = "task." + key.removeprefix(f"task.members.{of}.")
         if plain in _NOT_SETTINGS or value == defaults.get(plain):
             continue
-        is_file = plain in ("calibration.file", "task.data_files") or plain.startswith("task.data_files.")
+        is_file = plain in _FILES or plain.startswith("task.data_files.")
+        is_file = is_file or (plain in _PLACES and Path(value).is_dir())
         changed[key] = _digest(Path(value)) if is_file else value
     if names:
         changed["task.members"] = names
@@ -128,9 +131,13 @@ def _flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    """The SHA-256 of a file's content, or of the names and contents of all files in a folder that are not hidden."""
     if not path.is_dir():
         return file_sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
     content = [(file.relative_to(path).as_posix(), file_sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

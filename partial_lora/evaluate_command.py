@@ -71,7 +71,9 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
         trainer["device"] = "auto"
     kept = {"trainer": trainer}
     if not any(override.partition("=")[0] == "task" for override in overrides):
-        kept["task"] = run.settings["task"]
+        files, overrides = _files(run.settings["task"]["data_files"], overrides)
+        kept["task"] = run.settings["task"] | {"data_files": files}
+        _refuse_other_rows(overrides)
     ConfigStore.instance().store(name="schema", node=schema.Config)
     ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **kept})
     GlobalHydra.instance().clear()
@@ -85,6 +87,34 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
         return {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise PartialLoraError(composition_error(error, list(overrides))) from error
+
+
+def _files(recorded: str | Mapping | None, overrides: Sequence[str]) -> tuple[str | dict | None, list[str]]:
+    """The files of the run's task with those of single splits that overrides name, and the other overrides.
+
+    One PATH that a run had for all its splits is that of training rows where another file is named for a split.
+    """
+    prefix = "task.data_files."
+    named = dict(each.removeprefix(prefix).split("=", 1) for each in overrides if each.startswith(prefix))
+    others = [each for each in overrides if not each.startswith(prefix)]
+    if not named:
+        return recorded, others
+    if recorded is None and "train" not in named:
+        split = next(iter(named))
+        raise PartialLoraError(
+            f"task.data_files.{split}: the run's rows came without files; expected task.data_files={{train: FILE, "
+            "test: FILE}"
+        )
+    known = {"train": recorded} if isinstance(recorded, str) else dict(recorded or {})
+    return known | named, others
+
+
+def _refuse_other_rows(overrides: Sequence[str]) -> None:
+    """Splits of the run's own rows that are cut anew would hold rows that it was trained on."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in {f"task.{name}" for name in ("split_seed", "validation_share", "train_samples", "train_split")}:
+            raise PartialLoraError(f"{key}: a finished run keeps it, else splits would hold rows it was trained on")
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

@@ -60,6 +60,8 @@ def evaluate_run(
             f"task={asked['task']['name']} has {asked['task']['modality']}s, and the run's model reads "
             f"{run.settings['task']['modality']}s: choose another task"
         )
+    if asked["task"] == run.settings["task"]:
+        _check_files(run)
     size = batch_size or run.settings["trainer"]["eval_batch_size"]
     asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
     other = loading.task_of(asked)
@@ -92,6 +94,23 @@ def evaluate_run(
     return Evaluation(folder, record)
 
 
+def _check_files(run: FinishedRun) -> None:
+    """Raises PartialLoraError where the run's files have changed: what is cut from them would be other rows.
+
+    A run's folder is named by an id of its settings and of what its files hold; one that was renamed says nothing.
+    """
+    name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
+    try:
+        changed = name == run.method and config.run_id(run.settings) != identifier
+    except FileNotFoundError:  # which whoever reads them says
+        return
+    if changed:
+        raise PartialLoraError(
+            f"task.data_files={run.settings['task']['data_files']}: not the rows that the run was trained on, so that "
+            "its splits would be others; expected task.data_files.test=FILE with rows it has not seen"
+        )
+
+
 def _places(run: FinishedRun, task: Task, *, is_own: bool) -> np.ndarray | None:
     """Where each of the task's labels is among the run's; None for a regression.
 
@@ -105,7 +124,7 @@ def _places(run: FinishedRun, task: Task, *, is_own: bool) -> np.ndarray | None:
         )
     if not known:
         return None
-    if is_own and len(known) == len(asked):
+    if is_own and "labels" not in run.result and len(known) == len(asked):
         return np.arange(len(known))
     unknown, missing = _names(set(asked) - set(known)), _names(set(known) - set(asked))
     if unknown or missing:

@@ -10,23 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas
 from scipy.special import log_softmax
-from sklearn.metrics import f1_score
 
 from partial_lora import metric
 from partial_lora.results import write_atomic
 
-LOWER_IS_BETTER = {"mse", "perplexity"}
-
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
     return float(np.mean(predictions == references))
-
-
-def _f1(predictions: np.ndarray, references: np.ndarray, classes: int) -> float:
-    """F1 of the second of two classes, as GLUE has it; of more classes, the mean over those that occur."""
-    if classes == 2:
-        return float(f1_score(references, predictions, pos_label=1, zero_division=0))
-    return metric.f1(predictions, references)
 
 
 def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -35,7 +25,7 @@ def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
     "accuracy": _accuracy,
-    "f1": _f1,
+    "f1": metric.f1,
     "matthews": metric.matthews,
     "pearson": metric.pearson,
     "spearman": metric.spearman,

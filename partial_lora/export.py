@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from partial_lora.cache import file_sha256
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.finished import FinishedRun
 
 FORMATS = ("peft", "compact", "merged")
@@ -64,12 +64,19 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
 
     with _building(folder) as building:
         formats.WRITE[to](run, building)
-        proof = formats.PROVE[to](run, building) if check else None
+        proof = _proven(formats.PROVE[to], run, building, folder) if check else None
         existed = _is_same(building, folder)
         if folder.is_dir() and any(folder.iterdir()) and not existed:
             raise _foreign(folder)
         size = sum(file.stat().st_size for file in building.rglob("*") if file.is_file())
     return Exported(folder, size, existed, proof)
+
+
+def _proven(prove: Callable[[FinishedRun, Path], str], run: FinishedRun, building: Path, folder: Path) -> str:
+    try:
+        return prove(run, building)
+    except ProofError as error:  # it knows the folder by the name it has while it is built
+        raise ProofError(str(error).replace(str(building), str(folder))) from error
 
 
 def _foreign(folder: Path) -> PartialLoraError:

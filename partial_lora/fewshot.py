@@ -130,7 +130,7 @@ def calibrate_few_shot(
         "search": search,
     }
     if score != "accuracy":  # which calibrations were of before there was another
-        decides["score"] = score
+        decides["score"] = {"f1": "f1, of the second class where there are two"}.get(score, score)
     if sizes:
         decides["sizes"] = list(sizes)
     key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)

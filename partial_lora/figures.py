@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from partial_lora.closing import measured
 from partial_lora.results import write_atomic
+from partial_lora.runs import LOWER_IS_BETTER, SHARES
 
 _TRAIN = {"color": "#0072B2", "linestyle": "-"}  # Okabe and Ito's palette
 _VALIDATION = {"color": "#D55E00", "linestyle": "--", "marker": "o", "markersize": 4}
@@ -42,12 +44,14 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
     if all(value >= 0 for _, value in loss + validation_loss):
         above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
     _line(below, validation, "validation", _VALIDATION)
-    _mark_best(below, validation)
+    _mark_best(below, validation, primary)
     test = result.get("metrics", {}).get("test", {}).get(primary)
     if test is not None:
-        below.axhline(test, color="0.25", linestyle=":", linewidth=1.5, label=f"test, once at the end: {test:.2%}")
+        label = f"test, once at the end: {measured(primary, test)}"
+        below.axhline(test, color="0.25", linestyle=":", linewidth=1.5, label=label)
     below.set_ylabel(primary)
-    below.yaxis.set_major_formatter(PercentFormatter(1))
+    if primary in SHARES:
+        below.yaxis.set_major_formatter(PercentFormatter(1))
     below.set_xlabel("optimizer step")
     below.set_xlim(left=0)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -79,11 +83,12 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], label: str, style: Ma
         axes.plot(steps, values, label=label, **{"linewidth": 1.7, **marked, **style})
 
 
-def _mark_best(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
+def _mark_best(axes: Axes, points: Sequence[tuple[int, float]], primary: str) -> None:
     """Ring the step whose checkpoint training ends with: the first of the best on validation."""
     if points:
-        step, best = max(points, key=lambda point: point[1])
-        label = f"best on validation: {best:.2%}, step {step}"
+        best_of = min if primary in LOWER_IS_BETTER else max
+        step, best = best_of(points, key=lambda point: point[1])
+        label = f"best on validation: {measured(primary, best)}, step {step}"
         axes.plot([step], [best], "o", markersize=10, markerfacecolor="none", color="black", label=label)
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora.callbacks import Progress, StopOnNonFinite
 from partial_lora.errors import PartialLoraError
-from partial_lora.evaluation import LOWER_IS_BETTER
+from partial_lora.runs import LOWER_IS_BETTER
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = (  # of the trainer group, as `trainer` takes them
@@ -137,6 +137,11 @@ def trainer(
         raise PartialLoraError(
             f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator; "
             "set it or trainer.num_processes"
+        )
+    if world_size > 1 and len(train) < batch_size:  # which they would share unevenly
+        raise PartialLoraError(
+            f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
+            "processes share each batch"
         )
     steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = max_steps or max(1, int(epochs * steps_per_epoch))

@@ -74,7 +74,10 @@ class ByLabels:
         return self._rows("validation")
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
-        return evaluation.metrics_of(self.task.metrics, said.predictions, np.asarray(said.label_ids))
+        """The metrics of validation, and the loss over all its examples: Trainer's own is of one process's batches."""
+        logits, references = said.predictions, np.asarray(said.label_ids)
+        found = evaluation.metrics_of(self.task.metrics, logits, references)
+        return found | {"loss": evaluation.mean_loss(logits, references)}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         logits, references = predict(self._rows(split))

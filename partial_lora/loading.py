@@ -80,7 +80,7 @@ def transform_of(settings: Mapping, task: Task | None = None) -> Transform:
         return tasks.MixtureTransform([transform_of({**settings, "task": member}) for member in members], task)
     if modality(model) == "image":
         return tasks.ImageTransform(**named(model, "image_size", "mean", "std", "interpolation"))
-    tokenizer = models.tokenizer(**named(model, "name", "weights"))
+    tokenizer = models.tokenizer(**named(model, "name", "weights", "family"))
     if chosen["kind"] == "label":
         return tasks.TextTransform(tokenizer, model["max_length"])
     chat = chosen["chat_template"]
@@ -105,17 +105,36 @@ def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dic
 def model_of(model: Mapping, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
     """The frozen model of the settings' group `model` with a head for `labels`, or for one number where none is given.
 
-    A head that is new is drawn from torch's global generator as it is. class_names: what CLIP's sentences call the
-    classes, where that is not what they are told apart by. Raises PartialLoraError where texts of the settings' length
-    do not fit.
+    A head that is new is drawn from torch's global generator as it is. It and the other modules that train whole are in
+    float32 whatever `model.dtype` says of the frozen rest. class_names: what CLIP's sentences call the classes, where
+    that is not what they are told apart by. Raises PartialLoraError where texts of the settings' length do not fit, and
+    for a `head` that does not give the logits.
     """
     loaded = models.load(labels=list(class_names or labels), **named(model, *models.SETTINGS))
     if class_names:
         loaded.config.id2label = dict(enumerate(labels))
         loaded.config.label2id = {label: index for index, label in enumerate(labels)}
+    whole = list(model["new_modules"])
+    if model["head"] is not None:
+        head = models.head_name(loaded, model["family"])
+        if model["head"] != head:
+            raise PartialLoraError(
+                f"model.head={model['head']}: expected {head}, which gives the logits of {model['name']}"
+            )
+        whole.append(head)
+    for name in whole:
+        models.in_full_precision(_module(loaded, name))
     if modality(model) == "text":
         _check_length(loaded, model)
     return loaded
+
+
+def _module(loaded: PreTrainedModel, name: str) -> torch.nn.Module:
+    try:
+        return loaded.get_submodule(name)
+    except AttributeError as error:
+        kind = type(loaded).__name__
+        raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
 
 
 def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from partial_lora import methods, models, parameters
 from partial_lora.budget import masked_units
-from partial_lora.loading import named
+from partial_lora.loading import check_modality, named
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Outline:
 
 def outline(settings: Mapping) -> Outline:
     """The outline of a run's settings; the head is for two classes where the task does not say how many it has."""
+    check_modality(settings)
     model, method, granularity = settings["model"], settings["method"], settings["mask"]["granularity"]
     outputs = 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
     empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs)

@@ -12,10 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from tabulate import tabulate
 
-from partial_lora.closing import calibration_summary, cell, percent, summary
+from partial_lora.closing import calibration_summary, cell, measured, percent, summary
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import write_atomic
-from partial_lora.runs import NONE, collect
+from partial_lora.runs import NONE, SHARES, collect
 
 __all__ = ["calibration_summary", "collect", "group", "on_screen", "readable", "summary", "write"]
 
@@ -128,6 +128,9 @@ def _origin(frame: pd.DataFrame) -> str:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """A grouped table as it is printed: words and rounded numbers, "–" where a quantity does not apply."""
     several = table["metric"].nunique() > 1
+    in_percent = set(table["metric"]) <= SHARES
+    of_test = "test" if several else f"test {table['metric'].iloc[0]}"
+    tested = zip(table["metric"], table["test_mean"], table["test_std"], strict=True)
     identity = ["task", "model", "method", "operating_point", "learning_rate"]
     columns = {
         "task": table["task"],
@@ -136,8 +139,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         "operating point": table["operating_point"],
         **({"metric": table["metric"]} if several else {}),
         "n": table["n"].astype(str),
-        "test (%)" if several else f"test {table['metric'].iloc[0]} (%)": [
-            percent(mean, std) for mean, std in zip(table["test_mean"], table["test_std"], strict=True)
+        f"{of_test} (%)" if in_percent else of_test: [
+            percent(mean, std) if in_percent else measured(metric, mean, std) for metric, mean, std in tested
         ],
         "adapter parameters": _column(table["adapter_parameters"], ",.0f"),
         "share of dense": _column(table["share_of_dense"], ".1%"),

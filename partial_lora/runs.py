@@ -16,6 +16,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.results import RESULT
 
 NONE = "–"  # for what does not apply
+SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # metrics that are read as percentages
+LOWER_IS_BETTER = {"mse", "perplexity"}
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
 
 

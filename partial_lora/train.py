@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from peft import PeftModel
 from torch import nn
@@ -135,7 +136,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     with timed(record, "evaluate"):
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
-    record["metrics"] = {"train": {"primary": "loss", "loss": trained.training_loss}}
+    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trained.training_loss))}}
     record["metrics"] |= {split: each.metrics for split, each in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 

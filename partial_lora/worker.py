@@ -45,7 +45,7 @@ def work(directory: Path, stage: str) -> int:
         entry |= {"status": "failed", "error": _in_one_line(error)}
         if not isinstance(error, PartialLoraError):
             raise
-        logger.error("%s", error)
+        logger.error("%s", entry["error"])
     finally:
         if is_main:
             results.write_json(directory / results.RESULT, entry)
@@ -57,8 +57,9 @@ def _exit(number: int, frame: object) -> None:
 
 
 def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, PartialLoraError):
-        return str(error)
+    if isinstance(error, PartialLoraError):  # of a process that loads data it comes with that one's traceback
+        own = str(error).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
+        return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return "interrupted"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -110,3 +110,13 @@ def test_a_run_repeats_the_warnings_of_its_calibration():
     assert "beware" not in drawn(closing.summary(result, "runs/seed0"))
     result["calibration"]["warnings"] = ["poorly suited model"]
     assert "poorly suited model" in drawn(closing.summary(result, "runs/seed0"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [("accuracy", 0.838, "83.80 %"), ("mse", 8.8619, "8.8619"), ("pearson", -0.2395, "-0.2395")],
+)
+def test_only_shares_are_percentages(metric, value, said):
+    text = drawn(closing.summary(record(metrics={"test": {"primary": metric, metric: value}}), "results/0a1b/seed0"))
+    assert f"test {metric}" in text
+    assert said in text

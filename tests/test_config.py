@@ -195,8 +195,21 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path) -> None:
     (second / "cats" / "a.png").rename(second / "cats" / "b.png")
     assert identifier(first) != identifier(second)
     (second / "cats" / "b.png").rename(second / "cats" / "a.png")
+    (second / ".DS_Store").write_text("of no image")
+    assert identifier(first) == identifier(second)
     (second / "cats" / "a.png").write_text("others")
     assert identifier(first) != identifier(second)
+
+
+@pytest.mark.parametrize("key", ["model.weights", "task.path"])
+def test_a_folder_in_place_of_a_repository_enters_the_id_by_content(tmp_path: Path, key: str) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    assert config.run_id(settings(f"{key}={folders[0]}")) == config.run_id(settings(f"{key}={folders[1]}"))
+    (folders[1] / "config.json").write_text("{ }")
+    assert config.run_id(settings(f"{key}={folders[0]}")) != config.run_id(settings(f"{key}={folders[1]}"))
 
 
 def test_the_directory_of_a_run() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,7 @@ import pandas
 import pytest
 from finished_runs import files, override, pictures
 
-from partial_lora import evaluate_command, evaluate_run, results
+from partial_lora import config, evaluate_command, evaluate_run, finished, results
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun
 
@@ -82,7 +84,7 @@ def test_the_folder_says_what_was_asked_and_holds_what_was_said(run, evaluate) -
     assert {file.name for file in folder.iterdir()} == {"evaluation.json", "predictions.parquet"}
     assert found["examples"] == len(predictions(folder)) == 54
     assert found["labels"] == list(finished_runs.COLOURS)
-    assert evaluate("--split", "train", "task.validation_share=0.2")["folder"] != str(folder)
+    assert evaluate("--split", "train", "task.cache_bytes=0", "task.test_samples=9")["folder"] != str(folder)
     assert evaluate("--split", "train")["folder"] == str(folder)  # asked again, the same files again
 
 
@@ -132,8 +134,13 @@ def test_labels_that_are_not_the_run_s_are_named(run) -> None:
         ("task.colour=red", "task.colour: no such key"),
         ("task=nothing", "task=nothing: no such file in the group; expected one of"),
         ("task=[cifar10,digits]", "expected one name"),
-        ("task.validation_share=2", "task.validation_share"),
-        ("task.split_seed=one", "task.split_seed"),
+        ("task.validation_share=0.2", "task.validation_share: a finished run keeps it"),
+        ("task.test_samples=none", "task.test_samples"),
+        (
+            "task.split_seed=1",
+            "task.split_seed: a finished run keeps it, else splits would hold rows it was trained on",
+        ),
+        ("task.train_samples=9", "task.train_samples: a finished run keeps it"),
         ("trainer.eval_batch_size=0", "trainer.eval_batch_size"),
         ("trainer.device=tpu", "trainer.device"),
         ("task.data_files.test=nowhere.parquet", "task.data_files.test=nowhere.parquet: expected an existing file"),
@@ -230,3 +237,49 @@ def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate, tmp_pat
 def test_a_run_of_labels_answers_no_questions() -> None:
     given = ("task=choice_table", *finished_runs.CHOICE, override(finished_runs.question_files()))
     assert "is of kind choice" in refused(finished_runs.text_run(), *given)
+
+
+def named_by_its_id(run: FinishedRun, tmp_path: Path, data_files: object) -> FinishedRun:
+    """A copy of a run in a folder as `train` names it, with other files of its rows."""
+    task = run.settings["task"] | {"data_files": data_files}
+    settings = run.settings | {"task": task}
+    directory = tmp_path / f"{run.method}-{config.run_id(settings)}" / "seed0"
+    shutil.copytree(run.directory, directory)
+    record = json.loads((directory / results.RESULT).read_text())
+    (directory / results.RESULT).write_text(json.dumps(record | {"config": settings}))
+    return finished.finished_run(directory)
+
+
+def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tmp_path) -> None:
+    data = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
+    for split, path in data.items():
+        shutil.copy(finished_runs.picture_files()[split], path)
+    own = named_by_its_id(run, tmp_path, data)
+    assert evaluate(directory=own.directory)["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
+    pictures(21, 0).to_parquet(data["train"])  # three rows more: validation would be cut anew
+    assert "not the rows that the run was trained on" in refused(own)
+    other = evaluate(f"task.data_files.test={finished_runs.picture_files()['test']}", directory=own.directory)
+    assert other["examples"] == run.result["metrics"]["test"].get("examples", 21)
+
+
+def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run, tmp_path) -> None:
+    renamed = files({"train": pictures(20, 0), "test": pictures(7, 100)}, "renamed")
+    for path in renamed.values():
+        rows = datasets.Dataset.from_parquet(path)
+        features = rows.features | {"label": datasets.ClassLabel(names=["red", "green", "zebra"])}
+        rows.cast(datasets.Features(features)).to_parquet(path)
+    elsewhere = run.settings | {"task": run.settings["task"] | {"data_files": renamed}}
+    moved = dataclasses.replace(run, settings=elsewhere)  # the same settings as its own record has
+    with pytest.raises(PartialLoraError, match="the run does not know zebra and the task lacks blue"):
+        evaluate_run.evaluate_run(moved, device="cpu")
+
+
+def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
+    one = dataclasses.replace(
+        run, settings=run.settings | {"task": run.settings["task"] | {"data_files": str(tmp_path)}}
+    )
+    asked = evaluate_command.composed(one, [f"task.data_files.test={tmp_path}"])
+    assert asked["task"]["data_files"] == {"train": str(tmp_path), "test": str(tmp_path)}
+    hub = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"data_files": None}})
+    with pytest.raises(PartialLoraError, match=r"task\.data_files\.test: the run's rows came without files; expected"):
+        evaluate_command.composed(hub, [f"task.data_files.test={tmp_path}"])

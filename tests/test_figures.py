@@ -30,7 +30,7 @@ def test_the_curve_is_the_history(tmp_path, saved):
     assert best.get_xydata().tolist() == [[48, 0.975]]
     assert set(test.get_ydata()) == {0.9512}
     labels = [text.get_text() for text in below.get_legend().get_texts()]
-    assert labels[1:] == ["best on validation: 97.50%, step 48", "test, once at the end: 95.12%"]
+    assert labels[1:] == ["best on validation: 97.50 %, step 48", "test, once at the end: 95.12 %"]
 
 
 @pytest.mark.parametrize("losses", [(2.3, 2.25), (2.3, 0.0)])

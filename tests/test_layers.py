@@ -9,16 +9,18 @@ from pathlib import Path
 import partial_lora
 
 LAYERS = (
-    {"config", "schema", "sparsity_schema", "analysis_schema", "ranges", "errors", "progress", "results", "cache"},
+    {"config", "schema", "sparsity_schema", "analysis_schema", "ranges", "errors", "progress", "results", "cache"}
+    | {"members"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
-    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "fewshot", "heads", "loading"}
+    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
+    | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
-    | {"judges", "losses", "options", "generation", "memory"}
+    | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},
     {"train", "analysis", "examinations", "subject"},

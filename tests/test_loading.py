@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from configured import inputs
 from configured import settings as group_file
 from omegaconf import OmegaConf
 
-from partial_lora import loading
+from partial_lora import loading, methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.schema import ModelConfig
+from partial_lora.targets import target_linears
 
 
 def model_settings(name: str) -> dict:
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ModelConfig), group_file(name)))
+
+
+def in_dtype(batch: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    kind = getattr(torch, dtype)
+    return {name: value.to(kind) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 @pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
@@ -46,3 +53,35 @@ def test_texts_longer_than_a_model_has_positions_for_are_refused() -> None:
 def test_texts_are_drawn_by_share_unless_that_is_nothing(modality: str, share: float, drawn: dict) -> None:
     chosen = {"shots": 4, "share": share, "max_samples": 9, "seed": 0}
     assert loading.drawn_by({"calibration": chosen, "task": {"modality": modality}}) == drawn
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["tiny_deberta", "tiny_vit"])
+def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dtype: str) -> None:
+    chosen = model_settings(name) | {"dtype": dtype}
+    model = loading.model_of(chosen, ["a", "b"])
+    frozen = target_linears(model, chosen["target_modules"], chosen["head"], chosen["new_modules"])
+    assert {module.weight.dtype for module in frozen.values()} == {getattr(torch, dtype)}
+    setting = methods.Setting(
+        target_modules=chosen["target_modules"],
+        head=chosen["head"],
+        new_modules=chosen["new_modules"],
+        rank=2,
+        alpha=2.0,
+        dropout=0.0,
+        mask_seed=0,
+    )
+    adapted = methods.lora(model, setting)
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    assert trained
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    logits = adapted(**in_dtype(inputs(name), dtype)).logits
+    logits.sum().backward()
+    assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in trained.values())
+
+
+def test_a_head_that_does_not_give_the_logits_is_refused() -> None:
+    with pytest.raises(PartialLoraError, match=r"model\.head=timm_model\.norm: expected timm_model\.head, which gives"):
+        loading.model_of(model_settings("tiny_vit") | {"head": "timm_model.norm"}, ["a", "b"])
+    with pytest.raises(PartialLoraError, match=r"model\.new_modules: .* has no module of the name pool"):
+        loading.model_of(model_settings("tiny_vit") | {"new_modules": ["pool"]}, ["a", "b"])

@@ -247,7 +247,7 @@ def test_metrics_of_several_names_have_their_own_column(tmp_path):
     place(tmp_path, record(task="cola", metrics={"test": {"primary": "matthews", "matthews": 0.61}}))
     shown = report.readable(report.group(report.collect(tmp_path)[0]))
     assert shown["metric"].tolist() == ["matthews", "accuracy"]
-    assert shown["test (%)"].tolist() == ["61.00", "98.61"]
+    assert shown["test"].tolist() == ["0.6100", "98.61 %"]
 
 
 def test_three_files_begin_with_their_command(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_a_validation_file_is_used_whole(tmp_path: Path) -> None:
 def test_one_of_two_label_columns_has_to_be_named(tmp_path: Path) -> None:
     train = rows(20, labels=("cat", "dog"), coarse=[index % 2 for index in range(20)])
     paths = files(tmp_path, train=train, test=train)
-    with pytest.raises(PartialLoraError, match=r"task\.label_column: animals has 2 columns of type ClassLabel"):
+    with pytest.raises(PartialLoraError, match=r"task\.label_column: .* animals \(.*\) has 2 columns of labels"):
         load(paths)
     assert load(paths, label_column="coarse").labels == ("a", "b")
 
@@ -249,6 +251,17 @@ def test_a_share_is_at_least_128_rows_and_at_most_half_of_them() -> None:
         tasks.few_shot_draws(labels, seed=0, share=0.1, max_samples=3)
 
 
+@pytest.mark.parametrize(
+    ("rows", "given", "said"),
+    [(4000, {"share": 0.1, "max_samples": 3}, "raise calibration.max_samples"),
+     (4000, {"share": 0.01}, "raise calibration.share"),
+     (300, {"share": 0.1}, "add rows")],
+)  # fmt: skip
+def test_what_would_make_room_for_every_class_is_said(rows: int, given: dict, said: str) -> None:
+    with pytest.raises(PartialLoraError, match=rf"for each of 200 classes; {said}$"):
+        tasks.few_shot_draws(np.arange(rows) % 200, seed=0, **given)
+
+
 def test_a_share_knows_every_class_and_says_which_one_it_cannot_score() -> None:
     labels = np.array([0] * 900 + [1] * 95 + [2] * 2 + [3])
     draws = tasks.few_shot_draws(labels, seed=0, share=0.03)
@@ -264,3 +277,30 @@ def test_real_labels_are_drawn_from_all_rows_alike() -> None:
     assert not set(draws.fit) & set(draws.scored)
     assert abs(draws.fit.mean() - 2000) < 200
     assert len(tasks.few_shot_draws(labels, shots=16, seed=0).scored) == 128
+
+
+@pytest.mark.parametrize(("shots", "count"), [(1, 128), (128, 128), (300, 300)])
+def test_shots_of_real_labels_are_rows_of_one_class_and_128_at_least(shots: int, count: int, caplog) -> None:
+    labels = np.random.default_rng(0).normal(size=1000)
+    with caplog.at_level(logging.INFO):
+        draws = tasks.few_shot_draws(labels, shots=shots, seed=0)
+    assert (len(draws.fit), len(draws.scored), draws.warnings) == (count, count, ())
+    assert f"{count} rows for each draw" in caplog.text
+    shared = tasks.few_shot_draws(labels, share=count / 1000, seed=0)
+    assert np.array_equal(draws.fit, shared.fit)
+    assert np.array_equal(draws.scored, shared.scored)
+
+
+def test_too_few_real_labels_are_said_by_the_key_that_was_set() -> None:
+    labels = np.linspace(0, 1, 50)
+    least = r"\(at least 128 rows where labels are real numbers\)"
+    for given, key, asked in (
+        ({"shots": 2}, rf"calibration.shots=2 {least}", 128),
+        ({"shots": 200}, "calibration.shots=200", 200),
+        ({"share": 0.1}, rf"calibration.share=0.1 {least}", 128),
+    ):
+        (warning,) = tasks.few_shot_draws(labels, seed=0, **given).warnings
+        assert re.fullmatch(rf"{key}: 25 rows for each draw, half of the training rows, in place of {asked}", warning)
+    assert tasks.few_shot_draws(labels, shots=2, seed=0, max_samples=20).warnings == ()
+    with pytest.raises(PartialLoraError, match=r"calibration\.shots=2 .*: 1 training rows, expected"):
+        tasks.few_shot_draws(labels[:1], shots=2, seed=0)

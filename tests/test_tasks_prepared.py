@@ -228,6 +228,78 @@ def test_an_unreadable_image_is_named_before_any_training(tmp_path: Path, stored
         transform.batches(cut, 4)
 
 
+def one_image(file: Path) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    return datasets.Dataset.from_dict({"image": [str(file)], "label": [0]}, features=features)
+
+
+def grey(file: Path) -> list[int]:
+    """What a file of 4 pixels is made of, the same whether it is kept, decoded each time or given as an image."""
+    transform = tasks.ImageTransform(image_size=2, mean=[0.0] * 3, std=[1.0] * 3, interpolation="nearest")
+    rows = one_image(file)
+    made = [transform.collate([transform.prepare(rows, cache_bytes=bound)[0]]) for bound in (BOUND, 0)]
+    made = [*made, *transform.batches(rows, 1), transform.of_inputs([Image.open(file)])]
+    pixels = [(batch["pixel_values"] * 255).round().int() for batch in made]
+    assert all(torch.equal(pixels[0], other) for other in pixels)
+    assert torch.equal(pixels[0][0, 0], pixels[0][0, 1])
+    assert torch.equal(pixels[0][0, 0], pixels[0][0, 2])
+    return pixels[0][0, 0].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("a.png", np.array([0, 255, 256, 65535], np.uint16), [0, 0, 1, 255]),
+        ("a.tiff", np.array([0, 1000, 32896, 65535], np.uint16), [0, 3, 128, 255]),
+        ("a.tiff", np.array([0, 1000, 32896, 65535], ">u2"), [0, 3, 128, 255]),
+        ("a.pgm", np.array([0, 1000, 32896, 65535], np.uint16), [0, 3, 128, 255]),
+        ("a.pgm", np.array([0, 255, 100, 17], np.uint16), [0, 0, 0, 0]),
+        ("a.tiff", np.array([0, 1000, 32896, 65535], np.int32), [0, 3, 128, 255]),
+        ("a.tiff", np.array([0, 7, 100, 255], np.int32), [0, 7, 100, 255]),
+        ("a.tiff", np.array([0, 0.25, 0.5, 1], np.float32), [0, 64, 128, 255]),
+        ("a.png", np.array([0, 7, 100, 255], np.uint8), [0, 7, 100, 255]),
+    ],
+)
+def test_grey_of_any_depth_keeps_its_shades(tmp_path: Path, name: str, values: np.ndarray, expected: list) -> None:
+    Image.fromarray(values.reshape(2, 2)).save(tmp_path / name)
+    assert grey(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([0, 1, 200, 3], np.float32), r"mode F\) from 0\.0 to 200\.0, expected all within 0 and 1"),
+        (np.array([0, np.nan, 0.5, 1], np.float32), r"from nan to nan, expected all within 0 and 1"),
+        (np.array([0, 1, 70000, 3], np.int32), r"mode I\) from 0 to 70000, expected all within 0 and 65535"),
+        (np.array([0, -1, 2, 3], np.int32), r"mode I\) from -1 to 3"),
+    ],
+)
+def test_grey_without_a_known_white_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+    file = tmp_path / "a.tiff"
+    Image.fromarray(values.reshape(2, 2)).save(file)
+    for bound in (BOUND, 0):
+        with pytest.raises(PartialLoraError, match=rf"row 1 of .*a\.tiff .*{said}"):
+            tasks.ImageTransform(**PIXELS).prepare(one_image(file), cache_bytes=bound)
+    with pytest.raises(ValueError, match=said):
+        tasks.ImageTransform(**PIXELS).of_inputs([Image.open(file)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [("jpg", "RGB", {"progressive": True}), ("jpg", "L", {}), ("jpg", "CMYK", {})]
+    + [(kind, "RGB", {}) for kind in ("jpg", "bmp", "tiff", "gif", "webp", "png")],
+)
+def test_an_image_cut_short_is_found_before_any_training(tmp_path: Path, kind: str, mode: str, options: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
+    file = tmp_path / f"a.{kind}"
+    Image.fromarray(pixels).convert(mode).save(file, **options)
+    transform = tasks.ImageTransform(**PIXELS)
+    assert len(transform.prepare(one_image(file), cache_bytes=0)[0]["pixels"]) == 3 * 12 * 12
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    with pytest.raises(PartialLoraError, match=rf"cannot be read: row 1 of .*a\.{kind}"):
+        transform.prepare(one_image(file), cache_bytes=0)
+
+
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_tokens_are_those_of_the_tokenizer_padded_to_the_longest_of_the_batch(pairs: bool, real: bool) -> None:

@@ -95,3 +95,8 @@ def _named(family: str):
     if family not in FAMILIES:
         raise PartialLoraError(f"model.family={family}: expected one of {', '.join(FAMILIES)}")
     return FAMILIES[family]
+
+
+def head_name(model: PreTrainedModel, family: str) -> str:
+    """The full name of the linear layer that gives a loaded model's logits."""
+    return (encoder if family == "encoder" else timm).head_name(model)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partial_lora.errors import PartialLoraError
 
@@ -34,6 +34,17 @@ def draw(head: nn.Linear, std: float) -> None:
         head.weight.copy_(nn.init.normal_(torch.empty(head.weight.shape, dtype=torch.float32), std=std))
         if head.bias is not None:
             head.bias.zero_()
+
+
+def in_full_precision(module: nn.Module) -> None:
+    """Weights of a module that trains whole in float32, whatever it is given: steps are too small for 16 bits."""
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        return
+    module.float().register_forward_pre_hook(_as_float)
+
+
+def _as_float(module: nn.Module, inputs: tuple) -> tuple:
+    return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)
 
 
 @contextmanager

@@ -24,19 +24,20 @@ def chosen(
     image_column: str | None,
     text_columns: Sequence[str],
     label_column: str | None,
-    folder: Path | None,
+    file: Path | None,
 ) -> Dataset:
     """The rows with their inputs and labels under the names every task has, and nothing else.
 
-    folder: what paths of images in a local table are relative to.
+    file: the user's own that they are read from; paths of images in a table are relative to its folder.
 
     Raises PartialLoraError for a column that is not there or cannot be told from another, and for a row without input.
     """
-    label = _label_column(rows, name, label_column)
+    place = f"the {split} split of {name}" + (f" ({file})" if file else "")
+    label = _label_column(rows, place, label_column)
     if modality == "text":
-        inputs = dict(zip(("text", "text_pair"), _text_columns(rows, name, text_columns, label), strict=False))
+        inputs = dict(zip(("text", "text_pair"), _text_columns(rows, place, text_columns, label), strict=False))
     else:
-        inputs = {"image": _image_column(rows, name, image_column, label)}
+        inputs = {"image": _image_column(rows, place, image_column, label)}
     rows = rows.select_columns([*inputs.values(), label])
     for column in inputs.values():
         missing = _first_null(rows, column)
@@ -46,6 +47,7 @@ def chosen(
             )
     renamed = {column: new for new, column in (inputs | {"label": label}).items() if column != new}
     rows = rows.rename_columns(renamed) if renamed else rows
+    folder = file.absolute().parent if file else None
     return _pictures(rows, name, split, folder) if modality == "image" else _strings(rows)
 
 
@@ -54,44 +56,65 @@ def stored(rows: Dataset, column: str) -> pa.ChunkedArray:
     return rows.select_columns([column]).with_format("arrow")[:].column(column)
 
 
-def _label_column(rows: Dataset, name: str, column: str | None) -> str:
+def _label_column(rows: Dataset, place: str, column: str | None) -> str:
     if column is not None:
-        return _named(rows, name, "label_column", column, _is_label, "labels")
+        return _named(rows, place, "label_column", column, _is_label, "labels")
     marked = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
     if not marked and _is_label(rows.features.get("label")):
         return "label"
-    return _only(rows, name, "label_column", marked, "ClassLabel")
+    return _only(rows, place, "label_column", marked, "labels")
 
 
-def _image_column(rows: Dataset, name: str, column: str | None, label: str) -> str:
+def _image_column(rows: Dataset, place: str, column: str | None, label: str) -> str:
     if column is not None:
-        return _named(rows, name, "image_column", column, _may_be_image, "Image")
+        return _named(rows, place, "image_column", column, _may_be_image, "images", label)
     others = {column: feature for column, feature in rows.features.items() if column != label}
     images = [column for column, feature in others.items() if isinstance(feature, Image)]
     raw = [column for column, feature in others.items() if _is_stored_image(feature)]
     paths = [column for column, feature in others.items() if _is_text(feature)]
-    return _only(rows, name, "image_column", images or raw or paths, "Image")
+    return _only(rows, place, "image_column", images or raw or paths, "images")
 
 
-def _text_columns(rows: Dataset, name: str, columns: Sequence[str], label: str) -> list[str]:
+def _text_columns(rows: Dataset, place: str, columns: Sequence[str], label: str) -> list[str]:
+    if len(set(columns)) < len(columns):
+        raise PartialLoraError(f"task.text_columns={list(columns)}: expected different columns, or one alone")
     if columns:
-        return [_named(rows, name, "text_columns", column, _is_text, "texts") for column in columns]
+        return [_named(rows, place, "text_columns", column, _is_text, "texts", label) for column in columns]
     texts = [column for column, feature in rows.features.items() if _is_text(feature) and column != label]
-    return [_only(rows, name, "text_columns", texts, "texts")]
+    return [_only(rows, place, "text_columns", texts, "texts")]
 
 
-def _named(rows: Dataset, name: str, key: str, column: str, fits: Callable[[object], bool], kind: str) -> str:
+def _named(
+    rows: Dataset,
+    place: str,
+    key: str,
+    column: str,
+    fits: Callable[[object], bool],
+    kind: str,
+    label: str | None = None,
+) -> str:
+    """The column, where there is one of that name and kind which is not the one of the labels."""
+    if column == label:
+        raise PartialLoraError(
+            f"task.{key}={column}: {place} has its labels there, expected a column of {kind}; its columns are "
+            f"{_there(rows)}"
+        )
     if not fits(rows.features.get(column)):
         raise PartialLoraError(
-            f"task.{key}={column}: {name} has no such column of type {kind}; its columns are {_there(rows)}"
+            f"task.{key}={column}: {place} has no such column of {kind}; its columns are {_there(rows)}"
         )
     return column
 
 
-def _only(rows: Dataset, name: str, key: str, columns: Sequence[str], kind: str) -> str:
-    if len(columns) != 1:
+def _only(rows: Dataset, place: str, key: str, columns: Sequence[str], kind: str) -> str:
+    if not columns:
+        unnamed = ", none called label" if kind == "labels" else ""
         raise PartialLoraError(
-            f"task.{key}: {name} has {len(columns)} columns of type {kind}, name one; its columns are {_there(rows)}"
+            f"task.{key}: {place} has no column of {kind}{unnamed}; name one of its columns, {_there(rows)}"
+        )
+    if len(columns) > 1:
+        raise PartialLoraError(
+            f"task.{key}: {place} has {len(columns)} columns of {kind}, name one; its columns are {_there(rows)}"
         )
     return columns[0]
 

@@ -46,8 +46,8 @@ def few_shot_draws(
     """Draw rows for each of the two sets, the same ones for a seed.
 
     With `share`, each set is that share of the rows, at least 128 of them and at most half, which a warning says; every
-    class has its part of it. Labels that are real numbers have no classes: rows are drawn from all of them alike, 128
-    where no share says more.
+    class has its part of it. Labels that are real numbers have no classes: rows are drawn from all of them alike, as
+    many as the share or `shots` says, 128 at least.
 
     With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
     in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
@@ -56,34 +56,50 @@ def few_shot_draws(
     Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
     """
     labels = np.asarray(labels)
-    real = np.issubdtype(labels.dtype, np.floating)
-    if share is not None or real:
-        return _shares(np.zeros(len(labels), dtype=np.int64) if real else labels, seed, share or 0.0, max_samples)
+    if np.issubdtype(labels.dtype, np.floating):
+        return _real(len(labels), seed, shots, max_samples, share)
+    if share is not None:
+        asked = max(LEAST, round(share * len(labels)))
+        return _shares(labels, seed, asked, f"calibration.share={share}", max_samples)
     return _shots(labels, seed, shots, max_samples)
 
 
-def _shares(labels: np.ndarray, seed: int, share: float, max_samples: int | None) -> Draws:
-    """Two sets of equal size, whose rows of a class are every other one of it: they never meet, and are alike."""
-    asked = max(LEAST, round(share * len(labels)))
+def _real(rows: int, seed: int, shots: int | None, max_samples: int | None, share: float | None) -> Draws:
+    """Two sets of rows whose labels are real numbers: of one class, as it were."""
+    if share is not None:
+        asked, key = round(share * rows), f"calibration.share={share}"
+    else:
+        asked, key = shots or 0, "a regression" if shots is None else f"calibration.shots={shots}"
+    if asked < LEAST:
+        key += f" (at least {LEAST} rows where labels are real numbers)"
+    if rows < 2:
+        raise PartialLoraError(f"{key}: {rows} training rows, expected at least one to fit and one to score; add rows")
+    draws = _shares(np.zeros(rows, dtype=np.int64), seed, max(LEAST, asked), key, max_samples)
+    logger.info("%s: %d rows for each draw", key, len(draws.fit))
+    return draws
+
+
+def _shares(labels: np.ndarray, seed: int, asked: int, key: str, max_samples: int | None) -> Draws:
+    """Two sets of equal size, whose rows of a class are every other one of it: they never meet, and are alike.
+
+    asked: rows of each set. key: the setting that asked for them, for messages.
+    """
     asked = asked if max_samples is None else min(asked, max_samples)
     count = min(asked, len(labels) // 2)
     classes = shuffled(labels, np.random.default_rng(seed))
     if count < len(classes):
+        bound = "calibration.max_samples" if count == max_samples else "calibration.share"
         raise PartialLoraError(
-            f"calibration.share={share}: {count} rows for each of the two draws, expected at least one for each of "
-            f"{len(classes)} classes; raise calibration.max_samples or add rows"
+            f"{key}: {count} rows for each of the two draws, expected at least one for each of {len(classes)} classes; "
+            + ("add rows" if len(labels) // 2 < len(classes) else f"raise {bound}")
         )
     fit, scored = in_turn([rows[::2] for rows in classes]), in_turn([rows[1::2] for rows in classes])
     warnings = []
     if count < asked:
-        warnings.append(
-            f"calibration.share={share}: {count} rows for each draw, half of the training rows, in place of {asked}"
-        )
+        warnings.append(f"{key}: {count} rows for each draw, half of the training rows, in place of {asked}")
     single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
-        warnings.append(
-            f"calibration.share={share}: a single training example, fitted on and never scored: class {_few(single)}"
-        )
+        warnings.append(f"{key}: a single training example, fitted on and never scored: class {_few(single)}")
     for warning in warnings:
         logger.warning("%s", warning)
     return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))

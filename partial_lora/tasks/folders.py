@@ -10,17 +10,29 @@ from datasets import Dataset, Features, Image, NamedSplit, Value
 from partial_lora.errors import PartialLoraError
 
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+_FEW = 10  # folders that a message lists
 
 
 def splits(key: str, folder: Path) -> dict[str, Dataset]:
     """The images of one folder: of its sub-folders train, test and validation (or val), or all of them as train.
 
-    key: of the setting that names the folder, for messages.
+    key: of the setting that names the folder, for messages. Raises PartialLoraError for splits without train, which
+    would pass for classes, and for two that are both validation.
     """
-    parts = {split: folder / name for name, split in _SPLITS.items() if (folder / name).is_dir()}
-    if "train" not in parts:
+    there = sorted(part.name for part in folder.iterdir() if part.is_dir())
+    named = [name for name in there if name in _SPLITS]
+    if "train" not in named:
+        others = [name for name in there if name.lower() in _SPLITS]
+        if others:
+            listed = ", ".join(there[:_FEW]) + (", …" if len(there) > _FEW else "")
+            raise PartialLoraError(
+                f"{key}={folder}: it has a folder {others[0]} but none called train, only {listed}; call the one to "
+                "train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
+            )
         return {"train": classes(key, folder, "train")}
-    return {split: classes(key, part, split) for split, part in parts.items()}
+    if {"val", "validation"} <= set(named):
+        raise PartialLoraError(f"{key}={folder}: it has the folders val and validation, expected one of them")
+    return {_SPLITS[name]: classes(key, folder / name, _SPLITS[name]) for name in named}
 
 
 def classes(key: str, folder: Path, split: str) -> Dataset:

@@ -20,7 +20,8 @@ def read(splits: dict[str, Dataset], name: str, regression: bool | None) -> tupl
     """The names of the classes, and the rows of every split with `label` as their number; no names for real labels.
 
     Labels that the source names stay as they are. Others become classes in their order, numbers as numbers, over the
-    training rows; but fractions are real labels, and so are whole numbers where `regression` says so.
+    training rows; but where there are fractions they are real labels, and so are whole numbers, 1.0 as well as 1, where
+    `regression` says so.
 
     Raises PartialLoraError that names the split, and the row or the label, for a row without one, for a label that no
     training row has, and for labels that cannot be what was asked for.
@@ -31,7 +32,7 @@ def read(splits: dict[str, Dataset], name: str, regression: bool | None) -> tupl
             raise PartialLoraError(f"task.regression=true: the labels of {name} are classes, expected numbers")
         return tuple(feature.names), {split: _marked(rows, feature, name, split) for split, rows in splits.items()}
     values = {split: _plain(rows, name, split) for split, rows in splits.items()}
-    fractions = feature.dtype.startswith(("float", "double"))
+    fractions = any(isinstance(label, float) and not label.is_integer() for label in values["train"])
     if fractions if regression is None else regression:
         return (), {split: _real(rows, values[split], name, split) for split, rows in splits.items()}
     return _found(splits, values, name)
@@ -67,7 +68,7 @@ def _plain(rows: Dataset, name: str, split: str) -> list[Label]:
     """Labels as they are written; none may be missing."""
     labels = stored(rows, "label").to_pylist()
     for row, label in enumerate(labels, 1):
-        if label is None or (isinstance(label, float) and not math.isfinite(label)) or str(label).lower() == "nan":
+        if label is None or (isinstance(label, float) and not math.isfinite(label)):
             raise PartialLoraError(f"task={name}: row {row} of the {split} split has no label, it is {label}")
     return labels
 

@@ -13,7 +13,7 @@ from datasets import Dataset, Features
 
 from partial_lora.cache import cache_dir, verified_folder
 
-_VERSION = 1  # of what is kept; another one leaves everything older unused
+_VERSION = 2  # of what is kept; another one leaves everything older unused. 1 had 16-bit images as white
 _ROWS = "rows.arrow"
 _BATCH = 256  # rows that are made at a time
 

@@ -19,10 +19,12 @@ def read(
     revision: str | None,
     data_files: Mapping[str, str] | str | None,
     text_columns: Sequence[str],
+    label_column: str | None,
+    regression: bool | None,
 ) -> Mapping[str, Dataset]:
     """The rows of a task by split, as the source has them; files stand in for any other source."""
     if data_files:
-        return files.read(data_files, text_columns)
+        return files.read(data_files, text_columns, label_column, regression)
     if path == FILES:
         raise PartialLoraError(
             f"task={name} reads files of yours: set task.data_files={{train: PATH, test: PATH}}, or one PATH that a "

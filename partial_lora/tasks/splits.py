@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
@@ -13,8 +15,20 @@ from partial_lora.tasks.strata import in_turn, shuffled
 _FEW = 10  # classes that a message lists
 
 
-def cut(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dataset]:
+def cut(
+    rows: Dataset,
+    share: float,
+    seed: int,
+    name: str,
+    *,
+    least: int,
+    whole: Dataset | None = None,
+    taken: Sequence[str] = (),
+) -> tuple[Dataset, Dataset]:
     """Cut `share` of the rows off: what is left, and what was cut off.
+
+    least: rows of a class that are enough for every cut that is made, for messages.
+    whole, taken: what there was before, and what was done with it to leave these rows, in words; for messages.
 
     Raises PartialLoraError for a class too small to have rows on both sides.
     """
@@ -24,7 +38,7 @@ def cut(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dat
         kept, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
         per_class = " per class" if classes else ""
-        reason = _single(labels, classes) or first_line(error)
+        reason = _single(rows, whole if taken else rows, least, taken) or first_line(error)
         raise PartialLoraError(
             f"task={name}: cannot set {share:.0%} of {len(rows)} rows aside{per_class}: {reason}"
         ) from error
@@ -47,12 +61,18 @@ def _classes(rows: Dataset) -> list[str]:
     return feature.names if isinstance(feature, ClassLabel) else []
 
 
-def _single(labels: np.ndarray | None, classes: list[str]) -> str:
-    """Names the classes that have one row, where there are any."""
+def _single(rows: Dataset, whole: Dataset, least: int, taken: Sequence[str]) -> str:
+    """Names the classes that have one row, where there are any, and how many these had before."""
+    classes = _classes(rows)
     if not classes:
         return ""
-    single = [classes[label] for label in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 1)]
-    if not single:
+    counts, before = (np.bincount(part["label"], minlength=len(classes)) for part in (rows, whole))
+    single = np.flatnonzero(counts == 1)
+    if not len(single):
         return ""
-    listed = ", ".join(single[:_FEW]) + (f" and {len(single) - _FEW} more" if len(single) > _FEW else "")
-    return f"class {listed} has a single example; add some, leave it out, or give a file for every split"
+    listed = ", ".join(classes[label] + (f" (of {before[label]})" if taken else "") for label in single[:_FEW])
+    listed += f" and {len(single) - _FEW} more" if len(single) > _FEW else ""
+    having = f"has a single row left after {' and '.join(taken)}" if taken else "has a single example"
+    cuts = "two cuts, test and validation, need" if least > 2 else "a cut needs"
+    mend = "add some, leave it out, or give a file for every split"
+    return f"class {listed} {having}; {cuts} at least {least} rows of a class: {mend}"

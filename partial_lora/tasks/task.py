@@ -126,7 +126,7 @@ def load(
             class too small to split.
     """
     cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
-    source = sources.read(name, path, subset, revision, data_files, cells)
+    source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
     places = _places(name, source, train_split, test_split, own_files=bool(data_files))
     found = {split: source[place] for split, place in places.items()}
     for split, rows in found.items():
@@ -139,16 +139,22 @@ def load(
         found = exchanges.read(found, name, format, prompt_columns, response_column, answer)
     else:
         for split, place in places.items():
-            folder = files.folder_of(data_files, place)
+            file = files.file_of(data_files, place)
             by_name = (image_column, text_columns, label_column)
-            found[split] = columns.chosen(found[split], name, split, modality, *by_name, folder)
+            found[split] = columns.chosen(found[split], name, split, modality, *by_name, file)
         names, found = labels.read(found, name, regression)
+    whole, least, taken = found["train"], len(SPLITS) - len(found) + 1, []
     if "test" not in found:
-        found["train"], found["test"] = splits.cut(found["train"], _TEST_SHARE, split_seed, name)
-    found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
+        found["train"], found["test"] = splits.cut(whole, _TEST_SHARE, split_seed, name, least=least)
+        taken.append("the test split was cut off")
+    if train_samples is not None and train_samples < len(found["train"]):
+        found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
+        taken.append(f"task.train_samples={train_samples} rows were drawn")
     found["test"] = splits.sample(found["test"], test_samples, split_seed, "test_samples")
     if "validation" not in found:
-        found["train"], found["validation"] = splits.cut(found["train"], validation_share, split_seed, name)
+        found["train"], found["validation"] = splits.cut(
+            found["train"], validation_share, split_seed, name, least=least, whole=whole, taken=taken
+        )
     measured = _measured_by(metrics, name, _labelled_by(kind, names), answer)
     return Task(name=name, modality=modality, labels=names, metrics=measured, kind=kind, **found)
 
