@@ -59,6 +59,9 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     task = loading.task_of(settings)
     transform = loading.transform_of(settings["model"])
     record["labels"] = list(task.labels)
+    if stage == "train":  # what cannot be read is found before anything is paid for
+        kept = settings["task"]["cache_bytes"]
+        rows = {split: transform.prepare(getattr(task, split), cache_bytes=kept) for split in tasks.SPLITS}
     set_seed(seed)
     model = loading.model_of(settings["model"], task.labels).to(world.device)
     targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
@@ -106,8 +109,6 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
-    kept = settings["task"]["cache_bytes"]
-    rows = {split: transform.prepare(getattr(task, split), cache_bytes=kept) for split in tasks.SPLITS}
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
