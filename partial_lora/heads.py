@@ -53,6 +53,10 @@ def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[n
     if np.issubdtype(labels.dtype, np.floating):
         ridge = Ridge(alpha=1.0).fit(inputs, labels)
         return ridge.coef_.reshape(1, -1).astype(np.float32), np.float32(ridge.intercept_).reshape(1)
+    if len(np.unique(labels)) < 2:
+        raise PartialLoraError(
+            f"calibration: every example to fit a head on is of one class ({int(labels[0])}), expected two or more"
+        )
     regression = LogisticRegression(C=1.0, max_iter=_ITERATIONS).fit(inputs, labels)
     coefficients, intercepts = regression.coef_, regression.intercept_
     if len(regression.classes_) == 2:  # scikit-learn keeps the one logit of the second class against the first

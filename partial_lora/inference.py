@@ -85,6 +85,11 @@ class Predictor:
     ) -> None:
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         task = run.settings["task"]
+        if run.settings["task"].get("members"):
+            raise PartialLoraError(
+                f"{run.directory}: a mixture of {', '.join(run.settings['task']['members'])}, and an input does not say "
+                "which of them it is of; `partial-lora evaluate RUN task=MEMBER` measures one"
+            )
         self.labels = run.labels()
         self.modality, self.kind = task["modality"], task["kind"]
         self._pairs = len(task["text_columns"]) == 2

@@ -48,6 +48,8 @@ class Judge(Protocol):
 
     def validation(self) -> Dataset: ...
 
+    def test(self) -> Dataset: ...
+
     def measure(self, said: EvalPrediction) -> dict[str, float]: ...
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged: ...
@@ -72,6 +74,9 @@ class ByLabels:
 
     def validation(self) -> Dataset:
         return self._rows("validation")
+
+    def test(self) -> Dataset:
+        return self._rows("test")
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         """The metrics of validation, and the loss over all its examples: Trainer's own is of one process's batches."""
@@ -109,6 +114,9 @@ class ByOptions:
 
     def validation(self) -> Dataset:
         return self._options("validation")
+
+    def test(self) -> Dataset:
+        return self._options("test")
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return option_metrics(said.predictions[:, 0], *_of_options(self._options("validation")))
@@ -149,6 +157,9 @@ class ByTexts:
 
     def validation(self) -> Dataset:
         return self._rows("validation")
+
+    def test(self) -> Dataset:
+        return self._rows("test")
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return {"perplexity": _perplexity(said.predictions)}

@@ -13,10 +13,10 @@ from transformers import EvalPrediction
 
 from partial_lora import judges
 from partial_lora.errors import PartialLoraError
-from partial_lora.evaluation import LOWER_IS_BETTER
 from partial_lora.judges import Judge, Judged, Predict
 from partial_lora.losses import loss_of_batch_within
 from partial_lora.peers import Peers
+from partial_lora.runs import LOWER_IS_BETTER
 from partial_lora.slices import starts
 from partial_lora.tasks import Joined, Mixture, MixtureTransform, Task
 
@@ -41,6 +41,9 @@ class ByMembers:
 
     def validation(self) -> Joined:
         return self._validation
+
+    def test(self) -> Joined:
+        return Joined([judge.test() for judge in self._each], self._starts)
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         found, start = [], 0

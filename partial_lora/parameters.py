@@ -15,6 +15,7 @@ from torch import nn
 
 from partial_lora.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.errors import PartialLoraError
+from partial_lora.models import size_of
 from partial_lora.targets import target_linears
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -71,13 +72,13 @@ def describe(
     kept entries alone, `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
     """
     whole = _trained_whole(model, head, new_modules)
-    head_count = sum(parameter.numel() for module in whole for parameter in module.parameters())
+    head_count = sum(size_of(parameter) for module in whole for parameter in module.parameters())
     shapes = {} if sparsity is None else target_shapes(model, target_modules, head, new_modules)
     adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
     trainable = adapter["trainable"] + head_count
     return {
         **_counts(
-            base=sum(parameter.numel() for parameter in model.parameters()) - head_count, head=head_count, **adapter
+            base=sum(size_of(parameter) for parameter in model.parameters()) - head_count, head=head_count, **adapter
         ),
         "targets": len(shapes),
         "adapter_bytes": _FP32 * (adapter["dense"] + head_count),
@@ -111,7 +112,7 @@ def measured(
             raise PartialLoraError(
                 f"{name} trains but is neither in the adapter nor in {head or 'a head'}: expected it frozen"
             )
-        base += parameter.numel()
+        base += size_of(parameter)
     return _counts(
         base=base,
         dense=sum(weight.numel() for weight, _ in parts),

@@ -61,34 +61,38 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     task = loading.task_of(settings, mixtures=True)
     transform = loading.transform_of(settings, task)
     record["labels"] = list(task.labels)
+    judge = mixture_judge.judge_of(task, transform, settings, world)
+    if stage == "train":  # what cannot be read is found before anything is paid for
+        rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
     set_seed(seed)
     model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
-    targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
+    with models.dequantised(model):  # what is calibrated are weights; codes of 4 or 8 bits come back for training
+        targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
 
-    # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
-    method = methods.named(settings["method"]["name"])
-    calibration, scores = None, None
-    if methods.is_calibrated(method) or stage == "calibrate":
-        with timed(record, "calibrate"):
-            draws = loading.draws_of(settings, task.train)
-            # One process measures importance for all of them, to the bit; what it decides on is then shared out.
-            scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
-            given, asked = (model, task.train, transform), _asked(settings, task, scores, draws, world)
-            calibration = _calibration(settings["calibration"]["file"], given, asked)
-        agreement = {}
-        if settings["calibration"]["reliability"]:
-            with timed(record, "reliability"):
-                agreement["reliability"] = halves_few_shot(*given, **asked)
-            calibration = _doubted(calibration, agreement["reliability"])
-        record["calibration"] = calibration.summary() | agreement
-        record["sparsity"] = calibration.sparsity
-        record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
-        if world.is_main:
-            calibration.save(directory / results.CALIBRATION)
-    if stage == "calibrate":
-        if world.is_main:
-            calibration_figures.draw(record, calibration.modules, directory)
-        return
+        # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
+        method = methods.named(settings["method"]["name"])
+        calibration, scores = None, None
+        if methods.is_calibrated(method) or stage == "calibrate":
+            with timed(record, "calibrate"):
+                draws = loading.draws_of(settings, task.train)
+                # One process measures importance for all of them, to the bit; what it decides on is then shared out.
+                scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
+                given, asked = (model, task.train, transform), _asked(settings, task, scores, draws, world)
+                calibration = _calibration(settings["calibration"]["file"], given, asked)
+            agreement = {}
+            if settings["calibration"]["reliability"]:
+                with timed(record, "reliability"):
+                    agreement["reliability"] = halves_few_shot(*given, **asked)
+                calibration = _doubted(calibration, agreement["reliability"])
+            record["calibration"] = calibration.summary() | agreement
+            record["sparsity"] = calibration.sparsity
+            record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
+            if world.is_main:
+                calibration.save(directory / results.CALIBRATION)
+        if stage == "calibrate":
+            if world.is_main:
+                calibration_figures.draw(record, calibration.modules, directory)
+            return
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(seed)
@@ -108,12 +112,11 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
-    judge = mixture_judge.judge_of(task, transform, settings, world)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
-        train=judge.train(),
-        validation=judge.validation(),
+        train=rows["train"],
+        validation=rows["validation"],
         collate=transform.collate,
         length_grouped=transform.lengths,
         reads_tokens=task.modality == "text",

@@ -67,6 +67,11 @@ def test_a_class_without_examples_is_never_predicted() -> None:
     assert set((inputs @ weight.T + bias).argmax(axis=-1)) == {0, 3}
 
 
+def test_one_class_is_nothing_to_fit_a_head_on() -> None:
+    with pytest.raises(PartialLoraError, match=r"every example to fit a head on is of one class \(1\)"):
+        fitted_head(np.zeros((3, 2)), np.array([1, 1, 1]), outputs=2)
+
+
 def test_of_real_labels_the_head_is_a_ridge_regression() -> None:
     generator = np.random.default_rng(0)
     inputs = generator.standard_normal((60, 5))

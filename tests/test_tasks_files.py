@@ -239,6 +239,8 @@ def test_a_column_that_is_not_there_is_named_with_those_there_are(tmp_path: Path
     said = r"the {} split of own \(.*unlabelled\.csv\) has no column of labels, none called label; .*'text': 'string'"
     refused(rf"task\.label_column: {said.format('train')}", unlabelled)
     refused(rf"task\.label_column: {said.format('test')}", {"train": file, "test": unlabelled})
+    lists = table(tmp_path, "lists.jsonl", text=TEXTS, label=[["a"]] * 12)
+    refused(r"lists\.jsonl\) has no column of labels; name one of its columns, .*'label': 'List'", lists)
     numbers = table(tmp_path, "numbers.csv", number=range(12), label=ANIMALS)
     refused(r"task\.text_columns: .*numbers\.csv\) has no column of texts; name one of .*'number': 'int64'", numbers)
 

@@ -108,7 +108,7 @@ def _named(
 
 def _only(rows: Dataset, place: str, key: str, columns: Sequence[str], kind: str) -> str:
     if not columns:
-        unnamed = ", none called label" if kind == "labels" else ""
+        unnamed = ", none called label" if kind == "labels" and "label" not in rows.features else ""
         raise PartialLoraError(
             f"task.{key}: {place} has no column of {kind}{unnamed}; name one of its columns, {_there(rows)}"
         )
