@@ -87,7 +87,7 @@ class Predictor:
         task = run.settings["task"]
         if run.settings["task"].get("members"):
             raise PartialLoraError(
-                f"{run.directory}: a mixture of {', '.join(run.settings['task']['members'])}, and an input does not say "
+                f"{run.directory}: a mixture of {', '.join(run.settings['task']['members'])}: an input does not say "
                 "which of them it is of; `partial-lora evaluate RUN task=MEMBER` measures one"
             )
         self.labels = run.labels()
