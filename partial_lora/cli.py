@@ -164,9 +164,15 @@ def _info(settings: dict) -> int:
 
     found = outline(settings)
     console = Console()
-    console.print(parameters.table(found.counts))
-    heads = "one number" if found.outputs == 1 else f"{found.outputs} classes"
-    console.print(f"{found.sparsity_is}; the head is for {heads}", highlight=False, soft_wrap=True)
+    console.print(parameters.table(found.counts, found.memory))
+    heads = {0: "there is no head", 1: "the head is for one number"}.get(
+        found.outputs, f"the head is for {found.outputs} classes"
+    )
+    said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
+    if found.memory:
+        trainer, length = settings["trainer"], settings["model"]["max_length"]
+        said += f"; memory is for {trainer['batch_size']} sequences of {length} tokens a step, and an estimate"
+    console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 

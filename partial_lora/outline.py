@@ -5,26 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from partial_lora import methods, models, parameters
 from partial_lora.budget import masked_units
+from partial_lora.calibration import sparsity_levels
+from partial_lora.estimate import passes_at_most
 from partial_lora.loading import check_modality, named
+from partial_lora.memory import peak_memory
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Counts and bytes as `parameters.describe` gives them, where their sparsity is from, and the size of the head."""
+    """What a run would hold.
+
+    counts: counts and bytes as `parameters.describe` gives them. sparsity_is: where their sparsity is from. outputs: of
+    the head; 0 for a model without a new one. passes: of a calibration, at most. memory: of causal models, bytes at the
+    peak of a training step (`memory.peak_memory`) by what the frozen weights are kept in.
+    """
 
     counts: dict[str, int | float | None]
     sparsity_is: str
     outputs: int
+    passes: int
+    memory: dict[str, dict[str, int]]
 
 
 def outline(settings: Mapping) -> Outline:
     """The outline of a run's settings; the head is for two classes where the task does not say how many it has."""
     check_modality(settings)
     model, method, granularity = settings["model"], settings["method"], settings["mask"]["granularity"]
-    outputs = 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
-    empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs)
+    outputs = 0 if model["head"] is None else 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
+    empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs or 2)
     shapes = parameters.target_shapes(empty, **named(model, "target_modules", "head", "new_modules"))
     units = masked_units(shapes, method["rank"], granularity)
     sparsity, said = methods.foreseen_sparsity(method["name"], *units, settings["calibration"])
@@ -35,4 +47,25 @@ def outline(settings: Mapping) -> Outline:
         sparsity=sparsity,
         granularity=granularity,
     )
-    return Outline(counts, said, outputs)
+    chosen = settings["calibration"]
+    levels = len(sparsity_levels(chosen["levels"], chosen["max_sparsity"]))
+    axes = 1 if chosen["axes"] == "joint" else 2
+    passes = passes_at_most(len(shapes), axes, levels, search=chosen["search"], repair=chosen["repair"])
+    return Outline(counts, said, outputs, passes, _memory(settings, empty, shapes, counts))
+
+
+def _memory(settings: Mapping, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:
+    """Of a causal model in bf16 and in 4 bits: a batch as the trainer takes it, of sequences as long as may be."""
+    if settings["model"]["family"] != "causal":
+        return {}
+    asked = {
+        "shapes": shapes,
+        "counts": counts,
+        "rank": settings["method"]["rank"],
+        "batch_size": settings["trainer"]["batch_size"],
+        "length": settings["model"]["max_length"],
+    }
+    return {
+        "bf16": peak_memory(empty, **asked),
+        "nf4": peak_memory(empty, quantization="nf4", **asked),
+    }

@@ -121,8 +121,8 @@ def measured(
     )
 
 
-def table(info: Mapping[str, int | float | None]) -> Table:
-    """What `describe` found, for reading."""
+def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
+    """What `describe` found, and the peak of memory by what weights are kept in, for reading."""
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity = info["adapter_sparsity"]
     rows = [
@@ -137,6 +137,9 @@ def table(info: Mapping[str, int | float | None]) -> Table:
         ("gradients", _size(info["gradient_bytes"]), "fp32"),
         ("optimizer state", _size(info["optimizer_bytes"]), "AdamW, two fp32 moments"),
     ]
+    for kind, held in (memory or {}).items():
+        checkpointed = f"{_size(held['peak_checkpointed'])} with gradient checkpoints"
+        rows.append((f"memory at the peak, {kind}", _size(held["peak"]), checkpointed))
     drawn = Table(show_header=False, box=None, pad_edge=False)
     drawn.add_column(style="bold")
     drawn.add_column(justify="right")

@@ -5,6 +5,10 @@
 
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
 for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
+
+Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/memory.py says how): frozen
+weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
+both axes and 19 levels can take at most.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from partial_lora.results import write_atomic, write_json
 
 FOLDER = Path("results/models")
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 def settings_of(model: str) -> dict:
@@ -29,6 +33,7 @@ def settings_of(model: str) -> dict:
     composed: list[dict] = []
     family = _family(model)
     task = [f"task={_TASKS.get(family, 'image_table')}", "task.classes=2", "calibration.budget=0.13"]
+    task += ["trainer.batch_size=4", "model.max_length=512"] if family == "causal" else []
     compose("info", [f"model={model}", *task], lambda settings: composed.append(settings) or 0)
     return composed[0]
 
@@ -60,15 +65,44 @@ def table(counts: dict[str, dict]) -> str:
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 8)
 
 
-def main() -> int:
-    """Count every model and write the table."""
+def memory_table(found: dict[str, dict]) -> str:
+    """One line a causal model: GiB at the peak of a training step, and the passes of a calibration, at most."""
+    rows = []
+    for name, each in sorted(found.items(), key=lambda item: item[1]["counts"]["base"]):
+        held = each["memory"]
+        if held:
+            peaks = [held[kind][peak] / _GIB for kind in held for peak in ("peak", "peak_checkpointed")]
+            rows.append([f"`{name}`", f"{held['bf16']['weights'] / _GIB:.2f}", f"{held['nf4']['weights'] / _GIB:.2f}"])
+            rows[-1] += [f"{peak:.2f}" for peak in peaks] + [f"{each['passes']:,}"]
+    headers = ["model", "weights, bf16", "weights, nf4", "peak, bf16", "with checkpoints", "peak, nf4"]
+    headers += ["with checkpoints", "passes"]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 7)
+
+
+def found() -> dict[str, dict]:
+    """The outline of every model."""
     names = sorted(file.stem for file in (config.conf_dir() / "model").glob("*.yaml"))
-    counts = {name: outline(settings_of(name)).counts for name in names}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_json(FOLDER / "models.json", counts)
+    outlines = {name: outline(settings_of(name)) for name in names}
+    return {
+        name: {"counts": each.counts, "memory": each.memory, "passes": each.passes} for name, each in outlines.items()
+    }
+
+
+def page(each: dict[str, dict]) -> str:
+    """Both tables, and what they are of."""
     said = __doc__.split("\n\n")
-    write_atomic(FOLDER / "models.md", f"    python scripts/model_table.py\n\n{said[2].strip()}\n\n{table(counts)}\n")
-    print(table(counts))
+    counts = {name: outlined["counts"] for name, outlined in each.items()}
+    parts = ["    python scripts/model_table.py", said[2].strip(), table(counts), said[3].strip(), memory_table(each)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Count every model and write the tables."""
+    each = found()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_json(FOLDER / "models.json", each)
+    write_atomic(FOLDER / "models.md", page(each))
+    print(page(each))
     return 0
 
 
