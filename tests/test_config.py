@@ -110,7 +110,8 @@ def test_every_group_file_composes() -> None:
     for folder in config.conf_dir().iterdir():
         if folder.is_dir() and folder.name != "experiment":
             for file in folder.glob("*.yaml"):
-                assert settings(f"{folder.name}={file.stem}")[folder.name].get("name", file.stem) == file.stem
+                needed = ["task.members=[sst2,mrpc]"] if file.stem == "mixture" else []
+                assert settings(f"{folder.name}={file.stem}", *needed)[folder.name].get("name", file.stem) == file.stem
 
 
 def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
