@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from sklearn import metrics
@@ -220,5 +221,5 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 def test_reliability_needs_two_examples(place: Place) -> None:
     with pytest.raises(PartialLoraError, match="split-half: expected at least 2 scored examples"):
         fewshot.halves_few_shot(
-            None, {"label": [0, 1]}, None, draws=tasks.Draws(fit=[0], scored=[1]), seed=0
+            None, Dataset.from_dict({"label": [0, 1]}), None, draws=tasks.Draws(fit=[0], scored=[1]), seed=0
         )  # fmt: skip
