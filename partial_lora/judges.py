@@ -20,7 +20,7 @@ from partial_lora.generation import exact_match, generate, rouge_l
 from partial_lora.losses import loss_of_batch, loss_of_tokens
 from partial_lora.options import log_likelihoods, option_metrics, predictions
 from partial_lora.peers import Peers
-from partial_lora.tasks import CausalTransform, Task
+from partial_lora.tasks import Task
 
 # What is kept of a model's logits of rows, in their order, and the rows' labels.
 Predict = Callable[[Dataset], tuple[np.ndarray, np.ndarray]]
@@ -56,18 +56,12 @@ class Judge(Protocol):
 
 
 @dataclass
-class ByLabels:
-    """Classes, or numbers: the loss is of the logits of an example, and a prediction is made of them."""
+class _OfTask:
+    """Every split of a task as its transform prepares it."""
 
     task: Task
     transform: object
     cache_bytes: int
-    loss = staticmethod(loss_of_batch)
-    reduce = None
-
-    @property
-    def selects(self) -> str:
-        return self.task.metrics[0]
 
     def train(self) -> Dataset:
         return self._rows("train")
@@ -77,6 +71,21 @@ class ByLabels:
 
     def test(self) -> Dataset:
         return self._rows("test")
+
+    def _rows(self, split: str) -> Dataset:
+        return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
+
+
+@dataclass
+class ByLabels(_OfTask):
+    """Classes, or numbers: the loss is of the logits of an example, and a prediction is made of them."""
+
+    loss = staticmethod(loss_of_batch)
+    reduce = None
+
+    @property
+    def selects(self) -> str:
+        return self.task.metrics[0]
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         """The metrics of validation, and the loss over all its examples: Trainer's own is of one process's batches."""
@@ -91,26 +100,17 @@ class ByLabels:
             evaluation.predictions_of(logits, references, self.task.labels),
         )
 
-    def _rows(self, split: str) -> Dataset:
-        return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
-
 
 @dataclass
-class ByOptions:
+class ByOptions(_OfTask):
     """Multiple choice: trained on the right option alone, judged by which of all is the likeliest."""
 
-    task: Task
-    transform: CausalTransform
-    cache_bytes: int
     loss = staticmethod(loss_of_tokens)
     reduce = staticmethod(log_likelihoods)
 
     @property
     def selects(self) -> str:
         return self.task.metrics[0]
-
-    def train(self) -> Dataset:
-        return self.transform.prepare(self.task.train, cache_bytes=self.cache_bytes)
 
     def validation(self) -> Dataset:
         return self._options("validation")
@@ -139,27 +139,15 @@ class ByOptions:
 
 
 @dataclass
-class ByTexts:
+class ByTexts(_OfTask):
     """Generation: selected by the perplexity of the responses, reported by what the model writes on its own."""
 
-    task: Task
-    transform: CausalTransform
-    cache_bytes: int
     peers: Peers
     writing: Mapping[str, object] = field(default_factory=dict)  # stop, max_new_tokens, batch_size of `generate`
     answer: str | None = None
     selects = "perplexity"
     loss = staticmethod(loss_of_tokens)
     reduce = staticmethod(log_likelihoods)
-
-    def train(self) -> Dataset:
-        return self._rows("train")
-
-    def validation(self) -> Dataset:
-        return self._rows("validation")
-
-    def test(self) -> Dataset:
-        return self._rows("test")
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
         return {"perplexity": _perplexity(said.predictions)}
@@ -191,9 +179,6 @@ class ByTexts:
         )
         shares = self.peers.gather(told)
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
-
-    def _rows(self, split: str) -> Dataset:
-        return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
 
 
 def judge_of(task: Task, transform: object, settings: Mapping, peers: Peers) -> Judge:

@@ -151,7 +151,7 @@ def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:
 
 def has_new_head(model: Mapping) -> bool:
     """Whether the model comes without a head for the task; CLIP makes one of the names of the classes."""
-    return model["head"] is not None and model["text_weights"] is None
+    return not models.has_own_head(model)
 
 
 def drawn_by(settings: Mapping) -> dict:
