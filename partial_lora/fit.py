@@ -75,6 +75,18 @@ class _Trainer(Trainer):
         lengths = list(self.train_dataset["length"])
         return ByLength(self.args.train_batch_size * self.args.world_size, lengths, self.args.data_seed)
 
+    def _determine_best_metric(self, metrics, trial):
+        """Of checkpoints that select equally well, the one with the least loss.
+
+        With few validation rows many are equal, and the first of them is one that has hardly been trained.
+        """
+        state, value = self.state, metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
+            state.best_global_step = state.global_step
+            return True
+        return super()._determine_best_metric(metrics, trial)
+
 
 def loading_processes(requested: int | None, device: str, world_size: int) -> int:
     """How many processes load data for this one: none on a CPU, which they would only compete for."""
@@ -128,8 +140,8 @@ def trainer(
 
     AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best. `collate` makes a
-    batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
+    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best, and the loss which
+    of equals. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
     `length_grouped`, rows have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens
     are counted, so that progress tells how many a second.
     """

@@ -113,6 +113,17 @@ def test_the_checkpoint_that_did_best_on_validation_is_what_is_left(adapted: Pef
     assert training.evaluate()["eval_accuracy"] == max(measured)
 
 
+def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_left(adapted, tmp_path: Path) -> None:
+    training = trainer(adapted, tmp_path, epochs=4.0, learning_rate=3e-3)
+    training.compute_metrics = lambda said: {"accuracy": 0.5}
+    training.train()
+    losses_of = {entry["step"]: entry["eval_loss"] for entry in training.state.log_history if "eval_loss" in entry}
+    best = min(losses_of, key=losses_of.get)
+    assert best != min(losses_of)  # else the first would do
+    assert training.state.best_global_step == best
+    assert training.evaluate()["eval_loss"] == pytest.approx(losses_of[best])
+
+
 def test_a_bounded_run_ends_with_a_look_at_validation(adapted: PeftModel, tmp_path: Path) -> None:
     training = trainer(adapted, tmp_path, max_steps=5, save_steps=2)
     training.train()
