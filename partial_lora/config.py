@@ -27,9 +27,16 @@ _NOT_SETTINGS = {
     "task.cache_bytes",
     "calibration.memory",
     "trainer.device",
+    "trainer.save_total_limit",
+    "trainer.gradient_accumulation_steps",
     "trainer.num_processes",
-    "trainer.strategy",
+    "trainer.num_machines",
+    "trainer.machine_rank",
+    "trainer.main_process_ip",
+    "trainer.main_process_port",
+    "trainer.accelerate_config",
     "trainer.num_workers",
+    "trainer.strategy",
     "trainer.report_to",
 }
 _FILES = {"calibration.file", "task.data_files"}

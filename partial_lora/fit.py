@@ -140,10 +140,10 @@ def trainer(
 
     AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best, and the loss which
-    of equals. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
-    `length_grouped`, rows have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens
-    are counted, so that progress tells how many a second.
+    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best, and of equals the
+    loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's
+    logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one batch.
+    `reads_tokens`: tokens are counted, so that progress tells how many a second.
     """
     if batch_size % world_size:
         raise PartialLoraError(

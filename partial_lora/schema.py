@@ -7,7 +7,6 @@ values equal to them: a new key then leaves the ids of old runs alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from omegaconf import MISSING
 
 from partial_lora.ranges import one_of, plain_name, positive, require
 from partial_lora.sparsity_schema import CalibrationConfig, ImportanceConfig, MaskConfig
+from partial_lora.trainer_schema import TrainerConfig
 
 _METRICS = {  # that a task of each kind may have; the first of a task's selects
     "label": ("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
@@ -167,44 +167,6 @@ class MethodConfig:
         require(self.rank >= 1, "method.rank", self.rank, "at least 1")
         positive("method.alpha", self.alpha)
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
-
-
-@dataclass
-class TrainerConfig:
-    """How long, how fast and on what the kept entries and the head train."""
-
-    epochs: float = 5.0
-    max_steps: Optional[int] = None  # in place of epochs
-    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
-    batch_size: int = 32  # of one optimizer step, over all processes
-    eval_batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.1  # share of the steps
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 where the hardware is made for it, else none
-    device: str = "auto"
-    num_processes: Optional[int] = None  # null: every visible accelerator, 1 on the CPU
-    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
-    strategy: str = "ddp"
-    report_to: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        positive("trainer.epochs", self.epochs)
-        for key in ("max_steps", "save_steps", "num_processes", "batch_size", "eval_batch_size"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
-        positive("trainer.learning_rate", self.learning_rate)
-        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
-        positive("trainer.max_grad_norm", self.max_grad_norm)
-        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
-        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
-        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
-        one_of("trainer.strategy", self.strategy, "ddp")
-        shared = f"a multiple of trainer.num_processes={self.num_processes}"
-        require(self.batch_size % (self.num_processes or 1) == 0, "trainer.batch_size", self.batch_size, shared)
-        require(not self.report_to, "trainer.report_to", self.report_to, "[]")
 
 
 @dataclass

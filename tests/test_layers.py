@@ -9,7 +9,18 @@ from pathlib import Path
 import partial_lora
 
 LAYERS = (
-    {"config", "schema", "sparsity_schema", "analysis_schema", "ranges", "errors", "progress", "results", "cache"}
+    {
+        "config",
+        "schema",
+        "sparsity_schema",
+        "trainer_schema",
+        "analysis_schema",
+        "ranges",
+        "errors",
+        "progress",
+        "results",
+        "cache",
+    }
     | {"members"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
