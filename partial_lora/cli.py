@@ -144,6 +144,9 @@ def _launched(settings: dict, stage: str) -> int:
         return 1
     if outcome.status == "skipped":
         console.print("finished before, not run again (overwrite=true runs it again)")
+    if outcome.message:  # of one of several machines, whose results another one has
+        console.print(outcome.message, highlight=False, soft_wrap=True)
+        return 0
     console.print(_closing(directory, stage))
     return 0
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
+from partial_lora import accelerate_file
 from partial_lora.ranges import one_of, positive, require
 
 _TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
@@ -60,13 +60,8 @@ class TrainerConfig:
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
         trackers = set(self.report_to) <= set(_TRACKERS)
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
-        file = self.accelerate_config
-        require(
-            file is None or Path(file).is_file(),
-            "trainer.accelerate_config",
-            file,
-            "a file that `accelerate config` makes",
-        )
+        if self.accelerate_config is not None:
+            accelerate_file.read(self.accelerate_config)
         self._check_machines()
 
     def _check_machines(self) -> None:
@@ -78,4 +73,4 @@ class TrainerConfig:
             address = self.main_process_ip
             require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")
             expected = f"a multiple of trainer.num_machines={machines}: all processes of all machines"
-            require((self.num_processes or 1) % machines == 0, "trainer.num_processes", self.num_processes, expected)
+            require((self.num_processes or 0) % machines == 0, "trainer.num_processes", self.num_processes, expected)
