@@ -49,12 +49,13 @@ class Cluster:
         return self.processes > 1 or self.kind == "deepspeed"
 
 
-def cluster_of(trainer: Mapping) -> Cluster:
-    """The processes that settings of the trainer group ask for.
+def cluster_of(settings: Mapping) -> Cluster:
+    """The processes that a run's settings ask for.
 
     What `trainer.accelerate_config` says stands where a key has its default. Raises PartialLoraError where the two do
-    not go together, or the strategy needs more processes or a library.
+    not go together, or for a strategy that needs more processes, a library or another model.
     """
+    trainer = settings["trainer"]
     said = accelerate_file.read(trainer["accelerate_config"]) if trainer["accelerate_config"] else {}
     given = {key: trainer[key] for key in _FROM_FILE}
     given |= {key: said[key] for key in _FROM_FILE if given[key] == _DEFAULTS[key] and said.get(key) is not None}
@@ -66,6 +67,8 @@ def cluster_of(trainer: Mapping) -> Cluster:
     kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(said.get("distributed_type"), trainer["strategy"])
     if kind == "fsdp":
         require(processes > 1, "trainer.strategy", kind, "ddp for a run of one process, which has nothing to share out")
+        quantization = settings["model"]["quantization"]
+        require(quantization is None, "model.quantization", quantization, "null, for trainer.strategy=fsdp")
     if kind == "deepspeed":
         found = importlib.util.find_spec("deepspeed") is not None
         require(found, accelerate_file.KEY, "DEEPSPEED", "a machine with DeepSpeed (`pip install deepspeed`)")

@@ -24,6 +24,7 @@ from partial_lora.processes import STOPPING, run_process
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
+_ASKED_TO_STOP = [128 + number for number in STOPPING]
 _RECORD = 40.0  # seconds that the record of a run which has ended may take to say so
 
 
@@ -50,7 +51,7 @@ def launch(
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
     """
-    shared = cluster.cluster_of(settings["trainer"])
+    shared = cluster.cluster_of(settings)
     if shared.rank:
         return _follow(settings, directory, shared, stage=stage, finished=finished)
     with results.locked(directory) as lock:
@@ -66,14 +67,13 @@ def launch(
 def _outcome(directory: Path, code: int) -> Outcome:
     result = results.read_result(directory) or {}
     status = result.get("status")
-    if code in (128 + number for number in STOPPING):
+    if code in _ASKED_TO_STOP:
         return Outcome(directory, "interrupted", signal.Signals(code - 128).name)
     if status == "finished":
         return Outcome(directory, "finished")
     if status == "failed":
         return Outcome(directory, "failed", result["error"])
-    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    return Outcome(directory, "failed", f"the worker was ended {ended} before it could say why")
+    return Outcome(directory, "failed", _unsaid(code))
 
 
 def _command(directory: Path, stage: str, shared: Cluster, *more: str) -> list[str]:
@@ -115,17 +115,23 @@ def _work(
         lock=lock,
         started=lambda worker: results.name_holder(lock, worker),
     )
-    if code > 0 and failure is not None:
-        _blame(directory, failure, shared)
+    if code and code not in _ASKED_TO_STOP:
+        _blame(directory, failure, shared, code)
     return code
 
 
-def _blame(directory: Path, failure: Failure, shared: Cluster) -> None:
+def _blame(directory: Path, failure: Failure | None, shared: Cluster, code: int) -> None:
     """Put into the record of a run that failed which process did first; process 0 may not have lived to write it."""
-    result = results.read_result(directory)
-    if not result or result["status"] == "finished" or (failure.rank == 0 and failure.said):
-        return
-    results.write_json(directory / results.RESULT, result | {"status": "failed", "error": _who(failure, shared)})
+    result = results.read_result(directory) or {}
+    recorded = failure is None or (failure.rank == 0 and failure.said)
+    if result.get("status") == "running" or (result.get("status") == "failed" and not recorded):
+        reason = _unsaid(code) if failure is None else _who(failure, shared)
+        results.write_json(directory / results.RESULT, result | {"status": "failed", "error": reason})
+
+
+def _unsaid(code: int) -> str:
+    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"the worker was ended {ended} before it could say why"
 
 
 def _who(failure: Failure, shared: Cluster) -> str:

@@ -21,6 +21,7 @@ from partial_lora import (
     evaluation,
     figures,
     fit,
+    fsdp,
     judges,
     loading,
     methods,
@@ -54,6 +55,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
     seed = settings["seed"]
+    sharded = fsdp.ask(settings["trainer"]["strategy"])
     world = join(settings["trainer"]["device"])
     record["device"] = world.device
 
@@ -112,6 +114,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
+    if sharded:
+        fsdp.name_blocks(adapted, settings["model"]["blocks"])
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
@@ -129,6 +133,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
+        sharded=sharded,
         **named(settings["trainer"], *fit.SETTINGS),
     )
     with timed(record, "train"):
@@ -144,9 +149,9 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
+    _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
-        _save_adapter(adapted, directory / results.ADAPTER)
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
         fit.remove_checkpoints(directory)
@@ -219,12 +224,14 @@ def _doubted(calibration: Calibration, agreement: dict) -> Calibration:
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
 
 
-def _save_adapter(adapted: PeftModel, directory: Path) -> None:
-    """Save the adapter so that its folder is there whole or not at all."""
+def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:
+    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
-    adapted.save_pretrained(temporary, save_embedding_layers=False)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    state = fsdp.adapter_state(adapted)
+    adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
+    if is_main:
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LAYERS = (
     | {"budget", "repair", "estimate", "findings"},
     {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
-    | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
+    | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch", "cluster", "processes"},
     {"train", "analysis", "examinations", "subject"},
