@@ -59,7 +59,7 @@ class ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self._seed + epoch)
 
 
-class _Trainer(Trainer):
+class _Trainer(fsdp.CheckpointsOfParts):
     """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
 
     The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several

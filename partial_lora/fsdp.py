@@ -9,21 +9,24 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
 
 from partial_lora.adapter.sharding import is_sharded, sharded_like, whole
 
+_TRAINED = "trained.safetensors"
 _ASKED = "ACCELERATE_USE_FSDP"
 _DEFAULTS = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 
 
@@ -71,6 +74,34 @@ def reduce_in_float32(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+class CheckpointsOfParts(Trainer):
+    """Trainer that keeps in a checkpoint, and takes from it, what trains, whole, where the model is shared out.
+
+    Its own way there gathers the frozen weights, too, or else misses the checkpoint that is being saved when it looks
+    for the best one; and it does not know masked factors, whose state dict has other names than their parameters.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        values = trained_values(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(values, folder / _TRAINED)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        set_trained_values(self.model, load_file(Path(resume_from_checkpoint) / _TRAINED))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()
+        set_trained_values(self.model, load_file(Path(self.state.best_model_checkpoint) / _TRAINED))
 
 
 def is_shared_out(model: nn.Module) -> bool:

@@ -151,7 +151,9 @@ class ByTexts(_OfTask):
     reduce = staticmethod(log_likelihoods)
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
-        return {"perplexity": _perplexity(said.predictions)}
+        """The perplexity of validation, and the loss over all its tokens: Trainer's own depends on batches."""
+        perplexity = _perplexity(said.predictions)
+        return {"perplexity": perplexity, "loss": float(np.log(perplexity))}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         """On test the model writes; on validation, which selects by perplexity, it does not."""
