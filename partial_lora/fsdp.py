@@ -7,6 +7,7 @@ config` says; what the run itself asks for (trainer.strategy=fsdp) goes the same
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import Trainer
 
 from partial_lora.adapter.sharding import is_sharded, sharded_like, whole
+
+logger = logging.getLogger(__name__)
 
 _TRAINED = "trained.safetensors"
 _ASKED = "ACCELERATE_USE_FSDP"
@@ -55,6 +58,7 @@ def name_blocks(model: nn.Module, blocks: str | None) -> None:
     else:
         here = {type(module).__name__ for module in base.modules()}
         names = sorted(here & set(getattr(base, "_no_split_modules", None) or ()))
+    logger.info("parameters are shared out over the processes, %s", " and ".join(names) or "the whole model as one")
     if names:
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(names))
     elif "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora import cluster, progress, results
+from partial_lora import cluster, progress, record, results
 from partial_lora.cluster import Cluster
 from partial_lora.errors import PartialLoraError
 from partial_lora.failures import Failure
@@ -122,9 +122,11 @@ def _work(
 
 def _blame(directory: Path, failure: Failure | None, shared: Cluster, code: int) -> None:
     """Put into the record of a run that failed which process did first; process 0 may not have lived to write it."""
-    result = results.read_result(directory) or {}
+    result = results.read_result(directory)
+    if result is None:
+        result = record.new(yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8")))
     recorded = failure is None or (failure.rank == 0 and failure.said)
-    if result.get("status") == "running" or (result.get("status") == "failed" and not recorded):
+    if result["status"] == "running" or (result["status"] == "failed" and not recorded):
         reason = _unsaid(code) if failure is None else _who(failure, shared)
         results.write_json(directory / results.RESULT, result | {"status": "failed", "error": reason})
 
@@ -149,6 +151,7 @@ def _follow(
     """
     if finished(directory) and not settings["overwrite"]:
         return Outcome(directory, "skipped")
+    before = results.read_result(directory)
     environment = _environment(directory, shared.processes) | cluster.environment(shared)
     del environment[progress.VARIABLE]  # process 0 tells machine 0
     log = directory.resolve() / f"train.machine{shared.rank}.log"
@@ -157,17 +160,17 @@ def _follow(
         file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
         command = _command(directory, stage, shared, "--settings", str(file), "--log", str(log))
         code, failure = run_process(command, environment, Path(own) / "launcher.log", lambda event: None)
+    if code in _ASKED_TO_STOP:
+        return _outcome(directory, code)
     if code == 0 or failure is None or failure.said:
         _await_record(directory)
-    ended = _outcome(directory, code)
-    machine = f"machine {shared.rank} of {shared.machines}"
-    if ended.status == "finished":
+    result, machine = results.read_result(directory) or {}, f"machine {shared.rank} of {shared.machines}"
+    if result.get("status") == "finished" and (code == 0 or result != before):
         return Outcome(directory, "finished", f"{machine}: finished; the results are machine 0's: {directory}")
-    if ended.status == "failed" and failure is not None:
-        recorded = (results.read_result(directory) or {}).get("status") == "failed"
-        message = ended.message if recorded and failure.said else _who(failure, shared)
-        return Outcome(directory, "failed", f"{machine}: {message}")
-    return ended
+    reason = _unsaid(code) if failure is None else _who(failure, shared)
+    if result.get("status") == "failed" and result != before and (failure is None or failure.said):
+        reason = result["error"]  # of which this machine's failure is the echo
+    return Outcome(directory, "failed", f"{machine}: {reason}")
 
 
 def _await_record(directory: Path) -> None:

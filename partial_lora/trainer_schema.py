@@ -61,8 +61,9 @@ class TrainerConfig:
         trackers = set(self.report_to) <= set(_TRACKERS)
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
         if self.accelerate_config is not None:
-            accelerate_file.read(self.accelerate_config)
-        self._check_machines()
+            accelerate_file.read(self.accelerate_config)  # and `cluster` checks what comes of both
+        else:
+            self._check_machines()
 
     def _check_machines(self) -> None:
         machines = self.num_machines
