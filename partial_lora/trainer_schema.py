@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -10,6 +11,11 @@ from partial_lora import accelerate_file
 from partial_lora.ranges import one_of, positive, require
 
 _TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+
+
+def at_once(trainer: Mapping) -> int:
+    """How many examples a process computes at once, of the settings of the trainer group."""
+    return max(1, trainer["batch_size"] // ((trainer["num_processes"] or 1) * trainer["gradient_accumulation_steps"]))
 
 
 @dataclass

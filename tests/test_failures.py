@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import failures
+from partial_lora import failures, launch, results
+from partial_lora.cluster import Cluster
+from partial_lora.failures import Failure
 
 
 @pytest.fixture
@@ -53,3 +55,27 @@ def test_nobody_said_anything(told: Path, monkeypatch) -> None:
     monkeypatch.delenv(failures.VARIABLE)
     failures.report("nobody listens")
     assert list(told.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "failure", "recorded"),
+    [
+        ("running", Failure(0, "was ended by SIGKILL", said=False), "process 0 of 2 was ended by SIGKILL"),
+        ("running", None, "the worker was ended by SIGKILL before it could say why"),
+        ("failed", Failure(1, "was ended by SIGKILL", said=False), "process 1 of 2 was ended by SIGKILL"),
+        ("failed", Failure(1, "OSError: disk full"), "process 1 of 2 failed: OSError: disk full"),
+        ("failed", Failure(0, "ValueError: no"), "its own account"),
+        ("failed", None, "its own account"),
+        ("finished", Failure(1, "was ended by SIGABRT", said=False), None),
+        (None, Failure(None, "accelerate launch: no such port"), "accelerate launch: no such port"),
+    ],
+)
+def test_the_record_of_a_run_says_what_it_failed_of(status, failure, recorded, tmp_path: Path) -> None:
+    (tmp_path / results.CONFIG).write_text("seed: 3\n")
+    if status is not None:
+        own = {"error": "its own account"} if status == "failed" else {}
+        results.write_json(tmp_path / results.RESULT, {"status": status, "seed": 3, **own})
+    launch._blame(tmp_path, failure, Cluster(processes=2), -signal.SIGKILL)
+    result = results.read_result(tmp_path)
+    assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
+    assert result.get("error") == recorded

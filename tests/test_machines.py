@@ -153,9 +153,8 @@ def processes_of(results: Path) -> dict[int, str | None]:
     return found
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_killed_process_is_named_and_none_is_left(place: Path, rank: str) -> None:
-    results = place / f"killed{rank}"
+def test_a_killed_process_is_named_and_none_is_left(place: Path) -> None:
+    results, rank = place / "killed", "0"  # which can no longer write the record
     long = ("model=tiny_vit", "method=lora", "trainer.epochs=300", "trainer.num_processes=2", "trainer.device=cpu")
     running = begin(place, *long, f"results_dir={results}")
     end = time.monotonic() + 120
