@@ -20,6 +20,8 @@ LAYERS = (
         "progress",
         "results",
         "cache",
+        "sealed",
+        "locks",
     }
     | {"members"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
