@@ -1,8 +1,8 @@
 """Checkpoints: all that a training needs to go on as if nothing had ended it, and nothing of what is frozen.
 
-A checkpoint is a sealed folder `checkpoint-STEP` (sealed.py): Trainer's state of optimizer, schedule, random numbers and
-history, the trainable parameters by name, and what this run adds to them (`Progress`). One that is not whole is never
-used.
+A checkpoint is a sealed folder `checkpoint-STEP` (sealed.py): Trainer's state of optimizer, schedule, random numbers
+and history, the trainable parameters by name, and what this run adds to them (`Progress`). One that is not whole is
+never used.
 """
 
 from __future__ import annotations

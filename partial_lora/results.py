@@ -60,12 +60,8 @@ def read_result(directory: Path, name: str = RESULT) -> dict | None:
 def is_finished(directory: Path) -> bool:
     """True where a run ended well and every file it promises is there, whole."""
     result = read_result(directory)
-    return (
-        bool(result)
-        and result["status"] == "finished"
-        and not _sparsities_alone(result)
-        and not lost(directory, result)
-    )
+    ended = bool(result) and result["status"] == "finished" and not _sparsities_alone(result)
+    return ended and not lost(directory, result)
 
 
 def lost(directory: Path, result: Mapping) -> str | None:
