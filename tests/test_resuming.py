@@ -27,10 +27,14 @@ class EndedError(Exception):
 
 
 class EndAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
+    def __init__(self, step: int, saved: bool = False) -> None:
+        self._step, self._saved = step, saved
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self._step and not self._saved:
+            raise EndedError
+
+    def on_save(self, args, state, control, **kwargs):
         if state.global_step == self._step:
             raise EndedError
 
@@ -69,12 +73,15 @@ def ended_after(step: int, directory: Path, **changes: object) -> None:
         training.train()
 
 
-@pytest.mark.parametrize(("steps", "goes_on_from"), [((1,), None), ((5,), 4), ((3, 6, 11), 10), ((12,), 10)])
-def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, steps, goes_on_from) -> None:
+ENDS = [((1,), False, None), ((5,), False, 4), ((3, 6, 11), False, 10), ((12,), False, 10), ((4, 12), True, 12)]
+
+
+@pytest.mark.parametrize(("steps", "saved", "goes_on_from"), ENDS)
+def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, steps, saved, goes_on_from) -> None:
     folder = tmp_path / results.CHECKPOINTS
     for step in steps:
         training = trainer(model(), tmp_path, **SETTINGS)
-        training.add_callback(EndAfter(step))
+        training.add_callback(EndAfter(step, saved))
         with pytest.raises(EndedError):
             training.train(checkpoints.resumable(folder, VERSIONS))
     found = checkpoints.resumable(folder, VERSIONS)
