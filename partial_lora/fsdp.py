@@ -15,21 +15,20 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from partial_lora.adapter.sharding import is_sharded, sharded_like, whole
 
 logger = logging.getLogger(__name__)
 
-_TRAINED = "trained.safetensors"
 _ASKED = "ACCELERATE_USE_FSDP"
 _DEFAULTS = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 
 
@@ -81,7 +80,7 @@ def reduce_in_float32(trainer: Trainer) -> None:
 
 
 class CheckpointsOfParts(Trainer):
-    """Trainer that keeps in a checkpoint, and takes from it, what trains, whole, where the model is shared out.
+    """Trainer whose checkpoints of a model that is shared out are those of a whole one, and take its place.
 
     Its own way there gathers the frozen weights, too, or else misses the checkpoint that is being saved when it looks
     for the best one; and it does not know masked factors, whose state dict has other names than their parameters.
@@ -90,27 +89,49 @@ class CheckpointsOfParts(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        values = trained_values(self.model)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(values, folder / _TRAINED)
-        self.accelerator.wait_for_everyone()
+        self._save(output_dir)
+        self.accelerator.wait_for_everyone()  # the others then look for it
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        set_trained_values(self.model, load_file(Path(resume_from_checkpoint) / _TRAINED))
+        let_go(self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        let_go(self.model)
+        super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
-            return super()._load_best_model()
-        set_trained_values(self.model, load_file(Path(self.state.best_model_checkpoint) / _TRAINED))
+            return super()._save_optimizer_and_scheduler(output_dir)
+        values = optimizer_values(self.optimizer)
+        if self.args.should_save:
+            torch.save(values, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        values, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        set_optimizer_values(self.optimizer, values)
+        self.lr_scheduler.load_state_dict(schedule)
 
 
 def is_shared_out(model: nn.Module) -> bool:
     """Whether this process holds parts of the model's parameters alone, and so cannot compute without its peers."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    return isinstance(model, FSDPModule) or any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def let_go(model: nn.Module) -> None:
+    """Let this process hold its parts alone again: after a forward pass it still has some parameters whole.
+
+    Those are copies. What is written into them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -121,26 +142,6 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
     if not is_shared_out(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None  # ZeRO's stage 3 gathers what is asked of it
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
-
-
-def trained_values(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, whole and on the CPU, by the names that the model gives them.
-
-    All processes have to ask for it together, and all get it.
-    """
-    return {
-        name: whole(parameter).detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def set_trained_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put `trained_values` back, into a model that may be shared out or not. Raises KeyError for one that lacks."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(sharded_like(parameter, values[name].to(parameter.device, parameter.dtype)))
 
 
 def optimizer_values(optimizer: optim.Optimizer) -> dict:

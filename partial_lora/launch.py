@@ -56,8 +56,10 @@ def launch(
         return _follow(settings, directory, shared, stage=stage, finished=finished)
     with results.locked(directory) as lock:
         if finished(directory) and not settings["overwrite"]:
+            results.remove_checkpoints(directory)  # what ended it may have come between the last two steps
             return Outcome(directory, "skipped")
-        results.clear(directory)
+        for line in results.prepare(directory, anew=settings["overwrite"]):
+            watch({"said": line})
         results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
         command = _command(directory, stage, shared)
         code = _work(command, _environment(directory, shared.processes), directory, lock, watch, shared)

@@ -14,6 +14,8 @@ from partial_lora import failures
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_STOPPED = {128 + number for number in _STOPPING}
+
 
 def main() -> None:
     """Launch, wait, and exit with 0, 1, or 128 and the number of the signal that asked to stop."""

@@ -79,6 +79,8 @@ def trainer(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         max_grad_norm=1.0,
         num_workers=0,
         gradient_accumulation_steps=parts,
+        save_total_limit=1,
+        versions={},
         **settings,
     )
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from sharded_worker import STEPS
 
-from partial_lora import fsdp, models
+from partial_lora import checkpoints, fsdp, models, results
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def alone(tmp_path_factory) -> dict:
     training.train()
     assert training.state.global_step == STEPS
     return {
-        "values": fsdp.trained_values(training.model),
+        "values": checkpoints.trainable(training.model),
         "logits": training.predict(sharded_worker.rows(13)).predictions,
     }
 
@@ -56,12 +56,14 @@ def test_the_adapter_is_saved_whole_for_plain_peft(found, alone) -> None:
     torch.testing.assert_close(logits, torch.tensor(alone["logits"]), atol=1e-5, rtol=0)
 
 
-def test_a_model_that_is_whole_keeps_and_takes_the_same_values() -> None:
-    model, other = sharded_worker.adapted(), sharded_worker.adapted(seed=3)
-    values = fsdp.trained_values(model)
-    fsdp.set_trained_values(other, values)
-    assert all(torch.equal(value, values[name]) for name, value in fsdp.trained_values(other).items())
-    with pytest.raises(KeyError):
-        fsdp.set_trained_values(other, dict(list(values.items())[1:]))
+def test_a_checkpoint_in_parts_is_one_that_a_single_process_goes_on_from(found, alone) -> None:
+    training = sharded_worker.trainer(sharded_worker.adapted(seed=3), found[0] / "early", processes=1, sharded=False)
+    training.train(found[0] / "early" / results.CHECKPOINTS / f"checkpoint-{sharded_worker.HALF}")
+    for name, value in checkpoints.trainable(training.model).items():
+        torch.testing.assert_close(value, alone["values"][name], atol=1e-5, rtol=0)
+
+
+def test_a_model_that_is_whole_is_saved_as_it_is() -> None:
+    model = sharded_worker.adapted()
     assert not fsdp.is_shared_out(model)
     assert fsdp.adapter_state(model) is None

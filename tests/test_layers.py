@@ -20,6 +20,8 @@ LAYERS = (
         "progress",
         "results",
         "cache",
+        "sealed",
+        "locks",
     }
     | {"members", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
@@ -29,11 +31,25 @@ LAYERS = (
     | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
-    {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
+    {
+        "methods",
+        "fit",
+        "checkpoints",
+        "resuming",
+        "callbacks",
+        "evaluation",
+        "report",
+        "figures",
+        "parameters",
+        "record",
+        "world",
+        "watch",
+    }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch", "cluster", "processes"},
+    {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
     {
         "worker",
