@@ -11,10 +11,12 @@ from pathlib import Path
 
 from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
+    redact_output()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):

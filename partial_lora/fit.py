@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -135,6 +135,7 @@ def trainer(
     length_grouped: bool = False,
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     reads_tokens: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
@@ -143,7 +144,7 @@ def trainer(
     steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best, and of equals the
     loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's
     logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one batch.
-    `reads_tokens`: tokens are counted, so that progress tells how many a second.
+    `reads_tokens`: tokens are counted, so that progress tells how many a second. `callbacks`: further ones.
     """
     if batch_size % world_size:
         raise PartialLoraError(
@@ -206,7 +207,7 @@ def trainer(
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[Progress(), StopOnNonFinite()],
+        callbacks=[*callbacks, Progress(), StopOnNonFinite()],
     )
     fit.remove_callback(PrinterCallback)
     fit.remove_callback(ProgressCallback)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora import progress, results
+from partial_lora import handover, progress, results
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redacted
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,10 +55,11 @@ def launch(
         if finished(directory) and not settings["overwrite"]:
             return Outcome(directory, "skipped")
         results.clear(directory)
-        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(redacted(settings), sort_keys=False))
         processes = _processes(settings)
         command = _command(directory, stage, processes)
-        code = _work(command, _environment(directory, processes), directory, lock, watch)
+        environment = _environment(directory, processes) | handover.variables(settings)
+        code = _work(command, environment, directory, lock, watch)
         return _outcome(directory, code)
 
 

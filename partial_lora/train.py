@@ -32,6 +32,7 @@ from partial_lora import (
 )
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration import Calibration
+from partial_lora.config import flatten
 from partial_lora.fewshot import calibrate_few_shot, halves_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
 from partial_lora.loading import named
@@ -39,6 +40,7 @@ from partial_lora.peers import Peers, of_first
 from partial_lora.record import timed
 from partial_lora.reliability import verdict
 from partial_lora.targets import target_names
+from partial_lora.tracking import Tracking
 from partial_lora.world import join
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,12 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+    tracking = Tracking(
+        settings["trainer"]["report_to"] if world.is_main else [],
+        directory=directory,
+        results_dir=Path(settings["results_dir"]),
+        parameters=flatten(settings),
+    )
     trainer = fit.trainer(
         adapted,
         train=rows["train"],
@@ -129,14 +137,15 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
+        callbacks=[tracking],
         **named(settings["trainer"], *fit.SETTINGS),
     )
-    with timed(record, "train"):
+    with timed(record, "train"), tracking:
         trained = trainer.train()
     record["history"] = trainer.state.log_history
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
-    with timed(record, "evaluate"):
+    with timed(record, "evaluate"), tracking:
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trained.training_loss))}}
@@ -150,6 +159,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
         fit.remove_checkpoints(directory)
+    measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
+    tracking.finish(measured, trainer.state.global_step)
 
 
 def _importance(

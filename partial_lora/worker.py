@@ -12,21 +12,20 @@ import signal
 import sys
 from pathlib import Path
 
-import yaml
-
-from partial_lora import record, results
+from partial_lora import handover, record, results
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output, redacted
 
 logger = logging.getLogger("partial_lora.worker")
 
 
 def work(directory: Path, stage: str) -> int:
-    """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code."""
+    """Do the run that belongs in `directory` and leave a record of how it ended; gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
-    settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
+    settings = handover.taken(directory)
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
     try:
@@ -42,7 +41,7 @@ def work(directory: Path, stage: str) -> int:
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
-        entry |= {"status": "failed", "error": _in_one_line(error)}
+        entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", entry["error"])
@@ -85,6 +84,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
     arguments = parser.parse_args()
+    redact_output()  # before any library takes hold of the streams
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)

@@ -20,6 +20,8 @@ LAYERS = (
         "progress",
         "results",
         "cache",
+        "redaction",
+        "handover",
     }
     | {"members"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
@@ -29,7 +31,7 @@ LAYERS = (
     | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
-    {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
+    {"methods", "fit", "callbacks", "trackers", "tracking", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
