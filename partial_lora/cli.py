@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from partial_lora import remote_code
 from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import redact_output
@@ -17,6 +18,7 @@ from partial_lora.redaction import redact_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     redact_output()
+    remote_code.refuse()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):

@@ -170,6 +170,7 @@ class Wandb:
             self._run = wandb.init(**settings)
         except Exception as error:
             logger.warning("wandb: %s; it is kept in %s for `wandb sync`", said(error), run.directory / "wandb")
+            wandb.teardown()  # which forgets the attempt: the run's id would count as taken
             self._run = wandb.init(**settings, mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -214,7 +215,7 @@ def said(error: BaseException) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the right to add to a folder that several processes share; waits for whoever has it."""
-    descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

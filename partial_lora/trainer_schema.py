@@ -62,9 +62,7 @@ class TrainerConfig:
         trackers = set(self.report_to) <= set(_TRACKERS)
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
         missing = [_TRACKERS[name] for name in self.report_to if not _installed(name)]
-        to_do = (
-            f"trackers that are installed: `pip install {' '.join(missing)}`, or `pip install partial-lora[trackers]`"
-        )
+        to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
         require(not missing, "trainer.report_to", self.report_to, to_do)
         file = self.accelerate_config
         require(

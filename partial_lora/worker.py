@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from partial_lora import handover, record, results
+from partial_lora import handover, record, remote_code, results
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import redact_output, redacted
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
     arguments = parser.parse_args()
     redact_output()  # before any library takes hold of the streams
+    remote_code.refuse()
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)

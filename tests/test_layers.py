@@ -21,6 +21,7 @@ LAYERS = (
         "results",
         "cache",
         "redaction",
+        "remote_code",
         "handover",
     }
     | {"members"},
