@@ -5,17 +5,17 @@ Each is one small class: opened with what a run is, told numbers, ended. It may 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from partial_lora.locks import alone
 from partial_lora.redaction import redacted
 
 PROJECT = "partial-lora"  # an experiment, as MLflow says
@@ -97,12 +97,10 @@ class MLflow:
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:
-            run.store.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(uri or run.store.as_uri())
         self.known = run.known
         if self.known is None or not self._goes_on():
-            with nullcontext() if uri else _alone(run.store):  # of two runs at once both would make the experiment
+            with nullcontext() if uri else alone(run.store / "experiments", "add to"):  # which two at once would both
                 experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
             self.known = self._client.create_run(experiment, run_name=run.name).info.run_id
             self._log_parameters(run.parameters)
@@ -210,14 +208,3 @@ TRACKERS: dict[str, Callable[[Described], Tracker]] = {
 def said(error: BaseException) -> str:
     """An exception in one line of some length, without credentials."""
     return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the right to add to a folder that several processes share; waits for whoever has it."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

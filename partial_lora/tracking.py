@@ -19,10 +19,9 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.redaction import redacted
+from partial_lora.results import TRACKERS as KNOWN
 from partial_lora.results import write_json
 from partial_lora.trackers import DEFAULTS, TRACKERS, Described, Tracker, said
-
-KNOWN = "trackers.json"  # what the trackers call a run, so that a resumed one goes on in the same place
 
 logger = logging.getLogger(__name__)
 
