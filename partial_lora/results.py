@@ -103,9 +103,9 @@ def is_calibrated(directory: Path) -> bool:
 def prepare(directory: Path, *, anew: bool) -> list[str]:
     """Make a run's directory ready for another attempt; gives what there is to say of what was found, a line each.
 
-    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, what trackers keep there,
-    and its record under another name. All else goes, result.json first: whatever is still there when this is interrupted belongs to no
-    finished run. With `anew` nothing stays but the lock, which is held.
+    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, what trackers keep, and
+    its record under another name. All else goes, result.json first: whatever is still there when this is interrupted
+    belongs to no finished run. With `anew` nothing stays but the lock, which is held.
     """
     said, record = [], directory / RESULT
     result = read_result(directory)

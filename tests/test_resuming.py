@@ -113,9 +113,7 @@ def ended_with_two(directory: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
-)
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"])
 @pytest.mark.parametrize("cut", [None, 0.5])
 def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(tmp_path: Path, caplog, file: str, cut) -> None:
     folder = ended_with_two(tmp_path)
@@ -174,9 +172,7 @@ def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: 
 
     sealed = resuming.seal
     monkeypatch.setattr(resuming, "seal", fails_at_the_second)
-    with pytest.raises(
-        PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"
-    ):
+    with pytest.raises(PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"):
         training.train()
     monkeypatch.undo()
     folder = tmp_path / results.CHECKPOINTS
