@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from partial_lora.models import bundled, hub
+from partial_lora.redaction import redacted
 
 RANDOM = "random"
 
@@ -27,5 +28,5 @@ def folder_of(
 def name_after(model, weights: str) -> None:
     """Let a model, and so an adapter that is saved of it, name its base as the user does and not by our cache."""
     if not weights.startswith(bundled.PREFIX):
-        name = weights if Path(weights).is_dir() else weights.partition("@")[0]
+        name = redacted(weights) if Path(weights).is_dir() else weights.partition("@")[0]
         model.name_or_path = model.config.name_or_path = name
