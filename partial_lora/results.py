@@ -154,7 +154,9 @@ def locked(directory: Path) -> Iterator[int]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise PartialLoraError(f"results_dir: cannot write to {directory}: {error.strerror}") from error
+        raise PartialLoraError(
+            f"results_dir: cannot write to {directory}: {error.strerror}; set it to a folder that can be written"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,15 @@ def said(history: list[dict]) -> dict[str, dict[int, float]]:
 
 def without_clock(points: Mapping[str, dict]) -> dict[str, dict]:
     return {name: of for name, of in points.items() if not any(word in name for word in ("second", "runtime", "flos"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment():
+    """What trackers are told by way of the environment ends with these tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
