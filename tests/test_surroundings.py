@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from finished_runs import override, picture_files
+from huggingface_hub import HfApi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import settings
 from test_tracking import in_mlflow, said, without_clock
 
-from partial_lora import config
+from partial_lora import config, tasks
+from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import HIDDEN
+from partial_lora.tasks import hub
 
 SECRET = "correct-horse-battery-staple"  # without the shape of a token: only the environment says what it is
 TINY = ("model=tiny_vit", "method=lora", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.device=cpu")
@@ -106,20 +109,19 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
     assert holding(place / "failed", SECRET) == []
 
 
-def test_a_data_set_out_of_reach_says_what_to_do(secretive) -> None:
-    done = command(
-        secretive.place,
-        "train",
-        *TINY,
-        "task=sst2",
-        "model=tiny_bert",
-        "results_dir=failed",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert "task=sst2: cannot fetch nyu-mll/glue from the model hub (" in line
-    assert "task.data_files={train: FILE.parquet" in line
+def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(PartialLoraError, match=r"^task=own: cannot fetch no/such-rows from the model hub \(.*refused"):
+        tasks.load(name="own", path="no/such-rows", modality="image")
+
+
+def test_a_traceback_of_a_worker_hides_secrets_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"{{broken: [{SECRET}")
+    worker = [sys.executable, "-m", "partial_lora.worker", str(tmp_path), "--stage", "train"]
+    done = subprocess.run(worker, env=os.environ | {"HF_TOKEN": SECRET}, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+    assert f"{{broken: [{HIDDEN}" in done.stderr
+    assert SECRET not in done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import settings
 from test_fit import trainer
-from test_resuming import SETTINGS, VERSIONS, EndAfter, Ended, model
+from test_resuming import SETTINGS, VERSIONS, EndAfter, EndedError, model
 from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora import checkpoints, results, trackers, trainer_schema
@@ -102,7 +102,7 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
             told.finish(MEASURED, training.state.global_step)
         else:
             training.add_callback(EndAfter(step))
-            with pytest.raises(Ended), told:
+            with pytest.raises(EndedError), told:
                 training.train(resumed)
         status.append(stored(place).info.status)
     return SimpleNamespace(place=place, history=training.state.log_history, status=status)
@@ -203,8 +203,8 @@ def test_a_run_is_described_told_and_ended(stand_in: StandIn, tmp_path: Path) ->
         told.on_train_begin(None, SimpleNamespace(global_step=0), None)
         told.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 0.5, "what": "words"})
         if failing:
-            with pytest.raises(Ended), told:
-                raise Ended
+            with pytest.raises(EndedError), told:
+                raise EndedError
     told.finish(MEASURED, 2)
     first, second = stand_in.given("init")
     assert (first["project"], first["name"]) == ("partial-lora", "digits/tiny/partial-01234567/seed0")
