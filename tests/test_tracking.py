@@ -104,6 +104,8 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
             training.add_callback(EndAfter(step))
             with pytest.raises(EndedError), told:
                 training.train(resumed)
+            results.write_json(run_directory(place) / results.RESULT, {"status": "failed"})
+            results.prepare(run_directory(place), anew=False)
         status.append(stored(place).info.status)
     return SimpleNamespace(place=place, history=training.state.log_history, status=status)
 
@@ -142,6 +144,16 @@ def test_parameters_are_the_settings_without_their_credentials(ended_twice) -> N
     assert parameters["model.weights"] == f"https://host/?token={HIDDEN}"
     files = [path for path in ended_twice.place.rglob("*") if path.is_file()]
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_run_that_is_done_anew_is_another_one(tmp_path: Path) -> None:
+    tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 3)
+    first = stored(tmp_path).info.run_id
+    results.prepare(run_directory(tmp_path), anew=True)
+    MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
+    tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 4)
+    assert stored(tmp_path).info.run_id != first
+    assert in_tensorboard(tmp_path)["test/accuracy"] == in_mlflow(tmp_path)["test/accuracy"] == {4: 0.75}
 
 
 def test_a_store_that_has_lost_the_run_gets_a_new_one(tmp_path: Path) -> None:
