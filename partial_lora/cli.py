@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from partial_lora import remote_code
 from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output
+
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
+    redact_output()
+    remote_code.refuse()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
@@ -24,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _parsed(arguments)
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is None:
+            raise
+        place = f"cannot write to {error.filename}: {error.strerror}"
+        print(f"partial-lora: results_dir: {place}; set it to a folder that can be written", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130

@@ -54,7 +54,11 @@ def compose(
     codes: list[int] = []
 
     def job(composed) -> None:
-        codes.append(work(resolve(composed)))
+        try:
+            codes.append(work(resolve(composed)))
+        except PartialLoraError as error:  # said here: Hydra would add lines of its own
+            print(f"partial-lora: {error}", file=sys.stderr)
+            codes.append(USAGE_ERROR)
         if codes[-1] > USAGE_ERROR:  # interrupted: no further run of a sweep starts
             raise SystemExit(codes[-1])
 

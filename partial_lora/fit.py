@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -159,6 +159,7 @@ def trainer(
     reads_tokens: bool = False,
     gradient_accumulation_steps: int = 1,
     sharded: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
@@ -170,6 +171,7 @@ def trainer(
     `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows
     have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that
     progress tells how many a second. `sharded`: parameters are shared out over the processes.
+    `callbacks`: further ones.
     """
     parts = world_size * gradient_accumulation_steps
     times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
@@ -238,7 +240,7 @@ def trainer(
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
+        callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
     )
     if sharded:
         fsdp.reduce_in_float32(fit)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora import cluster, progress, record, results
+from partial_lora import cluster, handover, progress, record, results
 from partial_lora.cluster import Cluster
 from partial_lora.errors import PartialLoraError
 from partial_lora.failures import Failure
 from partial_lora.processes import STOPPING, run_process
+from partial_lora.redaction import redacted
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -60,9 +61,10 @@ def launch(
             return Outcome(directory, "skipped")
         for line in results.prepare(directory, anew=settings["overwrite"]):
             watch({"said": line})
-        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(redacted(settings), sort_keys=False))
         command = _command(directory, stage, shared)
-        code = _work(command, _environment(directory, shared.processes), directory, lock, watch, shared)
+        environment = _environment(directory, shared.processes) | handover.variables(settings)
+        code = _work(command, environment, directory, lock, watch, shared)
         return _outcome(directory, code)
 
 
@@ -155,12 +157,11 @@ def _follow(
         return Outcome(directory, "skipped")
     before = results.read_result(directory)
     environment = _environment(directory, shared.processes) | cluster.environment(shared)
+    environment |= handover.variables(settings)
     del environment[progress.VARIABLE]  # process 0 tells machine 0
     log = directory.resolve() / f"train.machine{shared.rank}.log"
+    command = _command(directory, stage, shared, "--log", str(log))
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
-        file = Path(own) / results.CONFIG
-        file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
-        command = _command(directory, stage, shared, "--settings", str(file), "--log", str(log))
         code, failure = run_process(command, environment, Path(own) / "launcher.log", lambda event: None)
     if code in _ASKED_TO_STOP:
         return _outcome(directory, code)

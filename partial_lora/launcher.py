@@ -11,6 +11,7 @@ import signal
 import sys
 
 from partial_lora import failures
+from partial_lora.redaction import redacted
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -40,7 +41,7 @@ def main() -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        failures.report(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}")
+        failures.report(redacted(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}"))
         raise
 
 

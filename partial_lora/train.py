@@ -31,11 +31,13 @@ from partial_lora import (
     results,
 )
 from partial_lora.adapter import module_sparsity
+from partial_lora.config import flatten
 from partial_lora.fewshot import halves_few_shot
 from partial_lora.loading import named
 from partial_lora.peers import of_first
 from partial_lora.record import timed
 from partial_lora.targets import target_names
+from partial_lora.tracking import Tracking
 from partial_lora.world import join
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,12 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     if sharded:
         fsdp.name_blocks(adapted, settings["model"]["blocks"])
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+    tracking = Tracking(
+        settings["trainer"]["report_to"] if world.is_main else [],
+        directory=directory,
+        results_dir=Path(settings["results_dir"]),
+        parameters=flatten(settings),
+    )
     trainer = fit.trainer(
         adapted,
         train=rows["train"],
@@ -134,17 +142,19 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         world_size=world.size,
         seed=seed,
         sharded=sharded,
+        callbacks=[tracking],
         versions=record["versions"],
         **named(settings["trainer"], *fit.SETTINGS),
     )
     resumed = of_first(world, lambda: checkpoints.resumable(directory / results.CHECKPOINTS, record["versions"]))
     record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
-    trainer.train(resumed)
+    with tracking:
+        trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = trainer.state.log_history
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
-    with timed(record, "evaluate"):
+    with timed(record, "evaluate"), tracking:
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
@@ -157,6 +167,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
+    measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
+    tracking.finish(measured, trainer.state.global_step)
 
 
 def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:

@@ -13,26 +13,22 @@ import signal
 import sys
 from pathlib import Path
 
-import yaml
-
-from partial_lora import failures, record, results
+from partial_lora import failures, handover, record, remote_code, results
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output, redacted
 
 logger = logging.getLogger("partial_lora.worker")
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def work(directory: Path, stage: str, settings_file: Path | None = None) -> int:
-    """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code.
-
-    settings_file: where else they lie, on another machine than the one whose parent has the directory.
-    """
+def work(directory: Path, stage: str) -> int:
+    """Do the run that belongs in `directory` and leave a record of how it ended; gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
-    settings = yaml.safe_load((settings_file or directory / results.CONFIG).read_text(encoding="utf-8"))
+    settings = handover.taken(directory)
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
     earlier = results.read_result(directory, results.EARLIER)
@@ -51,7 +47,7 @@ def work(directory: Path, stage: str, settings_file: Path | None = None) -> int:
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
-        entry |= {"status": "failed", "error": _in_one_line(error)}
+        entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
             failures.report(entry["error"])
         if not isinstance(error, PartialLoraError):
@@ -113,14 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
-    parser.add_argument("--settings", type=Path, help="where they lie, if not in DIRECTORY")
     parser.add_argument("--log", type=Path, help="where output goes, if not where the launcher's does")
     arguments = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         _end_with_launcher()
     if arguments.log:
         _write_to(arguments.log)
-    code = work(arguments.directory, arguments.stage, arguments.settings)
+    redact_output()  # before any library takes hold of the streams
+    remote_code.refuse()
+    code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)
     sys.exit(code)

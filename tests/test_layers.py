@@ -22,6 +22,9 @@ LAYERS = (
         "cache",
         "sealed",
         "locks",
+        "redaction",
+        "remote_code",
+        "handover",
     }
     | {"members", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
@@ -37,6 +40,8 @@ LAYERS = (
         "checkpoints",
         "resuming",
         "callbacks",
+        "trackers",
+        "tracking",
         "evaluation",
         "report",
         "figures",
