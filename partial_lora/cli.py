@@ -157,6 +157,9 @@ def _launched(settings: dict, stage: str) -> int:
         return 1
     if outcome.status == "skipped":
         console.print("finished before, not run again (overwrite=true runs it again)")
+    if outcome.message:  # of one of several machines, whose results another one has
+        console.print(outcome.message, highlight=False, soft_wrap=True)
+        return 0
     console.print(_closing(directory, stage))
     return 0
 
@@ -174,6 +177,7 @@ def _info(settings: dict) -> int:
 
     from partial_lora import parameters
     from partial_lora.outline import outline
+    from partial_lora.trainer_schema import at_once
 
     found = outline(settings)
     console = Console()
@@ -184,7 +188,7 @@ def _info(settings: dict) -> int:
     said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
     if found.memory:
         trainer, length = settings["trainer"], settings["model"]["max_length"]
-        said += f"; memory is for {trainer['batch_size']} sequences of {length} tokens a step, and an estimate"
+        said += f"; memory is for {at_once(trainer)} sequences of {length} tokens at once, and an estimate"
     console.print(said, highlight=False, soft_wrap=True)
     return 0
 

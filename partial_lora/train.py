@@ -21,6 +21,7 @@ from partial_lora import (
     evaluation,
     figures,
     fit,
+    fsdp,
     judges,
     loading,
     methods,
@@ -52,6 +53,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
     seed = settings["seed"]
+    sharded = fsdp.ask(settings["trainer"]["strategy"])
     world = join(settings["trainer"]["device"])
     record["device"] = world.device
 
@@ -114,6 +116,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
+    if sharded:
+        fsdp.name_blocks(adapted, settings["model"]["blocks"])
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     tracking = Tracking(
         settings["trainer"]["report_to"] if world.is_main else [],
@@ -138,6 +142,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         world_size=world.size,
         seed=seed,
         callbacks=[tracking],
+        sharded=sharded,
         versions=record["versions"],
         **named(settings["trainer"], *fit.SETTINGS),
     )
@@ -157,21 +162,23 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
+    _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
-        _save_adapter(adapted, directory / results.ADAPTER)
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
     measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
     tracking.finish(measured, trainer.state.global_step)
 
 
-def _save_adapter(adapted: PeftModel, directory: Path) -> None:
-    """Save the adapter so that its folder is there whole or not at all."""
+def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:
+    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
-    adapted.save_pretrained(temporary, save_embedding_layers=False)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    state = fsdp.adapter_state(adapted)
+    adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
+    if is_main:
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
 
 
 if __name__ == "__main__":

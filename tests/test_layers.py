@@ -26,7 +26,7 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members"},
+    | {"members", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
@@ -51,12 +51,21 @@ LAYERS = (
         "watch",
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
-    | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
+    | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
-    {"launch"},
+    {"launch", "cluster", "processes"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
-    {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
+    {
+        "worker",
+        "launcher",
+        "cli",
+        "composition",
+        "analysis_command",
+        "evaluate_command",
+        "predict_command",
+        "theory_command",
+    },
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent
