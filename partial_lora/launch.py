@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,13 @@ class Outcome:
 
 
 def launch(
-    settings: Mapping, directory: Path, *, stage: str, watch: Callable[[dict], None], finished: Callable[[Path], bool]
+    settings: Mapping,
+    directory: Path,
+    *,
+    stage: str,
+    watch: Callable[[dict], None],
+    finished: Callable[[Path], bool],
+    asked: Callable[[], Sequence[int]] = tuple,
 ) -> Outcome:
     """Do a run in `directory` unless it is finished there, and say how it ended.
 
@@ -46,6 +52,7 @@ def launch(
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
         finished: says whether a directory holds what the stage makes.
+        asked: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
@@ -57,7 +64,7 @@ def launch(
         results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
         processes = _processes(settings)
         command = _command(directory, stage, processes)
-        code = _work(command, _environment(directory, processes), directory, lock, watch)
+        code = _work(command, _environment(directory, processes), directory, lock, watch, asked)
         return _outcome(directory, code)
 
 
@@ -112,7 +119,12 @@ def _environment(directory: Path, processes: int) -> dict[str, str]:
 
 
 def _work(
-    command: list[str], environment: Mapping[str, str], directory: Path, lock: int, watch: Callable[[dict], None]
+    command: list[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    lock: int,
+    watch: Callable[[dict], None],
+    asked: Callable[[], Sequence[int]],
 ) -> int:
     """Run a worker to its end and give its exit code; its output is the run's log, its lock outlives the parent."""
     events = progress.Reader(Path(environment[progress.VARIABLE]))
@@ -123,13 +135,18 @@ def _work(
             )
         stop.tell(worker)
         results.name_holder(lock, worker.pid)
-        while worker.poll() is None:
-            _tell(events, watch)
-            stop.remind()
-            try:
-                worker.wait(_LOOK)
-            except subprocess.TimeoutExpired:
-                continue
+        try:
+            while worker.poll() is None:
+                _tell(events, watch)
+                for number in asked()[len(stop.received) :]:
+                    stop(number, None)
+                stop.remind()
+                with suppress(subprocess.TimeoutExpired):
+                    worker.wait(_LOOK)
+        except BaseException:  # of `watch`, or of a launcher that ends its job: nobody would look after the worker
+            worker.terminate()
+            worker.wait()
+            raise
         _tell(events, watch)
     events.path.unlink(missing_ok=True)
     return 128 + stop.received[0] if stop.received else worker.returncode

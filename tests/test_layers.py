@@ -19,6 +19,7 @@ LAYERS = (
         "errors",
         "progress",
         "results",
+        "ledger",
         "cache",
     }
     | {"members"},
@@ -33,9 +34,10 @@ LAYERS = (
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
-    {"launch"},
+    {"launch", "running", "summing"},
     {"train", "analysis", "examinations", "subject"},
-    {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
+    {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"}
+    | {"plan", "sweep", "job"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent

@@ -1,0 +1,98 @@
+"""What became of the runs of a sweep, as a table."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+_NONE = "–"  # for what does not apply
+_LOST = "its process was ended before it could say why"
+_BEFORE = "finished before"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its name, how it ended, its exit code, and what there is to tell of it."""
+
+    name: str
+    status: str
+    code: int
+    seconds: float | None = None
+    metric: str = ""
+    test: float | None = None
+    reason: str = ""
+
+
+def names(combinations: Sequence[Sequence[str]]) -> list[str]:
+    """What tells the runs of a sweep apart: the overrides that not all of them have."""
+    counts = Counter(override for overrides in combinations for override in set(overrides))
+    return [
+        " ".join(override for override in overrides if counts[override] < len(combinations))
+        for overrides in combinations
+    ]
+
+
+def rows(entries: Mapping[int, Mapping], planned: Sequence[str] | None, asked: Sequence[int]) -> list[Row]:
+    """A row for every run, from the entries of the jobs.
+
+    planned: the names of all runs there should be; None where a sampler chose them. asked: the signals that stopped the
+    sweep.
+    """
+    if planned is None:
+        found = dict(zip(entries, names([entry["overrides"] for entry in entries.values()]), strict=True))
+    else:
+        found = dict(enumerate(planned))
+    return [_row(name, entries.get(number), asked) for number, name in found.items()]
+
+
+def _row(name: str, entry: Mapping | None, asked: Sequence[int]) -> Row:
+    if entry is None:
+        return Row(name, "not started", 0 if asked else 1)
+    name = name or entry.get("directory") or " ".join(entry["overrides"])
+    if entry["status"] == "running":  # its job did not live to say more
+        stopped = f"interrupted by {signal.Signals(asked[0]).name}; run the command again to redo it" if asked else ""
+        return (
+            Row(name, "interrupted", 128 + asked[0], reason=stopped) if asked else Row(name, "failed", 1, reason=_LOST)
+        )
+    skipped = entry["status"] == "skipped"
+    seconds = None if skipped else entry.get("seconds")
+    reason = _BEFORE if skipped else entry.get("reason", "")
+    return Row(name, entry["status"], entry["code"], seconds, entry.get("metric", ""), entry.get("test"), reason)
+
+
+def said(entry: Mapping) -> str:
+    """An entry in a few words."""
+    if entry["status"] == "running":
+        return "started"
+    if entry.get("test") is not None:
+        return f"{entry['status']}, test {entry['metric']} {entry['test']:.4f}"
+    return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
+
+
+def table(found: Sequence[Row]) -> Table:
+    """The rows as they are printed; long reasons are folded."""
+    metrics = {row.metric for row in found if row.metric}
+    one = f"test {metrics.pop()}" if len(metrics) == 1 else None
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    drawn.add_column("run", overflow="fold")
+    drawn.add_column("status", no_wrap=True)
+    drawn.add_column("seconds", justify="right", no_wrap=True)
+    drawn.add_column(one or "test", justify="right")
+    drawn.add_column("why", overflow="fold")
+    for row in found:
+        seconds = _NONE if row.seconds is None else f"{row.seconds:,.1f}"
+        test = _NONE if row.test is None else f"{row.test:.4f}" if one else f"{row.metric} {row.test:.4f}"
+        drawn.add_row(Text(row.name), row.status, seconds, test, Text(row.reason))
+    return drawn
+
+
+def counted(found: Sequence[Row]) -> str:
+    """How many runs ended in which way."""
+    counts = Counter(row.status for row in found)
+    return f"{len(found)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items())
