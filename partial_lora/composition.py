@@ -98,13 +98,15 @@ def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Hydra would merge the files of a list of groups into one; nobody means that."""
+    """Hydra would merge the files of a list of groups into one, or take a plug-in's name for its settings."""
     from partial_lora.config import GROUPS
 
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+        if key in ("hydra.launcher", "hydra.sweeper"):
+            raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
 
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
@@ -127,7 +129,9 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = getattr(cause, "full_key", None)
     if lines[0].startswith("Could not override"):
-        return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
+        key = lines[0].split("'")[1]
+        about = "hydra" if key.startswith("hydra.") else "job"
+        return f"{key}: no such key; `partial-lora train --cfg {about}` lists the keys there are"
     if key:
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"

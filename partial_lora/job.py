@@ -89,7 +89,8 @@ class Job:
             outcome = running.run(settings, self.stage, shown=here, asked=self.ledger.asked)
         found = {"status": outcome.status, "code": running.code(outcome)}
         if found["code"]:
-            return found | {"reason": running.reason(outcome)}
+            interrupted = outcome.status == "interrupted"
+            return found | {"reason": outcome.message if interrupted else running.reason(outcome)}
         return found | _metrics(results.read_result(outcome.directory))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ class Plan:
             the first of the values, or the middle one, that each key may get.
         refused: why runs cannot be, a line each.
         is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: where Hydra writes of it.
+        swept: the keys in which its runs differ.
         direction: what a sampler aims at, where it has such a key.
     """
 
@@ -30,12 +31,17 @@ class Plan:
     launcher: str = "basic"
     sweeper: str = "basic"
     sweep_dir: Path = Path()
+    swept: frozenset[str] = frozenset()
     direction: str | None = None
 
     @property
     def is_sampled(self) -> bool:
         """True where the sweeper chooses each run by what others came to."""
         return self.sweeper != "basic"
+
+    def name(self, overrides: Sequence[str]) -> str:
+        """What tells a run from the others: the overrides of swept keys."""
+        return " ".join(override for override in overrides if override.partition("=")[0] in self.swept)
 
 
 def plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], dict]) -> Plan:
@@ -57,13 +63,15 @@ def plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], d
     master = composed(RunMode.MULTIRUN)
     choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
     chosen = {"launcher": choices["hydra/launcher"], "sweeper": choices["hydra/sweeper"]}
-    overrides = _combinations(hydra, master) if chosen["sweeper"] == "basic" else [_example(master)]
+    given = _given(master, hydra.config_loader)
+    overrides = _combinations(given) if chosen["sweeper"] == "basic" else [_example(given)]
     runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in overrides)
     return _checked(
         runs,
         resolve,
         is_sweep=True,
         sweep_dir=Path(master.hydra.sweep.dir),
+        swept=frozenset(override.get_key_element() for override in given if override.is_sweep_override()),
         direction=_name(sweeper.direction) if "direction" in sweeper else None,
         **chosen,
     )
@@ -102,27 +110,31 @@ def _checked(runs, resolve: Callable[[object], dict], **known: object) -> Plan:
     return Plan(settings, list(dict.fromkeys(refused)), **known)
 
 
-def _parsed(master, config_loader=None) -> Iterator:
+def _given(master, config_loader) -> list:
     """The overrides of a sweep: those of its sweeper's params, then those of the command line."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     params = master.hydra.sweeper.get("params") or {}
     given = [f"{key}={value}" for key, value in params.items() if isinstance(value, (str, int, float))]
     parser = OverridesParser.create(config_loader=config_loader)
-    yield from parser.parse_overrides([*given, *master.hydra.overrides.task])
+    return parser.parse_overrides([*given, *master.hydra.overrides.task])
 
 
-def _combinations(hydra, master) -> list[list[str]]:
+def _combinations(given: list) -> list[list[str]]:
     """What Hydra's own sweeper runs, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    return BasicSweeper.split_arguments(list(_parsed(master, hydra.config_loader)), None)[0]
+    for override in given:
+        if override.is_interval_sweep():
+            expected = "expected values, or a sampler: hydra/sweeper=optuna"
+            raise PartialLoraError(f"{override.input_line}: an interval has no end of values; {expected}")
+    return BasicSweeper.split_arguments(given, None)[0]
 
 
-def _example(master) -> list[str]:
+def _example(given: list) -> list[str]:
     """One combination of those a sampler may choose."""
     found = {}
-    for override in _parsed(master):
+    for override in given:
         if override.is_interval_sweep():
             value = str(_middle(override.value()))
         elif override.is_sweep_override():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.text import Text
 
 _NONE = "–"  # for what does not apply
 _LOST = "its process was ended before it could say why"
-_BEFORE = "finished before"
+_LONGEST = 160  # characters of a reason in a table
 
 
 @dataclass(frozen=True)
@@ -29,26 +30,13 @@ class Row:
     reason: str = ""
 
 
-def names(combinations: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the runs of a sweep apart: the overrides that not all of them have."""
-    counts = Counter(override for overrides in combinations for override in set(overrides))
-    return [
-        " ".join(override for override in overrides if counts[override] < len(combinations))
-        for overrides in combinations
-    ]
+def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], asked: Sequence[int]) -> list[Row]:
+    """A row for every run.
 
-
-def rows(entries: Mapping[int, Mapping], planned: Sequence[str] | None, asked: Sequence[int]) -> list[Row]:
-    """A row for every run, from the entries of the jobs.
-
-    planned: the names of all runs there should be; None where a sampler chose them. asked: the signals that stopped the
-    sweep.
+    entries: what the jobs say, by their numbers. names: of all runs there should be, by their jobs' numbers. asked: the
+    signals that stopped the sweep.
     """
-    if planned is None:
-        found = dict(zip(entries, names([entry["overrides"] for entry in entries.values()]), strict=True))
-    else:
-        found = dict(enumerate(planned))
-    return [_row(name, entries.get(number), asked) for number, name in found.items()]
+    return [_row(name, entries.get(number), asked) for number, name in names.items()]
 
 
 def _row(name: str, entry: Mapping | None, asked: Sequence[int]) -> Row:
@@ -62,8 +50,8 @@ def _row(name: str, entry: Mapping | None, asked: Sequence[int]) -> Row:
         )
     skipped = entry["status"] == "skipped"
     seconds = None if skipped else entry.get("seconds")
-    reason = _BEFORE if skipped else entry.get("reason", "")
-    return Row(name, entry["status"], entry["code"], seconds, entry.get("metric", ""), entry.get("test"), reason)
+    metric, test, reason = entry.get("metric", ""), entry.get("test"), entry.get("reason", "")
+    return Row(name, entry["status"], entry["code"], seconds, metric, test, reason)
 
 
 def said(entry: Mapping) -> str:
@@ -76,7 +64,7 @@ def said(entry: Mapping) -> str:
 
 
 def table(found: Sequence[Row]) -> Table:
-    """The rows as they are printed; long reasons are folded."""
+    """The rows as they are printed; long reasons, said in full when they came up, are cut short."""
     metrics = {row.metric for row in found if row.metric}
     one = f"test {metrics.pop()}" if len(metrics) == 1 else None
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -84,15 +72,20 @@ def table(found: Sequence[Row]) -> Table:
     drawn.add_column("status", no_wrap=True)
     drawn.add_column("seconds", justify="right", no_wrap=True)
     drawn.add_column(one or "test", justify="right")
-    drawn.add_column("why", overflow="fold")
+    if told := any(row.reason for row in found):
+        drawn.add_column("why", overflow="fold")
     for row in found:
         seconds = _NONE if row.seconds is None else f"{row.seconds:,.1f}"
         test = _NONE if row.test is None else f"{row.test:.4f}" if one else f"{row.metric} {row.test:.4f}"
-        drawn.add_row(Text(row.name), row.status, seconds, test, Text(row.reason))
+        reason = textwrap.shorten(row.reason, _LONGEST, placeholder=" …")
+        drawn.add_row(Text(row.name), row.status, seconds, test, *([Text(reason)] if told else []))
     return drawn
 
 
 def counted(found: Sequence[Row]) -> str:
     """How many runs ended in which way."""
-    counts = Counter(row.status for row in found)
-    return f"{len(found)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+    counts = Counter("skipped (finished before)" if row.status == "skipped" else row.status for row in found)
+    runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    missing = any(row.code or row.status == "not started" for row in found)
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{runs}: {told}" + ("; the same command again does what is missing" if missing else "")

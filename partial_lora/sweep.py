@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -36,28 +38,20 @@ def sweep(plan: Plan, stage: str, resolve: Callable[[object], dict], hydra: Call
     _check_sampler(plan, stage)
     ledger, console = Ledger.opened(plan.sweep_dir), Console()
     job = Job(stage, resolve, ledger, this_process(), plan.is_sampled)
-    names, begun = summing.names([overrides for overrides, _ in plan.runs]), time.time()
-    trouble = None
+    _quieten()
+    begun = time.time()
     try:
-        with _stopping(ledger), _told(ledger, plan, names, console):
-            try:
-                hydra(job)
-            except JobFailedError:
-                trouble = f"hydra/sweeper={plan.sweeper} ended the sweep when a run failed"
-                trouble += " (hydra.sweeper.max_failure_rate=0.0)" if plan.sweeper == "optuna" else ""
-            except (SystemExit, KeyboardInterrupt) as stopped:  # by the launcher's own handlers, or in a run here
-                if not ledger.asked():
-                    ledger.ask(_number(stopped))
-            except PartialLoraError as error:  # Hydra's
-                trouble = str(error)
-            except Exception as error:  # the launcher's
-                what = " ".join(str(error).split())
-                trouble = f"hydra/launcher={plan.launcher}: {type(error).__name__}: {what}"
-            _settle(ledger)
+        with _told(ledger, plan, console):
+            trouble = _worked_through(plan, ledger, partial(hydra, job))
+            with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own
+                _settle(ledger)
         entries, asked = ledger.entries(), ledger.asked()
     finally:
         ledger.close()
-    found = summing.rows(entries, None if plan.is_sampled else names, asked)
+    names = {number: plan.name(entry["overrides"]) for number, entry in entries.items()}
+    if not plan.is_sampled:
+        names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
+    found = summing.rows(entries, names, asked)
     console.print(summing.table(found))
     console.print(summing.counted(found), highlight=False, soft_wrap=True)
     if plan.is_sampled:
@@ -66,6 +60,31 @@ def sweep(plan: Plan, stage: str, resolve: Callable[[object], dict], hydra: Call
         print(f"partial-lora: {trouble}", file=sys.stderr)
     stopped = 128 + asked[0] if asked else 0
     return max([stopped, 1 if trouble else 0, *(row.code for row in found)])
+
+
+def _worked_through(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
+    """Let Hydra do the sweep; gives what went wrong beside the runs themselves, in a line."""
+    try:
+        with _stopping(ledger):
+            hydra()
+    except JobFailedError:
+        at = " (hydra.sweeper.max_failure_rate says how many may)" if plan.sweeper == "optuna" else ""
+        return f"hydra/sweeper={plan.sweeper} ended the sweep since a run failed{at}"
+    except (SystemExit, KeyboardInterrupt) as stopped:
+        if not ledger.asked():  # a handler of the launcher's, or a run in this process
+            ledger.ask(_number(stopped))
+    except PartialLoraError as error:  # out of Hydra
+        return str(error)
+    except Exception as error:  # out of a plug-in
+        what = " ".join(str(error).split())
+        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {type(error).__name__}: {what}"
+    return None
+
+
+def _quieten() -> None:
+    """Leave to this module what plug-ins would say of failed jobs, and signals to Python."""
+    logging.getLogger("hydra_plugins").addHandler(logging.NullHandler())
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it ends the process, its workers running on
 
 
 def _check_sampler(plan: Plan, stage: str) -> None:
@@ -85,9 +104,8 @@ def _check_sampler(plan: Plan, stage: str) -> None:
 def _number(stopped: BaseException) -> int:
     if isinstance(stopped, KeyboardInterrupt):
         return signal.SIGINT
-    code = stopped.code if isinstance(stopped.code, int) else 0
-    number = code - 128 if code > 128 else code
-    return number if number in _STOPPING else signal.SIGTERM
+    number = stopped.code - 128 if isinstance(stopped.code, int) else 0
+    return number if number in _STOPPING else signal.SIGTERM  # launchers that handle it exit with codes of their own
 
 
 @contextmanager
@@ -135,10 +153,10 @@ def _stop_worker(directory: Path) -> None:
 
 
 @contextmanager
-def _told(ledger: Ledger, plan: Plan, names: list[str], console: Console) -> Iterator[None]:
+def _told(ledger: Ledger, plan: Plan, console: Console) -> Iterator[None]:
     """Say a line for each job in another process that starts or ends, while the block lasts."""
     ended = threading.Event()
-    thread = threading.Thread(target=_tell, args=(ledger, plan, names, console, ended), daemon=True)
+    thread = threading.Thread(target=_tell, args=(ledger, plan, console, ended), daemon=True)
     if plan.launcher != "basic":
         thread.start()
     try:
@@ -149,7 +167,7 @@ def _told(ledger: Ledger, plan: Plan, names: list[str], console: Console) -> Ite
             thread.join()
 
 
-def _tell(ledger: Ledger, plan: Plan, names: list[str], console: Console, ended: threading.Event) -> None:
+def _tell(ledger: Ledger, plan: Plan, console: Console, ended: threading.Event) -> None:
     said: dict[int, str] = {}
     last = False
     while not last:
@@ -158,8 +176,7 @@ def _tell(ledger: Ledger, plan: Plan, names: list[str], console: Console, ended:
             if said.get(number) == entry["status"]:
                 continue
             said[number] = entry["status"]
-            name = " ".join(entry["overrides"]) if plan.is_sampled else names[number]
-            line = f"job {number}: {name}: {summing.said(entry)}"
+            line = f"job {number}: {plan.name(entry['overrides'])}: {summing.said(entry)}"
             if entry["code"]:
                 print(f"partial-lora: {line}", file=sys.stderr)
             else:
