@@ -12,12 +12,13 @@ from partial_lora import plan
 from partial_lora.errors import PartialLoraError
 
 USAGE_ERROR = 2
+_SWEEPS = "pip install 'partial-lora[sweeps]'"
 _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
-    "joblib": "pip install hydra-joblib-launcher",
-    "submitit_local": "pip install hydra-submitit-launcher",
-    "submitit_slurm": "pip install hydra-submitit-launcher",
-    "ray": "pip install hydra-ray-launcher",
-    "optuna": "pip install hydra-optuna-sweeper",
+    "joblib": _SWEEPS,
+    "submitit_local": _SWEEPS,
+    "submitit_slurm": _SWEEPS,
+    "ray": "pip install 'partial-lora[ray]'",
+    "optuna": _SWEEPS,
 }
 
 

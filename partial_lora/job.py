@@ -100,9 +100,8 @@ def _metrics(result: dict) -> dict:
         return {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}
     test, validation = result["metrics"]["test"], result["metrics"]["validation"]
     return {
-        "metric": test["primary"],
+        "metric": f"test {test['primary']}",
         "test": test[test["primary"]],
-        "validated": validation["primary"],
         "validation": validation[validation["primary"]],
     }
 

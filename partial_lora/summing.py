@@ -59,19 +59,19 @@ def said(entry: Mapping) -> str:
     if entry["status"] == "running":
         return "started"
     if entry.get("test") is not None:
-        return f"{entry['status']}, test {entry['metric']} {entry['test']:.4f}"
+        return f"{entry['status']}, {entry['metric']} {entry['test']:.4f}"
     return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
 
 
 def table(found: Sequence[Row]) -> Table:
     """The rows as they are printed; long reasons, said in full when they came up, are cut short."""
     metrics = {row.metric for row in found if row.metric}
-    one = f"test {metrics.pop()}" if len(metrics) == 1 else None
+    one = metrics.pop() if len(metrics) == 1 else None
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     drawn.add_column("run", overflow="fold")
     drawn.add_column("status", no_wrap=True)
     drawn.add_column("seconds", justify="right", no_wrap=True)
-    drawn.add_column(one or "test", justify="right")
+    drawn.add_column(one or "score", justify="right")
     if told := any(row.reason for row in found):
         drawn.add_column("why", overflow="fold")
     for row in found:

@@ -135,21 +135,22 @@ def _settle(ledger: Ledger) -> None:
     while True:
         running = [Path(each["directory"]) for each in ledger.entries().values() if each["status"] == "running"]
         for directory in set(running) - told:
-            if ledger.is_orphaned(directory):
+            if ledger.is_orphaned(directory) and _stop_worker(directory):
                 told.add(directory)
-                _stop_worker(directory)
         if not any(ledger.is_under_way(directory) for directory in running):
             return
         time.sleep(_LOOK)
 
 
-def _stop_worker(directory: Path) -> None:
-    """Ask the worker that holds a directory's lock to stop, if it runs on this machine."""
+def _stop_worker(directory: Path) -> bool:
+    """Ask the worker that holds a directory's lock to stop; False where it is on another machine, or not named."""
     holder = (directory / results.LOCK).read_text(encoding="utf-8", errors="replace")
     found = re.search(r"on (\S+) \(worker: pid (\d+)\)", holder)
-    if found and found[1] == socket.gethostname():
-        with suppress(ProcessLookupError):
-            os.kill(int(found[2]), signal.SIGTERM)
+    if not found or found[1] != socket.gethostname():
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(int(found[2]), signal.SIGTERM)
+    return True
 
 
 @contextmanager

@@ -116,9 +116,9 @@ def test_a_sampler_goes_by_the_primary_metric_on_validation(place: Path, swept) 
     done = command(place, "train", "-m", *TINY, RATES.removesuffix(",1e30"), *sampler)
     assert done.returncode == 0, done.stderr
     assert list(statuses(done.stdout).values()) == ["skipped", "skipped"]
-    validation = {rate: result["metrics"]["validation"]["accuracy"] for rate, result in records(place).items()}
+    validation = [records(place)[rate]["metrics"]["validation"]["accuracy"] for rate in (0.01, 0.05)]
     best = yaml.safe_load((place / "results" / "sweep" / "optimization_results.yaml").read_text())
-    assert best["best_value"] == min(validation[0.01], validation[0.05])  # the sweeper minimises unless told otherwise
+    assert best["best_value"] == min(validation)  # the sweeper minimises unless told otherwise
     assert f"best on validation: {best['best_value']:.4f} with trainer.learning_rate=" in done.stdout
     assert "direction=minimize seeks the worst accuracy; expected maximize" in done.stderr
 
@@ -130,7 +130,7 @@ def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, a
     rates = "trainer.learning_rate=0.05,-1"  # the second is refused once it is chosen
     done = command(place, "train", "-m", *TINY, rates, *sampler, *more, f"hydra.sweeper.max_failure_rate={allowed}")
     assert done.returncode == 2
-    assert "trainer.learning_rate=-1: expected a finite number above 0" in done.stdout
+    assert "trainer.learning_rate=-1.0: expected a number above 0" in done.stdout
     found = re.search(r"^(\d) runs?: (.*);", done.stdout, re.M)
     assert (found[1] == "6") == (allowed == 1.0)
     assert ("ended the sweep since a run failed" in done.stderr) == (allowed == 0.0)
@@ -144,8 +144,7 @@ def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path, swept) -> N
     assert sorted(statuses(done.stdout).values()) == ["finished", "skipped"]
     (calibrated,) = place.glob("results/calibrations/*/*/*/result.json")
     joint = json.loads(calibrated.read_text())["calibration"]["joint"]
-    assert done.stdout.count(f"{joint:.4f}") >= 2
-    assert "test joint score" not in done.stdout
+    assert done.stdout.count(f"{joint:.4f}") == 4  # of each as it ends, and in the table
 
 
 def workers(results_dir: Path) -> list[int]:
@@ -161,23 +160,22 @@ def workers(results_dir: Path) -> list[int]:
     return found
 
 
-def under_way(place: Path, results_dir: str, runs: int, log: str = "") -> subprocess.Popen:
-    """A sweep of which some runs have come as far as a line of their logs, or at least have their workers."""
+def under_way(place: Path, results_dir: str) -> subprocess.Popen:
+    """A sweep of which two runs have their workers."""
     running = started(place, *LONG, *JOBLIB, f"results_dir={results_dir}")
     deadline = time.monotonic() + 120
-    while True:
-        logs = [path for path in place.glob(f"{results_dir}/runs/*/*/*/*/train.log") if log in path.read_text()]
-        if len(logs) >= runs and len(workers(place / results_dir)) >= runs:
-            return running
+    while sum("worker" in lock.read_text() for lock in place.glob(f"{results_dir}/runs/*/*/*/*/.lock")) < 2:
         assert running.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.1)
+    assert len(workers(place / results_dir)) == 2
+    return running
 
 
-@pytest.mark.parametrize(("number", "log"), [(signal.SIGTERM, "step 1"), (signal.SIGINT, "")])
-def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: signal.Signals, log: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: signal.Signals) -> None:
     name = f"stopped_{number.name}"
-    running = under_way(place, name, 2, log)
+    running = under_way(place, name)
     if number == signal.SIGINT:  # as a terminal sends it: to the launcher's processes, too
         os.killpg(running.pid, number)
     else:
@@ -192,7 +190,7 @@ def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: sig
 
 
 def test_when_a_launcher_gives_up_no_worker_is_left_behind(place: Path) -> None:
-    running = under_way(place, "given_up", 2)
+    running = under_way(place, "given_up")
     holder = next(iter(place.glob("given_up/runs/*/*/*/*/.lock"))).read_text()
     os.kill(int(re.match(r"pid (\d+)", holder)[1]), signal.SIGKILL)  # the process of a job, not its worker
     out, err = running.communicate(timeout=60)
@@ -327,8 +325,8 @@ def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path)
 
 def test_the_table_says_of_every_run_what_became_of_it() -> None:
     entries = {
-        0: {"status": "finished", "code": 0, "overrides": ["a=0"], "seconds": 3.04, "metric": "f1", "test": 0.5},
-        1: {"status": "skipped", "code": 0, "overrides": ["a=1"], "seconds": 0.1, "metric": "f1", "test": 0.25},
+        0: {"status": "finished", "code": 0, "overrides": ["a=0"], "seconds": 3.04, "metric": "test f1", "test": 0.5},
+        1: {"status": "skipped", "code": 0, "overrides": ["a=1"], "seconds": 0.1, "metric": "test f1", "test": 0.25},
         2: {"status": "refused", "code": 2, "overrides": ["a=2"], "seconds": 0.1, "reason": "in use by [pid 7]"},
         3: {"status": "running", "code": 0, "overrides": ["a=3"]},
     }
