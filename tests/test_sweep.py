@@ -138,7 +138,7 @@ def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, a
     assert "beware" not in done.stderr
 
 
-def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path, swept) -> None:
+def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path) -> None:
     done = command(place, "calibrate", "-m", *TINY, "seed=0,1", *JOBLIB)  # a calibration does not depend on the seed
     assert done.returncode == 0, done.stderr
     assert sorted(statuses(done.stdout).values()) == ["finished", "skipped"]
@@ -168,7 +168,7 @@ def under_way(place: Path, results_dir: str) -> subprocess.Popen:
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert len(workers(place / results_dir)) == 2
+    assert len(workers(place / results_dir)) >= 2  # more where one is just starting another program
     return running
 
 
