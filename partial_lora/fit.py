@@ -157,9 +157,9 @@ def trainer(
     length_grouped: bool = False,
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     reads_tokens: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     gradient_accumulation_steps: int = 1,
     sharded: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
@@ -170,8 +170,8 @@ def trainer(
     of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a batch of rows,
     `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows
     have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that
-    progress tells how many a second. `sharded`: parameters are shared out over the processes.
-    `callbacks`: further ones.
+    progress tells how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: further
+    ones.
     """
     parts = world_size * gradient_accumulation_steps
     times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""

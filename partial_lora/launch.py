@@ -10,7 +10,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,13 @@ class Outcome:
 
 
 def launch(
-    settings: Mapping, directory: Path, *, stage: str, watch: Callable[[dict], None], finished: Callable[[Path], bool]
+    settings: Mapping,
+    directory: Path,
+    *,
+    stage: str,
+    watch: Callable[[dict], None],
+    finished: Callable[[Path], bool],
+    asked: Callable[[], Sequence[int]] = tuple,
 ) -> Outcome:
     """Do a run in `directory` unless it is finished there, and say how it ended.
 
@@ -48,13 +54,14 @@ def launch(
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
         finished: says whether a directory holds what the stage makes.
+        asked: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
     """
     shared = cluster.cluster_of(settings)
     if shared.rank:
-        return _follow(settings, directory, shared, stage=stage, finished=finished)
+        return _follow(settings, directory, shared, stage=stage, finished=finished, asked=asked)
     with results.locked(directory) as lock:
         if finished(directory) and not settings["overwrite"]:
             results.remove_checkpoints(directory)  # what ended it may have come between the last two steps
@@ -64,7 +71,7 @@ def launch(
         results.write_atomic(directory / results.CONFIG, yaml.safe_dump(redacted(settings), sort_keys=False))
         command = _command(directory, stage, shared)
         environment = _environment(directory, shared.processes) | handover.variables(settings)
-        code = _work(command, environment, directory, lock, watch, shared)
+        code = _work(command, environment, directory, lock, watch, shared, asked)
         return _outcome(directory, code)
 
 
@@ -109,6 +116,7 @@ def _work(
     lock: int,
     watch: Callable[[dict], None],
     shared: Cluster,
+    asked: Callable[[], Sequence[int]],
 ) -> int:
     """Run the workers to their end and give their exit code; their output is the run's log."""
     code, failure = run_process(
@@ -118,6 +126,7 @@ def _work(
         watch,
         lock=lock,
         started=lambda worker: results.name_holder(lock, worker),
+        asked=asked,
     )
     if code and code not in _ASKED_TO_STOP:
         _blame(directory, failure, shared, code)
@@ -132,7 +141,7 @@ def _blame(directory: Path, failure: Failure | None, shared: Cluster, code: int)
     recorded = failure is None or (failure.rank == 0 and failure.said)
     if result["status"] == "running" or (result["status"] == "failed" and not recorded):
         reason = _unsaid(code) if failure is None else _who(failure, shared)
-        results.write_json(directory / results.RESULT, result | {"status": "failed", "error": reason})
+        results.write_json(directory / results.RESULT, result | {"status": "failed", "error": redacted(reason)})
 
 
 def _unsaid(code: int) -> str:
@@ -147,7 +156,13 @@ def _who(failure: Failure, shared: Cluster) -> str:
 
 
 def _follow(
-    settings: Mapping, directory: Path, shared: Cluster, *, stage: str, finished: Callable[[Path], bool]
+    settings: Mapping,
+    directory: Path,
+    shared: Cluster,
+    *,
+    stage: str,
+    finished: Callable[[Path], bool],
+    asked: Callable[[], Sequence[int]],
 ) -> Outcome:
     """Do this machine's part of a run whose directory is machine 0's: only the workers touch it, and not before its.
 
@@ -160,9 +175,10 @@ def _follow(
     environment |= handover.variables(settings)
     del environment[progress.VARIABLE]  # process 0 tells machine 0
     log = directory.resolve() / f"train.machine{shared.rank}.log"
-    command = _command(directory, stage, shared, "--log", str(log))
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
-        code, failure = run_process(command, environment, Path(own) / "launcher.log", lambda event: None)
+        command = _command(directory, stage, shared, "--log", str(log))
+        own_log = Path(own) / "launcher.log"
+        code, failure = run_process(command, environment, own_log, lambda event: None, asked=asked)
     if code in _ASKED_TO_STOP:
         return _outcome(directory, code)
     if code == 0 or failure is None or failure.said:

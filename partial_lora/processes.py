@@ -7,8 +7,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from partial_lora import failures, progress
@@ -26,12 +26,13 @@ def run_process(
     *,
     lock: int | None = None,
     started: Callable[[int], None] = lambda pid: None,
+    asked: Callable[[], Sequence[int]] = tuple,
 ) -> tuple[int, failures.Failure | None]:
     """Run a command to its end; gives its exit code, and which of its processes failed first if they said so.
 
     Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which it holds on
     should this process die. The first signal that asks this process to stop is passed on; the code is then 128 more
-    than its number.
+    than its number. asked: gives the signals that count as received, whether or not this process was sent them.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
     held = () if lock is None else (lock,)
@@ -43,13 +44,18 @@ def run_process(
             )
         stop.tell(worker)
         started(worker.pid)
-        while worker.poll() is None:
-            _tell(events, watch)
-            stop.remind()
-            try:
-                worker.wait(_LOOK)
-            except subprocess.TimeoutExpired:
-                continue
+        try:
+            while worker.poll() is None:
+                _tell(events, watch)
+                for number in asked()[len(stop.received) :]:
+                    stop(number, None)
+                stop.remind()
+                with suppress(subprocess.TimeoutExpired):
+                    worker.wait(_LOOK)
+        except BaseException:  # of `watch`, or of a launcher that ends its job: nobody would look after the worker
+            worker.terminate()
+            worker.wait()
+            raise
         _tell(events, watch)
         failure = failures.first(Path(told)) if worker.returncode else None
     if events is not None:

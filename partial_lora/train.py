@@ -141,8 +141,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
-        sharded=sharded,
         callbacks=[tracking],
+        sharded=sharded,
         versions=record["versions"],
         **named(settings["trainer"], *fit.SETTINGS),
     )

@@ -19,6 +19,7 @@ LAYERS = (
         "errors",
         "progress",
         "results",
+        "ledger",
         "cache",
         "sealed",
         "locks",
@@ -53,7 +54,7 @@ LAYERS = (
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
-    {"launch", "cluster", "processes"},
+    {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
     {
@@ -65,7 +66,8 @@ LAYERS = (
         "evaluate_command",
         "predict_command",
         "theory_command",
-    },
+    }
+    | {"plan", "sweep", "job"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent
