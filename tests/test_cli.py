@@ -371,7 +371,7 @@ sys.exit(code)
         (["task.data_files=["], "'task.data_files=[': expected KEY=VALUE"),
         (["=3"], "'=3': expected KEY=VALUE"),
         ([""], "'': expected KEY=VALUE"),
-        (["experiment=nope"], "experiment=nope: no such file in the group; expected one of encoders, first"),
+        (["experiment=nope"], "experiment=nope: no such file in the group; expected one of causal, encoders"),
         (["calibration=threshold,budget"], "calibration=threshold,budget: several values; for a run of each add -m"),
         (["calibration.threshold=null"], "calibration.threshold: expected a value, not null"),
     ],
