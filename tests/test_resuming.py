@@ -221,3 +221,21 @@ def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_p
     expected = trained_state(unbroken.model)
     assert all(torch.equal(value, expected[name]) for name, value in trained_state(training.model).items())
     assert training.mean_loss == unbroken.mean_loss
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.get_base_model().timm_model.norm.weight[0] = float("nan")
+
+    training = trainer(model(), tmp_path, **SETTINGS | {"save_total_limit": 9})
+    training.add_callback(Poison())
+    with pytest.raises(PartialLoraError, match=r"not finite at step 5 with learning rate 0\.0"):
+        training.train()
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS)
+    assert checkpoints.step_of(found) == 4
+    with safe_open(found / checkpoints.TRAINABLE, "pt") as file:
+        names = file.keys()
+        assert all(torch.isfinite(file.get_tensor(name)).all() for name in names)
