@@ -31,6 +31,7 @@ from partial_lora import (
     tasks,
 )
 from partial_lora.adapter import module_sparsity
+from partial_lora.budget import dense_parameters
 from partial_lora.calibration import Calibration
 from partial_lora.fewshot import calibrate_few_shot, halves_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
@@ -68,6 +69,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
     with models.dequantised(model):  # what is calibrated are weights; codes of 4 or 8 bits come back for training
         targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
         method = methods.named(settings["method"]["name"])
@@ -86,7 +88,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
                 calibration = _doubted(calibration, agreement["reliability"])
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
-            record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
+            record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
         if stage == "calibrate":
@@ -99,14 +101,17 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     mask_seed = settings["mask"]["seed"]
     setting = methods.Setting(
         **named(settings["model"], "target_modules", "head", "new_modules"),
-        **named(settings["method"], "rank", "alpha", "dropout"),
+        **named(settings["method"], "rank", "alpha", "dropout", "projections"),
         **named(settings["mask"], "granularity", "count"),
+        shapes=shapes,
         mask_seed=seed if mask_seed is None else mask_seed,
         sparsity=calibration.sparsity if calibration else None,
         scores=scores,
     )
     adapted = method(model, setting)
-    record["parameters"] = parameters.measured(adapted, **named(settings["model"], "head", "new_modules"))
+    record["parameters"] = parameters.measured(
+        adapted, **named(settings["model"], "head", "new_modules"), dense=dense_parameters(shapes, setting.rank)
+    )
     record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
     # Training, on the kept entries and the head.
