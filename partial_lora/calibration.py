@@ -112,13 +112,13 @@ def calibrate(
     def scores(module: str) -> Scores:
         return scores_of(module, modules[module].weight, importance, seed=seed, options=importance_options or {})
 
-    kept = Store.shared(store, {"importance": name_of(importance), "search": search, "shapes": shapes}, peers)
-    request = asked.named(count, rank, granularity)
-    cached = request in kept.results
-    curves = Curves(model, score, modules, scores, kept)
+    question = {"importance": name_of(importance), "search": search, "shapes": shapes}
     cost = []  # (evaluations, seconds) of every process
-    if not cached:
-        with frozen(model), kept.kept():
+    with Store.shared(store, question, peers) as kept, frozen(model):
+        request = asked.named(count, rank, granularity)
+        cached = request in kept.results
+        curves = Curves(model, score, modules, scores, kept)
+        if not cached:
             # (1) What the frozen model scores.
             baseline, seconds = gathered(peers, partial(timed_pass, score, curves.intact))[0]
             kept.belongs_to(baseline)

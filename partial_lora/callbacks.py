@@ -1,13 +1,14 @@
-"""What happens beside training: progress is told, and a run whose loss is no number is ended."""
+"""What happens beside training: progress is told, and a run that is to end, or whose loss is no number, is ended."""
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainerCallback
 
 from partial_lora import progress
@@ -74,3 +75,63 @@ class StopOnNonFinite(TrainerCallback):
             f"the loss is not finite at step {step} with learning rate {learning_rate:.3g}: "
             "lower trainer.learning_rate, or set trainer.mixed_precision=no"
         )
+
+
+class LogAtSave(TrainerCallback):
+    """Logs the loss wherever a checkpoint is made: what is not logged by then is lost to whoever goes on from it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training after the step it is at, with a checkpoint, once a signal asks for that.
+
+    Between a step and the next, while validation is measured or a checkpoint made, a signal ends the process as it
+    would have without this: the last checkpoint is whole. Several processes stop after the same step.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._stepping, self._stopped = False, False
+        self._before: dict[int, object] = {}
+        self._group = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
+        self._before = {number: signal.signal(number, self._hear) for number in self._SIGNALS}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._stepping = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._asked():
+            control.should_save = control.should_training_stop = self._stopped = True
+        self._stepping = not (control.should_evaluate or control.should_save)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._stepping = self._stepping and not (control.should_evaluate or control.should_save)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._stopped:
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.received = number
+        if not self._stepping:
+            self._before[number](number, frame)
+
+    def _asked(self) -> bool:
+        """Whether any process has been asked to stop."""
+        if self._group is None:
+            return self.received is not None
+        flag = torch.tensor([self.received is not None], dtype=torch.int32)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)

@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
 from partial_lora.members import with_members
 from partial_lora.schema import Config
+from partial_lora.sealed import file_sha256
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
 

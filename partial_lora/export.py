@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.finished import FinishedRun
+from partial_lora.sealed import file_sha256
 
 FORMATS = ("peft", "compact", "merged")
 

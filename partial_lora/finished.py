@@ -75,8 +75,11 @@ def finished_run(directory: Path) -> FinishedRun:
         raise PartialLoraError(f"{directory}: the run is {result['status']}{said}, expected a finished one")
     if not result.get("metrics"):
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
-    if not results.is_finished(directory):
-        raise PartialLoraError(f"{directory}: the run has lost files of its {results.ADAPTER}/ or its predictions")
+    lost = results.lost(directory, result)
+    if lost:
+        raise PartialLoraError(
+            f"{directory}: {lost}; expected a whole run, the same `partial-lora train` makes it again"
+        )
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from partial_lora.callbacks import Progress, StopOnNonFinite
+from partial_lora import results
+from partial_lora.callbacks import LogAtSave, Progress, StopOnNonFinite, StopOnRequest
 from partial_lora.errors import PartialLoraError
+from partial_lora.resuming import ResumingTrainer
 from partial_lora.runs import LOWER_IS_BETTER
 
-CHECKPOINTS = "checkpoints"
 SETTINGS = (  # of the trainer group, as `trainer` takes them
     "epochs",
     "max_steps",
     "save_steps",
+    "save_total_limit",
     "batch_size",
     "eval_batch_size",
     "learning_rate",
@@ -46,7 +47,7 @@ class ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self._seed + epoch)
 
 
-class _Trainer(Trainer):
+class _Trainer(ResumingTrainer):
     """Trainer whose optimizer steps all have the same number of examples, however many processes share them.
 
     The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several
@@ -125,6 +126,7 @@ def trainer(
     epochs: float,
     max_steps: int | None,
     save_steps: int | None,
+    versions: Mapping[str, str],
     batch_size: int,
     eval_batch_size: int,
     learning_rate: float,
@@ -132,18 +134,23 @@ def trainer(
     warmup: float,
     max_grad_norm: float,
     num_workers: int | None = None,
+    save_total_limit: int = 1,
     length_grouped: bool = False,
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     reads_tokens: bool = False,
-) -> Trainer:
+    callbacks: Sequence[TrainerCallback] = (),
+    optimizer: Callable[[float, float], torch.optim.Optimizer] | None = None,
+) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
     AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
     examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch; `selects`, one of the metrics that `measure` gives, says which did best, and of equals the
-    loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's
-    logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one batch.
-    `reads_tokens`: tokens are counted, so that progress tells how many a second.
+    steps, or every epoch, `save_total_limit` beside the best; it goes on under the same `versions` of libraries alone.
+    `selects`, one of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a
+    batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
+    `length_grouped`, rows have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens
+    are counted, so that progress tells how many a second. `optimizer` makes another than AdamW, of learning rate and
+    weight decay.
     """
     if batch_size % world_size:
         raise PartialLoraError(
@@ -161,7 +168,7 @@ def trainer(
     strategy = "epoch" if save_steps is None and max_steps is None else "steps"
     steps = min(save_steps or steps_per_epoch, total_steps)
     arguments = TrainingArguments(
-        output_dir=str(directory / CHECKPOINTS),
+        output_dir=str(directory / results.CHECKPOINTS),
         use_cpu=device == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -180,7 +187,6 @@ def trainer(
         save_strategy=strategy,
         eval_steps=steps,
         save_steps=steps,
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model=selects,
         greater_is_better=selects not in LOWER_IS_BETTER,
@@ -197,6 +203,8 @@ def trainer(
         ddp_find_unused_parameters=False,
     )
     fit = _Trainer(
+        versions=versions,
+        keep=save_total_limit,
         length_grouped=length_grouped,
         model=model,
         args=arguments,
@@ -206,13 +214,9 @@ def trainer(
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[Progress(), StopOnNonFinite()],
+        callbacks=[Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave(), *callbacks],
+        optimizers=(None if optimizer is None else optimizer(learning_rate, weight_decay), None),
     )
     fit.remove_callback(PrinterCallback)
     fit.remove_callback(ProgressCallback)
     return fit
-
-
-def remove_checkpoints(directory: Path) -> None:
-    """Drop the optimizer states and intermediate adapters of a run that has ended well."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

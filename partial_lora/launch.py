@@ -52,8 +52,10 @@ def launch(
     """
     with results.locked(directory) as lock:
         if finished(directory) and not settings["overwrite"]:
+            results.remove_checkpoints(directory)  # what ended it may have come between the last two steps
             return Outcome(directory, "skipped")
-        results.clear(directory)
+        for line in results.prepare(directory, anew=settings["overwrite"]):
+            watch({"said": line})
         results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
         processes = _processes(settings)
         command = _command(directory, stage, processes)

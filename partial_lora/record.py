@@ -23,6 +23,7 @@ def new(settings: Mapping) -> dict:
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
         "device": None,
+        "attempts": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": {"calibrate": 0.0, "train": 0.0, "evaluate": 0.0},
         "peak_memory_bytes": None,
@@ -37,10 +38,18 @@ def new(settings: Mapping) -> dict:
 
 @contextmanager
 def timed(record: dict, stage: str) -> Iterator[None]:
-    """Note the wall seconds that a stage took."""
+    """Note the wall seconds that a stage took, beside those of earlier attempts."""
     start = time.perf_counter()
     yield
-    record["seconds"][stage] = round(time.perf_counter() - start, 3)
+    record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+def carry_on(record: dict, earlier: Mapping) -> None:
+    """Let the record of a run that is gone on with know of the attempts before: when they began, what they took."""
+    record["started"] = earlier["started"]
+    record["attempts"] = earlier.get("attempts", 1) + 1
+    kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
+    record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
 
 
 def _git_commit() -> str | None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,11 @@ CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+EARLIER = ".earlier.json"  # the record of an attempt that did not end, while it is gone on with
 LOG = "train.log"
 LOCK = ".lock"
+_BROKEN = "result.json.broken"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -45,45 +48,90 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_result(directory: Path) -> dict | None:
+def read_result(directory: Path, name: str = RESULT) -> dict | None:
     """The record of a run, or None where there is none that can be read and says what became of the run."""
     try:
-        result = json.loads((Path(directory) / RESULT).read_text(encoding="utf-8"))
+        result = json.loads((Path(directory) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and "status" in result else None
 
 
 def is_finished(directory: Path) -> bool:
-    """True where a run ended well and every file it promises is there."""
+    """True where a run ended well and every file it promises is there, whole."""
     result = read_result(directory)
-    if not result or result["status"] != "finished":
-        return False
-    files = [CONFIG, PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
-    if result.get("calibration"):
-        files.append(CALIBRATION)
-    return all((Path(directory) / name).is_file() for name in files)
+    ended = bool(result) and result["status"] == "finished" and not _sparsities_alone(result)
+    return ended and not lost(directory, result)
+
+
+def lost(directory: Path, result: Mapping) -> str | None:
+    """What a finished run's directory lacks of what its record promises, naming the file; None where nothing."""
+    trained = [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
+    promised = [CONFIG] + ([] if _sparsities_alone(result) else trained)
+    promised += [CALIBRATION] if result.get("calibration") else []
+    sizes = dict.fromkeys(promised) | (result.get("files") or {})  # earlier records know names alone
+    for name, size in sizes.items():
+        file = Path(directory) / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if size is not None and file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def _sparsities_alone(result: Mapping) -> bool:
+    """Whether a record is of `partial-lora calibrate`, which measures nothing trained."""
+    return result.get("metrics") == {}
+
+
+def files(directory: Path) -> dict[str, int]:
+    """The files by which a finished run is known to be whole, and their sizes in bytes."""
+    directory = Path(directory)
+    found = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in found if path.is_file()}
 
 
 def is_calibrated(directory: Path) -> bool:
     """True where `partial-lora calibrate` ended well and its artefact is there."""
     result = read_result(directory)
-    return bool(result) and result["status"] == "finished" and (Path(directory) / CALIBRATION).is_file()
+    whole = bool(result) and result["status"] == "finished" and not lost(directory, result)
+    return whole and (Path(directory) / CALIBRATION).is_file()
 
 
-def clear(directory: Path) -> None:
-    """Remove everything an earlier attempt left in a run's directory, except the lock that is held on it.
+def prepare(directory: Path, *, anew: bool) -> list[str]:
+    """Make a run's directory ready for another attempt; gives what there is to say of what was found, a line each.
 
-    result.json goes first: whatever is still there when this is interrupted belongs to no finished run.
+    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, and its record under
+    another name. All else goes, result.json first: whatever is still there when this is interrupted belongs to no
+    finished run. With `anew` nothing stays but the lock, which is held.
     """
-    (directory / RESULT).unlink(missing_ok=True)
+    said, record = [], directory / RESULT
+    result = read_result(directory)
+    if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
+        reason = None if anew else lost(directory, result)
+        said += [f"{directory}: {reason}; the run is done again"] if reason else []
+        anew = True
+    elif result is not None:
+        os.replace(record, directory / EARLIER)
+    elif record.exists():
+        os.replace(record, directory / _BROKEN)
+        said.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
+    record.unlink(missing_ok=True)
+    stays = {LOCK} if anew else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN}
     for entry in directory.iterdir():
-        if entry.name == LOCK:
+        if entry.name in stays:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+    return said
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Drop what only a run that has not ended needs."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    (directory / EARLIER).unlink(missing_ok=True)
 
 
 def name_holder(lock: int, worker: int | None = None) -> None:

@@ -7,9 +7,10 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from partial_lora.locks import alone
 from partial_lora.peers import Peers, gathered
 from partial_lora.points import Curve, curve_of, listed
 from partial_lora.results import write_json
@@ -39,18 +40,31 @@ class Store:
                 self.discard(f"not the curves that were kept there ({type(error).__name__}: {error})")
 
     @classmethod
-    def shared(cls, path: Path | None, key: Mapping, peers: Peers) -> Store:
-        """The store of processes that share a calibration: rank 0 has the file, all know what it says."""
-        opened: list[Store] = []
+    @contextmanager
+    def shared(cls, path: Path | None, key: Mapping, peers: Peers) -> Iterator[Store]:
+        """The store of processes that share a calibration: rank 0 has the file, all know what it says.
 
-        def content() -> dict | None:
-            opened.append(cls(path if peers.rank == 0 else None, key))
-            return opened[0].content() if peers.size > 1 and peers.rank == 0 else None
+        The file is held until the block ends, and written then, also where it is interrupted: another run that asks the
+        same waits, and finds the answer.
+        """
+        with ExitStack() as held:
+            opened: list[Store] = []
 
-        known = gathered(peers, content)[0]
-        if peers.rank:
-            opened[0].take(known)
-        return opened[0]
+            def content() -> dict | None:
+                own = path if peers.rank == 0 else None
+                if own is not None:
+                    with suppress(OSError):  # a store that cannot be written is only read
+                        held.enter_context(alone(Path(own), "calibrate into"))
+                opened.append(cls(own, key))
+                return opened[0].content() if peers.size > 1 and peers.rank == 0 else None
+
+            known = gathered(peers, content)[0]
+            if peers.rank:
+                opened[0].take(known)
+            try:
+                yield opened[0]
+            finally:
+                opened[0].save()
 
     def curve(self, module: str, axis: str, after: str = "") -> Curve:
         """The points known of one curve, by level; to be added to. `after` names what is zeroed in other modules."""
@@ -68,14 +82,6 @@ class Store:
         if self.path is not None:
             logger.warning("%s: %s; removed, its points are evaluated again", self.path, reason)
             self.path.unlink(missing_ok=True)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Write the file once the block ends, and where it is interrupted."""
-        try:
-            yield
-        finally:
-            self.save()
 
     def save(self) -> None:
         """Write the file, if there is one and anything is new."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import sys
@@ -13,11 +12,12 @@ from pathlib import Path
 from statistics import fmean
 
 from peft import PeftModel
-from torch import nn
 from transformers import set_seed
 
 from partial_lora import (
+    calibrating,
     calibration_figures,
+    checkpoints,
     evaluation,
     figures,
     fit,
@@ -28,17 +28,14 @@ from partial_lora import (
     models,
     parameters,
     results,
-    tasks,
 )
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
-from partial_lora.calibration import Calibration
-from partial_lora.fewshot import calibrate_few_shot, halves_few_shot, importance_few_shot
-from partial_lora.importance import OPTIONS
+from partial_lora.cost import Cost, file_bytes
+from partial_lora.fewshot import halves_few_shot
 from partial_lora.loading import named
-from partial_lora.peers import Peers, of_first
+from partial_lora.peers import of_first
 from partial_lora.record import timed
-from partial_lora.reliability import verdict
 from partial_lora.targets import target_names
 from partial_lora.world import join
 
@@ -78,19 +75,23 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             with timed(record, "calibrate"):
                 draws = loading.draws_of(settings, task.train)
                 # One process measures importance for all of them, to the bit; what it decides on is then shared out.
-                scores = of_first(world, lambda: _importance(settings, task, transform, model, targets, draws))
-                given, asked = (model, task.train, transform), _asked(settings, task, scores, draws, world)
-                calibration = _calibration(settings["calibration"]["file"], given, asked)
+                scores = of_first(
+                    world, lambda: calibrating.importance(settings, task, transform, model, targets, draws)
+                )
+                given, asked = (model, task.train, transform), calibrating.asked(settings, task, scores, draws, world)
+                calibration = calibrating.calibration(settings["calibration"]["file"], given, asked)
             agreement = {}
             if settings["calibration"]["reliability"]:
                 with timed(record, "reliability"):
                     agreement["reliability"] = halves_few_shot(*given, **asked)
-                calibration = _doubted(calibration, agreement["reliability"])
+                calibration = calibrating.doubted(calibration, agreement["reliability"])
+            calibration = calibrating.paid_before(calibration, directory / results.CALIBRATION)
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
+                results.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             if world.is_main:
                 calibration_figures.draw(record, calibration.modules, directory)
@@ -117,6 +118,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
+    aids, cost = methods.training(settings["method"]["name"], adapted), Cost(adapted)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     trainer = fit.trainer(
         adapted,
@@ -125,7 +127,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         collate=transform.collate,
         length_grouped=transform.lengths,
         reads_tokens=task.modality == "text",
-        loss=judge.loss,
+        loss=aids.loss(judge.loss, settings["trainer"]["gradient_accumulation_steps"]),
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
@@ -134,17 +136,23 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
+        versions=record["versions"],
+        callbacks=[*aids.callbacks, cost],
+        optimizer=aids.optimizer,
         **named(settings["trainer"], *fit.SETTINGS),
     )
-    with timed(record, "train"):
-        trained = trainer.train()
+    resumed = of_first(world, lambda: checkpoints.resumable(directory / results.CHECKPOINTS, record["versions"]))
+    record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
+    trainer.train(resumed)
+    record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = trainer.state.log_history
+    record["parameters"] |= aids.said()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"):
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
-    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trained.training_loss))}}
+    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
     record["metrics"] |= {split: each.metrics for split, each in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
@@ -152,76 +160,9 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         _save_adapter(adapted, directory / results.ADAPTER)
+        record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
-        fit.remove_checkpoints(directory)
-
-
-def _importance(
-    settings: dict,
-    task: tasks.Task,
-    transform: loading.Transform,
-    model: nn.Module,
-    targets: list[str],
-    draws: tasks.Draws,
-) -> methods.Scores:
-    """Importance of every row and column of the modules that are to be adapted."""
-    measure, head = settings["importance"]["name"], settings["model"]["head"]
-    options = named(settings["importance"], *OPTIONS[measure])
-    return importance_few_shot(
-        model,
-        task.train,
-        transform,
-        measure=measure,
-        modules=targets,
-        draws=draws,
-        head=head,
-        seed=settings["calibration"]["seed"],
-        options=options,
-        new_head=loading.has_new_head(settings["model"]),
-        sizes=task.sizes,
-    )
-
-
-def _asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
-    """What is asked of the few-shot draws (`calibrate_few_shot`)."""
-    chosen, measure = settings["calibration"], settings["importance"]["name"]
-    return {
-        "scores": scores,
-        "draws": draws,
-        "peers": peers,
-        "rank": settings["method"]["rank"],
-        "granularity": settings["mask"]["granularity"],
-        "importance": {"seed": chosen["seed"]} | named(settings["importance"], "name", *OPTIONS[measure]),
-        "architecture": named(settings["model"], "architecture", "model_args"),
-        "new_head": loading.has_new_head(settings["model"]),
-        "sizes": task.sizes,
-        "drawn": loading.drawn_by(settings),
-        "score": loading.calibration_score(settings, task),
-        **named(settings["model"], "head", "blocks"),
-        **named(chosen, "seed", "threshold", "budget", "levels", "max_sparsity", "search"),
-        **named(chosen, "axes", "scope", "repair", "chance", "memory"),
-    }
-
-
-def _calibration(file: str | None, given: tuple, asked: dict) -> Calibration:
-    """The sparsities: those of a file where one is named, whatever else is asked; else what the draws say.
-
-    What is wrong with the draws is among the warnings.
-    """
-    if file:
-        return Calibration.load(Path(file)).reused_for(list(asked["scores"]))
-    found = calibrate_few_shot(*given, **asked)
-    return dataclasses.replace(found, warnings=[*asked["draws"].warnings, *found.warnings])
-
-
-def _doubted(calibration: Calibration, agreement: dict) -> Calibration:
-    """The same, with a warning where two halves of the scored draw do not support it."""
-    weak = agreement["said"] or verdict(agreement["spearman_brown"])
-    if not weak:
-        return calibration
-    logger.warning("calibration: %s", weak)
-    return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
 
 
 def _save_adapter(adapted: PeftModel, directory: Path) -> None:

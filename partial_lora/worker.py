@@ -29,6 +29,9 @@ def work(directory: Path, stage: str) -> int:
     settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
+    earlier = results.read_result(directory, results.EARLIER)
+    if earlier is not None:
+        record.carry_on(entry, earlier)
     try:
         if is_main:
             results.write_json(directory / results.RESULT, entry)
@@ -38,7 +41,7 @@ def work(directory: Path, stage: str) -> int:
 
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
         run(settings, directory, entry, stage)
-        entry["status"] = "finished"
+        entry |= {"status": "finished", "files": results.files(directory)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
@@ -49,7 +52,11 @@ def work(directory: Path, stage: str) -> int:
     finally:
         if is_main:
             results.write_json(directory / results.RESULT, entry)
-    return 0 if entry["status"] == "finished" else 1
+    if entry["status"] != "finished":
+        return 1
+    if is_main:
+        results.remove_checkpoints(directory)  # once the record says that nobody needs them
+    return 0
 
 
 def _exit(number: int, frame: object) -> None:

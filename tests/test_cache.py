@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from partial_lora import cache
-from partial_lora.cache import MARKER, cache_dir, fault, file_sha256, verified_folder
+from partial_lora.cache import cache_dir, verified_folder
 from partial_lora.errors import PartialLoraError
+from partial_lora.sealed import MARKER, fault, file_sha256
 
 
 def build_two_files(folder: Path) -> None:
@@ -20,7 +21,7 @@ def build_two_files(folder: Path) -> None:
     (folder / "sub" / "config.json").write_text("{}")
 
 
-def never(folder: Path) -> None:
+def never(folder: Path, purpose: str = "") -> None:
     raise AssertionError("a whole entry was built again")
 
 
@@ -51,7 +52,7 @@ def test_entry_is_built_once_and_nothing_is_left_beside_it(tmp_path):
 
 def test_whole_entry_is_used_without_writing_anything(tmp_path, monkeypatch):
     entry = verified_folder(tmp_path / "entry", build_two_files)
-    monkeypatch.setattr(cache, "_locked", never)  # a read-only cache could not hold a lock either
+    monkeypatch.setattr(cache, "alone", never)  # a read-only cache could not hold a lock either
     verified_folder(entry, never)
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
-from partial_lora import evaluation, fit, losses, models
+from partial_lora import evaluation, fit, losses, models, results
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -56,6 +56,7 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
         "epochs": 3.0,
         "max_steps": None,
         "save_steps": None,
+        "versions": {"torch": torch.__version__},
         "batch_size": BATCH,
         "eval_batch_size": 5,
         "learning_rate": 1e-2,
@@ -139,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(adapted: PeftMode
         trainer(adapted, tmp_path).train()
     assert "\n" not in str(stop.value)
     assert all(torch.equal(value, before[name]) for name, value in trained_state(adapted).items())
-    assert not list((tmp_path / fit.CHECKPOINTS).glob("*"))
+    assert not list((tmp_path / results.CHECKPOINTS).glob("*"))
 
 
 def test_a_batch_that_does_not_divide_among_the_accelerators_is_refused(adapted: PeftModel, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_row_of_the_values_reaches_the_columns_it_is_said_to_feed_and_no_other
 @pytest.mark.parametrize("name", BLOCKS)
 def test_kept_columns_meet_kept_rows_at_the_counts_of_partial(name: str) -> None:
     for seed in range(3):
-        reference, setting = adapted("partial", name, seed=seed)
+        reference, _ = adapted("partial", name, seed=seed)
         model, _ = adapted("flow", name, seed=seed)
         before, after = module_masks(reference), module_masks(model)
         _, found = found_in(name)

@@ -20,6 +20,8 @@ LAYERS = (
         "progress",
         "results",
         "cache",
+        "sealed",
+        "locks",
     }
     | {"members"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
@@ -29,11 +31,26 @@ LAYERS = (
     | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
-    {"methods", "fit", "callbacks", "evaluation", "report", "figures", "parameters", "record", "world", "watch"}
+    {
+        "methods",
+        "fit",
+        "checkpoints",
+        "resuming",
+        "callbacks",
+        "evaluation",
+        "report",
+        "figures",
+        "parameters",
+        "record",
+        "world",
+        "watch",
+    }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
+    | {"cost", "activations"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},
+    {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
     {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
     {"__main__", "__init__"},

@@ -75,7 +75,7 @@ def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
 def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     with results.locked(run):
-        results.clear(run)
+        results.prepare(run, anew=True)
         assert [entry.name for entry in run.iterdir()] == [results.LOCK]
 
 

@@ -7,8 +7,9 @@ import warnings
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from partial_lora.errors import PartialLoraError
@@ -18,6 +19,7 @@ from partial_lora.methods.setting import Setting, Training
 _WHOLE, _FINAL = 0.1, 0.3
 _LEAST_STEPS = 4  # so that each of the three phases has one
 _WIDER = 1.5  # how much higher the rank is at first, as in the paper (12 for 8)
+_SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every weight
 _REGULARISED = 0.5  # PEFT's weight of the penalty that keeps A and B orthogonal
 
 
@@ -49,28 +51,49 @@ def training(adapted: PeftModel) -> Training:
 class Allocate(TrainerCallback):
     """Has PEFT's allocator choose which ranks of which modules go on, at every optimizer step.
 
-    PEFT would cut the tensors of a checkpoint to the ranks there are, and could then not load one of other ranks as the
-    best. So the pattern of ranks is kept here; ranks that have gone are zeros in a checkpoint.
+    The smoothed importance of every weight, which its choice is made by, lies in the optimizer's state and so in every
+    checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; ranks that have
+    gone are zeros here.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
         self._tuner: AdaLoraModel = adapted.base_model
-        self._pattern: dict | None = None
+
+    @property
+    def _config(self) -> AdaLoraConfig:
+        return self._tuner.peft_config["default"]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        steps, config = state.max_steps, self._tuner.peft_config["default"]
+        steps, config = state.max_steps, self._config
         if steps < _LEAST_STEPS:
-            raise PartialLoraError(
-                f"method=adalora: expected at least {_LEAST_STEPS} optimizer steps, there are {steps}"
-            )
+            raise PartialLoraError(f"method=adalora: expected at least {_LEAST_STEPS} optimizer steps, got {steps}")
         config.total_step = steps
         config.tinit, config.tfinal = max(1, int(_WHOLE * steps)), max(1, int(_FINAL * steps))
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        config = self._tuner.peft_config["default"]
-        config.rank_pattern = self._pattern
+    def on_step_begin(self, args, state, control, **kwargs):
+        named = self._tuner.model.named_parameters()
+        self._left = {name: (weight != 0).view(-1).tolist() for name, weight in named if ".lora_E." in name}
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        allocator, config = self._tuner.rankallocator, self._config
+        weights = {name: weight for name, weight in self._tuner.model.named_parameters() if weight.requires_grad}
+        if state.global_step < config.total_step - config.tfinal:
+            self._remember(allocator, weights, optimizer)
+        elif state.global_step > config.total_step - config.tfinal:
+            config.rank_pattern = self._left  # the choice is made: it is what was not zero before this step
         self._tuner.update_and_allocate(state.global_step)
-        self._pattern, config.rank_pattern = config.rank_pattern, None
+        for name, weight in weights.items():
+            if name in allocator.exp_avg_ipt:
+                optimizer.state[weight] |= {key: getattr(allocator, key)[name] for key in _SMOOTHED}
+        config.rank_pattern = None
+
+    def _remember(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Give an allocator that has just been made what one before the interruption knew."""
+        for name, weight in weights.items():
+            if name not in allocator.ipt and _SMOOTHED[0] in optimizer.state.get(weight, ()):
+                allocator.ipt[name] = torch.zeros_like(weight)
+                for key in _SMOOTHED:
+                    getattr(allocator, key)[name] = optimizer.state[weight][key]
 
 
 def penalty(adapted: PeftModel) -> Tensor:

@@ -12,8 +12,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from tqdm import tqdm
 
 from partial_lora import progress
-from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
+from partial_lora.sealed import file_sha256
 
 # Recommended to who cannot reach the hub.
 OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partial_lora import progress
-from partial_lora.cache import file_sha256
 from partial_lora.errors import PartialLoraError
+from partial_lora.sealed import file_sha256
 
 _POLL = 0.2  # seconds between two looks at the growing download
 

@@ -1,0 +1,102 @@
+"""What a run asks of its few-shot draws, out of its settings, and what is made of the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from partial_lora import loading, methods, tasks
+from partial_lora.calibration import Calibration
+from partial_lora.errors import PartialLoraError
+from partial_lora.fewshot import calibrate_few_shot, importance_few_shot
+from partial_lora.importance import OPTIONS
+from partial_lora.loading import named
+from partial_lora.peers import Peers
+from partial_lora.reliability import verdict
+
+logger = logging.getLogger(__name__)
+
+
+def importance(
+    settings: dict,
+    task: tasks.Task,
+    transform: loading.Transform,
+    model: nn.Module,
+    targets: list[str],
+    draws: tasks.Draws,
+) -> methods.Scores:
+    """Importance of every row and column of the modules that are to be adapted."""
+    measure, head = settings["importance"]["name"], settings["model"]["head"]
+    options = named(settings["importance"], *OPTIONS[measure])
+    return importance_few_shot(
+        model,
+        task.train,
+        transform,
+        measure=measure,
+        modules=targets,
+        draws=draws,
+        head=head,
+        seed=settings["calibration"]["seed"],
+        options=options,
+        new_head=loading.has_new_head(settings["model"]),
+        sizes=task.sizes,
+    )
+
+
+def asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
+    """What is asked of the few-shot draws (`calibrate_few_shot`)."""
+    chosen, measure = settings["calibration"], settings["importance"]["name"]
+    return {
+        "scores": scores,
+        "draws": draws,
+        "peers": peers,
+        "rank": settings["method"]["rank"],
+        "granularity": settings["mask"]["granularity"],
+        "importance": {"seed": chosen["seed"]} | named(settings["importance"], "name", *OPTIONS[measure]),
+        "architecture": named(settings["model"], "architecture", "model_args"),
+        "new_head": loading.has_new_head(settings["model"]),
+        "sizes": task.sizes,
+        "drawn": loading.drawn_by(settings),
+        "score": loading.calibration_score(settings, task),
+        **named(settings["model"], "head", "blocks"),
+        **named(chosen, "seed", "threshold", "budget", "levels", "max_sparsity", "search"),
+        **named(chosen, "axes", "scope", "repair", "chance", "memory"),
+    }
+
+
+def calibration(file: str | None, given: tuple, asked: dict) -> Calibration:
+    """The sparsities: those of a file where one is named, whatever else is asked; else what the draws say.
+
+    What is wrong with the draws is among the warnings.
+    """
+    if file:
+        return Calibration.load(Path(file)).reused_for(list(asked["scores"]))
+    found = calibrate_few_shot(*given, **asked)
+    return dataclasses.replace(found, warnings=[*asked["draws"].warnings, *found.warnings])
+
+
+def paid_before(calibration: Calibration, file: Path) -> Calibration:
+    """The same, at the cost of the attempt that this one goes on from, if that had found it already."""
+    if not (calibration.cached and file.is_file()):
+        return calibration
+    try:
+        before = Calibration.load(file)
+    except PartialLoraError as error:
+        logger.warning("%s; found again", error)
+        return calibration
+    if before.sparsity != calibration.sparsity:
+        return calibration
+    cost = {name: getattr(before, name) for name in ("evaluations", "seconds", "cached")}
+    return dataclasses.replace(calibration, **cost)
+
+
+def doubted(calibration: Calibration, agreement: dict) -> Calibration:
+    """The same, with a warning where two halves of the scored draw do not support it."""
+    weak = agreement["said"] or verdict(agreement["spearman_brown"])
+    if not weak:
+        return calibration
+    logger.warning("calibration: %s", weak)
+    return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
