@@ -1,7 +1,7 @@
 """How many parameters train, and what they cost in memory and on disk.
 
-Predicted for a model that exists in outline only (`describe`, on the meta device) and counted on one that trains
-(`measured`). Every count is of what is left after masking; the task head is always counted apart.
+Predicted for a model that exists in outline only (`describe`, `foretold`, on the meta device) and counted on one that
+trains (`measured`). Every count is of what is left after masking; the task head is always counted apart.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -132,6 +133,23 @@ def measured(
         trainable=_trainable(trained),
         head=sum(_trainable(module.parameters()) for module in heads),
     )
+
+
+def foretold(
+    adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
+) -> dict[str, int | float | None]:
+    """What `describe` says, counted on an adapter that has been made (on the meta device, too) and masks nothing."""
+    counts = measured(adapted, head, new_modules=new_modules, dense=dense)
+    trainable = counts["adapter_trainable"] + counts["head"]
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {
+        **counts,
+        "targets": sum(isinstance(module, BaseTunerLayer) for module in adapted.modules()),
+        "adapter_bytes": sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
+        "compact_bytes": _FP32 * trainable,
+        "gradient_bytes": _FP32 * trainable,
+        "optimizer_bytes": _FP32 * _MOMENTS * trainable,
+    }
 
 
 def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 from configured import inputs, load, loud, settings
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
-from partial_lora import config, methods, models, parameters
+from partial_lora import config, methods, models, parameters, schema
 from partial_lora.adapter import module_masks, module_sparsity
+from partial_lora.budget import dense_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods.inverted import reversed_ranks
 from partial_lora.methods.low_rank import ranks_within
 from partial_lora.methods.shuffled import permuted
+from partial_lora.outline import outline
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted")
 MASKED = ("uniform", "shuffled", "inverted", "flow")
@@ -220,3 +225,19 @@ def test_probe_needs_a_head() -> None:
     model, setting = adapted("probe", "tiny_vit")
     assert counted(model, setting)["adapter_trainable"] == 0
     assert isinstance(model.get_base_model().timm_model.head, nn.Module)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "lorafa", "full", "probe"])
+def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path) -> None:
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        composed = config.resolve(compose("config", ["model=tiny_vit", f"method={method}", "method.projections=16"]))
+    foretold = outline(composed).counts
+    model, setting = adapted(method, "tiny_vit", rank=16, alpha=16.0)
+    dense = dense_parameters(setting.shapes, 16)
+    own = parameters.measured(model, setting.head, dense=dense)
+    heads = {"head": 32 * 10 + 10, "base": own["base"]}  # ten digits in place of three classes
+    assert {key: foretold[key] for key in own} == own | heads
+    model.save_pretrained(tmp_path)
+    held = sum(value.nbytes for value in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert foretold["adapter_bytes"] == held + 4 * 7 * 33

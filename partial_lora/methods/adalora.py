@@ -40,7 +40,10 @@ def adalora(model: nn.Module, setting: Setting) -> PeftModel:
             tfinal=1,
             orth_reg_weight=_REGULARISED,
         )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for layer in _layers(adapted):
+        layer.ranknum["default"].requires_grad_(False)  # on another device than the CPU, PEFT leaves it to train
+    return adapted
 
 
 def training(adapted: PeftModel) -> Training:
@@ -77,9 +80,9 @@ class Allocate(TrainerCallback):
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         allocator, config = self._tuner.rankallocator, self._config
         weights = {name: weight for name, weight in self._tuner.model.named_parameters() if weight.requires_grad}
-        if state.global_step < config.total_step - config.tfinal:
+        if state.global_step <= config.total_step - config.tfinal:
             self._remember(allocator, weights, optimizer)
-        elif state.global_step > config.total_step - config.tfinal:
+        else:
             config.rank_pattern = self._left  # the choice is made: it is what was not zero before this step
         self._tuner.update_and_allocate(state.global_step)
         for name, weight in weights.items():

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from partial_lora.budget import parameter_count, uniform_sparsity
 from partial_lora.calibration import Calibration
-from partial_lora.methods.setting import Method, Sparsity, is_calibrated
+from partial_lora.methods.setting import Sparsity
 
 _PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
 
 
 def foreseen_sparsity(
-    method: Method, shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
-) -> tuple[float | Sparsity | None, str]:
-    """The sparsity a method will train with, as far as that is known before any calibration, and how it is known."""
-    if not is_calibrated(method):
-        return None, "counted on the adapter itself"
+    shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
+) -> tuple[float | Sparsity, str]:
+    """The sparsity of a calibrated method, as far as it is known before any calibration, and how it is known.
+
+    Its controls have as many parameters, whatever they do with them.
+    """
     if calibration["file"]:
         return Calibration.load(Path(calibration["file"])).sparsity, f"sparsities of {calibration['file']}"
     budget, source = calibration["budget"], f"calibration.budget={calibration['budget']}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -25,7 +27,9 @@ def full(model: nn.Module, setting: Setting) -> PeftModel:
     if any(True for _ in model.parameters(recurse=False)):
         raise PartialLoraError(f"method=full: not applicable: {type(model).__name__} has weights of no module")
     tied = _tied(model)
-    adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=parts))
+    with warnings.catch_warnings():  # of tied weights, which are seen to below
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=parts))
     base = adapted.get_base_model()
     for part in parts:
         getattr(base, part).original_module = nn.Identity()  # or there would be two models in memory
