@@ -47,7 +47,7 @@ LAYERS = (
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
-    | {"cost", "activations"}
+    | {"cost", "activations", "comparison", "comparison_table"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch"},
     {"calibrating"},
