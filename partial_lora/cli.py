@@ -139,6 +139,9 @@ def _launched(settings: dict, stage: str) -> int:
         outcome = launch.launch(settings, directory, stage=stage, watch=bars.update, finished=finished)
     if outcome.status == "interrupted":
         print(f"partial-lora: interrupted by {outcome.message}; the same command goes on from there", file=sys.stderr)
+        return 128 + signal.Signals[outcome.message]
+    if outcome.status == "failed":
+        print(f"partial-lora: {outcome.message} (log: {directory / results.LOG})", file=sys.stderr)
         return 1
     if outcome.status == "skipped":
         console.print("finished before, not run again (overwrite=true runs it again)")

@@ -46,6 +46,13 @@ class ResumingTrainer(Trainer):
         self._began = time.perf_counter()
         return super().train(resume_from_checkpoint and str(resume_from_checkpoint))
 
+    def _run_epoch(self, **settings):
+        """An epoch, or what is left of it: nothing after the last step, at which Trainer would make another one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
     def training_step(self, *arguments, **settings):
         loss = super().training_step(*arguments, **settings)
         self._losses += loss

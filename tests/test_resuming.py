@@ -22,17 +22,21 @@ VERSIONS = {"torch": torch.__version__}
 SETTINGS = {"epochs": 4.0, "save_steps": 2, "max_steps": 12, "learning_rate": 0.05, "count": 41}  # 5 steps an epoch
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """Whatever ends a process."""
 
 
 class EndAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
+    def __init__(self, step: int, saved: bool = False) -> None:
+        self._step, self._saved = step, saved
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self._step and not self._saved:
+            raise EndedError
+
+    def on_save(self, args, state, control, **kwargs):
         if state.global_step == self._step:
-            raise Ended
+            raise EndedError
 
 
 def model(method: type = PartialLoraConfig, **changes: object) -> PeftModel:
@@ -65,17 +69,20 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory):
 def ended_after(step: int, directory: Path, **changes: object) -> None:
     training = trainer(model(), directory, **SETTINGS | changes)
     training.add_callback(EndAfter(step))
-    with pytest.raises(Ended):
+    with pytest.raises(EndedError):
         training.train()
 
 
-@pytest.mark.parametrize(("steps", "goes_on_from"), [((1,), None), ((5,), 4), ((3, 6, 11), 10), ((12,), 10)])
-def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, steps, goes_on_from) -> None:
+ENDS = [((1,), False, None), ((5,), False, 4), ((3, 6, 11), False, 10), ((12,), False, 10), ((4, 12), True, 12)]
+
+
+@pytest.mark.parametrize(("steps", "saved", "goes_on_from"), ENDS)
+def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, steps, saved, goes_on_from) -> None:
     folder = tmp_path / results.CHECKPOINTS
     for step in steps:
         training = trainer(model(), tmp_path, **SETTINGS)
-        training.add_callback(EndAfter(step))
-        with pytest.raises(Ended):
+        training.add_callback(EndAfter(step, saved))
+        with pytest.raises(EndedError):
             training.train(checkpoints.resumable(folder, VERSIONS))
     found = checkpoints.resumable(folder, VERSIONS)
     assert (found and checkpoints.step_of(found)) == goes_on_from
@@ -98,7 +105,8 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path: Path) -> None
     ended_after(3, tmp_path)
     adapted, (folder,) = model(), (tmp_path / results.CHECKPOINTS).iterdir()
     with safe_open(folder / checkpoints.TRAINABLE, "pt") as file:
-        held = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118: no mapping
+        names = file.keys()
+        held = {name: file.get_tensor(name).numel() for name in names}
     trains = {name: value.numel() for name, value in adapted.named_parameters() if value.requires_grad}
     assert held == trains
     dense = sum(value.numel() for name, value in model(LoraConfig).named_parameters() if value.requires_grad)
@@ -113,7 +121,9 @@ def ended_with_two(directory: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"])
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+)
 @pytest.mark.parametrize("cut", [None, 0.5])
 def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(tmp_path: Path, caplog, file: str, cut) -> None:
     folder = ended_with_two(tmp_path)
@@ -172,7 +182,9 @@ def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: 
 
     sealed = resuming.seal
     monkeypatch.setattr(resuming, "seal", fails_at_the_second)
-    with pytest.raises(PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"):
+    with pytest.raises(
+        PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"
+    ):
         training.train()
     monkeypatch.undo()
     folder = tmp_path / results.CHECKPOINTS

@@ -1,0 +1,100 @@
+"""What a frozen causal model says of multiple choice: this package's scores beside a literal loop over the options.
+
+    python scripts/zero_shot.py arc_easy=DATA/arc_easy/test.parquet piqa=DATA/piqa/test.parquet
+
+For each set: the test rows of experiment=causal (results/causal), scored as a run would score them; and the first 100
+of them once more, one option at a time, one pass each, straight from the tokenizer and the model. Writes
+results/causal/zero_shot.json, a record a set as it is done, and prints both. About 10 minutes a set on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from torch.utils.data import DataLoader
+
+from partial_lora import config, judges, loading, results, schema
+from partial_lora.peers import Alone
+
+OUT = Path("results/causal/zero_shot.json")
+LITERAL = 100  # questions of each set
+
+
+def settings_of(task: str, file: str) -> dict:
+    """The settings of experiment=causal, with a file of test rows alone."""
+    overrides = ["experiment=causal", f"task={task}", f"task.data_files={{train: {file}, test: {file}}}"]
+    with initialize_config_dir(str(config.conf_dir().resolve()), version_base="1.3"):
+        return config.resolve(compose("config", overrides))
+
+
+def scored(settings: dict, model: torch.nn.Module) -> tuple[judges.Judged, object]:
+    """What this package says of the test split, and the tokenizer that it reads with."""
+    task = loading.task_of(settings)
+    transform = loading.transform_of(settings, task)
+    judge = judges.judge_of(task, transform, settings, Alone())
+
+    def predict(rows):
+        kept = []
+        for batch in DataLoader(rows, batch_size=32, collate_fn=transform.collate):
+            with torch.inference_mode():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            kept.append(judge.reduce(logits, batch["labels"]).numpy())
+        return np.concatenate(kept), np.empty(0)
+
+    return judge.judged(predict, model, "test"), transform.tokenizer
+
+
+@torch.inference_mode()
+def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
+    """The same of the first questions, without anything of this package but the texts."""
+    rows = loading.task_of(settings).test.select(range(LITERAL))
+    chosen, chosen_by_length, right = [], [], []
+    for row in rows:
+        sums, lengths = [], []
+        for prompt, option in zip(row["prompts"], row["options"], strict=True):
+            context, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + option)["input_ids"]
+            logits = model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            sums.append(sum(logits[at - 1, whole[at]].item() for at in range(len(context), len(whole))))
+            lengths.append(len(option.strip().encode()))
+        chosen.append(int(np.argmax(sums)))
+        chosen_by_length.append(int(np.argmax(np.array(sums) / lengths)))
+        right.append(row["label"])
+    hits, by_length = np.equal(chosen, right), np.equal(chosen_by_length, right)
+    return {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean()), "chosen": chosen}
+
+
+def main(arguments: list[str]) -> None:
+    """Score every TASK=FILE that is named."""
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    records = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for argument in arguments:
+        task, _, file = argument.partition("=")
+        settings = settings_of(task, file)
+        model = loading.model_of(settings["model"], (), ()).eval()
+        found, tokenizer = scored(settings, model)
+        loop = literally(settings, model, tokenizer)
+        own = found.predictions.iloc[:LITERAL]
+        agree = np.equal(own["prediction"].to_numpy(), loop.pop("chosen"))
+        records[task] = {
+            "questions": len(found.predictions),
+            "package": {key: found.metrics[key] for key in ("accuracy", "accuracy_norm")},
+            "first": {
+                "questions": LITERAL,
+                "package": float((own["prediction"] == own["label"]).mean()),
+                "literal": loop,
+                "same_choice": int(agree.sum()),
+            },
+        }
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        results.write_json(OUT, records)
+        print(task, json.dumps(records[task], indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
