@@ -23,7 +23,7 @@ LAYERS = (
         "sealed",
         "locks",
     }
-    | {"members"},
+    | {"members", "tuning"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
