@@ -12,6 +12,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 
 from partial_lora import progress
+from partial_lora.adapter.sharding import whole
 from partial_lora.errors import PartialLoraError
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16:
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        if not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             self._stop(state.global_step + 1, optimizer.param_groups[0]["lr"])
 
     def _stop(self, step: int, learning_rate: float) -> None:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from partial_lora import remote_code, running
 from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output
+
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
+    redact_output()
+    remote_code.refuse()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
-            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]])  # Hydra's grammar, not argparse's
+            stage = None if arguments[0] == "info" else arguments[0]  # Hydra's grammar, not argparse's:
+            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], stage=stage)
         if arguments and arguments[0] in _MODULES:
             return import_module(f"partial_lora.{_MODULES[arguments[0]]}").main(arguments[1:])
         return _parsed(arguments)
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is None:
+            raise
+        place = f"cannot write to {error.filename}: {error.strerror}"
+        print(f"partial-lora: results_dir: {place}; set it to a folder that can be written", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
@@ -118,43 +132,11 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _train(settings: dict) -> int:
-    return _launched(settings, stage="train")
+    return running.code(running.run(settings, "train"))
 
 
 def _calibrate(settings: dict) -> int:
-    return _launched(settings, stage="calibrate")
-
-
-def _launched(settings: dict, stage: str) -> int:
-    from rich.console import Console
-
-    from partial_lora import config, launch, results, watch
-
-    launch.refuse_foreign_world()
-    directory = config.run_directory(settings) if stage == "train" else config.calibration_directory(settings)
-    finished = results.is_finished if stage == "train" else results.is_calibrated
-    console = Console()
-    console.print(f"{stage} {directory}", highlight=False)
-    with watch.Bars(console) as bars:
-        outcome = launch.launch(settings, directory, stage=stage, watch=bars.update, finished=finished)
-    if outcome.status == "interrupted":
-        print(f"partial-lora: interrupted by {outcome.message}; the same command goes on from there", file=sys.stderr)
-        return 128 + signal.Signals[outcome.message]
-    if outcome.status == "failed":
-        print(f"partial-lora: {outcome.message} (log: {directory / results.LOG})", file=sys.stderr)
-        return 1
-    if outcome.status == "skipped":
-        console.print("finished before, not run again (overwrite=true runs it again)")
-    console.print(_closing(directory, stage))
-    return 0
-
-
-def _closing(directory: Path, stage: str):
-    """The short table a run or a calibration ends with."""
-    from partial_lora import report, results
-
-    result = results.read_result(directory)
-    return report.summary(result, directory) if stage == "train" else report.calibration_summary(result, directory)
+    return running.code(running.run(settings, "calibrate"))
 
 
 def _info(settings: dict) -> int:
@@ -162,6 +144,7 @@ def _info(settings: dict) -> int:
 
     from partial_lora import parameters
     from partial_lora.outline import outline
+    from partial_lora.trainer_schema import at_once
 
     found = outline(settings)
     console = Console()
@@ -172,7 +155,7 @@ def _info(settings: dict) -> int:
     said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
     if found.memory:
         trainer, length = settings["trainer"], settings["model"]["max_length"]
-        said += f"; memory is for {trainer['batch_size']} sequences of {length} tokens a step, and an estimate"
+        said += f"; memory is for {at_once(trainer)} sequences of {length} tokens at once, and an estimate"
     console.print(said, highlight=False, soft_wrap=True)
     return 0
 

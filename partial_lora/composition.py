@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
+from partial_lora import plan
 from partial_lora.errors import PartialLoraError
 
 USAGE_ERROR = 2
+_SWEEPS = "pip install 'partial-lora[sweeps]'"
+_PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
+    "joblib": _SWEEPS,
+    "submitit_local": _SWEEPS,
+    "submitit_slurm": _SWEEPS,
+    "ray": "pip install 'partial-lora[ray]'",
+    "optuna": _SWEEPS,
+}
 
 
 def compose(
@@ -16,45 +27,47 @@ def compose(
     arguments: list[str],
     work: Callable[[dict], int],
     *,
+    stage: str | None = None,
     node: type | None = None,
     resolve: Callable[[object], dict] | None = None,
 ) -> int:
     """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
 
-    node, resolve: the dataclass of the settings and what checks them; by default a run's.
+    stage: what the runs of a sweep are to do, "train" or "calibrate", by whatever launches them; None for work that is
+    done here, one after another. node, resolve: the dataclass of the settings and what checks them; by default a run's.
 
-    Gives the exit code: the highest that `work` gave, USAGE_ERROR where a run was refused. No further run starts after
-    one that was interrupted. Raises PartialLoraError for arguments that do not compose.
+    Gives the exit code: the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one
+    that was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
     from hydra.core.config_store import ConfigStore
 
-    from partial_lora import config, schema
+    from partial_lora import config, schema, sweep
 
     resolve = resolve or config.resolve
     refuse_group_lists(arguments)
     ConfigStore.instance().store(name="schema", node=node or schema.Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
-    if not shows & {
-        argument.partition("=")[0] for argument in arguments
-    }:  # a wrong run of a sweep is refused before the first one starts, whatever would launch them
-        refused: list[str] = []
-
-        def check(composed) -> None:
-            try:
-                resolve(composed)
-            except PartialLoraError as error:  # collected: Hydra would add lines of its own
-                refused.append(str(error))
-
-        _hydra(command, [*arguments, "hydra/launcher=basic"], check)
-        for line in dict.fromkeys(refused):
+    if not shows & {argument.partition("=")[0] for argument in arguments}:
+        with _in_one_line(arguments):
+            planned = plan.plan(arguments, config.conf_dir(), resolve)
+        for line in planned.refused:
             print(f"partial-lora: {line}", file=sys.stderr)
-        if refused:
+        if planned.refused:
             return USAGE_ERROR
+        if planned.is_sweep and stage:
+            return sweep.sweep(planned, stage, resolve, partial(_hydra, command, arguments))
+        for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
+            if planned.is_sweep and name != "basic":
+                raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
     codes: list[int] = []
 
     def job(composed) -> None:
-        codes.append(work(resolve(composed)))
+        try:
+            codes.append(work(resolve(composed)))
+        except PartialLoraError as error:  # said here: Hydra would add lines of its own
+            print(f"partial-lora: {error}", file=sys.stderr)
+            codes.append(USAGE_ERROR)
         if codes[-1] > USAGE_ERROR:  # interrupted: no further run of a sweep starts
             raise SystemExit(codes[-1])
 
@@ -66,27 +79,39 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
     """Call `job` with every config that Hydra composes from the arguments; raises PartialLoraError in one line."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from partial_lora import config
 
     GlobalHydra.instance().clear()
     sys.argv = [f"partial-lora {command}", *arguments]
+    with _in_one_line(arguments):
+        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=plan.CONFIG_NAME)(job)()
+
+
+@contextmanager
+def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Make PartialLoraErrors of Hydra's and OmegaConf's errors."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
+        yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
+        if isinstance(error, PartialLoraError):
+            raise
         raise PartialLoraError(composition_error(error, arguments)) from error
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Hydra would merge the files of a list of groups into one; nobody means that."""
+    """Hydra would merge the files of a list of groups into one, or take a plug-in's name for its settings."""
     from partial_lora.config import GROUPS
 
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+        if key in ("hydra.launcher", "hydra.sweeper"):
+            raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
 
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
@@ -109,7 +134,9 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = getattr(cause, "full_key", None)
     if lines[0].startswith("Could not override"):
-        return f"{lines[0].split(chr(39))[1]}: no such key; `partial-lora train --cfg job` lists the keys there are"
+        key = lines[0].split("'")[1]
+        about = "hydra" if key.startswith("hydra.") else "job"
+        return f"{key}: no such key; `partial-lora train --cfg {about}` lists the keys there are"
     if key:
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
@@ -118,7 +145,9 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
         group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
-        return f"{group.replace('/', '=')}: no such file in the group; expected one of {', '.join(options)}"
+        folder, _, name = group.rpartition("/")
+        said = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
+        return said + (f"; {_PLUG_INS[name]} brings it" if name in _PLUG_INS else "")
     for argument in arguments:
         if "," in argument and "ambiguous" in " ".join(lines).lower():
             return f"{argument}: several values; for a run of each add -m"

@@ -93,9 +93,9 @@ def run_id(settings: Mapping) -> str:
     copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
     their order, which is that of the outputs.
     """
-    defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
+    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
     names, changed = list(settings.get("task", {}).get("members") or ()), {}
-    for key, value in _flatten(settings).items():
+    for key, value in flatten(settings).items():
         plain = key
         if key.startswith("task.members."):  # a name may have dots in it
             of = max((name for name in names if key.startswith(f"task.members.{name}.")), key=len)
@@ -133,11 +133,12 @@ def calibration_directory(settings: Mapping) -> Path:
     return Path(settings["results_dir"]).joinpath("calibrations", *names)
 
 
-def _flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Settings in one mapping, each by its full key."""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

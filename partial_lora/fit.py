@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch.utils.data import RandomSampler
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from partial_lora import results
+from partial_lora import fsdp, results
 from partial_lora.callbacks import LogAtSave, Progress, StopOnNonFinite, StopOnRequest
 from partial_lora.errors import PartialLoraError
 from partial_lora.resuming import ResumingTrainer
@@ -31,36 +32,51 @@ SETTINGS = (  # of the trainer group, as `trainer` takes them
     "warmup",
     "max_grad_norm",
     "num_workers",
+    "gradient_accumulation_steps",
 )
 _MOST_WORKERS = 8  # that load data for one accelerator
 
 
 class ByLength(LengthGroupedSampler):
-    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one."""
+    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+    count: how many of the rows an epoch has; None stands for all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, count: int | None = None) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed = seed
+        self._seed, self._count = seed, len(lengths) if count is None else count
         self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self._count)
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self._seed + epoch)
 
 
-class _Trainer(ResumingTrainer):
-    """Trainer whose optimizer steps all have the same number of examples, however many processes share them.
+class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
+    """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
 
     The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several
-    processes, which share a short batch unevenly, would compute something else than one. Evaluation leaves none out.
+    processes, which share a short batch unevenly, would compute something else than one, and so would several parts of
+    a step. Evaluation leaves none out.
     """
 
     def __init__(self, *, length_grouped: bool, **settings) -> None:
         super().__init__(**settings)
         self._length_grouped = length_grouped
 
+    @property
+    def _batch_size(self) -> int:
+        """The examples of one optimizer step."""
+        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
     def get_train_dataloader(self):
-        whole = len(self.train_dataset) >= self.args.train_batch_size * self.args.world_size
-        self.args.dataloader_drop_last = whole
+        self.args.dataloader_drop_last = len(self.train_dataset) >= self._batch_size
         try:
             return super().get_train_dataloader()
         finally:
@@ -71,10 +87,12 @@ class _Trainer(ResumingTrainer):
 
         Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
         """
+        count = len(self.train_dataset)
+        if self.args.gradient_accumulation_steps > 1:  # or the last parts of an epoch would be a step that lacks some
+            count -= count % self._batch_size
         if not self._length_grouped:
-            return super()._get_train_sampler(train_dataset)
-        lengths = list(self.train_dataset["length"])
-        return ByLength(self.args.train_batch_size * self.args.world_size, lengths, self.args.data_seed)
+            return RandomSampler(self.train_dataset, num_samples=count)
+        return ByLength(self._batch_size, list(self.train_dataset["length"]), self.args.data_seed, count)
 
     def _determine_best_metric(self, metrics, trial):
         """Of checkpoints that select equally well, the one with the least loss.
@@ -139,28 +157,32 @@ def trainer(
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     reads_tokens: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    gradient_accumulation_steps: int = 1,
+    sharded: bool = False,
     optimizer: Callable[[float, float], torch.optim.Optimizer] | None = None,
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
-    AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
-    examples of one optimizer step over all processes. Validation is measured and a checkpoint kept every `save_steps`
-    steps, or every epoch, `save_total_limit` beside the best; it goes on under the same `versions` of libraries alone.
-    `selects`, one of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a
-    batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where
-    `length_grouped`, rows have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens
-    are counted, so that progress tells how many a second. `optimizer` makes another than AdamW, of learning rate and
-    weight decay.
+    AdamW (or what `optimizer` makes of learning rate and weight decay), a cosine schedule after linear warm-up,
+    gradients clipped to `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and
+    the parts that each computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every `save_steps` steps, or every
+    epoch, `save_total_limit` beside the best; it goes on under the same `versions` of libraries alone. `selects`, one
+    of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a batch of rows,
+    `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows
+    have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that
+    progress tells how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
     """
-    if batch_size % world_size:
+    parts = world_size * gradient_accumulation_steps
+    times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
+    if batch_size % parts:
         raise PartialLoraError(
-            f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator; "
-            "set it or trainer.num_processes"
+            f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator"
+            f"{times}; set it or trainer.num_processes"
         )
-    if world_size > 1 and len(train) < batch_size:  # which they would share unevenly
+    if parts > 1 and len(train) < batch_size:  # which they would share unevenly
         raise PartialLoraError(
             f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
-            "processes share each batch"
+            f"processes{times} share each batch"
         )
     steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
@@ -176,7 +198,8 @@ def trainer(
         data_seed=seed,
         num_train_epochs=epochs,
         max_steps=max_steps or -1,
-        per_device_train_batch_size=batch_size // world_size,
+        per_device_train_batch_size=batch_size // parts,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         per_device_eval_batch_size=eval_batch_size,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -202,6 +225,8 @@ def trainer(
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
+    if sharded and device == "cpu":
+        fsdp.allow_on_cpu()
     fit = _Trainer(
         versions=versions,
         keep=save_total_limit,
@@ -214,9 +239,11 @@ def trainer(
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave(), *callbacks],
+        callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
         optimizers=(None if optimizer is None else optimizer(learning_rate, weight_decay), None),
     )
-    fit.remove_callback(PrinterCallback)
-    fit.remove_callback(ProgressCallback)
+    if sharded:
+        fsdp.reduce_in_float32(fit)
+    for own in (PrinterCallback, ProgressCallback):
+        fit.remove_callback(own)
     return fit

@@ -24,12 +24,14 @@ def generate(
     stop: Sequence[str] = (),
     batch_size: int = 8,
     progress: Callable[[int, int], object] | None = None,
+    together: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt, without space around it.
 
     It ends before the first of the texts in `stop`, at the model's end token or after `max_new_tokens`. Prompts of like
     length share a batch, which changes no text but where two tokens are equally likely. `progress(done, total)` is told
-    of every batch. The model is left in the mode it was in.
+    of every batch. `together`: processes that hold the model in parts write together, each as many texts as the others.
+    The model is left in the mode it was in.
     """
     tokenizer, ends = transform.tokenizer, _ends(model, transform)
     greedy = GenerationConfig(
@@ -57,7 +59,12 @@ def generate(
                 name: value.to(device) for name, value in transform.of_inputs([prompts[at] for at in places]).items()
             }
             with torch.no_grad():
-                written = model.generate(**inputs, generation_config=greedy, tokenizer=tokenizer if stop else None)
+                written = model.generate(
+                    **inputs,
+                    generation_config=greedy,
+                    tokenizer=tokenizer if stop else None,
+                    synced_gpus=together,
+                )
             for place, tokens in zip(places, written[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 texts[place] = _text(tokenizer.decode(_until(tokens, ends), skip_special_tokens=True), stop)
             if progress is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from partial_lora import evaluation, progress
+from partial_lora.fsdp import is_shared_out
 from partial_lora.generation import exact_match, generate, rouge_l
 from partial_lora.losses import loss_of_batch, loss_of_tokens
 from partial_lora.options import log_likelihoods, option_metrics, predictions
@@ -150,7 +151,9 @@ class ByTexts(_OfTask):
     reduce = staticmethod(log_likelihoods)
 
     def measure(self, said: EvalPrediction) -> dict[str, float]:
-        return {"perplexity": _perplexity(said.predictions)}
+        """The perplexity of validation, and the loss over all its tokens: Trainer's own depends on batches."""
+        perplexity = _perplexity(said.predictions)
+        return {"perplexity": perplexity, "loss": float(np.log(perplexity))}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         """On test the model writes; on validation, which selects by perplexity, it does not."""
@@ -168,13 +171,20 @@ class ByTexts(_OfTask):
         return Judged({"primary": self.task.metrics[0], **known, **metrics}, frame)
 
     def _written(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after every prompt; several processes share the prompts."""
-        own = prompts[self.peers.rank :: self.peers.size]
+        """What the model writes after every prompt; several processes share the prompts.
+
+        Where they hold the model in parts they write as many texts each, and one too many is not looked at.
+        """
+        together = is_shared_out(model)
+        own = list(prompts[self.peers.rank :: self.peers.size])
+        if together and len(own) < -(-len(prompts) // self.peers.size):
+            own.append(prompts[0])
         told = generate(
             model,
             self.transform,
             own,
             progress=lambda done, total: progress.emit("generate", done, total),
+            together=together,
             **self.writing,
         )
         shares = self.peers.gather(told)

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from partial_lora import progress, results
+from partial_lora import cluster, handover, progress, record, results
+from partial_lora.cluster import Cluster
 from partial_lora.errors import PartialLoraError
+from partial_lora.failures import Failure
+from partial_lora.processes import STOPPING, run_process
+from partial_lora.redaction import redacted
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOOK = 0.2  # seconds between two looks at a worker
-_REMIND = 5.0  # seconds between two requests to stop
+_FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
+_ASKED_TO_STOP = [128 + number for number in STOPPING]
+_RECORD = 40.0  # seconds that the record of a run which has ended may take to say so
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,13 @@ class Outcome:
 
 
 def launch(
-    settings: Mapping, directory: Path, *, stage: str, watch: Callable[[dict], None], finished: Callable[[Path], bool]
+    settings: Mapping,
+    directory: Path,
+    *,
+    stage: str,
+    watch: Callable[[dict], None],
+    finished: Callable[[Path], bool],
+    asked: Callable[[], Sequence[int]] = tuple,
 ) -> Outcome:
     """Do a run in `directory` unless it is finished there, and say how it ended.
 
@@ -46,60 +54,48 @@ def launch(
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
         finished: says whether a directory holds what the stage makes.
+        asked: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
     """
+    shared = cluster.cluster_of(settings)
+    if shared.rank:
+        return _follow(settings, directory, shared, stage=stage, finished=finished, asked=asked)
     with results.locked(directory) as lock:
         if finished(directory) and not settings["overwrite"]:
             results.remove_checkpoints(directory)  # what ended it may have come between the last two steps
             return Outcome(directory, "skipped")
         for line in results.prepare(directory, anew=settings["overwrite"]):
             watch({"said": line})
-        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
-        processes = _processes(settings)
-        command = _command(directory, stage, processes)
-        code = _work(command, _environment(directory, processes), directory, lock, watch)
+        results.write_atomic(directory / results.CONFIG, yaml.safe_dump(redacted(settings), sort_keys=False))
+        command = _command(directory, stage, shared)
+        environment = _environment(directory, shared.processes) | handover.variables(settings)
+        code = _work(command, environment, directory, lock, watch, shared, asked)
         return _outcome(directory, code)
 
 
 def _outcome(directory: Path, code: int) -> Outcome:
     result = results.read_result(directory) or {}
     status = result.get("status")
-    if code in (128 + number for number in _STOPPING):
+    if code in _ASKED_TO_STOP:
         return Outcome(directory, "interrupted", signal.Signals(code - 128).name)
     if status == "finished":
         return Outcome(directory, "finished")
     if status == "failed":
         return Outcome(directory, "failed", result["error"])
-    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    return Outcome(directory, "failed", f"the worker was ended {ended} before it could say why")
+    return Outcome(directory, "failed", _unsaid(code))
 
 
-def _processes(settings: Mapping) -> int:
-    """How many workers share a run: as many as asked for, else one an accelerator, else one."""
-    trainer = settings["trainer"]
-    if trainer["num_processes"]:
-        return trainer["num_processes"]
-    if trainer["device"] == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
-        return 1
-    count = "import torch; print(max(1, torch.cuda.device_count()))"  # in a process of its own: the parent has no torch
-    return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
-
-
-def _command(directory: Path, stage: str, processes: int) -> list[str]:
-    """The worker's command line; several workers of one run are started by accelerate."""
-    worker = ["-m", "partial_lora.worker", str(directory.resolve()), "--stage", stage]
-    if processes == 1:
-        return [sys.executable, *worker]
-    # --multi_gpu is what makes accelerate start several processes, on the CPU too, where the worker then sets use_cpu.
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, *accelerate, *plain, *worker]
+def _command(directory: Path, stage: str, shared: Cluster, *more: str) -> list[str]:
+    """The command line of this machine's workers; several workers of one run are started by accelerate."""
+    return cluster.command(shared, ["-m", "partial_lora.worker", str(directory.resolve()), "--stage", stage, *more])
 
 
 def _environment(directory: Path, processes: int) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key not in _WORLD}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in _WORLD and not key.startswith(_FOREIGN)
+    }
     environment[progress.VARIABLE] = str((directory / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(processes)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -114,75 +110,93 @@ def _environment(directory: Path, processes: int) -> dict[str, str]:
 
 
 def _work(
-    command: list[str], environment: Mapping[str, str], directory: Path, lock: int, watch: Callable[[dict], None]
+    command: list[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    lock: int,
+    watch: Callable[[dict], None],
+    shared: Cluster,
+    asked: Callable[[], Sequence[int]],
 ) -> int:
-    """Run a worker to its end and give its exit code; its output is the run's log, its lock outlives the parent."""
-    events = progress.Reader(Path(environment[progress.VARIABLE]))
-    with _stopping() as stop:
-        with open(directory / results.LOG, "ab") as log:
-            worker = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, pass_fds=(lock,), start_new_session=True
-            )
-        stop.tell(worker)
-        results.name_holder(lock, worker.pid)
-        while worker.poll() is None:
-            _tell(events, watch)
-            stop.remind()
-            try:
-                worker.wait(_LOOK)
-            except subprocess.TimeoutExpired:
-                continue
-        _tell(events, watch)
-    events.path.unlink(missing_ok=True)
-    return 128 + stop.received[0] if stop.received else worker.returncode
+    """Run the workers to their end and give their exit code; their output is the run's log."""
+    code, failure = run_process(
+        command,
+        {**environment, **cluster.environment(shared)},
+        directory / results.LOG,
+        watch,
+        lock=lock,
+        started=lambda worker: results.name_holder(lock, worker),
+        asked=asked,
+    )
+    if code and code not in _ASKED_TO_STOP:
+        _blame(directory, failure, shared, code)
+    return code
 
 
-def _tell(events: progress.Reader, watch: Callable[[dict], None]) -> None:
-    for event in events:
-        watch(event)
+def _blame(directory: Path, failure: Failure | None, shared: Cluster, code: int) -> None:
+    """Put into the record of a run that failed which process did first; process 0 may not have lived to write it."""
+    result = results.read_result(directory)
+    if result is None:
+        result = record.new(yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8")))
+    recorded = failure is None or (failure.rank == 0 and failure.said)
+    if result["status"] == "running" or (result["status"] == "failed" and not recorded):
+        reason = _unsaid(code) if failure is None else _who(failure, shared)
+        results.write_json(directory / results.RESULT, result | {"status": "failed", "error": redacted(reason)})
 
 
-class _Stop:
-    """Passes the first request to stop on to the worker, and ends the worker's whole group on the second.
+def _unsaid(code: int) -> str:
+    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"the worker was ended {ended} before it could say why"
 
-    The worker is told again until it ends: Python drops an exception that a signal raises inside a finalizer.
+
+def _who(failure: Failure, shared: Cluster) -> str:
+    if failure.rank is None:
+        return failure.reason
+    return f"process {failure.rank} of {shared.processes} {'failed: ' if failure.said else ''}{failure.reason}"
+
+
+def _follow(
+    settings: Mapping,
+    directory: Path,
+    shared: Cluster,
+    *,
+    stage: str,
+    finished: Callable[[Path], bool],
+    asked: Callable[[], Sequence[int]],
+) -> Outcome:
+    """Do this machine's part of a run whose directory is machine 0's: only the workers touch it, and not before its.
+
+    What this machine has to say of the end is one line, from the run's record and its own workers.
     """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._worker: subprocess.Popen | None = None
-        self._told = float("-inf")
-
-    def tell(self, worker: subprocess.Popen) -> None:
-        """Name the worker; it hears at once of what was received before it was started."""
-        self._worker = worker
-        self.remind()
-
-    def remind(self) -> None:
-        """Tell the worker what it has been asked to, if it was not told in the last seconds."""
-        if self.received and time.monotonic() - self._told > _REMIND:
-            self._told = time.monotonic()
-            self._worker.send_signal(self.received[0])
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.received.append(number)
-        if self._worker is None:
-            return
-        if len(self.received) == 1:
-            self.remind()
-        else:
-            os.killpg(self._worker.pid, signal.SIGKILL)
+    if finished(directory) and not settings["overwrite"]:
+        return Outcome(directory, "skipped")
+    before = results.read_result(directory)
+    environment = _environment(directory, shared.processes) | cluster.environment(shared)
+    environment |= handover.variables(settings)
+    del environment[progress.VARIABLE]  # process 0 tells machine 0
+    log = directory.resolve() / f"train.machine{shared.rank}.log"
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
+        command = _command(directory, stage, shared, "--log", str(log))
+        own_log = Path(own) / "launcher.log"
+        code, failure = run_process(command, environment, own_log, lambda event: None, asked=asked)
+    if code in _ASKED_TO_STOP:
+        return _outcome(directory, code)
+    if code == 0 or failure is None or failure.said:
+        _await_record(directory)
+    result, machine = results.read_result(directory) or {}, f"machine {shared.rank} of {shared.machines}"
+    if result.get("status") == "finished" and (code == 0 or result != before):
+        return Outcome(directory, "finished", f"{machine}: finished; the results are machine 0's: {directory}")
+    reason = _unsaid(code) if failure is None else _who(failure, shared)
+    if result.get("status") == "failed" and result != before and (failure is None or failure.said):
+        reason = result["error"]  # of which this machine's failure is the echo
+    return Outcome(directory, "failed", f"{machine}: {reason}")
 
 
-@contextmanager
-def _stopping() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in _STOPPING}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _await_record(directory: Path) -> None:
+    """Wait until the run's record says how it ended, as long as one that has ended may take on a shared file system."""
+    end = time.monotonic() + _RECORD
+    while time.monotonic() < end and (results.read_result(directory) or {}).get("status") == "running":
+        time.sleep(0.5)
 
 
 def refuse_foreign_world() -> None:

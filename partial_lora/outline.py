@@ -13,6 +13,7 @@ from partial_lora.calibration import sparsity_levels
 from partial_lora.estimate import passes_at_most
 from partial_lora.loading import check_modality, named
 from partial_lora.memory import peak_memory
+from partial_lora.trainer_schema import at_once
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _memory(settings: Mapping, empty: PreTrainedModel, shapes: Mapping, counts: 
         "shapes": shapes,
         "counts": counts,
         "rank": settings["method"]["rank"],
-        "batch_size": settings["trainer"]["batch_size"],
+        "batch_size": at_once(settings["trainer"]),
         "length": settings["model"]["max_length"],
     }
     return {

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from partial_lora.redaction import redacted
+
 VARIABLE = "PARTIAL_LORA_PROGRESS"
 _INTERVAL = 0.1  # seconds between two events of one stage; a bar drawn more often than that looks the same
 
@@ -20,7 +22,7 @@ _last: dict[str, float] = {}
 
 def say(text: str) -> None:
     """Let the parent show a line of words. Silent where `emit` is."""
-    _write({"said": text})
+    _write({"said": redacted(text)})
 
 
 def emit(stage: str, done: int, total: int, **detail: object) -> None:

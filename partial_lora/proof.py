@@ -29,7 +29,8 @@ inputs = load_file(job["inputs"])
 
 def transformers_model(folder):
     import transformers
-    names = transformers.AutoConfig.from_pretrained(folder).architectures or ["AutoModelForImageClassification"]
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    names = config.architectures or ["AutoModelForImageClassification"]
     return getattr(transformers, names[0]).from_pretrained(folder)
 
 def timm_model(folder):

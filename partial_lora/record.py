@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from partial_lora.redaction import redacted
+
 _LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
@@ -19,7 +21,7 @@ def new(settings: Mapping) -> dict:
     return {
         "status": "running",
         "seed": settings["seed"],
-        "config": settings,
+        "config": redacted(settings),
         "tuning": "untuned" if settings["trainer"].get("tuned") is None else "tuned",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),

@@ -19,10 +19,12 @@ CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers.json"  # what trackers call the run, so that a resumed one goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while it is gone on with
 LOG = "train.log"
 LOCK = ".lock"
 _BROKEN = "result.json.broken"
+_OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -101,9 +103,9 @@ def is_calibrated(directory: Path) -> bool:
 def prepare(directory: Path, *, anew: bool) -> list[str]:
     """Make a run's directory ready for another attempt; gives what there is to say of what was found, a line each.
 
-    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, and its record under
-    another name. All else goes, result.json first: whatever is still there when this is interrupted belongs to no
-    finished run. With `anew` nothing stays but the lock, which is held.
+    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, what trackers keep, and
+    its record under another name. All else goes, result.json first: whatever is still there when this is interrupted
+    belongs to no finished run. With `anew` nothing stays but the lock, which is held.
     """
     said, record = [], directory / RESULT
     result = read_result(directory)
@@ -117,7 +119,7 @@ def prepare(directory: Path, *, anew: bool) -> list[str]:
         os.replace(record, directory / _BROKEN)
         said.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
     record.unlink(missing_ok=True)
-    stays = {LOCK} if anew else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN}
+    stays = {LOCK} if anew else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN, *_OF_TRACKERS}
     for entry in directory.iterdir():
         if entry.name in stays:
             continue
@@ -152,7 +154,9 @@ def locked(directory: Path) -> Iterator[int]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise PartialLoraError(f"results_dir: cannot write to {directory}: {error.strerror}") from error
+        raise PartialLoraError(
+            f"results_dir: cannot write to {directory}: {error.strerror}; set it to a folder that can be written"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -58,6 +58,9 @@ class ModelConfig:
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
+        attention = self.attn_implementation
+        fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
+        require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
         one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")

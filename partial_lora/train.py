@@ -21,6 +21,7 @@ from partial_lora import (
     evaluation,
     figures,
     fit,
+    fsdp,
     judges,
     loading,
     methods,
@@ -31,12 +32,14 @@ from partial_lora import (
 )
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
+from partial_lora.config import flatten
 from partial_lora.cost import Cost, file_bytes
 from partial_lora.fewshot import halves_few_shot
 from partial_lora.loading import named
 from partial_lora.peers import of_first
 from partial_lora.record import timed
 from partial_lora.targets import target_names
+from partial_lora.tracking import Tracking
 from partial_lora.world import join
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
     seed = settings["seed"]
+    sharded = fsdp.ask(settings["trainer"]["strategy"])
     world = join(settings["trainer"]["device"])
     record["device"] = world.device
 
@@ -118,8 +122,16 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Training, on the kept entries and the head.
     if settings["model"]["gradient_checkpointing"]:
         models.enable_gradient_checkpointing(adapted)
-    aids, cost = methods.training(settings["method"]["name"], adapted), Cost(adapted)
+    if sharded:
+        fsdp.name_blocks(adapted, settings["model"]["blocks"])
+    aids, cost = methods.training(settings["method"]["name"], adapted, sharded=sharded), Cost(adapted)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+    tracking = Tracking(
+        settings["trainer"]["report_to"] if world.is_main else [],
+        directory=directory,
+        results_dir=Path(settings["results_dir"]),
+        parameters=flatten(settings),
+    )
     trainer = fit.trainer(
         adapted,
         train=rows["train"],
@@ -136,20 +148,22 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
+        sharded=sharded,
         versions=record["versions"],
-        callbacks=[*aids.callbacks, cost],
+        callbacks=[tracking, *aids.callbacks, cost],
         optimizer=aids.optimizer,
         **named(settings["trainer"], *fit.SETTINGS),
     )
     resumed = of_first(world, lambda: checkpoints.resumable(directory / results.CHECKPOINTS, record["versions"]))
     record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
-    trainer.train(resumed)
+    with tracking:
+        trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = trainer.state.log_history
     record["parameters"] |= aids.said()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
-    with timed(record, "evaluate"):
+    with timed(record, "evaluate"), tracking:
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
@@ -157,20 +171,24 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
+    _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
-        _save_adapter(adapted, directory / results.ADAPTER)
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
+    measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
+    tracking.finish(measured, trainer.state.global_step)
 
 
-def _save_adapter(adapted: PeftModel, directory: Path) -> None:
-    """Save the adapter so that its folder is there whole or not at all."""
+def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:
+    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
-    adapted.save_pretrained(temporary, save_embedding_layers=False)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    state = fsdp.adapter_state(adapted)
+    adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
+    if is_main:
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
+from partial_lora import accelerate_file
 from partial_lora.ranges import one_of, positive, require
 
-_TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+_TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
+
+
+def at_once(trainer: Mapping) -> int:
+    """How many examples a process computes at once, of the settings of the trainer group."""
+    return max(1, trainer["batch_size"] // ((trainer["num_processes"] or 1) * trainer["gradient_accumulation_steps"]))
 
 
 @dataclass
@@ -63,14 +71,13 @@ class TrainerConfig:
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
         trackers = set(self.report_to) <= set(_TRACKERS)
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
-        file = self.accelerate_config
-        require(
-            file is None or Path(file).is_file(),
-            "trainer.accelerate_config",
-            file,
-            "a file that `accelerate config` makes",
-        )
-        self._check_machines()
+        missing = [_TRACKERS[name] for name in self.report_to if not _installed(name)]
+        to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
+        require(not missing, "trainer.report_to", self.report_to, to_do)
+        if self.accelerate_config is not None:
+            accelerate_file.read(self.accelerate_config)  # and `cluster` checks what comes of both
+        else:
+            self._check_machines()
 
     def _check_machines(self) -> None:
         machines = self.num_machines
@@ -81,4 +88,10 @@ class TrainerConfig:
             address = self.main_process_ip
             require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")
             expected = f"a multiple of trainer.num_machines={machines}: all processes of all machines"
-            require((self.num_processes or 1) % machines == 0, "trainer.num_processes", self.num_processes, expected)
+            require((self.num_processes or 0) % machines == 0, "trainer.num_processes", self.num_processes, expected)
+
+
+def _installed(module: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, as wandb leaves behind, is none."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None

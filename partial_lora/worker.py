@@ -6,27 +6,29 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-import yaml
-
-from partial_lora import record, results
+from partial_lora import failures, handover, record, remote_code, results
 from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import redact_output, redacted
 
 logger = logging.getLogger("partial_lora.worker")
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
 
 def work(directory: Path, stage: str) -> int:
-    """Do the run whose settings lie in `directory` and leave a record of how it ended; gives the exit code."""
+    """Do the run that belongs in `directory` and leave a record of how it ended; gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
-    settings = yaml.safe_load((directory / results.CONFIG).read_text(encoding="utf-8"))
+    settings = handover.taken(directory)
     is_main = os.environ.get("RANK", "0") == "0"
     entry = record.new(settings)
     earlier = results.read_result(directory, results.EARLIER)
@@ -45,7 +47,9 @@ def work(directory: Path, stage: str) -> int:
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
-        entry |= {"status": "failed", "error": _in_one_line(error)}
+        entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
+        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            failures.report(entry["error"])
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", entry["error"])
@@ -86,12 +90,33 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+def _end_with_launcher() -> None:
+    """Let the kernel end this process should its launcher be killed, which could then no longer end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write_to(log: Path) -> None:
+    """Send what this process writes from now on to the end of a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
 def main() -> None:
     """Parse the command line, work, and exit."""
     parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
+    parser.add_argument("--log", type=Path, help="where output goes, if not where the launcher's does")
     arguments = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        _end_with_launcher()
+    if arguments.log:
+        _write_to(arguments.log)
+    redact_output()  # before any library takes hold of the streams
+    remote_code.refuse()
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)

@@ -65,6 +65,10 @@ def join(requested_device: str) -> World:
     expected, size = int(os.environ.get(EXPECTED, "1")), int(os.environ.get("WORLD_SIZE", "1"))
     if size != expected:
         raise PartialLoraError(f"trainer.num_processes={expected}: the launcher started {size} processes instead")
+    if device == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise PartialLoraError(
+            "trainer.accelerate_config: distributed_type=DEEPSPEED: expected FSDP or MULTI_CPU on CPUs"
+        )
     if size == 1:
         return World(device)
     state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)

@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_never_was(unbroken
     for (moment, _), (done, status, _) in zip(MOMENTS[:-1], seen[:-1], strict=True):
         assert done.returncode == 1, (moment, done.stdout)
         assert "the worker was ended by SIGKILL" in done.stderr
-        assert status == "running", moment
+        assert status == "failed", moment
     assert seen[-1][1] == "finished"
     done = command(place)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import configured
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -19,6 +21,12 @@ from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import hub, tokenizer, weights_digest
 from partial_lora.models.tokenizers import byte_tokenizer
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, download) -> None:
+    """A hub that answers, and what it does when it is asked for files."""
+    monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **settings: None)
+    monkeypatch.setattr(hub, "snapshot_download", download)
 
 
 @pytest.fixture
@@ -33,6 +41,43 @@ def test_hub_out_of_reach_is_said_with_the_model_that_needs_none(tmp_path, monke
     with pytest.raises(PartialLoraError, match=r"model=vit_b16: .*timm/vit_b.*augreg_in21k.*model=vit_s14") as caught:
         load(weights="timm/vit_base_patch16_224.augreg_in21k", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_takes_calls_and_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
+        with pytest.raises(PartialLoraError, match=r"model=tiny_vit: cannot download someone/x .*timed out") as caught:
+            load(weights="someone/x")
+    assert "model.weights" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_in_the_cache_needs_no_hub_that_answers(repository, monkeypatch):
+    def silence(*arguments: object, **settings: object) -> None:
+        raise ConnectionError("nobody there")
+
+    asked = []
+    download = hub.snapshot_download
+    monkeypatch.setattr(HfApi, "model_info", silence)
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
+    load(weights="someone/tiny")
+    assert all(wanted["local_files_only"] for wanted in asked)
+    assert asked
+
+
+def test_a_revision_is_the_one_that_is_fetched_and_no_part_of_the_name(repository, monkeypatch):
+    asked = []
+    download = hub.snapshot_download
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = load(weights=f"someone/tiny@{commit}")
+    assert {wanted["revision"] for wanted in asked} == {commit}
+    assert model.name_or_path == model.config.name_or_path == "someone/tiny"
+    load(weights="someone/tiny")
+    assert asked[-1]["revision"] is None
 
 
 def test_name_that_no_repository_can_have_is_said():
@@ -57,7 +102,7 @@ def repository(folder, tmp_path, monkeypatch) -> Path:
             (snapshot / "model.safetensors").symlink_to(blob)
         return str(snapshot)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    serve(monkeypatch, download)
     download("someone/tiny")
     return blob
 
@@ -129,7 +174,7 @@ def text_hub(tmp_path, monkeypatch) -> Hub:
     for other in ("tf_model.h5", "open_clip_model.safetensors", "README.md", "modeling.py", "rust_model.ot"):
         (source / other).write_bytes(b"of no use")
     served = Hub(tmp_path, source)
-    monkeypatch.setattr(hub, "snapshot_download", served)
+    serve(monkeypatch, served)
     return served
 
 
@@ -209,7 +254,7 @@ def causal_hub(tmp_path, monkeypatch) -> Hub:
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "consolidated.safetensors").write_bytes(b"of no use")
     served = Hub(tmp_path, source)
-    monkeypatch.setattr(hub, "snapshot_download", served)
+    serve(monkeypatch, served)
     return served
 
 
@@ -242,7 +287,7 @@ def test_gated_repository_says_how_its_licence_is_accepted(monkeypatch, kind, st
             raise refusal(kind, status)
         raise LocalEntryNotFoundError("nothing in the cache") from refusal(kind, status)
 
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    serve(monkeypatch, refuse)
     page = r"https://huggingface\.co/meta-llama/Llama-2-7b-hf"
     expected = rf"model=llama2_7b: .*licence.*{page}.*hf auth login.*HF_TOKEN.*model=smollm2_135m, "
     with pytest.raises(PartialLoraError, match=expected) as caught:
@@ -254,6 +299,6 @@ def test_repository_that_is_not_there_is_not_taken_for_a_gated_one(monkeypatch):
     def refuse(repo: str, **settings: object) -> str:
         raise refusal(RepositoryNotFoundError, 401)
 
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    serve(monkeypatch, refuse)
     with pytest.raises(PartialLoraError, match=r"no such repository, or no access to it.*model=smollm2_135m"):
         configured.load("llama2_7b")

@@ -19,11 +19,15 @@ LAYERS = (
         "errors",
         "progress",
         "results",
+        "ledger",
         "cache",
         "sealed",
         "locks",
+        "redaction",
+        "remote_code",
+        "handover",
     }
-    | {"members", "tuning"},
+    | {"members", "tuning", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
@@ -37,6 +41,8 @@ LAYERS = (
         "checkpoints",
         "resuming",
         "callbacks",
+        "trackers",
+        "tracking",
         "evaluation",
         "report",
         "figures",
@@ -46,13 +52,23 @@ LAYERS = (
         "watch",
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
-    | {"judges", "mixture_judge", "losses", "options", "generation", "memory"}
+    | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"cost", "activations", "comparison", "comparison_table"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
-    {"launch"},
+    {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
-    {"worker", "cli", "composition", "analysis_command", "evaluate_command", "predict_command", "theory_command"},
+    {
+        "worker",
+        "launcher",
+        "cli",
+        "composition",
+        "analysis_command",
+        "evaluate_command",
+        "predict_command",
+        "theory_command",
+    }
+    | {"plan", "sweep", "job"},
     {"__main__", "__init__"},
 )
 PACKAGE = Path(partial_lora.__file__).parent

@@ -37,6 +37,13 @@ def test_most_methods_add_nothing(method: str) -> None:
     assert (aids.callbacks, aids.penalty, aids.optimizer, aids.said()) == ((), None, None, {})
 
 
+def test_what_needs_whole_parameters_is_refused_where_they_are_shared_out() -> None:
+    model, _ = adapted("adalora", "tiny_vit")
+    with pytest.raises(PartialLoraError, match=r"trainer\.strategy=fsdp: method=adalora needs whole parameters"):
+        methods.training("adalora", model, sharded=True)
+    assert methods.training("lora", model, sharded=True).callbacks == ()
+
+
 def test_the_penalty_is_the_one_of_peft() -> None:
     model, _ = adapted("adalora", "tiny_vit")
     outputs = model.base_model.forward(**inputs("tiny_vit"), labels=torch.tensor([0, 1, 2, 0]))

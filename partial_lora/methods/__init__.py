@@ -45,7 +45,14 @@ def names() -> list[str]:
     return [name for name in files if callable(getattr(import_module(f"{__name__}.{name}"), name, None))]
 
 
-def training(name: str, adapted: PeftModel) -> Training:
-    """How what the method has made of a model is trained, where that takes more than AdamW on a loss."""
+def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
+    """How what the method has made of a model is trained, where that takes more than AdamW on a loss.
+
+    Raises PartialLoraError where that needs whole parameters and they are shared out over the processes.
+    """
     of_its_own = getattr(import_module(named(name).__module__), "training", None)
-    return Training() if of_its_own is None else of_its_own(adapted)
+    if of_its_own is None:
+        return Training()
+    if sharded:
+        raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
+    return of_its_own(adapted)

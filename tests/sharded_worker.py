@@ -1,0 +1,143 @@
+"""Two processes on CPUs that train a masked adapter in parts (FSDP2, by Trainer), as a worker of the package does.
+
+Every process writes what it found into a folder that both share; the tests compare it with one process's run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import torch.multiprocessing
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from partial_lora import checkpoints, fit, fsdp, losses, models, results, world
+from partial_lora.adapter import PartialLoraConfig
+
+WORLD = 2
+STEPS = 6
+HALF = 3  # where training goes on from a checkpoint
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def rows(count: int) -> datasets.Dataset:
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.arange(count) % 3
+    pixels = torch.randn(count, 3, 16, 16, generator=generator) + labels[:, None, None, None]
+    return datasets.Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": labels.tolist()}).with_format("torch")
+
+
+def adapted(seed: int = 0) -> PeftModel:
+    """A ViT with masks of rows and columns, and a new head."""
+    torch.manual_seed(seed)
+    settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
+    model = models.load(model_args=TINY, labels=["a", "b", "c"], **settings)
+    head = ["timm_model.head"]
+    return get_peft_model(
+        model, PartialLoraConfig(r=3, target_modules=["attn.qkv", "mlp.fc2"], sparsity=0.6, modules_to_save=head)
+    )
+
+
+def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **changes: object) -> Trainer:
+    settings = {"batch_size": 8, "max_steps": STEPS, "save_steps": HALF, "gradient_accumulation_steps": 1} | changes
+    return fit.trainer(
+        model,
+        train=rows(40),
+        validation=rows(12),
+        directory=folder,
+        collate=lambda some: default_data_collator(
+            [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
+        ),
+        loss=losses.loss_of_batch,
+        measure=lambda said: {"accuracy": time.monotonic()},  # the last checkpoint is the best
+        selects="accuracy",
+        device="cpu",
+        precision="no",
+        world_size=processes,
+        seed=0,
+        epochs=1.0,
+        eval_batch_size=5,
+        learning_rate=1e-2,
+        weight_decay=0.01,
+        warmup=0.1,
+        max_grad_norm=1.0,
+        num_workers=0,
+        save_total_limit=1,
+        versions={},
+        sharded=sharded,
+        **settings,
+    )
+
+
+class Break(TrainerCallback):
+    """Ends training half-way, after the checkpoint that is due there."""
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def main(rank: int, folder: Path, port: int) -> None:
+    """One of the processes."""
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", world.EXPECTED), str(WORLD))
+    os.environ.update({**ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    assert fsdp.ask("fsdp")
+    own = world.join("cpu")
+    model = adapted()
+    fsdp.name_blocks(model, "timm_model.blocks")
+    training = trainer(model, folder / "broken", processes=WORLD, sharded=True)
+    training.add_callback(Break())
+    training.train()
+    own.gather(None)
+    kept = fsdp.optimizer_values(training.optimizer)
+    moments = [value for entry in training.optimizer.state_dict()["state"].values() for value in entry.values()]
+    assert any(fsdp.is_sharded(value) for value in moments)
+    checkpoint = folder / "broken" / results.CHECKPOINTS / f"checkpoint-{HALF}"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert len(saved) == sum(parameter.requires_grad for parameter in training.model.parameters())
+    for place, entry in saved.items():
+        assert all(torch.equal(torch.as_tensor(kept["state"][place][name]), value) for name, value in entry.items())
+    resumed = trainer(adapted(seed=7), folder / "broken", processes=WORLD, sharded=True)
+    resumed.train(checkpoint)
+    worse = iter(range(9, 0, -1))
+    early = trainer(adapted(), folder / "early", processes=WORLD, sharded=True)
+    early.compute_metrics = lambda said: {"accuracy": next(worse)}
+    early.train()
+    first = load_file(folder / "early" / results.CHECKPOINTS / f"checkpoint-{HALF}" / checkpoints.TRAINABLE)
+    last = load_file(folder / "early" / results.CHECKPOINTS / f"checkpoint-{STEPS}" / checkpoints.TRAINABLE)
+    fsdp.let_go(early.model)
+    left = checkpoints.trainable(early.model)
+    assert all(torch.equal(value, first[name]) for name, value in left.items())
+    assert not any(torch.equal(value, last[name]) for name, value in left.items())
+    fsdp.let_go(resumed.model)
+    held = sum(parameter.to_local().numel() for parameter in resumed.model.parameters())
+    whole = sum(parameter.numel() for parameter in resumed.model.parameters())
+    values = checkpoints.trainable(resumed.model)
+    state = fsdp.adapter_state(resumed.model)
+    resumed.model.save_pretrained(folder / "adapter", is_main_process=own.is_main, state_dict=state)
+    said = resumed.predict(rows(13)).predictions
+    save_file(
+        values | {"share": torch.tensor(held / whole), "logits": torch.tensor(said)},
+        folder / f"found_{rank}.safetensors",
+    )
+    own.gather(None)
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends by itself
+
+
+def start(folder: Path) -> None:
+    """Let two processes train. An error in one of them is raised here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(main, args=(folder, port), nprocs=WORLD)

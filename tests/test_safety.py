@@ -1,0 +1,206 @@
+"""Nothing that is fetched can run code here, or decide where a file is written."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import configured
+import datasets
+import pytest
+from PIL import Image
+from test_bundled import make_wheel
+
+import partial_lora
+from partial_lora import config
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import bundled, tokenizer, wheel
+from partial_lora.models.tokenizers import byte_tokenizer
+
+PACKAGE = Path(partial_lora.__file__).parent
+
+
+def calls() -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Where the package calls what, and with which named constants."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        for text in (source, *scripts(ast.parse(source))):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Call):
+                    given = {each.arg: getattr(each.value, "value", each.value) for each in node.keywords}
+                    yield f"{file.relative_to(PACKAGE)}:{node.lineno}", ast.unparse(node.func), given
+
+
+def scripts(tree: ast.Module) -> Iterator[str]:
+    """Programs that a module holds as text, for an interpreter of their own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\nimport " in node.value:
+            yield node.value
+
+
+def test_no_call_reads_a_pickle_or_runs_what_it_reads() -> None:
+    seen = list(calls())
+    assert any(name == "AutoTokenizer.from_pretrained" for _, name, _ in seen)  # else nothing is looked at
+    assert any(name == "transformers.AutoConfig.from_pretrained" for _, name, _ in seen)  # of a program in a text
+    forbidden = {"eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "joblib.load", "yaml.load"}
+    forbidden |= {"yaml.unsafe_load", "evaluate.load", "torch.hub.load", "torch.jit.load", "get_kernel"}
+    found = [(place, name) for place, name, _ in seen if name in forbidden or name.rpartition(".")[2] == "extractall"]
+    found += [(place, name) for place, name, given in seen if given.get("trust_remote_code", False) is not False]
+    found += [(place, name) for place, name, given in seen if given.get("allow_pickle", False) is not False]
+    for place, name, given in seen:
+        owner, _, method = name.rpartition(".")
+        if method == "from_pretrained" and owner.rpartition(".")[2].startswith("Auto"):
+            found += [] if given.get("trust_remote_code") is False else [(place, name)]
+        if name == "torch.load" or "weights_only" in given:
+            found += [] if given.get("weights_only") is True else [(place, name)]
+    assert not found
+
+
+def test_trainer_reads_its_own_files_without_running_their_code() -> None:
+    import transformers
+
+    tree = ast.parse(Path(transformers.trainer.__file__).read_text(encoding="utf-8"))
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    unsafe = [node.lineno for node in loads if "weights_only=True" not in map(ast.unparse, node.keywords)]
+    assert loads
+    assert not unsafe
+
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("it_ran").touch()
+Path({marker!r}).touch()
+from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A Llama with its tokenizer whose configs name code of their own."""
+    folder = tmp_path / "hostile"
+    configured.load("tiny_llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "it_ran")))
+    own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": [None, "evil.Tokenizer"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": own}))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of_its_own"])
+def test_code_that_comes_with_a_model_never_runs(hostile: Path, monkeypatch, model_type: str) -> None:
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")  # transformers would ask, and wait for an answer
+    content = json.loads((hostile / "config.json").read_text())
+    (hostile / "config.json").write_text(json.dumps(content | {"model_type": model_type}))
+    for read in (
+        lambda: configured.load("tiny_llama", weights=str(hostile)),
+        lambda: tokenizer(name="tiny_llama", weights=str(hostile), family="causal"),
+    ):
+        with contextlib.suppress(PartialLoraError):  # refused, or read as what it is without its code
+            read()
+    assert not list(hostile.parent.rglob("it_ran"))
+
+
+def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("raise SystemExit('it ran')\n")
+    program = "from partial_lora import remote_code; remote_code.refuse()\n"
+    program += "import importlib.util as u, os; print(u.find_spec('kernels'), os.environ['USE_HUB_KERNELS'])\n"
+    program += "try:\n    import kernels\nexcept ImportError:\n    print('refused')"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["None", "NO", "refused"], done.stderr
+
+
+def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
+    from test_config import settings
+
+    with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: expected eager, sdpa"):
+        settings("model.attn_implementation=someone/attention")
+    assert settings("model.attn_implementation=sdpa")["model"]["attn_implementation"] == "sdpa"
+
+
+@pytest.mark.parametrize("member", ["../outside", "/outside", "inside/../../outside", "", "inside/.."])
+def test_no_file_outside_an_archive_can_be_asked_of_it(member: str) -> None:
+    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0: expected the name of a file inside it"):
+        wheel.Wheel(project="tiny-focus", version="1.0", size=1, sha256="0" * 64, members={member: "0" * 64})
+
+
+def test_a_hostile_wheel_writes_nothing_but_what_is_asked_of_it(tmp_path: Path, monkeypatch) -> None:
+    index, cache = tmp_path / "index", tmp_path / "deep" / "cache"
+    outside = ("../outside", "../../outside", "/outside", str(tmp_path / "outside"), "tiny/../../outside")
+    file = make_wheel(index, b"", {"tiny/config.json": b"{}", **dict.fromkeys(outside, b"it was written")})
+    with zipfile.ZipFile(file, "a") as archive:  # a link in the way of what is written
+        link = zipfile.ZipInfo("tiny/link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, str(tmp_path))
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PARTIAL_LORA_CACHE": str(cache)}.items():
+        monkeypatch.setenv(name, value)
+    pin = wheel.Wheel(
+        project="tiny-focus",
+        version="1.0",
+        size=file.stat().st_size,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        members={"tiny/config.json": hashlib.sha256(b"{}").hexdigest()},
+    )
+    monkeypatch.setitem(bundled.MODELS, "tiny", bundled.Bundled(pin, bundled.folder_of_transformers))
+    folder = bundled.fetch_model("tiny")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "complete.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"index", "deep"}
+    assert not Path("/outside").exists()
+
+
+@pytest.fixture
+def hostile_archive(tmp_path: Path, request) -> Path:
+    """Two images of a data set, and others whose names lead out of the folder they would be unpacked in."""
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    names = ["cat/0.png", "dog/1.png", "../outside.png", "../../../outside.png", str(tmp_path / "outside.png")]
+    file = tmp_path / "repository" / f"train.{request.param}"
+    file.parent.mkdir()
+    if request.param == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.writestr(name, picture.getvalue())
+        return file
+    with tarfile.open(file, "w") as archive:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(link)
+        for name in [*names, "link/outside.png"]:
+            member = tarfile.TarInfo(name)
+            member.size = len(picture.getvalue())
+            archive.addfile(member, io.BytesIO(picture.getvalue()))
+    return file
+
+
+@pytest.mark.parametrize("hostile_archive", ["zip", "tar"], indirect=True)
+def test_what_unpacks_data_sets_writes_nothing_outside(hostile_archive: Path, tmp_path: Path) -> None:
+    settings = datasets.DownloadConfig(cache_dir=tmp_path / "cache" / "downloads")
+    unpacked = Path(datasets.DownloadManager(download_config=settings).extract(str(hostile_archive)))
+    assert (unpacked / "cat" / "0.png").is_file()
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {"repository", "cache"}
+
+
+def test_every_bundled_file_is_pinned_by_its_hash() -> None:
+    pins = [value for model in bundled.MODELS.values() for value in (model.wheel.sha256, *model.wheel.members.values())]
+    assert len(pins) >= 2 * len(bundled.MODELS)
+    assert all(len(pin) == 64 and set(pin) <= set("0123456789abcdef") for pin in pins)
+
+
+def test_every_data_set_of_the_hub_is_pinned_to_a_commit() -> None:
+    import yaml
+
+    read = {file.stem: yaml.safe_load(file.read_text()) for file in (config.conf_dir() / "task").glob("*.yaml")}
+    on_the_hub = {name: task for name, task in read.items() if "/" in task["path"]}
+    assert len(on_the_hub) > 20
+    assert [name for name, task in on_the_hub.items() if len(str(task.get("revision"))) != 40] == []
