@@ -165,12 +165,13 @@ def trainer(
 
     AdamW (or what `optimizer` makes of learning rate and weight decay), a cosine schedule after linear warm-up,
     gradients clipped to `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and
-    the parts that each computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every `save_steps` steps, or every
-    epoch, `save_total_limit` beside the best; it goes on under the same `versions` of libraries alone. `selects`, one
-    of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a batch of rows,
-    `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows
-    have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that
-    progress tells how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
+    the parts that each computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint
+    kept every `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same
+    `versions` of libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of
+    equals the loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an
+    evaluation's logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one
+    batch. `reads_tokens`: tokens are counted, so that progress tells how many a second. `sharded`: parameters are
+    shared out over the processes. `callbacks`: more.
     """
     parts = world_size * gradient_accumulation_steps
     times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
