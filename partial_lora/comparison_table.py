@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from partial_lora.closing import cell, measured, percent
+from partial_lora.closing import cell, measured
 from partial_lora.comparison import MARGIN, compared
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import PREDICTIONS, read_result, write_atomic
@@ -81,7 +81,7 @@ def _tabulated(found: pd.DataFrame) -> str:
 def _said(reference: str) -> str:
     return (
         f"Differences are from {reference} at the same operating point, over the test examples and seeds of both, with "
-        "95 % intervals of a paired bootstrap over examples and seeds. better: all of the interval is above zero; "
+        "95 % intervals of a paired bootstrap over examples and seeds (of shares in points). better: all of the interval is above zero; "
         f"matches: it is above −{100 * MARGIN:g} point; worse: it is below zero, and not above that; undecided: else. "
         "Reliability is of the sparsities: split halves of the scored draw, Spearman–Brown."
     )
@@ -131,7 +131,7 @@ def _predictions(part: pd.DataFrame, results_dir: Path) -> dict[int, pd.DataFram
 
 def _readable(found: pd.DataFrame) -> pd.DataFrame:
     share = found["metric"].isin(SHARES)
-    tests = zip(share, found["metric"], found["test_mean"], found["test_std"], strict=True)
+    tests = zip(found["metric"], found["test_mean"], found["test_std"], strict=True)
     ends = zip(share, found["difference"], found["low"], found["high"], strict=True)
     names = found["method"].where(found["masks"] == "rows_columns", found["method"] + " (" + found["masks"] + ")")
     columns = {
@@ -140,7 +140,7 @@ def _readable(found: pd.DataFrame) -> pd.DataFrame:
         "operating point": found["operating_point"],
         "method": names,
         "n": found["n"].astype(str),
-        "test": [percent(mean, std) if part else measured(metric, mean, std) for part, metric, mean, std in tests],
+        "test": [measured(*each) for each in tests],
         "difference [95 %]": [_interval(*each) for each in ends],
         "verdict": found["verdict"].fillna("reference") if "verdict" in found else "reference",
         "adapter parameters": [cell(value, ",.0f") for value in found["adapter_parameters"]],
