@@ -81,8 +81,8 @@ def _tabulated(found: pd.DataFrame) -> str:
 def _said(reference: str) -> str:
     return (
         f"Differences are from {reference} at the same operating point, over the test examples and seeds of both, with "
-        "95 % intervals of a paired bootstrap over examples and seeds (of shares in points). better: all of the interval "
-        "is above zero; "
+        "95 % intervals of a paired bootstrap over examples and seeds (of shares in points). better: the interval is "
+        "above zero; "
         f"matches: it is above −{100 * MARGIN:g} point; worse: it is below zero, and not above that; undecided: else. "
         "Reliability is of the sparsities: split halves of the scored draw, Spearman–Brown."
     )
