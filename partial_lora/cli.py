@@ -90,13 +90,14 @@ def _parsed(arguments: list[str]) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from partial_lora import report, runs
+    from partial_lora import comparison_table, report, runs
 
     frame, problems = runs.collect(arguments.results_dir)
     for problem in problems:
         print(f"partial-lora: {problem}", file=sys.stderr)
     command = f"partial-lora report {arguments.results_dir}"
     written = report.write(frame, arguments.results_dir, command=command, problems=problems)
+    written += comparison_table.write(frame, arguments.results_dir, command=command)
     console = Console()
     console.print(report.on_screen(frame))
     for path in written:

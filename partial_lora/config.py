@@ -14,6 +14,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.members import with_members
 from partial_lora.schema import Config
 from partial_lora.sealed import file_sha256
+from partial_lora.tuning import tuned_rate
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
 
@@ -67,7 +68,10 @@ def resolve(composed: DictConfig) -> dict:
         if name not in known:
             raise PartialLoraError(f"{group}.name={name}: expected one of {', '.join(known)}")
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
-    return with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task")
+    settings = with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task")
+    if settings["trainer"]["tuned"] is not None:  # before the run has its id, which is of the rate
+        settings["trainer"]["learning_rate"] = tuned_rate(settings["trainer"]["tuned"], settings)
+    return settings
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
@@ -101,6 +105,8 @@ def run_id(settings: Mapping) -> str:
         is_file = plain in _FILES or plain.startswith("task.data_files.")
         is_file = is_file or (plain in _PLACES and Path(value).is_dir())
         changed[key] = _digest(Path(value)) if is_file else value
+    if "trainer.tuned" in changed:  # whichever file it was: the rate found there is among the settings
+        changed["trainer.tuned"] = True
     if names:
         changed["task.members"] = names
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]

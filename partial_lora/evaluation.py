@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,12 @@ def offline(name: str):
             return {name: _FUNCTIONS[name](np.asarray(predictions), np.asarray(references), **options)}
 
     return Offline(keep_in_memory=True)
+
+
+def function_of(name: str, classes: int | None = None) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The bare function (predictions, references) -> float of a metric, for who calls it thousands of times."""
+    options = {"classes": classes} if name == "f1" else {}
+    return partial(_FUNCTIONS[name], **options)
 
 
 def predicted(logits: np.ndarray, references: np.ndarray) -> np.ndarray:

@@ -11,8 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import fsdp, results
@@ -160,18 +159,19 @@ def trainer(
     callbacks: Sequence[TrainerCallback] = (),
     gradient_accumulation_steps: int = 1,
     sharded: bool = False,
+    optimizer: Callable[[float, float], torch.optim.Optimizer] | None = None,
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
-    AdamW, a cosine schedule after linear warm-up, gradients clipped to `max_grad_norm`. `batch_size` counts the
-    examples of one optimizer step over all processes and the parts that each computes its share in
-    (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every `save_steps` steps, or every
-    epoch, `save_total_limit` beside the best; it goes on under the same `versions` of libraries alone. `selects`, one
-    of the metrics that `measure` gives, says which did best, and of equals the loss. `collate` makes a batch of rows,
-    `loss` its loss, and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows
-    have a column `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that
-    progress tells how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: further
-    ones.
+    AdamW (or what `optimizer` makes of learning rate and weight decay), a cosine schedule after linear warm-up,
+    gradients clipped to `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and
+    the parts that each computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint
+    kept every `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same
+    `versions` of libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of
+    equals the loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an
+    evaluation's logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one
+    batch. `reads_tokens`: tokens are counted, so that progress tells how many a second. `sharded`: parameters are
+    shared out over the processes. `callbacks`: more.
     """
     parts = world_size * gradient_accumulation_steps
     times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
@@ -241,9 +241,10 @@ def trainer(
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
         callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
+        optimizers=(None if optimizer is None else optimizer(learning_rate, weight_decay), None),
     )
     if sharded:
         fsdp.reduce_in_float32(fit)
-    fit.remove_callback(PrinterCallback)
-    fit.remove_callback(ProgressCallback)
+    for own in (PrinterCallback, ProgressCallback):
+        fit.remove_callback(own)
     return fit

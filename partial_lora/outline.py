@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, parameters
-from partial_lora.budget import masked_units
+from partial_lora.budget import dense_parameters, masked_units
 from partial_lora.calibration import sparsity_levels
 from partial_lora.estimate import passes_at_most
 from partial_lora.loading import check_modality, named
@@ -39,20 +39,28 @@ def outline(settings: Mapping) -> Outline:
     outputs = 0 if model["head"] is None else 1 if settings["task"]["regression"] else settings["task"]["classes"] or 2
     empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs or 2)
     shapes = parameters.target_shapes(empty, **named(model, "target_modules", "head", "new_modules"))
-    units = masked_units(shapes, method["rank"], granularity)
-    sparsity, said = methods.foreseen_sparsity(method["name"], *units, settings["calibration"])
-    counts = parameters.describe(
-        empty,
-        **named(model, "target_modules", "head", "new_modules"),
-        rank=method["rank"],
-        sparsity=sparsity,
-        granularity=granularity,
-    )
+    known = named(model, "target_modules", "head", "new_modules")
+    if methods.is_calibrated(methods.named(method["name"])):
+        units = masked_units(shapes, method["rank"], granularity)
+        sparsity, said = methods.foreseen_sparsity(*units, settings["calibration"])
+        counts = parameters.describe(empty, **known, rank=method["rank"], sparsity=sparsity, granularity=granularity)
+    else:
+        setting = methods.Setting(
+            **known, **named(method, "rank", "alpha", "dropout", "projections"), shapes=shapes, mask_seed=0
+        )
+        counts, said = _made(empty, method["name"], setting), "counted on the adapter itself"
     chosen = settings["calibration"]
     levels = len(sparsity_levels(chosen["levels"], chosen["max_sparsity"]))
     axes = 1 if chosen["axes"] == "joint" else 2
     passes = passes_at_most(len(shapes), axes, levels, search=chosen["search"], repair=chosen["repair"])
     return Outline(counts, said, outputs, passes, _memory(settings, empty, shapes, counts))
+
+
+def _made(empty: PreTrainedModel, method: str, setting: methods.Setting) -> dict[str, int | float | None]:
+    """The counts of a method that depends on no calibration: of the adapter that it makes of the empty model."""
+    adapted = methods.named(method)(empty, setting)
+    dense = dense_parameters(setting.shapes, setting.rank)
+    return parameters.foretold(adapted, setting.head, new_modules=setting.new_modules, dense=dense)
 
 
 def _memory(settings: Mapping, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:

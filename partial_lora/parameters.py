@@ -1,7 +1,7 @@
 """How many parameters train, and what they cost in memory and on disk.
 
-Predicted for a model that exists in outline only (`describe`, on the meta device) and counted on one that trains
-(`measured`). Every count is of what is left after masking; the task head is always counted apart.
+Predicted for a model that exists in outline only (`describe`, `foretold`, on the meta device) and counted on one that
+trains (`measured`). Every count is of what is left after masking; the task head is always counted apart.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from rich.table import Table
 from torch import nn
 
@@ -89,36 +92,64 @@ def describe(
 
 
 def measured(
-    model: nn.Module, head: str | None, adapter: str = "default", new_modules: Sequence[str] = ()
+    model: nn.Module,
+    head: str | None,
+    adapter: str = "default",
+    new_modules: Sequence[str] = (),
+    *,
+    dense: int | None = None,
 ) -> dict[str, int | float | None]:
     """The parameters of a model that is set up to train, counted on its tensors, never on what was asked.
 
-    `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; dense is the size
-    of the `.weight` of every lora_A and lora_B; `new_modules`, which train whole, too, are counted with the head.
-    Raises PartialLoraError, naming it, where a parameter outside of these trains: no column of a table would count it.
+    `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; `new_modules`,
+    which train whole, too, are counted with the head. `dense`, what a method of another kind is compared with, is by
+    default the size of the `.weight` of every lora_A and lora_B. Where every weight trains, all but the head are the
+    adapter's. Raises PartialLoraError, naming it, where a parameter outside of these trains: no column of a table would
+    count it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    parts = [part for layer in layers for part in _tensors(layer, adapter)]
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     # Under PEFT, each with the frozen module it was copied from.
     heads = _trained_whole(model, head, new_modules)
-    adapters = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
-    counted_apart = {id(parameter) for holder in (*heads, *adapters) for parameter in holder.parameters()}
+    in_heads = {id(parameter) for holder in heads for parameter in holder.parameters()}
+    held = {id(parameter): parameter for layer in layers for parameter in _held(layer)}
+    copied = _copied(model) if not layers else {}
     base = 0
     for name, parameter in model.named_parameters():
-        if id(parameter) in counted_apart:
+        if id(parameter) in in_heads or id(parameter) in held or id(parameter) in copied:
             continue
         if parameter.requires_grad:
             raise PartialLoraError(
                 f"{name} trains but is neither in the adapter nor in {head or 'a head'}: expected it frozen"
             )
         base += size_of(parameter)
+    trained = [parameter for key, parameter in {**held, **copied}.items() if key not in in_heads]
+    if dense is None:
+        lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
+        dense = sum(weight.numel() for layer in lora for weight in _dense_weights(layer, adapter))
     return _counts(
         base=base,
-        dense=sum(weight.numel() for weight, _ in parts),
-        trainable=sum(_trainable(held) for _, held in parts),
+        dense=dense if trained else 0,
+        trainable=_trainable(trained),
         head=sum(_trainable(module.parameters()) for module in heads),
     )
+
+
+def foretold(
+    adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
+) -> dict[str, int | float | None]:
+    """What `describe` says, counted on an adapter that has been made (on the meta device, too) and masks nothing."""
+    counts = measured(adapted, head, new_modules=new_modules, dense=dense)
+    trainable = counts["adapter_trainable"] + counts["head"]
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {
+        **counts,
+        "targets": sum(isinstance(module, BaseTunerLayer) for module in adapted.modules()),
+        "adapter_bytes": sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
+        "compact_bytes": _FP32 * trainable,
+        "gradient_bytes": _FP32 * trainable,
+        "optimizer_bytes": _FP32 * _MOMENTS * trainable,
+    }
 
 
 def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
@@ -150,13 +181,13 @@ def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[s
 
 
 def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, int | float | None]:
-    """The `parameters` of result.json; the sparsity of an adapter that is not there is None."""
+    """The `parameters` of result.json; an adapter that is not there, or larger than the dense one, has no sparsity."""
     return {
         "base": base,
         "adapter_dense": dense,
         "adapter_trainable": trainable,
         "head": head,
-        "adapter_sparsity": 1 - trainable / dense if dense else None,
+        "adapter_sparsity": 1 - trainable / dense if 0 < trainable <= dense else None,
     }
 
 
@@ -173,13 +204,23 @@ def _trained_whole(model: nn.Module, head: str | None, new_modules: Sequence[str
     return found
 
 
-def _tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[torch.Tensor, list[nn.Parameter]]]:
-    """Each part of one adapter in a layer: its dense weight and the parameters that hold what is left of it."""
-    for name in layer.adapter_layer_names:
-        held = getattr(layer, name)
+def _held(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """What a layer of PEFT's has beside the module it adapts."""
+    adapted = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+    return [parameter for parameter in layer.parameters() if id(parameter) not in adapted]
+
+
+def _copied(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The weights of PEFT's copies of whole modules."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return {id(weight): weight for each in wrappers for weight in each.modules_to_save.parameters()}
+
+
+def _dense_weights(layer: LoraLayer, adapter: str) -> Iterator[torch.Tensor]:
+    """Both factors of one adapter in a layer, as dense as they would be without masks."""
+    for held in (layer.lora_A, layer.lora_B):
         if adapter in held:
-            part = held[adapter]
-            yield (part.weight, list(part.parameters())) if isinstance(part, nn.Module) else (part, [part])
+            yield held[adapter].weight if isinstance(held[adapter], nn.Module) else held[adapter]
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> int:

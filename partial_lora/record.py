@@ -22,6 +22,7 @@ def new(settings: Mapping) -> dict:
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
+        "tuning": "untuned" if settings["trainer"].get("tuned") is None else "tuned",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
         "device": None,

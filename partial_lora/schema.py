@@ -165,9 +165,11 @@ class MethodConfig:
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
+    projections: int = 256  # vera: rank of the random matrices that all modules share
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "method.rank", self.rank, "at least 1")
+        require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         positive("method.alpha", self.alpha)
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 

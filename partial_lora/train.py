@@ -31,7 +31,9 @@ from partial_lora import (
     results,
 )
 from partial_lora.adapter import module_sparsity
+from partial_lora.budget import dense_parameters
 from partial_lora.config import flatten
+from partial_lora.cost import Cost, file_bytes
 from partial_lora.fewshot import halves_few_shot
 from partial_lora.loading import named
 from partial_lora.peers import of_first
@@ -68,6 +70,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
     with models.dequantised(model):  # what is calibrated are weights; codes of 4 or 8 bits come back for training
         targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
         method = methods.named(settings["method"]["name"])
@@ -89,7 +92,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             calibration = calibrating.paid_before(calibration, directory / results.CALIBRATION)
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
-            record["shapes"] = {name: list(model.get_submodule(name).weight.shape) for name in targets}
+            record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
                 results.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
@@ -103,14 +106,17 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     mask_seed = settings["mask"]["seed"]
     setting = methods.Setting(
         **named(settings["model"], "target_modules", "head", "new_modules"),
-        **named(settings["method"], "rank", "alpha", "dropout"),
+        **named(settings["method"], "rank", "alpha", "dropout", "projections"),
         **named(settings["mask"], "granularity", "count"),
+        shapes=shapes,
         mask_seed=seed if mask_seed is None else mask_seed,
         sparsity=calibration.sparsity if calibration else None,
         scores=scores,
     )
     adapted = method(model, setting)
-    record["parameters"] = parameters.measured(adapted, **named(settings["model"], "head", "new_modules"))
+    record["parameters"] = parameters.measured(
+        adapted, **named(settings["model"], "head", "new_modules"), dense=dense_parameters(shapes, setting.rank)
+    )
     record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
     # Training, on the kept entries and the head.
@@ -118,6 +124,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
         fsdp.name_blocks(adapted, settings["model"]["blocks"])
+    aids, cost = methods.training(settings["method"]["name"], adapted, sharded=sharded), Cost(adapted)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
     tracking = Tracking(
         settings["trainer"]["report_to"] if world.is_main else [],
@@ -132,7 +139,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         collate=transform.collate,
         length_grouped=transform.lengths,
         reads_tokens=task.modality == "text",
-        loss=judge.loss,
+        loss=aids.loss(judge.loss, settings["trainer"]["gradient_accumulation_steps"]),
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
@@ -141,9 +148,10 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         precision=record["mixed_precision"],
         world_size=world.size,
         seed=seed,
-        callbacks=[tracking],
         sharded=sharded,
         versions=record["versions"],
+        callbacks=[tracking, *aids.callbacks, cost],
+        optimizer=aids.optimizer,
         **named(settings["trainer"], *fit.SETTINGS),
     )
     resumed = of_first(world, lambda: checkpoints.resumable(directory / results.CHECKPOINTS, record["versions"]))
@@ -152,6 +160,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = trainer.state.log_history
+    record["parameters"] |= aids.said()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"), tracking:
@@ -165,6 +174,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
     if world.is_main:
         evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+        record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
     measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}

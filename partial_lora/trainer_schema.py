@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Optional
 
 from partial_lora import accelerate_file
@@ -31,6 +32,7 @@ class TrainerConfig:
     gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
     eval_batch_size: int = 64
     learning_rate: float = 1e-3
+    tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
@@ -53,6 +55,8 @@ class TrainerConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
         positive("trainer.learning_rate", self.learning_rate)
+        known = self.tuned is None or Path(self.tuned).is_file()
+        require(known, "trainer.tuned", self.tuned, "a file that scripts/tune.py makes")
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)

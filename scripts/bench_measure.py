@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import process_time
 
 import torch
 from torch import Tensor, nn
 
+from partial_lora.activations import Storages, alive, kept_by_forward, storages, tensors_in, total
 from partial_lora.adapter.compact import write_compact
 
 STAGES = ("forward", "backward", "optimizer")
 
 Batch = Mapping[str, Tensor]
-Storages = dict[int, torch.UntypedStorage]
-"""{address: memory}: distinct pieces of memory; as long as they are held here no other can get their address."""
 
 # glibc's malloc gives large blocks back to the kernel when they are freed and asks for them again at the next step, and
 # clearing their pages then costs more than what is compared here. So it is told to keep what it has, as the caching
@@ -60,45 +58,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch
     return {stage: end - start for stage, start, end in zip(STAGES, times, times[1:], strict=False)}
 
 
-def _storages(tensors: Iterable[Tensor]) -> Storages:
-    """The memory that tensors lie in: one piece each, or two for a sparse one."""
-    found = {}
-    for tensor in tensors:
-        for part in (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,):
-            if part.untyped_storage().nbytes():
-                found[part.untyped_storage().data_ptr()] = part.untyped_storage()
-    return found
-
-
-def alive() -> Storages:
-    """The memory of every tensor that Python can see, whoever holds it."""
-    gc.collect()
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))  # asking it would wake lazy ones
-    return _storages(tensor for tensor in tensors if tensor.device.type == "cpu")
-
-
-def _bytes(storages: Storages, *, without: Storages) -> int:
-    return sum(piece.nbytes() for address, piece in storages.items() if address not in without)
-
-
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that one forward pass keeps for its backward pass.
+    """Bytes that one forward pass keeps for its backward pass, the loss itself apart (`activations`).
 
-    Counted is memory, each piece once and whole, of what autograd is given to save and of tensors that exist after the
-    forward pass in any other way (an attribute of an autograd function, say). Not counted is what existed before it:
-    parameters, buffers, indices, optimizer state, the batch. To be called after a first step, so that everything that
-    lasts exists.
+    To be called after a first step, so that everything that lasts exists.
     """
-    before = alive()
-    saved: Storages = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        saved.update(_storages([tensor]))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with kept_by_forward() as kept:
         loss = model(**batch).loss
-    return _bytes({**saved, **alive()}, without={**before, **_storages([loss])})
+    return kept.bytes - total(storages([loss]), without={})
 
 
 def state_bytes(
@@ -111,24 +78,20 @@ def state_bytes(
     """
     model(**batch).loss.backward()
     parameters = trainable(model)
-    gradients = _storages(parameter.grad for parameter in parameters)
+    gradients = storages(parameter.grad for parameter in parameters)
     state: Storages = {}
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
-        state = _storages(_tensors_in(optimizer.state.values()))
-    counted = {**before, **_storages(parameters), **gradients, **state}
+        state = storages(tensors_in(optimizer.state.values()))
+    counted = {**before, **storages(parameters), **gradients, **state}
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_tensors": len(parameters),
-        "gradient_bytes": _bytes(gradients, without={}),
-        "optimizer_bytes": _bytes(state, without={}),
-        "lasting_bytes": _bytes(alive(), without=counted),
+        "gradient_bytes": total(gradients, without={}),
+        "optimizer_bytes": total(state, without={}),
+        "lasting_bytes": total(alive(), without=counted),
     }
-
-
-def _tensors_in(state: Iterable[Mapping]) -> Iterator[Tensor]:
-    return (value for entry in state for value in entry.values() if isinstance(value, Tensor))
 
 
 def file_bytes(model: nn.Module, *, compact: bool) -> dict[str, int | None]:

@@ -27,7 +27,7 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members", "accelerate_file", "failures"},
+    | {"members", "tuning", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
@@ -53,6 +53,7 @@ LAYERS = (
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
+    | {"cost", "activations", "comparison", "comparison_table"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},

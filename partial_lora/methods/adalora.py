@@ -1,0 +1,122 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512)."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.methods.setting import Setting, Training
+
+# Of the steps: ranks are whole for the first tenth, and as they will stay for the last three.
+_WHOLE, _FINAL = 0.1, 0.3
+_LEAST_STEPS = 4  # so that each of the three phases has one
+_WIDER = 1.5  # how much higher the rank is at first, as in the paper (12 for 8)
+_SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every weight
+_REGULARISED = 0.5  # PEFT's weight of the penalty that keeps A and B orthogonal
+
+
+def adalora(model: nn.Module, setting: Setting) -> PeftModel:
+    """AdaLoRA, PEFT's own: starts at 1.5 times the rank, and keeps the ranks that matter until the mean is `rank`.
+
+    A rank that is left has the scaling alpha / rank of LoRA.
+    """
+    first = max(setting.rank + 1, round(_WIDER * setting.rank))
+    with warnings.catch_warnings():  # that r is not used
+        warnings.simplefilter("ignore")
+        config = AdaLoraConfig(
+            **setting.lora() | {"lora_alpha": setting.alpha * first / setting.rank},
+            target_r=setting.rank,
+            init_r=first,
+            total_step=_LEAST_STEPS,  # until training knows how many there are
+            tinit=1,
+            tfinal=1,
+            orth_reg_weight=_REGULARISED,
+        )
+    adapted = get_peft_model(model, config)
+    for layer in _layers(adapted):
+        layer.ranknum["default"].requires_grad_(False)  # on another device than the CPU, PEFT leaves it to train
+    return adapted
+
+
+def training(adapted: PeftModel) -> Training:
+    """The allocator is called at every step, and the loss has the penalty that the method asks for."""
+    return Training(callbacks=[Allocate(adapted)], penalty=lambda: penalty(adapted), said=lambda: budget(adapted))
+
+
+class Allocate(TrainerCallback):
+    """Has PEFT's allocator choose which ranks of which modules go on, at every optimizer step.
+
+    The smoothed importance of every weight, which its choice is made by, lies in the optimizer's state and so in every
+    checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; ranks that have
+    gone are zeros here.
+    """
+
+    def __init__(self, adapted: PeftModel) -> None:
+        self._tuner: AdaLoraModel = adapted.base_model
+
+    @property
+    def _config(self) -> AdaLoraConfig:
+        return self._tuner.peft_config["default"]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps, config = state.max_steps, self._config
+        if steps < _LEAST_STEPS:
+            raise PartialLoraError(f"method=adalora: expected at least {_LEAST_STEPS} optimizer steps, got {steps}")
+        config.total_step = steps
+        config.tinit, config.tfinal = max(1, int(_WHOLE * steps)), max(1, int(_FINAL * steps))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        named = self._tuner.model.named_parameters()
+        self._left = {name: (weight != 0).view(-1).tolist() for name, weight in named if ".lora_E." in name}
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        allocator, config = self._tuner.rankallocator, self._config
+        weights = {name: weight for name, weight in self._tuner.model.named_parameters() if weight.requires_grad}
+        if state.global_step <= config.total_step - config.tfinal:
+            self._remember(allocator, weights, optimizer)
+        else:
+            config.rank_pattern = self._left  # the choice is made: it is what was not zero before this step
+        self._tuner.update_and_allocate(state.global_step)
+        for name, weight in weights.items():
+            if name in allocator.exp_avg_ipt:
+                optimizer.state[weight] |= {key: getattr(allocator, key)[name] for key in _SMOOTHED}
+        config.rank_pattern = None
+
+    def _remember(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Give an allocator that has just been made what one before the interruption knew."""
+        for name, weight in weights.items():
+            if name not in allocator.ipt and _SMOOTHED[0] in optimizer.state.get(weight, ()):
+                allocator.ipt[name] = torch.zeros_like(weight)
+                for key in _SMOOTHED:
+                    getattr(allocator, key)[name] = optimizer.state[weight][key]
+
+
+def penalty(adapted: PeftModel) -> Tensor:
+    """How far the factors are from orthogonal, ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ averaged, weighted as PEFT does."""
+    found = []
+    for layer in _layers(adapted):
+        for product in (layer.lora_A["default"], layer.lora_B["default"].T):
+            found.append(torch.linalg.norm(product @ product.T - torch.eye(len(product), device=product.device)))
+    return _REGULARISED * torch.stack(found).mean()
+
+
+def budget(adapted: PeftModel) -> dict[str, int]:
+    """What the allocator has left: ranks of all modules together, their parameters, and how many it was to leave."""
+    ranks = [(layer, int((layer.lora_E["default"] != 0).sum())) for layer in _layers(adapted)]
+    return {
+        "target_ranks": adapted.base_model.rankallocator.target_bgt,
+        "ranks": sum(rank for _, rank in ranks),
+        "adapter_final": sum(rank * (layer.in_features + layer.out_features + 1) for layer, rank in ranks),
+    }
+
+
+def _layers(adapted: PeftModel) -> list[AdaLoraLayer]:
+    return [layer for layer in adapted.modules() if isinstance(layer, AdaLoraLayer)]

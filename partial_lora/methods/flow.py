@@ -1,0 +1,107 @@
+"""The paper's ablation: does it help that what one module's adapter writes, the next one's reads?"""
+
+from __future__ import annotations
+
+import numpy as np
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from partial_lora.adapter import PartialLoraConfig
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask, random_keys
+from partial_lora.methods.setting import Setting, calibrated
+from partial_lora.models.consecutive import chains
+from partial_lora.points import AXES
+
+
+@calibrated
+def flow(model: nn.Module, setting: Setting) -> PeftModel:
+    """Partial-LoRA with as many rows and columns, drawn at random so that what one module writes the next one reads.
+
+    Rows and columns: the kept columns of a module are those of `partial`, and every one of them meets a kept row of the
+    module that feeds it; the rest of that one's rows are again those of `partial`. Where it has fewer rows than there
+    are columns to meet, each of its rows meets one. Single entries: no unit of the rank is empty, in A or in B, where
+    enough are kept. Raises PartialLoraError, "not applicable", where no adapted module feeds another.
+    """
+    masks = _random(setting)
+    if setting.granularity == "rows_columns":
+        found = chains(model, setting.shapes)
+        if not found:
+            raise PartialLoraError("method=flow: not applicable: no module of model.target_modules feeds another")
+        for chain in found:
+            read = chain.rows[masks[chain.second]["columns"].kept]
+            rows, keys = masks[chain.first]["rows"], _keys(setting, chain.first, "rows")
+            masks[chain.first]["rows"] = meeting(rows, read, feeding=chain.rows, keys=keys)
+    else:
+        masks = {module: _without_gaps(module, axes, setting) for module, axes in masks.items()}
+    indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
+    config = PartialLoraConfig(
+        **setting.lora(),
+        granularity=setting.granularity,
+        selection="top",
+        indices=indices,
+        mask_seed=setting.mask_seed,
+    )
+    return get_peft_model(model, config)
+
+
+def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarray) -> Mask:
+    """As many rows as `rows` keeps, among them all that are `read`, those of the lowest keys filling up.
+
+    `feeding` are the rows that the next module can read; the others (queries and keys beside the values) keep what they
+    have where there are too few rows for all that are read.
+    """
+    count = len(rows.kept)
+    wanted = np.zeros(rows.size, dtype=bool)
+    wanted[read] = True
+    if wanted.sum() <= count:
+        order = np.lexsort((keys, ~wanted))
+        return Mask(rows.size, np.sort(order[:count]))
+    fed = np.isin(rows.kept, feeding)
+    those = np.flatnonzero(wanted)
+    those = those[np.argsort(keys[those])][: fed.sum()]
+    return Mask(rows.size, np.sort(np.concatenate([rows.kept[~fed], those])))
+
+
+def spread(count: int, groups: np.ndarray, keys: np.ndarray, order: np.ndarray) -> Mask:
+    """`count` entries of the lowest keys (size,), the lowest of each group (size,) before all others.
+
+    Where there are fewer entries than groups, the groups that come first in `order` have one.
+    """
+    by_group = np.lexsort((keys, groups))
+    lowest = by_group[np.unique(groups[by_group], return_index=True)[1]]  # of group 0, 1, …
+    turn = np.full(len(keys), len(order))
+    turn[lowest[order]] = np.arange(len(order))
+    return Mask(len(keys), np.sort(np.lexsort((keys, turn))[:count]))
+
+
+def _random(setting: Setting) -> dict[str, dict[str, Mask]]:
+    """The masks of `partial`."""
+    sizes, _ = setting.units()
+    draw = Mask.bernoulli if setting.count == "bernoulli" else Mask.random
+    return {
+        module: {
+            axis: draw(size, shares[axis], mask_seed=setting.mask_seed, module=module, axis=axis)
+            for axis, size in zip(AXES, sizes[module], strict=True)
+        }
+        for module, shares in setting.sparsity.items()
+    }
+
+
+def _without_gaps(module: str, axes: dict[str, Mask], setting: Setting) -> dict[str, Mask]:
+    """The masks of B (out × rank) and A (rank × in), flat, with an entry for every unit of the rank."""
+    rank = setting.rank
+    order = np.argsort(random_keys(rank, mask_seed=setting.mask_seed, module=module, axis="units"))
+    units = {
+        "rows": np.arange(axes["rows"].size) % rank,
+        "columns": np.arange(axes["columns"].size) // (axes["columns"].size // rank),
+    }
+    return {
+        axis: spread(len(mask.kept), units[axis], _keys(setting, module, axis, mask.size), order)
+        for axis, mask in axes.items()
+    }
+
+
+def _keys(setting: Setting, module: str, axis: str, size: int | None = None) -> np.ndarray:
+    size = setting.shapes[module][AXES.index(axis)] if size is None else size
+    return random_keys(size, mask_seed=setting.mask_seed, module=module, axis=axis)

@@ -1,0 +1,107 @@
+"""What a method is given, what it is, and what it may add to training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from partial_lora.budget import Shapes, kept_parameters, masked_units
+
+Sparsity = Mapping[str, Mapping[str, float]]
+Scores = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may use.
+
+    `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, and `scores` the importance it chose by,
+    {module: (rows, columns)}; both are None for a method that is not calibrated. `shapes` are those of W (out, in) of
+    every module to adapt, as it is before it is quantised. `new_modules` have no pre-trained weights and train whole,
+    as the head does.
+    """
+
+    target_modules: Sequence[str]
+    head: str | None
+    rank: int
+    alpha: float
+    dropout: float
+    mask_seed: int
+    granularity: str = "rows_columns"
+    count: str = "exact"
+    sparsity: Sparsity | None = None
+    scores: Scores | None = None
+    new_modules: Sequence[str] = ()
+    shapes: Shapes = field(default_factory=dict)
+    projections: int = 256
+
+    def whole(self) -> list[str]:
+        """The names of what trains whole beside the adapter."""
+        return [*([] if self.head is None else [self.head]), *self.new_modules]
+
+    def lora(self) -> dict:
+        """The arguments that every low-rank adapter here shares."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(self.target_modules),
+            "modules_to_save": self.whole() or None,
+        }
+
+    def masked(self) -> dict:
+        """The arguments that every adapter with random masks shares."""
+        return self.lora() | {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
+
+    def units(self) -> tuple[Shapes, int]:
+        """What masks count: {module: (units of B, units of A)}, and the parameters of a unit."""
+        return masked_units(self.shapes, self.rank, self.granularity)
+
+    def budget(self) -> int:
+        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted."""
+        return kept_parameters(*self.units(), self.sparsity)
+
+
+Method = Callable[[nn.Module, Setting], PeftModel]
+
+
+def calibrated(method: Method) -> Method:
+    """Marks a method whose sparsities, or whose number of parameters, come from calibration."""
+    method.calibrated = True
+    return method
+
+
+def is_calibrated(method: Method) -> bool:
+    """True where the method uses what calibration finds."""
+    return getattr(method, "calibrated", False)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method adds to training.
+
+    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. optimizer: makes one of learning
+    rate and weight decay, in place of AdamW. said: what the method has to say once it has trained, for result.json.
+    """
+
+    callbacks: Sequence[TrainerCallback] = ()
+    penalty: Callable[[], Tensor] | None = None
+    optimizer: Callable[[float, float], Optimizer] | None = None
+    said: Callable[[], dict] = dict
+
+    def loss(self, loss: Callable[..., Tensor], parts: int = 1) -> Callable[..., Tensor]:
+        """A loss with the penalty in it, while gradients are wanted; `parts` share an optimizer step, and it."""
+        penalty = self.penalty
+        if penalty is None:
+            return loss
+
+        def penalised(*given, **more) -> Tensor:
+            found = loss(*given, **more)
+            return found + penalty() / parts if found.requires_grad else found
+
+        return penalised

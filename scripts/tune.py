@@ -1,0 +1,49 @@
+"""The learning rates that a search found best on validation, as a file for `trainer.tuned`.
+
+    partial-lora train -m experiment=tune method=… results_dir=results/tune
+    python scripts/tune.py results/tune --out results/tuning.json
+
+An entry of what was not searched for stays in the file. Exit code 1 where the best of some search is its lowest or
+highest rate: there may be a better one beyond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.results import read_result
+from partial_lora.tuning import best_rates, save
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the runs, write the file, and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
+    parser.add_argument("--out", type=Path, default=Path("results/tuning.json"), metavar="FILE")
+    asked = parser.parse_args(arguments)
+    folders = sorted(asked.results_dir.glob("runs/*/*/*/seed*"))
+    try:
+        entries, left_out = best_rates(record for folder in folders if (record := read_result(folder)) is not None)
+        for line in left_out:
+            print(f"tune: left out: {line}", file=sys.stderr)
+        if not entries:
+            raise PartialLoraError(f"{asked.results_dir}: expected runs of experiment=tune")
+        save(asked.out, entries)
+    except PartialLoraError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    for entry in entries:
+        worth = {rate: "not finite" if value is None else f"{value:.4f}" for rate, value in entry["tried"].items()}
+        tried = "  ".join(f"{rate}: {said}" for rate, said in worth.items())
+        at_edge = "   at the edge: search further" if entry["at_edge"] else ""
+        name = f"{entry['method']} ({entry['masks']}, {entry['operating_point']})"
+        print(f"{entry['task']}, {entry['model']}, {name}: {entry['learning_rate']:g}   [{tried}]{at_edge}")
+    print(f"wrote {asked.out}")
+    return 1 if any(entry["at_edge"] for entry in entries) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Settings for methods on tiny models, with sparsities as a calibration could have chosen them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from configured import load, settings
+
+from partial_lora import methods
+from partial_lora.methods import Setting
+from partial_lora.targets import target_linears
+
+
+def drawn_sparsity(shapes: dict, seed: int, high: float = 0.95) -> dict:
+    """Sparsities in steps of 0.05 for every module and axis."""
+    drawn = random.Random(seed)
+    steps = round(high * 20)
+    return {module: {axis: drawn.randrange(steps + 1) / 20 for axis in ("rows", "columns")} for module in shapes}
+
+
+def setting_of(name: str, model, *, seed: int = 0, high: float = 0.95, **changes) -> Setting:
+    """What a run gives a method for the model of a group file."""
+    chosen = settings(name)
+    named = {key: chosen.get(key, ()) for key in ("target_modules", "head", "new_modules")}
+    linears = target_linears(model, **named)
+    shapes = {module: tuple(linear.weight.shape) for module, linear in linears.items()}
+    drawn = torch.Generator().manual_seed(seed)
+    scores = {module: tuple(torch.rand(size, generator=drawn) for size in shape) for module, shape in shapes.items()}
+    given = {
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "mask_seed": seed,
+        "projections": 16,
+        "shapes": shapes,
+        "sparsity": drawn_sparsity(shapes, seed, high),
+        "scores": scores,
+    }
+    return Setting(**named, **given | changes)
+
+
+def adapted(method: str, name: str, **changes):
+    """The model of a group file as a method adapts it, and the setting."""
+    model = load(name)
+    setting = setting_of(name, model, **changes)
+    torch.manual_seed(0)
+    return methods.named(method)(model, setting), setting

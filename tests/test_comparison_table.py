@@ -1,0 +1,121 @@
+"""Methods beside the one they are compared with, at the same operating point, and what each costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from partial_lora import comparison_table, results, runs
+
+LABEL = np.arange(200) % 4
+
+
+def leave(place: Path, method: str, *, wrong: int, seed: int = 0, budget: float | None = None, **changes) -> None:
+    """A run that is wrong about its first examples."""
+    calibrated = method not in ("lora", "probe")
+    point = {"threshold": 0.9, "budget": budget}
+    record = {
+        "status": "finished",
+        "seed": seed,
+        "config": {
+            "model": {"name": "vit"},
+            "task": {"name": "digits"},
+            "method": {"name": method},
+            "mask": {"granularity": "rows_columns"},
+            "calibration": point,
+            "trainer": {"learning_rate": 1e-3},
+        },
+        "versions": {"partial-lora": "0.1.0"},
+        "git_commit": "0123456789abcdef",
+        "device": "cpu",
+        "seconds": {"calibrate": 1.0, "train": 2.0, "evaluate": 3.0},
+        "parameters": {"adapter_dense": 1000, "adapter_trainable": 130, "head": 10, "adapter_sparsity": 0.87},
+        "calibration": {"reliability": {"spearman_brown": 0.75}} if calibrated else None,
+        "metrics": {"test": {"primary": "accuracy", "accuracy": 1 - wrong / 200}},
+        "tuning": "tuned",
+        "cost": {
+            "adapter_bytes": 4000,
+            "optimizer_bytes": 2000 + seed,
+            "step_seconds": 0.25,
+            "saved_activation_bytes": None,
+        },
+    }
+    record["config"]["mask"] |= changes
+    name = f"{method}-{budget}-{changes.get('granularity', '')}".replace(".", "")
+    folder = place / "runs" / "digits" / "vit" / name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    results.write_json(folder / results.RESULT, record)
+    said = np.where(np.arange(200) < wrong, (LABEL + 1) % 4, LABEL)
+    pd.DataFrame({"label": LABEL, "prediction": said}).to_parquet(folder / results.PREDICTIONS)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    for seed in (0, 1):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        leave(tmp_path, "partial", wrong=40, seed=seed, budget=0.13)
+        leave(tmp_path, "uniform", wrong=70, seed=seed, budget=0.13)
+        leave(tmp_path, "lora", wrong=20, seed=seed)
+    leave(tmp_path, "partial", wrong=40, budget=0.13, granularity="element")
+    return tmp_path
+
+
+def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
+    found, problems = comparison_table.table(runs.collect(place)[0], place)
+    assert problems == []
+    rows = {(row.operating_point, row.method, row.masks): row for row in found.itertuples()}
+    assert rows.keys() == {
+        ("threshold 0.9", "partial", "rows_columns"),
+        ("threshold 0.9", "lora", "rows_columns"),
+        ("budget 0.13", "partial", "rows_columns"),
+        ("budget 0.13", "partial", "element"),
+        ("budget 0.13", "uniform", "rows_columns"),
+        ("budget 0.13", "lora", "rows_columns"),
+    }
+    lora, worse = rows["threshold 0.9", "lora", "rows_columns"], rows["budget 0.13", "uniform", "rows_columns"]
+    assert (lora.difference, lora.low, lora.high, lora.verdict) == (0, 0, 0, "matches")
+    assert worse.difference == pytest.approx(-0.15)
+    assert worse.low < -0.15 < worse.high < 0
+    assert (worse.verdict, worse.pairs, worse.n, worse.examples) == ("worse", 2, 2, 200)
+    assert rows["budget 0.13", "partial", "element"].pairs == 1
+    assert rows["budget 0.13", "lora", "rows_columns"].verdict == "better"
+    assert worse.optimizer_bytes == 2000.5
+    assert worse.reliability == 0.75
+    assert np.isnan(lora.reliability)
+    assert np.isnan(worse.saved_activation_bytes)
+
+
+def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path) -> None:
+    written = comparison_table.write(runs.collect(place)[0], place, command="partial-lora report x")
+    text, numbers = (path.read_text() for path in written)
+    assert text.startswith("    partial-lora report x\n")
+    assert "matches: it is above −1 point" in text
+    (row,) = [line for line in text.splitlines() if "| uniform" in line]
+    cells = [each.strip() for each in row.strip("|").split("|")]
+    assert cells[6].startswith("-15.00 [-")
+    assert cells[7] == "worse"
+    assert "| partial (element)" in text
+    assert "0.75" in row
+    assert "tuned" in row
+    assert numbers.splitlines()[0] == "# partial-lora report x"
+    assert len(pd.read_csv(written[1], comment="#")) == 6
+
+
+def test_nothing_is_written_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    leave(tmp_path, "lora", wrong=1)
+    assert comparison_table.write(runs.collect(tmp_path)[0], tmp_path, command="x") == []
+    leave(tmp_path, "partial", wrong=1)
+    assert len(comparison_table.write(runs.collect(tmp_path)[0], tmp_path, command="x")) == 2
+
+
+def test_what_cannot_be_compared_is_said(place: Path) -> None:
+    (place / "runs/digits/vit/uniform-013-/seed1" / results.PREDICTIONS).unlink()
+    leave(place, "targeted", wrong=3, seed=4)
+    found, problems = comparison_table.table(runs.collect(place)[0], place)
+    assert len(problems) == 2
+    assert any("uniform-013-" in each and "seed1 has no predictions.parquet" in each for each in problems)
+    assert any("targeted" in each and "no seed that both have: [4] and [0, 1]" in each for each in problems)
+    assert found.query("method == 'targeted'")["difference"].isna().all()

@@ -1,0 +1,169 @@
+"""What methods add to training: a penalty on the loss, an optimizer of their own, an allocator that is called."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from configured import inputs
+from method_settings import adapted
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
+from transformers import TrainerControl, TrainerState
+
+from partial_lora import methods
+from partial_lora.adapter.entries import _FilledUp
+from partial_lora.cost import Cost, optimizer_bytes
+from partial_lora.errors import PartialLoraError
+from partial_lora.methods.adalora import Allocate, penalty
+from partial_lora.methods.setting import Training
+
+
+def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation() -> None:
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    aids = Training(penalty=lambda: weight.square().sum())
+    loss = aids.loss(lambda outputs, labels: outputs.sum() * labels, parts=2)
+    assert loss(weight * 2, labels=1.0).item() == 6 + 9 / 2
+    with torch.no_grad():
+        assert loss(weight * 2, labels=1.0).item() == 6
+    plain = Training()
+    given = print
+    assert plain.loss(given) is given
+
+
+@pytest.mark.parametrize("method", ["partial", "lora", "full", "dora"])
+def test_most_methods_add_nothing(method: str) -> None:
+    aids = methods.training(method, adapted(method, "tiny_vit")[0])
+    assert (aids.callbacks, aids.penalty, aids.optimizer, aids.said()) == ((), None, None, {})
+
+
+def test_what_needs_whole_parameters_is_refused_where_they_are_shared_out() -> None:
+    model, _ = adapted("adalora", "tiny_vit")
+    with pytest.raises(PartialLoraError, match=r"trainer\.strategy=fsdp: method=adalora needs whole parameters"):
+        methods.training("adalora", model, sharded=True)
+    assert methods.training("lora", model, sharded=True).callbacks == ()
+
+
+def test_the_penalty_is_the_one_of_peft() -> None:
+    model, _ = adapted("adalora", "tiny_vit")
+    outputs = model.base_model.forward(**inputs("tiny_vit"), labels=torch.tensor([0, 1, 2, 0]))
+    plain = torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 2, 0]))
+    torch.testing.assert_close(outputs.loss - plain, penalty(model))
+
+
+def steps_of_adalora(model, count: int, total: int, *, start: int = 0, optimizer=None):
+    """Train as Trainer does, with the allocator's callback."""
+    callback, state, control = Allocate(model), TrainerState(max_steps=total, global_step=start), TrainerControl()
+    trains = [each for each in model.parameters() if each.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trains, lr=0.05)
+    callback.on_train_begin(None, state, control)
+    for step in range(start, start + count):
+        state.global_step = step
+        batch = inputs("tiny_vit", seed=step)
+        callback.on_step_begin(None, state, control)
+        model(**batch).logits.square().sum().backward()
+        optimizer.step()
+        callback.on_optimizer_step(None, state, control, optimizer=optimizer)
+        optimizer.zero_grad()
+    return optimizer
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def test_the_allocator_is_called_at_every_step_and_ends_at_the_budget(monkeypatch) -> None:
+    called = []
+    real = RankAllocator.update_and_allocate
+    monkeypatch.setattr(
+        RankAllocator,
+        "update_and_allocate",
+        lambda self, model, step, **more: called.append(step) or real(self, model, step, **more),
+    )
+    model, setting = adapted("adalora", "tiny_vit")
+    steps_of_adalora(model, 10, 10)
+    assert called == list(range(8))  # of the last three steps the first chooses, and the others keep to that
+    said = methods.training("adalora", model).said()
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaLoraLayer)]
+    assert said["target_ranks"] == len(layers) * setting.rank
+    assert said["ranks"] <= said["target_ranks"] < sum(len(layer.lora_E["default"]) for layer in layers)
+    assert model.peft_config["default"].rank_pattern is None
+    # alpha / rank of a rank that is left, whatever the rank it started with
+    assert {layer.scaling["default"] / layer.ranknum["default"].item() for layer in layers} == {8.0 / 4}
+    with pytest.raises(PartialLoraError, match="method=adalora: expected at least 4 optimizer steps, got 3"):
+        steps_of_adalora(model, 1, 3)
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8])
+def test_an_allocator_goes_on_from_the_state_of_the_optimizer(stop: int) -> None:
+    whole, _ = adapted("adalora", "tiny_vit")
+    steps_of_adalora(whole, 10, 10)
+    first, _ = adapted("adalora", "tiny_vit")
+    before = steps_of_adalora(first, stop, 10)
+    again, _ = adapted("adalora", "tiny_vit")
+    again.load_state_dict(first.state_dict())
+    optimizer = torch.optim.AdamW([each for each in again.parameters() if each.requires_grad], lr=0.05)
+    optimizer.load_state_dict(before.state_dict())
+    steps_of_adalora(again, 10 - stop, 10, start=stop, optimizer=optimizer)
+    expected, found = values(whole), values(again)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_lorafa_steps_as_peft_has_it_and_holds_state_of_b_alone() -> None:
+    model, setting = adapted("lorafa", "tiny_vit")
+    aids = methods.training("lorafa", model)
+    optimizer = aids.optimizer(0.01, 0.0)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    model(**inputs("tiny_vit")).logits.square().sum().backward()
+    optimizer.step()
+    moved = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    assert {name.rpartition(".lora_")[2][0] for name in moved if ".lora_" in name} == {"B"}
+    assert all(".lora_B." in name or "head" in name for name in moved)
+    rows = sum(setting.rank * m for m, _ in setting.shapes.values())
+    assert optimizer_bytes(optimizer) == 2 * 4 * (rows + 32 * 3 + 3)
+
+
+def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:
+    model, _ = adapted("full", "tiny_llama")
+    base = model.get_base_model()
+    embedding = base.model.modules_to_save["default"].embed_tokens.weight
+    assert base.lm_head.modules_to_save["default"].weight is embedding
+    assert sum(each.numel() for each in model.parameters()) == 127680
+    model(**inputs("tiny_llama")).logits.square().sum().backward()
+    assert embedding.grad is not None
+    with pytest.raises(PartialLoraError, match=r"method=full: not applicable: expected float32 weights; set model\.dt"):
+        methods.named("full")(torch.nn.Linear(2, 2).bfloat16(), None)
+
+
+def test_what_a_file_is_filled_up_with_does_not_come_back_as_values() -> None:
+    held = _FilledUp({"default": torch.nn.Parameter(torch.tensor([1.0, 2.0]))}, room=5)
+    state = held.state_dict()
+    assert state["default"].tolist() == [1, 2, 0, 0, 0]
+    other = _FilledUp({"default": torch.nn.Parameter(torch.zeros(2))}, room=5)
+    other.load_state_dict(state)
+    assert other["default"].tolist() == [1, 2]
+
+
+def test_the_cost_of_a_step_is_watched_without_another_pass() -> None:
+    model, _ = adapted("lora", "tiny_vit")
+    cost, control = Cost(model), TrainerControl()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    kept = []
+    for step in range(4):
+        state = TrainerState(max_steps=4, global_step=step)
+        cost.on_step_begin(arguments, state, control)
+        drawn = torch.get_rng_state()
+        model(**inputs("tiny_vit")).logits.sum().backward()
+        assert torch.equal(torch.get_rng_state(), drawn)
+        optimizer.step()
+        cost.on_step_end(arguments, state, control, optimizer=optimizer)
+        kept.append(cost.measured()["saved_activation_bytes"])
+    assert len(passes) == 4
+    assert kept[0] is None
+    assert kept[1] == kept[3] > 0
+    trains = [each for each in model.parameters() if each.requires_grad]
+    assert cost.measured()["optimizer_bytes"] == sum(2 * each.nbytes + 4 for each in trains)
+    assert len(cost._seconds) == 3
