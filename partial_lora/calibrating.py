@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.fewshot import calibrate_few_shot, importance_few_shot
 from partial_lora.importance import OPTIONS
 from partial_lora.loading import named
-from partial_lora.peers import Peers
+from partial_lora.peers import Peers, of_first
 from partial_lora.reliability import verdict
 
 logger = logging.getLogger(__name__)
@@ -78,25 +79,27 @@ def calibration(file: str | None, given: tuple, asked: dict) -> Calibration:
     return dataclasses.replace(found, warnings=[*asked["draws"].warnings, *found.warnings])
 
 
-def paid_before(calibration: Calibration, file: Path) -> Calibration:
-    """The same, at the cost of the attempt that this one goes on from, if that had found it already."""
-    if not (calibration.cached and file.is_file()):
-        return calibration
-    try:
-        before = Calibration.load(file)
-    except PartialLoraError as error:
-        logger.warning("%s; found again", error)
-        return calibration
-    if before.sparsity != calibration.sparsity:
-        return calibration
-    cost = {name: getattr(before, name) for name in ("evaluations", "seconds", "cached")}
-    return dataclasses.replace(calibration, **cost)
+def before(file: Path, targets: Sequence[str], peers: Peers) -> Calibration | None:
+    """What an earlier attempt of this run had found, which stands, at its cost; None where there is none.
+
+    It is not found again, since on another device or processor a close call may end otherwise than it did there.
+    """
+
+    def read() -> Calibration | None:
+        try:
+            found = Calibration.load(file) if file.is_file() else None
+        except PartialLoraError as error:
+            logger.warning("%s; found again", error)
+            return None
+        return found if found and found.modules.keys() == set(targets) else None
+
+    return of_first(peers, read)
 
 
 def doubted(calibration: Calibration, agreement: dict) -> Calibration:
     """The same, with a warning where two halves of the scored draw do not support it."""
     weak = agreement["said"] or verdict(agreement["spearman_brown"])
-    if not weak:
+    if not weak or weak in calibration.warnings:
         return calibration
     logger.warning("calibration: %s", weak)
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])

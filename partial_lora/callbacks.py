@@ -90,15 +90,17 @@ class LogAtSave(TrainerCallback):
 class StopOnRequest(TrainerCallback):
     """Ends training after the step it is at, with a checkpoint, once a signal asks for that.
 
-    Between a step and the next, while validation is measured or a checkpoint made, a signal ends the process as it
-    would have without this: the last checkpoint is whole. Several processes stop after the same step.
+    In the last step of an epoch whose end has a look at validation, that comes first: who goes on begins with the next
+    epoch. Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would have
+    without this, and the last checkpoint is whole; but nothing disturbs the checkpoint of a stop. Several processes
+    stop after the same step.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._stepping, self._stopped = False, False
+        self._stepping, self._stopped, self._amid_epoch = False, False, False
         self._before: dict[int, object] = {}
         self._group = None
 
@@ -112,10 +114,14 @@ class StopOnRequest(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._asked():
-            control.should_save = control.should_training_stop = self._stopped = True
+            control.should_training_stop = self._stopped = True
+            self._amid_epoch = not float(state.epoch).is_integer()
+            control.should_save = control.should_save or self._amid_epoch or args.save_strategy != "epoch"
         self._stepping = not (control.should_evaluate or control.should_save)
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        if self._stopped and self._amid_epoch:  # Trainer takes this for the end of an epoch
+            control.should_evaluate = control.should_save = control.should_log = False
         self._stepping = self._stepping and not (control.should_evaluate or control.should_save)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -125,6 +131,8 @@ class StopOnRequest(TrainerCallback):
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
     def _hear(self, number: int, frame: object) -> None:
+        if self._stopped:  # the parent reminds
+            return
         self.received = number
         if not self._stepping:
             self._before[number](number, frame)

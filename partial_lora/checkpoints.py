@@ -8,6 +8,7 @@ never used.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import re
@@ -35,12 +36,14 @@ class Progress:
     """What a checkpoint adds to Trainer's own state.
 
     losses: the sum of every process's losses so far, one number for each step. seconds: of training so far, in all
-    attempts. versions: of the libraries that computed it; other ones may compute something else.
+    attempts. versions: of the libraries that computed it; other ones may compute something else. shape: what trains and
+    under which masks (`shape_of`).
     """
 
     losses: list[float]
     seconds: float
     versions: dict[str, str]
+    shape: str
 
     def save(self, checkpoint: Path) -> None:
         (checkpoint / _PROGRESS).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -56,6 +59,13 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     Where parameters are shared out over processes (FSDP), all of these have to call it.
     """
     return {name: _whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+
+
+def shape_of(model: nn.Module) -> str:
+    """A digest of what trains: the names and shapes of the parameters, and the indices that masks keep."""
+    trains = [(name, list(value.shape)) for name, value in model.named_parameters() if value.requires_grad]
+    masks = [(name, module.mask.digest) for name, module in model.named_modules() if hasattr(module, "mask")]
+    return hashlib.sha256(json.dumps([trains, masks]).encode()).hexdigest()
 
 
 def save_trainable(model: nn.Module, checkpoint: Path, *, writes: bool) -> None:
@@ -93,13 +103,14 @@ def step_of(checkpoint: Path) -> int:
     return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
-def resumable(folder: Path, versions: dict[str, str]) -> Path | None:
+def resumable(folder: Path, versions: dict[str, str], shape: str) -> Path | None:
     """The newest checkpoint from which a training can go on; None where there is none.
 
-    It is whole, was computed by these versions of the libraries, and so is the one that has done best so far, which the
-    training may end with. Any other is named in the log and set aside as `NAME.broken`, and what is half-written goes.
+    It is whole, was computed by these versions of the libraries, and holds what trains here (`shape_of`); and so is and
+    does the one that has done best so far, which the training may end with. Any other is named in the log and set aside
+    as `NAME.broken`, and what is half-written goes.
     """
-    usable = {step_of(path): path for path in _found(folder) if _stands(path, versions)}
+    usable = {step_of(path): path for path in _found(folder) if _stands(path, versions, shape)}
     for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
     for step in sorted(usable, reverse=True):
@@ -123,15 +134,18 @@ def _found(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def _stands(checkpoint: Path, versions: dict[str, str]) -> bool:
-    reason = fault(checkpoint) or _changed(Progress.load(checkpoint).versions, versions)
+def _stands(checkpoint: Path, versions: dict[str, str], shape: str) -> bool:
+    reason = fault(checkpoint) or _otherwise(Progress.load(checkpoint), versions, shape)
     if reason:
         logger.warning("%s cannot be gone on from (%s): set aside", checkpoint, reason)
         _set_aside(checkpoint)
     return not reason
 
 
-def _changed(before: dict[str, str], now: dict[str, str]) -> str | None:
+def _otherwise(progress: Progress, now: dict[str, str], shape: str) -> str | None:
+    before = progress.versions
+    if progress.shape != shape:
+        return "other parameters train, or under other masks"
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             return f"computed by {name} {before.get(name)}, this is {now.get(name)}"

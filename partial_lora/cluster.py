@@ -65,6 +65,9 @@ def cluster_of(settings: Mapping) -> Cluster:
     on_cpu = trainer["device"] == "cpu" or bool(said.get("use_cpu"))
     processes = given["num_processes"] or machines * _accelerators(on_cpu)
     kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(said.get("distributed_type"), trainer["strategy"])
+    parts = processes * trainer["gradient_accumulation_steps"]
+    expected = f"a multiple of {parts}, of {processes} processes times trainer.gradient_accumulation_steps"
+    require(trainer["batch_size"] % parts == 0, "trainer.batch_size", trainer["batch_size"], expected)
     if kind == "fsdp":
         require(processes > 1, "trainer.strategy", kind, "ddp for a run of one process, which has nothing to share out")
         quantization = settings["model"]["quantization"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +10,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import fsdp, results
+from partial_lora.by_length import ByLength
 from partial_lora.callbacks import LogAtSave, Progress, StopOnNonFinite, StopOnRequest
+from partial_lora.data_workers import Undisturbed, loading_processes
 from partial_lora.errors import PartialLoraError
 from partial_lora.resuming import ResumingTrainer
 from partial_lora.runs import LOWER_IS_BETTER
@@ -34,28 +33,6 @@ SETTINGS = (  # of the trainer group, as `trainer` takes them
     "num_workers",
     "gradient_accumulation_steps",
 )
-_MOST_WORKERS = 8  # that load data for one accelerator
-
-
-class ByLength(LengthGroupedSampler):
-    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one.
-
-    count: how many of the rows an epoch has; None stands for all.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, count: int | None = None) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed, self._count = seed, len(lengths) if count is None else count
-        self.set_epoch(0)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self._count)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self._seed + epoch)
 
 
 class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
@@ -92,7 +69,13 @@ class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
             count -= count % self._batch_size
         if not self._length_grouped:
             return RandomSampler(self.train_dataset, num_samples=count)
-        return ByLength(self._batch_size, list(self.train_dataset["length"]), self.args.data_seed, count)
+        self._by_length = ByLength(self._batch_size, list(self.train_dataset["length"]), self.args.data_seed, count)
+        return self._by_length
+
+    def _run_epoch(self, **settings):
+        if self._length_grouped:  # behind what shares out batches and skips some, it does not hear of the epoch
+            self._by_length.set_epoch(settings["epoch"])
+        super()._run_epoch(**settings)
 
     def _determine_best_metric(self, metrics, trial):
         """Of checkpoints that select equally well, the one with the least loss.
@@ -105,13 +88,6 @@ class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
             state.best_global_step = state.global_step
             return True
         return super()._determine_best_metric(metrics, trial)
-
-
-def loading_processes(requested: int | None, device: str, world_size: int) -> int:
-    """How many processes load data for this one: none on a CPU, which they would only compete for."""
-    if requested is not None:
-        return requested
-    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
 
 
 def mixed_precision(requested: str, device: str) -> str:
@@ -236,7 +212,7 @@ def trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=collate,
+        data_collator=Undisturbed(collate),
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,

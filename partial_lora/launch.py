@@ -78,10 +78,10 @@ def launch(
 def _outcome(directory: Path, code: int) -> Outcome:
     result = results.read_result(directory) or {}
     status = result.get("status")
-    if code in _ASKED_TO_STOP:
-        return Outcome(directory, "interrupted", signal.Signals(code - 128).name)
     if status == "finished":
         return Outcome(directory, "finished")
+    if code in _ASKED_TO_STOP and result.get("error") in (None, results.INTERRUPTED):
+        return Outcome(directory, "interrupted", signal.Signals(code - 128).name)
     if status == "failed":
         return Outcome(directory, "failed", result["error"])
     return Outcome(directory, "failed", _unsaid(code))

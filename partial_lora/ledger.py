@@ -23,6 +23,7 @@ from partial_lora.errors import PartialLoraError
 
 _LOOK = 0.2  # seconds between two looks at a lock
 _STOP = "stop"
+_OWN: set[Path] = set()  # what this process has claimed
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Ledger:
             sweep_dir.mkdir(parents=True, exist_ok=True)
             return cls(Path(tempfile.mkdtemp(prefix=".jobs-", dir=sweep_dir)).resolve())
         except OSError as error:
-            raise PartialLoraError(f"results_dir: cannot write to {sweep_dir}: {error.strerror}") from error
+            said = f"cannot write to {sweep_dir}: {error.strerror}; set it to a folder that can be written"
+            raise PartialLoraError(f"results_dir: {said}") from error
 
     def close(self) -> None:
         """Remove the folder: what has not started never will."""
@@ -77,11 +79,17 @@ class Ledger:
                 time.sleep(_LOOK)
             file.seek(0)
             before = bool(file.read())
-            yield before
+            _OWN.add(Path(file.name))
+            try:
+                yield before
+            finally:
+                _OWN.discard(Path(file.name))
             file.write("had\n")
 
     def is_under_way(self, directory: Path) -> bool:
-        """True while a job works in a run's directory, or a worker whose job has died."""
+        """True while a job in another process works in a run's directory, or a worker whose job has died."""
+        if self._claim(directory) in _OWN:  # who asks is it: to wait for oneself would be without end
+            return False
         return _is_held(self._claim(directory)) or _is_held(directory / results.LOCK)
 
     def is_orphaned(self, directory: Path) -> bool:

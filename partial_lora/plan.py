@@ -49,6 +49,15 @@ def plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], d
 
     Raises Hydra's and OmegaConf's own errors for what does not compose.
     """
+    from hydra.core.global_hydra import GlobalHydra
+
+    try:
+        return _plan(arguments, conf_dir, resolve)
+    finally:
+        GlobalHydra.instance().clear()  # whoever composes next in this process begins anew
+
+
+def _plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], dict]) -> Plan:
     from hydra._internal.utils import get_args_parser
     from hydra.types import RunMode
 

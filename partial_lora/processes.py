@@ -43,8 +43,8 @@ def run_process(
                 command, stdout=file, stderr=file, env=told_here, pass_fds=held, start_new_session=True
             )
         stop.tell(worker)
-        started(worker.pid)
         try:
+            started(worker.pid)
             while worker.poll() is None:
                 _tell(events, watch)
                 for number in asked()[len(stop.received) :]:
@@ -97,13 +97,15 @@ class _Stop:
         if len(self.received) == 1:
             self.remind()
         else:
-            os.killpg(self._worker.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._worker.pid, signal.SIGKILL)
 
 
 @contextmanager
 def _stopping() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}  # nohup is to be heeded
     try:
         yield stop
     finally:

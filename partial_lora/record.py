@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import time
@@ -22,7 +23,7 @@ def new(settings: Mapping) -> dict:
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
-        "tuning": "untuned" if settings["trainer"].get("tuned") is None else "tuned",
+        "tuning": "untuned" if settings.get("trainer", {}).get("tuned") is None else "tuned",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
         "device": None,
@@ -37,6 +38,15 @@ def new(settings: Mapping) -> dict:
         "metrics": {},
         "history": [],
     }
+
+
+def finite(value: object) -> object:
+    """The same plain data with None for every number that is none: JSON has no word for it."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

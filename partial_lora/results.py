@@ -23,6 +23,7 @@ TRACKERS = "trackers.json"  # what trackers call the run, so that a resumed one 
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while it is gone on with
 LOG = "train.log"
 LOCK = ".lock"
+INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
 _OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
 
@@ -41,6 +42,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # and the name
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

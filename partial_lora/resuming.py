@@ -80,8 +80,10 @@ class ResumingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written its own random state
         if self.args.should_save:
             self.state.save_to_json(str(building / checkpoints.STATE))
-            checkpoints.Progress(losses, self.seconds, self._versions).save(building)
-            shutil.rmtree(final, ignore_errors=True)  # of an attempt that went on from an earlier one
+            masks = checkpoints.shape_of(self.model)
+            checkpoints.Progress(losses, self.seconds, self._versions, masks).save(building)
+            if final.exists():  # of an attempt that went on from an earlier one; it goes once this one is there
+                final.rename(self._place / "replaced")
             seal(building, final)
             checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
         self.accelerator.wait_for_everyone()

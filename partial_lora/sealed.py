@@ -23,6 +23,13 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def settle(folder: Path) -> None:
+    """Let everything in a folder reach the disk, whatever wrote it."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _sync(path)
+
+
 def seal(building: Path, folder: Path) -> None:
     """Mark what lies in `building` as whole and give it the name `folder`, all of it on disk before the name is."""
     for name in _files(building):

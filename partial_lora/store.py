@@ -88,8 +88,14 @@ class Store:
         if self.path is None or not self.changed:
             return
         content = self.content()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"version": VERSION, "sha256": _digest(content), "content": content})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"version": VERSION, "sha256": _digest(content), "content": content})
+        except OSError as error:  # a full or a read-only cache costs another run's time, not this one
+            logger.warning(
+                "%s cannot be written (%s): what is found is kept in memory alone", self.path, error.strerror
+            )
+            self.path = None
         self.changed = False
 
     def content(self) -> dict:

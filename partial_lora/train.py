@@ -37,7 +37,7 @@ from partial_lora.cost import Cost, file_bytes
 from partial_lora.fewshot import halves_few_shot
 from partial_lora.loading import named
 from partial_lora.peers import of_first
-from partial_lora.record import timed
+from partial_lora.record import finite, timed
 from partial_lora.targets import target_names
 from partial_lora.tracking import Tracking
 from partial_lora.world import join
@@ -83,13 +83,13 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
                     world, lambda: calibrating.importance(settings, task, transform, model, targets, draws)
                 )
                 given, asked = (model, task.train, transform), calibrating.asked(settings, task, scores, draws, world)
-                calibration = calibrating.calibration(settings["calibration"]["file"], given, asked)
+                known = calibrating.before(directory / results.CALIBRATION, targets, world)
+                calibration = known or calibrating.calibration(settings["calibration"]["file"], given, asked)
             agreement = {}
             if settings["calibration"]["reliability"]:
                 with timed(record, "reliability"):
                     agreement["reliability"] = halves_few_shot(*given, **asked)
                 calibration = calibrating.doubted(calibration, agreement["reliability"])
-            calibration = calibrating.paid_before(calibration, directory / results.CALIBRATION)
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
@@ -154,12 +154,13 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         optimizer=aids.optimizer,
         **named(settings["trainer"], *fit.SETTINGS),
     )
-    resumed = of_first(world, lambda: checkpoints.resumable(directory / results.CHECKPOINTS, record["versions"]))
+    shape, kept = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
+    resumed = of_first(world, lambda: checkpoints.resumable(kept, record["versions"], shape))
     record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
     with tracking:
         trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
-    record["history"] = trainer.state.log_history
+    record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.said()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
@@ -167,7 +168,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         predict = judges.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
-    record["metrics"] |= {split: each.metrics for split, each in judged.items()}
+    record["metrics"] |= {split: finite(each.metrics) for split, each in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.

@@ -16,6 +16,7 @@ from pathlib import Path
 from partial_lora import failures, handover, record, remote_code, results
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import redact_output, redacted
+from partial_lora.sealed import settle
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -43,6 +44,8 @@ def work(directory: Path, stage: str) -> int:
 
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
         run(settings, directory, entry, stage)
+        if is_main:
+            settle(directory)  # before the record says that it is there
         entry |= {"status": "finished", "files": results.files(directory)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -72,7 +75,7 @@ def _in_one_line(error: BaseException) -> str:
         own = str(error).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
         return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return "interrupted"
+        return results.INTERRUPTED
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

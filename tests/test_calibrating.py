@@ -13,7 +13,19 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from sklearn import metrics
 
-from partial_lora import Calibration, config, fewshot, heads, models, progress, record, schema, tasks, train
+from partial_lora import (
+    Calibration,
+    calibrating,
+    config,
+    fewshot,
+    heads,
+    models,
+    progress,
+    record,
+    schema,
+    tasks,
+    train,
+)
 from partial_lora.budget import kept_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import reliability
@@ -192,7 +204,7 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
         return found
 
     monkeypatch.setattr(fewshot, "calibrate_few_shot", watched)
-    monkeypatch.setattr(train, "calibrate_few_shot", watched)
+    monkeypatch.setattr(calibrating, "calibrate_few_shot", watched)
     directory, entry = place.calibrate("calibration.reliability=true")
     (whole, found, how), (first, one, how_one), (second, other, _) = asked
     assert not set(first.scored) & set(second.scored)

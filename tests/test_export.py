@@ -405,7 +405,7 @@ def reseed(directory: Path) -> None:
         (change_result(status="running"), "the run is running, expected a finished one"),
         (change_result(metrics={}), "only calibrated, nothing was trained"),
         (change_result(config={}), "no settings of a run in it"),
-        (remove("adapter/adapter_model.safetensors"), "the run has lost files of its adapter/"),
+        (remove("adapter/adapter_model.safetensors"), "adapter/adapter_model.safetensors is missing"),
         (of_old(truncate("predictions.parquet")), r"predictions\.parquet cannot be read"),
         (truncate("adapter/adapter_model.safetensors"), r"adapter_model\.safetensors is broken or truncated"),
         (truncate("adapter/adapter_config.json"), r"adapter: cannot be loaded \("),

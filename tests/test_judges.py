@@ -52,6 +52,7 @@ def trained(judge: judges.Judge, directory: Path):
     model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     trainer = fit.trainer(
         model,
+        versions={},
         train=judge.train(),
         validation=judge.validation(),
         collate=judge.transform.collate,

@@ -40,6 +40,8 @@ LAYERS = (
         "fit",
         "checkpoints",
         "resuming",
+        "by_length",
+        "data_workers",
         "callbacks",
         "trackers",
         "tracking",

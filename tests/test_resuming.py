@@ -14,7 +14,7 @@ from safetensors import safe_open
 from test_fit import TINY, trained_state, trainer
 from transformers import TrainerCallback
 
-from partial_lora import checkpoints, models, results
+from partial_lora import checkpoints, models, results, resuming
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
 
@@ -59,6 +59,9 @@ def measured(training) -> list[dict]:
     ]
 
 
+SHAPE = checkpoints.shape_of(model())
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory):
     training = trainer(model(), tmp_path_factory.mktemp("unbroken"), **SETTINGS)
@@ -83,8 +86,8 @@ def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, ste
         training = trainer(model(), tmp_path, **SETTINGS)
         training.add_callback(EndAfter(step, saved))
         with pytest.raises(EndedError):
-            training.train(checkpoints.resumable(folder, VERSIONS))
-    found = checkpoints.resumable(folder, VERSIONS)
+            training.train(checkpoints.resumable(folder, VERSIONS, SHAPE))
+    found = checkpoints.resumable(folder, VERSIONS, SHAPE)
     assert (found and checkpoints.step_of(found)) == goes_on_from
     training = trainer(model(), tmp_path, **SETTINGS)
     training.train(found)
@@ -131,7 +134,7 @@ def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(tmp_path: Path, cap
     whole = broken.read_bytes()
     broken.unlink() if cut is None else broken.write_bytes(whole[: int(len(whole) * cut)])
     with caplog.at_level(logging.WARNING):
-        found = checkpoints.resumable(folder, VERSIONS)
+        found = checkpoints.resumable(folder, VERSIONS, SHAPE)
     assert file in caplog.text
     assert found is None or found.name == "checkpoint-2"
     assert (folder / "checkpoint-4.broken").is_dir()
@@ -143,13 +146,13 @@ def test_trainable_parameters_that_were_changed_are_not_gone_on_from(tmp_path: P
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert checkpoints.resumable(folder, VERSIONS) in (None, folder / "checkpoint-2")
+    assert checkpoints.resumable(folder, VERSIONS, SHAPE) in (None, folder / "checkpoint-2")
 
 
 def test_other_versions_of_the_libraries_begin_anew(tmp_path: Path, caplog) -> None:
     folder = ended_with_two(tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.resumable(folder, {"torch": "0.4"}) is None
+        assert checkpoints.resumable(folder, {"torch": "0.4"}, SHAPE) is None
     assert f"computed by torch {torch.__version__}, this is 0.4" in caplog.text
 
 
@@ -160,7 +163,7 @@ def test_what_may_end_best_has_to_be_there_still(tmp_path: Path, caplog) -> None
     broken = folder / f"checkpoint-{best}" / checkpoints.TRAINABLE
     broken.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        found = checkpoints.resumable(folder, VERSIONS)
+        found = checkpoints.resumable(folder, VERSIONS, SHAPE)
     assert found is None or best == 4  # from step 2 alone, and only if what is broken is not needed
     assert f"checkpoint-{best}" in caplog.text
 
@@ -178,8 +181,6 @@ def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: 
             monkeypatch.setattr(os, "fsync", full)
         sealed(building, final)
 
-    from partial_lora import resuming
-
     sealed = resuming.seal
     monkeypatch.setattr(resuming, "seal", fails_at_the_second)
     with pytest.raises(
@@ -189,7 +190,7 @@ def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     folder = tmp_path / results.CHECKPOINTS
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}  # older ones go once the new one is whole
-    assert checkpoints.resumable(folder, VERSIONS).name == "checkpoint-2"
+    assert checkpoints.resumable(folder, VERSIONS, SHAPE).name == "checkpoint-2"
 
 
 def test_checkpoints_beside_the_best_are_as_many_as_were_asked_for(tmp_path: Path) -> None:
@@ -214,13 +215,65 @@ def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_p
         training.train()
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) == before
-    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS)
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
     assert checkpoints.step_of(found) == 3  # no step at which one was due
     training = trainer(model(), tmp_path, **SETTINGS)
     training.train(found)
     expected = trained_state(unbroken.model)
     assert all(torch.equal(value, expected[name]) for name, value in trained_state(training.model).items())
     assert training.mean_loss == unbroken.mean_loss
+
+
+def by_epoch(directory: Path):
+    """A training that looks at validation, and saves, after every epoch of five steps."""
+    return trainer(model(), directory, epochs=3.0, learning_rate=0.05, count=41)
+
+
+class Ask(TrainerCallback):
+    """Asks to stop in a step, and again while what comes of that is saved, as a parent that reminds does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self._step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [3, 5, 8, 15])
+def test_a_stop_within_epochs_changes_nothing_of_what_follows(tmp_path: Path, monkeypatch, step: int) -> None:
+    expected = by_epoch(tmp_path / "unbroken")
+    expected.train()
+    training = by_epoch(tmp_path)
+    training.add_callback(Ask(step))
+    sealed = resuming.seal
+
+    def reminded(building: Path, final: Path) -> None:
+        if final.name == f"checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        sealed(building, final)
+
+    monkeypatch.setattr(resuming, "seal", reminded)
+    with pytest.raises(SystemExit):
+        training.train()
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
+    assert checkpoints.step_of(found) == step
+    training = by_epoch(tmp_path)
+    training.train(found)
+    of_validation = [[entry for entry in measured(each) if "eval_loss" in entry] for each in (training, expected)]
+    assert of_validation[0] == of_validation[1]
+    assert [entry["step"] for entry in of_validation[0]] == [5, 10, 15]
+    assert training.state.best_global_step == expected.state.best_global_step
+    kept = trained_state(expected.model)
+    assert all(torch.equal(value, kept[name]) for name, value in trained_state(training.model).items())
+
+
+def test_a_checkpoint_of_other_masks_is_not_gone_on_from(tmp_path: Path, caplog) -> None:
+    folder = ended_with_two(tmp_path)
+    other = checkpoints.shape_of(model(mask_seed=1))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.resumable(folder, VERSIONS, other) is None
+    assert "under other masks" in caplog.text
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -234,7 +287,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path
     training.add_callback(Poison())
     with pytest.raises(PartialLoraError, match=r"not finite at step 5 with learning rate 0\.0"):
         training.train()
-    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS)
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
     assert checkpoints.step_of(found) == 4
     with safe_open(found / checkpoints.TRAINABLE, "pt") as file:
         names = file.keys()
