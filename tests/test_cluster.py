@@ -132,3 +132,9 @@ def test_workers_have_their_share_of_this_machines_threads(monkeypatch, tmp_path
     assert cluster.environment(cluster.Cluster(processes=4, machines=2))["OMP_NUM_THREADS"] == "4"
     on_cpu = cluster.cluster_of(settings(accelerate_config=file(tmp_path, use_cpu=True)))
     assert cluster.environment(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:
+    monkeypatch.setattr(cluster, "_accelerators", lambda on_cpu: 3)
+    with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32: expected a multiple of 3, of 3 processes"):
+        cluster.cluster_of(settings())

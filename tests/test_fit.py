@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
-from partial_lora import evaluation, fit, losses, models, results
+from partial_lora import evaluation, fit, losses, models, results, resuming
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -215,3 +217,32 @@ def test_no_process_loads_data_beside_a_cpu_unless_asked_to() -> None:
     assert fit.loading_processes(None, "cpu", 1) == 0
     assert fit.loading_processes(3, "cpu", 1) == 3
     assert 1 <= fit.loading_processes(None, "cuda", 1) <= 8
+
+
+def test_a_process_that_loads_data_outlives_what_asks_the_run_to_stop() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, row: int) -> dict:
+            return {"row": row, "pid": os.getpid()}
+
+    def batch(some: list[dict]) -> dict:
+        return {key: torch.tensor([row[key] for row in some]) for key in some[0]}
+
+    loaded = iter(torch.utils.data.DataLoader(Rows(), batch_size=4, num_workers=1, collate_fn=fit.Undisturbed(batch)))
+    first = next(loaded)
+    assert first["pid"][0] != os.getpid()
+    os.kill(int(first["pid"][0]), signal.SIGTERM)
+    assert torch.cat([first["row"], *(each["row"] for each in loaded)]).tolist() == list(range(40))
+
+
+def test_texts_are_in_the_order_of_the_epoch_whatever_stands_between(adapted, tmp_path: Path, monkeypatch) -> None:
+    training = trainer(adapted, tmp_path, count=24, length_grouped=True)
+    training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
+    sampler = training._get_train_sampler()
+    monkeypatch.setattr(resuming.ResumingTrainer, "_run_epoch", lambda self, **settings: None)
+    training._run_epoch(epoch=2)
+    own = fit.ByLength(BATCH, list(range(24)), 0, 24)
+    own.set_epoch(2)
+    assert list(sampler) == list(own)

@@ -147,3 +147,10 @@ def test_older_files_are_read(model, batches, tmp_path):
     assert content["version"] == 1
     path.write_text(json.dumps({key: value for key, value in content.items() if key not in (*new, "repaired")}))
     assert Calibration.load(path) == found
+
+
+def test_a_store_that_cannot_be_written_costs_nothing_but_time(model, batches, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    found = calibrate(model, Counted(batches), threshold=0.8, store=tmp_path / "file" / "curves.json", **GRID)
+    assert found.sparsity == calibrate(model, Counted(batches), threshold=0.8, **GRID).sparsity
+    assert caplog.text.count("cannot be written") == 1
