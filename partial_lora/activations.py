@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,9 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
     found = {}
     for tensor in tensors:
         for part in (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,):
-            if part.untyped_storage().nbytes():
-                found[part.untyped_storage().data_ptr()] = part.untyped_storage()
+            with suppress(RuntimeError):  # of memory that is given back while its tensor lives, as FSDP does
+                if part.untyped_storage().nbytes():
+                    found[part.untyped_storage().data_ptr()] = part.untyped_storage()
     return found
 
 

@@ -42,7 +42,7 @@ def called(tmp_path: Path):
 def settings_of(arguments: list[str], where: Path, monkeypatch) -> dict:
     """The settings that the arguments compose to."""
     monkeypatch.chdir(where)
-    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "argv", ["partial-lora"])
     found = []
     assert arguments[0] == "train"
     assert compose("train", arguments[1:], lambda settings: found.append(settings) or 0) == 0

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import settings
 from test_fit import trainer
-from test_resuming import SETTINGS, VERSIONS, EndAfter, EndedError, model
+from test_resuming import SETTINGS, SHAPE, VERSIONS, EndAfter, EndedError, model
 from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora import checkpoints, results, trackers, trainer_schema
@@ -94,7 +94,7 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
     for step in (3, 7, None):
         told = tracking(place, *names)
         training = trainer(model(), run_directory(place), **SETTINGS, callbacks=[told])
-        resumed = checkpoints.resumable(checkpointed, VERSIONS)
+        resumed = checkpoints.resumable(checkpointed, VERSIONS, SHAPE)
         if step is None:
             with told:
                 training.train(resumed)
