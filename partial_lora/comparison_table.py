@@ -97,11 +97,12 @@ def _with_records(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
         agreement = (record.get("calibration") or {}).get("reliability") or {}
         more.append(
             {"masks": record.get("config", {}).get("mask", {}).get("granularity", "rows_columns")}
-            | {name: cost.get(name) for name in _COSTS}
+            | {name: cost.get(name) for name in _COSTS if name not in frame}
             | {"reliability": agreement.get("spearman_brown")}
         )
-    numbers = dict.fromkeys((*_COSTS, "reliability"), float)
-    return pd.concat([frame.reset_index(drop=True), pd.DataFrame(more).astype(numbers)], axis=1)
+    more = pd.DataFrame(more)
+    numbers = {name: float for name in (*_COSTS, "reliability") if name in more}
+    return pd.concat([frame.reset_index(drop=True), more.astype(numbers)], axis=1)
 
 
 def _place(named: dict) -> tuple:
