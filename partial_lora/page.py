@@ -153,7 +153,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _flat(config: Mapping, before: str = "") -> dict[str, str]:
-    """Settings by their dotted names, as words; where they are written and of which seed they are is not of a folder."""
+    """Settings by their dotted names, as words, without those in which runs of one folder may differ."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -61,9 +61,9 @@ def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False)
 
 
 def sparsity_map(sparsity: Mapping[str, Mapping[str, float]]) -> dict | None:
-    """Rows of cells, kinds of modules by depth, for each axis: {depths, axes: {axis: [(kind, cells)]}}; None of nothing.
+    """Rows of cells, kinds of modules by depth, for each axis; None where nothing is sparse.
 
-    A cell is a sparsity in [0, 1], None where there is no module.
+    {depths, axes: {axis: [(kind, cells)]}}; a cell is a sparsity in [0, 1], None where there is no module.
     """
     if not sparsity or not any(of[axis] for of in sparsity.values() for axis in AXES):
         return None

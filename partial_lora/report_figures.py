@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.comparison import MARGIN
 from partial_lora.report_panels import MOST, legend, look, named, panels, plain
@@ -16,6 +16,7 @@ from partial_lora.runs import SHARES, Run
 from partial_lora.series import band, front, selected
 
 _WHERE = ["task", "model", "metric"]
+_MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 
 
@@ -38,6 +39,10 @@ def pareto(table: pd.DataFrame) -> Figure | None:
                 size, row.test_mean, yerr=spread, color=own.color, linestyle="", capsize=3, markersize=7, **own.markers
             )
         axes.set_xscale("log")
+        least, most = max(1, sizes.min()), max(1, sizes.max())
+        room = max(1.6, (10 * least / most) ** 0.5)  # at least a decade, so that its ticks have names
+        axes.set_xlim(least / room, most * room)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("trainable parameters", fontsize=9)
         _scored(axes, metric, "y")
         _titled(axes, task, model)
@@ -52,10 +57,11 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
     table: of `grouping.group`; frame: the runs.
     """
     parts = _parts(table)
-    longest = max(len(part) for _, part in parts)
+    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
     figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 0.9, across=2)
     seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
-    for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
+    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
+        part = of_place.head(_MOST_ROWS)
         for place, row in enumerate(part.itertuples()):
             own = look(row.method, row.operating_point)
             if row.n > 1:
@@ -66,7 +72,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
             axes.errorbar(row.test_mean, place, xerr=half, **style, **own.markers)
         names = [named(row.method, row.operating_point) for row in part.itertuples()]
         _listed(axes, names, metric)
-        _titled(axes, task, model)
+        _titled(axes, task, model, part, of_place)
     return figure
 
 
@@ -79,9 +85,10 @@ def differences(compared: pd.DataFrame) -> Figure | None:
         return None
     known = compared[compared["difference"].notna()]
     parts = list(known.groupby(["task", "model", "operating_point", "metric"], sort=False))[:MOST]
-    longest = max(len(part) for _, part in parts)
+    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
     figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 1.0, across=2)
-    for axes, ((task, model, point, metric), part) in zip(drawn, parts, strict=True):
+    for axes, ((task, model, point, metric), of_place) in zip(drawn, parts, strict=True):
+        part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
         axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
         for place, row in enumerate(part.itertuples()):
@@ -92,7 +99,7 @@ def differences(compared: pd.DataFrame) -> Figure | None:
             axes.errorbar(row.difference, place, xerr=ends, marker=marker, linestyle="", **style)
         masks = part["masks"].map({"rows_columns": ""}).fillna(" (" + part["masks"] + ")")
         _listed(axes, list(part["method"] + masks + ": " + part["verdict"]), metric, said="difference in ")
-        _titled(axes, task, f"{model}, {point}")
+        _titled(axes, task, f"{model}, {point}", part, of_place)
     return figure
 
 
@@ -114,7 +121,8 @@ def training(found: Sequence[Run]) -> Figure | None:
         pair = drawn[above], drawn[above + across]
         pair[1].sharex(pair[0])
         metric = selected(next(iter(groups.values()))[0].record)
-        for runs in groups.values():
+        lines = list(groups.values())[:_MOST_LINES]
+        for runs in lines:
             key = (runs[0].row["method"], runs[0].row["operating_point"])
             for axes, logged in zip(pair, ("loss", f"eval_{metric}"), strict=True):
                 _banded(axes, band([run.record["history"] for run in runs], logged), key)
@@ -123,7 +131,7 @@ def training(found: Sequence[Run]) -> Figure | None:
         pair[0].tick_params(labelbottom=False)
         _scored(pair[1], metric, "y", said="validation ")
         pair[1].set_xlabel("optimizer step", fontsize=9)
-        _titled(pair[0], task, model)
+        _titled(pair[0], task, model, lines, groups)
         for axes in pair:
             plain(axes)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -180,12 +188,18 @@ def _scored(axes: Axes, metric: str, axis: str, said: str = "test ") -> None:
             axes.set_xlabel(f"{said}{metric} (points)", fontsize=9)
 
 
-def _titled(axes: Axes, task: str, model: str) -> None:
-    axes.set_title(f"{task}, {model}", fontsize=10, loc="left")
+def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized = ()) -> None:
+    """Name the place, and say where not all there is of it is drawn."""
+    some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
+    axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
 
 
 def write(figure: Figure | None, folder: Path, stem: str) -> list[Path]:
     """A figure as folder/stem.png and .svg; nothing of None."""
     from partial_lora.figures import save
 
-    return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")] if figure is not None else []
+    if figure is None:
+        return []
+    written = [save(figure, folder / f"{stem}.png")]
+    figure.set_layout_engine("none")  # everything has its place, which takes as long to find as to draw
+    return [*written, save(figure, folder / f"{stem}.svg")]

@@ -16,7 +16,7 @@ from partial_lora.report_panels import COLOURS, MARKERS, MOST, heat, named, pane
 from partial_lora.runs import Run
 from partial_lora.series import kind_curves, maps, prediction_agreement, sparsity_agreement
 
-_MOST_MAPS = 6
+_MOST_MAPS = 5
 _MOST_NUMBERED = 24  # positions in depth
 _MOST_ROWS = 14  # of a matrix
 _AXES = {"rows": "rows of B", "columns": "columns of A"}

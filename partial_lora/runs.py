@@ -37,6 +37,16 @@ def collect(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     return table(found), problems
 
 
+def one(directory: Path) -> Run:
+    """The finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
+    directory = Path(directory)
+    try:
+        result = record(directory)
+        return Run(directory, result, {"group": directory.parent.name} | row(result, directory))
+    except ValueError as error:
+        raise PartialLoraError(f"{directory / RESULT}: {error}") from error
+
+
 def table(found: list[Run]) -> pd.DataFrame:
     """The rows of runs."""
     return pd.DataFrame([run.row for run in found])

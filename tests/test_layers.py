@@ -54,7 +54,8 @@ LAYERS = (
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"cost", "activations", "comparison", "comparison_table"}
-    | {"marking"}
+    | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
+    | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
