@@ -85,3 +85,12 @@ def draw(
         if files:
             drawn.append(Shown(title, said, tuple(files)))
     return drawn
+
+
+def analyses(results_dir: Path) -> list[Shown]:
+    """The figures that `partial-lora analyse` has left beside the runs."""
+    shown = []
+    for file in sorted(Path(results_dir).glob("analyses/*/*/*/figure.svg")):
+        what, task, name = file.parts[-4:-1]
+        shown.append(Shown(f"Analysis of calibration: {what}", f"{task}, {name.rpartition('-')[0]}.", (file,)))
+    return shown

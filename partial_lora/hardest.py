@@ -91,9 +91,12 @@ def rows_of(settings: Mapping):
     local = task.get("path") == "bundled:digits" or task.get("data_files")
     if task.get("members") or not local:
         return None
+    import datasets
+
     from partial_lora import loading  # torch: for this alone
     from partial_lora.config import with_defaults
 
+    datasets.disable_progress_bars()
     try:
         return loading.task_of(with_defaults(settings)).test
     except (PartialLoraError, OSError, ValueError, KeyError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ from partial_lora import hardest, page_drawings
 from partial_lora.closing import measured, percent
 from partial_lora.gallery import Shown
 from partial_lora.results import write_atomic
-from partial_lora.runs import NONE, Run
+from partial_lora.runs import NONE, Run, run_of
+
+logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
 EXAMPLES = 6
@@ -69,6 +72,14 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "sections": sections([[run]], examples, rows),
     }
     return _written(run.directory / PAGE, content)
+
+
+def leave(record: Mapping, directory: Path, rows=None) -> None:
+    """The page of a run that is about to end; the run does not depend on it, so that what goes wrong is only logged."""
+    try:
+        write_run(run_of(record, directory), rows)
+    except Exception as error:
+        logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
 
 
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:

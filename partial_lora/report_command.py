@@ -54,7 +54,7 @@ def _report(asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequ
             command=command,
             origin=report.origin(frame),
             problems=problems,
-            figures=figures,
+            figures=figures + gallery.analyses(place),
             examples=asked.examples,
         )
     )

@@ -15,6 +15,7 @@ from partial_lora.report_panels import MOST, legend, look, named, panels, plain
 from partial_lora.runs import SHARES, Run
 from partial_lora.series import band, front, selected
 
+_LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
 _MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
@@ -32,12 +33,8 @@ def pareto(table: pd.DataFrame) -> Figure | None:
         best = front(zip(sizes, part["test_mean"], strict=True), metric)
         ends = [*best, (float(sizes.max()) * 1.4, best[-1][1])]
         axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
-        for size, row in zip(sizes, part.itertuples(), strict=True):
-            own = look(row.method, row.operating_point)
-            spread = None if pd.isna(row.test_std) else row.test_std
-            axes.errorbar(
-                size, row.test_mean, yerr=spread, color=own.color, linestyle="", capsize=3, markersize=7, **own.markers
-            )
+        for key, alike in part.assign(size=sizes).groupby(_LOOKS, sort=False):
+            _marked(axes, alike["size"], alike["test_mean"], key, yerr=alike["test_std"], markersize=7)
         axes.set_xscale("log")
         least, most = max(1, sizes.min()), max(1, sizes.max())
         room = max(1.6, (10 * least / most) ** 0.5)  # at least a decade, so that its ticks have names
@@ -62,15 +59,17 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
     seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
-        for place, row in enumerate(part.itertuples()):
-            own = look(row.method, row.operating_point)
-            if row.n > 1:
-                ticks = seeds[row.group]
-                axes.plot(ticks, [place] * len(ticks), "|", color="0.55", markersize=9, zorder=1)
-            half = None if pd.isna(row.test_half) else row.test_half
-            style = {"color": own.color, "linestyle": "", "capsize": 3, "markersize": 6.5}
-            axes.errorbar(row.test_mean, place, xerr=half, **style, **own.markers)
-        names = [named(row.method, row.operating_point) for row in part.itertuples()]
+        part = part.assign(place=range(len(part)))
+        ticks = [(test, row.place) for row in part.itertuples() if row.n > 1 for test in seeds[row.group]]
+        if ticks:
+            axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
+        for key, alike in part.groupby(_LOOKS, sort=False):
+            _marked(axes, alike["test_mean"], alike["place"], key, xerr=alike["test_half"], markersize=6.5)
+        again = part.duplicated(_LOOKS, keep=False)
+        names = [
+            named(row.method, row.operating_point) + (f", {row.id}" if twice else "")
+            for row, twice in zip(part.itertuples(), again, strict=True)
+        ]
         _listed(axes, names, metric)
         _titled(axes, task, model, part, of_place)
     return figure
@@ -139,6 +138,12 @@ def training(found: Sequence[Run]) -> Figure | None:
         axes.set_visible(bool(axes.lines))
     legend(figure, list(dict.fromkeys(used)), lines=True)
     return figure if any(axes.lines for axes in drawn) else None
+
+
+def _marked(axes: Axes, x: pd.Series, y: pd.Series, key: tuple[str, str], **style) -> None:
+    """Marks of one method at one operating point, with bars where a spread is known."""
+    own = look(*key)
+    axes.errorbar(x, y, color=own.color, linestyle="", capsize=3, **own.markers, **style)
 
 
 def _banded(axes: Axes, points: Sequence[tuple[int, float, float, float]], key: tuple[str, str]) -> None:

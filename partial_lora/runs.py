@@ -41,10 +41,15 @@ def one(directory: Path) -> Run:
     """The finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
     directory = Path(directory)
     try:
-        result = record(directory)
-        return Run(directory, result, {"group": directory.parent.name} | row(result, directory))
+        return run_of(record(directory), directory)
     except ValueError as error:
         raise PartialLoraError(f"{directory / RESULT}: {error}") from error
+
+
+def run_of(result: dict, directory: Path) -> Run:
+    """A record as a run, wherever its directory is; raises ValueError for a record that lacks or garbles something."""
+    place = Path(directory).resolve()
+    return Run(Path(directory), result, {"group": place.parent.name} | row(result, Path(f"seed{result.get('seed')}")))
 
 
 def table(found: list[Run]) -> pd.DataFrame:
