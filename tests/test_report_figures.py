@@ -96,9 +96,7 @@ def test_differences_are_those_of_the_comparison(tmp_path):
 def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     modules = calibrated()[1]
     runs_of = [run for run in found if run.row["method"] == "partial"]
-    (runs_of[0].directory / "calibration.json").write_text(
-        json.dumps({"baseline": 0.87, "modules": modules})
-    )
+    (runs_of[0].directory / "calibration.json").write_text(json.dumps({"baseline": 0.87, "modules": modules}))
     frame = runs.table(found)
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
