@@ -18,7 +18,7 @@ from partial_lora.series import kind_curves, maps, prediction_agreement, sparsit
 
 _MOST_MAPS = 5
 _MOST_NUMBERED = 24  # positions in depth
-_MOST_ROWS = 14  # of a matrix
+_MOST_ROWS, _MOST_MATRICES = 12, 4
 _AXES = {"rows": "rows of B", "columns": "columns of A"}
 
 
@@ -104,7 +104,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float, float]], number: int
 
 def sparsity_alike(found: Sequence[Run]) -> Figure | None:
     """How far calibrations of one model choose alike: correlation of their sparsities over modules and axes."""
-    shown = [(model, *each) for model, each in sparsity_agreement(found).items()][:MOST]
+    shown = [(model, *each) for model, each in sparsity_agreement(found).items()][:_MOST_MATRICES]
     cut = [(model, names[:_MOST_ROWS], matrix[:_MOST_ROWS, :_MOST_ROWS]) for model, names, matrix in shown]
     return _matrices(cut, low=0, title="Correlation of sparsities")
 
@@ -112,7 +112,7 @@ def sparsity_alike(found: Sequence[Run]) -> Figure | None:
 def predictions_alike(table: pd.DataFrame, results_dir: Path) -> Figure | None:
     """How often two methods say the same of a test example; where they disagree they are different adapters indeed."""
     shown = []
-    for (task, model), part in list(table.groupby(["task", "model"], sort=False))[:MOST]:
+    for (task, model), part in list(table.groupby(["task", "model"], sort=False))[:_MOST_MATRICES]:
         part = part.head(_MOST_ROWS)
         matrix = prediction_agreement(part, results_dir) if len(part) > 1 else None
         if matrix is not None:

@@ -49,3 +49,9 @@ def test_predictions_of_other_examples_are_no_proof(place):
     said = np.zeros(100, int)
     pd.DataFrame({"label": LABEL[:100], "prediction": said}).to_parquet(folder / results.PREDICTIONS)
     assert marked(place) == []
+
+
+def test_to_beat_one_of_the_others_is_not_enough(place):
+    for seed in (0, 1):
+        leave(place, "uniform", wrong=11, seed=seed)  # of partial's own block, and as good
+    assert marked(place) == []
