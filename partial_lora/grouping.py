@@ -43,7 +43,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             **{name: (name, "mean") for name in _AVERAGED},
             **{name: (name, _one) for name in rest},
             calibrations_reused=("calibration_reused", "sum"),
-            commit=("commit", distinct) if "commit" not in same else ("seed", lambda _: NONE),
+            **({} if "commit" in same else {"commit": ("commit", distinct)}),
         )
         .reset_index()
     )

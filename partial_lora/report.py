@@ -151,7 +151,7 @@ def readable(
         "train (s)": _column(table["train_seconds"], ",.1f"),
         "evaluate (s)": _column(table["evaluate_seconds"], ",.1f"),
         "learning rate": _column(table["learning_rate"], "g") if "learning_rate" not in by else None,
-        "tuning": table["tuning"] if "tuning" not in by else None,
+        **({"tuning": table["tuning"]} if "tuning" not in by else {}),
         # Rows that look alike differ in a setting without a column: only the run id tells them apart.
         "id": table["id"] if not by and table.duplicated(identity).any() else None,
     }

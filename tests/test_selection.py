@@ -62,6 +62,23 @@ def test_runs_are_averaged_over_all_that_the_keys_do_not_tell_apart(found):
     assert table["operating_point"].tolist() == ["–", "–"]  # the one has none, the other two
 
 
+@pytest.mark.parametrize("key", selection._WORDS)
+def test_every_column_can_be_grouped_by(found, key):
+    table = grouping.group(runs.table(found), [key])
+    assert table["n"].sum() == 5
+    shown = report.readable(table, by=[key])
+    assert next(iter(shown)) == key
+    assert shown.shape[0] == runs.table(found)[key].nunique()
+
+
+def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
+    place(tmp_path, record(status="running"))
+    with pytest.raises(PartialLoraError, match="at least one finished run"):
+        report_command.main([str(tmp_path)])
+    assert "seed0/result.json: running" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
 def test_half_the_interval_is_students():
     assert grouping.half_interval(0.01, 3) == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
     assert math.isnan(grouping.half_interval(math.nan, 1))
