@@ -60,13 +60,11 @@ def _parsed(arguments: list[str]) -> int:
         "analyse": "how far calibration can be trusted: agreement, reliability, stability or cost (the same keys)",
         "evaluate": "a finished run on another split or task",
         "predict": "what a finished run says of images, texts or lines of a file",
+        "report": "tables, figures and a page over finished runs",
         "theory": "what is proven about random masks, beside simulations",
     }
     for name, text in composed.items():
         commands.add_parser(name, help=text)
-    report = commands.add_parser("report", help="tables over finished runs, grouped over seeds")
-    report.add_argument("results_dir", nargs="?", default="results", type=Path, metavar="RESULTS_DIR")
-    report.set_defaults(do=_report)
     export = commands.add_parser("export", help="a finished run's adapter as files for other programs")
     export.add_argument("run", type=Path, metavar="RUN_DIR")
     export.add_argument(
@@ -85,24 +83,6 @@ def _parsed(arguments: list[str]) -> int:
     export.set_defaults(do=_export)
     parsed = parser.parse_args(arguments)
     return parsed.do(parsed)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from partial_lora import comparison_table, report, runs
-
-    frame, problems = runs.collect(arguments.results_dir)
-    for problem in problems:
-        print(f"partial-lora: {problem}", file=sys.stderr)
-    command = f"partial-lora report {arguments.results_dir}"
-    written = report.write(frame, arguments.results_dir, command=command, problems=problems)
-    written += comparison_table.write(frame, arguments.results_dir, command=command)
-    console = Console()
-    console.print(report.on_screen(frame))
-    for path in written:
-        console.print(f"wrote {path}", highlight=False)
-    return 1 if problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -164,6 +144,7 @@ _MODULES = {  # of commands that have a parser of their own
     "analyse": "analysis_command",
     "evaluate": "evaluate_command",
     "predict": "predict_command",
+    "report": "report_command",
     "theory": "theory_command",
 }
 _COMMANDS: dict[str, Callable[[dict], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}

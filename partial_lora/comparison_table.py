@@ -53,12 +53,19 @@ def table(frame: pd.DataFrame, results_dir: Path, reference: str = "partial") ->
     return pd.DataFrame(rows), list(dict.fromkeys(problems))
 
 
-def write(frame: pd.DataFrame, results_dir: Path, *, command: str, reference: str = "partial") -> list[Path]:
+def write(
+    frame: pd.DataFrame,
+    results_dir: Path,
+    *,
+    command: str,
+    reference: str = "partial",
+    compared: tuple[pd.DataFrame, list[str]] | None = None,
+) -> list[Path]:
     """The table as results_dir/report/comparison.md and .csv; gives the files, none where there is nothing to compare.
 
-    Each begins with the command that made it.
+    Each begins with the command that made it. compared: what `table` has given, where that is at hand.
     """
-    found, problems = table(frame, results_dir, reference)
+    found, problems = compared or table(frame, results_dir, reference)
     if len(found) < 2 or "difference" not in found:
         return []
     parts = [f"    {command}", _said(reference), _tabulated(found)]
@@ -73,7 +80,7 @@ def write(frame: pd.DataFrame, results_dir: Path, *, command: str, reference: st
 
 def _tabulated(found: pd.DataFrame) -> str:
     """The table as it is read, in Markdown."""
-    shown = _readable(found)
+    shown = readable(found)
     align = ["left" if name in _WORDS else "right" for name in shown.columns]
     return tabulate(shown.values.tolist(), list(shown.columns), tablefmt="pipe", disable_numparse=True, colalign=align)
 
@@ -97,11 +104,12 @@ def _with_records(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
         agreement = (record.get("calibration") or {}).get("reliability") or {}
         more.append(
             {"masks": record.get("config", {}).get("mask", {}).get("granularity", "rows_columns")}
-            | {name: cost.get(name) for name in _COSTS}
+            | {name: cost.get(name) for name in _COSTS if name not in frame}
             | {"reliability": agreement.get("spearman_brown")}
         )
-    numbers = dict.fromkeys((*_COSTS, "reliability"), float)
-    return pd.concat([frame.reset_index(drop=True), pd.DataFrame(more).astype(numbers)], axis=1)
+    more = pd.DataFrame(more)
+    numbers = {name: float for name in (*_COSTS, "reliability") if name in more}
+    return pd.concat([frame.reset_index(drop=True), more.astype(numbers)], axis=1)
 
 
 def _place(named: dict) -> tuple:
@@ -130,7 +138,8 @@ def _predictions(part: pd.DataFrame, results_dir: Path) -> dict[int, pd.DataFram
     return found
 
 
-def _readable(found: pd.DataFrame) -> pd.DataFrame:
+def readable(found: pd.DataFrame) -> pd.DataFrame:
+    """The comparison as it is read: words and rounded numbers."""
     share = found["metric"].isin(SHARES)
     tests = zip(found["metric"], found["test_mean"], found["test_std"], strict=True)
     ends = zip(share, found["difference"], found["low"], found["high"], strict=True)

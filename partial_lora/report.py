@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,8 @@ from tabulate import tabulate
 
 from partial_lora.closing import calibration_summary, cell, measured, percent, summary
 from partial_lora.errors import PartialLoraError
+from partial_lora.grouping import distinct, group
+from partial_lora.marking import best
 from partial_lora.results import write_atomic
 from partial_lora.runs import NONE, SHARES, collect
 
@@ -23,70 +26,45 @@ _UNTUNED = (
     "Untuned: one learning rate for every method and no search over it, so a difference between two methods may be "
     "one of how well the rate suits them."
 )
+_BEST = (
+    "Bold: better than every other of its task, model and operating point, by the 95 % interval of a paired bootstrap "
+    "over test examples and seeds; without predictions nothing is marked."
+)
+_SPREAD = {
+    "std": "± is one standard deviation over the n runs of a row.",
+    "interval": "± is half the 95 % interval of the mean over the n runs of a row (Student's t).",
+}
+SPREADS = tuple(_SPREAD)
 _WORDS = ("task", "model", "method", "operating point", "metric", "tuning", "id")
 
 
-def group(frame: pd.DataFrame) -> pd.DataFrame:
-    """Runs that differ in nothing but their seed (one folder method-id), as one row: mean, standard deviation, n.
-
-    The deviation is the sample's (n - 1), NaN for a single run. Rows are in the order of task, model, operating point,
-    method.
-    """
-    same = ["task", "model", "method", "operating_point", "metric", "learning_rate", "tuning", "group"]
-    averaged = [
-        "adapter_parameters",
-        "adapter_dense",
-        "share_of_dense",
-        "head_parameters",
-        "adapter_sparsity",
-        "calibrate_seconds",
-        "train_seconds",
-        "evaluate_seconds",
-    ]
-    grouped = frame.groupby(same, sort=False, dropna=False)
-    table = grouped.agg(
-        n=("seed", "size"),
-        seeds=("seed", lambda seeds: " ".join(str(seed) for seed in sorted(seeds))),
-        test_mean=("test", "mean"),
-        test_std=("test", "std"),
-        **{name: (name, "mean") for name in averaged},
-        calibrations_reused=("calibration_reused", "sum"),
-        commit=("commit", _distinct),
-    ).reset_index()
-    for name in ("adapter_parameters", "adapter_dense", "head_parameters"):
-        table[name] = table[name].round().astype(int)  # the same for every seed, so the mean is whole
-    table["id"] = table["group"].str.rpartition("-")[2]
-    order = table.assign(_point=table["operating_point"].map(_point_order))
-    order = order.sort_values(["task", "model", "_point", "method", "learning_rate", "id"], kind="stable")
-    return table.loc[order.index].reset_index(drop=True)
-
-
-def _point_order(point: str) -> tuple[int, float]:
-    """Methods without a calibration first, then thresholds from high to low, then budgets from large to small."""
-    kind, _, value = point.partition(" ")
-    return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))
-
-
-def _distinct(values: pd.Series) -> str:
-    return ", ".join(sorted(set(values)))
-
-
-def write(frame: pd.DataFrame, results_dir: Path, *, command: str, problems: Sequence[str] = ()) -> list[Path]:
+def write(
+    frame: pd.DataFrame,
+    results_dir: Path,
+    *,
+    command: str,
+    problems: Sequence[str] = (),
+    by: Sequence[str] = (),
+    spread: str = "std",
+) -> list[Path]:
     """The table of collected runs, as Markdown, CSV and LaTeX; gives the files written.
 
     They are results_dir/report/table.md, .csv and .tex; each begins with the command that made it. `problems`, what was
-    left out, ends the Markdown. The CSV holds numbers as they were measured, the others what is read. Raises
-    PartialLoraError where no run has finished.
+    left out, ends the Markdown. The CSV holds numbers as they were measured, the others what is read. by: as in
+    `grouping.group`. spread: what follows ±, "std" or "interval". Raises PartialLoraError where no run has finished.
     """
     results_dir = Path(results_dir)
     if frame.empty:
         raise PartialLoraError(f"{results_dir}: expected at least one finished run; make one with `partial-lora train`")
-    table = group(frame)
-    command, origin = " ".join(command.split()), _origin(frame)
+    table = group(frame, by)
+    marked = set() if by else best(table, results_dir)
+    command, above = " ".join(command.split()), origin(frame)
+    how = {"by": by, "spread": spread, "marked": marked}
+    latex = _latex(_tabulated(readable(table, **how), by, "latex_booktabs"))
     files = {
-        "table.md": _markdown(table, command, origin, problems),
-        "table.csv": f"# {command}\n# {origin}\n" + table.to_csv(index=False),
-        "table.tex": f"% {command}\n% {origin}\n{_latex(table)}\n",
+        "table.md": _markdown(table, command, above, problems, **how),
+        "table.csv": f"# {command}\n# {above}\n" + table.assign(best=table.index.isin(marked)).to_csv(index=False),
+        "table.tex": f"% {command}\n% {above}\n{latex}\n",
     }
     folder = results_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,55 +73,75 @@ def write(frame: pd.DataFrame, results_dir: Path, *, command: str, problems: Seq
     return [folder / name for name in files]
 
 
-def _markdown(table: pd.DataFrame, command: str, origin: str, problems: Sequence[str]) -> str:
-    parts = [f"    {command}", origin, _tabulated(table, "pipe")]
-    if (table["tuning"] == "untuned").any():
-        parts.append(_UNTUNED)
-    if (table["calibrations_reused"] > 0).any():
-        parts.append("Calibrations that an earlier run had already paid for do not enter the seconds of calibrating.")
+def _markdown(table: pd.DataFrame, command: str, above: str, problems: Sequence[str], **how) -> str:
+    shown = _tabulated(readable(table, **how), how["by"], "pipe")
+    parts = [f"    {command}", above, shown, *notes(table, **how)]
     if problems:
         parts.append("Left out:\n\n" + "\n".join(f"- {problem}" for problem in problems))
     return "\n\n".join(parts) + "\n"
 
 
-def _latex(table: pd.DataFrame) -> str:
-    return _tabulated(table, "latex_booktabs").replace("±", r"$\pm$").replace(NONE, "--")
+def notes(
+    table: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std", marked: Collection[int] = ()
+) -> list[str]:
+    """What has to be said below a grouped table, a sentence or two each."""
+    said = []
+    if (table["n"] > 1).any():
+        said.append(_SPREAD[spread])
+    if marked:
+        said.append(_BEST)
+    if (table["tuning"] == "untuned").any():
+        said.append(_UNTUNED)
+    if (table["calibrations_reused"] > 0).any():
+        said.append("Calibrations that an earlier run had already paid for do not enter the seconds of calibrating.")
+    return said
 
 
-def _tabulated(table: pd.DataFrame, form: str) -> str:
-    shown = readable(table)
-    align = ["left" if name in _WORDS else "right" for name in shown.columns]
+def _latex(tabulated: str) -> str:
+    bold = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", tabulated)
+    return bold.replace("±", r"$\pm$").replace(NONE, "--")
+
+
+def _tabulated(shown: pd.DataFrame, by: Sequence[str], form: str) -> str:
+    align = ["left" if name in (*_WORDS, *by) else "right" for name in shown.columns]
     cells = shown.values.tolist()
     return tabulate(cells, headers=list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
 
 
-def _origin(frame: pd.DataFrame) -> str:
-    """What made the runs of a table: preset where there is one, commit, device."""
-    named = {"Preset": "preset", "Commit": "commit", "Device": "device"}
+def origin(frame: pd.DataFrame) -> str:
+    """What made the runs of a table: preset where there is one, tuned or not, commit, device."""
+    named = {"Preset": "preset", "Tuning": "tuning", "Commit": "commit", "Device": "device"}
     return " ".join(
-        f"{title}: {_distinct(frame[column])}." for title, column in named.items() if (frame[column] != NONE).any()
+        f"{title}: {distinct(frame[column])}." for title, column in named.items() if (frame[column] != NONE).any()
     )
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A grouped table as it is printed: words and rounded numbers, "–" where a quantity does not apply."""
-    several = table["metric"].nunique() > 1
+def readable(
+    table: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std", marked: Collection[int] = ()
+) -> pd.DataFrame:
+    """A grouped table as it is printed: words and rounded numbers, "–" where a quantity does not apply.
+
+    by, spread: as in `write`. marked: the rows whose test score stands between two pairs of asterisks.
+    """
+    several = table["metric"].nunique() > 1 or "metric" in by
     in_percent = set(table["metric"]) <= SHARES
     of_test = "test" if several else f"test {table['metric'].iloc[0]}"
-    tested = zip(table["metric"], table["test_mean"], table["test_std"], strict=True)
+    tested = zip(
+        table["metric"], table["test_mean"], table["test_" + {"interval": "half"}.get(spread, spread)], strict=True
+    )
+    scores = [percent(mean, half) if in_percent else measured(metric, mean, half) for metric, mean, half in tested]
     identity = ["task", "model", "method", "operating_point", "learning_rate"]
+    first = by or ("task", "model", "method", "operating_point")
     columns = {
-        "task": table["task"],
-        "model": table["model"],
-        "method": table["method"],
-        "operating point": table["operating_point"],
+        **{name.replace("_", " ") if not by else name: table[name].astype(str) for name in first},
         **({"metric": table["metric"]} if several else {}),
         "n": table["n"].astype(str),
         f"{of_test} (%)" if in_percent else of_test: [
-            percent(mean, std) if in_percent else measured(metric, mean, std) for metric, mean, std in tested
+            f"**{score}**" if index in marked else score for index, score in zip(table.index, scores, strict=True)
         ],
         "adapter parameters": _column(table["adapter_parameters"], ",.0f"),
         "share of dense": _column(table["share_of_dense"], ".1%"),
+        "adapter (KB)": _column(table["adapter_bytes"] / 1e3, ",.0f"),
         "head parameters": _column(table["head_parameters"], ",.0f"),
         "sparsity": _column(table["adapter_sparsity"], ".3f"),
         "calibrate (s)": [
@@ -152,28 +150,39 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         ],
         "train (s)": _column(table["train_seconds"], ",.1f"),
         "evaluate (s)": _column(table["evaluate_seconds"], ",.1f"),
-        "learning rate": _column(table["learning_rate"], "g"),
-        "tuning": table["tuning"],
+        "learning rate": _column(table["learning_rate"], "g") if "learning_rate" not in by else None,
+        **({"tuning": table["tuning"]} if "tuning" not in by else {}),
         # Rows that look alike differ in a setting without a column: only the run id tells them apart.
-        **({"id": table["id"]} if table.duplicated(identity).any() else {}),
+        "id": table["id"] if not by and table.duplicated(identity).any() else None,
     }
-    return pd.DataFrame(columns)
+    return pd.DataFrame({name: cells for name, cells in columns.items() if cells is not None})
 
 
 def _column(values: pd.Series, form: str) -> list[str]:
     return [cell(value, form) for value in values]
 
 
-def on_screen(frame: pd.DataFrame) -> Group:
+def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std") -> Group:
     """The tables of collected runs for a terminal of 100 columns: one for each task and model, the main columns."""
-    shown = readable(group(frame))
-    left_out = ("task", "model", "head parameters", "sparsity", "learning rate", "tuning")
-    names = [name for name in shown.columns if name not in left_out and not name.endswith("(s)")]
+    grouped = group(frame, by)
+    shown = readable(grouped, by=by, spread=spread)
+    left_out = ("head parameters", "sparsity", "learning rate", "tuning", *(() if by else ("task", "model")))
+    names = [name for name in shown.columns if name in by or not (name in left_out or name.endswith("(s)"))]
+    names = [name for name in names if name in by or not (shown[name] == NONE).all()]
     tables = []
-    for (task, model), part in shown.groupby(["task", "model"], sort=False):
-        drawn = Table(title=f"{task}, {model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    parts = (
+        [("all runs", shown)]
+        if by
+        else [(", ".join(key), part) for key, part in shown.groupby(["task", "model"], sort=False)]
+    )
+    for title, part in parts:
+        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in names:
-            drawn.add_column(name, justify="left" if name in _WORDS else "right")
+            whole = name.startswith("test") or name == "operating point"
+            justify = "left" if name in (*_WORDS, *by) else "right"
+            drawn.add_column(
+                name, justify=justify, overflow="fold", min_width=part[name].str.len().max() if whole else None
+            )
         for cells in part[names].itertuples(index=False, name=None):
             drawn.add_row(*cells)
         tables.append(drawn)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.results import RESULT
+from partial_lora.results import ADAPTER, RESULT
 
 NONE = "–"  # for what does not apply
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # metrics that are read as percentages
@@ -21,8 +22,43 @@ LOWER_IS_BETTER = {"mse", "perplexity"}
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, its record, and the numbers of it that tables have (`row`)."""
+
+    directory: Path
+    record: dict
+    row: dict
+
+
 def collect(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs under a results directory, a row each, and what was left out, a line each.
+    """The finished runs under a results directory, a row each, and what was left out, a line each (`read`)."""
+    found, problems = read(results_dir)
+    return table(found), problems
+
+
+def one(directory: Path) -> Run:
+    """The finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
+    directory = Path(directory)
+    try:
+        return run_of(record(directory), directory)
+    except ValueError as error:
+        raise PartialLoraError(f"{directory / RESULT}: {error}") from error
+
+
+def run_of(result: dict, directory: Path) -> Run:
+    """A record as a run, wherever its directory is; raises ValueError for a record that lacks or garbles something."""
+    place = Path(directory).resolve()
+    return Run(Path(directory), result, {"group": place.parent.name} | row(result, Path(f"seed{result.get('seed')}")))
+
+
+def table(found: list[Run]) -> pd.DataFrame:
+    """The rows of runs."""
+    return pd.DataFrame([run.row for run in found])
+
+
+def read(results_dir: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs under a results directory, and what was left out, a line each.
 
     A row's group is the folder that runs of other seeds share. Left out and named is a run that failed, has not
     finished or only calibrated, and a result.json that is broken, foreign or copied from another run. Raises
@@ -32,17 +68,18 @@ def collect(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     directories = sorted(path for path in results_dir.glob(_RUNS) if path.is_dir())
     if not directories:
         raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
-    rows, problems = [], []
+    found, problems = [], []
     for directory in directories:
         try:
-            found = row(_record(directory), directory)
-            rows.append({"group": str(directory.parent.relative_to(results_dir))} | found)
+            result = record(directory)
+            group = {"group": str(directory.parent.relative_to(results_dir))}
+            found.append(Run(directory, result, group | row(result, directory)))
         except ValueError as error:
             problems.append(f"{directory.relative_to(results_dir)}/{RESULT}: {error}")
-    return pd.DataFrame(rows), problems
+    return found, problems
 
 
-def _record(directory: Path) -> dict:
+def record(directory: Path) -> dict:
     """The record of a finished run; raises ValueError that says what is there instead."""
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
@@ -81,6 +118,7 @@ def row(result: Mapping, directory: Path) -> dict:
             "share_of_dense": trainable / dense if dense else math.nan,
             "head_parameters": parameters["head"],
             "adapter_sparsity": number(parameters["adapter_sparsity"]),
+            "adapter_bytes": _adapter_bytes(result),
             "calibrate_seconds": _calibrate_seconds(result),
             "calibration_reused": bool(calibration and calibration.get("cached")),
             "train_seconds": number(seconds["train"]),
@@ -111,6 +149,15 @@ def operating_point(result: Mapping) -> str:
         chosen = result["calibration"]
     key = "threshold" if chosen.get("budget") is None else "budget"
     return f"{key} {chosen[key]:g}" if chosen[key] <= 1 else f"{key} {chosen[key]:,.0f}"
+
+
+def _adapter_bytes(result: Mapping) -> float:
+    """What the adapter's tensors weigh on disk; NaN for records made before that was kept."""
+    kept = (result.get("cost") or {}).get("adapter_bytes")
+    if kept is None:
+        sizes = (result.get("files") or {}).items()
+        kept = sum(size for name, size in sizes if name.startswith(f"{ADAPTER}/") and name.endswith(".safetensors"))
+    return number(kept or None)
 
 
 def _calibrate_seconds(result: Mapping) -> float:

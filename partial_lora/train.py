@@ -27,6 +27,7 @@ from partial_lora import (
     methods,
     mixture_judge,
     models,
+    page,
     parameters,
     results,
 )
@@ -178,6 +179,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
         calibration_figures.draw(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
+        page.leave(record, directory, task.test)
     measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
     tracking.finish(measured, trainer.state.global_step)
 

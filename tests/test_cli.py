@@ -76,6 +76,7 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
         "sparsity.png",
         "sparsity.svg",
         "training.png",
+        "index.html",
         "train.log",
     }
     assert result["status"] == "finished"

@@ -29,7 +29,7 @@ LAYERS = (
     }
     | {"members", "tuning", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
-    | {"agreement", "reliability", "stability", "inputs", "theory"},
+    | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
@@ -56,6 +56,8 @@ LAYERS = (
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
     | {"cost", "activations", "comparison", "comparison_table"}
+    | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
+    | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
@@ -68,6 +70,7 @@ LAYERS = (
         "analysis_command",
         "evaluate_command",
         "predict_command",
+        "report_command",
         "theory_command",
     }
     | {"plan", "sweep", "job"},

@@ -1,0 +1,207 @@
+"""Pages over runs: one file that needs nothing else, neither a network nor another file.
+
+What is shown is gathered here; how, is in templates/.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from partial_lora import hardest, page_drawings
+from partial_lora.closing import measured, percent
+from partial_lora.gallery import Shown
+from partial_lora.results import write_atomic
+from partial_lora.runs import NONE, Run, run_of
+
+logger = logging.getLogger(__name__)
+
+PAGE = "index.html"
+EXAMPLES = 6
+
+
+def write(
+    results_dir: Path,
+    *,
+    found: Sequence[Run],
+    tables: Mapping[str, pd.DataFrame],
+    notes: Sequence[str],
+    command: str,
+    origin: str,
+    problems: Sequence[str],
+    figures: Sequence[Shown],
+    examples: int = EXAMPLES,
+) -> Path:
+    """Write results_dir/report/index.html: sortable tables, figures, and a section for the runs of every folder.
+
+    tables: by title, as they are read. examples: how many of the hardest to show, 0 for none.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in found:
+        groups.setdefault(run.row["group"], []).append(run)
+    content = {
+        "title": f"Report: {Path(results_dir).resolve().name}",
+        "command": command,
+        "origin": origin,
+        "notes": notes,
+        "problems": problems,
+        "tables": {title: _cells(table) for title, table in tables.items()},
+        "figures": [(each.title, each.said, _uri(each.files[-1])) for each in figures],
+        "sections": sections(list(groups.values()), examples),
+    }
+    return _written(Path(results_dir) / "report" / PAGE, content)
+
+
+def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
+    """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
+    content = {
+        "title": _title([run]),
+        "command": "",
+        "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
+        "notes": [],
+        "problems": [],
+        "tables": {},
+        "figures": _own_figures(run.directory),
+        "sections": sections([[run]], examples, rows),
+    }
+    return _written(run.directory / PAGE, content)
+
+
+def leave(record: Mapping, directory: Path, rows=None) -> None:
+    """The page of a run that is about to end; the run does not depend on it, so that what goes wrong is only logged."""
+    try:
+        write_run(run_of(record, directory), rows)
+    except Exception as error:
+        logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
+
+
+def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:
+    """What the page says of the runs of every folder, which differ in their seed alone."""
+    settings = [_flat(runs[0].record["config"]) for runs in groups]
+    shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
+    read: dict[str, object] = {}
+    made = []
+    for number, (runs, flat) in enumerate(zip(groups, settings, strict=True)):
+        first = runs[0].record
+        made.append(
+            {
+                "id": f"run-{number + 1}",
+                "title": _title(runs),
+                "path": runs[0].row.get("group", str(runs[0].directory)),
+                "facts": _facts(runs),
+                "own": {key: value for key, value in flat.items() if (key, value) not in shared},
+                "shared": {key: value for key, value in flat.items() if (key, value) in shared},
+                "seeds": [_of_seed(run) for run in runs],
+                "curves": page_drawings.training_lines([run.record for run in runs]),
+                "map": page_drawings.sparsity_map(first.get("sparsity") or {}),
+                "warnings": (first["calibration"] or {}).get("warnings") or [],
+                "examples": _examples(runs, examples, read, rows),
+            }
+        )
+    return made
+
+
+def _examples(runs: Sequence[Run], count: int, read: dict[str, object], rows) -> list[hardest.Example]:
+    """The hardest, with their inputs; the rows of every task are read once, and kept in `read`."""
+    frames = hardest.predictions([run.directory for run in runs]) if count else []
+    worst = hardest.hardest(frames, count)
+    if not worst:
+        return []
+    settings = runs[0].record["config"]
+    key = json.dumps(settings["task"], sort_keys=True)
+    if rows is None and key not in read:
+        read[key] = hardest.rows_of(settings)
+    found = read.get(key) if rows is None else rows
+    return worst if found is None else hardest.shown(worst, found, frames[0]["label"].tolist())
+
+
+def _facts(runs: Sequence[Run]) -> dict[str, str]:
+    row = pd.DataFrame([run.row for run in runs])
+    first = runs[0].row
+    spread = row["test"].std() if len(runs) > 1 else float("nan")
+    trainable = f"{first['adapter_parameters']:,}"
+    if first["adapter_dense"]:
+        trainable += f" ({percent(first['share_of_dense'])} % of the dense adapter)"
+    facts = {
+        f"test {first['metric']}": measured(first["metric"], row["test"].mean(), spread),
+        "seeds": ", ".join(str(run.row["seed"]) for run in runs),
+        "adapter, trainable": trainable,
+        "head, trainable": f"{first['head_parameters']:,}",
+    }
+    if first["adapter_bytes"] == first["adapter_bytes"]:
+        facts["adapter on disk"] = f"{first['adapter_bytes'] / 1e3:,.0f} KB"
+    calibration = runs[0].record["calibration"]
+    if calibration and calibration.get("baseline") is not None:
+        joint = calibration.get("joint")
+        facts["few-shot score"] = f"{calibration['baseline']:.4f} intact" + (
+            "" if joint is None else f", {joint:.4f} with all sparsities at once"
+        )
+    return facts
+
+
+def _of_seed(run: Run) -> dict[str, str]:
+    return {
+        "seed": str(run.row["seed"]),
+        "test": measured(run.row["metric"], run.row["test"]),
+        "train": f"{run.row['train_seconds']:,.1f} s",
+        "started": str(run.record.get("started") or NONE)[:16].replace("T", " "),
+        "commit": run.row["commit"],
+    }
+
+
+def _title(runs: Sequence[Run]) -> str:
+    row = runs[0].row
+    names = [row["method"], *([] if row["operating_point"] == NONE else [row["operating_point"]])]
+    names += [row["model"], row["task"], *([f"seed {row['seed']}"] if len(runs) == 1 else [])]
+    return " · ".join(names)
+
+
+def _flat(config: Mapping, before: str = "") -> dict[str, str]:
+    """Settings by their dotted names, as words, without those in which runs of one folder may differ."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{before}{key}.")
+        elif before or key not in ("seed", "results_dir", "overwrite"):
+            flat[f"{before}{key}"] = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return flat
+
+
+def _cells(table: pd.DataFrame) -> dict:
+    """Columns, and rows of (text, whether it is marked)."""
+    rows = [[(str(cell).strip("*"), str(cell).startswith("**")) for cell in line] for line in table.values.tolist()]
+    return {"columns": list(table.columns), "rows": rows}
+
+
+def _own_figures(directory: Path) -> list[tuple[str, str, str]]:
+    """The calibration's curves as the run has drawn them; the rest of its figures are part of its section."""
+    file = directory / "curves.svg"
+    return [("Calibration curves", "What is left of the few-shot score.", _uri(file))] if file.is_file() else []
+
+
+def _uri(file: Path) -> str:
+    kind = {".svg": "image/svg+xml", ".png": "image/png"}[file.suffix]
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("partial_lora"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _written(path: Path, content: Mapping) -> Path:
+    write_atomic(path, _templates().get_template("page.html").render(content))
+    return path

@@ -1,0 +1,106 @@
+"""`partial-lora report`: what finished runs come to."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from partial_lora import comparison_table, gallery, method_comparison, page, report, runs, selection
+from partial_lora.results import RESULT
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report of a folder of results; gives 0, or 1 where something had to be left out, which is named."""
+    arguments = list(arguments)
+    asked = _parser().parse_args(arguments)
+    if (asked.results_dir / RESULT).is_file():
+        _tell(None, [page.write_run(runs.one(asked.results_dir), examples=asked.examples)])
+        return 0
+    found, problems = runs.read(asked.results_dir)
+    for problem in problems:
+        print(f"partial-lora: {problem}", file=sys.stderr)
+    command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(asked.results_dir)])])
+    _report(asked, found, problems, command)
+    return 1 if problems else 0
+
+
+def _report(asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequence[str], command: str) -> None:
+    place = asked.results_dir
+    by = selection.keys(found, asked.by) if asked.by else []
+    found = selection.where(found, asked.where)
+    frame = runs.table(found)
+    for key in by:
+        frame[key] = [selection.value_of(run, key) for run in found]
+    how = {"by": by, "spread": asked.spread}
+    written = report.write(frame, place, command=command, problems=problems, **how)
+    compared = comparison_table.table(frame, place)
+    written += comparison_table.write(frame, place, command=command, compared=compared)
+    grouped = report.group(frame, by)
+    figures = gallery.draw(found, frame, report.group(frame), compared[0], place)
+    how["marked"] = set() if by else report.best(grouped, place)
+    tables = {"Results": report.readable(grouped, **how)}
+    if "difference" in compared[0]:
+        tables["Differences from partial"] = comparison_table.readable(compared[0])
+    written += method_comparison.write(found, place)
+    written.append(
+        page.write(
+            place,
+            found=found,
+            tables=tables,
+            notes=report.notes(grouped, **how),
+            command=command,
+            origin=report.origin(frame),
+            problems=problems,
+            figures=figures + gallery.analyses(place),
+            examples=asked.examples,
+        )
+    )
+    if figures:
+        written.append(figures[0].files[0].parent)
+    _tell(report.on_screen(frame, by=by, spread=asked.spread), written)
+
+
+def _tell(tables: object, written: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if tables is not None:
+        console.print(tables)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="partial-lora report",
+        description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
+        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, and the exit code is then 1. "
+        "Of a run's own directory: its page, RUN_DIR/index.html.",
+    )
+    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs of that task, method, operating_point, seed, … or setting (method.rank=16); A,B is either",
+    )
+    parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
+    parser.add_argument(
+        "--spread",
+        choices=report.SPREADS,
+        default=report.SPREADS[0],
+        help="what follows ±: the standard deviation over runs, or half the 95 %% interval of their mean",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=page.EXAMPLES,
+        metavar="N",
+        help="how many of the hardest test examples the page shows for each row (default: %(default)s; 0: none)",
+    )
+    return parser

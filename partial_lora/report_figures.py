@@ -1,0 +1,210 @@
+"""Figures over many runs: accuracy against size, methods with their intervals, differences, training with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+
+from partial_lora.comparison import MARGIN
+from partial_lora.report_panels import MOST, legend, look, named, panels, plain
+from partial_lora.runs import SHARES, Run
+from partial_lora.series import band, front, selected
+
+_LOOKS = ["method", "operating_point"]
+_WHERE = ["task", "model", "metric"]
+_MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
+_VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
+
+
+def pareto(table: pd.DataFrame) -> Figure | None:
+    """Test score against trainable parameters, adapter and head together; the line joins what nothing beats.
+
+    table: of `grouping.group`.
+    """
+    parts = _parts(table)
+    figure, drawn = panels(len(parts), wide=3.9, high=2.9)
+    for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
+        sizes = part["adapter_parameters"] + part["head_parameters"]
+        best = front(zip(sizes, part["test_mean"], strict=True), metric)
+        ends = [*best, (float(sizes.max()) * 1.4, best[-1][1])]
+        axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
+        for key, alike in part.assign(size=sizes).groupby(_LOOKS, sort=False):
+            _marked(axes, alike["size"], alike["test_mean"], key, yerr=alike["test_std"], markersize=7)
+        axes.set_xscale("log")
+        least, most = max(1, sizes.min()), max(1, sizes.max())
+        room = max(1.6, (10 * least / most) ** 0.5)  # at least a decade, so that its ticks have names
+        axes.set_xlim(least / room, most * room)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("trainable parameters", fontsize=9)
+        _scored(axes, metric, "y")
+        _titled(axes, task, model)
+        plain(axes)
+    legend(figure, _methods(part for _, part in parts), lines=False)
+    return figure
+
+
+def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
+    """Every method's mean test score with its 95 % interval over seeds, and the seeds as ticks.
+
+    table: of `grouping.group`; frame: the runs.
+    """
+    parts = _parts(table)
+    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
+    figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 0.9, across=2)
+    seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
+    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
+        part = of_place.head(_MOST_ROWS)
+        part = part.assign(place=range(len(part)))
+        ticks = [(test, row.place) for row in part.itertuples() if row.n > 1 for test in seeds[row.group]]
+        if ticks:
+            axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
+        for key, alike in part.groupby(_LOOKS, sort=False):
+            _marked(axes, alike["test_mean"], alike["place"], key, xerr=alike["test_half"], markersize=6.5)
+        again = part.duplicated(_LOOKS, keep=False)
+        names = [
+            named(row.method, row.operating_point) + (f", {row.id}" if twice else "")
+            for row, twice in zip(part.itertuples(), again, strict=True)
+        ]
+        _listed(axes, names, metric)
+        _titled(axes, task, model, part, of_place)
+    return figure
+
+
+def differences(compared: pd.DataFrame) -> Figure | None:
+    """How much better than `partial` every other method is, with 95 % intervals; the shaded strip still "matches".
+
+    compared: of `comparison_table.table`; None where it has no differences.
+    """
+    if "difference" not in compared or compared["difference"].isna().all():
+        return None
+    known = compared[compared["difference"].notna()]
+    parts = list(known.groupby(["task", "model", "operating_point", "metric"], sort=False))[:MOST]
+    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
+    figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 1.0, across=2)
+    for axes, ((task, model, point, metric), of_place) in zip(drawn, parts, strict=True):
+        part = of_place.head(_MOST_ROWS)
+        axes.axvline(0, color="0.3", linewidth=1)
+        axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
+        for place, row in enumerate(part.itertuples()):
+            marker, filled = _VERDICTS[row.verdict]
+            color = look(row.method, row.operating_point).color
+            ends = [[row.difference - row.low], [row.high - row.difference]]
+            style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
+            axes.errorbar(row.difference, place, xerr=ends, marker=marker, linestyle="", **style)
+        masks = part["masks"].map({"rows_columns": ""}).fillna(" (" + part["masks"] + ")")
+        _listed(axes, list(part["method"] + masks + ": " + part["verdict"]), metric, said="difference in ")
+        _titled(axes, task, f"{model}, {point}", part, of_place)
+    return figure
+
+
+def training(found: Sequence[Run]) -> Figure | None:
+    """Training loss above, validation's metric below, over optimizer steps; of each task and model a pair of panels.
+
+    Lines are means over seeds, bands reach from the lowest seed to the highest.
+    """
+    places: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for run in found:
+        of_place = places.setdefault((run.row["task"], run.row["model"]), {})
+        of_place.setdefault(run.row["group"], []).append(run)
+    shown = list(places.items())[: MOST // 2]
+    across = min(3, len(shown)) if len(shown) != 4 else 2
+    figure, drawn = panels(2 * across * -(-len(shown) // across), wide=3.9, high=2.1, across=across)
+    used: list[tuple[str, str]] = []
+    for number, ((task, model), groups) in enumerate(shown):
+        above = number // across * 2 * across + number % across
+        pair = drawn[above], drawn[above + across]
+        pair[1].sharex(pair[0])
+        metric = selected(next(iter(groups.values()))[0].record)
+        lines = list(groups.values())[:_MOST_LINES]
+        for runs in lines:
+            key = (runs[0].row["method"], runs[0].row["operating_point"])
+            for axes, logged in zip(pair, ("loss", f"eval_{metric}"), strict=True):
+                _banded(axes, band([run.record["history"] for run in runs], logged), key)
+            used.append(key)
+        pair[0].set_ylabel("training loss", fontsize=9)
+        pair[0].tick_params(labelbottom=False)
+        _scored(pair[1], metric, "y", said="validation ")
+        pair[1].set_xlabel("optimizer step", fontsize=9)
+        _titled(pair[0], task, model, lines, groups)
+        for axes in pair:
+            plain(axes)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axes in drawn:
+        axes.set_visible(bool(axes.lines))
+    legend(figure, list(dict.fromkeys(used)), lines=True)
+    return figure if any(axes.lines for axes in drawn) else None
+
+
+def _marked(axes: Axes, x: pd.Series, y: pd.Series, key: tuple[str, str], **style) -> None:
+    """Marks of one method at one operating point, with bars where a spread is known."""
+    own = look(*key)
+    axes.errorbar(x, y, color=own.color, linestyle="", capsize=3, **own.markers, **style)
+
+
+def _banded(axes: Axes, points: Sequence[tuple[int, float, float, float]], key: tuple[str, str]) -> None:
+    if not points:
+        return
+    own = look(*key)
+    steps, means, low, high = zip(*points, strict=True)
+    every = max(1, len(steps) // 8)
+    axes.plot(
+        steps,
+        means,
+        color=own.color,
+        linestyle=own.linestyle,
+        linewidth=1.4,
+        markevery=every,
+        markersize=4,
+        **own.markers,
+    )
+    if low != high:
+        axes.fill_between(steps, low, high, color=own.color, alpha=0.18, linewidth=0)
+
+
+def _parts(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
+    return list(table.groupby(_WHERE, sort=False))[:MOST]
+
+
+def _methods(parts: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
+    shown = pd.concat(list(parts))
+    return list(dict.fromkeys(zip(shown["method"], shown["operating_point"], strict=True)))
+
+
+def _listed(axes: Axes, names: Sequence[str], metric: str, said: str = "test ") -> None:
+    """Rows of names from top to bottom, a score along the bottom."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _scored(axes, metric, "x", said=said)
+    plain(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _scored(axes: Axes, metric: str, axis: str, said: str = "test ") -> None:
+    getattr(axes, f"set_{axis}label")(f"{said}{metric}", fontsize=9)
+    if metric in SHARES:
+        of_points = said.startswith("difference")
+        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol="" if of_points else "%"))
+        if of_points:
+            axes.set_xlabel(f"{said}{metric} (points)", fontsize=9)
+
+
+def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized = ()) -> None:
+    """Name the place, and say where not all there is of it is drawn."""
+    some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
+    axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
+
+
+def write(figure: Figure | None, folder: Path, stem: str) -> list[Path]:
+    """A figure as folder/stem.png and .svg; nothing of None."""
+    from partial_lora.figures import save
+
+    if figure is None:
+        return []
+    written = [save(figure, folder / f"{stem}.png")]
+    figure.set_layout_engine("none")  # everything has its place, which takes as long to find as to draw
+    return [*written, save(figure, folder / f"{stem}.svg")]

@@ -1,0 +1,105 @@
+"""How the figures of a report look: a colour and a marker for every method, panels side by side, one legend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+MOST = 9  # panels of a figure
+_BLUE, _VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
+_SKY, _PURPLE, _BLACK, _GREY = "#56B4E9", "#CC79A7", "#000000", "#808080"
+COLOURS = (_BLUE, _VERMILLION, _GREEN, _ORANGE, _PURPLE, _SKY, _BLACK, _GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LOOKS = {  # a marker each, so that colour is never what tells two apart
+    "partial": (_BLUE, "o"),
+    "targeted": (_VERMILLION, "^"),
+    "lora": (_BLACK, "s"),
+    "uniform": (_GREEN, "D"),
+    "shuffled": (_ORANGE, "<"),
+    "inverted": (_SKY, ">"),
+    "low_rank": (_PURPLE, "v"),
+    "flow": (_GREEN, "p"),
+    "random_weights": (_SKY, "P"),
+    "dora": (_VERMILLION, "d"),
+    "vera": (_PURPLE, "h"),
+    "adalora": (_BLACK, "8"),
+    "lorafa": (_GREY, "H"),
+    "full": (_ORANGE, "*"),
+    "probe": (_GREY, "X"),
+}
+_DASHES = {"threshold": "-", "budget": "--", "–": "-."}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method at an operating point is drawn: markers are filled but for a budget, whose lines are dashed."""
+
+    color: str
+    marker: str
+    linestyle: str
+    filled: bool
+
+    @property
+    def markers(self) -> dict:
+        face = self.color if self.filled else "white"
+        return {"marker": self.marker, "markerfacecolor": face, "markeredgecolor": self.color, "markeredgewidth": 1.3}
+
+
+def look(method: str, point: str) -> Look:
+    kind = point.partition(" ")[0]
+    color, marker = _LOOKS.get(method, (_GREY, MARKERS[sum(method.encode()) % len(MARKERS)]))
+    return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
+
+
+def panels(count: int, *, wide: float, high: float, across: int = 3, least: float = 5.5) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, and these in reading order."""
+    across = min(across, count) if count != 4 else 2
+    down = -(-count // across)
+    figure = Figure(figsize=(max(least, wide * across), high * down + 0.9), layout="constrained")
+    drawn = figure.subplots(down, across, squeeze=False)
+    for axes in drawn.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(drawn.flat[:count])
+
+
+def plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
+def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
+    """One entry for every method and operating point, below the panels."""
+    handles = []
+    for method, point in methods:
+        own = look(method, point)
+        line = {"linestyle": own.linestyle if lines else "", "color": own.color, "markersize": 6}
+        handles.append(Line2D([], [], label=named(method, point), **line, **own.markers))
+    room = figure.get_figwidth() * 12  # letters in a line, about
+    across = max(1, int(room // (max(len(handle.get_label()) for handle in handles) + 9)))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(across, len(handles)), fontsize=8, frameon=False
+        )
+
+
+def named(method: str, point: str) -> str:
+    return method if point == "–" else f"{method}, {point}"
+
+
+def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, size: float = 8) -> None:
+    """A matrix as shades with its numbers in the cells: in grey a light cell is low, a dark one high."""
+    shades = np.clip((values - low) / ((high - low) or 1), 0, 1)
+    axes.imshow(np.ma.masked_invalid(shades), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ink = "white" if shades[row, column] > 0.66 else "black"
+            axes.text(column, row, format(value, form), ha="center", va="center", fontsize=size, color=ink)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8)

@@ -1,0 +1,118 @@
+"""Figures over many runs: what is drawn is what the records say, and nothing is told by colour alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from drawn_records import calibrated
+from matplotlib.image import imread
+from test_comparison_table import leave
+from test_report import budget, place, record
+
+from partial_lora import comparison_table, gallery, grouping, report_figures, report_maps, report_panels, runs
+from partial_lora.report_panels import look
+
+
+@pytest.fixture
+def found(tmp_path):
+    history = [{"step": step, "loss": 1 / step, "eval_accuracy": 0.5 + step / 100} for step in (10, 20, 30)]
+    for seed, accuracy in enumerate((0.90, 0.91, 0.95)):
+        place(tmp_path, record(seed=seed, accuracy=accuracy, history=history))
+    place(tmp_path, record("lora", accuracy=0.96, history=history))
+    place(tmp_path, budget(record("uniform", accuracy=0.80), 0.13))
+    place(tmp_path, record("lora", task="cifar10", accuracy=0.7))
+    return runs.read(tmp_path)[0]
+
+
+def test_every_method_has_a_marker_of_its_own():
+    looks = {method: look(method, "–") for method in report_panels._LOOKS}
+    assert len({each.marker for each in looks.values()}) == len(looks)
+    assert look("partial", "threshold 0.9").filled != look("partial", "budget 0.13").filled
+    assert look("partial", "threshold 0.9").linestyle != look("partial", "budget 0.13").linestyle
+    assert look("a_method_of_ones_own", "–").marker in report_panels.MARKERS
+
+
+def test_points_of_the_front_are_means_at_their_sizes(found):
+    frame = runs.table(found)
+    figure = report_figures.pareto(grouping.group(frame))
+    cifar, digits = figure.axes
+    assert [axes.get_title(loc="left") for axes in (cifar, digits)] == ["cifar10, vit_s14", "digits, vit_s14"]
+    points = {
+        tuple(point) for line in digits.lines for point in line.get_xydata().tolist() if line.get_marker() != "None"
+    }
+    assert (700 + 3850, pytest.approx(0.92)) in [(size, score) for size, score in points]
+    assert (1000 + 3850, 0.96) in points
+    low, high = digits.get_xlim()
+    assert high / low >= 10
+
+
+def test_every_method_is_a_row_with_its_interval(found):
+    frame = runs.table(found)
+    figure = report_figures.methods(grouping.group(frame), frame)
+    digits = figure.axes[1]
+    assert [text.get_text() for text in digits.get_yticklabels()] == [
+        "lora",
+        "partial, threshold 0.9",
+        "uniform, budget 0.13",
+    ]
+    ends = [path.get_extents().bounds for bars in digits.collections for path in bars.get_paths() if len(path) == 2]
+    half = 4.302653 * np.std([0.90, 0.91, 0.95], ddof=1) / np.sqrt(3)
+    assert any(width == pytest.approx(2 * half, rel=1e-5) for _, _, width, _ in ends)
+
+
+def test_what_is_cut_says_so(tmp_path):
+    for number in range(report_figures._MOST_ROWS + 2):
+        place(tmp_path, record(accuracy=0.9), id=f"{number:02}")
+    frame = runs.table(runs.read(tmp_path)[0])
+    (axes,) = report_figures.methods(grouping.group(frame), frame).axes
+    assert axes.get_title(loc="left").endswith(f"({report_figures._MOST_ROWS} of {report_figures._MOST_ROWS + 2})")
+    assert len({text.get_text() for text in axes.get_yticklabels()}) == report_figures._MOST_ROWS
+
+
+def test_bands_reach_over_seeds_and_axes_share_their_steps(tmp_path):
+    for seed in (0, 1):
+        history = [{"step": step, "loss": step + seed} for step in (1, 5, 9)] + [{"step": 9, "eval_accuracy": 0.5}]
+        place(tmp_path, record(seed=seed, history=history))
+    above, below = report_figures.training(runs.read(tmp_path)[0]).axes
+    assert above.lines[0].get_xydata().tolist() == [[1, 1.5], [5, 5.5], [9, 9.5]]
+    (extent,) = [band.get_paths()[0].get_extents() for band in above.collections]
+    assert (extent.y0, extent.y1) == (1, 10)
+    assert above.get_xlim() == below.get_xlim()
+
+
+def test_differences_are_those_of_the_comparison(tmp_path):
+    for seed in (0, 1):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        leave(tmp_path, "lora", wrong=60, seed=seed)
+    compared, _ = comparison_table.table(runs.collect(tmp_path)[0], tmp_path)
+    (axes,) = report_figures.differences(compared).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["lora: worse"]
+    assert any(line.get_xydata().tolist() == [[pytest.approx(-0.2), 0]] for line in axes.lines)
+    assert report_figures.differences(compared.assign(difference=np.nan)) is None
+
+
+def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
+    modules = calibrated()[1]
+    runs_of = [run for run in found if run.row["method"] == "partial"]
+    (runs_of[0].directory / "calibration.json").write_text(json.dumps({"baseline": 0.87, "modules": modules}))
+    frame = runs.table(found)
+    old = tmp_path / "report" / "figures" / "differences.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of an earlier report")
+    compared = comparison_table.table(frame, tmp_path)[0]
+    drawn = gallery.draw(found, frame, grouping.group(frame), compared, tmp_path)
+    stems = [each.files[0].stem for each in drawn]
+    assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
+    assert not old.exists()
+    for each in drawn:
+        assert [file.suffix for file in each.files] == [".png", ".svg"]
+        assert min(imread(each.files[0]).shape[:2]) > 200
+        assert each.files[1].read_text().rstrip().endswith("</svg>")
+
+
+def test_sparsities_stand_in_their_cells(found):
+    figure = report_maps.sparsity(found)
+    said = [text.get_text() for axes in figure.axes[:2] for text in axes.texts]
+    assert said == ["20", "40", "40", "50"]
