@@ -66,7 +66,8 @@ def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
         chosen_by_length.append(int(np.argmax(np.array(sums) / lengths)))
         right.append(row["label"])
     hits, by_length = np.equal(chosen, right), np.equal(chosen_by_length, right)
-    return {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean()), "chosen": chosen}
+    said = {"chosen": chosen, "chosen_by_length": chosen_by_length}
+    return {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean())} | said
 
 
 def main(arguments: list[str]) -> None:
@@ -80,15 +81,20 @@ def main(arguments: list[str]) -> None:
         found, tokenizer = scored(settings, model)
         loop = literally(settings, model, tokenizer)
         own = found.predictions.iloc[:LITERAL]
-        agree = np.equal(own["prediction"].to_numpy(), loop.pop("chosen"))
+        agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
+            own["prediction_norm"], loop.pop("chosen_by_length")
+        )
         records[task] = {
             "questions": len(found.predictions),
             "package": {key: found.metrics[key] for key in ("accuracy", "accuracy_norm")},
             "first": {
                 "questions": LITERAL,
-                "package": float((own["prediction"] == own["label"]).mean()),
+                "package": {
+                    "accuracy": float((own["prediction"] == own["label"]).mean()),
+                    "accuracy_norm": float((own["prediction_norm"] == own["label"]).mean()),
+                },
                 "literal": loop,
-                "same_choice": int(agree.sum()),
+                "same_choices": int(agree.sum()),
             },
         }
         OUT.parent.mkdir(parents=True, exist_ok=True)
