@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from partial_lora.adapter.sharding import sharded_like, whole
 from partial_lora.sealed import fault
 
 TRAINABLE = "trainable.safetensors"
@@ -58,7 +58,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
     Where parameters are shared out over processes (FSDP), all of these have to call it.
     """
-    return {name: _whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+    return {name: whole(value).detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def shape_of(model: nn.Module) -> str:
@@ -84,18 +84,7 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: holds other parameters than train, such as {min(saved.keys() ^ own.keys())}")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(_shared(saved[name], value))
-
-
-def _whole(value: Tensor) -> Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-
-
-def _shared(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `like` is a part of one."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+            value.copy_(sharded_like(value, saved[name].to(value.device, value.dtype)))
 
 
 def step_of(checkpoint: Path) -> int:

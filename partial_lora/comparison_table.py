@@ -66,6 +66,8 @@ def write(
     Each begins with the command that made it. compared: what `table` has given, where that is at hand.
     """
     found, problems = compared or table(frame, results_dir, reference)
+    for stale in (Path(results_dir) / "report").glob("comparison.*"):  # of runs that may be others now
+        stale.unlink()
     if len(found) < 2 or "difference" not in found:
         return []
     parts = [f"    {command}", _said(reference), _tabulated(found)]

@@ -123,7 +123,7 @@ def _told(checkpoint: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     except RuntimeError as error:  # torch.save's own, which has no errno
-        if "PytorchStreamWriter" not in str(error) and "file" not in str(error):
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         reason = str(error).splitlines()[0]
     else:

@@ -31,7 +31,7 @@ def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[floa
 
 def band(histories: Sequence[History], key: str) -> Band:
     """What a key of Trainer's log was at the steps that all of the histories have: mean, lowest, highest over them."""
-    logged = [{entry["step"]: entry[key] for entry in history if key in entry} for history in histories]
+    logged = [{entry["step"]: entry[key] for entry in history if entry.get(key) is not None} for history in histories]
     logged = [values for values in logged if values]
     if not logged:
         return []

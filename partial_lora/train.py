@@ -140,7 +140,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         collate=transform.collate,
         length_grouped=transform.lengths,
         reads_tokens=task.modality == "text",
-        loss=aids.loss(judge.loss, settings["trainer"]["gradient_accumulation_steps"]),
+        loss=aids.loss(judge.loss, settings["trainer"]["gradient_accumulation_steps"] * world.size),
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
