@@ -14,7 +14,7 @@ from rich.text import Text
 
 from partial_lora.budget import kept_parameters, masked_units
 from partial_lora.places import AXES, place, without_common_start
-from partial_lora.runs import NONE, SHARES, number, operating_point, row
+from partial_lora.runs import NONE, SHARES, method_of, number, operating_point, row
 
 
 def summary(result: Mapping, directory: Path) -> Table:
@@ -140,7 +140,7 @@ def _number(value: float | None) -> str:
 
 def _title(result: Mapping) -> str:
     config = result["config"]
-    names = [config["method"]["name"], config["model"]["name"], config["task"]["name"]]
+    names = [method_of(result), config["model"]["name"], config["task"]["name"]]
     point = operating_point(result)
     return " · ".join(names + ([] if point == NONE else [point]) + [f"seed {result['seed']}"])
 

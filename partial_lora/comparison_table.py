@@ -1,175 +1,176 @@
-"""The table of methods compared with one of them: differences with intervals, and what each costs."""
+"""Methods compared with one of them, under the same conditions: differences with intervals, and what each costs."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
 import pandas as pd
-from tabulate import tabulate
 
-from partial_lora.closing import cell, measured
-from partial_lora.comparison import MARGIN, compared
+from partial_lora.comparison import compared
+from partial_lora.conditions import conditions, differences
+from partial_lora.config import changed_settings
 from partial_lora.errors import PartialLoraError
-from partial_lora.results import PREDICTIONS, read_result, write_atomic
-from partial_lora.runs import NONE, SHARES
+from partial_lora.predicted import Predictions
+from partial_lora.runs import NONE, Run, number
 
-_SAME = ["task", "model", "method", "masks", "operating_point", "metric", "learning_rate", "tuning", "group"]
-_COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
-_WORDS = ("task", "model", "operating point", "method", "metric", "verdict", "tuning")
+COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
+_MOST_REFERENCES = 3  # of one place, each of which every other method is compared with
+
+Key = TypeVar("Key")
 
 
-def table(frame: pd.DataFrame, results_dir: Path, reference: str = "partial") -> tuple[pd.DataFrame, list[str]]:
+@dataclass(frozen=True)
+class _Folder:
+    """The runs of a folder, which differ in their seed alone."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def row(self) -> dict:
+        return self.runs[0].row
+
+    @property
+    def settings(self) -> dict:
+        return self.runs[0].record["config"]
+
+    @cached_property
+    def conditions(self) -> dict[str, object]:
+        return conditions(self.settings)
+
+
+def table(found: Sequence[Run], predictions: Predictions, reference: str = "partial") -> tuple[pd.DataFrame, list[str]]:
     """Every other method beside `reference`, and what could not be compared, a line each.
 
-    frame: collected runs (`runs.collect`). A method is compared with the reference of the same task, model and
-    operating point, and one that is not calibrated with those of all points. Numbers are as measured: difference and
-    interval of the metric itself, seconds, bytes (means over seeds), and how reliable the sparsities are.
+    A method is compared with the reference of the same task, model and operating point that was trained under the same
+    conditions (`conditions`), and one that is not calibrated with those of all points; where there are several
+    references, with each of them. Numbers are as measured: difference and interval of the metric itself, seconds, bytes
+    (means over seeds), and how reliable the sparsities are.
     """
-    known = _with_records(frame, Path(results_dir))
-    groups = dict(iter(known.groupby(_SAME, sort=False, dropna=False)))
-    named = {key: dict(zip(_SAME, key, strict=True)) for key in groups}
-    against = [key for key, each in named.items() if each["method"] == reference and each["masks"] == "rows_columns"]
-    rows, problems = [], []
-    for base in against:
-        alike = [key for key in against if _place(named[key]) == _place(named[base])]
-        if len(alike) > 1:
-            problems.append(f"{named[base]['group']}: one of {len(alike)} of {reference} at its point; compare one")
+    folders = _folders(found)
+    kept = any(predictions.kept(each.name, _seeds(each)) for each in folders)
+    rows: list[dict] = []
+    problems: dict[str, list[str]] = {}  # what is wrong, and whom it concerns
+    for place in _gathered(folders, lambda each: (each.row["task"], each.row["model"])).values():
+        references = [each for each in place if each.row["method"] == reference]
+        for point, of_point in _gathered(references, lambda each: each.row["operating_point"]).items():
+            alike = _gathered(of_point, lambda each: each.row["conditions"])
+            others = [each for each in place if each.row["operating_point"] in (point, NONE)]
+            for shared, bases in alike.items():
+                if len(bases) > _MOST_REFERENCES:
+                    first = f"{bases[0].name} and {len(bases) - 1} more"
+                    problems.setdefault(_too_many(bases), []).append(first)
+                    continue
+                own = [each for each in others if each.row["conditions"] == shared]
+                for base in bases:
+                    rows += _compared_with(base, own, predictions if kept else None, problems)
+            for each in others:
+                if each.row["conditions"] not in alike:
+                    problems.setdefault(_otherwise(each, of_point), []).append(each.name)
+    said = [f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in problems.items()]
+    return pd.DataFrame(rows), said
+
+
+def uncompared(found: Sequence[Run], predictions: Predictions, reference: str = "partial") -> str | None:
+    """Why nothing can be compared at all, in words; None where something can, and where there is but one method."""
+    folders = _folders(found)
+    if len(folders) < 2:
+        return None
+    if not any(each.row["method"] == reference for each in folders):
+        return f"not compared: none of these runs is of {reference}"
+    if not any(predictions.kept(each.name, _seeds(each)) for each in folders):
+        return "not compared: none of these runs has kept its predictions"
+    return None
+
+
+def _folders(found: Sequence[Run]) -> list[_Folder]:
+    return [_Folder(name, runs) for name, runs in _gathered(found, lambda run: run.row["group"]).items()]
+
+
+def _gathered(each: Iterable, key: Callable[[object], Key]) -> dict[Key, list]:
+    """Things by what they share, in the order in which that is met."""
+    gathered: dict[Key, list] = {}
+    for one in each:
+        gathered.setdefault(key(one), []).append(one)
+    return gathered
+
+
+def _compared_with(
+    base: _Folder, others: Sequence[_Folder], predictions: Predictions | None, problems: dict[str, list[str]]
+) -> list[dict]:
+    """The row of the reference and one of every other; what goes wrong is added to the problems.
+
+    Without predictions, as of records alone, rows have no differences, which is no problem of any of them.
+    """
+    metric, rows = base.row["metric"], [_row(base, base)]
+    for other in others:
+        if other is base:
             continue
-        rows.append(_row(named[base], groups[base]))
-        for key, each in named.items():
-            if key == base or _place(each)[:2] != _place(named[base])[:2]:
-                continue
-            if each["operating_point"] not in (named[base]["operating_point"], NONE):
-                continue
-            row = _row(each, groups[key]) | {"operating_point": named[base]["operating_point"]}
-            try:
-                found = compared(*(_predictions(groups[one], Path(results_dir)) for one in (key, base)), each["metric"])
-                row |= {"difference": found.difference, "low": found.low, "high": found.high}
-                row |= {"verdict": found.verdict, "pairs": found.seeds, "examples": found.examples}
-            except (PartialLoraError, ValueError, KeyError) as error:
-                problems.append(f"{each['group']}: {' '.join(str(error).split())}")
-            rows.append(row)
-    return pd.DataFrame(rows), list(dict.fromkeys(problems))
+        row = _row(other, base)
+        rows.append(row)
+        if predictions is None:
+            continue
+        try:
+            pair = (predictions.of(each.name, _seeds(each), metric) for each in (other, base))
+            found = compared(*pair, metric)
+            row |= {"difference": found.difference, "low": found.low, "high": found.high}
+            row |= {"verdict": found.verdict, "pairs": found.seeds, "examples": found.examples}
+        except (PartialLoraError, ValueError, KeyError) as error:
+            problems.setdefault(" ".join(str(error).split()), []).append(other.name)
+    return rows
 
 
-def write(
-    frame: pd.DataFrame,
-    results_dir: Path,
-    *,
-    command: str,
-    reference: str = "partial",
-    compared: tuple[pd.DataFrame, list[str]] | None = None,
-) -> list[Path]:
-    """The table as results_dir/report/comparison.md and .csv; gives the files, none where there is nothing to compare.
-
-    Each begins with the command that made it. compared: what `table` has given, where that is at hand.
-    """
-    found, problems = compared or table(frame, results_dir, reference)
-    for stale in (Path(results_dir) / "report").glob("comparison.*"):  # of runs that may be others now
-        stale.unlink()
-    if len(found) < 2 or "difference" not in found:
-        return []
-    parts = [f"    {command}", _said(reference), _tabulated(found)]
-    if problems:
-        parts.append("Not compared:\n\n" + "\n".join(f"- {problem}" for problem in problems))
-    folder = Path(results_dir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "comparison.md", "\n\n".join(parts) + "\n")
-    write_atomic(folder / "comparison.csv", f"# {command}\n" + found.to_csv(index=False))
-    return [folder / "comparison.md", folder / "comparison.csv"]
-
-
-def _tabulated(found: pd.DataFrame) -> str:
-    """The table as it is read, in Markdown."""
-    shown = readable(found)
-    align = ["left" if name in _WORDS else "right" for name in shown.columns]
-    return tabulate(shown.values.tolist(), list(shown.columns), tablefmt="pipe", disable_numparse=True, colalign=align)
-
-
-def _said(reference: str) -> str:
-    return (
-        f"Differences are from {reference} at the same operating point, over the test examples and seeds of both, with "
-        "95 % intervals of a paired bootstrap over examples and seeds (of shares in points). better: the interval is "
-        "above zero; "
-        f"matches: it is above −{100 * MARGIN:g} point; worse: it is below zero, and not above that; undecided: else. "
-        "Reliability is of the sparsities: split halves of the scored draw, Spearman–Brown."
-    )
-
-
-def _with_records(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
-    """The same runs, with what the comparison also needs of their records."""
-    more = []
-    for group, seed in zip(frame["group"], frame["seed"], strict=True):
-        record = read_result(results_dir / group / f"seed{seed}") or {}
-        cost = record.get("cost") or {}
-        agreement = (record.get("calibration") or {}).get("reliability") or {}
-        more.append(
-            {"masks": record.get("config", {}).get("mask", {}).get("granularity", "rows_columns")}
-            | {name: cost.get(name) for name in _COSTS if name not in frame}
-            | {"reliability": agreement.get("spearman_brown")}
-        )
-    more = pd.DataFrame(more)
-    numbers = {name: float for name in (*_COSTS, "reliability") if name in more}
-    return pd.concat([frame.reset_index(drop=True), more.astype(numbers)], axis=1)
-
-
-def _place(named: dict) -> tuple:
-    return named["task"], named["model"], named["operating_point"]
-
-
-def _row(named: dict, part: pd.DataFrame) -> dict:
-    means = ("adapter_parameters", "share_of_dense", *_COSTS, "reliability")
+def _row(folder: _Folder, base: _Folder) -> dict:
+    part = pd.DataFrame([run.row for run in folder.runs])
+    named = {name: folder.row[name] for name in ("task", "model", "method", "metric", "learning_rate", "tuning")}
     return {
-        **{name: named[name] for name in ("task", "model", "operating_point", "method", "masks", "metric")},
+        **{name: named[name] for name in ("task", "model")},
+        "operating_point": base.row["operating_point"],
+        **{name: named[name] for name in ("method", "metric")},
         "n": len(part),
         "test_mean": part["test"].mean(),
         "test_std": part["test"].std(),
-        **{name: part[name].mean() for name in means},
-        **{name: named[name] for name in ("learning_rate", "tuning", "group")},
+        **{name: part[name].mean() for name in ("adapter_parameters", "share_of_dense")},
+        **{name: _mean(_cost(run, name) for run in folder.runs) for name in COSTS},
+        "reliability": _mean(_reliability(run.record) for run in folder.runs),
+        **{name: named[name] for name in ("learning_rate", "tuning")},
+        "group": folder.name,
+        "reference": base.name,
     }
 
 
-def _predictions(part: pd.DataFrame, results_dir: Path) -> dict[int, pd.DataFrame]:
-    found = {}
-    for seed, group in zip(part["seed"], part["group"], strict=True):
-        file = results_dir / group / f"seed{seed}" / PREDICTIONS
-        if not file.is_file():
-            raise PartialLoraError(f"seed{seed} has no {PREDICTIONS}; train it again with overwrite=true")
-        found[seed] = pd.read_parquet(file)
-    return found
+def _cost(run: Run, name: str) -> float:
+    return run.row[name] if name in run.row else number((run.record.get("cost") or {}).get(name))
 
 
-def readable(found: pd.DataFrame) -> pd.DataFrame:
-    """The comparison as it is read: words and rounded numbers."""
-    share = found["metric"].isin(SHARES)
-    tests = zip(found["metric"], found["test_mean"], found["test_std"], strict=True)
-    ends = zip(share, found["difference"], found["low"], found["high"], strict=True)
-    names = found["method"].where(found["masks"] == "rows_columns", found["method"] + " (" + found["masks"] + ")")
-    columns = {
-        "task": found["task"],
-        "model": found["model"],
-        "operating point": found["operating_point"],
-        "method": names,
-        "n": found["n"].astype(str),
-        "test": [measured(*each) for each in tests],
-        "difference [95 %]": [_interval(*each) for each in ends],
-        "verdict": found["verdict"].fillna("reference") if "verdict" in found else "reference",
-        "adapter parameters": [cell(value, ",.0f") for value in found["adapter_parameters"]],
-        "of dense": [cell(value, ".1%") for value in found["share_of_dense"]],
-        "adapter file (KB)": [cell(value / 1e3, ",.0f") for value in found["adapter_bytes"]],
-        "optimizer (KB)": [cell(value / 1e3, ",.0f") for value in found["optimizer_bytes"]],
-        "step (ms)": [cell(value * 1e3, ",.0f") for value in found["step_seconds"]],
-        "activations (MB)": [cell(value / 1e6, ",.1f") for value in found["saved_activation_bytes"]],
-        "learning rate": [cell(value, "g") for value in found["learning_rate"]],
-        "tuning": found["tuning"],
-        "reliability": [cell(value, ".2f") for value in found["reliability"]],
-    }
-    return pd.DataFrame(columns)
+def _reliability(record: Mapping) -> float:
+    return number(((record.get("calibration") or {}).get("reliability") or {}).get("spearman_brown"))
 
 
-def _interval(share: bool, difference: float, low: float, high: float) -> str:
-    if math.isnan(difference):
-        return NONE
-    scale, form = (100, "+.2f") if share else (1, "+.4f")
-    return f"{scale * difference:{form}} [{scale * low:{form}}, {scale * high:{form}}]"
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the numbers there are; NaN of none."""
+    known = [value for value in values if value == value]
+    return float(np.mean(known)) if known else np.nan
+
+
+def _seeds(folder: _Folder) -> list[int]:
+    return [run.row["seed"] for run in folder.runs]
+
+
+def _otherwise(folder: _Folder, references: Sequence[_Folder]) -> str:
+    """In what a folder's conditions differ from those of the reference that is nearest to them."""
+    said = {each.name: differences(folder.conditions, each.conditions) for each in references}
+    nearest = min(said, key=lambda name: said[name].count(" against "))
+    return f"trained under other conditions than {nearest}: {said[nearest]}"
+
+
+def _too_many(references: Sequence[_Folder]) -> str:
+    settings = [{key: str(value) for key, _, value in changed_settings(each.settings)} for each in references]
+    keys = sorted({key for each in settings for key in each})
+    varied = [key for key in keys if len({each.get(key) for each in settings}) > 1]
+    choose = f"choose with --where {varied[0]}=…" if varied else "they have the same settings"
+    return f"{len(references)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"

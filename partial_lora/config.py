@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +94,37 @@ def run_id(settings: Mapping) -> str:
     copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
     their order, which is that of the outputs.
     """
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
-    names, changed = list(settings.get("task", {}).get("members") or ()), {}
-    for key, value in flatten(settings).items():
-        plain = key
-        if key.startswith("task.members."):  # a name may have dots in it
-            of = max((name for name in names if key.startswith(f"task.members.{name}.")), key=len)
-            plain = "task." + key.removeprefix(f"task.members.{of}.")
-        if plain in _NOT_SETTINGS or value == defaults.get(plain):
-            continue
+    changed: dict[str, Any] = {}
+    for key, plain, value in changed_settings(settings):
         is_file = plain in _FILES or plain.startswith("task.data_files.")
         is_file = is_file or (plain in _PLACES and Path(value).is_dir())
         changed[key] = _digest(Path(value)) if is_file else value
     if "trainer.tuned" in changed:  # whichever file it was: the rate found there is among the settings
         changed["trainer.tuned"] = True
-    if names:
-        changed["task.members"] = names
+    if settings.get("task", {}).get("members"):
+        changed["task.members"] = list(settings["task"]["members"])
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def changed_settings(settings: Mapping) -> Iterator[tuple[str, str, Any]]:
+    """Every setting that what is computed depends on and that is not as the schema has it: (key, plain key, value).
+
+    The plain key is that of the schema, where a member of a mixture is a task.
+    """
+    defaults, names = default_settings(), list(settings.get("task", {}).get("members") or ())
+    for key, value in flatten(settings).items():
+        plain = key
+        if key.startswith("task.members."):  # a name may have dots in it
+            of = max((name for name in names if key.startswith(f"task.members.{name}.")), key=len)
+            plain = "task." + key.removeprefix(f"task.members.{of}.")
+        if plain not in _NOT_SETTINGS and value != defaults.get(plain):
+            yield key, plain, value
+
+
+@cache
+def default_settings() -> Mapping[str, Any]:
+    """What the schema has for every key."""
+    return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 def with_defaults(settings: Mapping) -> dict:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.closing import measured
 from partial_lora.results import write_atomic
-from partial_lora.runs import LOWER_IS_BETTER, SHARES
+from partial_lora.runs import LOWER_IS_BETTER, SHARES, method_of
 
 _TRAIN = {"color": "#0072B2", "linestyle": "-"}  # Okabe and Ito's palette
 _VALIDATION = {"color": "#D55E00", "linestyle": "--", "marker": "o", "markersize": 4}
@@ -73,7 +73,7 @@ def _primary(result: Mapping) -> str:
 
 def _series(history: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
     """(step, value) of every entry of Trainer's log that has this key, in order of steps, the latest for each step."""
-    return sorted({entry["step"]: entry[key] for entry in history if key in entry}.items())
+    return sorted({entry["step"]: entry[key] for entry in history if entry.get(key) is not None}.items())
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], label: str, style: Mapping) -> None:
@@ -95,7 +95,7 @@ def _mark_best(axes: Axes, points: Sequence[tuple[int, float]], primary: str) ->
 def titled(what: str, result: Mapping) -> str:
     """What a figure shows, and of which run; the share the adapter goes without where it is known."""
     config = result["config"]
-    names = [config["method"]["name"], config["model"]["name"], config["task"]["name"]]
+    names = [method_of(result), config["model"]["name"], config["task"]["name"]]
     line = f"{what}: {', '.join(names)}, seed {result['seed']}"
     sparsity = result.get("parameters", {}).get("adapter_sparsity")
     return line if sparsity is None else f"{line}\nadapter sparsity {sparsity:.1%}"

@@ -8,26 +8,28 @@ from pathlib import Path
 
 import pandas as pd
 
-from partial_lora import report_figures, report_maps
+from partial_lora import report_figures, report_maps, runs
+from partial_lora.predicted import Predictions
 from partial_lora.runs import Run
 from partial_lora.series import calibrations
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as files (PNG, SVG), its title, and what is to be seen in a sentence or two."""
+    """A figure as files (PNG, SVG), its title, what is to be seen in a sentence or two, and what is not drawn."""
 
     title: str
     said: str
     files: tuple[Path, ...]
+    cut: str = ""
 
 
 def draw(
-    found: Sequence[Run], frame: pd.DataFrame, table: pd.DataFrame, compared: pd.DataFrame, results_dir: Path
+    found: Sequence[Run], table: pd.DataFrame, compared: pd.DataFrame, predictions: Predictions, results_dir: Path
 ) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that the runs have something for.
 
-    frame: of `runs.table`; table: of `grouping.group`; compared: of `comparison_table.table`.
+    table: of `grouping.group`; compared: of `comparison_table.table`.
     """
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def draw(
             "Methods",
             "Mean test score with its 95 % interval over seeds (Student's t); ticks are seeds. A single seed has no "
             "interval.",
-            lambda: report_figures.methods(table, frame),
+            lambda: report_figures.methods(table, runs.table(list(found))),
         ),
         "differences": (
             "Differences from partial",
@@ -74,16 +76,17 @@ def draw(
         "prediction_agreement": (
             "Agreement of predictions",
             "How often two methods say the same of a test example, means over the seeds that both have.",
-            lambda: report_maps.predictions_alike(table, Path(results_dir)),
+            lambda: report_maps.predictions_alike(table, predictions),
         ),
     }
     drawn = []
     for stem, (title, said, make) in figures.items():
         for old in folder.glob(f"{stem}.*"):  # of an earlier report, which may have been of other runs
             old.unlink()
-        files = report_figures.write(make(), folder, stem)
+        drawing = make()
+        files = report_figures.write(drawing, folder, stem)
         if files:
-            drawn.append(Shown(title, said, tuple(files)))
+            drawn.append(Shown(title, f"{said} {drawing.cut}".strip(), tuple(files), drawing.cut))
     return drawn
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
+from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 from partial_lora.runs import NONE
 
-SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning", "group")
+SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning", "conditions", "group")
 _WHOLE = ("adapter_parameters", "adapter_dense", "head_parameters")
 _AVERAGED = (
     *_WHOLE,
@@ -30,6 +31,8 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are in the order
     of task, model, operating point, method, or of the keys.
     """
+    if frame.empty:
+        return frame
     same = [*by, "metric"] if by else list(SAME)
     same = list(dict.fromkeys(same))
     rest = [name for name in SAME if name not in same and name != "group"]
@@ -63,9 +66,7 @@ def half_interval(std: float, n: int) -> float:
     """Half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
     if n < 2 or math.isnan(std):
         return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf((1 + _LEVEL) / 2, n - 1) * std / math.sqrt(n))
+    return float(stdtrit(n - 1, (1 + _LEVEL) / 2) * std / math.sqrt(n))
 
 
 def distinct(values: pd.Series) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import PREDICTIONS
@@ -33,34 +34,38 @@ class Example:
     text: list[str] = field(default_factory=list)
 
 
-def predictions(directories: Sequence[Path]) -> list[pd.DataFrame]:
+def predictions(directories: Sequence[Path]) -> list[pa.Table]:
     """What the runs of these directories predicted, of those that kept it and agree about the examples."""
-    frames = []
+    tables: list[pa.Table] = []
     for directory in directories:
         try:
-            frame = pd.read_parquet(directory / PREDICTIONS)
+            with ParquetFile(Path(directory) / PREDICTIONS) as file:  # pandas takes long to make lists of logits
+                table = file.read(use_threads=False)
         except (OSError, ValueError):
             continue
-        if {"label", "prediction"} <= set(frame) and (not frames or frame["label"].equals(frames[0]["label"])):
-            frames.append(frame)
-    return frames
+        if {"label", "prediction"} <= set(table.column_names) and (
+            not tables or table["label"].equals(tables[0]["label"])
+        ):
+            tables.append(table)
+    return tables
 
 
-def hardest(frames: Sequence[pd.DataFrame], count: int) -> list[Example]:
+def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
     """The examples with the highest loss, a mean over runs, those first that are the worst; ties by their order.
 
-    frames: of `predictions`, one row an example. The loss is the label's surprise where classes or options are chosen,
-    the squared error of numbers, what a text lacks of ROUGE-L or else of being right.
+    tables: of `predictions`, one row an example. The loss is the label's surprise where classes or options are chosen,
+    the squared error of numbers, what a text lacks of ROUGE-L or else of being right. Raises ValueError where the
+    columns do not say it.
     """
-    if not frames:
+    if not tables:
         return []
-    losses = np.mean([_losses(frame) for frame in frames], axis=0)
+    losses = np.mean([_losses(table) for table in tables], axis=0)
     order = np.argsort(-losses, kind="stable")[:count]
     return [
         Example(
             int(row),
-            _named(frames[0], "label", row),
-            [_named(frame, "prediction", row) for frame in frames],
+            _named(tables[0], "label", row),
+            [_named(table, "prediction", row) for table in tables],
             float(losses[row]),
         )
         for row in order
@@ -93,12 +98,13 @@ def rows_of(settings: Mapping):
         return None
     import datasets
 
-    from partial_lora import loading  # torch: for this alone
+    from partial_lora import tasks
     from partial_lora.config import with_defaults
 
     datasets.disable_progress_bars()
+    chosen = with_defaults(settings)["task"]
     try:
-        return loading.task_of(with_defaults(settings)).test
+        return tasks.load(**{name: chosen[name] for name in tasks.SETTINGS}).test
     except (PartialLoraError, OSError, ValueError, KeyError):
         return None
 
@@ -115,25 +121,71 @@ def thumbnail(image) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _losses(frame: pd.DataFrame) -> np.ndarray:
-    if "scores" in frame:
-        chances = [scores[label] for scores, label in zip(frame["scores"], frame["label"], strict=True)]
-        return -np.log(np.maximum(np.asarray(chances, float), 1e-30))
-    if "logits" in frame and "label_name" in frame:
-        logits = np.stack(frame["logits"]).astype(float)
-        logits -= logits.max(axis=1, keepdims=True)
-        chances = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return -chances[np.arange(len(frame)), frame["label"]]
-    if "rouge_l" in frame:
-        return 1 - frame["rouge_l"].to_numpy(float)
-    if pd.api.types.is_float_dtype(frame["label"]):
-        return (frame["prediction"] - frame["label"]).to_numpy(float) ** 2
-    return (frame["prediction"] != frame["label"]).to_numpy(float)
+def _losses(table: pa.Table) -> np.ndarray:
+    """The loss of every example (N,); of a mixture by member, each with the columns that are its own."""
+    columns = table.column_names
+    if "member" in columns:
+        return _by_member(table)
+    if "scores" in columns:
+        values, starts = _flat(table["scores"], table["label"])
+        return -np.log(np.maximum(values[starts + _whole(table["label"])], 1e-30))
+    if "logits" in columns and "label_name" in columns:
+        return _surprise(*_flat(table["logits"], table["label"]), _whole(table["label"]))
+    if "rouge_l" in columns:
+        return 1 - _real(table["rouge_l"])
+    if pa.types.is_floating(table.schema.field("label").type):
+        return (_real(table["prediction"]) - _real(table["label"])) ** 2
+    return np.array([said != label for said, label in zip(*_lists(table, "prediction", "label"), strict=True)], float)
 
 
-def _named(frame: pd.DataFrame, column: str, row: int) -> str:
-    value = frame.get(f"{column}_name", frame[column])[row]
-    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else _short(str(value))
+def _by_member(table: pa.Table) -> np.ndarray:
+    losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
+    for member in dict.fromkeys(members.tolist()):
+        rows = np.flatnonzero(members == member)
+        own = table.take(pa.array(rows))
+        absent = [name for name in own.column_names if own[name].null_count == len(own)]
+        losses[rows] = _losses(own.drop_columns(["member", *absent]))
+    return losses
+
+
+def _flat(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of numbers, however long each is, end to end, and where each begins.
+
+    Raises ValueError where one has no place for its label.
+    """
+    together = lists.combine_chunks()
+    lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    own = _whole(label)
+    if (own < 0).any() or (own >= lengths).any():
+        raise ValueError("a label without an output of its own")
+    return together.flatten().to_numpy(zero_copy_only=False).astype(float), np.cumsum(lengths) - lengths
+
+
+def _surprise(values: np.ndarray, starts: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Minus the logarithm of softmax at the label, of logits end to end."""
+    lengths = np.diff(np.append(starts, len(values)))
+    shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
+    return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[starts + label]
+
+
+def _whole(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(np.int64)
+
+
+def _real(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(float)
+
+
+def _lists(table: pa.Table, *names: str) -> list[list]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _named(table: pa.Table, column: str, row: int) -> str:
+    name = f"{column}_name" if f"{column}_name" in table.column_names else column
+    value = table[name][int(row)].as_py()
+    if value is None:  # of a mixture whose other members have names
+        value = table[column][int(row)].as_py()
+    return f"{value:.4g}" if isinstance(value, float) else _short(str(value))
 
 
 def _alike(labels: Sequence, others: Sequence) -> bool:

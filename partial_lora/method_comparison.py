@@ -8,6 +8,7 @@ reserved memory, tokens) is 0.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from partial_lora.runs import Run
 
 FOLDER = "peft_method_comparison"
 _ACCURACY = ("accuracy", "exact_match")  # what may stand as "test accuracy" there
+_OPTIMIZERS = {"lorafa": "lora-fa"}  # in the words of that reader's TrainConfig
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
@@ -53,7 +55,7 @@ def shaped(run: Run) -> dict:
             "total_time": sum(value for value in seconds.values() if value),
             "experiment_name": _name(run),
             "peft_branch": "main",
-            "train_config": _train_config(config, metrics[-1]["step"]),
+            "train_config": _train_config(record, metrics[-1]["step"]),
             "peft_config": _peft_config(run),
             "error_msg": "",
         },
@@ -85,7 +87,8 @@ def shaped(run: Run) -> dict:
 
 def _name(run: Run) -> str:
     """METHOD/MODEL-ID-seedK: PEFT names an experiment by its method and what it is of that method."""
-    method = "lora" if run.row["method"] == "lora" else f"partial-lora-{run.row['method']}"
+    named = re.sub(r"\W+", "-", run.row["method"]).strip("-")  # a method's masks stand in brackets
+    method = "lora" if named == "lora" else f"partial-lora-{named}"
     identifier = run.row["group"].rpartition("-")[2]
     return f"{method}/{run.row['model']}-{identifier}-seed{run.row['seed']}"
 
@@ -106,12 +109,13 @@ def _metrics(run: Run) -> list[dict]:
                     "eval time": entry.get("eval_runtime"),
                 }
             )
-    tokens = max((entry.get("num_input_tokens_seen", 0) for entry in history), default=0)
+    tokens = max((entry.get("num_input_tokens_seen") or 0 for entry in history), default=0)
     last = {"step": step, "test accuracy": run.row["test"], "train loss": loss, "train samples": step * size}
     return [*said, last | {"train total tokens": int(tokens)}]
 
 
-def _train_config(config: Mapping, steps: int) -> dict:
+def _train_config(record: Mapping, steps: int) -> dict:
+    config = record["config"]
     model, trainer = config["model"], config["trainer"]
     return {
         "model_id": model.get("weights") or model["name"],
@@ -126,10 +130,10 @@ def _train_config(config: Mapping, steps: int) -> dict:
         "query_template": None,
         "seed": config.get("seed"),
         "grad_norm_clip": trainer.get("max_grad_norm"),
-        "optimizer_type": "AdamW",
+        "optimizer_type": _OPTIMIZERS.get(config["method"]["name"], "AdamW"),
         "optimizer_kwargs": {"lr": trainer["learning_rate"], "weight_decay": trainer.get("weight_decay")},
-        "lr_scheduler": None,
-        "use_amp": trainer.get("mixed_precision") not in (None, "no"),
+        "lr_scheduler": "cosine",  # after a warm-up, as theirs
+        "use_amp": record.get("mixed_precision") not in (None, "no"),  # what "auto" came to
         "autocast_adapter_dtype": True,
         "generation_kwargs": {"max_new_tokens": config["task"].get("max_new_tokens")},
         "attn_implementation": model.get("attn_implementation"),

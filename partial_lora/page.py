@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from partial_lora import hardest, page_drawings
 from partial_lora.closing import measured, percent
 from partial_lora.gallery import Shown
-from partial_lora.results import write_atomic
+from partial_lora.results import PREDICTIONS, write_atomic
 from partial_lora.runs import NONE, Run, run_of
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,18 @@ def write(
     results_dir: Path,
     *,
     found: Sequence[Run],
-    tables: Mapping[str, pd.DataFrame],
-    notes: Sequence[str],
+    tables: Mapping[str, tuple[pd.DataFrame, Sequence[str]]],
     command: str,
     origin: str,
     problems: Sequence[str],
+    uncompared: Sequence[str],
     figures: Sequence[Shown],
     examples: int = EXAMPLES,
 ) -> Path:
     """Write results_dir/report/index.html: sortable tables, figures, and a section for the runs of every folder.
 
-    tables: by title, as they are read. examples: how many of the hardest to show, 0 for none.
+    tables: by title, as they are read, each with what is to be said below it. problems: what was left out; uncompared:
+    what could not be compared. examples: how many of the hardest to show, 0 for none.
     """
     groups: dict[str, list[Run]] = {}
     for run in found:
@@ -50,9 +52,8 @@ def write(
         "title": f"Report: {Path(results_dir).resolve().name}",
         "command": command,
         "origin": origin,
-        "notes": notes,
-        "problems": problems,
-        "tables": {title: _cells(table) for title, table in tables.items()},
+        "lists": {"Left out": problems, "Not compared": uncompared},
+        "tables": {title: _cells(table) | {"notes": notes} for title, (table, notes) in tables.items()},
         "figures": [(each.title, each.said, _uri(each.files[-1])) for each in figures],
         "sections": sections(list(groups.values()), examples),
     }
@@ -65,8 +66,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "title": _title([run]),
         "command": "",
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
-        "notes": [],
-        "problems": [],
+        "lists": {},
         "tables": {},
         "figures": _own_figures(run.directory),
         "sections": sections([[run]], examples, rows),
@@ -90,6 +90,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
     made = []
     for number, (runs, flat) in enumerate(zip(groups, settings, strict=True)):
         first = runs[0].record
+        worst, untold = _examples(runs, examples, read, rows)
         made.append(
             {
                 "id": f"run-{number + 1}",
@@ -101,25 +102,30 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
                 "seeds": [_of_seed(run) for run in runs],
                 "curves": page_drawings.training_lines([run.record for run in runs]),
                 "map": page_drawings.sparsity_map(first.get("sparsity") or {}),
-                "warnings": (first["calibration"] or {}).get("warnings") or [],
-                "examples": _examples(runs, examples, read, rows),
+                "warnings": [*((first["calibration"] or {}).get("warnings") or []), *untold],
+                "examples": worst,
             }
         )
     return made
 
 
-def _examples(runs: Sequence[Run], count: int, read: dict[str, object], rows) -> list[hardest.Example]:
-    """The hardest, with their inputs; the rows of every task are read once, and kept in `read`."""
-    frames = hardest.predictions([run.directory for run in runs]) if count else []
-    worst = hardest.hardest(frames, count)
-    if not worst:
-        return []
-    settings = runs[0].record["config"]
-    key = json.dumps(settings["task"], sort_keys=True)
-    if rows is None and key not in read:
-        read[key] = hardest.rows_of(settings)
-    found = read.get(key) if rows is None else rows
-    return worst if found is None else hardest.shown(worst, found, frames[0]["label"].tolist())
+def _examples(
+    runs: Sequence[Run], count: int, read: dict[str, object], rows
+) -> tuple[list[hardest.Example], list[str]]:
+    """The hardest, with their inputs, and what kept them from being told; rows of a task are read once, into `read`."""
+    try:
+        tables = hardest.predictions([run.directory for run in runs]) if count else []
+        worst = hardest.hardest(tables, count)
+        if not worst:
+            return [], []
+        settings = runs[0].record["config"]
+        key = json.dumps(settings["task"], sort_keys=True)
+        if rows is None and key not in read:
+            read[key] = hardest.rows_of(settings)
+        found = read.get(key) if rows is None else rows
+        return (worst if found is None else hardest.shown(worst, found, tables[0]["label"].to_pylist())), []
+    except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:  # a file of other columns
+        return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from partial_lora.places import AXES, grid
 from partial_lora.runs import SHARES
-from partial_lora.series import selected
+from partial_lora.series import points, selected
 
 _WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
@@ -22,10 +22,7 @@ def training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     metric = selected(records[0])
     drawn = []
     for said, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
-        lines = {
-            f"seed {record['seed']}": [(entry["step"], entry[key]) for entry in record["history"] if key in entry]
-            for record in records
-        }
+        lines = {f"seed {record['seed']}": points(record["history"], key) for record in records}
         if any(lines.values()):
             drawn.append((said, lines_drawn(lines, said, share=key != "loss" and metric in SHARES)))
     return drawn
@@ -33,9 +30,9 @@ def training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
 
 def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False) -> Markup:
     """Lines over steps as SVG; they differ in their dashes, and their ends are named for those who hear the page."""
-    points = [point for line in lines.values() for point in line]
-    left, right = min(step for step, _ in points), max(step for step, _ in points)
-    low, high = min(value for _, value in points), max(value for _, value in points)
+    every = [point for line in lines.values() for point in line]
+    left, right = min(step for step, _ in every), max(step for step, _ in every)
+    low, high = min(value for _, value in every), max(value for _, value in every)
 
     def at(step: float, value: float) -> tuple[float, float]:
         across = (step - left) / ((right - left) or 1)

@@ -16,7 +16,6 @@ from tabulate import tabulate
 from partial_lora.closing import calibration_summary, cell, measured, percent, summary
 from partial_lora.errors import PartialLoraError
 from partial_lora.grouping import distinct, group
-from partial_lora.marking import best
 from partial_lora.results import write_atomic
 from partial_lora.runs import NONE, SHARES, collect
 
@@ -27,15 +26,19 @@ _UNTUNED = (
     "one of how well the rate suits them."
 )
 _BEST = (
-    "Bold: better than every other of its task, model and operating point, by the 95 % interval of a paired bootstrap "
-    "over test examples and seeds; without predictions nothing is marked."
+    "Bold: better than every other of its task, model, operating point and conditions, by the 95 % interval of a "
+    "paired bootstrap over test examples and seeds; without predictions nothing is marked."
+)
+_CONDITIONS = (
+    "Conditions stand for all settings outside method, importance, calibration, mask, learning rate and seed: rows of "
+    "other conditions were trained otherwise, and are not compared."
 )
 _SPREAD = {
     "std": "± is one standard deviation over the n runs of a row.",
     "interval": "± is half the 95 % interval of the mean over the n runs of a row (Student's t).",
 }
 SPREADS = tuple(_SPREAD)
-_WORDS = ("task", "model", "method", "operating point", "metric", "tuning", "id")
+_WORDS = ("task", "model", "method", "operating point", "metric", "tuning", "conditions", "id")
 
 
 def write(
@@ -46,24 +49,26 @@ def write(
     problems: Sequence[str] = (),
     by: Sequence[str] = (),
     spread: str = "std",
+    marked: Collection[int] = (),
 ) -> list[Path]:
     """The table of collected runs, as Markdown, CSV and LaTeX; gives the files written.
 
     They are results_dir/report/table.md, .csv and .tex; each begins with the command that made it. `problems`, what was
     left out, ends the Markdown. The CSV holds numbers as they were measured, the others what is read. by: as in
-    `grouping.group`. spread: what follows ±, "std" or "interval". Raises PartialLoraError where no run has finished.
+    `grouping.group`. spread: what follows ±, "std" or "interval". marked: the best rows, of `marking.best`. Raises
+    PartialLoraError where no run has finished.
     """
     results_dir = Path(results_dir)
     if frame.empty:
         raise PartialLoraError(f"{results_dir}: expected at least one finished run; make one with `partial-lora train`")
     table = group(frame, by)
-    marked = set() if by else best(table, results_dir)
     command, above = " ".join(command.split()), origin(frame)
     how = {"by": by, "spread": spread, "marked": marked}
     latex = _latex(_tabulated(readable(table, **how), by, "latex_booktabs"))
+    best = table.assign(best=table.index.isin(list(marked)))
     files = {
         "table.md": _markdown(table, command, above, problems, **how),
-        "table.csv": f"# {command}\n# {above}\n" + table.assign(best=table.index.isin(marked)).to_csv(index=False),
+        "table.csv": f"# {command}\n# {above}\n" + best.to_csv(index=False),
         "table.tex": f"% {command}\n% {above}\n{latex}\n",
     }
     folder = results_dir / "report"
@@ -90,6 +95,8 @@ def notes(
         said.append(_SPREAD[spread])
     if marked:
         said.append(_BEST)
+    if not by and _conditions_differ(table):
+        said.append(_CONDITIONS)
     if (table["tuning"] == "untuned").any():
         said.append(_UNTUNED)
     if (table["calibrations_reused"] > 0).any():
@@ -152,10 +159,16 @@ def readable(
         "evaluate (s)": _column(table["evaluate_seconds"], ",.1f"),
         "learning rate": _column(table["learning_rate"], "g") if "learning_rate" not in by else None,
         **({"tuning": table["tuning"]} if "tuning" not in by else {}),
+        "conditions": table["conditions"] if not by and _conditions_differ(table) else None,
         # Rows that look alike differ in a setting without a column: only the run id tells them apart.
         "id": table["id"] if not by and table.duplicated(identity).any() else None,
     }
     return pd.DataFrame({name: cells for name, cells in columns.items() if cells is not None})
+
+
+def _conditions_differ(table: pd.DataFrame) -> bool:
+    """Whether runs of one task and model were trained under several conditions."""
+    return bool((table.groupby(["task", "model"])["conditions"].nunique() > 1).any())
 
 
 def _column(values: pd.Series, form: str) -> list[str]:
@@ -166,7 +179,14 @@ def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std
     """The tables of collected runs for a terminal of 100 columns: one for each task and model, the main columns."""
     grouped = group(frame, by)
     shown = readable(grouped, by=by, spread=spread)
-    left_out = ("head parameters", "sparsity", "learning rate", "tuning", *(() if by else ("task", "model")))
+    left_out = (
+        "head parameters",
+        "sparsity",
+        "learning rate",
+        "tuning",
+        "conditions",
+        *(() if by else ("task", "model")),
+    )
     names = [name for name in shown.columns if name in by or not (name in left_out or name.endswith("(s)"))]
     names = [name for name in names if name in by or not (shown[name] == NONE).all()]
     tables = []
@@ -178,11 +198,11 @@ def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std
     for title, part in parts:
         drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in names:
-            whole = name.startswith("test") or name == "operating point"
+            # Without a break, its heading apart: rich would cut the last column off a terminal that is too narrow.
+            whole = name.startswith("test") or name in ("operating point", "id")
+            heading = name.replace(" ", "\n") if whole else name
             justify = "left" if name in (*_WORDS, *by) else "right"
-            drawn.add_column(
-                name, justify=justify, overflow="fold", min_width=part[name].str.len().max() if whole else None
-            )
+            drawn.add_column(heading, justify=justify, overflow="fold", no_wrap=whole)
         for cells in part[names].itertuples(index=False, name=None):
             drawn.add_row(*cells)
         tables.append(drawn)

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from partial_lora import comparison_table, gallery, method_comparison, page, report, runs, selection
+from partial_lora import comparison_files, comparison_table, gallery, method_comparison, page, report, runs, selection
+from partial_lora.marking import best
+from partial_lora.predicted import Predictions
 from partial_lora.results import RESULT
 
 
@@ -17,67 +19,76 @@ def main(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     asked = _parser().parse_args(arguments)
     if (asked.results_dir / RESULT).is_file():
-        _tell(None, [page.write_run(runs.one(asked.results_dir), examples=asked.examples)])
+        _tell(None, [], [page.write_run(runs.one(asked.results_dir), examples=asked.examples)])
         return 0
     found, problems = runs.read(asked.results_dir)
     for problem in problems:
         print(f"partial-lora: {problem}", file=sys.stderr)
     command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(asked.results_dir)])])
-    _report(asked, found, problems, command)
-    return 1 if problems else 0
+    uncompared = _report(asked, found, problems, command)
+    return 1 if problems or uncompared else 0
 
 
-def _report(asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequence[str], command: str) -> None:
-    place = asked.results_dir
+def _report(
+    asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequence[str], command: str
+) -> Sequence[str]:
+    """Write and show everything; gives what could not be compared."""
+    place, predictions = asked.results_dir, Predictions(asked.results_dir)
     by = selection.keys(found, asked.by) if asked.by else []
     found = selection.where(found, asked.where)
     frame = runs.table(found)
     for key in by:
         frame[key] = [selection.value_of(run, key) for run in found]
-    how = {"by": by, "spread": asked.spread}
+    folders = report.group(frame)
+    grouped = report.group(frame, by) if by else folders
+    marked = set() if by or frame.empty else best(folders, predictions)
+    how = {"by": by, "spread": asked.spread, "marked": marked}
     written = report.write(frame, place, command=command, problems=problems, **how)
-    compared = comparison_table.table(frame, place)
-    written += comparison_table.write(frame, place, command=command, compared=compared)
-    grouped = report.group(frame, by)
-    figures = gallery.draw(found, frame, report.group(frame), compared[0], place)
-    how["marked"] = set() if by else report.best(grouped, place)
-    tables = {"Results": report.readable(grouped, **how)}
-    if "difference" in compared[0]:
-        tables["Differences from partial"] = comparison_table.readable(compared[0])
+    compared, uncompared = comparison_table.table(found, predictions)
+    written += comparison_files.write(compared, uncompared, place, command=command)
+    figures = gallery.draw(found, folders, compared, predictions, place)
+    tables = {"Results": (report.readable(grouped, **how), report.notes(grouped, **how))}
+    if comparison_files.has_differences(compared):
+        tables["Differences from partial"] = comparison_files.readable(compared), comparison_files.notes(compared)
     written += method_comparison.write(found, place)
     written.append(
         page.write(
             place,
             found=found,
             tables=tables,
-            notes=report.notes(grouped, **how),
             command=command,
             origin=report.origin(frame),
             problems=problems,
+            uncompared=uncompared,
             figures=figures + gallery.analyses(place),
             examples=asked.examples,
         )
     )
     if figures:
         written.append(figures[0].files[0].parent)
-    _tell(report.on_screen(frame, by=by, spread=asked.spread), written)
+    nothing = comparison_table.uncompared(found, predictions)
+    said = [f"not compared: {problem}" for problem in uncompared] or ([nothing] if nothing else [])
+    said += [f"figure {each.files[0].stem}: {each.cut}" for each in figures if each.cut]
+    _tell(report.on_screen(frame, by=by, spread=asked.spread), said, written)
+    return uncompared
 
 
-def _tell(tables: object, written: Sequence[Path]) -> None:
+def _tell(tables: object, said: Sequence[str], written: Sequence[Path]) -> None:
     from rich.console import Console
 
     console = Console()
     if tables is not None:
         console.print(tables)
-    for path in written:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    for line in (*said, *(f"wrote {path}" for path in written)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
         description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
-        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, and the exit code is then 1. "
+        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, a method that was trained under "
+        "other conditions than the one it should be compared with is named, and the exit code is then 1. "
         "Of a run's own directory: its page, RUN_DIR/index.html.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.comparison import MARGIN
-from partial_lora.report_panels import MOST, legend, look, named, panels, plain
+from partial_lora.report_panels import MOST, Drawing, legend, look, named, panels, plain
 from partial_lora.runs import SHARES, Run
 from partial_lora.series import band, front, selected
 
@@ -19,14 +18,16 @@ _LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
 _MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
+_NO_VERDICT = ("D", False)
 
 
-def pareto(table: pd.DataFrame) -> Figure | None:
+def pareto(table: pd.DataFrame) -> Drawing:
     """Test score against trainable parameters, adapter and head together; the line joins what nothing beats.
 
     table: of `grouping.group`.
     """
-    parts = _parts(table)
+    whole = _parts(table)
+    parts = whole[:MOST]
     figure, drawn = panels(len(parts), wide=3.9, high=2.9)
     for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
         sizes = part["adapter_parameters"] + part["head_parameters"]
@@ -45,15 +46,16 @@ def pareto(table: pd.DataFrame) -> Figure | None:
         _titled(axes, task, model)
         plain(axes)
     legend(figure, _methods(part for _, part in parts), lines=False)
-    return figure
+    return Drawing(figure, len(parts), len(whole))
 
 
-def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
+def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """Every method's mean test score with its 95 % interval over seeds, and the seeds as ticks.
 
     table: of `grouping.group`; frame: the runs.
     """
-    parts = _parts(table)
+    whole = _parts(table)
+    parts = whole[:MOST]
     longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
     figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 0.9, across=2)
     seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
@@ -72,10 +74,10 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Figure | None:
         ]
         _listed(axes, names, metric)
         _titled(axes, task, model, part, of_place)
-    return figure
+    return Drawing(figure, len(parts), len(whole))
 
 
-def differences(compared: pd.DataFrame) -> Figure | None:
+def differences(compared: pd.DataFrame) -> Drawing | None:
     """How much better than `partial` every other method is, with 95 % intervals; the shaded strip still "matches".
 
     compared: of `comparison_table.table`; None where it has no differences.
@@ -83,26 +85,30 @@ def differences(compared: pd.DataFrame) -> Figure | None:
     if "difference" not in compared or compared["difference"].isna().all():
         return None
     known = compared[compared["difference"].notna()]
-    parts = list(known.groupby(["task", "model", "operating_point", "metric"], sort=False))[:MOST]
+    whole = list(known.groupby(["task", "model", "operating_point", "metric", "reference"], sort=False))
+    parts = whole[:MOST]
+    several = known.groupby(["task", "model", "operating_point"])["reference"].nunique().max() > 1
     longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
     figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 1.0, across=2)
-    for axes, ((task, model, point, metric), of_place) in zip(drawn, parts, strict=True):
+    for axes, ((task, model, point, metric, reference), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
         axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
         for place, row in enumerate(part.itertuples()):
-            marker, filled = _VERDICTS[row.verdict]
+            marker, filled = _VERDICTS.get(row.verdict, _NO_VERDICT)
             color = look(row.method, row.operating_point).color
             ends = [[row.difference - row.low], [row.high - row.difference]]
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
             axes.errorbar(row.difference, place, xerr=ends, marker=marker, linestyle="", **style)
-        masks = part["masks"].map({"rows_columns": ""}).fillna(" (" + part["masks"] + ")")
-        _listed(axes, list(part["method"] + masks + ": " + part["verdict"]), metric, said="difference in ")
-        _titled(axes, task, f"{model}, {point}", part, of_place)
-    return figure
+        again = part["method"].duplicated(keep=False)
+        ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
+        _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, said="difference in ")
+        against = f" against {reference.rpartition('-')[2]}" if several else ""
+        _titled(axes, task, f"{model}, {point}{against}", part, of_place)
+    return Drawing(figure, len(parts), len(whole))
 
 
-def training(found: Sequence[Run]) -> Figure | None:
+def training(found: Sequence[Run]) -> Drawing | None:
     """Training loss above, validation's metric below, over optimizer steps; of each task and model a pair of panels.
 
     Lines are means over seeds, bands reach from the lowest seed to the highest.
@@ -137,7 +143,7 @@ def training(found: Sequence[Run]) -> Figure | None:
     for axes in drawn:
         axes.set_visible(bool(axes.lines))
     legend(figure, list(dict.fromkeys(used)), lines=True)
-    return figure if any(axes.lines for axes in drawn) else None
+    return Drawing(figure, len(shown), len(places)) if any(axes.lines for axes in drawn) else None
 
 
 def _marked(axes: Axes, x: pd.Series, y: pd.Series, key: tuple[str, str], **style) -> None:
@@ -167,7 +173,7 @@ def _banded(axes: Axes, points: Sequence[tuple[int, float, float, float]], key: 
 
 
 def _parts(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
-    return list(table.groupby(_WHERE, sort=False))[:MOST]
+    return list(table.groupby(_WHERE, sort=False))
 
 
 def _methods(parts: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
@@ -199,12 +205,12 @@ def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized =
     axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
 
 
-def write(figure: Figure | None, folder: Path, stem: str) -> list[Path]:
+def write(drawing: Drawing | None, folder: Path, stem: str) -> list[Path]:
     """A figure as folder/stem.png and .svg; nothing of None."""
     from partial_lora.figures import save
 
-    if figure is None:
+    if drawing is None:
         return []
-    written = [save(figure, folder / f"{stem}.png")]
-    figure.set_layout_engine("none")  # everything has its place, which takes as long to find as to draw
-    return [*written, save(figure, folder / f"{stem}.svg")]
+    drawing.figure.draw_without_rendering()  # finds the places of everything, which takes as long as to draw it
+    drawing.figure.set_layout_engine(None)
+    return [save(drawing.figure, folder / f"{stem}.{form}") for form in ("png", "svg")]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence, Sized
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,9 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from partial_lora.places import grid
-from partial_lora.report_panels import COLOURS, MARKERS, MOST, heat, named, panels, plain
+from partial_lora.predicted import Predictions
+from partial_lora.report_panels import COLOURS, MARKERS, MOST, Drawing, heat, named, panels, plain
 from partial_lora.runs import Run
-from partial_lora.series import kind_curves, maps, prediction_agreement, sparsity_agreement
+from partial_lora.series import maps, prediction_agreement, sparsity_agreement
 
 _MOST_MAPS = 5
 _MOST_NUMBERED = 24  # positions in depth
@@ -22,9 +22,10 @@ _MOST_ROWS, _MOST_MATRICES = 12, 4
 _AXES = {"rows": "rows of B", "columns": "columns of A"}
 
 
-def sparsity(found: Sequence[Run]) -> Figure | None:
+def sparsity(found: Sequence[Run]) -> Drawing | None:
     """Sparsity in percent, kind of module against depth: a line of two panels for every calibration."""
-    shown = list(maps(found).items())[:_MOST_MAPS]
+    whole = list(maps(found).items())
+    shown = whole[:_MOST_MAPS]
     if not shown:
         return None
     grids = [grid(of) for _, of in shown]
@@ -47,7 +48,7 @@ def sparsity(found: Sequence[Run]) -> Figure | None:
             for axes in drawn[-2:]:
                 axes.set_xlabel("depth (block)", fontsize=9)
     figure.suptitle("Sparsity in percent: the darker, the less is kept", fontsize=10)
-    return figure
+    return Drawing(figure, len(shown), len(whole), "calibrations")
 
 
 def _map(axes: Axes, values, form: str) -> None:
@@ -59,26 +60,27 @@ def _map(axes: Axes, values, form: str) -> None:
         axes.tick_params(length=0, labelsize=8)
 
 
-def curves(calibrations: Mapping[str, Mapping]) -> Figure | None:
+def curves(calibrations: Mapping[str, Mapping]) -> Drawing | None:
     """What is left of the few-shot score as modules are zeroed: by kind of module, medians over depth.
 
-    calibrations: the content of calibration.json files by a title each. Where evaluation was cut short a score is known
+    calibrations: of `series.calibrations`, by a title each. Where evaluation was cut short a score is known
     within bounds: a band between these, and the line in their middle. The level line is the intact model.
     """
-    shown = [(title, content, kind_curves(content["modules"])) for title, content in calibrations.items()][: MOST // 2]
-    shown = [each for each in shown if each[2]]
+    whole = [(title, content["baseline"], content["curves"]) for title, content in calibrations.items()]
+    whole = [each for each in whole if each[2]]
+    shown = whole[: MOST // 2]
     if not shown:
         return None
     figure, drawn = panels(2 * len(shown), wide=3.7, high=2.5, across=2)
     handles: dict[str, Line2D] = {}
-    for number, (title, content, lines) in enumerate(shown):
+    for number, (title, baseline, lines) in enumerate(shown):
         pair = dict(zip(_AXES, drawn[2 * number : 2 * number + 2], strict=True))
         pair["columns"].sharey(pair["rows"])
         kinds = list(dict.fromkeys(kind for kind, _ in lines))
         for (kind, axis), points in lines.items():
             handles.setdefault(kind, _curve(pair[axis], points, kinds.index(kind)))
         for axis, axes in pair.items():
-            axes.axhline(content["baseline"], color="0.4", linewidth=1, linestyle="-.")
+            axes.axhline(baseline, color="0.4", linewidth=1, linestyle="-.")
             axes.set_xlim(0, 1)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.set_xlabel(f"share of {_AXES[axis]} zeroed", fontsize=9)
@@ -89,7 +91,7 @@ def curves(calibrations: Mapping[str, Mapping]) -> Figure | None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=across, fontsize=8, frameon=False
     )
-    return figure
+    return Drawing(figure, len(shown), len(whole), "calibrations")
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float, float]], number: int) -> Line2D:
@@ -102,24 +104,37 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float, float]], number: int
     return axes.plot(levels, middle, color=color, linestyle=dash, linewidth=1.3, **marks)[0]
 
 
-def sparsity_alike(found: Sequence[Run]) -> Figure | None:
+def sparsity_alike(found: Sequence[Run]) -> Drawing | None:
     """How far calibrations of one model choose alike: correlation of their sparsities over modules and axes."""
-    shown = [(model, *each) for model, each in sparsity_agreement(found).items()][:_MOST_MATRICES]
-    cut = [(model, names[:_MOST_ROWS], matrix[:_MOST_ROWS, :_MOST_ROWS]) for model, names, matrix in shown]
-    return _matrices(cut, low=0, title="Correlation of sparsities")
+    whole = [(model, *each) for model, each in sparsity_agreement(found).items()]
+    cut = [
+        (model + _some(names), names[:_MOST_ROWS], matrix[:_MOST_ROWS, :_MOST_ROWS])
+        for model, names, matrix in whole[:_MOST_MATRICES]
+    ]
+    figure = _matrices(cut, low=0, title="Correlation of sparsities")
+    return figure and Drawing(figure, len(cut), len(whole), "models")
 
 
-def predictions_alike(table: pd.DataFrame, results_dir: Path) -> Figure | None:
+def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing | None:
     """How often two methods say the same of a test example; where they disagree they are different adapters indeed."""
-    shown = []
-    for (task, model), part in list(table.groupby(["task", "model"], sort=False))[:_MOST_MATRICES]:
-        part = part.head(_MOST_ROWS)
-        matrix = prediction_agreement(part, results_dir) if len(part) > 1 else None
-        if matrix is not None:
-            names = [named(row.method, row.operating_point) for row in part.itertuples()]
-            shown.append((f"{task}, {model}", names, 100 * matrix))
+    shown, places = [], 0
+    for (task, model), part in table.groupby(["task", "model"], sort=False):
+        few = part.head(_MOST_ROWS)
+        matrix = prediction_agreement(few, predictions) if len(part) > 1 else None
+        if matrix is None:
+            continue
+        places += 1
+        if len(shown) < _MOST_MATRICES:
+            names = [named(row.method, row.operating_point) for row in few.itertuples()]
+            shown.append((f"{task}, {model}{_some(part)}", names, 100 * matrix))
     lows = [float(matrix[matrix == matrix].min()) for _, _, matrix in shown]
-    return _matrices(shown, low=min(lows, default=0), high=100, form=".0f", title="Same predictions, in percent")
+    figure = _matrices(shown, low=min(lows, default=0), high=100, form=".0f", title="Same predictions, in percent")
+    return figure and Drawing(figure, len(shown), places)
+
+
+def _some(whole: Sized) -> str:
+    """What a title adds where not all rows are drawn."""
+    return f" ({_MOST_ROWS} of {len(whole)})" if len(whole) > _MOST_ROWS else ""
 
 
 def _matrices(shown: Sequence, *, low: float, high: float = 1, form: str = ".2f", title: str) -> Figure | None:

@@ -36,6 +36,23 @@ _DASHES = {"threshold": "-", "budget": "--", "–": "-."}
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A figure, and how many it draws of the places, calibrations or models (`what`) that there are."""
+
+    figure: Figure
+    drawn: int
+    whole: int
+    what: str = "places"
+
+    @property
+    def cut(self) -> str:
+        """What is to be said where not all is drawn; else nothing."""
+        if self.drawn >= self.whole:
+            return ""
+        return f"{self.drawn} of {self.whole} {self.what} are drawn; --where chooses others."
+
+
+@dataclass(frozen=True)
 class Look:
     """How a method at an operating point is drawn: markers are filled but for a budget, whose lines are dashed."""
 
@@ -51,8 +68,10 @@ class Look:
 
 
 def look(method: str, point: str) -> Look:
-    kind = point.partition(" ")[0]
-    color, marker = _LOOKS.get(method, (_GREY, MARKERS[sum(method.encode()) % len(MARKERS)]))
+    kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
+    color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
+    if masks:  # of single entries: the method's colour, and a star of as many points as its place in the list
+        marker = (4 + list(_LOOKS).index(name) if name in _LOOKS else 3, 1, 0)
     return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
 
 

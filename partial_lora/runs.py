@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from partial_lora import wellformed
+from partial_lora.conditions import conditions, digest
 from partial_lora.errors import PartialLoraError
 from partial_lora.results import ADAPTER, RESULT
 
 NONE = "–"  # for what does not apply
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # metrics that are read as percentages
 LOWER_IS_BETTER = {"mse", "perplexity"}
+ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
 
 
@@ -100,16 +103,20 @@ def record(directory: Path) -> dict:
 
 
 def row(result: Mapping, directory: Path) -> dict:
-    """One run as a row of plain numbers; raises ValueError for a record that lacks or garbles one."""
+    """One run as a row of plain numbers; raises ValueError for a record that lacks or garbles one.
+
+    conditions: what runs have in common that may be compared (`conditions.digest`).
+    """
     try:
         config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
         seconds, calibration = result["seconds"], result["calibration"]
         dense, trainable = parameters["adapter_dense"], parameters["adapter_trainable"]
+        wellformed.check(result)
         found = {
             "seed": result["seed"],
             "task": config["task"]["name"],
             "model": config["model"]["name"],
-            "method": config["method"]["name"],
+            "method": method_of(result),
             "operating_point": operating_point(result),
             "metric": test["primary"],
             "test": float(test[test["primary"]]),
@@ -125,6 +132,7 @@ def row(result: Mapping, directory: Path) -> dict:
             "evaluate_seconds": number(seconds["evaluate"]),
             "learning_rate": float(config["trainer"]["learning_rate"]),
             "tuning": result.get("tuning", "untuned"),
+            "conditions": digest(conditions(config)),
             "preset": result.get("preset") or NONE,
             "commit": _code(result),
             "device": result.get("device") or NONE,
@@ -138,6 +146,13 @@ def row(result: Mapping, directory: Path) -> dict:
     if directory.name != f"seed{found['seed']}":
         raise ValueError(f"a copy of another run, its seed is {found['seed']}")
     return found
+
+
+def method_of(result: Mapping) -> str:
+    """What a run's method is called: one whose masks are of single entries is another than that of rows and columns."""
+    name = result["config"]["method"]["name"]
+    masks = result["config"].get("mask", {}).get("granularity", ROWS_COLUMNS)
+    return name if masks == ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
 
 
 def operating_point(result: Mapping) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,8 @@ import pandas as pd
 
 from partial_lora.places import AXES, place, without_common_start
 from partial_lora.points import curve_of
-from partial_lora.results import CALIBRATION, PREDICTIONS
+from partial_lora.predicted import Predictions
+from partial_lora.results import CALIBRATION
 from partial_lora.runs import LOWER_IS_BETTER, NONE, Run
 
 History = Sequence[Mapping]
@@ -31,8 +33,7 @@ def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[floa
 
 def band(histories: Sequence[History], key: str) -> Band:
     """What a key of Trainer's log was at the steps that all of the histories have: mean, lowest, highest over them."""
-    logged = [{entry["step"]: entry[key] for entry in history if entry.get(key) is not None} for history in histories]
-    logged = [values for values in logged if values]
+    logged = [values for history in histories if (values := dict(points(history, key)))]
     if not logged:
         return []
     steps = sorted(set.intersection(*(set(values) for values in logged)))
@@ -41,6 +42,12 @@ def band(histories: Sequence[History], key: str) -> Band:
         values = [each[step] for each in logged]
         found.append((step, float(np.mean(values)), min(values), max(values)))
     return found
+
+
+def points(history: History, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every entry of Trainer's log that has a key, but for values that were no finite number."""
+    logged = ((entry["step"], entry[key]) for entry in history if entry.get(key) is not None)
+    return [(step, value) for step, value in logged if isfinite(value)]
 
 
 def selected(record: Mapping) -> str:
@@ -93,21 +100,15 @@ def sparsity_agreement(found: Sequence[Run]) -> dict[str, tuple[list[str], np.nd
     return matrices
 
 
-def prediction_agreement(part: pd.DataFrame, results_dir: Path) -> np.ndarray | None:
+def prediction_agreement(part: pd.DataFrame, predictions: Predictions) -> np.ndarray | None:
     """How often every two rows of a grouped table say the same of a test example, over the seeds that both have.
 
     NaN where two have no seed in common; None where fewer than two have predictions of classes.
     """
     said = []
     for group, seeds in zip(part["group"], part["seeds"], strict=True):
-        of_group = {}
-        for seed in seeds.split():
-            try:
-                read = pd.read_parquet(results_dir / group / f"seed{seed}" / PREDICTIONS, columns=["prediction"])
-                of_group[seed] = read["prediction"].to_numpy()
-            except (OSError, ValueError, KeyError):
-                continue
-        said.append(of_group)
+        of_group = {seed: predictions.said(group, seed) for seed in map(int, seeds.split())}
+        said.append({seed: each for seed, each in of_group.items() if each is not None})
     if sum(bool(each) for each in said) < 2:
         return None
     matrix = np.full((len(said), len(said)), np.nan)
@@ -124,9 +125,10 @@ def prediction_agreement(part: pd.DataFrame, results_dir: Path) -> np.ndarray | 
 
 
 def calibrations(found: Sequence[Run], results_dir: Path) -> dict[str, dict]:
-    """The contents of calibration.json by "task, model, importance": of the runs, then of calibrations alone.
+    """{baseline, curves} of calibration.json files by "task, model, importance": those of runs, then those alone.
 
-    One of each is read, whatever the operating point: they share their curves. A file that cannot be read is none.
+    curves: `kind_curves`. One of each is read, whatever the operating point: they share their curves. A file that
+    cannot be read is none.
     """
     contents: dict[str, dict] = {}
     places = [
@@ -142,8 +144,8 @@ def calibrations(found: Sequence[Run], results_dir: Path) -> dict[str, dict]:
             continue
         try:
             content = json.loads((directory / CALIBRATION).read_text(encoding="utf-8"))
-            contents[title] = {"baseline": float(content["baseline"]), "modules": dict(content["modules"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            contents[title] = {"baseline": float(content["baseline"]), "curves": kind_curves(content["modules"])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return contents
 

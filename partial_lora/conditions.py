@@ -1,0 +1,44 @@
+"""The conditions of a run: the settings in which two methods have to agree before one is said to be the better."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from partial_lora.config import changed_settings, default_settings
+
+_OF_METHODS = ("method.", "calibration.", "mask.", "importance.")  # what makes a method that method
+_PER_METHOD = {"trainer.learning_rate", "trainer.tuned"}  # what every method may have its own of
+_MOST_NAMED = 4
+
+
+def conditions(settings: Mapping) -> dict[str, object]:
+    """All that may not differ between runs that are compared, by full key, where it is not the schema's default.
+
+    Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
+    and what changes no result. Keys that are newer than a record are what the schema has.
+    """
+    return {
+        key: value
+        for key, plain, value in changed_settings(settings)
+        if plain not in _PER_METHOD and not plain.startswith(_OF_METHODS)
+    }
+
+
+def digest(found: Mapping[str, object]) -> str:
+    """Eight hex digits that runs under the same conditions share."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def differences(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """In what two conditions differ, in words: "trainer.epochs 50 against 2"; the first few of many."""
+    defaults = default_settings()
+    values = {key: tuple(each.get(key, defaults.get(key)) for each in (one, other)) for key in sorted({*one, *other})}
+    said = [f"{key} {_word(ours)} against {_word(theirs)}" for key, (ours, theirs) in values.items() if ours != theirs]
+    more = [f"{len(said) - _MOST_NAMED} more"] if len(said) > _MOST_NAMED else []
+    return ", ".join(said[:_MOST_NAMED] + more)
+
+
+def _word(value: object) -> str:
+    return "null" if value is None else format(value, "g") if isinstance(value, float) else str(value)
