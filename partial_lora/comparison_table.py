@@ -12,7 +12,7 @@ import pandas as pd
 
 from partial_lora.comparison import compared
 from partial_lora.conditions import conditions, differences
-from partial_lora.config import changed_settings
+from partial_lora.config import flatten
 from partial_lora.errors import PartialLoraError
 from partial_lora.predicted import Predictions
 from partial_lora.runs import NONE, Run, number
@@ -169,8 +169,8 @@ def _otherwise(folder: _Folder, references: Sequence[_Folder]) -> str:
 
 
 def _too_many(references: Sequence[_Folder]) -> str:
-    settings = [{key: str(value) for key, _, value in changed_settings(each.settings)} for each in references]
-    keys = sorted({key for each in settings for key in each})
+    settings = [{key: str(value) for key, value in flatten(each.settings).items()} for each in references]
+    keys = sorted({key for each in settings for key in each} - {"seed", "results_dir", "overwrite"})
     varied = [key for key in keys if len({each.get(key) for each in settings}) > 1]
     choose = f"choose with --where {varied[0]}=…" if varied else "they have the same settings"
     return f"{len(references)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"

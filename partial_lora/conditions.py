@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 
 from partial_lora.config import changed_settings, default_settings
 
@@ -21,7 +22,7 @@ def conditions(settings: Mapping) -> dict[str, object]:
     """
     return {
         key: value
-        for key, plain, value in changed_settings(settings)
+        for key, plain, value in changed_settings(settings, _defaults())
         if plain not in _PER_METHOD and not plain.startswith(_OF_METHODS)
     }
 
@@ -33,11 +34,16 @@ def digest(found: Mapping[str, object]) -> str:
 
 def differences(one: Mapping[str, object], other: Mapping[str, object]) -> str:
     """In what two conditions differ, in words: "trainer.epochs 50 against 2"; the first few of many."""
-    defaults = default_settings()
+    defaults = _defaults()
     values = {key: tuple(each.get(key, defaults.get(key)) for each in (one, other)) for key in sorted({*one, *other})}
     said = [f"{key} {_word(ours)} against {_word(theirs)}" for key, (ours, theirs) in values.items() if ours != theirs]
     more = [f"{len(said) - _MOST_NAMED} more"] if len(said) > _MOST_NAMED else []
     return ", ".join(said[:_MOST_NAMED] + more)
+
+
+@cache
+def _defaults() -> Mapping[str, object]:
+    return default_settings()
 
 
 def _word(value: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def run_id(settings: Mapping) -> str:
     their order, which is that of the outputs.
     """
     changed: dict[str, Any] = {}
-    for key, plain, value in changed_settings(settings):
+    for key, plain, value in changed_settings(settings, default_settings()):
         is_file = plain in _FILES or plain.startswith("task.data_files.")
         is_file = is_file or (plain in _PLACES and Path(value).is_dir())
         changed[key] = _digest(Path(value)) if is_file else value
@@ -106,12 +105,12 @@ def run_id(settings: Mapping) -> str:
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def changed_settings(settings: Mapping) -> Iterator[tuple[str, str, Any]]:
+def changed_settings(settings: Mapping, defaults: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Every setting that what is computed depends on and that is not as the schema has it: (key, plain key, value).
 
-    The plain key is that of the schema, where a member of a mixture is a task.
+    The plain key is that of the schema, where a member of a mixture is a task. defaults: of `default_settings`.
     """
-    defaults, names = default_settings(), list(settings.get("task", {}).get("members") or ())
+    names = list(settings.get("task", {}).get("members") or ())
     for key, value in flatten(settings).items():
         plain = key
         if key.startswith("task.members."):  # a name may have dots in it
@@ -121,8 +120,7 @@ def changed_settings(settings: Mapping) -> Iterator[tuple[str, str, Any]]:
             yield key, plain, value
 
 
-@cache
-def default_settings() -> Mapping[str, Any]:
+def default_settings() -> dict[str, Any]:
     """What the schema has for every key."""
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
 

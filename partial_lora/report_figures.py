@@ -211,6 +211,6 @@ def write(drawing: Drawing | None, folder: Path, stem: str) -> list[Path]:
 
     if drawing is None:
         return []
-    drawing.figure.draw_without_rendering()  # finds the places of everything, which takes as long as to draw it
+    drawing.figure.get_layout_engine().execute(drawing.figure)  # once, for it takes as long as to draw
     drawing.figure.set_layout_engine(None)
     return [save(drawing.figure, folder / f"{stem}.{form}") for form in ("png", "svg")]

@@ -117,19 +117,21 @@ def sparsity_alike(found: Sequence[Run]) -> Drawing | None:
 
 def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing | None:
     """How often two methods say the same of a test example; where they disagree they are different adapters indeed."""
-    shown, places = [], 0
-    for (task, model), part in table.groupby(["task", "model"], sort=False):
+    places = [
+        (key, part)
+        for key, part in table.groupby(["task", "model"], sort=False)
+        if sum(predictions.kept(row.group, map(int, row.seeds.split())) for row in part.itertuples()) > 1
+    ]
+    shown = []
+    for (task, model), part in places[:_MOST_MATRICES]:
         few = part.head(_MOST_ROWS)
-        matrix = prediction_agreement(few, predictions) if len(part) > 1 else None
-        if matrix is None:
-            continue
-        places += 1
-        if len(shown) < _MOST_MATRICES:
+        matrix = prediction_agreement(few, predictions)
+        if matrix is not None:
             names = [named(row.method, row.operating_point) for row in few.itertuples()]
             shown.append((f"{task}, {model}{_some(part)}", names, 100 * matrix))
     lows = [float(matrix[matrix == matrix].min()) for _, _, matrix in shown]
     figure = _matrices(shown, low=min(lows, default=0), high=100, form=".0f", title="Same predictions, in percent")
-    return figure and Drawing(figure, len(shown), places)
+    return figure and Drawing(figure, len(shown), len(places))
 
 
 def _some(whole: Sized) -> str:

@@ -119,6 +119,7 @@ def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, 
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             ink = "white" if shades[row, column] > 0.66 else "black"
-            axes.text(column, row, format(value, form), ha="center", va="center", fontsize=size, color=ink)
+            said = axes.text(column, row, format(value, form), ha="center", va="center", fontsize=size, color=ink)
+            said.set_in_layout(False)  # inside its cell, and there are hundreds
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8)

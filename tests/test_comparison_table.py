@@ -8,13 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from partial_lora import comparison_table, results, runs
+from partial_lora import comparison_files, comparison_table, results, runs
+from partial_lora.predicted import Predictions
 
 LABEL = np.arange(200) % 4
 
 
-def leave(place: Path, method: str, *, wrong: int, seed: int = 0, budget: float | None = None, **changes) -> None:
-    """A run that is wrong about its first examples."""
+def leave(
+    place: Path,
+    method: str,
+    *,
+    wrong: int,
+    seed: int = 0,
+    budget: float | None = None,
+    settings: dict | None = None,
+    **changes: str,
+) -> None:
+    """A run that is wrong about its first examples; settings: of its trainer, changes: of its mask."""
     calibrated = method not in ("lora", "probe")
     point = {"threshold": 0.9, "budget": budget}
     record = {
@@ -26,15 +36,22 @@ def leave(place: Path, method: str, *, wrong: int, seed: int = 0, budget: float 
             "method": {"name": method},
             "mask": {"granularity": "rows_columns"},
             "calibration": point,
-            "trainer": {"learning_rate": 1e-3},
+            "trainer": {"learning_rate": 1e-3} | (settings or {}),
         },
         "versions": {"partial-lora": "0.1.0"},
         "git_commit": "0123456789abcdef",
         "device": "cpu",
         "seconds": {"calibrate": 1.0, "train": 2.0, "evaluate": 3.0},
-        "parameters": {"adapter_dense": 1000, "adapter_trainable": 130, "head": 10, "adapter_sparsity": 0.87},
+        "parameters": {
+            "base": 5000,
+            "adapter_dense": 1000,
+            "adapter_trainable": 130,
+            "head": 10,
+            "adapter_sparsity": 0.87,
+        },
         "calibration": {"reliability": {"spearman_brown": 0.75}} if calibrated else None,
         "metrics": {"test": {"primary": "accuracy", "accuracy": 1 - wrong / 200}},
+        "history": [],
         "tuning": "tuned",
         "cost": {
             "adapter_bytes": 4000,
@@ -44,7 +61,8 @@ def leave(place: Path, method: str, *, wrong: int, seed: int = 0, budget: float 
         },
     }
     record["config"]["mask"] |= changes
-    name = f"{method}-{budget}-{changes.get('granularity', '')}".replace(".", "")
+    named = "".join(map(str, [*(settings or {}).values(), *changes.values()]))
+    name = f"{method}-{budget}-{named}".replace(".", "")
     folder = place / "runs" / "digits" / "vit" / name / f"seed{seed}"
     folder.mkdir(parents=True)
     results.write_json(folder / results.RESULT, record)
@@ -63,25 +81,29 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def compared(place: Path) -> tuple[pd.DataFrame, list[str]]:
+    return comparison_table.table(runs.read(place)[0], Predictions(place))
+
+
 def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
-    found, problems = comparison_table.table(runs.collect(place)[0], place)
+    found, problems = compared(place)
     assert problems == []
-    rows = {(row.operating_point, row.method, row.masks): row for row in found.itertuples()}
+    rows = {(row.operating_point, row.method): row for row in found.itertuples()}
     assert rows.keys() == {
-        ("threshold 0.9", "partial", "rows_columns"),
-        ("threshold 0.9", "lora", "rows_columns"),
-        ("budget 0.13", "partial", "rows_columns"),
-        ("budget 0.13", "partial", "element"),
-        ("budget 0.13", "uniform", "rows_columns"),
-        ("budget 0.13", "lora", "rows_columns"),
+        ("threshold 0.9", "partial"),
+        ("threshold 0.9", "lora"),
+        ("budget 0.13", "partial"),
+        ("budget 0.13", "partial (element)"),
+        ("budget 0.13", "uniform"),
+        ("budget 0.13", "lora"),
     }
-    lora, worse = rows["threshold 0.9", "lora", "rows_columns"], rows["budget 0.13", "uniform", "rows_columns"]
+    lora, worse = rows["threshold 0.9", "lora"], rows["budget 0.13", "uniform"]
     assert (lora.difference, lora.low, lora.high, lora.verdict) == (0, 0, 0, "matches")
     assert worse.difference == pytest.approx(-0.15)
     assert worse.low < -0.15 < worse.high < 0
     assert (worse.verdict, worse.pairs, worse.n, worse.examples) == ("worse", 2, 2, 200)
-    assert rows["budget 0.13", "partial", "element"].pairs == 1
-    assert rows["budget 0.13", "lora", "rows_columns"].verdict == "better"
+    assert rows["budget 0.13", "partial (element)"].pairs == 1
+    assert rows["budget 0.13", "lora"].verdict == "better"
     assert worse.optimizer_bytes == 2000.5
     assert worse.reliability == 0.75
     assert np.isnan(lora.reliability)
@@ -89,7 +111,7 @@ def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
 
 
 def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path) -> None:
-    written = comparison_table.write(runs.collect(place)[0], place, command="partial-lora report x")
+    written = comparison_files.write(*compared(place), place, command="partial-lora report x")
     text, numbers = (path.read_text() for path in written)
     assert text.startswith("    partial-lora report x\n")
     assert "matches: it is above −1 point" in text
@@ -106,15 +128,15 @@ def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path)
 
 def test_nothing_is_written_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     leave(tmp_path, "lora", wrong=1)
-    assert comparison_table.write(runs.collect(tmp_path)[0], tmp_path, command="x") == []
+    assert comparison_files.write(*compared(tmp_path), tmp_path, command="x") == []
     leave(tmp_path, "partial", wrong=1)
-    assert len(comparison_table.write(runs.collect(tmp_path)[0], tmp_path, command="x")) == 2
+    assert len(comparison_files.write(*compared(tmp_path), tmp_path, command="x")) == 2
 
 
 def test_what_cannot_be_compared_is_said(place: Path) -> None:
     (place / "runs/digits/vit/uniform-013-/seed1" / results.PREDICTIONS).unlink()
     leave(place, "targeted", wrong=3, seed=4)
-    found, problems = comparison_table.table(runs.collect(place)[0], place)
+    found, problems = compared(place)
     assert len(problems) == 2
     assert any("uniform-013-" in each and "seed1 has no predictions.parquet" in each for each in problems)
     assert any("targeted" in each and "no seed that both have: [4] and [0, 1]" in each for each in problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -15,7 +15,7 @@ def classes(chances, label=0):
     """Predictions of two classes with these chances of the first."""
     logits = [np.log([chance, 1 - chance]).astype(np.float32) for chance in chances]
     said = [int(chance < 0.5) for chance in chances]
-    return pd.DataFrame(
+    return pa.table(
         {
             "label": [label] * len(said),
             "prediction": said,
@@ -47,14 +47,14 @@ def test_the_worst_over_all_runs_come_first():
     ],
 )
 def test_every_kind_of_prediction_has_a_loss(columns, worst):
-    assert hardest.hardest([pd.DataFrame(columns)], 1)[0].index == worst
+    assert hardest.hardest([pa.table(columns)], 1)[0].index == worst
 
 
 def test_inputs_are_shown_of_the_same_rows_alone():
     frame = classes([0.9, 0.2])
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     rows = Dataset.from_dict({"image": images, "label": [0, 0]})
-    labels = frame["label"].tolist()
+    labels = frame["label"].to_pylist()
     (found,) = hardest.shown(hardest.hardest([frame], 1), rows, labels)
     assert found.image.startswith("data:image/webp;base64,")
     for other in (rows.select([0]), rows.map(lambda row: {"label": 1})):
@@ -68,7 +68,7 @@ def test_texts_and_options_are_printed():
     (found,) = hardest.shown(hardest.hardest([frame], 1), rows, [0, 0])
     assert len(found.text[0]) == 400
     assert found.text[1] == "b"
-    chosen = pd.DataFrame({"label": [1], "prediction": [0], "scores": [[0.7, 0.3]]})
+    chosen = pa.table({"label": [1], "prediction": [0], "scores": [[0.7, 0.3]]})
     rows = Dataset.from_dict({"prompts": [["which?", "which?"]], "options": [["this", "that"]], "label": [1]})
     (found,) = hardest.shown(hardest.hardest([chosen], 1), rows, [1])
     assert (found.label, found.said) == ("that", ["this"])

@@ -29,6 +29,7 @@ LAYERS = (
     }
     | {"members", "tuning", "accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
+    | {"conditions", "wellformed", "predicted"}
     | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
@@ -55,7 +56,7 @@ LAYERS = (
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
-    | {"cost", "activations", "comparison", "comparison_table"}
+    | {"cost", "activations", "comparison", "comparison_table", "comparison_files"}
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},

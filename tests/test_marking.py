@@ -8,6 +8,7 @@ import pytest
 from test_comparison_table import LABEL, leave
 
 from partial_lora import grouping, marking, report, results, runs
+from partial_lora.predicted import Predictions
 
 
 @pytest.fixture
@@ -22,12 +23,19 @@ def place(tmp_path):
 
 def marked(place):
     table = grouping.group(runs.collect(place)[0])
-    return table.loc[sorted(marking.best(table, place)), "method"].tolist()
+    return table.loc[sorted(marking.best(table, Predictions(place))), "method"].tolist()
+
+
+def written(place):
+    """The table, with its best rows marked."""
+    frame = runs.collect(place)[0]
+    best = marking.best(grouping.group(frame), Predictions(place))
+    return report.write(frame, place, command="x", marked=best)[0].read_text()
 
 
 def test_only_what_holds_is_marked(place):
     assert marked(place) == ["partial"]
-    text = report.write(runs.collect(place)[0], place, command="x")[0].read_text()
+    text = written(place)
     assert "**95.00 ± 0.00**" in text
     assert text.count("**") == 2
     assert "Bold: better than every other" in text
@@ -39,7 +47,7 @@ def test_without_predictions_or_beside_nothing_none_is_marked(place):
     for folder in place.glob("runs/*/*/targeted*/seed1"):
         (folder / results.PREDICTIONS).unlink()
     assert marked(place) == []
-    text = report.write(runs.collect(place)[0], place, command="x")[0].read_text()
+    text = written(place)
     assert "**" not in text
     assert "Bold" not in text
 

@@ -12,6 +12,7 @@ from test_comparison_table import leave
 from test_report import budget, place, record
 
 from partial_lora import comparison_table, gallery, grouping, report_figures, report_maps, report_panels, runs
+from partial_lora.predicted import Predictions
 from partial_lora.report_panels import look
 
 
@@ -36,7 +37,7 @@ def test_every_method_has_a_marker_of_its_own():
 
 def test_points_of_the_front_are_means_at_their_sizes(found):
     frame = runs.table(found)
-    figure = report_figures.pareto(grouping.group(frame))
+    figure = report_figures.pareto(grouping.group(frame)).figure
     cifar, digits = figure.axes
     assert [axes.get_title(loc="left") for axes in (cifar, digits)] == ["cifar10, vit_s14", "digits, vit_s14"]
     points = {
@@ -50,7 +51,7 @@ def test_points_of_the_front_are_means_at_their_sizes(found):
 
 def test_every_method_is_a_row_with_its_interval(found):
     frame = runs.table(found)
-    figure = report_figures.methods(grouping.group(frame), frame)
+    figure = report_figures.methods(grouping.group(frame), frame).figure
     digits = figure.axes[1]
     assert [text.get_text() for text in digits.get_yticklabels()] == [
         "lora",
@@ -66,7 +67,7 @@ def test_what_is_cut_says_so(tmp_path):
     for number in range(report_figures._MOST_ROWS + 2):
         place(tmp_path, record(accuracy=0.9), id=f"{number:02}")
     frame = runs.table(runs.read(tmp_path)[0])
-    (axes,) = report_figures.methods(grouping.group(frame), frame).axes
+    (axes,) = report_figures.methods(grouping.group(frame), frame).figure.axes
     assert axes.get_title(loc="left").endswith(f"({report_figures._MOST_ROWS} of {report_figures._MOST_ROWS + 2})")
     assert len({text.get_text() for text in axes.get_yticklabels()}) == report_figures._MOST_ROWS
 
@@ -75,7 +76,7 @@ def test_bands_reach_over_seeds_and_axes_share_their_steps(tmp_path):
     for seed in (0, 1):
         history = [{"step": step, "loss": step + seed} for step in (1, 5, 9)] + [{"step": 9, "eval_accuracy": 0.5}]
         place(tmp_path, record(seed=seed, history=history))
-    above, below = report_figures.training(runs.read(tmp_path)[0]).axes
+    above, below = report_figures.training(runs.read(tmp_path)[0]).figure.axes
     assert above.lines[0].get_xydata().tolist() == [[1, 1.5], [5, 5.5], [9, 9.5]]
     (extent,) = [band.get_paths()[0].get_extents() for band in above.collections]
     assert (extent.y0, extent.y1) == (1, 10)
@@ -86,8 +87,8 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     for seed in (0, 1):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    compared, _ = comparison_table.table(runs.collect(tmp_path)[0], tmp_path)
-    (axes,) = report_figures.differences(compared).axes
+    compared, _ = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path))
+    (axes,) = report_figures.differences(compared).figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["lora: worse"]
     assert any(line.get_xydata().tolist() == [[pytest.approx(-0.2), 0]] for line in axes.lines)
     assert report_figures.differences(compared.assign(difference=np.nan)) is None
@@ -101,8 +102,9 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
-    compared = comparison_table.table(frame, tmp_path)[0]
-    drawn = gallery.draw(found, frame, grouping.group(frame), compared, tmp_path)
+    predictions = Predictions(tmp_path)
+    compared = comparison_table.table(found, predictions)[0]
+    drawn = gallery.draw(found, grouping.group(frame), compared, predictions, tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
     assert not old.exists()
@@ -113,6 +115,6 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
 
 
 def test_sparsities_stand_in_their_cells(found):
-    figure = report_maps.sparsity(found)
+    figure = report_maps.sparsity(found).figure
     said = [text.get_text() for axes in figure.axes[:2] for text in axes.texts]
     assert said == ["20", "40", "40", "50"]

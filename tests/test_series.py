@@ -8,6 +8,7 @@ from test_comparison_table import leave
 from test_report import budget, place, record
 
 from partial_lora import grouping, runs, series
+from partial_lora.predicted import Predictions
 
 
 def test_the_front_is_what_nothing_beats_at_its_size():
@@ -54,10 +55,10 @@ def test_agreement_of_predictions_is_over_common_seeds(tmp_path):
     leave(tmp_path, "probe", wrong=0, seed=7)
     table = grouping.group(runs.collect(tmp_path)[0])
     order = table["method"].tolist()
-    matrix = series.prediction_agreement(table, tmp_path)
+    matrix = series.prediction_agreement(table, Predictions(tmp_path))
     assert matrix[order.index("partial"), order.index("lora")] == pytest.approx(1 - 30 / 200)
     assert np.isnan(matrix[order.index("partial"), order.index("probe")])
-    assert series.prediction_agreement(table.head(1), tmp_path) is None
+    assert series.prediction_agreement(table.head(1), Predictions(tmp_path)) is None
 
 
 def test_curves_of_a_kind_are_medians_of_what_is_known():
@@ -97,4 +98,5 @@ def test_nothing_is_read_of_broken_predictions(tmp_path):
     leave(tmp_path, "lora", wrong=20)
     for file in tmp_path.rglob("predictions.parquet"):
         file.write_bytes(b"no parquet")
-    assert series.prediction_agreement(grouping.group(runs.collect(tmp_path)[0]), tmp_path) is None
+    table = grouping.group(runs.collect(tmp_path)[0])
+    assert series.prediction_agreement(table, Predictions(tmp_path)) is None
