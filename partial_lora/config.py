@@ -128,7 +128,10 @@ def run_directory(settings: Mapping) -> Path:
 
 
 def calibration_directory(settings: Mapping) -> Path:
-    """Where `partial-lora calibrate` puts the sparsities of a model and task."""
+    """Where `partial-lora calibrate` puts the sparsities of a model and task; each seed that draws has its own."""
+    chosen = settings["calibration"]
+    if chosen["seed"] is None:
+        settings = {**settings, "calibration": {**chosen, "seed": settings["seed"]}}
     names = settings["task"]["name"], settings["model"]["name"], f"{settings['importance']['name']}-{run_id(settings)}"
     return Path(settings["results_dir"]).joinpath("calibrations", *names)
 

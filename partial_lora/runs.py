@@ -104,7 +104,8 @@ def row(result: Mapping, directory: Path) -> dict:
     try:
         config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
         seconds, calibration = result["seconds"], result["calibration"]
-        dense, trainable = parameters["adapter_dense"], parameters["adapter_trainable"]
+        # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
+        dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
         found = {
             "seed": result["seed"],
             "task": config["task"]["name"],
@@ -113,9 +114,9 @@ def row(result: Mapping, directory: Path) -> dict:
             "operating_point": operating_point(result),
             "metric": test["primary"],
             "test": float(test[test["primary"]]),
-            "adapter_parameters": trainable,
+            "adapter_parameters": size,
             "adapter_dense": dense,
-            "share_of_dense": trainable / dense if dense else math.nan,
+            "share_of_dense": size / dense if dense else math.nan,
             "head_parameters": parameters["head"],
             "adapter_sparsity": number(parameters["adapter_sparsity"]),
             "adapter_bytes": _adapter_bytes(result),

@@ -152,7 +152,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         sharded=sharded,
         versions=record["versions"],
         callbacks=[tracking, *aids.callbacks, cost],
-        optimizer=aids.optimizer,
+        final_after=aids.final_after,
         **named(settings["trainer"], *fit.SETTINGS),
     )
     shape, kept = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from partial_lora.budget import Shapes, kept_parameters, masked_units
@@ -85,13 +84,14 @@ def is_calibrated(method: Method) -> bool:
 class Training:
     """What a method adds to training.
 
-    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. optimizer: makes one of learning
-    rate and weight decay, in place of AdamW. said: what the method has to say once it has trained, for result.json.
+    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. final_after: how many steps, of a
+    training of so many, it takes until the adapter has the size it ends with; no earlier checkpoint may be chosen as
+    the best. said: what the method has to say once it has trained, for result.json.
     """
 
     callbacks: Sequence[TrainerCallback] = ()
     penalty: Callable[[], Tensor] | None = None
-    optimizer: Callable[[float, float], Optimizer] | None = None
+    final_after: Callable[[int], int] = lambda steps: 0
     said: Callable[[], dict] = dict
 
     def loss(self, loss: Callable[..., Tensor], parts: int = 1) -> Callable[..., Tensor]:
