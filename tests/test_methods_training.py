@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from configured import inputs
 from method_settings import adapted
 from peft.optimizers import create_lorafa_optimizer
@@ -64,11 +66,49 @@ def steps_of_adalora(model, count: int, total: int, *, start: int = 0, optimizer
         state.global_step = step
         batch = inputs("tiny_vit", seed=step)
         callback.on_step_begin(None, state, control)
-        model(**batch).logits.square().sum().backward()
+        loss, scaler = model(**batch).logits.square().sum(), getattr(optimizer, "scaler", None)
+        (loss if scaler is None else scaler.scale(loss)).backward()
         optimizer.step()
         callback.on_optimizer_step(None, state, control, optimizer=optimizer)
         optimizer.zero_grad()
     return optimizer
+
+
+def scaled(model) -> AcceleratedOptimizer:
+    """AdamW behind a gradient scaler, as Trainer has it in fp16."""
+    Accelerator(cpu=True)
+    trains = [each for each in model.parameters() if each.requires_grad]
+    return AcceleratedOptimizer(torch.optim.AdamW(trains, lr=0.05), scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+
+
+def overflowing(model, steps: set[int]) -> None:
+    """Have the gradients of these steps be none that fp16 can hold."""
+    passes = iter(range(100))
+    weight = next(each for name, each in model.named_parameters() if ".lora_A." in name)
+
+    def grown(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if next(passes) in steps else gradient
+
+    weight.register_hook(grown)
+
+
+@pytest.mark.parametrize("skipped", [{0}, {0, 1, 4}, {7}, {6, 7, 8}])
+def test_a_step_that_the_scaler_skips_tells_the_allocator_nothing(skipped: set[int]) -> None:
+    model, _ = adapted("adalora", "tiny_vit")
+    overflowing(model, skipped)
+    optimizer = steps_of_adalora(model, 10, 10, optimizer=scaled(model))
+    held = [each for state in optimizer.state.values() for each in state.values()]
+    assert all(torch.isfinite(each).all() for each in [*held, *values(model).values()])
+    assert all(state["step"] == 10 - len(skipped) for state in optimizer.state.values())
+    said = methods.training("adalora", model).said()
+    assert 0 < said["ranks"] <= said["target_ranks"]
+
+
+def test_without_one_finite_gradient_there_are_no_ranks_to_choose() -> None:
+    model, _ = adapted("adalora", "tiny_vit")
+    overflowing(model, set(range(10)))
+    with pytest.raises(PartialLoraError, match=r"method=adalora: none of the first 8 steps had finite gradients.*=no"):
+        steps_of_adalora(model, 10, 10, optimizer=scaled(model))
 
 
 def values(model) -> dict[str, torch.Tensor]:
@@ -182,4 +222,34 @@ def test_the_cost_of_a_step_is_watched_without_another_pass() -> None:
     assert kept[1] == kept[3] > 0
     trains = [each for each in model.parameters() if each.requires_grad]
     assert cost.measured()["optimizer_bytes"] == sum(2 * each.nbytes + 4 for each in trains)
-    assert len(cost._seconds) == 3
+    assert len(cost._times) == 3
+    assert 0 < cost.measured()["step_seconds"] < 60
+
+
+def test_on_a_gpu_steps_are_timed_by_its_events_which_nothing_waits_for_in_training(monkeypatch) -> None:
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream) -> None:
+            self.place = len(told)
+            told.append("recorded")
+
+        def synchronize(self) -> None:
+            told.append("waited for")
+
+        def elapsed_time(self, later) -> float:
+            return 500.0 * (later.place - self.place)  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    cost, control = Cost(torch.nn.Linear(1, 1)), TrainerControl()
+    arguments, optimizer = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(state={})
+    for step in range(3):
+        state = TrainerState(max_steps=3, global_step=step)
+        cost.on_step_begin(arguments, state, control)
+        cost.on_step_end(arguments, state, control, optimizer=optimizer)
+    assert told == ["recorded"] * 6
+    assert cost.measured()["step_seconds"] == 0.5

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from partial_lora.budget import Shapes, kept_parameters, masked_units
+from partial_lora.masks import Mask
+from partial_lora.points import AXES
 
 Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]
@@ -61,9 +63,35 @@ class Setting:
         """What masks count: {module: (units of B, units of A)}, and the parameters of a unit."""
         return masked_units(self.shapes, self.rank, self.granularity)
 
+    def masks(self) -> dict[str, dict[str, Mask]]:
+        """The random masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
+        sizes, _ = self.units()
+        draw = Mask.bernoulli if self.count == "bernoulli" else Mask.random
+        return {
+            module: {
+                axis: draw(size, shares[axis], mask_seed=self.mask_seed, module=module, axis=axis)
+                for axis, size in zip(AXES, sizes[module], strict=True)
+            }
+            for module, shares in self.sparsity.items()
+        }
+
+    def counts(self) -> dict[str, int]:
+        """The trainable parameters of `partial` in every module; how many entries Bernoulli keeps, its draw decides."""
+        sizes, parameters = self.units()
+        if self.count == "bernoulli":
+            kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
+            return {module: parameters * count for module, count in kept.items()}
+        return {
+            module: kept_parameters({module: sizes[module]}, parameters, {module: shares})
+            for module, shares in self.sparsity.items()
+        }
+
     def budget(self) -> int:
-        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted."""
-        return kept_parameters(*self.units(), self.sparsity)
+        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted.
+
+        A control that draws Bernoulli masks of its own has them in expectation.
+        """
+        return sum(self.counts().values())
 
 
 Method = Callable[[nn.Module, Setting], PeftModel]
