@@ -6,7 +6,7 @@ is lucky, drops out. Drawing both at once is cautious where examples and seeds v
 little of how much they vary: in simulated experiments with three seeds and 200 examples (`coverage` in
 tests/test_comparison.py), 95 % intervals held the truth in 99.7 % where seeds moved a method's accuracy by 2 points
 (one standard deviation), in 93 % where by 5, and in 84 % where by 10; with ten seeds in 99, 95 and 92 %. Of one seed it
-knows nothing of that, so no verdict is given.
+knows nothing of that, and so nothing is decided.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.runs import LOWER_IS_BETTER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
-ONE_SEED = "one seed"
 _MOST_DRAWS_OF_WHOLE = 1_000
 _COUNTS_AT_ONCE = 2**22  # of examples in draws: 32 MiB, and as much again for the same as floats
 _LEVEL = 0.95
@@ -33,10 +32,10 @@ class Comparison:
 
     low, high: ends of its 95 % interval. verdict: "better" where all of the interval is above zero, "matches" where it
     is above minus the margin, "worse" where it is below zero and not above minus the margin, else "undecided". For a
-    metric where less is better, better is below. Without a margin nothing "matches". Of a single pair of runs the
-    interval is over examples alone, and the verdict is "one seed", whatever it says.
+    metric where less is better, better is below. Without a margin nothing "matches". Of one seed the interval is over
+    examples alone, so whatever it says the verdict is "undecided", and `reason` says why: "one seed".
 
-    seeds: how many both have, of which all numbers are. left_out: those that only one of them has.
+    seeds: how many both have; all numbers are of these. left_out: the seeds that only one of them has.
     """
 
     difference: float
@@ -45,6 +44,7 @@ class Comparison:
     seeds: int
     examples: int
     verdict: str
+    reason: str | None = None
     left_out: tuple[int, ...] = ()
 
 
@@ -78,9 +78,10 @@ def compared(
     low, high = np.quantile(spread, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     sign = -1 if metric in LOWER_IS_BETTER else 1
     ends = sorted([sign * low, sign * high])
-    judged = verdict(*ends, margin if metric not in LOWER_IS_BETTER else None) if len(seeds) > 1 else ONE_SEED
+    reason = "one seed" if len(seeds) == 1 else None
+    judged = "undecided" if reason else verdict(*ends, margin if metric not in LOWER_IS_BETTER else None)
     left_out = tuple(sorted(first.keys() ^ second.keys()))
-    return Comparison(difference, float(low), float(high), len(seeds), len(of_first[0]), judged, left_out)
+    return Comparison(difference, float(low), float(high), len(seeds), len(of_first[0]), judged, reason, left_out)
 
 
 def verdict(low: float, high: float, margin: float | None = MARGIN) -> str:

@@ -66,22 +66,21 @@ def _best(key: tuple[str, ...], records: list[Mapping]) -> dict:
 
 def _shared(key: tuple[str, ...], by_rate: Mapping[float, list[Mapping]]) -> tuple[dict, list[int]]:
     """The settings and seeds that the runs of all rates have; refuses those that differ."""
-    first, *_ = by_rate
-    settings = settings_of(by_rate[first][0]["config"], by_rate[first][0]["calibration"])
-    seeds = [record["seed"] for record in by_rate[first]]
-    for rate, records in by_rate.items():
-        for record in records:
-            for name, own, other in differing(settings, settings_of(record["config"], record["calibration"])):
-                raise PartialLoraError(
-                    f"{named(key)}: {name}={word(own)} at learning rate {first:g}, {word(other)} at {rate:g}: a search "
-                    "must be the same for all; keep runs of other settings in another results_dir"
-                )
-        if (own := [record["seed"] for record in records]) != seeds:
-            raise PartialLoraError(
-                f"{named(key)}: seeds {word(seeds)} at learning rate {first:g}, {word(own)} at {rate:g}: a search must "
-                "be the same for all; run what is missing"
-            )
-    return settings, seeds
+    runs = [(rate, settings_of(each["config"], each["calibration"])) for rate in by_rate for each in by_rate[rate]]
+    first, settings = runs[0]
+    for rate, others in runs:
+        differences = differing(settings, others)
+        if differences:
+            name, own, other = differences[0]
+            values = f"{name}={word(own)} at learning rate {first:g}, {word(other)} at {rate:g}"
+            to_do = "a search must be the same for all; keep runs of other settings in another results_dir"
+            raise PartialLoraError(f"{named(key)}: {values}: {to_do}")
+    seeds = {rate: [record["seed"] for record in records] for rate, records in by_rate.items()}
+    for rate, own in seeds.items():
+        if own != seeds[first]:
+            values = f"seeds {word(seeds[first])} at learning rate {first:g}, {word(own)} at {rate:g}"
+            raise PartialLoraError(f"{named(key)}: {values}: a search must be the same for all; run what is missing")
+    return settings, seeds[first]
 
 
 def _worth(records: list[Mapping]) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from partial_lora.operating_point import NO_POINT, said
 from partial_lora.redaction import redacted
 
 KEY = ("task", "model", "method", "masks", "operating_point")
-_LENGTH = ("trainer.epochs", "trainer.max_steps", "trainer.batch_size")
+_LENGTH = ("epochs", "max_steps", "batch_size")  # of the trainer: how long it trains
 _CALIBRATED = ("importance.", "calibration.", "mask.")  # keys that only a calibrated method reads
 _IN_FILE = ("axes", "scope", "search", "levels", "max_sparsity")  # keys of calibration that a calibration.json has, too
 
@@ -58,25 +58,23 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
     has those that it says of itself, which is not on how many examples it was made.
     """
     shown = redacted(settings)  # as a record has them
-    names, standard = shown["task"].get("members") or (), identity.defaults()
+    if calibration is not None and shown["calibration"].get("file") is not None:
+        shown = {**shown, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
+    names = shown["task"].get("members") or ()
     found = {
         key: value
         for key, value in identity.computed_from(shown).items()
         if identity.plain(key, names) not in _APART and not (calibration is None and key.startswith(_CALIBRATED))
     }
-    if calibration is not None and shown["calibration"].get("file") is not None:
-        own = {f"calibration.{name}": calibration[name] for name in _IN_FILE if name in calibration}
-        found = {key: value for key, value in found.items() if not key.startswith("calibration.")}
-        found |= {key: value for key, value in own.items() if value != standard[key]}
-    flat = identity.flatten(shown)
-    return {key: flat.get(key, standard[key]) for key in _LENGTH} | dict(sorted(found.items()))
+    length = {f"trainer.{name}": shown["trainer"].get(name) for name in _LENGTH}
+    return length | dict(sorted(found.items()))
 
 
 def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
     """Where `settings_of` two runs differ: key and both values; how long they train comes first."""
-    names, standard = [*own.get("task.members", ()), *other.get("task.members", ())], identity.defaults()
-    found = []
-    for key in sorted({*own, *other}, key=lambda each: (each not in _LENGTH, each)):
+    names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
+    standard = identity.defaults() if own != other else {}
+    for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
         default = standard.get(identity.plain(key, names))
         values = own.get(key, default), other.get(key, default)
         if values[0] != values[1]:
@@ -97,13 +95,17 @@ def unevenness(entries: Iterable[Mapping]) -> str | None:
         budget = (
             (f"{key}={word(own)}", f"{key}={word(others)}")
             for key, own, others in differing(other["settings"], entry["settings"])
-            if key in _LENGTH or key.startswith("task.")
+            if _is_length(key) or key.startswith("task.")
         )
         for own, others in (tried, seeds, *budget):
             if own != others:
                 pair = f"{named(key_in(other))} was tuned with {own}, {named(key_in(entry))} with {others}"
                 return f"{pair}: a search must be the same for all"
     return None
+
+
+def _is_length(key: str) -> bool:
+    return key.removeprefix("trainer.") in _LENGTH
 
 
 def key_in(entry: Mapping) -> tuple[str, ...]:
