@@ -12,7 +12,7 @@ from partial_lora import operating_point
     [
         ("threshold 0.9", ["threshold 0.9", "threshold 0.91"], "threshold 0.9"),
         ("threshold 0.6", ["threshold 0.9", "threshold 0.7", "budget 0.6"], "threshold 0.7"),
-        ("threshold 0.8", ["threshold 0.7", "threshold 0.9"], "threshold 0.9"),
+        ("threshold 0.7", ["threshold 0.6", "threshold 0.8"], "threshold 0.8"),  # as near, though not in binary
         ("budget 0.05", ["budget 0.01", "budget 0.13"], "budget 0.13"),  # by ratio; by difference it were 0.01
         ("budget 20,000", ["budget 0.13", "budget 10,000", "budget 2,000,000"], "budget 10,000"),
         ("budget 0.13", ["threshold 0.9", "budget 10,000"], None),

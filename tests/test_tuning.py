@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from searched_rates import RATES, composed, run, search
 
-from partial_lora import config, operating_point, rate_search, record, results, runs, tuning
+from partial_lora import config, rate_search, record, results, runs, tuning
 from partial_lora.errors import PartialLoraError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -194,6 +194,5 @@ def test_experiments_compose(file: Path) -> None:
     assert compared["trainer"]["learning_rate"] == 3e-3
 
 
-def test_words_that_two_layers_have_are_the_same() -> None:
-    assert operating_point.NO_POINT == runs.NONE
+def test_metrics_where_less_is_better_are_those_of_reports() -> None:
     assert set(rate_search._LOWER_IS_BETTER) == runs.LOWER_IS_BETTER
