@@ -52,7 +52,7 @@ def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     these the most runs. Of a method's own settings (learning rate, few-shot data) the tuned ones, and of these those of
     the most runs.
     """
-    found = runs[[as_ever(config) for config in runs["config"]]]
+    found = runs[runs["config"].map(as_ever).astype(bool)]
     found = found.assign(
         conditions=[_words(config, _CONDITIONS) for config in found["config"]],
         rows=[_training_rows(config) for config in found["config"]],

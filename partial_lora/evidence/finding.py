@@ -63,6 +63,7 @@ def measured(row: Mapping | None) -> str:
         return "no runs of both"
     tasks = f"on {row['task']}" if row["tasks"] == 1 else f"on average over {row['tasks']:.0f} tasks"
     drawn = "1 seed" if row["seeds"] == 1 else f"{row['seeds']:.0f} seeds"
+    drawn = f"at least {drawn} each" if row["tasks"] > 1 else drawn
     return f"{row['first']} − {row['second']} {said(row)} points {tasks}, {drawn}"
 
 

@@ -24,8 +24,8 @@ CLAIM = "each layer's sparsity can be found by itself, from few-shot data and th
 JOINT, REPAIR = "joint", "repair"
 _PLACE = ["task", "model", "importance", "operating_point"]
 _NOTES = (
-    "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the 95 % "
-    "interval of the mean over calibrations (Student's t).",
+    "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
+    "95 % interval of the mean over calibrations (Student's t).",
     "seconds: of calibrations that were made, not those found in the cache.",
 )
 
@@ -152,20 +152,18 @@ def verdict(numbers: pd.DataFrame) -> str:
     """Whether the model still scores 90 % with all sparsities at once, as it does with each of them alone."""
     claim = "With every module's sparsity at once the frozen model keeps 90 % of its score, as with each alone"
     rows = [row for row in _part(numbers, JOINT) if row["operating_point"] == THRESHOLD]
-    wanted = float(THRESHOLD.split()[1])
     if not rows:
         return finding.sentence(claim, f"{finding.OPEN}, no calibrations at threshold 0.9", table="table 5")
-    least, most = (pick(rows, key=lambda row: row["ratio"]) for pick in (min, max))
-    known = not any(math.isnan(row["low"]) for row in rows)
-    said, shown = finding.OPEN, most
-    if known and all(row["high"] < wanted for row in rows):
-        said = finding.FAILS
-    elif known and all(row["low"] >= wanted for row in rows):
-        said, shown = finding.HOLDS, least
+    rows = [row for row in rows if not math.isnan(row["low"])] or rows  # of one calibration there is no interval
+    wanted = float(THRESHOLD.split()[1])
+    holds = all(row["low"] >= wanted for row in rows)
+    fails = all(row["high"] < wanted for row in rows)
+    said = finding.HOLDS if holds else finding.FAILS if fails else finding.OPEN
+    shown = (min if holds else max)(rows, key=lambda row: row["ratio"])
     ends = "" if math.isnan(shown["low"]) else f" [{shown['low']:.1%}, {shown['high']:.1%}]"
-    word = "at least" if shown is least and said == finding.HOLDS else "at most"
-    tasks = "" if len(rows) == 1 else f", {word} of {len(rows)} calibrated tasks and measures"
-    where = f"{shown['ratio']:.1%}{ends} on {shown['task']} ({shown['importance']}, {_calibrations_said(shown['n'])}){tasks}"
+    tasks = "" if len(rows) == 1 else f", the {'least' if holds else 'most'} of {len(rows)} tasks and measures"
+    of = f"{shown['importance']}, {_calibrations_said(shown['n'])}"
+    where = f"{shown['ratio']:.1%}{ends} on {shown['task']} ({of}){tasks}"
     found = [row for row in numbers.to_dict("records") if row["part"] == "reliability"]
     more = [f"the sparsities' split-half reliability is {found[0]['value']:.2f} on {found[0]['task']}"] if found else []
     return finding.sentence(claim, f"{said}, {where}", *more, table="table 5")

@@ -16,7 +16,7 @@ from partial_lora.evidence.differences import plain
 from partial_lora.evidence.recorded import COSTS, POINTS, Evidence, at_points
 
 TITLE = "Table 7: time, memory and bytes"
-CLAIM = "fewer trainable parameters are worth having."
+CLAIM = "what is saved is counted in trainable parameters."
 METHODS = ("lora", "partial", "dora", "vera", "adalora", "lorafa", "random_weights", "low_rank", "full")
 BENCH, RUNS = "bench", "runs"
 OURS = "rows_columns"
