@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from evidence_records import EXAMPLES, leave
 
+from partial_lora import evidence
 from partial_lora.evidence import finding, pivot, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -55,8 +57,8 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(place: Path) -> dict:
-    evidence = tables.gather(place)
-    return {name: make(evidence) for name, make in tables.TABLES.items()}
+    found = tables.gather(place)
+    return {name: make(found) for name, make in tables.TABLES.items()}
 
 
 def row_of(frame: pd.DataFrame, **where: object) -> dict:
@@ -93,7 +95,8 @@ def test_a_method_without_a_task_has_no_average(tmp_path: Path) -> None:
     assert np.isnan(means["partial"])
     shown = next(iter(table.shown.values())).set_index("method")
     assert shown.loc["partial", ["a", "b", "average"]].tolist() == ["90.00", "–", "–"]
-    assert "vit, b: partial svd threshold 0.9" in table.missing
+    targeted = "targeted svd budget 0.13, targeted svd threshold 0.9, partial svd budget 0.13"
+    assert table.missing == (f"vit, a: {targeted}", f"vit, b: {targeted}, partial svd threshold 0.9")
 
 
 def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
@@ -169,7 +172,10 @@ def test_the_frozen_model_stands_beside_causal_runs(made: dict) -> None:
     assert (row["mean"], row["model"]) == (0.61, "lm")
     shown = next(iter(made["table3"].shown.values())).set_index("method")
     assert shown["piqa"].to_dict() == {"zero-shot": "61.00", "lora": "65.00", "partial": "63.00"}
-    assert {"sst2: no runs; make reproduce-table3", "lm, piqa: partial svd budget 0.13"} <= set(made["table3"].missing)
+    assert {
+        "sst2: no runs; make reproduce-table3",
+        "lm, piqa: targeted svd budget 0.13, targeted svd threshold 0.9, partial svd budget 0.13",
+    } <= set(made["table3"].missing)
 
 
 def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> None:
@@ -179,7 +185,7 @@ def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> Non
     assert rows.loc["uniform", "partial is"] == "better"
     assert rows.loc["partial", ["partial is", "reliability", "n"]].tolist() == ["–", "0.75", "3"]
     assert "cifar10" not in set(made["table4"].numbers["task"])  # it has no controls
-    assert "vit, digits: inverted svd budget 0.13" in made["table4"].missing
+    assert made["table4"].missing[0].startswith("vit, digits: inverted svd budget 0.13, low_rank svd budget 0.13, ")
 
 
 def test_members_stand_beside_runs_of_their_own(made: dict) -> None:
@@ -241,7 +247,17 @@ def test_files_are_written_with_their_command_and_numbers(place: Path, capsys) -
     assert "−" not in written.split("\n", 2)[2]
     said = capsys.readouterr().out
     assert f"wrote {place / 'tables' / 'table4.csv'}" in said
-    assert "missing: vit, digits: inverted svd budget 0.13" in said
+    assert "missing: vit, digits: inverted svd budget 0.13, " in said
+
+
+def test_figures_are_made_where_tables_are(tmp_path: Path, monkeypatch, capsys) -> None:
+    asked = []
+    drawn = types.SimpleNamespace(make=lambda *arguments: asked.append(arguments) or [tmp_path / "fig2.png"])
+    monkeypatch.setitem(sys.modules, "partial_lora.evidence.figures", drawn)
+    monkeypatch.setattr(evidence, "figures", drawn, raising=False)
+    assert reproduce.main(["fig2", "--results", str(tmp_path)]) == 0
+    assert asked == [("fig2", tmp_path, tmp_path / "figures")]
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'fig2.png'}\n"
 
 
 def test_claims_are_one_sentence_a_table(place: Path, made: dict, capsys) -> None:

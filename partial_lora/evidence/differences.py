@@ -94,9 +94,9 @@ def of_differences(numbers: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(shown: pd.DataFrame) -> pd.DataFrame:
-    """Without the columns that say where runs are of which all rows say the same, or nothing."""
+    """Without the columns of where runs are from that say the same in all rows that say something."""
     where = [name for name in ("model", "mixture", "importance") if name in shown]
-    same = [name for name in where if shown[name].isin(["", NONE]).all() or shown[name].nunique() == 1]
+    same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
     return shown.drop(columns=same)
 
 

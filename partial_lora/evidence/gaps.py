@@ -9,7 +9,6 @@ import pandas as pd
 from partial_lora.runs import NONE
 
 UNCALIBRATED = ("lora", "dora", "vera", "adalora", "lorafa", "full", "probe")
-_MOST_SAID = 12
 
 
 def rows(methods: Iterable[str], points: Sequence[str], importance: Sequence[str] = ("svd",)) -> list[tuple[str, ...]]:
@@ -24,7 +23,7 @@ def rows(methods: Iterable[str], points: Sequence[str], importance: Sequence[str
 
 
 def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequence[str], how: str) -> list[str]:
-    """A line for every task without a run, and for every row and seed that a task lacks of what its others have.
+    """A line for every task without a run, and for every one that lacks rows, or seeds that its other rows have.
 
     tasks: those that are planned, beside those of the runs. how: the command that makes the runs.
     """
@@ -34,13 +33,13 @@ def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequen
     for (model, mixture, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
         seeds = set(part["seed"])
         have = {key: set(own["seed"]) for key, own in part.groupby(["method", "importance", "operating_point"])}
-        where = f"{model}, {f'{mixture}: ' if mixture else ''}{task}"
+        lacking = []
         for row in wanted:
-            named = " ".join(word for word in (row[0], *(each for each in row[1:] if each != NONE)))
-            lacking = sorted(seeds - have.get(row, set()))
+            named = " ".join(word for word in row if word != NONE)
             if row not in have:
-                lines.append(f"{where}: {named}")
-            elif lacking:
-                lines.append(f"{where}: {named}, seed {', '.join(map(str, lacking))}")
-    more = [f"and {len(lines) - _MOST_SAID} more; {how}"] if len(lines) > _MOST_SAID else []
-    return lines[:_MOST_SAID] + more
+                lacking.append(named)
+            elif fewer := sorted(seeds - have[row]):
+                lacking.append(f"{named} seed {' '.join(map(str, fewer))}")
+        if lacking:
+            lines.append(f"{model}, {f'{mixture}, ' if mixture else ''}{task}: {', '.join(lacking)}")
+    return lines

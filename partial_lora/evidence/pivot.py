@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,8 @@ from partial_lora.runs import LOWER_IS_BETTER, NONE, SHARES
 
 PART = "score"
 ROW = ["model", "mixture", "importance", "operating_point", "method"]
+_PLACE = ["model", "mixture"]
+_TESTED, _TRAINED = "Test score (of shares in %), mean ± deviation", "Trainable adapter parameters (share of dense)"
 _DRAWS = 2_000
 _SATURATED = 0.98
 
@@ -30,12 +32,12 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
     sizes = {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
     found = runs.groupby([*ROW, "task"], sort=False).agg(**columns, **sizes).reset_index()
-    found = found.sort_values(ROW, kind="stable", key=_order).assign(part=PART)
+    found = ordered(found).assign(part=PART)
     marked = best(runs)
     found["best"] = [key in marked for key in zip(*(found[name] for name in (*ROW, "task")), strict=True)]
     averages = [
         _average(row, of_row, wanted)
-        for _, place in found.groupby(["model", "mixture"], sort=False)
+        for _, place in found.groupby(_PLACE, sort=False)
         if len(wanted := list(dict.fromkeys(place["task"]))) > 1 and not set(place["metric"]) & LOWER_IS_BETTER
         for row, of_row in place.groupby(ROW, sort=False)
     ]
@@ -57,7 +59,7 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
     not calibrated, and these are set beside all. What has kept no predictions, or nothing beside it, is not marked.
     """
     found = set()
-    for place, part in runs.groupby(["model", "mixture", "task"], sort=False):
+    for place, part in runs.groupby([*_PLACE, "task"], sort=False):
         rows = dict(iter(part.groupby(ROW, sort=False)))
         for row, own in rows.items():
             beside = [key for key in rows if key != row and (NONE in (key[3], row[3]) or key[3] == row[3])]
@@ -88,22 +90,33 @@ def _beats(own: pd.DataFrame, other: pd.DataFrame) -> bool:
 
 
 def readable(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Two tables, of what was scored and of what was trained, methods by tasks."""
-    numbers = numbers[numbers["part"] == PART] if len(numbers) else numbers
-    if numbers.empty:
-        return {}
+    """Two tables for each model (and mixture), of what was scored and of what was trained, methods by tasks."""
+    numbers = ordered(numbers[numbers["part"] == PART]) if len(numbers) else numbers
+    shown = {}
+    places = list(numbers.groupby(_PLACE, sort=False)) if len(numbers) else []
+    for place, of_place in places:
+        where = "" if len(places) == 1 else f", {', '.join(name for name in place if name)}"
+        for title, cells in {_TESTED: _score, _TRAINED: _size}.items():
+            shown[title + where] = _methods_by_tasks(of_place, cells)
+    return shown
+
+
+def _methods_by_tasks(numbers: pd.DataFrame, cells: Callable[[Mapping | None], str]) -> pd.DataFrame:
     tasks = [*dict.fromkeys(numbers.loc[numbers["task"] != AVERAGE, "task"])]
     tasks += [AVERAGE] if AVERAGE in set(numbers["task"]) else []
-    tested, sizes = [], []
+    rows = []
     for row, part in numbers.groupby(ROW, sort=False):
-        named = dict(zip(("model", "mixture", "importance", "operating point", "method"), row, strict=True))
         by_task = {each["task"]: each for each in part.to_dict("records")}
-        counted = sorted({int(each["n"]) for each in by_task.values() if each["task"] != AVERAGE and each["n"]})
-        named["n"] = "–".join(dict.fromkeys(map(str, (counted or [NONE])[:: max(1, len(counted) - 1)])))
-        tested.append(named | {task: _score(by_task.get(task)) for task in tasks})
-        sizes.append(named | {task: _size(by_task.get(task)) for task in tasks})
-    titles = ("Test score (of shares in %), mean ± standard deviation", "Trainable adapter parameters (share of dense)")
-    return {title: plain(pd.DataFrame(rows)) for title, rows in zip(titles, (tested, sizes), strict=True)}
+        named = dict(zip(("model", "mixture", "importance", "operating point", "method"), row, strict=True))
+        rows.append(named | {"n": _counted(part)} | {task: cells(by_task.get(task)) for task in tasks})
+    return plain(pd.DataFrame(rows))
+
+
+def _counted(part: pd.DataFrame) -> str:
+    """How many runs a task has: the fewest and the most; none of a score that no run has."""
+    counts = part.loc[(part["task"] != AVERAGE) & (part["n"] > 0), "n"]
+    ends = dict.fromkeys([f"{counts.min():.0f}", f"{counts.max():.0f}"]) if len(counts) else [NONE]
+    return "–".join(ends)
 
 
 def _score(row: Mapping | None) -> str:
@@ -129,10 +142,14 @@ def saturated(numbers: pd.DataFrame, without: Collection[str] = ("probe",)) -> l
     return lowest.index[lowest >= _SATURATED].tolist()
 
 
-def _order(column: pd.Series) -> pd.Series:
-    if column.name != "operating_point":
-        return column
-    return column.map(point_order)
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows by model, mixture and operating point, and then by method."""
+    points = rows["operating_point"].map(point_order)
+    return (
+        rows.assign(_point=points)
+        .sort_values([*_PLACE, "_point", "importance", "method"], kind="stable")
+        .drop(columns="_point")
+    )
 
 
 def point_order(point: str) -> tuple[int, float]:
