@@ -53,7 +53,7 @@ def leave(
     config = copy.deepcopy(_CONFIG)
     for group, own in (settings or {}).items():
         config[group] |= own
-    config["method"]["name"] = method
+    config |= {"seed": seed, "method": config["method"] | {"name": method}}
     config["calibration"]["budget"] = budget
     calibrated = method not in UNCALIBRATED
     primary = {"primary": "accuracy", "accuracy": 1 - wrong / EXAMPLES} if metrics is None else metrics

@@ -1,1 +1,1 @@
-"""The paper's claims beside what finished runs say of them: tables, figures, and a sentence for each claim."""
+"""The evidence: what the paper claims, as tables and figures of finished runs."""

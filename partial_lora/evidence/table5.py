@@ -51,8 +51,9 @@ def make(evidence: Evidence) -> Artefact:
 
 def joint(runs: pd.DataFrame) -> pd.DataFrame:
     """For each task and point: what share of its score the frozen model keeps with all sparsities at once."""
-    known = runs.assign(ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
-    known = known.drop_duplicates([*_PLACE, "seed"])  # of a mixture the members share one
+    task = runs["task"].where(runs["mixture"] == "", runs["mixture"])  # whose members share a calibration
+    known = runs.assign(task=task, ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
+    known = known.drop_duplicates([*_PLACE, "seed"])
     found = known.groupby(_PLACE, sort=False).agg(
         n=("seed", "size"),
         baseline=("baseline", "mean"),
@@ -78,7 +79,7 @@ def _calibrations(evidence: Evidence) -> Iterable[dict]:
 
 
 def repairs(records: Iterable[dict]) -> pd.DataFrame:
-    """What a repair did to the joint score, and how many of its steps that took."""
+    """What repairs did to the joint score, and how many steps that took, means over calibrations."""
     rows = []
     for record in records:
         config, calibration = record["config"], record["calibration"]
@@ -88,6 +89,7 @@ def repairs(records: Iterable[dict]) -> pd.DataFrame:
         rows.append(
             {
                 "part": REPAIR,
+                "seed": config["seed"],
                 "task": config["task"]["name"],
                 "model": config["model"]["name"],
                 "importance": config["importance"]["name"],
@@ -99,7 +101,11 @@ def repairs(records: Iterable[dict]) -> pd.DataFrame:
                 "kept": 1 - number(parameters.get("adapter_sparsity")),
             }
         )
-    return pd.DataFrame(rows).drop_duplicates() if rows else pd.DataFrame()
+    if not rows:
+        return pd.DataFrame()
+    means = {name: (name, "mean") for name in ("baseline", "before", "joint", "steps", "kept")}
+    found = pd.DataFrame(rows).drop_duplicates().groupby(["part", *_PLACE], sort=False)  # methods share a calibration
+    return found.agg(n=("seed", "size"), **means).reset_index()
 
 
 def shown_joint(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -129,10 +135,11 @@ def shown_repair(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     rows = [
         {
             **{name.replace("_", " "): row[name] for name in _PLACE},
+            "n": f"{row['n']:.0f}",
             "intact": cell(row["baseline"], ".4f"),
             "before": cell(row["before"], ".4f"),
             "after": cell(row["joint"], ".4f"),
-            "steps": cell(row["steps"], ",.0f"),
+            "steps": cell(row["steps"], ",.1f"),
             "parameters kept": cell(row["kept"], ".1%"),
         }
         for row in _part(numbers, REPAIR)

@@ -15,14 +15,14 @@ TABLES: dict[str, Callable[[Evidence], Artefact]] = {
     module.__name__.rpartition(".")[2]: module.make
     for module in (table1, table2, table3, table4, table5, table6, table7)
 }
-ELSEWHERE = "causal"  # runs of causal models that were made beside a preset's, in results/causal
+_BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
 
 
 def gather(results_dir: Path) -> Evidence:
-    """The evidence in a results directory, and in results/causal beside it."""
+    """The evidence in a preset's results directory, and in what lies beside it."""
     results_dir = Path(results_dir)
-    beside = results_dir.parent / ELSEWHERE
-    runs, problems = collect(results_dir, *([beside] if beside.resolve() != results_dir.resolve() else []))
+    beside = [results_dir.parent / name for name in _BESIDE.get(results_dir.name, ())]
+    runs, problems = collect(results_dir, *beside)
     kept, notes = comparable(runs)
     return Evidence(results_dir, runs, kept, (*problems, *notes))
 
