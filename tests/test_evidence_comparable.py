@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from evidence_records import leave
+from table_records import leave
 
 from partial_lora.evidence.comparable import comparable
 from partial_lora.evidence.recorded import COLUMNS, Evidence, collect

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_records import EXAMPLES, leave
+from table_records import EXAMPLES, leave
 
 from partial_lora import evidence
 from partial_lora.evidence import finding, pivot, tables
