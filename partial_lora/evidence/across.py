@@ -126,9 +126,8 @@ def _told(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | Compariso
             return None
         try:
             of_examples = per_example(first[seeds[0]], pair.metric) is not None
-            found = compared(
-                first, second, pair.metric, draws=1 if of_examples else 1_000
-            )  # of other examples: refused
+            # For means over examples this only refuses predictions of other examples.
+            found = compared(first, second, pair.metric, draws=1 if of_examples else 1_000)
             if not of_examples:
                 return found if len(pairs) == 1 else None
             values = [[per_example(side[seed], pair.metric) for seed in seeds] for side in (first, second)]
