@@ -40,7 +40,7 @@ def importance(
         modules=targets,
         draws=draws,
         head=head,
-        seed=settings["calibration"]["seed"],
+        seed=loading.calibration_seed(settings),
         options=options,
         new_head=loading.has_new_head(settings["model"]),
         sizes=task.sizes,
@@ -50,20 +50,22 @@ def importance(
 def asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
     """What is asked of the few-shot draws (`calibrate_few_shot`)."""
     chosen, measure = settings["calibration"], settings["importance"]["name"]
+    seed = loading.calibration_seed(settings)
     return {
+        "seed": seed,
         "scores": scores,
         "draws": draws,
         "peers": peers,
         "rank": settings["method"]["rank"],
         "granularity": settings["mask"]["granularity"],
-        "importance": {"seed": chosen["seed"]} | named(settings["importance"], "name", *OPTIONS[measure]),
+        "importance": {"seed": seed} | named(settings["importance"], "name", *OPTIONS[measure]),
         "architecture": named(settings["model"], "architecture", "model_args"),
         "new_head": loading.has_new_head(settings["model"]),
         "sizes": task.sizes,
         "drawn": loading.drawn_by(settings),
         "score": loading.calibration_score(settings, task),
         **named(settings["model"], "head", "blocks"),
-        **named(chosen, "seed", "threshold", "budget", "levels", "max_sparsity", "search"),
+        **named(chosen, "threshold", "budget", "levels", "max_sparsity", "search"),
         **named(chosen, "axes", "scope", "repair", "chance", "memory"),
     }
 

@@ -86,7 +86,7 @@ def readable(found: pd.DataFrame) -> pd.DataFrame:
         "n": [_seeds(*each) for each in zip(found["n"], found["pairs"], strict=True)],
         "test": [measured(*each) for each in tests],
         "difference [95 %]": [_interval(*each) for each in ends],
-        "verdict": found["verdict"].where(found["group"] != found["reference"], "reference").fillna(NONE),
+        "verdict": [_verdict(row) for row in found.itertuples()],
         "adapter parameters": [cell(value, ",.0f") for value in found["adapter_parameters"]],
         "of dense": [cell(value, ".1%") for value in found["share_of_dense"]],
         "adapter file (KB)": [cell(value / 1e3, ",.0f") for value in found["adapter_bytes"]],
@@ -114,6 +114,14 @@ def _ids(groups: pd.Series) -> pd.Series:
 def _seeds(n: int, pairs: float) -> str:
     """How many seeds a row has, and how many of them its difference is over where these are fewer."""
     return str(n) if math.isnan(pairs) or pairs == n else f"{pairs:.0f} of {n}"
+
+
+def _verdict(row: tuple) -> str:
+    if row.group == row.reference:
+        return "reference"
+    if not isinstance(row.verdict, str):
+        return NONE
+    return row.verdict + (f" ({row.reason})" if isinstance(row.reason, str) else "")
 
 
 def _interval(share: bool, difference: float, low: float, high: float) -> str:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from partial_lora.comparison import compared
 from partial_lora.conditions import conditions, differences
-from partial_lora.config import flatten
 from partial_lora.errors import PartialLoraError
+from partial_lora.identity import flatten
 from partial_lora.predicted import Predictions
 from partial_lora.runs import NONE, Run, number
 
@@ -118,7 +118,7 @@ def _compared_with(
             pair = (predictions.of(each.name, _seeds(each), metric) for each in (other, base))
             found = compared(*pair, metric)
             row |= {"difference": found.difference, "low": found.low, "high": found.high}
-            row |= {"verdict": found.verdict, "pairs": found.seeds, "examples": found.examples}
+            row |= {"verdict": found.verdict, "reason": found.reason, "pairs": found.seeds, "examples": found.examples}
         except (PartialLoraError, ValueError, KeyError) as error:
             problems.setdefault(" ".join(str(error).split()), []).append(other.name)
     return rows

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from functools import cache
 
-from partial_lora.config import changed_settings, default_settings
+from partial_lora import identity
 
 _OF_METHODS = ("method.", "calibration.", "mask.", "importance.")  # what makes a method that method
-_PER_METHOD = {"trainer.learning_rate", "trainer.tuned"}  # what every method may have its own of
+_PER_METHOD = {"trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere"}  # what each may have its own of
 _MOST_NAMED = 4
 
 
@@ -20,11 +20,14 @@ def conditions(settings: Mapping) -> dict[str, object]:
     Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
     and what changes no result. Keys that are newer than a record are what the schema has.
     """
-    return {
-        key: value
-        for key, plain, value in changed_settings(settings, _defaults())
-        if plain not in _PER_METHOD and not plain.startswith(_OF_METHODS)
-    }
+    standard, names = _defaults(), list(settings["task"].get("members") or ())
+    found: dict[str, object] = {"task.members": names} if names else {}
+    for key, value in identity.flatten(settings).items():
+        plain = identity.plain(key, names)
+        own = plain in identity.NOT_SETTINGS or plain in _PER_METHOD or plain.startswith(_OF_METHODS)
+        if not own and value != standard.get(plain):
+            found[key] = value
+    return found
 
 
 def digest(found: Mapping[str, object]) -> str:
@@ -43,7 +46,7 @@ def differences(one: Mapping[str, object], other: Mapping[str, object]) -> str:
 
 @cache
 def _defaults() -> Mapping[str, object]:
-    return default_settings()
+    return identity.defaults()
 
 
 def _word(value: object) -> str:

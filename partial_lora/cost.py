@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -14,20 +15,24 @@ from transformers import TrainerCallback
 
 from partial_lora.activations import kept_by_forward, storages, tensors_in, total
 
+_TIMED = 1000  # steps, the last ones, that the median is of
 _WARM = 2  # the step at which what lasts exists, and nothing is any more made for the first time
+
+Moment = float | torch.cuda.Event  # seconds, or a place in the queue of a GPU
 
 
 class Cost(TrainerCallback):
     """Watches training: how long its steps take, what its optimizer holds, what one forward pass keeps.
 
     Bytes of the first pass of the second step, or of the first where there is no other, in this process: no pass is
-    made and no random number drawn for it. That step's time is left out, if it is not the only one.
+    made and no random number drawn for it. That step's time is left out, if it is not the only one. On a GPU times are
+    its own, between two events in its queue: nothing waits for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seconds: list[float] = []
-        self._began, self._steps = 0.0, 0
+        self._times: deque[tuple[Moment, Moment]] = deque(maxlen=_TIMED)
+        self._began, self._steps = None, 0
         self._saved = self._optimizer = None
         self._watching = ExitStack()
 
@@ -38,12 +43,12 @@ class Cost(TrainerCallback):
         self._began = _now(args.device)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        taken = _now(args.device) - self._began
+        ended = _now(args.device)
         self._watching.close()
         if self._optimizer is None:
             self._optimizer = optimizer_bytes(optimizer)
-        if self._steps != _WARM or not self._seconds:
-            self._seconds.append(taken)
+        if self._steps != _WARM or not self._times:
+            self._times.append((self._began, ended))
 
     def _watch(self, kind: str) -> None:
         """Count what the next forward pass keeps."""
@@ -63,7 +68,7 @@ class Cost(TrainerCallback):
         """For result.json: bytes, and the median of the steps' seconds; None for what no step has shown."""
         return {
             "optimizer_bytes": self._optimizer,
-            "step_seconds": median(self._seconds) if self._seconds else None,
+            "step_seconds": median(_between(*step) for step in self._times) if self._times else None,
             "saved_activation_bytes": self._saved and self._saved.bytes,
         }
 
@@ -78,8 +83,18 @@ def file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _now(device: torch.device) -> Moment:
+    """Where the device is once it has done what it was given."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(began: Moment, ended: Moment) -> float:
+    """Seconds."""
+    if isinstance(ended, float):
+        return ended - began
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000

@@ -43,9 +43,10 @@ class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
     a step. Evaluation leaves none out.
     """
 
-    def __init__(self, *, length_grouped: bool, **settings) -> None:
+    def __init__(self, *, length_grouped: bool, final_after: Callable[[int], int], **settings) -> None:
         super().__init__(**settings)
         self._length_grouped = length_grouped
+        self._final_after = final_after
 
     @property
     def _batch_size(self) -> int:
@@ -80,8 +81,11 @@ class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
     def _determine_best_metric(self, metrics, trial):
         """Of checkpoints that select equally well, the one with the least loss.
 
-        With few validation rows many are equal, and the first of them is one that has hardly been trained.
+        With few validation rows many are equal, and the first of them is one that has hardly been trained. One in which
+        the method has not come to its final size is none to choose; the last always has, and is measured.
         """
+        if self.state.global_step < self._final_after(self.state.max_steps):
+            return False
         state, value = self.state, metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
         losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
@@ -135,19 +139,19 @@ def trainer(
     callbacks: Sequence[TrainerCallback] = (),
     gradient_accumulation_steps: int = 1,
     sharded: bool = False,
-    optimizer: Callable[[float, float], torch.optim.Optimizer] | None = None,
+    final_after: Callable[[int], int] = lambda steps: 0,
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
-    AdamW (or what `optimizer` makes of learning rate and weight decay), a cosine schedule after linear warm-up,
-    gradients clipped to `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and
-    the parts that each computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint
-    kept every `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same
-    `versions` of libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of
-    equals the loss. `collate` makes a batch of rows, `loss` its loss, and `reduce(logits, labels)` what is kept of an
-    evaluation's logits. Where `length_grouped`, rows have a column `length`, and those of like length are put in one
-    batch. `reads_tokens`: tokens are counted, so that progress tells how many a second. `sharded`: parameters are
-    shared out over the processes. `callbacks`: more.
+    AdamW without decay of biases and norms, a cosine schedule after linear warm-up, gradients clipped to
+    `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and the parts that each
+    computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every
+    `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same `versions` of
+    libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of equals the loss;
+    none before step `final_after(steps)` is chosen. `collate` makes a batch of rows, `loss` its loss, and
+    `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows have a column
+    `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that progress tells
+    how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
     """
     parts = world_size * gradient_accumulation_steps
     times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
@@ -208,6 +212,7 @@ def trainer(
         versions=versions,
         keep=save_total_limit,
         length_grouped=length_grouped,
+        final_after=final_after,
         model=model,
         args=arguments,
         train_dataset=train,
@@ -217,7 +222,6 @@ def trainer(
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
         callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
-        optimizers=(None if optimizer is None else optimizer(learning_rate, weight_decay), None),
     )
     if sharded:
         fsdp.reduce_in_float32(fit)

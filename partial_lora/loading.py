@@ -161,12 +161,18 @@ def drawn_by(settings: Mapping) -> dict:
     return named(chosen, "share" if by_share else "shots", "max_samples")
 
 
+def calibration_seed(settings: Mapping) -> int:
+    """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
+    own = settings["calibration"]["seed"]
+    return settings["seed"] if own is None else own
+
+
 def draws_of(settings: Mapping, rows: Dataset, **changes: int) -> Draws:
     """The few-shot draws of training rows; `changes` are of `shots`, which then count, and of `seed`."""
     drawn = drawn_by(settings)
     if "shots" in changes:
         drawn.pop("share", None)
-    asked = {"seed": settings["calibration"]["seed"]} | drawn | changes
+    asked = {"seed": calibration_seed(settings)} | drawn | changes
     if settings["task"].get("members"):
         return tasks.member_draws(rows, list(settings["task"]["members"]), **asked)
     return tasks.few_shot_draws(tasks.drawn_from(rows), **asked)

@@ -16,9 +16,10 @@ import pandas as pd
 from partial_lora import wellformed
 from partial_lora.conditions import conditions, digest
 from partial_lora.errors import PartialLoraError
+from partial_lora.operating_point import NO_POINT, said
 from partial_lora.results import ADAPTER, RESULT
 
-NONE = "–"  # for what does not apply
+NONE = NO_POINT  # for what does not apply
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # metrics that are read as percentages
 LOWER_IS_BETTER = {"mse", "perplexity"}
 ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
@@ -110,7 +111,8 @@ def row(result: Mapping, directory: Path) -> dict:
     try:
         config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
         seconds, calibration = result["seconds"], result["calibration"]
-        dense, trainable = parameters["adapter_dense"], parameters["adapter_trainable"]
+        # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
+        dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
         wellformed.check(result)
         found = {
             "seed": result["seed"],
@@ -120,9 +122,9 @@ def row(result: Mapping, directory: Path) -> dict:
             "operating_point": operating_point(result),
             "metric": test["primary"],
             "test": float(test[test["primary"]]),
-            "adapter_parameters": trainable,
+            "adapter_parameters": size,
             "adapter_dense": dense,
-            "share_of_dense": trainable / dense if dense else math.nan,
+            "share_of_dense": size / dense if dense else math.nan,
             "head_parameters": parameters["head"],
             "adapter_sparsity": number(parameters["adapter_sparsity"]),
             "adapter_bytes": _adapter_bytes(result),
@@ -162,8 +164,7 @@ def operating_point(result: Mapping) -> str:
     chosen = result["config"]["calibration"]
     if chosen.get("file"):  # the file's own point, whatever the settings beside it say
         chosen = result["calibration"]
-    key = "threshold" if chosen.get("budget") is None else "budget"
-    return f"{key} {chosen[key]:g}" if chosen[key] <= 1 else f"{key} {chosen[key]:,.0f}"
+    return said(chosen)
 
 
 def _adapter_bytes(result: Mapping) -> float:

@@ -42,7 +42,7 @@ class CalibrationConfig:
     shots: int = 16
     share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
     max_samples: Optional[int] = None
-    seed: int = 0
+    seed: Optional[int] = 0  # of the few-shot draws and of measures that draw; null: the run's seed
     file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
     levels: float = 0.05
     max_sparsity: float = 0.95
@@ -67,7 +67,8 @@ class CalibrationConfig:
             )
         require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
         require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
-        require(self.seed >= 0, "calibration.seed", self.seed, "0 or more")
+        drawn_by = self.seed is None or self.seed >= 0
+        require(drawn_by, "calibration.seed", self.seed, "0 or more, or null for the run's seed")
         require(
             self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
         )

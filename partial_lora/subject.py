@@ -84,7 +84,7 @@ class Subject:
             modules=list(self.shapes),
             draws=draws,
             head=self._settings["model"]["head"],
-            seed=self._settings["calibration"]["seed"] if seed is None else seed,
+            seed=loading.calibration_seed(self._settings) if seed is None else seed,
             options=named(self._settings["importance"], *OPTIONS[measure]),
             new_head=self._new_head,
         )
@@ -94,7 +94,8 @@ class Subject:
 
         train: the rows that `draws` are of. changes: of `shots` and `seed`, what the draws were made with.
         """
-        chosen = self._settings["calibration"] | changes
+        own = {"seed": loading.calibration_seed(self._settings)}
+        chosen = self._settings["calibration"] | own | changes
         measure = self._settings["importance"]["name"]
         train = self.train if train is None else train
         return calibrate_few_shot(

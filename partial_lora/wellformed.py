@@ -91,6 +91,7 @@ _FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("mixed_precision", _or_null(_text), "a word"),
     ("seconds.*", _or_null(_number), "a number"),
     *((f"parameters.{name}", _count, "a count") for name in ("base", "adapter_dense", "adapter_trainable", "head")),
+    ("parameters.adapter_final", _count, "a count"),
     ("parameters.adapter_sparsity", _or_null(_number), "a number"),
     ("sparsity", _or_null(_mapping), "a mapping"),
     ("sparsity.*", _sparsities, f"numbers for {' and '.join(AXES)}"),

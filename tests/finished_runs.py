@@ -18,7 +18,7 @@ from PIL import Image
 from partial_lora import config, finished, record, results, schema, train
 
 COLOURS = ("red", "green", "blue")
-_SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
+SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
 _PLACE = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")  # gone when the interpreter ends
 
 datasets.disable_progress_bars()  # as the commands do in a process of their own
@@ -35,7 +35,7 @@ def trained(name: str, *overrides: str) -> finished.FinishedRun:
     directory.mkdir()
     ConfigStore.instance().store(name="schema", node=schema.Config)
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        settings = config.resolve(compose("config", [*_SHORT, *overrides]))
+        settings = config.resolve(compose("config", [*SHORT, *overrides]))
     (directory / results.CONFIG).write_text(json.dumps(settings))
     entry = record.new(settings)
     with pytest.MonkeyPatch.context() as patch:

@@ -100,6 +100,20 @@ def test_the_score_that_is_asked_for_is_the_one_that_is_held(place: Place) -> No
     assert entry["calibration"]["cached"]
 
 
+def test_without_a_seed_of_its_own_it_has_the_run_s_and_the_methods_of_one_seed_share_it(place: Place) -> None:
+    asked = ("calibration.max_sparsity=0.05", "importance=random")
+    found = [
+        place.calibrate(*asked, *more)[1]["calibration"]["cached"]
+        for more in (
+            ("calibration.seed=null", "seed=5", "method=partial"),
+            ("calibration.seed=null", "seed=6", "method=partial"),
+            ("calibration.seed=null", "seed=6", "method=shuffled"),
+            ("calibration.seed=5", "seed=0", "method=partial"),
+        )
+    ]
+    assert found == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("overrides", "holds"),
     [

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from partial_lora import config, importance, schema
+from partial_lora import config, importance, loading, schema
 from partial_lora.errors import PartialLoraError
 
 
@@ -168,6 +168,16 @@ def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None
 )
 def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
     assert config.run_id(settings(override)) != config.run_id(settings())
+
+
+@pytest.mark.parametrize("experiment", ["methods", "tune"])
+def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
+    given = (f"experiment={experiment}", "trainer.tuned=null")
+    first, second = (settings(*given, f"seed={seed}") for seed in (0, 1))
+    assert config.run_directory(first).parent == config.run_directory(second).parent
+    assert [loading.calibration_seed(each) for each in (first, second)] == [0, 1]
+    assert config.calibration_directory(first) != config.calibration_directory(second)  # which have no folder of a seed
+    assert config.run_id(first) != config.run_id(settings(*given, "seed=0", "calibration.seed=0"))
 
 
 def test_files_enter_the_id_by_content(tmp_path: Path) -> None:

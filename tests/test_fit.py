@@ -11,21 +11,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from method_settings import adapted as tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import default_data_collator
 
-from partial_lora import evaluation, fit, losses, models, results, resuming
+from partial_lora import checkpoints, evaluation, fit, losses, methods, models, results, resuming
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 BATCH = 8
 
 
-def rows(count: int, real: bool = False) -> datasets.Dataset:
+def rows(count: int, real: bool = False, size: int = 16) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
-    pixels = torch.randn(count, 3, 16, 16, generator=generator) + labels[:, None, None, None]
+    pixels = torch.randn(count, 3, size, size, generator=generator) + labels[:, None, None, None]
     table = datasets.Dataset.from_dict(
         {"pixel_values": pixels.numpy(), "labels": (labels / 2 if real else labels).tolist()}
     )
@@ -52,7 +53,7 @@ def collate(some: list[dict]) -> dict[str, torch.Tensor]:
     return default_data_collator([{key: row[key] for key in ("pixel_values", "labels")} for row in some])
 
 
-def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = False, **changes: object):
+def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = False, size: int = 16, **changes: object):
     settings = {
         "world_size": 1,
         "epochs": 3.0,
@@ -70,8 +71,8 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
     metrics = settings.pop("metrics", ("accuracy",))
     return fit.trainer(
         model,
-        train=rows(count, real),
-        validation=rows(12, real),
+        train=rows(count, real, size),
+        validation=rows(12, real, size),
         directory=directory,
         collate=collate,
         loss=losses.loss_of_batch,
@@ -125,6 +126,34 @@ def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_lef
     assert best != min(losses_of)  # else the first would do
     assert training.state.best_global_step == best
     assert training.evaluate()["eval_loss"] == pytest.approx(losses_of[best])
+
+
+def getting_worse(said):
+    """A measure by which every look at validation is worse than the one before."""
+    getting_worse.looks += 1
+    return {"accuracy": -getting_worse.looks}
+
+
+def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_path: Path) -> None:
+    model, _ = tiny("adalora", "tiny_vit")
+    aids = methods.training("adalora", model)
+    settings = {"callbacks": aids.callbacks, "final_after": aids.final_after, "epochs": 10.0, "learning_rate": 0.05}
+    training = trainer(model, tmp_path, count=BATCH, size=32, save_total_limit=10, **settings)
+    getting_worse.looks = 0
+    training.compute_metrics = getting_worse
+    training.train()
+    assert training.state.best_global_step == 8  # of ten; the ranks are chosen in the eighth
+    assert aids.said()["ranks"] <= aids.said()["target_ranks"]
+    checkpoints.load_trainable(model, tmp_path / results.CHECKPOINTS / "checkpoint-4")
+    assert aids.said()["ranks"] > aids.said()["target_ranks"]
+
+
+def test_where_only_the_last_has_it_the_last_is_chosen(adapted: PeftModel, tmp_path: Path) -> None:
+    training = trainer(adapted, tmp_path, epochs=3.0, final_after=lambda steps: steps - 1)
+    getting_worse.looks = 0
+    training.compute_metrics = getting_worse
+    training.train()
+    assert training.state.best_global_step == training.state.max_steps == 6
 
 
 def test_a_bounded_run_ends_with_a_look_at_validation(adapted: PeftModel, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members", "tuning", "accelerate_file", "failures"},
+    | {"members", "tuning", "rate_settings", "rate_search", "operating_point", "identity"}
+    | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"conditions", "wellformed", "predicted"}
     | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
@@ -60,6 +61,7 @@ LAYERS = (
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
+    {"evidence"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},

@@ -17,7 +17,7 @@ from torch import nn
 
 from partial_lora import config, methods, models, parameters, schema
 from partial_lora.adapter import module_masks, module_sparsity
-from partial_lora.budget import dense_parameters
+from partial_lora.budget import dense_parameters, kept_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods.inverted import reversed_ranks
 from partial_lora.methods.low_rank import ranks_within
@@ -63,8 +63,22 @@ def test_controls_of_single_entries_train_as_many_parameters(method: str) -> Non
             counted(model, setting)["adapter_trainable"]
             for model in (adapted(method, "tiny_vit", **granularity)[0], reference)
         )
+        assert setting.budget() == expected
         random = granularity.get("count") == "bernoulli" and method != "flow"
         assert own == pytest.approx(expected, rel=0.06 if random else 0, abs=0)
+
+
+def test_controls_without_masks_train_as_many_parameters_as_bernoulli_has_drawn() -> None:
+    drawn = {"granularity": "element", "count": "bernoulli", "high": 0.5}
+    reference, setting = adapted("partial", "tiny_vit", **drawn)
+    expected, planned = (
+        counted(reference, setting)["adapter_trainable"],
+        kept_parameters(*setting.units(), setting.sparsity),
+    )
+    assert expected != planned
+    assert counted(*adapted("random_weights", "tiny_vit", **drawn))["adapter_trainable"] == expected
+    own = counted(*adapted("low_rank", "tiny_vit", **drawn))["adapter_trainable"]
+    assert own == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("share", [0.13, 0.5])

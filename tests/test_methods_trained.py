@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
-from finished_runs import image_run, override, photographs, picture_files, trained
+from finished_runs import SHORT, cache, image_run, override, photographs, picture_files, trained
 from method_settings import adapted
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from partial_lora import formats, results
+from partial_lora import formats, results, runs
 from partial_lora.inference import Predictor
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank")
 
 
-@functools.cache
-def run_of(method: str):
-    """A run on the pictures with the calibration of Partial-LoRA's."""
+def settings_of(method: str) -> tuple[str, ...]:
+    """On the pictures, with the calibration of Partial-LoRA's."""
     known = f"calibration.file={image_run().directory / results.CALIBRATION}"
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")
-    return trained(f"of-{method}", *given, override(picture_files()))
+    return (*given, override(picture_files()))
+
+
+@functools.cache
+def run_of(method: str):
+    return trained(f"of-{method}", *settings_of(method))
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -94,6 +102,27 @@ def test_adalora_ends_with_the_ranks_it_was_to_leave() -> None:
     assert said["adapter_final"] < said["adapter_trainable"]
     ranks = [int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E")]
     assert len(set(ranks)) > 1  # they were given to the modules unevenly
+    row = runs.run_of(run.result, run.directory).row
+    assert row["adapter_parameters"] == said["adapter_final"]  # tables have what is left
+
+
+def test_two_processes_share_the_penalty_of_adalora_and_choose_the_ranks_of_one(tmp_path: Path) -> None:
+    given = (*SHORT, *settings_of("adalora"), "trainer.num_processes=2", f"results_dir={tmp_path}")
+    done = subprocess.run(
+        [sys.executable, "-m", "partial_lora", "train", *given],
+        env=os.environ | {"PARTIAL_LORA_CACHE": cache(), "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/*/*/*/*/result.json")
+    one, two = run_of("adalora").result, json.loads(path.read_text())
+    losses, shared = ([entry["loss"] for entry in of["history"] if "loss" in entry] for of in (one, two))
+    assert shared == pytest.approx(losses, abs=1e-4)
+    for split in ("train", "validation", "test"):
+        assert two["metrics"][split]["loss"] == pytest.approx(one["metrics"][split]["loss"], abs=1e-4)
+    assert two["parameters"] == one["parameters"]
 
 
 def test_full_trains_every_weight_and_its_file_is_the_model() -> None:

@@ -47,48 +47,71 @@ def adalora(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def training(adapted: PeftModel) -> Training:
-    """The allocator is called at every step, and the loss has the penalty that the method asks for."""
-    return Training(callbacks=[Allocate(adapted)], penalty=lambda: penalty(adapted), said=lambda: budget(adapted))
+    """The allocator is called until ranks are final, and the loss has the penalty that the method asks for."""
+    return Training(
+        callbacks=[Allocate(adapted)],
+        penalty=lambda: penalty(adapted),
+        final_after=lambda steps: steps - _last(steps) + 1,
+        said=lambda: budget(adapted),
+    )
 
 
 class Allocate(TrainerCallback):
-    """Has PEFT's allocator choose which ranks of which modules go on, at every optimizer step.
+    """Has PEFT's allocator choose which ranks of which modules go on, at every optimizer step until the last ones.
 
     The smoothed importance of every weight, which its choice is made by, lies in the optimizer's state and so in every
     checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; ranks that have
-    gone are zeros here.
+    gone are zeros here. A step that the gradient scaler of fp16 skipped, its gradients being no numbers, tells the
+    allocator nothing; the choice that is final is made at its step nevertheless.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
         self._tuner: AdaLoraModel = adapted.base_model
+        self._ranks = [layer.lora_E["default"] for layer in _layers(adapted)]
+        self._gone: list[Tensor] = []
 
     @property
     def _config(self) -> AdaLoraConfig:
         return self._tuner.peft_config["default"]
+
+    @property
+    def _final(self) -> int:
+        """The step, counted from 0, at which the ranks that stay are chosen."""
+        return self._config.total_step - self._config.tfinal
 
     def on_train_begin(self, args, state, control, **kwargs):
         steps, config = state.max_steps, self._config
         if steps < _LEAST_STEPS:
             raise PartialLoraError(f"method=adalora: expected at least {_LEAST_STEPS} optimizer steps, got {steps}")
         config.total_step = steps
-        config.tinit, config.tfinal = max(1, int(_WHOLE * steps)), max(1, int(_FINAL * steps))
+        config.tinit, config.tfinal = max(1, int(_WHOLE * steps)), _last(steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        named = self._tuner.model.named_parameters()
-        self._left = {name: (weight != 0).view(-1).tolist() for name, weight in named if ".lora_E." in name}
+        if state.global_step > self._final and not self._gone:  # once, of this attempt
+            self._gone = [rank == 0 for rank in self._ranks]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        allocator, config = self._tuner.rankallocator, self._config
+        if state.global_step > self._final:  # Adam moves what is zero, too
+            with torch.no_grad():
+                for rank, gone in zip(self._ranks, self._gone, strict=True):
+                    rank.masked_fill_(gone, 0.0)
+        elif state.global_step == self._final or not getattr(optimizer, "step_was_skipped", False):
+            self._allocate(state.global_step, optimizer)
+
+    def _allocate(self, step: int, optimizer: Optimizer) -> None:
+        allocator = self._tuner.rankallocator
         weights = {name: weight for name, weight in self._tuner.model.named_parameters() if weight.requires_grad}
-        if state.global_step <= config.total_step - config.tfinal:
-            self._remember(allocator, weights, optimizer)
-        else:
-            config.rank_pattern = self._left  # the choice is made: it is what was not zero before this step
-        self._tuner.update_and_allocate(state.global_step)
+        self._remember(allocator, weights, optimizer)
+        if step == self._final and not allocator.exp_avg_ipt:
+            raise PartialLoraError(
+                f"method=adalora: none of the first {step + 1} steps had finite gradients to choose ranks by: set "
+                "trainer.mixed_precision=no"
+            )
+        self._tuner.update_and_allocate(step)
         for name, weight in weights.items():
             if name in allocator.exp_avg_ipt:
                 optimizer.state[weight] |= {key: getattr(allocator, key)[name] for key in _SMOOTHED}
-        config.rank_pattern = None
+        self._config.rank_pattern = None
 
     def _remember(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Give an allocator that has just been made what one before the interruption knew."""
@@ -97,6 +120,11 @@ class Allocate(TrainerCallback):
                 allocator.ipt[name] = torch.zeros_like(weight)
                 for key in _SMOOTHED:
                     getattr(allocator, key)[name] = optimizer.state[weight][key]
+
+
+def _last(steps: int) -> int:
+    """How many steps, of so many, train with the ranks that are final."""
+    return max(1, int(_FINAL * steps))
 
 
 def penalty(adapted: PeftModel) -> Tensor:

@@ -23,7 +23,7 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
     are columns to meet, each of its rows meets one. Single entries: no unit of the rank is empty, in A or in B, where
     enough are kept. Raises PartialLoraError, "not applicable", where no adapted module feeds another.
     """
-    masks = _random(setting)
+    masks = setting.masks()
     if setting.granularity == "rows_columns":
         found = chains(model, setting.shapes)
         if not found:
@@ -73,19 +73,6 @@ def spread(count: int, groups: np.ndarray, keys: np.ndarray, order: np.ndarray) 
     turn = np.full(len(keys), len(order))
     turn[lowest[order]] = np.arange(len(order))
     return Mask(len(keys), np.sort(np.lexsort((keys, turn))[:count]))
-
-
-def _random(setting: Setting) -> dict[str, dict[str, Mask]]:
-    """The masks of `partial`."""
-    sizes, _ = setting.units()
-    draw = Mask.bernoulli if setting.count == "bernoulli" else Mask.random
-    return {
-        module: {
-            axis: draw(size, shares[axis], mask_seed=setting.mask_seed, module=module, axis=axis)
-            for axis, size in zip(AXES, sizes[module], strict=True)
-        }
-        for module, shares in setting.sparsity.items()
-    }
 
 
 def _without_gaps(module: str, axes: dict[str, Mask], setting: Setting) -> dict[str, Mask]:

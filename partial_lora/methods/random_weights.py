@@ -6,7 +6,6 @@ from peft import PeftModel
 from torch import nn
 
 from partial_lora.adapter.entries import train_entries
-from partial_lora.budget import kept_parameters
 from partial_lora.methods.setting import Setting, calibrated
 
 
@@ -16,9 +15,4 @@ def random_weights(model: nn.Module, setting: Setting) -> PeftModel:
 
     There is no alpha and no dropout. Raises PartialLoraError, "not applicable", where a module has too few weights.
     """
-    units, rank = setting.units()
-    counts = {
-        module: kept_parameters({module: units[module]}, rank, {module: axes})
-        for module, axes in setting.sparsity.items()
-    }
-    return train_entries(model, counts, seed=setting.mask_seed, modules_to_save=setting.whole() or None)
+    return train_entries(model, setting.counts(), seed=setting.mask_seed, modules_to_save=setting.whole() or None)

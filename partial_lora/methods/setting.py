@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from partial_lora.budget import Shapes, kept_parameters, masked_units
+from partial_lora.masks import Mask
+from partial_lora.points import AXES
 
 Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]
@@ -62,9 +63,35 @@ class Setting:
         """What masks count: {module: (units of B, units of A)}, and the parameters of a unit."""
         return masked_units(self.shapes, self.rank, self.granularity)
 
+    def masks(self) -> dict[str, dict[str, Mask]]:
+        """The random masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
+        sizes, _ = self.units()
+        draw = Mask.bernoulli if self.count == "bernoulli" else Mask.random
+        return {
+            module: {
+                axis: draw(size, shares[axis], mask_seed=self.mask_seed, module=module, axis=axis)
+                for axis, size in zip(AXES, sizes[module], strict=True)
+            }
+            for module, shares in self.sparsity.items()
+        }
+
+    def counts(self) -> dict[str, int]:
+        """The trainable parameters of `partial` in every module; how many entries Bernoulli keeps, its draw decides."""
+        sizes, parameters = self.units()
+        if self.count == "bernoulli":
+            kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
+            return {module: parameters * count for module, count in kept.items()}
+        return {
+            module: kept_parameters({module: sizes[module]}, parameters, {module: shares})
+            for module, shares in self.sparsity.items()
+        }
+
     def budget(self) -> int:
-        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted."""
-        return kept_parameters(*self.units(), self.sparsity)
+        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted.
+
+        A control that draws Bernoulli masks of its own has them in expectation.
+        """
+        return sum(self.counts().values())
 
 
 Method = Callable[[nn.Module, Setting], PeftModel]
@@ -85,13 +112,14 @@ def is_calibrated(method: Method) -> bool:
 class Training:
     """What a method adds to training.
 
-    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. optimizer: makes one of learning
-    rate and weight decay, in place of AdamW. said: what the method has to say once it has trained, for result.json.
+    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. final_after: how many steps, of a
+    training of so many, it takes until the adapter has the size it ends with; no earlier checkpoint may be chosen as
+    the best. said: what the method has to say once it has trained, for result.json.
     """
 
     callbacks: Sequence[TrainerCallback] = ()
     penalty: Callable[[], Tensor] | None = None
-    optimizer: Callable[[float, float], Optimizer] | None = None
+    final_after: Callable[[int], int] = lambda steps: 0
     said: Callable[[], dict] = dict
 
     def loss(self, loss: Callable[..., Tensor], parts: int = 1) -> Callable[..., Tensor]:
