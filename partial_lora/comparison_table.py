@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from statistics import stdev
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +25,7 @@ _MOST_REFERENCES = 3  # of one place, each of which every other method is compar
 Key = TypeVar("Key")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Folder:
     """The runs of a folder, which differ in their seed alone."""
 
@@ -52,27 +54,17 @@ def table(found: Sequence[Run], predictions: Predictions, reference: str = "part
     (means over seeds), and how reliable the sparsities are.
     """
     folders = _folders(found)
-    kept = any(predictions.kept(each.name, _seeds(each)) for each in folders)
-    rows: list[dict] = []
-    problems: dict[str, list[str]] = {}  # what is wrong, and whom it concerns
-    for place in _gathered(folders, lambda each: (each.row["task"], each.row["model"])).values():
-        references = [each for each in place if each.row["method"] == reference]
-        for point, of_point in _gathered(references, lambda each: each.row["operating_point"]).items():
-            alike = _gathered(of_point, lambda each: each.row["conditions"])
-            others = [each for each in place if each.row["operating_point"] in (point, NONE)]
-            for shared, bases in alike.items():
-                if len(bases) > _MOST_REFERENCES:
-                    first = f"{bases[0].name} and {len(bases) - 1} more"
-                    problems.setdefault(_too_many(bases), []).append(first)
-                    continue
-                own = [each for each in others if each.row["conditions"] == shared]
-                for base in bases:
-                    rows += _compared_with(base, own, predictions if kept else None, problems)
-            for each in others:
-                if each.row["conditions"] not in alike:
-                    problems.setdefault(_otherwise(each, of_point), []).append(each.name)
-    said = [f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in problems.items()]
-    return pd.DataFrame(rows), said
+    pairs, problems = _pairs(folders, reference)
+    rows = [_row(*pair) for pair in pairs]
+    # Of records alone no row has a difference, which is no problem of any of them.
+    if any(predictions.kept(each.name, _seeds(each)) for each in folders):
+        with ThreadPoolExecutor() as pool:  # most of it is drawing random numbers, which numpy does side by side
+            for pair, row, said in zip(pairs, rows, pool.map(partial(_difference, predictions), pairs), strict=True):
+                if isinstance(said, str):
+                    problems.setdefault(said, []).append(pair[0].name)
+                else:
+                    row |= said
+    return pd.DataFrame(rows), [f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in problems.items()]
 
 
 def uncompared(found: Sequence[Run], predictions: Predictions, reference: str = "partial") -> str | None:
@@ -99,42 +91,59 @@ def _gathered(each: Iterable, key: Callable[[object], Key]) -> dict[Key, list]:
     return gathered
 
 
-def _compared_with(
-    base: _Folder, others: Sequence[_Folder], predictions: Predictions | None, problems: dict[str, list[str]]
-) -> list[dict]:
-    """The row of the reference and one of every other; what goes wrong is added to the problems.
+def _pairs(folders: Sequence[_Folder], reference: str) -> tuple[list[tuple[_Folder, _Folder]], dict[str, list[str]]]:
+    """Each folder with the reference that it is compared with, references with themselves first; and problems.
 
-    Without predictions, as of records alone, rows have no differences, which is no problem of any of them.
+    problems: what stands in the way, and the folders that it concerns.
     """
-    metric, rows = base.row["metric"], [_row(base, base)]
-    for other in others:
-        if other is base:
-            continue
-        row = _row(other, base)
-        rows.append(row)
-        if predictions is None:
-            continue
-        try:
-            pair = (predictions.of(each.name, _seeds(each), metric) for each in (other, base))
-            found = compared(*pair, metric)
-            row |= {"difference": found.difference, "low": found.low, "high": found.high}
-            row |= {"verdict": found.verdict, "reason": found.reason, "pairs": found.seeds, "examples": found.examples}
-        except (PartialLoraError, ValueError, KeyError) as error:
-            problems.setdefault(" ".join(str(error).split()), []).append(other.name)
-    return rows
+    pairs: list[tuple[_Folder, _Folder]] = []
+    problems: dict[str, list[str]] = {}
+    for place in _gathered(folders, lambda each: (each.row["task"], each.row["model"])).values():
+        references = [each for each in place if each.row["method"] == reference]
+        for point, of_point in _gathered(references, lambda each: each.row["operating_point"]).items():
+            alike = _gathered(of_point, lambda each: each.row["conditions"])
+            for each in place:
+                if each.row["operating_point"] in (point, NONE) and each.row["conditions"] not in alike:
+                    problems.setdefault(_otherwise(each, of_point), []).append(each.name)
+            for bases in alike.values():
+                if len(bases) > _MOST_REFERENCES:
+                    first = f"{bases[0].name} and {len(bases) - 1} more"
+                    problems.setdefault(_too_many(bases), []).append(first)
+                    continue
+                shared = bases[0].row["conditions"]
+                own = [each for each in place if each.row["conditions"] == shared]
+                own = [each for each in own if each.row["operating_point"] in (point, NONE)]
+                pairs += [(each, base) for base in bases for each in (base, *(each for each in own if each != base))]
+    return pairs, problems
+
+
+def _difference(predictions: Predictions, pair: tuple[_Folder, _Folder]) -> dict | str:
+    """How much better the first of a pair is than the second; in words why that cannot be said."""
+    if pair[0] is pair[1]:
+        return {}
+    metric = pair[1].row["metric"]
+    try:
+        found = compared(*(predictions.of(each.name, _seeds(each), metric) for each in pair), metric)
+    except (PartialLoraError, ValueError, KeyError) as error:
+        return " ".join(str(error).split())
+    return {
+        **{name: getattr(found, name) for name in ("difference", "low", "high", "verdict", "reason")},
+        "pairs": found.seeds,
+        "examples": found.examples,
+    }
 
 
 def _row(folder: _Folder, base: _Folder) -> dict:
-    part = pd.DataFrame([run.row for run in folder.runs])
-    named = {name: folder.row[name] for name in ("task", "model", "method", "metric", "learning_rate", "tuning")}
+    named = folder.row
+    tests = [run.row["test"] for run in folder.runs]
     return {
         **{name: named[name] for name in ("task", "model")},
         "operating_point": base.row["operating_point"],
         **{name: named[name] for name in ("method", "metric")},
-        "n": len(part),
-        "test_mean": part["test"].mean(),
-        "test_std": part["test"].std(),
-        **{name: part[name].mean() for name in ("adapter_parameters", "share_of_dense")},
+        "n": len(tests),
+        "test_mean": _mean(tests),
+        "test_std": stdev(tests) if len(tests) > 1 else np.nan,
+        **{name: _mean(run.row[name] for run in folder.runs) for name in ("adapter_parameters", "share_of_dense")},
         **{name: _mean(_cost(run, name) for run in folder.runs) for name in COSTS},
         "reliability": _mean(_reliability(run.record) for run in folder.runs),
         **{name: named[name] for name in ("learning_rate", "tuning")},
