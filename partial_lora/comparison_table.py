@@ -100,11 +100,12 @@ def _pairs(folders: Sequence[_Folder], reference: str) -> tuple[list[tuple[_Fold
     problems: dict[str, list[str]] = {}
     for place in _gathered(folders, lambda each: (each.row["task"], each.row["model"])).values():
         references = [each for each in place if each.row["method"] == reference]
+        apart: dict[tuple[str, str], list[str]] = {}
         for point, of_point in _gathered(references, lambda each: each.row["operating_point"]).items():
             alike = _gathered(of_point, lambda each: each.row["conditions"])
             for each in place:
                 if each.row["operating_point"] in (point, NONE) and each.row["conditions"] not in alike:
-                    problems.setdefault(_otherwise(each, of_point), []).append(each.name)
+                    apart.setdefault((each.name, _apart(each, of_point)), []).append(point)
             for bases in alike.values():
                 if len(bases) > _MOST_REFERENCES:
                     first = f"{bases[0].name} and {len(bases) - 1} more"
@@ -114,6 +115,9 @@ def _pairs(folders: Sequence[_Folder], reference: str) -> tuple[list[tuple[_Fold
                 own = [each for each in place if each.row["conditions"] == shared]
                 own = [each for each in own if each.row["operating_point"] in (point, NONE)]
                 pairs += [(each, base) for base in bases for each in (base, *(each for each in own if each != base))]
+        for (name, said), points in apart.items():
+            what = f"trained under other conditions than {reference} at {' and '.join(points)}: {said}"
+            problems.setdefault(what, []).append(name)
     return pairs, problems
 
 
@@ -170,11 +174,10 @@ def _seeds(folder: _Folder) -> list[int]:
     return [run.row["seed"] for run in folder.runs]
 
 
-def _otherwise(folder: _Folder, references: Sequence[_Folder]) -> str:
+def _apart(folder: _Folder, references: Sequence[_Folder]) -> str:
     """In what a folder's conditions differ from those of the reference that is nearest to them."""
-    said = {each.name: differences(folder.conditions, each.conditions) for each in references}
-    nearest = min(said, key=lambda name: said[name].count(" against "))
-    return f"trained under other conditions than {nearest}: {said[nearest]}"
+    said = [differences(folder.conditions, each.conditions) for each in references]
+    return min(said, key=lambda each: each.count(" against "))
 
 
 def _too_many(references: Sequence[_Folder]) -> str:

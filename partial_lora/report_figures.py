@@ -16,6 +16,7 @@ from partial_lora.series import band, front, selected
 
 _LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
+_PLACE = ["task", "model", "operating_point", "metric"]
 _MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
@@ -85,9 +86,9 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     if "difference" not in compared or compared["difference"].isna().all():
         return None
     known = compared[compared["difference"].notna()]
-    whole = list(known.groupby(["task", "model", "operating_point", "metric", "reference"], sort=False))
+    whole = list(known.groupby([*_PLACE, "reference"], sort=False))
     parts = whole[:MOST]
-    several = known.groupby(["task", "model", "operating_point"])["reference"].nunique().max() > 1
+    several = known.groupby(_PLACE)["reference"].nunique() > 1
     longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
     figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 1.0, across=2)
     for axes, ((task, model, point, metric, reference), of_place) in zip(drawn, parts, strict=True):
@@ -103,7 +104,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
         again = part["method"].duplicated(keep=False)
         ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
         _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, said="difference in ")
-        against = f" against {reference.rpartition('-')[2]}" if several else ""
+        against = f"\nagainst {reference.rpartition('-')[2]}" if several[task, model, point, metric] else ""
         _titled(axes, task, f"{model}, {point}{against}", part, of_place)
     return Drawing(figure, len(parts), len(whole))
 

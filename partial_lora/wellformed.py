@@ -69,7 +69,7 @@ def _sparsities(value: object) -> bool:
     return isinstance(value, Mapping) and all(_number(value.get(axis)) for axis in AXES)
 
 
-_NEEDED = ("history", "parameters.base")  # beside what a row of the table is made of
+_NEEDED = ("history", "parameters.base", "versions")  # beside what a row of the table is made of
 _FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("seed", _count, "a whole number"),
     ("config", _mapping, "a mapping"),
