@@ -15,6 +15,7 @@ import pandas as pd
 from partial_lora.comparison import compared
 from partial_lora.conditions import conditions, differences
 from partial_lora.errors import PartialLoraError
+from partial_lora.grouping import point_order
 from partial_lora.identity import flatten
 from partial_lora.predicted import Predictions
 from partial_lora.runs import NONE, Run, number
@@ -101,7 +102,8 @@ def _pairs(folders: Sequence[_Folder], reference: str) -> tuple[list[tuple[_Fold
     for place in _gathered(folders, lambda each: (each.row["task"], each.row["model"])).values():
         references = [each for each in place if each.row["method"] == reference]
         apart: dict[tuple[str, str], list[str]] = {}
-        for point, of_point in _gathered(references, lambda each: each.row["operating_point"]).items():
+        by_point = _gathered(references, lambda each: each.row["operating_point"])
+        for point, of_point in sorted(by_point.items(), key=lambda item: point_order(item[0])):
             alike = _gathered(of_point, lambda each: each.row["conditions"])
             for each in place:
                 if each.row["operating_point"] in (point, NONE) and each.row["conditions"] not in alike:

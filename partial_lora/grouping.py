@@ -57,7 +57,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     if by:
         return table.sort_values(list(by), kind="stable", key=_sortable).reset_index(drop=True)
     table["id"] = table["group"].str.rpartition("-")[2]
-    order = table.assign(_point=table["operating_point"].map(_point_order))
+    order = table.assign(_point=table["operating_point"].map(point_order))
     order = order.sort_values(["task", "model", "_point", "method", "learning_rate", "id"], kind="stable")
     return table.loc[order.index].reset_index(drop=True)
 
@@ -87,7 +87,7 @@ def _sortable(values: pd.Series) -> pd.Series:
     return values.astype(str) if numbers.isna().any() else numbers
 
 
-def _point_order(point: str) -> tuple[int, float]:
+def point_order(point: str) -> tuple[int, float]:
     """Methods without a calibration first, then thresholds from high to low, then budgets from large to small."""
     kind, _, value = point.partition(" ")
     return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))

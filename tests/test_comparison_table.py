@@ -141,3 +141,101 @@ def test_what_cannot_be_compared_is_said(place: Path) -> None:
     assert any("uniform-013-" in each and "seed1 has no predictions.parquet" in each for each in problems)
     assert any("targeted" in each and "no seed that both have: [4] and [0, 1]" in each for each in problems)
     assert found.query("method == 'targeted'")["difference"].isna().all()
+
+
+def test_what_was_trained_otherwise_is_named_once_and_not_compared(place: Path) -> None:
+    for seed in (0, 1):
+        leave(place, "probe", wrong=0, seed=seed, settings={"epochs": 50.0})
+        leave(place, "lora", wrong=0, seed=seed, settings={"learning_rate": 0.1, "num_workers": 4})
+    found, problems = compared(place)
+    assert "probe" not in set(found["method"])
+    (problem,) = problems
+    assert problem.startswith("runs/digits/vit/probe-None-500: ")
+    assert problem.endswith("than partial at threshold 0.9 and budget 0.13: trainer.epochs 50 against 5")
+    assert (found["method"] == "lora").sum() == 4  # another learning rate and other workers are no other conditions
+
+
+def test_problems_alone_replace_an_earlier_comparison(tmp_path: Path) -> None:
+    leave(tmp_path, "partial", wrong=20)
+    leave(tmp_path, "lora", wrong=20)
+    assert len(comparison_files.write(*compared(tmp_path), tmp_path, command="x")) == 2
+    (tmp_path / "runs/digits/vit/lora-None-").rename(tmp_path / "runs/digits/vit/lora-of-yesterday")
+    record = tmp_path / "runs/digits/vit/lora-of-yesterday/seed0" / results.RESULT
+    record.write_text(record.read_text().replace('"learning_rate"', '"batch_size": 512, "learning_rate"'))
+    (written,) = comparison_files.write(*compared(tmp_path), tmp_path, command="x")
+    assert "trainer.batch_size 512 against 32" in written.read_text()
+    assert "|" not in written.read_text()
+    assert not (tmp_path / "report" / "comparison.csv").exists()
+
+
+def test_several_references_are_each_compared_with_up_to_three(tmp_path: Path) -> None:
+    rates = (0.1, 0.2, 0.3)
+    for seed in (0, 1):
+        leave(tmp_path, "lora", wrong=20, seed=seed)
+        for rate in rates:
+            leave(tmp_path, "partial", wrong=20, seed=seed, settings={"learning_rate": rate})
+    found, problems = compared(tmp_path)
+    assert problems == []
+    assert found.groupby("reference").size().tolist() == [4, 4, 4]
+    shown = comparison_files.readable(found)
+    assert (shown["id"] == shown["against"]).sum() == 3
+    assert shown["verdict"].tolist().count("reference") == 3
+    leave(tmp_path, "partial", wrong=20, settings={"learning_rate": 0.4})
+    found, problems = compared(tmp_path)
+    assert found.empty
+    (problem,) = problems
+    assert "4 to compare with, expected at most 3; choose with --where trainer.learning_rate=…" in problem
+
+
+def test_references_under_other_conditions_have_blocks_of_their_own(tmp_path: Path) -> None:
+    for epochs in (2.0, 50.0):
+        for method in ("partial", "lora"):
+            leave(tmp_path, method, wrong=20, settings={"epochs": epochs})
+    found, problems = compared(tmp_path)
+    assert problems == []
+    pairs = found[found["group"] != found["reference"]]
+    assert [(row.group[-3:], row.reference[-3:]) for row in pairs.itertuples()] == [("-20", "-20"), ("500", "500")]
+
+
+def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        leave(tmp_path, "lora", wrong=60, seed=seed + 2)
+    found, _ = compared(tmp_path)
+    shown = comparison_files.readable(found).set_index("method")
+    assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
+    assert shown.loc["partial", "n"] == "3"
+    notes = " ".join(comparison_files.notes(found))
+    assert "n counts seeds: 1 of 3" in notes
+    assert "one seed has an interval over examples alone" in notes
+    for seed in (0, 1):
+        leave(tmp_path, "lora", wrong=60, seed=seed)
+    notes = " ".join(comparison_files.notes(compared(tmp_path)[0]))
+    assert "1 of 3" in notes  # 3 of 5 by now
+    assert "one seed" not in notes
+
+
+def test_records_without_predictions_are_no_problem_but_said(place: Path) -> None:
+    for file in place.rglob(results.PREDICTIONS):
+        file.unlink()
+    found, problems = compared(place)
+    assert problems == []
+    assert not comparison_files.has_differences(found)
+    known = runs.read(place)[0]
+    assert "kept its predictions" in comparison_table.uncompared(known, Predictions(place))
+    others = [run for run in known if run.row["method"] != "partial"]
+    assert "none of these runs is of partial" in comparison_table.uncompared(others, Predictions(place))
+    assert comparison_table.uncompared(others[:1], Predictions(place)) is None
+
+
+def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path: Path) -> None:
+    leave(tmp_path, "lora", wrong=5)
+    (file,) = tmp_path.rglob(results.PREDICTIONS)
+    frame = pd.read_parquet(file)
+    frame.assign(logits=[[0.0, 1.0]] * len(frame)).to_parquet(file)
+    known, group = Predictions(tmp_path), str(file.parents[1].relative_to(tmp_path))
+    assert set(known.of(group, [0], "accuracy")[0]) == {"label", "prediction"}
+    assert "logits" in known.of(group, [0], "f1")[0]
+    file.unlink()
+    assert len(known.of(group, [0], "accuracy")[0]) == 200
+    assert Predictions(tmp_path).said(group, 0) is None

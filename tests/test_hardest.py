@@ -50,6 +50,41 @@ def test_every_kind_of_prediction_has_a_loss(columns, worst):
     assert hardest.hardest([pa.table(columns)], 1)[0].index == worst
 
 
+def test_outputs_of_a_mixture_may_be_of_unlike_length():
+    found = pa.table(
+        {
+            "member": ["a", "a", "b", "b"],
+            "label": [0, 1, 5, 0],
+            "prediction": [0, 0, 5, 0],
+            "label_name": ["no", "yes", "six", "one"],
+            "prediction_name": ["no", "no", "six", "one"],
+            "logits": [np.log([0.9, 0.1]), np.log([0.7, 0.3]), np.log([0.1] * 5 + [0.5]), np.log([0.2, *[0.16] * 5])],
+        }
+    )
+    worst = hardest.hardest([found], 4)
+    assert [each.index for each in worst] == [3, 1, 2, 0]
+    assert [each.loss for each in worst] == pytest.approx([-np.log(chance) for chance in (0.2, 0.3, 0.5, 0.9)])
+    assert worst[2].label == "six"
+
+
+def test_members_of_other_kinds_have_losses_of_their_own():
+    found = pa.table(
+        {
+            "member": ["chosen", "written"],
+            "label": ["0", "a text"],
+            "prediction": ["1", "a test"],
+            "rouge_l": [None, 0.25],
+            "scores": [None, None],
+        }
+    )
+    assert [each.loss for each in hardest.hardest([found], 2)] == [1, 0.75]
+
+
+def test_a_label_without_an_output_is_refused():
+    with pytest.raises(ValueError, match="without an output"):
+        hardest.hardest([classes([0.9], label=2)], 1)
+
+
 def test_inputs_are_shown_of_the_same_rows_alone():
     frame = classes([0.9, 0.2])
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]

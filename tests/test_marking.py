@@ -63,3 +63,18 @@ def test_to_beat_one_of_the_others_is_not_enough(place):
     for seed in (0, 1):
         leave(place, "uniform", wrong=11, seed=seed)  # of partial's own block, and as good
     assert marked(place) == []
+
+
+def test_a_row_is_the_best_of_those_under_its_own_conditions(place):
+    for seed in (0, 1):
+        leave(place, "uniform", wrong=0, seed=seed, settings={"epochs": 50.0})
+    assert marked(place) == ["partial"]  # uniform is better, and has nothing beside it
+    assert "Conditions stand for all settings" in written(place)
+    table = pd.read_csv(place / "report" / "table.csv", comment="#", dtype=str).set_index("method")
+    assert table.loc["uniform", "conditions"] != table.loc["partial", "conditions"] == table.loc["lora", "conditions"]
+
+
+def test_one_seed_is_no_proof(tmp_path):
+    leave(tmp_path, "partial", wrong=10)
+    leave(tmp_path, "targeted", wrong=70)
+    assert marked(tmp_path) == []

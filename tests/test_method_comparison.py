@@ -57,6 +57,20 @@ def test_a_file_has_all_that_the_reader_takes(tmp_path):
     assert content["meta_info"]["system_info"]["accelerator"] == "cpu"
 
 
+def test_how_it_was_trained_is_what_the_run_did(tmp_path):
+    result, lorafa, element = record(mixed_precision="no"), record("lorafa", mixed_precision="bf16"), record()
+    result["config"]["trainer"]["mixed_precision"] = lorafa["config"]["trainer"]["mixed_precision"] = "auto"
+    element["config"]["mask"] = {"granularity": "element"}
+    found = written(tmp_path, result, lorafa)
+    place(tmp_path, element, id="ffffffff")
+    trained = {name.split("--")[0]: content["run_info"]["train_config"] for name, content in found.items()}
+    own, other = trained["partial-lora-partial"], trained["partial-lora-lorafa"]
+    assert (own["use_amp"], own["optimizer_type"], own["lr_scheduler"]) == (False, "AdamW", "cosine")
+    assert (other["use_amp"], other["optimizer_type"]) == (True, "lora-fa")
+    names = [method_comparison.shaped(run)["run_info"]["experiment_name"] for run in runs.read(tmp_path)[0]]
+    assert "partial-lora-partial-element/vit_s14-ffffffff-seed0" in names
+
+
 def test_only_adapters_measured_by_accuracy_are_written_and_old_files_go(tmp_path):
     matthews = record("targeted", metrics={"test": {"primary": "matthews", "matthews": 0.6}})
     names = written(tmp_path, record(), record("probe"), matthews, record("full"))

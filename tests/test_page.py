@@ -8,7 +8,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import finished_runs
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from test_comparison_table import leave
 from test_report import budget, place, record
 
 from partial_lora import page, report_command, runs
@@ -46,14 +49,42 @@ def reported(tmp_path_factory):
     """A report over runs of several methods, one of them with a task's name that must not become markup."""
     folder = tmp_path_factory.mktemp("results")
     history = [{"step": step, "loss": 1 / step, "eval_accuracy": 0.5 + step / 100} for step in (10, 20, 30)]
+    warned = record()["calibration"] | {"warnings": ["blocks.0.attention.self.query." * 3 + "dense keeps nothing"]}
     for seed in (0, 1, 2):
-        place(folder, record(seed=seed, accuracy=0.9 + seed / 100, history=history))
+        place(folder, record(seed=seed, accuracy=0.9 + seed / 100, history=history, calibration=warned))
     place(folder, record("lora", accuracy=0.3, history=history))
     place(folder, budget(record("uniform", accuracy=1.0), 0.13))
     place(folder, record("probe", model="<b>&amp;", accuracy=0.08))
     place(folder, record("probe", seed=5, status="failed", error="<script>alert(1)</script>"))
     assert report_command.main([str(folder)]) == 1
     return folder / "report" / "index.html"
+
+
+def test_the_same_records_give_the_same_bytes(reported):
+    def content():
+        return {file: file.read_bytes() for file in reported.parent.rglob("*") if file.is_file()}
+
+    before = content()
+    assert report_command.main([str(reported.parents[1])]) == 1
+    assert content() == before
+
+
+def test_what_could_not_be_compared_or_drawn_ends_the_report_and_its_code(tmp_path, capsys):
+    for seed in (0, 1):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        leave(tmp_path, "lora", wrong=20, seed=seed, settings={"epochs": 50.0})
+    (broken,) = tmp_path.glob("runs/*/*/lora*/seed1/predictions.parquet")
+    pq.write_table(pa.table({"label": [0], "prediction": [0], "label_name": ["a"], "logits": [1.0]}), broken)
+    assert report_command.main([str(tmp_path)]) == 1
+    said = "lora-None-500: trained under other conditions than partial at threshold 0.9: trainer.epochs 50 against 5"
+    assert f"not compared: runs/digits/vit/{said}" in capsys.readouterr().out
+    text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
+    assert "Not compared" in text
+    assert said in text
+    broken.with_name("predictions.parquet").rename(broken.parents[1] / "seed0" / "predictions.parquet")
+    assert report_command.main([str(tmp_path)]) == 1
+    text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
+    assert "hardest examples cannot be told from predictions.parquet" in text
 
 
 def test_nothing_is_fetched(reported):
@@ -118,6 +149,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
 
 
 SORTS = """<script>
+addEventListener("load", () => {
 const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
 const at = heads.findIndex((head) => head.textContent.startsWith("test"));
 const told = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent).join("|");
@@ -126,21 +158,26 @@ heads[at].querySelector("button").click();
 const rising = told();
 heads[at].querySelector("button").click();
 const focused = document.activeElement === heads[at].querySelector("button");
+document.querySelectorAll("details").forEach((each) => { each.open = true; });
 const fits = document.documentElement.scrollWidth <= innerWidth;
-document.body.dataset.told = [rising, told(), heads[at].getAttribute("aria-sort"), focused, fits].join(";");
+parent.document.body.dataset.told = [rising, told(), heads[at].getAttribute("aria-sort"), focused, fits].join(";");
+});
 </script>"""
+FRAME = '<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{}px;height:900px">'
 
 
-@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("width", [360, 1280])
 def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(reported, tmp_path, width):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    copy = tmp_path / "page.html"
-    copy.write_text(reported.read_text(encoding="utf-8").replace("</body>", f"{SORTS}</body>"), encoding="utf-8")
-    shot = tmp_path / "page.png"
+    page_with_script = reported.read_text(encoding="utf-8").replace("</body>", f"{SORTS}</body>")
+    (tmp_path / "page.html").write_text(page_with_script, encoding="utf-8")
+    outer, shot = tmp_path / "frame.html", tmp_path / "page.png"  # Chromium's own window is never below 500 pixels
+    outer.write_text(FRAME.format(width), encoding="utf-8")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", copy.as_uri()]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={max(width, 500)},900", outer.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     rising, falling, said, focused, fits = re.search(r'data-told="([^"]*)"', done.stdout)[1].split(";")
@@ -152,8 +189,8 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(re
     from PIL import Image
 
     with Image.open(shot) as image:
-        assert image.width == width
-        assert len(image.convert("L").getcolors()) > 20  # something is drawn
+        assert image.width == max(width, 500)
+        assert len(image.crop((0, 0, width, 900)).convert("L").getcolors()) > 20  # something is drawn
 
 
 def test_seeds_of_a_folder_share_its_settings(reported):

@@ -145,6 +145,16 @@ def _without(*keys):
         (json.dumps(record(seed=3, status="failed", error="CUDA out of memory")), "failed: CUDA out of memory"),
         (json.dumps(record(seed=3, metrics={}, parameters={})), "calibrated only"),
         (json.dumps(record(seed=2)), "its seed is 2"),
+        (_without("history"), "no history"),
+        (_without("parameters", "base"), "no base"),
+        (_without("versions"), "no versions"),
+        (json.dumps(record(seed=3, history={"loss": 1})), "its history is not a list"),
+        (json.dumps(record(seed=3, history=[{"loss": 1.0}])), "its history.* is not an entry of a log"),
+        (json.dumps(record(seed=3, history=[{"step": 1, "eval_accuracy": "?"}])), "its history.* is not"),
+        (json.dumps(record(seed=3, sparsity={"a": 0.5})), "its sparsity.* is not numbers for rows and columns"),
+        (json.dumps(record(seed=3, calibration=[0.9])), "its calibration is not a mapping"),
+        (json.dumps(record(seed=3, cost={"adapter_bytes": "4 KB"})), "its cost.* is not a number"),
+        (json.dumps(record(seed=3) | {"config": record()["config"] | {"task": "digits"}}), "its config.task is not"),
     ],
 )
 def test_what_is_no_finished_run_is_named_and_left_out(tmp_path, content, reason):
@@ -159,6 +169,17 @@ def test_what_is_no_finished_run_is_named_and_left_out(tmp_path, content, reason
     assert problem.startswith("runs/digits/vit_s14/partial-0a1b2c3d/seed3/result.json: ")
     assert reason in problem
     assert "\n" not in problem
+
+
+def test_masks_of_single_entries_are_another_method(tmp_path):
+    for method, masks in (("lora", "element"), ("partial", "rows_columns"), ("partial", "element")):
+        result = record(method)
+        result["config"]["mask"] = {"granularity": masks}
+        place(tmp_path, result, id=masks)
+    shown = report.readable(report.group(report.collect(tmp_path)[0]))
+    assert shown["method"].tolist() == ["lora", "partial", "partial (element)"]
+    assert "id" not in shown
+    assert "partial (element) · vit_s14" in drawn(report.summary(result, "runs/seed0"))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
@@ -366,5 +387,7 @@ def test_summary_of_a_calibration():
 
 
 def test_report_needs_no_torch():
-    code = "import sys, partial_lora.report, partial_lora.figures; sys.exit('torch' in sys.modules)"
+    task = "{'task': {'name': 'digits', 'path': 'bundled:digits'}}"
+    code = "import sys, partial_lora.report_command, partial_lora.figures; from partial_lora import hardest;"
+    code += f"rows = hardest.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

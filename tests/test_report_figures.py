@@ -33,6 +33,21 @@ def test_every_method_has_a_marker_of_its_own():
     assert look("partial", "threshold 0.9").filled != look("partial", "budget 0.13").filled
     assert look("partial", "threshold 0.9").linestyle != look("partial", "budget 0.13").linestyle
     assert look("a_method_of_ones_own", "–").marker in report_panels.MARKERS
+    entries = {method: look(f"{method} (element)", "–") for method in report_panels._LOOKS}
+    assert len({each.marker for each in (*looks.values(), *entries.values())}) == 2 * len(looks)
+    assert all(entries[method].color == looks[method].color for method in looks)
+
+
+def test_a_figure_says_of_how_many_places_it_draws_some(tmp_path):
+    for number in range(report_panels.MOST + 2):
+        place(tmp_path, record(task=f"task{number:02}"))
+    found = runs.read(tmp_path)[0]
+    table = grouping.group(runs.table(found))
+    for drawing in (report_figures.pareto(table), report_figures.methods(table, runs.table(found))):
+        assert len([axes for axes in drawing.figure.axes if axes.get_visible()]) == report_panels.MOST
+        assert drawing.cut == "9 of 11 places are drawn; --where chooses others."
+    assert report_maps.sparsity(found).cut == "5 of 11 calibrations are drawn; --where chooses others."
+    assert report_figures.pareto(table.head(3)).cut == ""
 
 
 def test_points_of_the_front_are_means_at_their_sizes(found):

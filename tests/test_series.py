@@ -23,6 +23,8 @@ def test_a_band_is_over_the_steps_that_all_seeds_have():
     assert series.band([one, other], "loss") == [(2, 2.0, 1.0, 3.0)]
     assert series.band([one, []], "loss") == [(1, 2.0, 2.0, 2.0), (2, 1.0, 1.0, 1.0)]
     assert series.band([[], []], "loss") == []
+    broken = [{"step": 2, "loss": None}, {"step": 3, "loss": float("nan")}, {"step": 4, "loss": 1.0}]
+    assert series.band([broken], "loss") == [(4, 1.0, 1.0, 1.0)]
 
 
 def test_a_map_is_of_partial_and_a_mean_over_its_seeds(tmp_path):
@@ -79,6 +81,9 @@ def test_one_calibration_of_each_kind_is_read(tmp_path):
     alone = tmp_path / "calibrations" / "rte" / "minilm" / "svd-1"
     alone.mkdir(parents=True)
     (alone / "calibration.json").write_text('{"baseline": 0.6, "modules": {}}')
+    foreign = tmp_path / "calibrations" / "sst2" / "minilm" / "svd-1"
+    foreign.mkdir(parents=True)
+    (foreign / "calibration.json").write_text('{"baseline": 0.6, "modules": {"a": [1]}}')
     found = series.calibrations(runs.read(tmp_path)[0], tmp_path)
     assert {title: content["baseline"] for title, content in found.items()} == {
         "digits, vit_s14, –": 0.5,

@@ -1,0 +1,80 @@
+"""The conditions that compared runs have to share: all settings but those that a method has of its own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from partial_lora.conditions import conditions, differences, digest
+
+SETTINGS = {
+    "task": {"name": "digits", "train_samples": 200},
+    "model": {"name": "vit", "image_size": 56},
+    "method": {"name": "partial", "rank": 16},
+    "importance": {"name": "svd"},
+    "calibration": {"threshold": 0.9, "seed": 0},
+    "mask": {"granularity": "rows_columns"},
+    "trainer": {"epochs": 2.0, "learning_rate": 1e-3},
+    "seed": 0,
+}
+
+
+def changed(key: str, value: object) -> dict:
+    settings = copy.deepcopy(SETTINGS)
+    group, _, name = key.rpartition(".")
+    (settings[group] if group else settings)[name] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method.name", "lora"),
+        ("method.rank", 4),
+        ("importance.name", "snip"),
+        ("calibration.seed", 3),
+        ("mask.granularity", "element"),
+        ("trainer.learning_rate", 0.1),
+        ("trainer.tuned", "results/tuning.json"),
+        ("trainer.tuned_elsewhere", "tuned at 0.5"),
+        ("trainer.num_processes", 2),
+        ("trainer.weight_decay", 0.01),  # the schema's default, which an earlier record may lack
+        ("results_dir", "elsewhere"),
+        ("seed", 1),
+    ],
+)
+def test_what_a_method_has_of_its_own_is_no_condition(key: str, value: object) -> None:
+    assert conditions(changed(key, value)) == conditions(SETTINGS)
+    assert digest(conditions(changed(key, value))) == digest(conditions(SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("trainer.epochs", 50.0, "trainer.epochs 50 against 2"),
+        ("trainer.batch_size", 64, "trainer.batch_size 64 against 32"),
+        ("trainer.max_steps", 9, "trainer.max_steps 9 against null"),
+        ("task.train_samples", None, "task.train_samples null against 200"),
+        ("model.image_size", 224, "model.image_size 224 against 56"),
+    ],
+)
+def test_all_else_is_a_condition_and_named_where_it_differs(key: str, value: object, said: str) -> None:
+    found = conditions(changed(key, value))
+    assert digest(found) != digest(conditions(SETTINGS))
+    assert differences(found, conditions(SETTINGS)) == said
+
+
+def test_members_of_a_mixture_are_conditions_in_their_order() -> None:
+    members = {"sst2": {"name": "sst2", "mixing": "proportional"}, "a.b": {"name": "a.b", "train_samples": 5}}
+    found = conditions(changed("task.members", members))
+    assert found["task.members"] == ["sst2", "a.b"]
+    assert found["task.members.a.b.train_samples"] == 5
+    assert "task.members.sst2.mixing" not in found
+    turned = conditions(changed("task.members", dict(reversed(members.items()))))
+    assert digest(turned) != digest(found)
+
+
+def test_of_many_differences_the_first_are_named() -> None:
+    other = {f"trainer.key{number}": number for number in range(6)}
+    assert differences(other, {}).endswith("trainer.key3 3 against null, 2 more")
