@@ -6,40 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from partial_lora import identity
 from partial_lora.errors import PartialLoraError
 from partial_lora.members import with_members
 from partial_lora.schema import Config
 from partial_lora.sealed import file_sha256
-from partial_lora.tuning import tuned_rate
+from partial_lora.tuning import tuned
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
 
-# What a run computes does not depend on these: where its files go, what memory it may use, and the device, launch,
-# worker and tracker keys.
-_NOT_SETTINGS = {
-    "seed",
-    "results_dir",
-    "overwrite",
-    "task.classes",
-    "task.cache_bytes",
-    "calibration.memory",
-    "trainer.device",
-    "trainer.save_total_limit",
-    "trainer.gradient_accumulation_steps",
-    "trainer.num_processes",
-    "trainer.num_machines",
-    "trainer.machine_rank",
-    "trainer.main_process_ip",
-    "trainer.main_process_port",
-    "trainer.accelerate_config",
-    "trainer.num_workers",
-    "trainer.strategy",
-    "trainer.report_to",
-}
 _FILES = {"calibration.file", "task.data_files"}
 _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
 
@@ -70,7 +48,7 @@ def resolve(composed: DictConfig) -> dict:
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
     settings = with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task")
     if settings["trainer"]["tuned"] is not None:  # before the run has its id, which is of the rate
-        settings["trainer"]["learning_rate"] = tuned_rate(settings["trainer"]["tuned"], settings)
+        settings["trainer"] |= tuned(settings["trainer"]["tuned"], settings)
     return settings
 
 
@@ -93,22 +71,14 @@ def run_id(settings: Mapping) -> str:
     copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
     their order, which is that of the outputs.
     """
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
-    names, changed = list(settings.get("task", {}).get("members") or ()), {}
-    for key, value in flatten(settings).items():
-        plain = key
-        if key.startswith("task.members."):  # a name may have dots in it
-            of = max((name for name in names if key.startswith(f"task.members.{name}.")), key=len)
-            plain = "task." + key.removeprefix(f"task.members.{of}.")
-        if plain in _NOT_SETTINGS or value == defaults.get(plain):
-            continue
-        is_file = plain in _FILES or plain.startswith("task.data_files.")
-        is_file = is_file or (plain in _PLACES and Path(value).is_dir())
-        changed[key] = _digest(Path(value)) if is_file else value
+    members, changed = list(settings.get("task", {}).get("members") or ()), identity.computed_from(settings)
+    for key, value in changed.items():
+        own = identity.plain(key, members)
+        is_file = own in _FILES or own.startswith("task.data_files.")
+        if is_file or (own in _PLACES and Path(value).is_dir()):
+            changed[key] = _digest(Path(value))
     if "trainer.tuned" in changed:  # whichever file it was: the rate found there is among the settings
         changed["trainer.tuned"] = True
-    if names:
-        changed["task.members"] = names
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -134,17 +104,6 @@ def calibration_directory(settings: Mapping) -> Path:
         settings = {**settings, "calibration": {**chosen, "seed": settings["seed"]}}
     names = settings["task"]["name"], settings["model"]["name"], f"{settings['importance']['name']}-{run_id(settings)}"
     return Path(settings["results_dir"]).joinpath("calibrations", *names)
-
-
-def flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Settings in one mapping, each by its full key."""
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _digest(path: Path) -> str:

@@ -23,7 +23,7 @@ def new(settings: Mapping) -> dict:
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
-        "tuning": "untuned" if settings.get("trainer", {}).get("tuned") is None else "tuned",
+        "tuning": _tuning(settings.get("trainer", {})),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
         "device": None,
@@ -63,6 +63,13 @@ def carry_on(record: dict, earlier: Mapping) -> None:
     record["attempts"] = earlier.get("attempts", 1) + 1
     kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
     record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
+
+
+def _tuning(trainer: Mapping) -> str:
+    """Whether the learning rate was searched for, and where if not for such a run, as tables say it."""
+    if trainer.get("tuned") is None:
+        return "untuned"
+    return trainer.get("tuned_elsewhere") or "tuned"
 
 
 def _git_commit() -> str | None:

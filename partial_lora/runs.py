@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.operating_point import NO_POINT, said
 from partial_lora.results import ADAPTER, RESULT
 
-NONE = "–"  # for what does not apply
+NONE = NO_POINT  # for what does not apply
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # metrics that are read as percentages
 LOWER_IS_BETTER = {"mse", "perplexity"}
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
@@ -148,8 +149,7 @@ def operating_point(result: Mapping) -> str:
     chosen = result["config"]["calibration"]
     if chosen.get("file"):  # the file's own point, whatever the settings beside it say
         chosen = result["calibration"]
-    key = "threshold" if chosen.get("budget") is None else "budget"
-    return f"{key} {chosen[key]:g}" if chosen[key] <= 1 else f"{key} {chosen[key]:,.0f}"
+    return said(chosen)
 
 
 def _adapter_bytes(result: Mapping) -> float:

@@ -33,9 +33,9 @@ from partial_lora import (
 )
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
-from partial_lora.config import flatten
 from partial_lora.cost import Cost, file_bytes
 from partial_lora.fewshot import halves_few_shot
+from partial_lora.identity import flatten
 from partial_lora.loading import named
 from partial_lora.peers import of_first
 from partial_lora.record import finite, timed

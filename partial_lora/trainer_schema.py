@@ -33,6 +33,7 @@ class TrainerConfig:
     eval_batch_size: int = 64
     learning_rate: float = 1e-3
     tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
+    tuned_elsewhere: Optional[str] = None  # found, never set: where that rate was searched for, if not for such a run
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
@@ -57,6 +58,8 @@ class TrainerConfig:
         positive("trainer.learning_rate", self.learning_rate)
         known = self.tuned is None or Path(self.tuned).is_file()
         require(known, "trainer.tuned", self.tuned, "a file that scripts/tune.py makes")
+        where = self.tuned_elsewhere
+        require(where is None, "trainer.tuned_elsewhere", where, "null: a run says there how trainer.tuned was found")
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)

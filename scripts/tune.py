@@ -3,8 +3,10 @@
     partial-lora train -m experiment=tune method=… results_dir=results/tune
     python scripts/tune.py results/tune --out results/tuning.json
 
-An entry of what was not searched for stays in the file. Exit code 1 where the best of some search is its lowest or
-highest rate: there may be a better one beyond.
+All runs of one search agree in every setting that matters; those of all methods in how long and on what they trained,
+in the number of rates and in the seeds. An entry of what was not searched for stays in the file, and has to agree with
+the new ones, too. Exit code 1 where the best of some search is its lowest or highest rate: there may be a better one
+beyond; 2 where nothing was written.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import sys
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.rate_search import best_rates
+from partial_lora.rate_settings import key_in, named
 from partial_lora.results import read_result
-from partial_lora.tuning import best_rates, save
+from partial_lora.tuning import save
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         worth = {rate: "not finite" if value is None else f"{value:.4f}" for rate, value in entry["tried"].items()}
         tried = "  ".join(f"{rate}: {said}" for rate, said in worth.items())
         at_edge = "   at the edge: search further" if entry["at_edge"] else ""
-        name = f"{entry['method']} ({entry['masks']}, {entry['operating_point']})"
-        print(f"{entry['task']}, {entry['model']}, {name}: {entry['learning_rate']:g}   [{tried}]{at_edge}")
+        print(f"{named(key_in(entry))}: {entry['learning_rate']:g}   [{tried}]{at_edge}")
     print(f"wrote {asked.out}")
     return 1 if any(entry["at_edge"] for entry in entries) else 0
 

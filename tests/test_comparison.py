@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from partial_lora import comparison
 from partial_lora.comparison import compared, per_example, resampled, verdict
 from partial_lora.errors import PartialLoraError
 
@@ -46,13 +48,30 @@ def test_draws_come_up_as_often_as_in_the_literal_bootstrap(differences) -> None
         assert share == pytest.approx(chance, abs=5 * np.sqrt(chance * (1 - chance) / draws) + 1e-9)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 50])
+def test_draws_in_parts_are_those_made_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    differences = np.random.default_rng(0).normal(size=(3, 40))
+    whole = resampled(differences, np.random.default_rng(1), 50)
+    monkeypatch.setattr(comparison, "_COUNTS_AT_ONCE", at_once * 40)
+    assert resampled(differences, np.random.default_rng(1), 50) == pytest.approx(whole, rel=1e-12)
+
+
+def test_memory_does_not_grow_with_draws_of_different_examples() -> None:
+    differences = np.random.default_rng(0).normal(size=(2, 20_000))
+    tracemalloc.start()
+    resampled(differences, np.random.default_rng(1), 600)  # 12 million counts, 192 MB in one piece
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 80 * 2**20
+
+
 def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> None:
     label = [0, 1, 2, 1]
     first = {0: frame(label, [0, 1, 2, 1]), 1: frame(label, [0, 1, 2, 0]), 5: frame(label, [2, 2, 0, 0])}
     second = {0: frame(label, [0, 1, 0, 0]), 1: frame(label, [0, 1, 2, 0]), 7: frame(label, label)}
     found = compared(first, second, "accuracy")
     assert found.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
-    assert (found.seeds, found.examples) == (2, 4)
+    assert (found.seeds, found.examples, found.left_out, found.reason) == (2, 4, (5, 7), None)
     assert found == compared(first, second, "accuracy")
     turned = compared(second, first, "accuracy")
     assert turned.difference == -found.difference
@@ -104,6 +123,17 @@ def test_pairs_are_told_apart_that_are_not_without_pairing() -> None:
     assert found.high - found.low < 2 * 1.96 * spread / 2
 
 
+def test_one_seed_decides_nothing() -> None:
+    label = np.arange(500) % 2
+    good, poor = frame(label, label), frame(label, np.where(np.arange(500) < 100, 1 - label, label))
+    alone = compared({0: good}, {0: poor, 1: poor}, "accuracy")
+    assert alone.low > 0.1
+    assert (alone.verdict, alone.reason, alone.seeds, alone.left_out) == ("undecided", "one seed", 1, (1,))
+    assert compared({0: poor}, {0: good}, "accuracy").verdict == "undecided"
+    two = compared({0: good, 1: good}, {0: poor, 1: poor}, "accuracy")
+    assert (two.verdict, two.reason, two.left_out) == ("better", None, ())
+
+
 def test_verdicts() -> None:
     assert verdict(0.001, 0.02) == "better"
     assert verdict(-0.0099, 0.002) == "matches"
@@ -130,7 +160,9 @@ def test_metrics_that_are_no_mean_are_computed_anew() -> None:
     assert found.low < found.difference < found.high
     assert found.verdict == "better"
     numbers = drawn.normal(size=60)
-    near, far = ({0: frame(numbers, numbers + drawn.normal(0, scale, size=60))} for scale in (0.1, 2.0))
+    near, far = (
+        {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(2)} for scale in (0.1, 2.0)
+    )
     assert compared(near, far, "mse").verdict == "better"  # less is better
     assert compared(far, near, "mse").verdict == "worse"
     assert compared(near, far, "mse").difference < 0

@@ -27,7 +27,8 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members", "tuning", "accelerate_file", "failures"},
+    | {"members", "tuning", "rate_settings", "rate_search", "operating_point", "identity"}
+    | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},

@@ -1,4 +1,4 @@
-"""Learning rates found on validation, the file they are kept in, and the runs that read it."""
+"""The file of learning rates, what is let into it, and the runs that read it."""
 
 from __future__ import annotations
 
@@ -9,113 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from searched_rates import RATES, composed, run, search
 
-from partial_lora import config, record, results, runs, schema, tuning
+from partial_lora import config, rate_search, record, results, runs, tuning
 from partial_lora.errors import PartialLoraError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import tune
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-
-
-def composed(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", list(overrides)))
-
 
 @functools.cache
-def known(*overrides: str) -> dict:
-    return composed("model=tiny_vit", *overrides)
-
-
-def run(rate: float, worth: float | None, *overrides: str, loss: float = 1.0, seed: int = 0) -> dict:
-    """What a run of the search leaves; `worth` None for one that diverged."""
-    settings = copy.deepcopy(known(*overrides)) | {"seed": seed}
-    settings["trainer"]["learning_rate"] = rate
-    calibrated = settings["method"]["name"] in ("partial", "uniform")
-    entry = record.new(settings) | {"calibration": {"threshold": 0.9} if calibrated else None}
-    if worth is None:
-        return entry | {"status": "failed", "error": "the loss is not finite at step 3 with learning rate 0.03: lower"}
-    validation = {"primary": "accuracy", "accuracy": worth, "loss": loss}
-    return entry | {"status": "finished", "metrics": {"validation": validation, "test": {"accuracy": 0.0}}}
-
-
-def search(worths, *overrides: str, seed: int = 0) -> list[dict]:
-    return [run(rate, worth, *overrides, seed=seed) for rate, worth in zip(RATES, worths, strict=True)]
-
-
-def test_the_rate_is_that_of_the_best_validation() -> None:
-    found, left_out = tuning.best_rates(
-        [*search([0.5, 0.9, 0.8, None], "method=lora"), *search([0.5, 0.6, 0.7, 0.8], "calibration.budget=0.13")]
-    )
-    assert left_out == []
-    lora, partial = found
-    assert lora == {
-        "task": "digits",
-        "model": "tiny_vit",
-        "method": "lora",
-        "masks": "rows_columns",
-        "operating_point": "–",
-        "learning_rate": 3e-3,
-        "metric": "accuracy",
-        "validation": 0.9,
-        "tried": {"0.001": 0.5, "0.003": 0.9, "0.01": 0.8, "0.03": None},
-        "seeds": [0],
-        "epochs": 5.0,
-        "max_steps": None,
-        "batch_size": 32,
-        "at_edge": False,
-    }
-    assert (partial["operating_point"], partial["learning_rate"], partial["at_edge"]) == ("budget 0.13", 3e-2, True)
-
-
-def test_equals_are_told_apart_by_loss_and_seeds_are_averaged() -> None:
-    even = [run(rate, 0.9, "method=lora", loss=loss) for rate, loss in zip(RATES, (3, 1, 1, 2), strict=True)]
-    assert tuning.best_rates(even)[0][0]["learning_rate"] == 3e-3
-    two = [*search([0.2, 0.9, 0.5, 0.4], "method=lora"), *search([0.2, 0.1, 0.7, 0.4], "method=lora", seed=1)]
-    (found,), _ = tuning.best_rates(two)
-    assert (found["learning_rate"], found["validation"], found["seeds"]) == (1e-2, pytest.approx(0.6), [0, 1])
-    two[1] |= {"status": "failed", "error": "the loss is not finite", "metrics": {}}
-    two[2] |= {"status": "failed", "error": "the loss is not finite", "metrics": {}}
-    assert tuning.best_rates(two)[0][0]["learning_rate"] == 3e-2  # a rate that one seed fails at is none
-
-
-def test_every_method_is_searched_for_as_long() -> None:
-    lora = search([0.5, 0.9, 0.8, 0.7], "method=lora")
-    longer = [run(rate, 0.5, "method=dora", "trainer.epochs=9") for rate in RATES]
-    with pytest.raises(PartialLoraError, match=r"lora \(rows_columns\) was tuned with 5.0 epochs, .*dora .* with 9.0"):
-        tuning.best_rates([*lora, *longer])
-    more = [*search([0.5, 0.9, 0.8, 0.7], "method=dora"), run(1e-1, 0.1, "method=dora")]
-    with pytest.raises(PartialLoraError, match=r"was tuned with 4 learning rates, .* with 5: a search must be"):
-        tuning.best_rates([*lora, *more])
-    with pytest.raises(PartialLoraError, match="3 learning rates, expected at least 4"):
-        tuning.best_rates(lora[:3])
-    with pytest.raises(PartialLoraError, match="no learning rate had a finite loss; search lower"):
-        tuning.best_rates(search([None] * 4, "method=lora"))
-
-
-def test_a_run_that_failed_in_another_way_is_left_out_and_said() -> None:
-    interrupted = run(1e-1, None, "method=lora") | {"error": "interrupted"}
-    found, left_out = tuning.best_rates([*search([0.5, 0.9, 0.8, 0.7], "method=lora"), interrupted])
-    assert len(found[0]["tried"]) == 4
-    assert left_out == ["digits, tiny_vit, lora (rows_columns), learning rate 0.1: interrupted"]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    found, _ = tuning.best_rates(
+def searched() -> list[dict]:
+    found, _ = rate_search.best_rates(
         [
             *search([0.5, 0.9, 0.8, 0.7], "method=lora"),
             *search([0.5, 0.6, 0.9, 0.8]),
             *search([0.5, 0.6, 0.7, 0.8], "calibration=budget"),
         ]
     )
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
     path = tmp_path / "results" / "tuning.json"
-    tuning.save(path, found)
+    tuning.save(path, searched())
     return path
 
 
@@ -123,9 +41,10 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
     given = ("model=tiny_vit", f"trainer.tuned={file}")
     rates = {
         "method=lora": 3e-3,
-        "method=lora calibration=budget": 3e-3,  # of no operating point
+        "method=lora calibration=budget mask=element importance=random": 3e-3,  # it reads none of these
         "method=partial": 1e-2,
         "calibration=budget": 3e-2,
+        "calibration.reliability=true calibration.seed=3 mask.seed=2 seed=9 trainer.num_processes=2": 1e-2,
     }
     for overrides, rate in rates.items():
         settings = composed(*given, *overrides.split())
@@ -134,12 +53,62 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
         assert config.run_id(settings) != config.run_id(plain)  # they say of themselves how they got it
         assert record.new(settings)["tuning"] == "tuned"
         assert record.new(plain)["tuning"] == "untuned"
-    with pytest.raises(
-        PartialLoraError,
-        match=r"trainer\.tuned=.*: no learning rate for task=digits, model=tiny_vit, method=lora, masks=element, "
-        r"operating_point=threshold 0\.9; search for one with experiment=tune",
-    ):
-        composed(*given, "method=lora", "mask=element")
+    for overrides, lacking in {
+        "method=dora": "method=dora",
+        "mask=element": "method=partial, masks=element, operating_point=threshold 0.9",
+        "calibration.budget=1000": "method=partial, masks=rows_columns, operating_point=budget 1,000",  # of no share
+    }.items():
+        said = rf"trainer\.tuned=.*: no learning rate for task=digits, model=tiny_vit, .*{lacking}.*; search for one"
+        with pytest.raises(PartialLoraError, match=said):
+            composed(*given, *overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate", "said"),
+    [
+        ("calibration.threshold=0.7", 1e-2, "tuned at threshold 0.9"),
+        ("calibration.budget=0.05", 3e-2, "tuned at budget 0.13"),
+        ("trainer.epochs=100", 1e-2, "tuned elsewhere (trainer.epochs=5)"),
+        ("method=lora method.rank=1", 3e-3, "tuned elsewhere (method.rank=16)"),
+        ("importance=random mask.seed=1", 1e-2, "tuned elsewhere (importance.name=svd)"),
+        (
+            "calibration.threshold=0.7 trainer.batch_size=512",
+            1e-2,
+            "tuned elsewhere (threshold 0.9, trainer.batch_size=32)",
+        ),
+        (
+            "method=lora method.rank=1 method.alpha=999 trainer.batch_size=512 trainer.epochs=9 task.train_samples=90",
+            3e-3,
+            "tuned elsewhere (trainer.batch_size=32, trainer.epochs=5, method.alpha=16, 2 more)",
+        ),
+    ],
+)
+def test_a_run_says_where_its_rate_was_found_if_not_for_such_a_run(file: Path, overrides, rate, said) -> None:
+    settings = composed("model=tiny_vit", f"trainer.tuned={file}", *overrides.split())
+    assert settings["trainer"]["learning_rate"] == rate
+    assert record.new(settings)["tuning"] == said
+    again = copy.deepcopy(settings)
+    again["trainer"]["tuned_elsewhere"] = None
+    assert config.run_id(again) != config.run_id(settings)  # found for it later, the same rate is another fact
+    with pytest.raises(Exception, match=r"trainer\.tuned_elsewhere=here: expected null"):
+        composed("model=tiny_vit", "trainer.tuned_elsewhere=here")
+
+
+def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "calibration.json"
+    content = {"version": 1, "threshold": 0.42, "budget": 0.13, "axes": "separate", "scope": "independent"}
+    results.write_json(calibration, content)
+    given = ("model=tiny_vit", f"trainer.tuned={file}", f"calibration.file={calibration}")
+    settings = composed(*given)
+    assert settings["trainer"]["learning_rate"] == 3e-2  # of budget 0.13, though the settings have threshold 0.9
+    assert record.new(settings)["tuning"] == "tuned"
+    results.write_json(calibration, content | {"axes": "joint", "budget": 0.2})
+    said = "tuned elsewhere (budget 0.13, calibration.axes=separate)"
+    assert record.new(composed(*given))["tuning"] == said
+    results.write_json(calibration, {})
+    with pytest.raises(PartialLoraError, match=r"calibration\.file=.*: no calibration\.json that says its threshold"):
+        composed(*given)
+    assert composed(*given, "method=lora")["trainer"]["learning_rate"] == 3e-3  # which reads no such file
 
 
 def test_a_runs_id_is_of_the_rate_and_not_of_the_file(file: Path) -> None:
@@ -147,19 +116,45 @@ def test_a_runs_id_is_of_the_rate_and_not_of_the_file(file: Path) -> None:
     before = config.run_id(composed(*given, f"trainer.tuned={file}"))
     other = file.with_name("other.json")
     other.write_bytes(file.read_bytes())
-    tuning.save(other, tuning.best_rates(search([0.9, 0.8, 0.8, 0.7], "method=dora"))[0])  # beside what was there
+    tuning.save(other, rate_search.best_rates(search([0.9, 0.8, 0.8, 0.7], "method=dora"))[0])  # beside what was there
     assert config.run_id(composed(*given, f"trainer.tuned={other}")) == before
-    tuning.save(other, tuning.best_rates(search([0.5, 0.8, 0.9, 0.7], "method=lora"))[0])
+    tuning.save(other, rate_search.best_rates(search([0.5, 0.8, 0.9, 0.7], "method=lora"))[0])
     assert config.run_id(composed(*given, f"trainer.tuned={other}")) != before
     assert [entry["method"] for entry in tuning.load(other)] == ["dora", "lora", "partial", "partial"]
+
+
+def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
+    before = file.read_bytes()
+    longer = rate_search.best_rates([run(rate, 0.5, "method=dora", "trainer.epochs=9") for rate in RATES])[0]
+    more = rate_search.best_rates([run(rate, 0.5, "method=lora") for rate in (*RATES, 1e-1)])[0]
+    again = rate_search.best_rates(search([0.5] * 4, "method=lora", seed=3))[0]
+    for entries, said in (
+        (
+            longer,
+            r"lora was tuned with trainer\.epochs=5, .*dora with trainer\.epochs=9: .*; write to another file",
+        ),
+        (
+            more,
+            r"lora was tuned with 5 learning rates, .*partial \(rows_columns, budget 0\.13\) with 4",
+        ),
+        (again, r"lora was tuned with seeds \[3\], .* with seeds \[0\]: .*, or remove the old entry from this one"),
+    ):
+        with pytest.raises(PartialLoraError, match=said):
+            tuning.save(file, entries)
+        assert file.read_bytes() == before
+    elsewhere = [entry | {"task": "trec"} for entry in longer]
+    tuning.save(file, elsewhere)  # of another task, as long as it likes
+    assert len(tuning.load(file)) == 4
+    assert [entry for entry in tuning.load(file) if entry["task"] == "trec"] == elsewhere
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("{", "no file of learning rates"),
-        ('{"version": 2, "entries": []}', "no file of learning rates"),
-        ('{"version": 1, "entries": [{"learning_rate": 0.1}]}', "an entry lacks a key"),
+        ('{"version": 2}', "no file of learning rates"),
+        ('{"version": 1, "entries": [{"learning_rate": 0.1}]}', "version 1, expected 2; remove it"),
+        ('{"version": 2, "entries": [{"learning_rate": 0.1}]}', "an entry lacks a key"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, said: str) -> None:
@@ -177,12 +172,18 @@ def test_the_command_reads_runs_and_writes_the_file(tmp_path: Path, capsys) -> N
         results.write_json(folder / results.RESULT, entry)
     out = tmp_path / "tuning.json"
     assert tune.main([str(tmp_path / "results"), "--out", str(out)]) == 0
-    assert "lora (rows_columns, –): 0.003   [0.001: 0.5000  0.003: 0.9000  0.01: 0.8000  0.03: not finite]" in (
+    assert "digits, tiny_vit, lora: 0.003   [0.001: 0.5000  0.003: 0.9000  0.01: 0.8000  0.03: not finite]" in (
         capsys.readouterr().out
     )
     assert json.loads(out.read_text())["entries"][0]["learning_rate"] == 3e-3
     assert tune.main([str(tmp_path / "nothing"), "--out", str(out)]) == 2
     assert "expected runs of experiment=tune" in capsys.readouterr().err
+    for entry in search([0.5, 0.9, 0.8, None], "method=dora", "trainer.epochs=9"):
+        folder = tmp_path / "longer" / config.run_directory(entry["config"])
+        folder.mkdir(parents=True)
+        results.write_json(folder / results.RESULT, entry)
+    assert tune.main([str(tmp_path / "longer" / "results"), "--out", str(out)]) == 2
+    assert "tuning.json: digits, tiny_vit, lora was tuned with trainer.epochs=5" in capsys.readouterr().err
 
 
 def test_experiments_compose(file: Path) -> None:
@@ -193,6 +194,5 @@ def test_experiments_compose(file: Path) -> None:
     assert compared["trainer"]["learning_rate"] == 3e-3
 
 
-def test_words_for_what_does_not_apply_are_the_same() -> None:
-    assert tuning.NO_POINT == runs.NONE
-    assert set(tuning._LOWER_IS_BETTER) == runs.LOWER_IS_BETTER
+def test_metrics_where_less_is_better_are_those_of_reports() -> None:
+    assert set(rate_search._LOWER_IS_BETTER) == runs.LOWER_IS_BETTER

@@ -1,0 +1,72 @@
+"""What a run computes from, and so what tells it from others: its settings without those that change no result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from partial_lora.schema import Config
+
+# What a run computes does not depend on these: where its files go, what memory it may use, and the device, launch,
+# worker and tracker keys.
+NOT_SETTINGS = {
+    "seed",
+    "results_dir",
+    "overwrite",
+    "task.classes",
+    "task.cache_bytes",
+    "calibration.memory",
+    "trainer.device",
+    "trainer.save_total_limit",
+    "trainer.gradient_accumulation_steps",
+    "trainer.num_processes",
+    "trainer.num_machines",
+    "trainer.machine_rank",
+    "trainer.main_process_ip",
+    "trainer.main_process_port",
+    "trainer.accelerate_config",
+    "trainer.num_workers",
+    "trainer.strategy",
+    "trainer.report_to",
+}
+
+
+def computed_from(settings: Mapping) -> dict[str, Any]:
+    """The settings that a run computes from and that are not the schema's defaults, each by its full key.
+
+    The members of a mixture are among them as tasks are, and `task.members` is their names in order, which is that of
+    the outputs.
+    """
+    names, standard = list(settings.get("task", {}).get("members") or ()), defaults()
+    found = {}
+    for key, value in flatten(settings).items():
+        own = plain(key, names)
+        if own not in NOT_SETTINGS and value != standard.get(own):
+            found[key] = value
+    return found | ({"task.members": names} if names else {})
+
+
+def plain(key: str, members: Sequence[str]) -> str:
+    """The key of a task that a key of one of a mixture's members is; any other key as it is."""
+    if not key.startswith("task.members."):
+        return key
+    of = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
+    return "task." + key.removeprefix(f"task.members.{of}.")
+
+
+def defaults() -> dict[str, Any]:
+    """The schema's defaults, each by its full key."""
+    return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+def flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Settings in one mapping, each by its full key."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
