@@ -47,6 +47,8 @@ def settings(*overrides: str) -> dict:
         ("model.target_modules=[]", "model.target_modules"),
         ("seed=-1", "seed"),
         ("task.validation_share=1", "task.validation_share"),
+        ("task.label_noise=1.5", "task.label_noise"),
+        ("data_dir=/nowhere", "data_dir"),
         ("task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}", "task.data_files.train"),
         ("task.data_files={training: /nowhere.parquet}", "task.data_files"),
         ("trainer.learning_rate=0", "trainer.learning_rate"),
@@ -164,7 +166,7 @@ def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None
         *("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"),
         *("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true"),
         *("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true"),
-        *("importance=snip", "importance.rounds=4"),
+        *("importance=snip", "importance.rounds=4", "task.label_noise=0.2"),
     ],
 )
 def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
