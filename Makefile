@@ -105,14 +105,9 @@ causal: $(VENV)/.installed
 	$(BIN)/partial-lora train -m experiment=encoders results_dir=results/mixture $(MIXED) calibration=threshold,budget
 	$(BIN)/partial-lora report results/mixture
 
-# Every method, with the learning rates that reproduce.mk's `tune` finds. Finished runs are skipped.
-METHODS = $(BIN)/partial-lora train -m experiment=methods preset=cpu
-
-methods: $(VENV)/.installed
-	$(METHODS) method=lora,dora,adalora,lorafa,vera,probe,full
-	$(METHODS) $(CALIBRATED)
-	$(METHODS) $(ELEMENT)
-	$(BIN)/partial-lora report results/cpu
+# Every method, with the learning rates that `tune` finds. Finished runs are skipped.
+methods: runs-methods
+	$(BIN)/partial-lora report results/$(PRESET)
 
 include reproduce.mk
 
