@@ -1,4 +1,4 @@
-"""A folder that holds the rows of many tasks, NAME/{train,validation,test}.parquet, so that a sweep can be over tasks."""
+"""A folder of many tasks' rows, NAME/{train,validation,test}.parquet, so that a sweep can be over tasks."""
 
 from __future__ import annotations
 
