@@ -98,8 +98,8 @@ causal: $(VENV)/.installed
 	$(call CHOICE,arc_easy)
 	$(call CHOICE,piqa)
 	$(BIN)/python scripts/zero_shot.py arc_easy=$(DATA)/arc_easy/test.parquet piqa=$(DATA)/piqa/test.parquet
-	$(CAUSAL) task=gsm8k $(call FILES,gsm8k) method=lora trainer.max_steps=50 trainer.save_steps=50 \
-		task.train_samples=300 task.test_samples=50
+	$(CAUSAL) task=gsm8k $(call FILES,gsm8k) method=lora model.max_length=512 \
+		trainer.max_steps=50 trainer.save_steps=50 task.train_samples=300 task.test_samples=50
 	$(BIN)/partial-lora report results/causal
 	$(BIN)/partial-lora train -m experiment=encoders results_dir=results/mixture $(MIXED) method=lora
 	$(BIN)/partial-lora train -m experiment=encoders results_dir=results/mixture $(MIXED) calibration=threshold,budget

@@ -1,0 +1,1 @@
+"""The evidence: what the paper claims, as tables and figures of finished runs."""

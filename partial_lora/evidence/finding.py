@@ -1,0 +1,72 @@
+"""What a difference and its interval say of a claim: it holds, it does not, or it cannot be decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from partial_lora.comparison import MARGIN
+from partial_lora.evidence.differences import AVERAGE, of_differences, said
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided here"
+
+
+def as_good(row: Mapping | None) -> str:
+    """The claim that the first of a pair is as good as the second, to within a point."""
+    if row is None:
+        return OPEN
+    return {"better": HOLDS, "matches": HOLDS, "worse": FAILS}.get(row["verdict"], OPEN)
+
+
+def better(row: Mapping | None) -> str:
+    """The claim that the first is better; refuted where it is not so by as much as a point."""
+    if row is None or row["seeds"] < 2 or row["low"] != row["low"]:
+        return OPEN
+    if row["low"] > 0:
+        return HOLDS
+    return FAILS if row["high"] < MARGIN else OPEN
+
+
+def find(numbers: pd.DataFrame, first: str, second: str, point: str, **where: str) -> dict | None:
+    """The difference of two methods at a point, on average over tasks or on the only one; None where there is none.
+
+    where: further columns and the value that is asked for; of several models the first.
+    """
+    rows = of_differences(numbers)
+    for name, value in {"first": first, "second": second, "operating_point": point, **where}.items():
+        rows = rows[rows[name] == value]
+    means = rows[rows["task"] == AVERAGE]
+    rows = means if len(means) else rows
+    return rows.iloc[0].to_dict() if len(rows) else None
+
+
+def clauses(numbers: pd.DataFrame, first: str, second: str, points: Mapping[str, str], **where: str) -> list[str]:
+    """What is found of "the first is as good as the second", for every model at every point.
+
+    points: the operating points, each with what is said of it.
+    """
+    rows = of_differences(numbers)
+    models = list(dict.fromkeys(rows.loc[(rows["first"] == first) & (rows["second"] == second), "model"])) or [None]
+    said_of = []
+    for model in models:
+        for point, words in points.items():
+            row = find(numbers, first, second, point, **where, **({} if model is None else {"model": model}))
+            of = f"of {model} " if len(models) > 1 else ""
+            said_of.append(f"{of}{words} it {as_good(row)}, {measured(row)}")
+    return said_of
+
+
+def measured(row: Mapping | None) -> str:
+    """A difference in words: which, by how much, over what."""
+    if row is None:
+        return "no runs of both"
+    tasks = f"on {row['task']}" if row["tasks"] == 1 else f"on average over {row['tasks']:.0f} tasks"
+    drawn = "1 seed" if row["seeds"] == 1 else f"{row['seeds']:.0f} seeds"
+    drawn = f"at least {drawn} each" if row["tasks"] > 1 else drawn
+    return f"{row['first']} − {row['second']} {said(row)} points {tasks}, {drawn}"
+
+
+def sentence(claim: str, *clauses: str, table: str) -> str:
+    """A claim with what was found of it, as one sentence that ends with its table."""
+    return f"{claim}: {'; '.join(clauses)} ({table})."
