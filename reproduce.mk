@@ -1,4 +1,4 @@
-# make tune                          learning rates of every method on the studied task (results/tune, results/tuning.json)
+# make tune                          learning rates of every method on the studied task (results/tuning.json)
 # make reproduce-tune                the same, and on the other tasks those of lora, partial and targeted
 # make reproduce-table1 … table7     a table's runs, and the table (results/PRESET/tables)
 # make reproduce-fig1 … fig7         a figure's runs, and the figure (results/PRESET/figures)
@@ -7,8 +7,9 @@
 #
 # PRESET=cpu     models out of PyPI wheels; digits always, and the tasks of DATA=FOLDER where that is there
 # PRESET=paper   the paper's models and sets from the hub, on GPUs
-# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; a run that failed is missing
-# in its table, and the rest goes on. conf/experiment/NAME.yaml says what each costs and what it is to show.
+# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; a run that failed is
+# missing in its table, and the rest goes on. conf/experiment/NAME.yaml says what each costs and what it is to show.
+# LAUNCH='hydra/launcher=joblib hydra.launcher.n_jobs=2' (the extra `sweeps`) and OMP_NUM_THREADS=1: two runs at once.
 
 PRESET ?= cpu
 RESULTS = results/$(PRESET)
@@ -17,7 +18,7 @@ listed = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
 known = $(if $(strip $(1)),$(2))
 
 # A run that failed ends a sweep with 1, settings that are refused with 2.
-RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2)) || test $$? = 1
+RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2) $(LAUNCH)) || test $$? = 1
 
 # A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures.
 FILES_AT = $(wildcard $(DATA))
@@ -114,7 +115,7 @@ reproduce-tune: $(VENV)/.installed
 	$(TUNE_ALL)
 	$(KEEP_BEST)
 
-# Where there are rates, committed ones among them, nothing is searched for. A best rate at an edge is used all the same.
+# Where there are rates, committed ones among them, nothing is searched for. A best rate at an edge is used, too.
 $(TUNED): | $(VENV)/.installed
 	$(TUNE_ALL)
 	$(KEEP_BEST) || test -f $@
@@ -139,7 +140,7 @@ runs-table2:
 	$(call RUN,table2,$(STUDIED) $(MANY))
 	$(if $(filter paper,$(PRESET)),$(call RUN,table2,$(IMAGES)))
 
-# A causal model on the CPU takes hours: CHOICES= leaves it out. It is `make causal`'s own, with one seed and rates untuned.
+# A causal model on the CPU takes hours: CHOICES= leaves it out. It is `make causal`'s own, one seed, rates untuned.
 CHOICES_cpu = $(if $(FILES_AT),arc_easy piqa)
 CHOICES ?= $(CHOICES_$(PRESET))
 CAUSAL_MODELS = $(call listed,$(CAUSAL_paper))
@@ -176,11 +177,12 @@ runs-methods:
 
 runs-table7: runs-methods | $(BENCHED)
 
+FLOWERS = $(call RUN,fig1,$(PHOTOGRAPHS) $(1))
 runs-fig1:
 	$(call RUN,fig1,$(RELIABLE))
 	$(call RUN,fig1,$(RELIABLE) method=lora$(comma)probe calibration.threshold=0.9)
-	$(call known,$(PHOTOGRAPHS),$(call RUN,fig1,$(PHOTOGRAPHS) method=partial calibration.threshold=0.7$(comma)0.8$(comma)0.9))
-	$(call known,$(PHOTOGRAPHS),$(call RUN,fig1,$(PHOTOGRAPHS) method=lora calibration.threshold=0.9))
+	$(call known,$(PHOTOGRAPHS),$(call FLOWERS,method=partial calibration.threshold=0.7$(comma)0.8$(comma)0.9))
+	$(call known,$(PHOTOGRAPHS),$(call FLOWERS,method=lora calibration.threshold=0.9))
 
 runs-fig2: runs-table1 runs-table3
 
@@ -214,9 +216,9 @@ NAMES = $(TABLES) $(FIGURES)
 .PHONY: reproduce runs-methods $(NAMES:%=runs-%) $(NAMES:%=reproduce-%)
 runs-methods $(NAMES:%=runs-%): | $(VENV)/.installed $(TUNED)
 
-# What a figure needs beside the records is measured where the weights are, and kept beside them.
-MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3
-MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7
+# What a figure needs beside the records is measured where the weights are; 1 says that some have none.
+MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3 || test $$? = 1
+MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7 || test $$? = 1
 $(NAMES:%=reproduce-%): reproduce-%: runs-%
 	$(MEASURED_$*)
 	$(BIN)/python scripts/reproduce.py $* --results $(RESULTS)
