@@ -28,7 +28,7 @@ PHOTOGRAPHS_cpu = $(if $(FILES_AT),flowers17)
 TEXTS_cpu = $(if $(FILES_AT),sst2 trec qnli mrpc)
 MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
 MIXED_TEXTS_cpu = $(if $(FILES_AT),sst2 mrpc)
-OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT))
+OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160)
 OF_PHOTOGRAPHS_cpu = model.image_size=98
 OF_TEXTS_cpu = model=minilm_l6 task.train_samples=1200 task.test_samples=1000
 FEW_cpu = task.train_samples=300 trainer.epochs=6
