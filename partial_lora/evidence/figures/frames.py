@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 
-from partial_lora.config import flatten, with_defaults
+from partial_lora.config import with_defaults
 from partial_lora.grouping import half_interval
 from partial_lora.runs import NONE, Run
 
@@ -32,6 +31,7 @@ SETTINGS = {  # what an experiment may vary beside method and operating point: t
 _OF_NO_MATTER = {"seed", "calibration.seed", "calibration.memory", "calibration.reliability", "results_dir"}
 _OF_NO_MATTER |= {"overwrite", "preset", "data_dir", "task.classes", "task.cache_bytes", "trainer.tuned"}
 _OF_NO_MATTER |= {"trainer.report_to", "trainer.num_workers", "trainer.device", "trainer.num_processes"}
+_OF_NO_MATTER |= {"task.data_files"}
 
 
 def frame(found: Sequence[Run]) -> pd.DataFrame:
@@ -44,8 +44,8 @@ _COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parame
 
 def _row(position: int, run: Run) -> dict:
     config = run.record["config"]
-    settings = flatten(with_defaults(config)) | flatten(config)  # keys that are newer than this version stay
-    known = {column: settings.get(key, usual) for column, (key, usual) in SETTINGS.items()}
+    settings = with_defaults(config)
+    known = {column: _at(settings, key, value) for column, (key, value) in SETTINGS.items()}
     known["mask_seed"] = NONE if known["mask_seed"] is None else known["mask_seed"]
     known["train_samples"] = math.inf if known["train_samples"] is None else known["train_samples"]
     return {
@@ -61,13 +61,17 @@ def _row(position: int, run: Run) -> dict:
     }
 
 
-def _variant(settings: Mapping[str, object]) -> str:
+def _at(settings: Mapping, key: str, otherwise: object) -> object:
+    group, _, name = key.partition(".")
+    return settings[group].get(name, otherwise)
+
+
+def _variant(settings: Mapping) -> str:
     """All settings that runs of one mean have to share."""
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if key not in _OF_NO_MATTER and not key.startswith("task.data_files")
-    }
+    kept = {}
+    for group, value in settings.items():
+        flat = {f"{group}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {group: value}
+        kept |= {key: each for key, each in flat.items() if key not in _OF_NO_MATTER}
     return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -104,7 +108,9 @@ def settled(cell: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         return one, []
     first = cell.iloc[0]
     place = ", ".join(str(first[name]) for name in ("task", "model", "method", "point"))
-    return one, [f"{place}: {left} of {len(cell)} runs are left out, their settings are others ({_differ(sizes.index)})"]
+    return one, [
+        f"{place}: {left} of {len(cell)} runs are left out, their settings are others ({_differ(sizes.index)})"
+    ]
 
 
 def _differ(variants: Sequence[str], most: int = 3) -> str:
@@ -151,8 +157,3 @@ def places(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame
     """The tables of every task, model and metric: digits, which needs no data set, first, then by name."""
     found = table.groupby(list(PLACE), sort=True)
     return sorted(found, key=lambda each: (each[0][0] != "digits", each[0]))
-
-
-def shown(path: Path) -> str:
-    """A folder of a run as notes name it."""
-    return "/".join(Path(path).parts[-4:])
