@@ -67,7 +67,7 @@ def _cells(sparsities: Sequence[dict]) -> list[dict]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Of every model: means over tasks by depth, a line a kind, bands from the lowest task to the highest; and tasks."""
+    """Of every model: means over tasks by depth, a line a kind; bands over tasks; tasks beside."""
     models = list(table.groupby("model", sort=False))[:_MOST_MODELS]
     figure, drawn = panels.panels(3 * len(models), wide=4.0, high=3.0, across=3)
     for number, (model, part) in enumerate(models):

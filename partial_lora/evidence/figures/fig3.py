@@ -13,11 +13,12 @@ from matplotlib.ticker import MaxNLocator
 
 from partial_lora.evidence.dynamics import gap, read_dynamics
 from partial_lora.evidence.figures import frames, panels
-from partial_lora.runs import Run
+from partial_lora.runs import NONE, Run
 from partial_lora.series import band
 
 NEEDS = "runs of both lora and partial on one task"
-METHODS = ("lora", "partial", "targeted")
+METHODS = ("lora", "partial")
+POINTS = (NONE, "threshold 0.9", "budget 0.13")
 _LOGGED = ("loss", "grad_norm")
 _MOST_SEEDS = 3  # of a method that are measured anew for the gap and the drift
 _MOST_TASKS = 3
@@ -25,7 +26,7 @@ _COLUMNS = [*frames.PLACE, "method", "point", "quantity", "x", "block", "n", "me
 
 
 def measured_runs(found: Sequence[Run]) -> list[Run]:
-    """The runs whose gap and drift the figure shows, for `scripts/dynamics.py`: the first three seeds of each method."""
+    """The runs whose gap and drift the figure shows, for `scripts/dynamics.py`: three seeds of a method."""
     kept = (one for _, one, _ in _groups(found))
     return [found[run] for one in kept for run in one["run"].head(_MOST_SEEDS)]
 
@@ -33,7 +34,7 @@ def measured_runs(found: Sequence[Run]) -> list[Run]:
 def _groups(found: Sequence[Run]) -> list[tuple[tuple, pd.DataFrame, list[str]]]:
     """The runs of every method and point on the tasks that have both lora and partial."""
     known = frames.usual(frames.frame(found))
-    known = known[known["method"].isin(METHODS)]
+    known = known[known["method"].isin(METHODS) & known["point"].isin(POINTS)]
     groups = []
     for _, part in frames.places(known):
         if {"lora", "partial"} <= set(part["method"]):
@@ -93,7 +94,7 @@ def draw(table: pd.DataFrame) -> Figure:
             _lines(axes, part[part["quantity"] == quantity])
             axes.set_ylabel(said, fontsize=9)
             axes.set_xlabel("optimizer step", fontsize=9)
-            axes.set_yscale("log")
+            panels.logarithmic(axes, "y")
         _gaps(both, part, metric)
         _lines(drift, part[part["quantity"] == "cka"])
         drift.set_ylabel("CKA, frozen and trained features", fontsize=9)
@@ -125,13 +126,11 @@ def _gaps(axes: Axes, part: pd.DataFrame, metric: str) -> None:
     for place, (method, point) in enumerate(names):
         own = panels.look(method, point)
         of = shown[(shown["method"] == method) & (shown["point"] == point)].set_index("quantity")
-        axes.plot([0, 1], of.loc[["train", "test"], "mean"], color=own.color, linestyle=own.linestyle, linewidth=1.2)
-        for x, quantity in enumerate(("train", "test")):
-            row = of.loc[quantity]
-            ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-            shift = 0.03 * (place - (len(names) - 1) / 2)
-            style = own.markers | {"color": own.color, "markersize": 5, "linestyle": "", "capsize": 2}
-            axes.errorbar([x + shift], [row["mean"]], yerr=ends, **style)
+        of = of.loc[["train", "test"]]
+        shift = 0.04 * (place - (len(names) - 1) / 2)
+        style = own.markers | {"color": own.color, "linestyle": own.linestyle, "linewidth": 1.2, "markersize": 5}
+        ends = [of["mean"] - of["low"], of["high"] - of["mean"]]
+        axes.errorbar([shift, 1 + shift], of["mean"], yerr=ends, capsize=2, **style)
     axes.set_xticks([0, 1], ["train", "test"])
     axes.set_xlim(-0.3, 1.3)
     panels.scored(axes, metric, said="")

@@ -49,7 +49,7 @@ def levels(sizes: Sequence[float]) -> list[float]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A panel a task: test score over rank, a line for each number of parameters, its points' sparsities beside them."""
+    """A panel a task: test score over rank, a line for each number of parameters, with the sparsities as numbers."""
     parts = frames.places(table)[: panels.MOST]
     figure, drawn = panels.panels(len(parts), wide=4.6, high=3.4, least=6)
     for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
@@ -59,11 +59,10 @@ def draw(table: pd.DataFrame) -> Figure:
             dash = ("-", "--", "-.", ":")[place % 4]
             style = {"color": color, "marker": marker, "linestyle": dash, "linewidth": 1.3, "markersize": 6}
             said = f"{panels.said_size(level)} parameters"
-            axes.errorbar(line["rank"], line["mean"], yerr=line["std"], capsize=2, label=said, **style)
-            dense = line[line["method"] == "lora"]
-            axes.plot(
-                dense["rank"], dense["mean"], marker="s", linestyle="", markersize=11, fillstyle="none", color="k"
-            )
+            sparse, dense = (line[line["method"] == method] for method in METHODS)
+            axes.errorbar(sparse["rank"], sparse["mean"], yerr=sparse["std"], capsize=2, label=said, **style)
+            style |= {"marker": "s", "linestyle": "", "markerfacecolor": "white"}
+            axes.errorbar(dense["rank"], dense["mean"], yerr=dense["std"], capsize=2, **style)
             for row in line.itertuples():
                 panels.numbered(axes, row.rank, row.mean, f"{row.sparsity:.0%}")
         axes.set_xscale("log", base=2)
@@ -76,5 +75,5 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_title(f"{task}, {model} ({panels.seeds(part)})", fontsize=10, loc="left")
         axes.legend(fontsize=7.5, frameon=False)
         panels.plain(axes)
-    figure.suptitle("Numbers: adapter sparsity; squared: dense LoRA; bars: one standard deviation", fontsize=9)
+    figure.suptitle("Numbers: adapter sparsity; open squares: dense LoRA; bars: one standard deviation", fontsize=9)
     return figure

@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from partial_lora.evidence.figures import frames, panels
-from partial_lora.runs import NONE, Run
+from partial_lora.runs import Run
 
 NEEDS = "finished analysis of agreement (`partial-lora analyse agreement`)"
 MEASURES = ("svd", "snip", "imp")  # that targeted has runs with, in table 2
-POINTS = ("calibrated", "0.5")
+SPARSITIES = ("calibrated", "0.5")
+POINTS = ("threshold 0.9", "budget 0.13")
 _COLUMNS = ["part", "task", "model", "point", "first", "second", "jaccard", "chance", "beyond_chance"]
 _COLUMNS += ["metric", "method", "importance", "n", "seeds", "mean", "std", "half"]
 _MOST_PANELS = 4
@@ -32,7 +33,7 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     if not rows:
         return frames.noted(pd.DataFrame(columns=_COLUMNS), notes)
     known = frames.usual(frames.frame(found), varied=("importance",))
-    known = known[known["method"].isin(("partial", "targeted")) & (known["point"] != NONE)]
+    known = known[known["method"].isin(("partial", "targeted")) & known["point"].isin(POINTS)]
     known = known[known["task"].isin({row["task"] for row in rows})]
     table, notes = frames.means(known, [*frames.PLACE, "point", "method", "importance"])
     there = set(table.loc[table["method"] == "targeted", "importance"])
@@ -68,7 +69,7 @@ def draw(table: pd.DataFrame) -> Figure:
     """Matrices of agreement beyond chance, and beside them the accuracy that each measure's choice leads to."""
     agreed, scored = (table[table["part"] == part] for part in ("agreement", "accuracy"))
     by = agreed.groupby(["task", "model"], sort=False)
-    shown = [(key, point, of) for key, part in by for point, of in part.groupby("point") if point in POINTS]
+    shown = [(key, point, of) for key, part in by for point, of in part.groupby("point") if point in SPARSITIES]
     shown = (shown or [(key, point, of) for key, part in by for point, of in part.groupby("point")])[:_MOST_PANELS]
     places = frames.places(scored)[: panels.MOST - _MOST_PANELS]
     figure, drawn = panels.panels(len(shown) + len(places), wide=4.0, high=3.2, least=6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 import pandas as pd
 
@@ -44,7 +45,7 @@ _COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parame
 
 def _row(position: int, run: Run) -> dict:
     config = run.record["config"]
-    settings = with_defaults(config)
+    settings = _whole(config)
     known = {column: _at(settings, key, value) for column, (key, value) in SETTINGS.items()}
     known["mask_seed"] = NONE if known["mask_seed"] is None else known["mask_seed"]
     known["train_samples"] = math.inf if known["train_samples"] is None else known["train_samples"]
@@ -59,6 +60,20 @@ def _row(position: int, run: Run) -> dict:
         "sparsity": run.row["adapter_sparsity"],
         "variant": _variant(settings),
     }
+
+
+@cache
+def _defaults() -> Mapping:
+    return with_defaults({})
+
+
+def _whole(config: Mapping) -> dict:
+    """A record's settings with the defaults of keys that came later, as `with_defaults` has them; of hundreds, fast."""
+    merged = {}
+    for group, value in _defaults().items():
+        known = config.get(group, {} if isinstance(value, dict) else value)
+        merged[group] = {**value, **known} if isinstance(value, dict) else known
+    return merged
 
 
 def _at(settings: Mapping, key: str, otherwise: object) -> object:

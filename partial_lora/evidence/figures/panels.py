@@ -16,7 +16,7 @@ __all__ = ["COLOURS", "MARKERS", "MOST", "SHARES", "heat", "legend", "look", "pa
 
 def swept(axes: Axes, part: pd.DataFrame, method: str, x: str, *, joined: bool) -> None:
     """A method's points over x with one standard deviation; those of thresholds are filled and joined by a line."""
-    for kind, of_kind in part.groupby(part["point"].str.partition(" ")[0]):
+    for kind, of_kind in part.groupby(part["point"].str.split(" ").str[0]):
         own, of_kind = look(method, kind), of_kind.sort_values(x)
         line = own.linestyle if joined and len(of_kind) > 1 else ""
         style = own.markers | {"color": own.color, "linestyle": line, "linewidth": 1.3, "markersize": 6}
@@ -34,8 +34,23 @@ def level(axes: Axes, part: pd.DataFrame, method: str) -> None:
 
 
 def numbered(axes: Axes, x: float, y: float, text: str) -> None:
-    """A small number beside a point."""
-    axes.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize=6.5, color="0.25", ha="center")
+    """A small number to the right of a point."""
+    axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=6.5, color="0.25")
+
+
+def below(axes: Axes, x: float, text: str) -> None:
+    """A small number at the bottom of a panel, below a point."""
+    place = axes.get_xaxis_transform()
+    axes.text(x, 0.01, text, transform=place, fontsize=6.5, color="0.25", ha="center", va="bottom")
+
+
+def logarithmic(axes: Axes, axis: str) -> None:
+    """An axis of powers of ten whose ticks are plain numbers."""
+    getattr(axes, f"set_{axis}scale")("log")
+    of = getattr(axes, f"{axis}axis")
+    of.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    of.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    of.set_minor_formatter(NullFormatter())
 
 
 def scored(axes: Axes, metric: str, said: str = "test ", axis: str = "y") -> None:
