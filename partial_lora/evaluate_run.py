@@ -141,7 +141,7 @@ def _names(labels: set[str], most: int = 10) -> str:
 def said_of(
     model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a run's model says of rows: the logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
+    """A model's logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
     kept, references, done = [], [], 0
     for batch in batches:
         kept.append(model.logits(batch, reduce))

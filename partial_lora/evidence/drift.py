@@ -120,9 +120,9 @@ def _watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
 
 def positions(output: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A block's output as examples by features: of tokens (B, T, width), those of the mask (B, T); of maps (B, C, H, W).
+    """A block's output as examples by features: (N, width), float64, on the CPU.
 
-    Gives (N, width), float64, on the CPU.
+    Of tokens (B, T, width) those of the mask (B, T); of maps (B, C, H, W) every place.
     """
     if output.dim() == 4:
         output = output.movedim(1, -1)
