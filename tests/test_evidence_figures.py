@@ -39,7 +39,8 @@ def thresholds(place: Path) -> None:
     leave(place, "uniform", 0.83, threshold=0.5, share=0.2)
     leave(place, "lora", 0.95)
     leave(place, "probe", 0.60)
-    leave(place, "partial", 0.1, threshold=0.9, task__train_samples=150)
+    for seed in range(4):  # more of them than of the usual ones
+        leave(place, "partial", 0.1, seed=seed, threshold=0.9, task__train_samples=150)
     leave(place, "partial", 0.2, threshold=0.9, method__rank=64)
     leave(place, "partial", 0.3, threshold=0.9, importance__name="snip")
     leave(place, "partial", 0.4, threshold=0.9, mask__granularity="element")
