@@ -5,7 +5,7 @@
     python scripts/dynamics.py results/cpu --where task=digits --where method=lora,partial
 
 Writes RUN/dynamics.json, which the figures read; a run that has one is left alone. The weights have to be at hand: of a
-run that is only a record this says so, and ends with 1 once the others are done. 5 to 10 seconds a run on one core.
+run that is only a record this says so, and ends with 1 once the others are done. About 20 seconds a run on one core.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def main(arguments: list[str]) -> int:
             continue
         try:
             run = finished_run(directory)
-            from partial_lora.evidence import drift  # torch, for those who measure
+            import datasets  # and torch, for those who measure
 
+            from partial_lora.evidence import drift
+
+            datasets.disable_progress_bars()
             content = drift.measure(run, most=asked.rows, device=asked.device)
             last = list(content["cka"].values())[-1]
             print(f"{directory / DYNAMICS}: CKA after the last block {last:.3f}", flush=True)

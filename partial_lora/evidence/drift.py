@@ -120,7 +120,7 @@ def _watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
 
 def positions(output: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A block's output as examples by features: (N, width), float64, on the CPU.
+    """A block's output as examples by features: (N, width), float32, on the CPU.
 
     Of tokens (B, T, width) those of the mask (B, T); of maps (B, C, H, W) every place.
     """
@@ -129,22 +129,28 @@ def positions(output: Tensor, mask: Tensor | None = None) -> Tensor:
     flat = output.reshape(-1, output.shape[-1])
     if mask is not None and mask.shape == output.shape[:2]:
         flat = flat[mask.reshape(-1).bool().to(flat.device)]
-    return flat.cpu().double()
+    return flat.cpu().float()
 
 
 class Moments:
-    """The sums over examples from which the linear CKA of two sets of features is computed, batch by batch."""
+    """The sums over examples from which the linear CKA of two sets of features is computed, batch by batch.
+
+    CKA does not depend on where features are measured from: they are from the first batch's mean, so that what is
+    multiplied in their own precision and summed in float64 is spread, not place.
+    """
 
     def __init__(self) -> None:
         self._count = 0
+        self._origins: tuple[Tensor, Tensor] | None = None
         self._sums: Mapping[str, Tensor] = {}
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Take in the features of the same examples: (N, p) and (N, q)."""
-        new = {"x": first.sum(0), "y": second.sum(0)}
-        new |= {"xx": first.T @ first, "yy": second.T @ second, "xy": first.T @ second}
-        self._count += len(first)
-        self._sums = {name: self._sums[name] + each for name, each in new.items()} if self._sums else new
+        self._origins = self._origins or (first.mean(0), second.mean(0))
+        x, y = first - self._origins[0], second - self._origins[1]
+        new = {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "yy": y.T @ y, "xy": x.T @ y}
+        self._count += len(x)
+        self._sums = {name: self._sums.get(name, 0) + each.double() for name, each in new.items()}
 
     def cka(self) -> float:
         """||Cov(x, y)||² / (||Cov(x, x)|| ||Cov(y, y)||), Frobenius norms; NaN where features do not vary."""
