@@ -25,6 +25,7 @@ def leave(
     history: list | None = None,
     sparsity: dict | None = None,
     measured: dict | None = None,
+    tuning: str = "tuned",
     **settings: object,
 ) -> Path:
     """A finished run's record under place/runs, and dynamics.json beside it where `measured` has its content.
@@ -68,7 +69,7 @@ def leave(
         "calibration": {"baseline": 0.8, "joint": 0.5, "threshold": threshold, "cached": False} if calibrated else None,
         "metrics": {"test": {"primary": "accuracy", "accuracy": test, "loss": 0.1}},
         "history": history or [],
-        "tuning": "tuned",
+        "tuning": tuning,
     }
     name = "-".join([method, f"{threshold:g}", f"{budget}", *map(str, settings.values())])
     folder = place / "runs" / task / model / name / f"seed{seed}"

@@ -65,15 +65,32 @@ def test_fig1_has_means_of_the_usual_runs_alone(tmp_path) -> None:
 
 def test_of_runs_with_other_settings_the_most_stay_and_the_rest_are_named(tmp_path) -> None:
     thresholds(tmp_path)
-    leave(tmp_path, "partial", 0.5, seed=0, trainer__epochs=9.0)
+    leave(tmp_path, "partial", 0.5, seed=0, trainer__learning_rate=9.0)
     leave(tmp_path, "lora", 0.5, seed=1, calibration__seed=1)  # another seed of the calibration is no other setting
     table = numbers(fig1, tmp_path)
     assert only(table, method="partial", point="threshold 0.9")["mean"] == pytest.approx(0.93)
     assert only(table, method="lora")["n"] == 2
     (note,) = [note for note in table.attrs["notes"] if "left out" in note]
     assert note == (
-        "digits, vit_s14, partial, threshold 0.9: 1 of 4 runs are left out, their settings are others (trainer.epochs)"
+        "digits, vit_s14, partial, threshold 0.9: left out 1 of 4 runs, of other settings (trainer.learning_rate)"
     )
+
+
+def test_tuned_rates_go_before_many_runs(tmp_path) -> None:
+    for seed in range(3):
+        leave(tmp_path, "lora", 0.5, seed=seed, trainer__learning_rate=9.0, tuning="untuned")
+    leave(tmp_path, "lora", 0.9)
+    table, _ = frames.means(frames.frame(runs.read(tmp_path)[0]), [*frames.PLACE, "method"])
+    assert table["mean"].tolist() == [0.9]
+
+
+def test_runs_of_other_conditions_are_left_out_and_said(tmp_path) -> None:
+    thresholds(tmp_path)
+    leave(tmp_path, "lora", 0.5, seed=1, trainer__epochs=9.0)
+    assert only(numbers(fig1, tmp_path), method="lora")["mean"] == 0.95
+    said = []
+    figures.make("fig1", tmp_path, say=said.append)
+    assert "fig1: digits, vit_s14: left out 1 of 18 runs, of other conditions (trainer.epochs)" in said
 
 
 def test_usual_is_what_most_have_where_none_has_the_default(tmp_path) -> None:
@@ -120,7 +137,7 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path) -> None:
     drift = only(table, method="partial", quantity="cka", x=2)
     assert (drift["mean"], drift["block"]) == (pytest.approx(0.55), "blocks.1")
     (note,) = table.attrs["notes"]
-    assert note.startswith("missing: dynamics.json of digits, vit_s14, lora, –; scripts/dynamics.py")
+    assert note.startswith("missing: dynamics.json of digits lora; scripts/dynamics.py")
     measured = fig3.measured_runs(runs.read(tmp_path)[0])
     assert sorted((run.row["method"], run.row["seed"]) for run in measured) == [
         ("lora", 0),

@@ -27,6 +27,7 @@ def make(name: str, results_dir: Path, out_dir: Path | None = None, say: Callabl
     """
     if name not in NAMES:
         raise PartialLoraError(f"{name}: expected one of {', '.join(NAMES)}")
+    from partial_lora.evidence.figures import frames
     from partial_lora.figures import save  # matplotlib, for those who draw
 
     results_dir = Path(results_dir)
@@ -35,6 +36,7 @@ def make(name: str, results_dir: Path, out_dir: Path | None = None, say: Callabl
     found, problems = _read(results_dir)
     frame = module.numbers(found, results_dir)
     notes = [f"{name}: {note}" for note in frame.attrs.get("notes", [])]
+    notes += [f"{name}: {note}" for note in frames.elsewhere(frames.frame(found))]
     if problems:
         notes.append(f"{name}: left out, as no finished runs: {_few(problems)}")
     for old in folder.glob(f"{name}.*"):

@@ -47,7 +47,7 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     """Every quantity as mean, lowest and highest over seeds: loss and gradient norm at each step that was logged;
     the test's metric on training and test rows and their difference; linear CKA after each block (x counts from 1).
     """
-    rows, notes = [], []
+    rows, notes, unmeasured = [], [], []
     for key, one, said in _groups(found):
         notes += said
         place = dict(zip((*frames.PLACE, "method", "point"), key, strict=True))
@@ -61,8 +61,11 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
         measured = [content for run in runs if (content := read_dynamics(run.directory))]
         rows += [place | row for row in _measured(measured)]
         if not measured:
-            name = ", ".join(str(place[column]) for column in ("task", "model", "method", "point"))
-            notes.append(f"missing: dynamics.json of {name}; scripts/dynamics.py {results_dir} --figure fig3")
+            unmeasured.append(f"{place['task']} {place['method']}" + f" {place['point']}" * (place["point"] != NONE))
+    if unmeasured and rows:
+        notes.append(
+            f"missing: dynamics.json of {', '.join(unmeasured)}; scripts/dynamics.py {results_dir} --figure fig3"
+        )
     return frames.noted(pd.DataFrame(rows, columns=_COLUMNS), notes)
 
 

@@ -55,7 +55,8 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     known = _known(found)
     cells = _cells(known)
     notes = [note for _, _, said in cells for note in said]
-    rows = [*_differences(cells), *_masks(known, cells), *_gaps(found, cells)]
+    pairs = _differences(cells)
+    rows = [*pairs, *_masks(known, cells), *_gaps(found, cells)] if pairs else []
     table = pd.DataFrame(rows, columns=_COLUMNS)
     return frames.noted(table, [*notes, *(_missing(table, results_dir) if rows else [])])
 

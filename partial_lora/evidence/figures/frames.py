@@ -28,6 +28,10 @@ SETTINGS = {  # what an experiment may vary beside method and operating point: t
     "train_samples": ("task.train_samples", math.inf),  # the most that there are
     "label_noise": ("task.label_noise", 0.0),
 }
+# Under which all methods of a task and model have to be trained to stand beside each other.
+_CONDITIONS = ("model.image_size", "model.target_modules", "model.dtype", "model.quantization", "model.max_length")
+_CONDITIONS += ("task.test_samples", "task.validation_share", "task.split_seed")
+_CONDITIONS += ("trainer.epochs", "trainer.max_steps", "trainer.batch_size", "trainer.weight_decay", "trainer.warmup")
 # In which runs of one cell may differ all the same: their seeds, where files are, what changes no result.
 _OF_NO_MATTER = {"seed", "calibration.seed", "calibration.memory", "calibration.reliability", "results_dir"}
 _OF_NO_MATTER |= {"overwrite", "preset", "data_dir", "task.classes", "task.cache_bytes", "trainer.tuned"}
@@ -40,7 +44,8 @@ def frame(found: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame([_row(position, run) for position, run in enumerate(found)], columns=_COLUMNS)
 
 
-_COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parameters", "share", "sparsity", "variant"]
+_COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parameters", "share", "sparsity"]
+_COLUMNS += ["conditions", "tuned", "variant"]
 
 
 def _row(position: int, run: Run) -> dict:
@@ -58,6 +63,8 @@ def _row(position: int, run: Run) -> dict:
         "parameters": run.row["adapter_parameters"],
         "share": run.row["share_of_dense"],
         "sparsity": run.row["adapter_sparsity"],
+        "conditions": json.dumps({key: _at(settings, key, None) for key in _CONDITIONS}, default=str),
+        "tuned": 2 if run.row["tuning"] == "tuned" else int(run.row["tuning"] != "untuned"),
         "variant": _variant(settings),
     }
 
@@ -94,10 +101,11 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
     """The runs that differ from the usual ones of their task and model in nothing but the columns `varied`.
 
     Usual is the value in SETTINGS; where no run of the place has it, the one that most have, and of training samples
-    the largest number.
+    the largest number. All are trained under the conditions under which most are.
     """
     kept = [known.iloc[:0]]
     for _, part in known.groupby(list(PLACE), sort=False):
+        part = part[part["conditions"] == part["conditions"].mode().iloc[0]]
         for column, (_, value) in SETTINGS.items():
             if column in varied:
                 continue
@@ -110,22 +118,32 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
     return pd.concat(kept)
 
 
+def elsewhere(known: pd.DataFrame) -> list[str]:
+    """The runs that `usual` leaves out because they were trained under other conditions, a line a task and model."""
+    notes = []
+    for (task, model, _), part in known.groupby(list(PLACE), sort=True):
+        others = part[part["conditions"] != part["conditions"].mode().iloc[0]]
+        if len(others):
+            named = _differ(part["conditions"].unique())
+            notes.append(f"{task}, {model}: left out {len(others)} of {len(part)} runs, of other conditions ({named})")
+    return notes
+
+
 def settled(cell: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """One run for every seed of a cell, all of the same settings, and what is to be said of others that were left out.
 
-    Of several settings those with most runs stay: a mean over different ones would be of neither.
+    Of several settings those with a tuned learning rate stay, and of these those with most runs: a mean over different
+    ones would be of neither.
     """
-    sizes = cell["variant"].value_counts()
-    chosen = min(sizes.index, key=lambda variant: (-sizes[variant], variant))
+    ranked = cell.groupby("variant", sort=True).agg(tuned=("tuned", "max"), runs=("run", "size"))
+    chosen = ranked.sort_values(["tuned", "runs"], ascending=False, kind="stable").index[0]
     one = cell[cell["variant"] == chosen].drop_duplicates("seed").sort_values("seed")
     left = len(cell) - len(one)
     if not left:
         return one, []
     first = cell.iloc[0]
     place = ", ".join(str(first[name]) for name in ("task", "model", "method", "point"))
-    return one, [
-        f"{place}: {left} of {len(cell)} runs are left out, their settings are others ({_differ(sizes.index)})"
-    ]
+    return one, [f"{place}: left out {left} of {len(cell)} runs, of other settings ({_differ(ranked.index)})"]
 
 
 def _differ(variants: Sequence[str], most: int = 3) -> str:
