@@ -67,9 +67,10 @@ def test_of_runs_with_other_settings_the_most_stay_and_the_rest_are_named(tmp_pa
     thresholds(tmp_path)
     leave(tmp_path, "partial", 0.5, seed=0, trainer__learning_rate=9.0)
     leave(tmp_path, "lora", 0.5, seed=1, calibration__seed=1)  # another seed of the calibration is no other setting
+    leave(tmp_path, "lora", 0.5, seed=2, calibration__max_sparsity=0.99)  # nor is what calibration it goes without
     table = numbers(fig1, tmp_path)
     assert only(table, method="partial", point="threshold 0.9")["mean"] == pytest.approx(0.93)
-    assert only(table, method="lora")["n"] == 2
+    assert only(table, method="lora")["n"] == 3
     (note,) = [note for note in table.attrs["notes"] if "left out" in note]
     assert note == (
         "digits, vit_s14, partial, threshold 0.9: left out 1 of 4 runs, of other settings (trainer.learning_rate)"
@@ -117,6 +118,12 @@ def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path) -> No
     assert table.attrs["notes"] == ["missing: tasks other than digits"]
 
 
+def test_fig2_takes_causal_runs_from_beside_the_cpu_preset(tmp_path) -> None:
+    leave(tmp_path / "cpu", "partial", 0.9)
+    leave(tmp_path / "causal", "partial", 0.9, task="piqa", model="smollm2_135m")
+    assert set(numbers(fig2, tmp_path / "cpu")["task"]) == {"digits", "piqa"}
+
+
 def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path) -> None:
     for seed in (0, 1):
         history = [
@@ -155,7 +162,7 @@ def test_fig4_puts_runs_of_one_size_on_one_level(tmp_path) -> None:
     assert table["level"].unique().tolist() == [250_000]
     assert sorted(table["rank"]) == [4, 16, 32]
     assert only(table, rank=32)["sparsity"] == pytest.approx(1 - 0.126)
-    assert table.attrs["notes"] == ["missing: digits, vit_s14, rank 8, 64"]
+    assert table.attrs["notes"] == ["missing: digits, vit_s14, rank 2, 8, 64"]
     assert fig4.levels([100, 330, 104, 106]) == [100, 330, 100, 106]
 
 
@@ -200,15 +207,18 @@ def test_fig6_takes_budgets_whatever_sparsity_they_need(tmp_path) -> None:
     ]
 
 
+FEW = {"task__train_samples": 300, "trainer__epochs": 6.0}  # as many steps as 600 rows three times
+
+
 def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path) -> None:
     tests = {"partial": (0.90, 0.91, 0.95), "targeted": (0.88, 0.92, 0.90)}
     for method, values in tests.items():
         for seed, test in enumerate(values):
-            noisy = {"task__train_samples": 300, "task__label_noise": 0.2, "measured": dynamics(1.0, test)}
-            leave(tmp_path, method, test, seed=seed, budget=0.13, **noisy)
+            noisy = FEW | {"task__label_noise": 0.2}
+            leave(tmp_path, method, test, seed=seed, budget=0.13, measured=dynamics(1.0, test), **noisy)
             leave(tmp_path, method, test + 0.01, seed=seed, budget=0.13)
             leave(tmp_path, method, 0.5, seed=seed)  # at another point
-    leave(tmp_path, "partial", 0.99, seed=7, budget=0.13, task__train_samples=300, task__label_noise=0.2)  # no pair
+    leave(tmp_path, "partial", 0.99, seed=7, budget=0.13, **noisy)  # no pair
     for mask_seed, test in ((1, 0.93), (2, 0.94)):
         leave(tmp_path, "partial", test, budget=0.13, mask__seed=mask_seed)
     table = numbers(fig7, tmp_path)

@@ -29,13 +29,15 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     table, notes = frames.means(known, [*frames.PLACE, "method", "point"])
     enough = [part for _, part in frames.places(table) if (part["method"] == "partial").sum() > 1]
     table = pd.concat([table.iloc[:0], *enough])
-    return frames.noted(table, [*notes, *_missing(table)])
+    return frames.noted(table, [*notes, *_missing(table, set(known["task"]))])
 
 
-def _missing(table: pd.DataFrame) -> list[str]:
-    """The thresholds that the experiment has and the runs lack."""
+def _missing(table: pd.DataFrame, tasks: set[str]) -> list[str]:
+    """The thresholds that the experiment has for these tasks and the runs lack."""
     notes = []
     for task, (methods, wanted) in THRESHOLDS.items():
+        if task not in tasks:
+            continue
         of_task = table[table["task"] == task]
         for method in methods:
             there = set(of_task.loc[of_task["method"] == method, "point"])

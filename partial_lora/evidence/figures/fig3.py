@@ -32,14 +32,14 @@ def measured_runs(found: Sequence[Run]) -> list[Run]:
 
 
 def _groups(found: Sequence[Run]) -> list[tuple[tuple, pd.DataFrame, list[str]]]:
-    """The runs of every method and point on the tasks that have both lora and partial."""
+    """The runs of every method and point on the first tasks that have both lora and partial."""
     known = frames.usual(frames.frame(found))
     known = known[known["method"].isin(METHODS) & known["point"].isin(POINTS)]
+    both = [part for _, part in frames.places(known) if {"lora", "partial"} <= set(part["method"])]
     groups = []
-    for _, part in frames.places(known):
-        if {"lora", "partial"} <= set(part["method"]):
-            by = part.groupby([*frames.PLACE, "method", "point"], sort=True)
-            groups += [(key, *frames.settled(cell)) for key, cell in by]
+    for part in both[:_MOST_TASKS]:
+        by = part.groupby([*frames.PLACE, "method", "point"], sort=True)
+        groups += [(key, *frames.settled(cell)) for key, cell in by]
     return groups
 
 
@@ -89,7 +89,7 @@ def _spread(values: Sequence[float]) -> dict:
 
 def draw(table: pd.DataFrame) -> Figure:
     """A row of four panels a task; lines are means over seeds, bands reach from the lowest seed to the highest."""
-    parts = frames.places(table)[:_MOST_TASKS]
+    parts = frames.places(table)
     figure, drawn = panels.panels(4 * len(parts), wide=3.3, high=2.7, across=4)
     for number, ((task, model, metric), part) in enumerate(parts):
         loss, norm, both, drift = drawn[4 * number : 4 * number + 4]

@@ -14,7 +14,7 @@ from partial_lora.runs import Run
 
 NEEDS = "runs of partial or lora at several ranks with as many trainable parameters"
 METHODS = ("partial", "lora")
-RANKS = (4, 8, 16, 32, 64)
+RANKS = (2, 4, 8, 16, 32, 64)
 _ALIKE = 1.05  # sizes that differ by no more are one
 
 

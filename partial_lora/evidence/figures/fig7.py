@@ -132,18 +132,16 @@ def _gaps(found: Sequence[Run], cells: Sequence[tuple[dict, pd.DataFrame, list[s
 def _missing(table: pd.DataFrame, results_dir: Path) -> list[str]:
     notes = []
     found = table[table["part"] == "difference"]
-    for (task, model, _), part in frames.places(table):
+    for (task, model, _), part in frames.places(table[table["task"] == "digits"]):
         there = set(zip(*(found.loc[found["task"] == task, name] for name in _CONDITION), strict=True))
-        if len(there) > 1 or task == "digits":
-            most = max((samples for samples, _ in there), default=math.nan)
-            wanted = [(samples, noise) for samples in SAMPLES for noise in NOISES]
-            lacking = [
-                f"{samples} rows with {noise:.0%} noise"
-                for samples, noise in wanted
-                if (samples, noise) not in there and not (samples == max(SAMPLES) and (most, noise) in there)
-            ]
-            notes += [f"missing: {task}, {model}, pairs of {', '.join(lacking)}"] if lacking else []
-        if task == "digits" and "over masks" not in set(part["part"]):
+        lacking = [
+            f"{samples} rows with {noise:.0%} noise"
+            for samples in SAMPLES
+            for noise in NOISES
+            if (samples, noise) not in there
+        ]
+        notes += [f"missing: {task}, {model}, pairs of {', '.join(lacking)}"] if lacking else []
+        if "over masks" not in set(part["part"]):
             notes.append(f"missing: {task}, {model}, runs over mask.seed at one seed")
     if "gap" not in set(table["part"]):
         notes.append(f"missing: dynamics.json of these runs; scripts/dynamics.py {results_dir} --figure fig7")

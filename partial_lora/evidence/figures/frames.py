@@ -51,9 +51,12 @@ _COLUMNS += ["conditions", "tuned", "variant"]
 def _row(position: int, run: Run) -> dict:
     config = run.record["config"]
     settings = _whole(config)
+    if run.record["calibration"] is None:  # which sparsities it does without makes no other run of it
+        settings |= {group: _defaults()[group] for group in ("importance", "calibration", "mask")}
+        settings["importance"] = settings["importance"] | {"name": SETTINGS["importance"][1]}
     known = {column: _at(settings, key, value) for column, (key, value) in SETTINGS.items()}
     known["mask_seed"] = NONE if known["mask_seed"] is None else known["mask_seed"]
-    known["train_samples"] = math.inf if known["train_samples"] is None else known["train_samples"]
+    known["train_samples"] = math.inf if known["train_samples"] is None else float(known["train_samples"])
     return {
         "run": position,
         **{name: run.row[name] for name in ("task", "model", "metric", "seed", "test")},
@@ -101,11 +104,11 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
     """The runs that differ from the usual ones of their task and model in nothing but the columns `varied`.
 
     Usual is the value in SETTINGS; where no run of the place has it, the one that most have, and of training samples
-    the largest number. All are trained under the conditions under which most are.
+    the largest number. All are trained under the conditions under which most with as many samples are.
     """
     kept = [known.iloc[:0]]
     for _, part in known.groupby(list(PLACE), sort=False):
-        part = part[part["conditions"] == part["conditions"].mode().iloc[0]]
+        part = part[_alike(part)]
         for column, (_, value) in SETTINGS.items():
             if column in varied:
                 continue
@@ -118,13 +121,20 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
     return pd.concat(kept)
 
 
+def _alike(part: pd.DataFrame) -> pd.Series:
+    """Whether each run was trained as most with as many rows were: fewer may go by more often."""
+    usual_ones = part.groupby("train_samples")["conditions"].transform(lambda each: each.mode().iloc[0])
+    return part["conditions"] == usual_ones
+
+
 def elsewhere(known: pd.DataFrame) -> list[str]:
     """The runs that `usual` leaves out because they were trained under other conditions, a line a task and model."""
     notes = []
     for (task, model, _), part in known.groupby(list(PLACE), sort=True):
-        others = part[part["conditions"] != part["conditions"].mode().iloc[0]]
+        others = part[~_alike(part)]
         if len(others):
-            named = _differ(part["conditions"].unique())
+            near = part[part["train_samples"].isin(others["train_samples"])]
+            named = _differ(near["conditions"].unique())
             notes.append(f"{task}, {model}: left out {len(others)} of {len(part)} runs, of other conditions ({named})")
     return notes
 
