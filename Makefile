@@ -7,7 +7,8 @@
 # make causal  a language model on multiple choice, a mixture of two sets of texts, and generation (results/causal,
 #              results/mixture); hours
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
-# make methods every method at both operating points with the rates found, three seeds (results/methods)
+# make methods every method at both operating points with the rates found, three seeds (results/cpu)
+# make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour (results/bench)
@@ -104,29 +105,11 @@ causal: $(VENV)/.installed
 	$(BIN)/partial-lora train -m experiment=encoders results_dir=results/mixture $(MIXED) calibration=threshold,budget
 	$(BIN)/partial-lora report results/mixture
 
-# Learning rates for every method, then every method with its own. Finished runs are skipped; of the search some may fail,
-# where a rate is too large.
-CALIBRATED = method=partial,targeted,uniform,shuffled,inverted,low_rank,random_weights,flow calibration=threshold,budget
-ELEMENT = method=partial mask=element calibration=threshold,budget
-DENSE = method=lora,dora,vera,adalora,lorafa,probe
-TUNE = $(BIN)/partial-lora train -m experiment=tune results_dir=results/tune
-METHODS = $(BIN)/partial-lora train -m experiment=methods results_dir=results/methods
-HIGHER = trainer.learning_rate=3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
-LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4,1e-3,3e-3
+# Every method, with the learning rates that `tune` finds. Finished runs are skipped.
+methods: runs-methods
+	$(BIN)/partial-lora report results/$(PRESET)
 
-tune: $(VENV)/.installed
-	-$(TUNE) $(DENSE)
-	-$(TUNE) method=full $(LOWER)
-	-$(TUNE) $(CALIBRATED) $(HIGHER)
-	-$(TUNE) $(ELEMENT) $(HIGHER)
-	$(BIN)/python scripts/tune.py results/tune --out results/tuning.json
-
-methods: $(VENV)/.installed
-	$(METHODS) $(DENSE)
-	$(METHODS) method=full
-	$(METHODS) $(CALIBRATED)
-	$(METHODS) $(ELEMENT)
-	$(BIN)/partial-lora report results/methods
+include reproduce.mk
 
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py

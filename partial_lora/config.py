@@ -10,13 +10,14 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from partial_lora import identity
+from partial_lora.data_dir import with_files
 from partial_lora.errors import PartialLoraError
 from partial_lora.members import with_members
 from partial_lora.schema import Config
 from partial_lora.sealed import file_sha256
 from partial_lora.tuning import tuned
 
-GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "experiment")
+GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
 _FILES = {"calibration.file", "task.data_files"}
 _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
@@ -46,7 +47,7 @@ def resolve(composed: DictConfig) -> dict:
         if name not in known:
             raise PartialLoraError(f"{group}.name={name}: expected one of {', '.join(known)}")
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
-    settings = with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task")
+    settings = with_files(with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task"))
     if settings["trainer"]["tuned"] is not None:  # before the run has its id, which is of the rate
         settings["trainer"] |= tuned(settings["trainer"]["tuned"], settings)
     return settings

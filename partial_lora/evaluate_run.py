@@ -72,7 +72,7 @@ def evaluate_run(
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
-        return _said(model, batches, judge.reduce, advance)
+        return said_of(model, batches, judge.reduce, advance)
 
     if other.kind == "label":
         rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
@@ -138,10 +138,10 @@ def _names(labels: set[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _said(
+def said_of(
     model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
+    """A model's logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
     kept, references, done = [], [], 0
     for batch in batches:
         kept.append(model.logits(batch, reduce))

@@ -9,12 +9,14 @@ from omegaconf import OmegaConf
 
 from partial_lora.schema import Config
 
-# What a run computes does not depend on these: where its files go, what memory it may use, and the device, launch,
-# worker and tracker keys.
+# What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), how its
+# settings are called, what memory it may use, and the device, launch, worker and tracker keys.
 NOT_SETTINGS = {
     "seed",
     "results_dir",
     "overwrite",
+    "data_dir",
+    "preset",
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",

@@ -14,7 +14,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.ranges import plain_name, require
 from partial_lora.schema import TaskConfig
 
-_FOR_EACH = ("train_samples", "test_samples", "validation_share", "split_seed", "cache_bytes")
+_FOR_EACH = ("train_samples", "test_samples", "validation_share", "split_seed", "label_noise", "cache_bytes")
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FOUND = {"modality", "kind", "classes"}  # by what the members are
 _OF_NUMBERS = {"pearson", "spearman", "mse"}

@@ -23,6 +23,7 @@ def new(settings: Mapping) -> dict:
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
+        "preset": settings.get("preset"),
         "tuning": _tuning(settings.get("trainer", {})),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),

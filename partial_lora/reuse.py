@@ -44,7 +44,7 @@ class Reuse:
             raise PartialLoraError(f"calibration.memory={memory}: expected a number of bytes, 0 to keep nothing")
         self.ran = 0
         self._blocks, self._memory = blocks, memory
-        self._names = [] if blocks is None else _block_names(model, blocks)
+        self._names = [] if blocks is None else block_names(model, blocks)
         self._entering: dict[tuple[int, int], Snapshot] = {}  # (batch, block) -> what enters it in the intact model
         self._records: dict[int, Record] = {}  # batch -> calls inside the block of the latest module
         self._plan: _Plan | None = None
@@ -229,7 +229,8 @@ def logits_of(output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _block_names(model: nn.Module, blocks: str) -> list[str]:
+def block_names(model: nn.Module, blocks: str) -> list[str]:
+    """The full names of a sequence's blocks; raises PartialLoraError, naming model.blocks, where it is none."""
     try:
         container = model.get_submodule(blocks)
     except AttributeError as error:

@@ -116,6 +116,7 @@ class TaskConfig:
     test_samples: Optional[int] = None
     validation_share: float = 0.1
     split_seed: int = 0
+    label_noise: float = 0.0  # share of the training rows whose class becomes another one, drawn by split_seed
     cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
 
     def __post_init__(self) -> None:
@@ -141,6 +142,9 @@ class TaskConfig:
         require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
         share = self.validation_share
         require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
+        noise = self.label_noise
+        require(0 <= noise <= 1, "task.label_noise", noise, "a share in [0, 1]")
+        require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
         if self.data_files is not None and not is_mixture:  # of a mixture they are checked by member
             _check_files(self.data_files)
 
@@ -188,8 +192,12 @@ class Config:
     seed: int = 0
     results_dir: str = "results"
     overwrite: bool = False
+    data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks that name no files of their own
+    preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        known = self.data_dir is None or Path(self.data_dir).is_dir()
+        require(known, "data_dir", self.data_dir, "a folder of NAME/{train,validation,test}.parquet")
         if self.method.name == "targeted":  # importance is of rows and columns
             one_of("mask.granularity", self.mask.granularity, "rows_columns")

@@ -47,6 +47,8 @@ def settings(*overrides: str) -> dict:
         ("model.target_modules=[]", "model.target_modules"),
         ("seed=-1", "seed"),
         ("task.validation_share=1", "task.validation_share"),
+        ("task.label_noise=1.5", "task.label_noise"),
+        ("data_dir=/nowhere", "data_dir"),
         ("task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}", "task.data_files.train"),
         ("task.data_files={training: /nowhere.parquet}", "task.data_files"),
         ("trainer.learning_rate=0", "trainer.learning_rate"),
@@ -108,7 +110,7 @@ def test_targeted_has_no_importance_of_single_entries() -> None:
 
 def test_every_group_file_composes() -> None:
     for folder in config.conf_dir().iterdir():
-        if folder.is_dir() and folder.name != "experiment":
+        if folder.is_dir() and folder.name not in ("experiment", "preset"):
             for file in folder.glob("*.yaml"):
                 needed = ["task.members=[sst2,mrpc]"] if file.stem == "mixture" else []
                 assert settings(f"{folder.name}={file.stem}", *needed)[folder.name].get("name", file.stem) == file.stem
@@ -151,6 +153,7 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
         "trainer.num_processes=2",
         "calibration.memory=0",
         "task.cache_bytes=0",
+        "data_dir=.",
     ],
 )
 def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
@@ -163,7 +166,7 @@ def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None
         *("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"),
         *("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true"),
         *("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true"),
-        *("importance=snip", "importance.rounds=4"),
+        *("importance=snip", "importance.rounds=4", "task.label_noise=0.2"),
     ],
 )
 def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import choices, columns, exchanges, files, labels, sources, splits
+from partial_lora.tasks.label_noise import mislabelled
 
 SPLITS = ("train", "validation", "test")
 SETTINGS = (  # of the task group, as `load` takes them
@@ -36,6 +37,7 @@ SETTINGS = (  # of the task group, as `load` takes them
     "test_samples",
     "validation_share",
     "split_seed",
+    "label_noise",
 )
 _TEST_SHARE = 0.2  # of a source that comes without a test split
 _METRICS = {  # that suit a task, by what its labels are
@@ -105,6 +107,7 @@ def load(
     test_samples: int | None = None,
     validation_share: float = 0.1,
     split_seed: int = 0,
+    label_noise: float = 0.0,
 ) -> Task:
     """Read a task's rows and fix its splits.
 
@@ -120,6 +123,8 @@ def load(
             generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
         train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
         validation_share: share of the training rows set aside, per class, where the source has no validation split.
+        label_noise: share of the rows left to train on whose label becomes another class, drawn by split_seed;
+            validation and test keep theirs.
 
     Raises:
         PartialLoraError: no network; a missing file, column, label or text; labels that do not fit; an empty split; a
@@ -155,6 +160,7 @@ def load(
         found["train"], found["validation"] = splits.cut(
             found["train"], validation_share, split_seed, name, least=least, whole=whole, taken=taken
         )
+    found["train"] = mislabelled(found["train"], label_noise, split_seed, name)
     measured = _measured_by(metrics, name, _labelled_by(kind, names), answer)
     return Task(name=name, modality=modality, labels=names, metrics=measured, kind=kind, **found)
 

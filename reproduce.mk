@@ -1,0 +1,224 @@
+# make tune                          learning rates of every method on the studied task (results/tuning.json)
+# make reproduce-tune                the same, and on the other tasks those of lora, partial and targeted
+# make reproduce-table1 … table7     a table's runs, and the table (results/PRESET/tables)
+# make reproduce-fig1 … fig7         a figure's runs, and the figure (results/PRESET/figures)
+# make reproduce                     all of them, and what they say of each claim
+# make runs-table1 …                 the runs alone
+#
+# PRESET=cpu     models out of PyPI wheels; digits always, and the tasks of DATA=FOLDER where that is there
+# PRESET=paper   the paper's models and sets from the hub, on GPUs
+# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; a run that failed is
+# missing in its table, and the rest goes on. conf/experiment/NAME.yaml says what each costs and what it is to show.
+# LAUNCH='hydra/launcher=joblib hydra.launcher.n_jobs=2' (the extra `sweeps`) and OMP_NUM_THREADS=1: two runs at once.
+
+PRESET ?= cpu
+RESULTS = results/$(PRESET)
+empty =
+listed = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
+known = $(if $(strip $(1)),$(2))
+
+# A run that failed ends a sweep with 1, settings that are refused with 2.
+RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2) $(LAUNCH)) || test $$? = 1
+
+# A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures.
+FILES_AT = $(wildcard $(DATA))
+STUDIED_cpu = task=digits
+IMAGES_cpu = $(if $(FILES_AT),cifar10 signdigits gtsrb)
+PHOTOGRAPHS_cpu = $(if $(FILES_AT),flowers17)
+TEXTS_cpu = $(if $(FILES_AT),sst2 trec qnli mrpc)
+MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
+MIXED_TEXTS_cpu = $(if $(FILES_AT),sst2 mrpc)
+OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160)
+OF_PHOTOGRAPHS_cpu = model.image_size=98
+OF_TEXTS_cpu = model=minilm_l6 task.train_samples=1200 task.test_samples=1000
+FEW_cpu = task.train_samples=300 trainer.epochs=6
+FEWEST_cpu = task.train_samples=150 trainer.epochs=12
+TUNED_cpu = results/tuning.json
+SEARCHED_cpu = results/tune
+
+STUDIED_paper = task=cifar10
+IMAGES_paper = cifar100 caltech101 dtd eurosat oxford_pets svhn
+PHOTOGRAPHS_paper = flowers102
+TEXTS_paper = sst2 cola mnli mrpc qnli qqp rte stsb
+MIXED_IMAGES_paper = cifar10 svhn
+MIXED_TEXTS_paper = sst2 mrpc
+OF_TEXTS_paper = model=deberta_v3_base
+FEW_paper = task.train_samples=5000 trainer.epochs=50
+FEWEST_paper = task.train_samples=500 trainer.epochs=100
+TUNED_paper = results/paper/tuning.json
+SEARCHED_paper = results/paper/tune
+CAUSAL_paper = llama2_7b llama3_1_8b qwen2_5_14b
+CHOICES_paper = arc_challenge arc_easy boolq hellaswag openbookqa piqa social_iqa winogrande
+ANALYSES_paper = preset=paper trainer.tuned=null task=cifar10
+
+STUDIED = $(STUDIED_$(PRESET))
+IMAGES = $(call known,$(IMAGES_$(PRESET)),task=$(call listed,$(IMAGES_$(PRESET))) $(OF_FILES_$(PRESET)))
+PHOTOGRAPHS = $(call known,$(PHOTOGRAPHS_$(PRESET)),\
+	task=$(PHOTOGRAPHS_$(PRESET)) $(OF_FILES_$(PRESET)) $(OF_PHOTOGRAPHS_$(PRESET)))
+TEXTS = $(call known,$(TEXTS_$(PRESET)),\
+	task=$(call listed,$(TEXTS_$(PRESET))) $(OF_FILES_$(PRESET)) $(OF_TEXTS_$(PRESET)))
+mixed = task=mixture 'task.members=[$(call listed,$(1))]' $(OF_FILES_$(PRESET))
+MIXED_IMAGES = $(call known,$(MIXED_IMAGES_$(PRESET)),$(call mixed,$(MIXED_IMAGES_$(PRESET))))
+MIXED_TEXTS = $(call known,$(MIXED_TEXTS_$(PRESET)),$(call mixed,$(MIXED_TEXTS_$(PRESET))) $(OF_TEXTS_$(PRESET)))
+ANALYSES ?= $(ANALYSES_$(PRESET))
+
+MANY = seed=0,1,2,3,4,5,6,7
+POINTS = calibration=threshold,budget
+CALIBRATED = method=partial,targeted,uniform,shuffled,inverted,low_rank,random_weights,flow
+ELEMENT = method=partial mask=element
+UNCALIBRATED = method=lora,dora,adalora,lorafa,vera,probe,full calibration=threshold
+DENSE = method=lora calibration=threshold
+
+# Four learning rates for every method on the studied task, and elsewhere for what the tables of other tasks have.
+TUNED = $(TUNED_$(PRESET))
+SEARCHED = $(SEARCHED_$(PRESET))
+TUNE = $(call RUN,tune,results_dir=$(SEARCHED) $(1))
+HIGHER = trainer.learning_rate=1e-3,3e-3,1e-2,3e-2
+HIGHEST = trainer.learning_rate=3e-3,1e-2,3e-2,1e-1
+LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4
+KEEP_BEST = $(BIN)/python scripts/tune.py $(SEARCHED) --out $(TUNED)
+
+define TUNE_STUDIED
+$(call TUNE,$(STUDIED) method=lora$(comma)dora$(comma)adalora$(comma)lorafa)
+$(call TUNE,$(STUDIED) method=vera$(comma)probe $(HIGHEST))
+$(call TUNE,$(STUDIED) method=full $(LOWER))
+$(call TUNE,$(STUDIED) $(CALIBRATED) $(POINTS) $(HIGHER))
+$(call TUNE,$(STUDIED) $(ELEMENT) $(POINTS) $(HIGHER))
+
+endef
+
+define TUNE_OTHER
+$(call TUNE,$(1) method=lora)
+$(call TUNE,$(1) method=$(2) $(POINTS) $(HIGHER))
+
+endef
+
+define TUNE_ALL
+$(TUNE_STUDIED)
+$(call known,$(IMAGES),$(call TUNE_OTHER,$(IMAGES),partial$(comma)targeted))
+$(call known,$(PHOTOGRAPHS),$(call TUNE_OTHER,$(PHOTOGRAPHS),partial$(comma)targeted))
+$(call known,$(TEXTS),$(call TUNE_OTHER,$(TEXTS),partial$(comma)targeted))
+$(call known,$(MIXED_IMAGES),$(call TUNE_OTHER,$(MIXED_IMAGES),partial))
+$(call known,$(MIXED_TEXTS),$(call TUNE_OTHER,$(MIXED_TEXTS),partial))
+
+endef
+
+.PHONY: tune reproduce-tune
+tune: $(VENV)/.installed
+	$(TUNE_STUDIED)
+	$(KEEP_BEST)
+
+reproduce-tune: $(VENV)/.installed
+	$(TUNE_ALL)
+	$(KEEP_BEST)
+
+# Where there are rates, committed ones among them, nothing is searched for. A best rate at an edge is used, too.
+$(TUNED): | $(VENV)/.installed
+	$(TUNE_ALL)
+	$(KEEP_BEST) || test -f $@
+
+# The runs of each table and figure, by what they have in common.
+define AT_POINTS
+$(call RUN,$(1),$(2) $(DENSE))
+$(call RUN,$(1),$(2))
+
+endef
+
+FOR_TABLE1 = $(call AT_POINTS,table1,$(STUDIED) $(MANY))
+FOR_FIG4 = $(call RUN,fig4,$(STUDIED) method.rank=$(1) method.alpha=$(1) calibration.budget=$(2))
+
+runs-table1:
+	$(FOR_TABLE1)
+	$(call known,$(IMAGES),$(call AT_POINTS,table1,$(IMAGES)))
+	$(call known,$(PHOTOGRAPHS),$(call AT_POINTS,table1,$(PHOTOGRAPHS)))
+
+runs-table2:
+	$(FOR_TABLE1)
+	$(call RUN,table2,$(STUDIED) $(MANY))
+	$(if $(filter paper,$(PRESET)),$(call RUN,table2,$(IMAGES)))
+
+# A causal model on the CPU takes hours: CHOICES= leaves it out. It is `make causal`'s own, one seed, rates untuned.
+CHOICES_cpu = $(if $(FILES_AT),arc_easy piqa)
+CHOICES ?= $(CHOICES_$(PRESET))
+CAUSAL_MODELS = $(call listed,$(CAUSAL_paper))
+FOR_CHOICES_cpu = $(foreach task,$(CHOICES),$(call CHOICE,$(task)))
+FOR_CHOICES_paper = $(call known,$(CHOICES),$(call AT_POINTS,table3,\
+	model=$(CAUSAL_MODELS) task=$(call listed,$(CHOICES)) trainer.tuned=null trainer.learning_rate=3e-4 trainer.epochs=1 \
+	calibration.search=bisect model.gradient_checkpointing=true))
+
+runs-table3:
+	$(call known,$(TEXTS),$(call AT_POINTS,table3,$(TEXTS)))
+	$(FOR_CHOICES_$(PRESET))
+
+runs-table4:
+	$(call RUN,table4,$(STUDIED) $(MANY) $(CALIBRATED))
+	$(call RUN,table4,$(STUDIED) $(MANY) $(ELEMENT))
+	$(call RUN,table4,$(STUDIED) $(MANY) $(UNCALIBRATED))
+
+runs-table5: calibration-analyses
+	$(FOR_TABLE1)
+	$(call RUN,table5,$(STUDIED))
+
+runs-table6:
+	$(call known,$(MIXED_IMAGES),$(call AT_POINTS,table6,$(MIXED_IMAGES)))
+	$(call known,$(MIXED_TEXTS),$(call AT_POINTS,table6,$(MIXED_TEXTS)))
+
+BENCHED = results/bench/adapter.json
+$(BENCHED): | $(VENV)/.installed
+	$(BIN)/python scripts/bench_adapter.py
+
+runs-methods:
+	$(call RUN,methods,$(STUDIED) $(UNCALIBRATED))
+	$(call RUN,methods,$(STUDIED) $(CALIBRATED) $(POINTS))
+	$(call RUN,methods,$(STUDIED) $(ELEMENT) $(POINTS))
+
+runs-table7: runs-methods | $(BENCHED)
+
+FLOWERS = $(call RUN,fig1,$(PHOTOGRAPHS) $(1))
+runs-fig1:
+	$(call RUN,fig1,$(STUDIED))
+	$(call RUN,fig1,$(STUDIED) method=lora$(comma)probe calibration.threshold=0.9)
+	$(call known,$(PHOTOGRAPHS),$(call FLOWERS,method=partial calibration.threshold=0.7$(comma)0.8$(comma)0.9))
+	$(call known,$(PHOTOGRAPHS),$(call FLOWERS,method=lora calibration.threshold=0.9))
+
+runs-fig2: runs-table1 runs-table3
+
+runs-fig3: runs-table1
+
+# 13 % of rank 16: what rank times density comes to is everywhere the same.
+runs-fig4:
+	$(call FOR_FIG4,4,0.52)
+	$(call FOR_FIG4,8,0.26)
+	$(call FOR_FIG4,16,0.13)
+	$(call FOR_FIG4,32,0.065)
+	$(call FOR_FIG4,64,0.0325)
+	$(call RUN,fig4,$(STUDIED) $(DENSE) method.rank=2 method.alpha=2)
+
+runs-fig5: runs-table2
+	$(BIN)/partial-lora analyse agreement $(ANALYSES)
+
+runs-fig6:
+	$(call RUN,fig6,$(STUDIED))
+
+runs-fig7:
+	$(call RUN,fig7,$(STUDIED))
+	$(call RUN,fig7,$(STUDIED) task.label_noise=0.2$(comma)0.4)
+	$(call RUN,fig7,$(STUDIED) $(FEW_$(PRESET)) task.label_noise=0$(comma)0.2$(comma)0.4)
+	$(call RUN,fig7,$(STUDIED) $(FEWEST_$(PRESET)) task.label_noise=0$(comma)0.2$(comma)0.4)
+	$(call RUN,fig7,$(STUDIED) method=partial seed=0 mask.seed=1$(comma)2$(comma)3$(comma)4$(comma)5$(comma)6$(comma)7)
+
+TABLES = table1 table2 table3 table4 table5 table6 table7
+FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
+NAMES = $(TABLES) $(FIGURES)
+.PHONY: reproduce runs-methods $(NAMES:%=runs-%) $(NAMES:%=reproduce-%)
+runs-methods $(NAMES:%=runs-%): | $(VENV)/.installed $(TUNED)
+
+# What a figure needs beside the records is measured where the weights are; 1 says that some have none.
+MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3 || test $$? = 1
+MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7 || test $$? = 1
+$(NAMES:%=reproduce-%): reproduce-%: runs-%
+	$(MEASURED_$*)
+	$(BIN)/python scripts/reproduce.py $* --results $(RESULTS)
+
+reproduce: $(NAMES:%=reproduce-%)
+	$(BIN)/python scripts/reproduce.py claims --results $(RESULTS)

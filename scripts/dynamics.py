@@ -1,0 +1,71 @@
+"""How far training has moved finished runs: train beside test accuracy, and linear CKA after each block.
+
+    python scripts/dynamics.py results/cpu/runs/digits/vit_s14/partial-1a2b3c4d/seed0
+    python scripts/dynamics.py results/cpu --figure fig3        # the runs that figure shows; fig7 likewise
+    python scripts/dynamics.py results/cpu --where task=digits --where method=lora,partial
+
+Writes RUN/dynamics.json, which the figures read; a run that has one is left alone. The weights have to be at hand: of a
+run that is only a record this says so, and ends with 1 once the others are done. About 20 seconds a run on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from partial_lora import runs, selection
+from partial_lora.errors import PartialLoraError
+from partial_lora.evidence.dynamics import DYNAMICS, read_dynamics
+from partial_lora.finished import finished_run
+
+FIGURES = ("fig3", "fig7")
+
+
+def chosen(place: Path, where: list[str], figure: str | None) -> list[Path]:
+    """The directories of runs that are meant: the one named, or those under a results directory."""
+    if not (place / "runs").is_dir():
+        return [place]
+    found = selection.where(runs.read(place)[0], where)
+    if figure is not None:
+        found = importlib.import_module(f"partial_lora.evidence.figures.{figure}").measured_runs(found)
+    return [run.directory for run in found]
+
+
+def main(arguments: list[str]) -> int:
+    """Measure every run that has not been; gives how the command ends."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, or a results directory")
+    parser.add_argument("--figure", choices=FIGURES, help="of a results directory, the runs that it shows")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="of a results directory")
+    parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    asked = parser.parse_args(arguments)
+    failed = False
+    try:
+        directories = [directory for place in asked.places for directory in chosen(place, asked.where, asked.figure)]
+    except PartialLoraError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for directory in directories:
+        if read_dynamics(directory):
+            continue
+        try:
+            run = finished_run(directory)
+            import datasets  # and torch, for those who measure
+
+            from partial_lora.evidence import drift
+
+            datasets.disable_progress_bars()
+            content = drift.measure(run, most=asked.rows, device=asked.device)
+            last = list(content["cka"].values())[-1]
+            print(f"{directory / DYNAMICS}: CKA after the last block {last:.3f}", flush=True)
+        except PartialLoraError as error:
+            failed = True
+            print(error, file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

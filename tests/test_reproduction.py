@@ -1,0 +1,197 @@
+"""The commands of `make reproduce`: all compose, find their learning rates, share runs, and are as many as is said."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from partial_lora import analysis_schema, config, plan, rate_settings, schema, tuning
+from partial_lora.operating_point import NO_POINT
+
+ROOT = config.conf_dir().parent
+NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]
+TASKS = ("cifar10", "signdigits", "gtsrb", "flowers17", "sst2", "trec", "qnli", "mrpc", "arc_easy", "piqa")
+UNCALIBRATED = {"lora", "dora", "adalora", "lorafa", "vera", "probe", "full"}
+MODELS = {"cpu": "vit_s14", "paper": "vit_b16"}  # of images
+POINTS = {"threshold": "threshold 0.9", "budget": "budget 0.13"}
+RATES = {"cpu": "results/tuning.json", "paper": "results/paper/tuning.json"}
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("make") or not (ROOT / "Makefile").is_file(), reason="needs make, and a checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with files for all tasks and, for both presets, the rates that the search of `make` would find."""
+    folder = tmp_path_factory.mktemp("reproduced")
+    for name in ("Makefile", "reproduce.mk", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in TASKS:
+        (folder / "data" / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            (folder / "data" / name / f"{split}.parquet").write_text(f"{split} rows of {name}")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for preset, file in RATES.items():
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            tuning.save(Path(file), [each for words in searches(preset) for each in entries(words, preset)])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@cache
+def commands(target: str, preset: str, data: str = "data") -> list[tuple[str, ...]]:
+    """The words of what `make` would run of this project for a target."""
+    given = [f"PRESET={preset}", f"DATA={data}", "BIN=bin", "VENV=venv"]
+    shown = subprocess.run(["make", "-n", *given, target], capture_output=True, text=True, check=True)
+    lines = (line.partition(" || ")[0] for line in shown.stdout.replace("\\\n", " ").splitlines())
+    words = (tuple(shlex.split(line)) for line in lines)
+    return [each for each in words if each and each[0] in ("bin/partial-lora", "bin/python") and "pip" not in each]
+
+
+def trainings(target: str, preset: str, data: str = "data") -> list[tuple[str, ...]]:
+    return [each[2:] for each in commands(target, preset, data) if each[1] == "train"]
+
+
+def searches(preset: str) -> list[tuple[str, ...]]:
+    return [each for each in trainings("reproduce-tune", preset) if "experiment=tune" in each]
+
+
+def entries(words: tuple[str, ...], preset: str) -> list[dict]:
+    """What scripts/tune.py would keep of a sweep that searches, by what its words say."""
+    given = {"model": MODELS[preset], "calibration": "", "mask": "rows_columns"}
+    given |= dict(word.split("=", 1) for word in words if "=" in word)
+    found = []
+    for task, method, point in product(*(given[key].split(",") for key in ("task", "method", "calibration"))):
+        placed = (given["mask"], POINTS[point]) if method not in UNCALIBRATED else (NO_POINT, NO_POINT)
+        key = dict(zip(rate_settings.KEY, (task, given["model"], method, *placed), strict=True))
+        found.append(key | {"learning_rate": 1e-3, "tried": {"0.001": 0.5}, "seeds": [1000], "settings": {}})
+    return found
+
+
+@cache
+def composed(words: tuple[str, ...]):
+    """The overrides of every run of a sweep, and what gives the settings of one of them."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.types import RunMode
+
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    flags = get_args_parser().parse_args(list(words))
+    hydra = plan._hydra(flags, config.conf_dir())
+    overrides = list(flags.overrides)
+    master = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+
+    @cache
+    def settings(combination: tuple[str, ...]) -> dict:
+        run = hydra.config_loader.load_sweep_config(master, list(combination))
+        found = plan._checked([(combination, run)], config.resolve)
+        assert not found.refused, (words, found.refused)
+        return found.runs[0][1]
+
+    return [tuple(each) for each in plan._combinations(plan._given(master, hydra.config_loader))], settings
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> None:
+    seeds = set()
+    for words in searches(preset):
+        combinations, settings = composed(words)
+        last = settings(combinations[-1])
+        assert last["trainer"]["tuned"] is None
+        assert last["results_dir"] == str(Path(RATES[preset]).parent / "tune")
+        seeds.add(last["seed"])
+        rates = [word for word in combinations[0] if word.startswith("trainer.learning_rate=")]
+        assert len(rates) == 1
+    assert seeds == {1000}
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(name: str, preset: str) -> None:
+    header = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    said = {case: int(count) for case, count in re.findall(r"(cpu|without DATA|paper) (\d+)[,.]", header)}
+    assert set(said) == {"cpu", "without DATA", "paper"}
+    counted = {preset: 0, "without DATA": 0}
+    for words in trainings(f"runs-{name}", preset):
+        combinations, settings = composed(words)
+        counted[preset] += len(combinations)
+        last = settings(combinations[-1])
+        if "experiment=causal" not in words:
+            assert last["preset"] == preset
+            assert last["results_dir"] == f"results/{preset}"
+    assert counted[preset] == said[preset]
+    if preset == "cpu":
+        bare = trainings(f"runs-{name}", preset, "nowhere")
+        assert sum(len(composed(words)[0]) for words in bare) == said["without DATA"]
+    assert commands(f"reproduce-{name}", preset)[-1][1:] == (
+        "scripts/reproduce.py",
+        name,
+        "--results",
+        f"results/{preset}",
+    )
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: str) -> None:
+    assert not any("experiment=tune" in words for words in trainings("reproduce-table1", preset))
+    kept = Path(RATES[preset]).rename("kept.json")
+    commands.cache_clear()
+    try:
+        again = trainings("reproduce-table1", preset)
+    finally:
+        kept.rename(RATES[preset])
+        commands.cache_clear()
+    assert [words for words in again if "experiment=tune" in words] == searches(preset)
+
+
+def on_digits(target: str) -> set[Path]:
+    """The directories of a target's runs on digits with seed 0, of three methods that stand for all."""
+    found = set()
+    for words in trainings(target, "cpu"):
+        combinations, settings = composed(words)
+        shown = {f"method={name}" for name in ("lora", "partial", "uniform")}
+        chosen = [each for each in combinations if "seed=0" in each and shown & {*each, *words}]
+        found |= {config.run_directory(settings(each)) for each in chosen if "task=digits" in words}
+    return found
+
+
+def test_tables_share_the_runs_that_they_have_in_common() -> None:
+    """Single ones of table1 are rank 16 of fig4, and fig7 without noise; experiment=methods has all of both points."""
+    table1, table4, methods = (on_digits(f"runs-{name}") for name in ("table1", "table4", "methods"))
+    assert (len(table1), len(table4), len(methods)) == (3, 4, 7)
+    assert table1 | table4 < methods
+    for name in ("fig4", "fig7"):
+        firsts = (composed(words) for words in trainings(f"runs-{name}", "cpu"))
+        found = {config.run_directory(settings(combinations[0])) for combinations, settings in firsts}
+        assert len(found & table1) == 1
+
+
+def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
+    ConfigStore.instance().store(name="schema", node=analysis_schema.AnalysedConfig)
+    try:
+        for preset, results in (("cpu", "results"), ("paper", "results/paper")):
+            analyses = [each[3:] for each in commands("runs-table5", preset) if each[1] == "analyse"]
+            assert len(analyses) == 4
+            for words in analyses:
+                found = plan.plan(words, config.conf_dir(), analysis_schema.resolve)
+                assert not found.refused
+                assert [settings["results_dir"] for _, settings in found.runs] == [results]
+    finally:
+        ConfigStore.instance().store(name="schema", node=schema.Config)
