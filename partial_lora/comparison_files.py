@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +10,7 @@ from tabulate import tabulate
 
 from partial_lora.closing import cell, measured
 from partial_lora.comparison import MARGIN
+from partial_lora.comparison_table import Differences
 from partial_lora.results import write_atomic
 from partial_lora.runs import NONE, SHARES
 
@@ -18,38 +18,31 @@ _WORDS = ("task", "model", "operating point", "method", "id", "against", "metric
 _PLACE = ["task", "model", "operating_point"]
 
 
-def write(
-    found: pd.DataFrame, problems: Sequence[str], results_dir: Path, *, command: str, reference: str = "partial"
-) -> list[Path]:
+def write(compared: Differences, results_dir: Path, *, command: str, reference: str = "partial") -> list[Path]:
     """The table as results_dir/report/comparison.md and .csv; gives the files, none where there is nothing to compare.
 
-    Each begins with the command that made it. found, problems: of `comparison_table.table`. Where problems are all
-    there is, comparison.md alone has them.
+    Each begins with the command that made it. Where problems are all there is, comparison.md alone has them.
     """
     folder = Path(results_dir) / "report"
     for stale in folder.glob("comparison.*"):  # of runs that may be others now
         stale.unlink()
-    some = has_differences(found)
-    if not some and not problems:
+    if not compared.known and not compared.problems:
         return []
     parts = [f"    {command}"]
-    parts += [_tabulated(found), *notes(found, reference)] if some else []
-    parts += ["Not compared:\n\n" + "\n".join(f"- {problem}" for problem in problems)] if problems else []
+    parts += [_tabulated(compared.rows), *notes(compared, reference)] if compared.known else []
+    if compared.problems:
+        parts.append("Not compared:\n\n" + "\n".join(f"- {problem}" for problem in compared.problems))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "comparison.md", "\n\n".join(parts) + "\n")
-    if not some:
+    if not compared.known:
         return [folder / "comparison.md"]
-    write_atomic(folder / "comparison.csv", f"# {command}\n" + found.to_csv(index=False))
+    write_atomic(folder / "comparison.csv", f"# {command}\n" + compared.rows.to_csv(index=False))
     return [folder / "comparison.md", folder / "comparison.csv"]
 
 
-def has_differences(found: pd.DataFrame) -> bool:
-    """Whether anything was compared at all."""
-    return "difference" in found and bool(found["difference"].notna().any())
-
-
-def notes(found: pd.DataFrame, reference: str = "partial") -> list[str]:
+def notes(compared: Differences, reference: str = "partial") -> list[str]:
     """What has to be said below a table of differences, a sentence or two each."""
+    found = compared.rows
     said = [
         f"Differences are from {reference} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals of a paired bootstrap over examples and seeds (of shares in "
@@ -65,8 +58,8 @@ def notes(found: pd.DataFrame, reference: str = "partial") -> list[str]:
     if (pairs < 2).any():
         said.append("A difference over one seed has an interval over examples alone: how much seeds vary is not in it.")
     if (found.groupby("reference")["tuning"].nunique() > 1).any():
-        said.append("Where tuned stands beside untuned, part of a difference may be how well the learning rate suits.")
-    return said
+        said.append("Where the tuning differs, part of a difference may be how well the learning rate suits.")
+    return [*said, *(f"{remark}." for remark in compared.remarks)]
 
 
 def readable(found: pd.DataFrame) -> pd.DataFrame:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from partial_lora import identity
 
 _OF_METHODS = ("method.", "calibration.", "mask.", "importance.")  # what makes a method that method
+_SAID = {"method.name", "calibration.threshold", "calibration.budget"}
 _PER_METHOD = {"trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere"}  # what each may have its own of
 _MOST_NAMED = 4
 
@@ -20,14 +21,29 @@ def conditions(settings: Mapping) -> dict[str, object]:
     Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
     and what changes no result. Keys that are newer than a record are what the schema has.
     """
+    return {
+        key: value
+        for key, plain, value in _changed(settings)
+        if plain not in _PER_METHOD and not plain.startswith(_OF_METHODS)
+    }
+
+
+def of_method(settings: Mapping) -> dict[str, object]:
+    """What makes a method that method, beside its name and operating point, where it is not the schema's default."""
+    return {
+        key: value for key, plain, value in _changed(settings) if plain.startswith(_OF_METHODS) and plain not in _SAID
+    }
+
+
+def _changed(settings: Mapping) -> Iterator[tuple[str, str, object]]:
+    """(key, the schema's key, value) of every setting that computes something and is not the schema's default."""
     standard, names = _defaults(), list(settings["task"].get("members") or ())
-    found: dict[str, object] = {"task.members": names} if names else {}
+    if names:
+        yield "task.members", "task.members", names
     for key, value in identity.flatten(settings).items():
         plain = identity.plain(key, names)
-        own = plain in identity.NOT_SETTINGS or plain in _PER_METHOD or plain.startswith(_OF_METHODS)
-        if not own and value != standard.get(plain):
-            found[key] = value
-    return found
+        if plain not in identity.NOT_SETTINGS and value != standard.get(plain):
+            yield key, plain, value
 
 
 def digest(found: Mapping[str, object]) -> str:

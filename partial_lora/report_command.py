@@ -44,12 +44,12 @@ def _report(
     marked = set() if by or frame.empty else best(folders, predictions)
     how = {"by": by, "spread": asked.spread, "marked": marked}
     written = report.write(frame, place, command=command, problems=problems, **how)
-    compared, uncompared = comparison_table.table(found, predictions)
-    written += comparison_files.write(compared, uncompared, place, command=command)
-    figures = gallery.draw(found, folders, compared, predictions, place)
+    compared = comparison_table.table(found, predictions)
+    written += comparison_files.write(compared, place, command=command)
+    figures = gallery.draw(found, folders, compared.rows, predictions, place)
     tables = {"Results": (report.readable(grouped, **how), report.notes(grouped, **how))}
-    if comparison_files.has_differences(compared):
-        tables["Differences from partial"] = comparison_files.readable(compared), comparison_files.notes(compared)
+    if compared.known:
+        tables["Differences from partial"] = comparison_files.readable(compared.rows), comparison_files.notes(compared)
     written += method_comparison.write(found, place)
     written.append(
         page.write(
@@ -59,18 +59,18 @@ def _report(
             command=command,
             origin=report.origin(frame),
             problems=problems,
-            uncompared=uncompared,
+            uncompared=compared.problems,
             figures=figures + gallery.analyses(place),
             examples=asked.examples,
         )
     )
     if figures:
         written.append(figures[0].files[0].parent)
-    nothing = comparison_table.uncompared(found, predictions)
-    said = [f"not compared: {problem}" for problem in uncompared] or ([nothing] if nothing else [])
+    said = [f"not compared: {problem}" for problem in compared.problems]
+    said += [f"comparison: {remark}" for remark in compared.remarks]
     said += [f"figure {each.files[0].stem}: {each.cut}" for each in figures if each.cut]
     _tell(report.on_screen(frame, by=by, spread=asked.spread), said, written)
-    return uncompared
+    return compared.problems
 
 
 def _tell(tables: object, said: Sequence[str], written: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +82,17 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compared(place: Path) -> tuple[pd.DataFrame, list[str]]:
+def compared(place: Path) -> comparison_table.Differences:
     return comparison_table.table(runs.read(place)[0], Predictions(place))
 
 
+def rows_and_problems(place: Path) -> tuple[pd.DataFrame, list[str]]:
+    found = compared(place)
+    return found.rows, list(found.problems)
+
+
 def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
-    found, problems = compared(place)
+    found, problems = rows_and_problems(place)
     assert problems == []
     rows = {(row.operating_point, row.method): row for row in found.itertuples()}
     assert rows.keys() == {
@@ -111,7 +117,7 @@ def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
 
 
 def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path) -> None:
-    written = comparison_files.write(*compared(place), place, command="partial-lora report x")
+    written = comparison_files.write(compared(place), place, command="partial-lora report x")
     text, numbers = (path.read_text() for path in written)
     assert text.startswith("    partial-lora report x\n")
     assert "matches: it is above −1 point" in text
@@ -128,15 +134,15 @@ def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path)
 
 def test_nothing_is_written_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     leave(tmp_path, "lora", wrong=1)
-    assert comparison_files.write(*compared(tmp_path), tmp_path, command="x") == []
+    assert comparison_files.write(compared(tmp_path), tmp_path, command="x") == []
     leave(tmp_path, "partial", wrong=1)
-    assert len(comparison_files.write(*compared(tmp_path), tmp_path, command="x")) == 2
+    assert len(comparison_files.write(compared(tmp_path), tmp_path, command="x")) == 2
 
 
 def test_what_cannot_be_compared_is_said(place: Path) -> None:
     (place / "runs/digits/vit/uniform-013-/seed1" / results.PREDICTIONS).unlink()
     leave(place, "targeted", wrong=3, seed=4)
-    found, problems = compared(place)
+    found, problems = rows_and_problems(place)
     assert len(problems) == 2
     assert any("uniform-013-" in each and "seed1 has no predictions.parquet" in each for each in problems)
     assert any("targeted" in each and "no seed that both have: [4] and [0, 1]" in each for each in problems)
@@ -147,7 +153,7 @@ def test_what_was_trained_otherwise_is_named_once_and_not_compared(place: Path) 
     for seed in (0, 1):
         leave(place, "probe", wrong=0, seed=seed, settings={"epochs": 50.0})
         leave(place, "lora", wrong=0, seed=seed, settings={"learning_rate": 0.1, "num_workers": 4})
-    found, problems = compared(place)
+    found, problems = rows_and_problems(place)
     assert "probe" not in set(found["method"])
     (problem,) = problems
     assert problem.startswith("runs/digits/vit/probe-None-500: ")
@@ -158,11 +164,11 @@ def test_what_was_trained_otherwise_is_named_once_and_not_compared(place: Path) 
 def test_problems_alone_replace_an_earlier_comparison(tmp_path: Path) -> None:
     leave(tmp_path, "partial", wrong=20)
     leave(tmp_path, "lora", wrong=20)
-    assert len(comparison_files.write(*compared(tmp_path), tmp_path, command="x")) == 2
+    assert len(comparison_files.write(compared(tmp_path), tmp_path, command="x")) == 2
     (tmp_path / "runs/digits/vit/lora-None-").rename(tmp_path / "runs/digits/vit/lora-of-yesterday")
     record = tmp_path / "runs/digits/vit/lora-of-yesterday/seed0" / results.RESULT
     record.write_text(record.read_text().replace('"learning_rate"', '"batch_size": 512, "learning_rate"'))
-    (written,) = comparison_files.write(*compared(tmp_path), tmp_path, command="x")
+    (written,) = comparison_files.write(compared(tmp_path), tmp_path, command="x")
     assert "trainer.batch_size 512 against 32" in written.read_text()
     assert "|" not in written.read_text()
     assert not (tmp_path / "report" / "comparison.csv").exists()
@@ -174,24 +180,55 @@ def test_several_references_are_each_compared_with_up_to_three(tmp_path: Path) -
         leave(tmp_path, "lora", wrong=20, seed=seed)
         for rate in rates:
             leave(tmp_path, "partial", wrong=20, seed=seed, settings={"learning_rate": rate})
-    found, problems = compared(tmp_path)
+    found, problems = rows_and_problems(tmp_path)
     assert problems == []
     assert found.groupby("reference").size().tolist() == [4, 4, 4]
     shown = comparison_files.readable(found)
     assert (shown["id"] == shown["against"]).sum() == 3
     assert shown["verdict"].tolist().count("reference") == 3
     leave(tmp_path, "partial", wrong=20, settings={"learning_rate": 0.4})
-    found, problems = compared(tmp_path)
+    found, problems = rows_and_problems(tmp_path)
     assert found.empty
     (problem,) = problems
     assert "4 to compare with, expected at most 3; choose with --where trainer.learning_rate=…" in problem
+
+
+def test_of_many_references_the_one_nearest_to_the_schema_is_taken(tmp_path: Path) -> None:
+    leave(tmp_path, "partial", wrong=20)
+    leave(tmp_path, "lora", wrong=20)
+    for number in range(3):
+        leave(tmp_path, "partial", wrong=20, count=f"another {number}")
+    found = compared(tmp_path)
+    assert found.problems == ()
+    assert set(found.rows["reference"]) == {"runs/digits/vit/partial-None-"}
+    assert len(found.rows) == 5
+    (remark,) = found.remarks
+    assert remark.startswith("runs/digits/vit/partial-None-: compared with, of 4")
+    assert f"{remark}." in comparison_files.notes(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "metric", "said"),
+    [({"members": {"a": {"name": "a"}}}, "average", "a mixture"), ({}, "perplexity", "measured by perplexity")],
+)
+def test_what_is_not_compared_by_examples_is_remarked(tmp_path: Path, config: dict, metric: str, said: str) -> None:
+    for method in ("partial", "lora"):
+        leave(tmp_path, method, wrong=20)
+    for file in tmp_path.rglob(results.RESULT):
+        record = json.loads(file.read_text())
+        record["config"]["task"] |= config
+        record["metrics"]["test"] = {"primary": metric, metric: 3.0}
+        file.write_text(json.dumps(record))
+    found = compared(tmp_path)
+    assert (found.problems, found.known) == ((), False)
+    assert said in found.remarks[0]
 
 
 def test_references_under_other_conditions_have_blocks_of_their_own(tmp_path: Path) -> None:
     for epochs in (2.0, 50.0):
         for method in ("partial", "lora"):
             leave(tmp_path, method, wrong=20, settings={"epochs": epochs})
-    found, problems = compared(tmp_path)
+    found, problems = rows_and_problems(tmp_path)
     assert problems == []
     pairs = found[found["group"] != found["reference"]]
     assert [(row.group[-3:], row.reference[-3:]) for row in pairs.itertuples()] == [("-20", "-20"), ("500", "500")]
@@ -201,8 +238,8 @@ def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> N
     for seed in (0, 1, 2):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed + 2)
-    found, _ = compared(tmp_path)
-    shown = comparison_files.readable(found).set_index("method")
+    found = compared(tmp_path)
+    shown = comparison_files.readable(found.rows).set_index("method")
     assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
     assert shown.loc["partial", "n"] == "3"
     notes = " ".join(comparison_files.notes(found))
@@ -210,7 +247,7 @@ def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> N
     assert "one seed has an interval over examples alone" in notes
     for seed in (0, 1):
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    notes = " ".join(comparison_files.notes(compared(tmp_path)[0]))
+    notes = " ".join(comparison_files.notes(compared(tmp_path)))
     assert "1 of 3" in notes  # 3 of 5 by now
     assert "one seed" not in notes
 
@@ -218,14 +255,12 @@ def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> N
 def test_records_without_predictions_are_no_problem_but_said(place: Path) -> None:
     for file in place.rglob(results.PREDICTIONS):
         file.unlink()
-    found, problems = compared(place)
-    assert problems == []
-    assert not comparison_files.has_differences(found)
-    known = runs.read(place)[0]
-    assert "kept its predictions" in comparison_table.uncompared(known, Predictions(place))
-    others = [run for run in known if run.row["method"] != "partial"]
-    assert "none of these runs is of partial" in comparison_table.uncompared(others, Predictions(place))
-    assert comparison_table.uncompared(others[:1], Predictions(place)) is None
+    found = compared(place)
+    assert (found.problems, found.known) == ((), False)
+    assert found.remarks == ("none of these runs has kept its predictions",)
+    others = [run for run in runs.read(place)[0] if run.row["method"] != "partial"]
+    assert comparison_table.table(others, Predictions(place)).remarks == ("none of these runs is of partial",)
+    assert comparison_table.table(others[:1], Predictions(place)).remarks == ()
 
 
 def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path: Path) -> None:

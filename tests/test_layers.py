@@ -57,7 +57,7 @@ LAYERS = (
     }
     | {"export", "formats", "proof", "outline", "inference", "answering", "evaluate_run"}
     | {"judges", "mixture_judge", "losses", "options", "generation", "memory", "fsdp"}
-    | {"cost", "activations", "comparison", "comparison_table", "comparison_files"}
+    | {"cost", "activations", "comparison", "comparison_table", "comparison_files", "pairing"}
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},

@@ -102,7 +102,7 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     for seed in (0, 1):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    compared, _ = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path))
+    compared = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
     (axes,) = report_figures.differences(compared).figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["lora: worse"]
     assert any(line.get_xydata().tolist() == [[pytest.approx(-0.2), 0]] for line in axes.lines)
@@ -118,7 +118,7 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
     predictions = Predictions(tmp_path)
-    compared = comparison_table.table(found, predictions)[0]
+    compared = comparison_table.table(found, predictions).rows
     drawn = gallery.draw(found, grouping.group(frame), compared, predictions, tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
