@@ -30,7 +30,7 @@ LAYERS = (
     | {"members", "data_dir", "tuning", "rate_settings", "rate_search", "operating_point", "identity"}
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
-    | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
+    | {"agreement", "reliability", "stability", "retest", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
