@@ -31,7 +31,7 @@ LAYERS = (
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
     | {"conditions", "wellformed", "predicted"}
-    | {"agreement", "reliability", "stability", "inputs", "theory", "selection", "grouping"},
+    | {"agreement", "reliability", "stability", "retest", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}

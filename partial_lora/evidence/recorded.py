@@ -24,8 +24,8 @@ _COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l",
 COLUMNS = (
     *("task", "model", "mixture", "kind", "method", "importance", "operating_point", "metric", "seed", "test"),
     *("adapter_parameters", "adapter_dense", "share_of_dense", "learning_rate", "tuning", "calibrate_seconds"),
-    *(*COSTS, "peak_memory_bytes", "baseline", "joint", "chance", "reliability", "repaired_from", "repair_steps"),
-    *("preset", "commit", "device", "config", "outcome"),
+    *(*COSTS, "peak_memory_bytes", "baseline", "joint", "chance", "repaired_from", "repair_steps"),
+    *("preset", "commit", "device", "config", "record", "outcome"),
 )
 
 
@@ -86,10 +86,10 @@ def _rows(run: Run) -> list[dict]:
         **{name: number(cost.get(name, run.row.get(name))) for name in COSTS},
         "peak_memory_bytes": number(run.record.get("peak_memory_bytes")),
         **{name: number(calibration.get(name)) for name in ("baseline", "joint", "chance")},
-        "reliability": number((calibration.get("reliability") or {}).get("spearman_brown")),
         "repaired_from": number(repaired.get("joint_before")),
         "repair_steps": number(repaired.get("steps")),
         "config": config,
+        "record": run.record,
         "outcome": Outcome(run.row["test"], run.directory),
     }
     members = config["task"].get("members") or {}

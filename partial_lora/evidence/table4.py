@@ -10,6 +10,7 @@ from partial_lora.evidence.artefact import Artefact
 from partial_lora.evidence.assembled import assembled
 from partial_lora.evidence.gaps import UNCALIBRATED, missing, rows
 from partial_lora.evidence.recorded import BUDGET, Evidence, at_points
+from partial_lora.retest import reliability
 from partial_lora.runs import NONE
 
 TITLE = "Table 4: controls of equal size, at 13 % of dense LoRA's parameters"
@@ -27,7 +28,7 @@ def make(evidence: Evidence) -> Artefact:
     tasks = set(runs.loc[runs["method"].isin(HOW_MUCH), "task"])
     runs = runs[runs["task"].isin(tasks) & (runs["mixture"] == "")]
     scores = pivot.scores(runs)
-    reliable = runs.groupby([*pivot.ROW, "task"])["reliability"].mean()
+    reliable = runs.groupby([*pivot.ROW, "task"])["record"].apply(reliability)
     keys = pd.MultiIndex.from_frame(scores[[*pivot.ROW, "task"]])
     scores["reliability"] = reliable.reindex(keys).to_numpy() if len(scores) else []
     beside = differences.differences(runs, [("partial", method) for method in METHODS[1:]])
@@ -42,7 +43,10 @@ def make(evidence: Evidence) -> Artefact:
     )
 
 
-_RELIABILITY = "Reliability is of the sparsities: split halves of the scored draw, Spearman–Brown, the mean over seeds."
+_RELIABILITY = (
+    "Reliability is of the calibrated sparsities: how far those of different seeds, each with examples of its own, "
+    "correlate over modules and axes; where a run calibrated on halves of its draw, the Spearman–Brown correlation."
+)
 
 
 def readable(numbers: pd.DataFrame) -> pd.DataFrame:
