@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from partial_lora.comparison import compared
 from partial_lora.errors import PartialLoraError
 from partial_lora.pairing import Folder, folders, paired
 from partial_lora.predicted import Predictions
+from partial_lora.retest import reliability
 from partial_lora.runs import Run, number
 
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
@@ -91,7 +92,7 @@ def _row(folder: Folder, base: Folder) -> dict:
         "test_std": stdev(tests) if len(tests) > 1 else np.nan,
         **{name: _mean(run.row[name] for run in folder.runs) for name in ("adapter_parameters", "share_of_dense")},
         **{name: _mean(_cost(run, name) for run in folder.runs) for name in COSTS},
-        "reliability": _mean(_reliability(run.record) for run in folder.runs),
+        "reliability": reliability(run.record for run in folder.runs),
         **{name: named[name] for name in ("learning_rate", "tuning")},
         "group": folder.name,
         "reference": base.name,
@@ -100,10 +101,6 @@ def _row(folder: Folder, base: Folder) -> dict:
 
 def _cost(run: Run, name: str) -> float:
     return run.row[name] if name in run.row else number((run.record.get("cost") or {}).get(name))
-
-
-def _reliability(record: Mapping) -> float:
-    return number(((record.get("calibration") or {}).get("reliability") or {}).get("spearman_brown"))
 
 
 def _mean(values: Iterable[float]) -> float:
