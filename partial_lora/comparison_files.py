@@ -47,8 +47,8 @@ def notes(compared: Differences, reference: str = "partial") -> list[str]:
         f"Differences are from {reference} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals of a paired bootstrap over examples and seeds (of shares in "
         f"points). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-        "below zero, and not above that; undecided: else. Reliability is of the calibrated sparsities: how far those of "
-        "different seeds correlate, or those of two halves of a draw (Spearman–Brown)."
+        "below zero, and not above that; undecided: else. Reliability is of the calibrated sparsities: how far those "
+        "of different seeds correlate, or those of two halves of a draw (Spearman–Brown)."
     ]
     pairs = found["pairs"].dropna()
     if (pairs < found.loc[pairs.index, "n"]).any():
