@@ -22,6 +22,8 @@ RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2)
 
 # A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures.
 FILES_AT = $(wildcard $(DATA))
+MODEL_cpu = vit_s14
+TEXT_MODEL_cpu = minilm_l6
 STUDIED_cpu = task=digits
 IMAGES_cpu = $(if $(FILES_AT),cifar10 signdigits gtsrb)
 PHOTOGRAPHS_cpu = $(if $(FILES_AT),flowers17)
@@ -30,19 +32,21 @@ MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
 MIXED_TEXTS_cpu = $(if $(FILES_AT),sst2 mrpc)
 OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160)
 OF_PHOTOGRAPHS_cpu = model.image_size=98
-OF_TEXTS_cpu = model=minilm_l6 task.train_samples=1200 task.test_samples=1000
+OF_TEXTS_cpu = model=$(TEXT_MODEL_cpu) task.train_samples=1200 task.test_samples=1000
 FEW_cpu = task.train_samples=300 trainer.epochs=6
 FEWEST_cpu = task.train_samples=150 trainer.epochs=12
 TUNED_cpu = results/tuning.json
 SEARCHED_cpu = results/tune
 
+MODEL_paper = vit_b16
+TEXT_MODEL_paper = deberta_v3_base
 STUDIED_paper = task=cifar10
 IMAGES_paper = cifar100 caltech101 dtd eurosat oxford_pets svhn
 PHOTOGRAPHS_paper = flowers102
 TEXTS_paper = sst2 cola mnli mrpc qnli qqp rte stsb
 MIXED_IMAGES_paper = cifar10 svhn
 MIXED_TEXTS_paper = sst2 mrpc
-OF_TEXTS_paper = model=deberta_v3_base
+OF_TEXTS_paper = model=$(TEXT_MODEL_paper)
 FEW_paper = task.train_samples=5000 trainer.epochs=50
 FEWEST_paper = task.train_samples=500 trainer.epochs=100
 TUNED_paper = results/paper/tuning.json
@@ -52,11 +56,12 @@ CHOICES_paper = arc_challenge arc_easy boolq hellaswag openbookqa piqa social_iq
 ANALYSES_paper = preset=paper trainer.tuned=null task=cifar10
 
 STUDIED = $(STUDIED_$(PRESET))
-IMAGES = $(call known,$(IMAGES_$(PRESET)),task=$(call listed,$(IMAGES_$(PRESET))) $(OF_FILES_$(PRESET)))
-PHOTOGRAPHS = $(call known,$(PHOTOGRAPHS_$(PRESET)),\
-	task=$(PHOTOGRAPHS_$(PRESET)) $(OF_FILES_$(PRESET)) $(OF_PHOTOGRAPHS_$(PRESET)))
-TEXTS = $(call known,$(TEXTS_$(PRESET)),\
-	task=$(call listed,$(TEXTS_$(PRESET))) $(OF_FILES_$(PRESET)) $(OF_TEXTS_$(PRESET)))
+of_images = $(call known,$(1),task=$(call listed,$(1)) $(OF_FILES_$(PRESET)))
+of_photographs = $(call known,$(1),task=$(call listed,$(1)) $(OF_FILES_$(PRESET)) $(OF_PHOTOGRAPHS_$(PRESET)))
+of_texts = $(call known,$(1),task=$(call listed,$(1)) $(OF_FILES_$(PRESET)) $(OF_TEXTS_$(PRESET)))
+IMAGES = $(call of_images,$(IMAGES_$(PRESET)))
+PHOTOGRAPHS = $(call of_photographs,$(PHOTOGRAPHS_$(PRESET)))
+TEXTS = $(call of_texts,$(TEXTS_$(PRESET)))
 mixed = task=mixture 'task.members=[$(call listed,$(1))]' $(OF_FILES_$(PRESET))
 MIXED_IMAGES = $(call known,$(MIXED_IMAGES_$(PRESET)),$(call mixed,$(MIXED_IMAGES_$(PRESET))))
 MIXED_TEXTS = $(call known,$(MIXED_TEXTS_$(PRESET)),$(call mixed,$(MIXED_TEXTS_$(PRESET))) $(OF_TEXTS_$(PRESET)))
@@ -112,10 +117,31 @@ reproduce-tune: $(VENV)/.installed
 	$(TUNE_ALL)
 	$(KEEP_BEST)
 
-# Where there are rates, committed ones among them, nothing is searched for. A best rate at an edge is used, too.
-$(TUNED): | $(VENV)/.installed
-	$(TUNE_ALL)
-	$(KEEP_BEST) || test -f $@
+# Of what the file has rates for, committed ones among them, nothing is searched. A best rate at an edge is used, too.
+unrated = $(foreach task,$(1),$(if $(shell grep -s -A1 '"task": "$(task)"' $(TUNED) | grep '"model": "$(2)"'),,$(task)))
+of_images_left = $(call unrated,$(1),$(MODEL_$(PRESET)))
+of_texts_left = $(call unrated,$(1),$(TEXT_MODEL_$(PRESET)))
+STUDIED_LEFT = $(call of_images_left,$(patsubst task=%,%,$(STUDIED)))
+IMAGES_LEFT = $(call of_images,$(call of_images_left,$(IMAGES_$(PRESET))))
+PHOTOGRAPHS_LEFT = $(call of_photographs,$(call of_images_left,$(PHOTOGRAPHS_$(PRESET))))
+TEXTS_LEFT = $(call of_texts,$(call of_texts_left,$(TEXTS_$(PRESET))))
+MIXED_IMAGES_LEFT = $(if $(MIXED_IMAGES),$(if $(call of_images_left,mixture),$(MIXED_IMAGES)))
+MIXED_TEXTS_LEFT = $(if $(MIXED_TEXTS),$(if $(call of_texts_left,mixture),$(MIXED_TEXTS)))
+
+define TUNE_LEFT
+$(if $(STUDIED_LEFT),$(TUNE_STUDIED))
+$(call known,$(IMAGES_LEFT),$(call TUNE_OTHER,$(IMAGES_LEFT),partial$(comma)targeted))
+$(call known,$(PHOTOGRAPHS_LEFT),$(call TUNE_OTHER,$(PHOTOGRAPHS_LEFT),partial$(comma)targeted))
+$(call known,$(TEXTS_LEFT),$(call TUNE_OTHER,$(TEXTS_LEFT),partial$(comma)targeted))
+$(call known,$(MIXED_IMAGES_LEFT),$(call TUNE_OTHER,$(MIXED_IMAGES_LEFT),partial))
+$(call known,$(MIXED_TEXTS_LEFT),$(call TUNE_OTHER,$(MIXED_TEXTS_LEFT),partial))
+
+endef
+
+.PHONY: rates
+rates: | $(VENV)/.installed
+	$(TUNE_LEFT)
+	$(if $(strip $(TUNE_LEFT)),$(KEEP_BEST) || test -f $(TUNED))
 
 # The runs of each table and figure, by what they have in common.
 define AT_POINTS
@@ -211,11 +237,11 @@ TABLES = table1 table2 table3 table4 table5 table6 table7
 FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 NAMES = $(TABLES) $(FIGURES)
 .PHONY: reproduce runs-methods $(NAMES:%=runs-%) $(NAMES:%=reproduce-%)
-runs-methods $(NAMES:%=runs-%): | $(VENV)/.installed $(TUNED)
+runs-methods $(NAMES:%=runs-%): | $(VENV)/.installed rates
 
-# What a figure needs beside the records is measured where the weights are; 1 says that some have none.
-MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3 || test $$? = 1
-MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7 || test $$? = 1
+# What a figure needs beside the records is measured where the weights are; 3 says that some have none.
+MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3 || test $$? = 3
+MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7 || test $$? = 3
 $(NAMES:%=reproduce-%): reproduce-%: runs-%
 	$(MEASURED_$*)
 	$(BIN)/python scripts/reproduce.py $* --results $(RESULTS)

@@ -43,7 +43,7 @@ def _changed(settings: Mapping) -> Iterator[tuple[str, str, object]]:
     for key, value in identity.flatten(settings).items():
         plain = identity.plain(key, names)
         if plain not in identity.NOT_SETTINGS and value != standard.get(plain):
-            yield key, plain, value
+            yield key, plain, identity.wherever(plain, value)
 
 
 def digest(found: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -56,6 +57,16 @@ def plain(key: str, members: Sequence[str]) -> str:
         return key
     of = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
     return "task." + key.removeprefix(f"task.members.{of}.")
+
+
+def wherever(key: str, value: Any) -> Any:
+    """The value of one of the schema's keys, but of a task's file what it is called there and not where that is.
+
+    A record has paths, not what the files held; the same data set in another place is the same, so a folder's and a
+    file's name stand for it. Of any other key the value as it is.
+    """
+    named = key.startswith("task.data_files") and isinstance(value, str)
+    return "/".join(PurePath(value).parts[-2:]) if named else value
 
 
 def defaults() -> dict[str, Any]:

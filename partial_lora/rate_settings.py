@@ -62,7 +62,7 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
         shown = {**shown, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
     names = shown["task"].get("members") or ()
     found = {
-        key: value
+        key: identity.wherever(identity.plain(key, names), value)
         for key, value in identity.computed_from(shown).items()
         if identity.plain(key, names) not in _APART and not (calibration is None and key.startswith(_CALIBRATED))
     }

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from partial_lora import rate_settings
 from partial_lora.conditions import conditions, differences, digest
 
 SETTINGS = {
@@ -73,6 +74,17 @@ def test_members_of_a_mixture_are_conditions_in_their_order() -> None:
     assert "task.members.sst2.mixing" not in found
     turned = conditions(changed("task.members", dict(reversed(members.items()))))
     assert digest(turned) != digest(found)
+
+
+def test_a_file_is_the_same_in_another_place_and_another_file_is_not() -> None:
+    first, second, other = (
+        changed("task.data_files", {"train": path})
+        for path in ("../data/cifar10/train.parquet", "/mnt/cifar10/train.parquet", "/mnt/cifar100/train.parquet")
+    )
+    assert conditions(first)["task.data_files.train"] == "cifar10/train.parquet"
+    assert digest(conditions(first)) == digest(conditions(second)) != digest(conditions(other))
+    searched = [rate_settings.settings_of(each, None)["task.data_files.train"] for each in (first, second, other)]
+    assert searched == ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
 
 
 def test_of_many_differences_the_first_are_named() -> None:

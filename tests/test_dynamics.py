@@ -27,7 +27,7 @@ def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(script, t
     assert (done / DYNAMICS).read_bytes() == before
     record = leave(tmp_path, "partial", 0.9)
     assert script.main([str(tmp_path), "--where", "method=lora"]) == 0
-    assert script.main([str(done), str(record)]) == 1
+    assert script.main([str(done), str(record)]) == 3
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"{record}: ")
     assert "is missing" in said

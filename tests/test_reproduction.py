@@ -161,6 +161,23 @@ def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: s
     assert [words for words in again if "experiment=tune" in words] == searches(preset)
 
 
+def test_what_a_file_has_no_rates_for_is_searched_for_alone(place: Path) -> None:
+    """As after `make tune`, which searches on digits alone."""
+    file = Path(RATES["cpu"])
+    kept = file.rename("kept.json")
+    digits = [entry for entry in tuning.load(kept) if entry["task"] == "digits"]
+    commands.cache_clear()
+    try:
+        tuning.save(file, digits)
+        again = trainings("runs-table1", "cpu")
+    finally:
+        kept.rename(file)
+        commands.cache_clear()
+    expected = [words for words in searches("cpu") if "task=digits" not in words]
+    assert digits and expected
+    assert [words for words in again if "experiment=tune" in words] == expected
+
+
 def on_digits(target: str) -> set[Path]:
     """The directories of a target's runs on digits with seed 0, of three methods that stand for all."""
     found = set()
