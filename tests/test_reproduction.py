@@ -174,7 +174,8 @@ def test_what_a_file_has_no_rates_for_is_searched_for_alone(place: Path) -> None
         kept.rename(file)
         commands.cache_clear()
     expected = [words for words in searches("cpu") if "task=digits" not in words]
-    assert digits and expected
+    assert digits
+    assert expected
     assert [words for words in again if "experiment=tune" in words] == expected
 
 
