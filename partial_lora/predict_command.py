@@ -98,7 +98,8 @@ def _positive(value: str) -> int:
 def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int:
     predictor = _predictor(run, parsed.device, parsed.max_new_tokens, parsed.member)
     size = parsed.batch_size or run.settings["trainer"]["eval_batch_size"]
-    line = _json_line(parsed.top_k, parsed.member) if parsed.json else _readable_line(parsed.top_k or 1, predictor.labels)
+    readable = _readable_line(parsed.top_k or 1, predictor.labels)
+    line = _json_line(parsed.top_k, parsed.member) if parsed.json else readable
     failed = False
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters must not end a stream
     with _bar(given.total) as advance:

@@ -131,6 +131,7 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
         (["task.members=[sst2,piqa]"], r"one kind: sst2 is of label, piqa of choice"),
         (["task.members=[sst2,stsb]"], r"task\.members=stsb: expected tasks of classes"),
         (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size: no such key"),
+        (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b: expected a, or nothing"),
         (["task.members={a: {modality: text}}"], r"task\.members\.a\.path: expected a value"),
         (["task.members={a: {path: files, classes: two}}"], r"task\.members\.a\.classes: .*two"),
         (["task.members={a: {path: files, modality: sound}}"], r"task\.members, a: task\.modality=sound"),
