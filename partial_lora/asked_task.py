@@ -44,8 +44,7 @@ def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool 
     listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
     if member is None:
         raise PartialLoraError(
-            f"{run.directory}: the run is of several tasks, and an input does not say whose it is: choose "
-            f"--member {listed}"
+            f"{run.directory}: the run is of several tasks, one of which is to be named: choose --member {listed}"
         )
     if member not in members:
         raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")

@@ -139,7 +139,7 @@ def test_texts_are_as_long_as_their_member_s_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "an input does not say whose it is: choose --member films or colours"),
+        ([], "the run is of several tasks, one of which is to be named: choose --member films or colours"),
         (["--member", "film"], "--member film: no member of the run's mixture, expected --member films or colours"),
     ],
 )
