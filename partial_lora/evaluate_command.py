@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import config, schema
+from partial_lora.asked_task import asked_task
 from partial_lora.composition import composition_error, refuse_group_lists
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import FinishedRun, finished_run
+from partial_lora.finished import finished_run
 
 if TYPE_CHECKING:
     from partial_lora.evaluate_run import Evaluation
@@ -29,7 +30,13 @@ def main(arguments: Sequence[str]) -> int:
     """
     parsed = _parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
-    asked = composed(run, parsed.overrides)
+    of_another = _names_a_task(parsed.overrides)
+    known = asked_task(run, parsed.member, of_another=of_another)
+    if known.member and of_another and known.outputs is None:
+        raise PartialLoraError(
+            f"--member {known.member}: the run's model has no heads, so that another task is asked without it"
+        )
+    asked = composed(known.settings, parsed.overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -39,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         done = evaluate_run(
             run,
             task=asked["task"],
+            member=parsed.member,
             split=parsed.split,
             device=asked["trainer"]["device"],
             batch_size=asked["trainer"]["eval_batch_size"],
@@ -51,8 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
-    """The groups `task` and `trainer` of a run's settings, changed by Hydra overrides.
+def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
+    """The groups `task` and `trainer` of a finished run's settings, changed by Hydra overrides.
 
     `task=NAME` takes that group file in place of the run's own task. Raises PartialLoraError, in one line, for any
     other key, and as `config.resolve` does.
@@ -66,13 +74,13 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
 
     _refuse_others(overrides)
     refuse_group_lists(overrides)
-    trainer = {key: run.settings["trainer"][key] for key in _TRAINER}
+    trainer = {key: settings["trainer"][key] for key in _TRAINER}
     if trainer["device"] == "cuda":  # where it trained; here is perhaps none
         trainer["device"] = "auto"
     kept = {"trainer": trainer}
-    if not any(override.partition("=")[0] == "task" for override in overrides):
-        files, overrides = _files(run.settings["task"]["data_files"], overrides)
-        kept["task"] = run.settings["task"] | {"data_files": files}
+    if not _names_a_task(overrides):
+        files, overrides = _files(settings["task"]["data_files"], overrides)
+        kept["task"] = settings["task"] | {"data_files": files}
         _refuse_other_rows(overrides)
     ConfigStore.instance().store(name="schema", node=schema.Config)
     ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **kept})
@@ -87,6 +95,10 @@ def composed(run: FinishedRun, overrides: Sequence[str]) -> dict:
         return {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise PartialLoraError(composition_error(error, list(overrides))) from error
+
+
+def _names_a_task(overrides: Sequence[str]) -> bool:
+    return any(override.partition("=")[0] == "task" for override in overrides)
 
 
 def _files(recorded: str | Mapping | None, overrides: Sequence[str]) -> tuple[str | dict | None, list[str]]:
@@ -140,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
     )
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
     parser.add_argument("--json", action="store_true", help="one object: folder, and all of evaluation.json")
     return parser

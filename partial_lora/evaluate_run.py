@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from partial_lora import config, evaluation, judges, loading, results
+from partial_lora.asked_task import AskedTask, asked_task
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun
 from partial_lora.inference import RunModel
@@ -37,6 +38,7 @@ def evaluate_run(
     run: FinishedRun,
     *,
     task: Mapping | None = None,
+    member: str | None = None,
     split: str = "test",
     device: str = "auto",
     batch_size: int | None = None,
@@ -47,6 +49,7 @@ def evaluate_run(
     Args:
         task: the settings of a task, all of its keys; None is the run's own. Its labels are matched by name; a causal
             model, which has none, chooses options or writes texts, whichever the task asks for.
+        member: of a mixture, the task whose head and labels are meant, and which is asked where `task` is None.
         batch_size: None takes the run's own.
         advance: told how many rows of how many are done.
 
@@ -54,18 +57,20 @@ def evaluate_run(
     Raises PartialLoraError where the task's labels or inputs are not those of the run.
     """
     start = time.perf_counter()
-    asked = run.settings | {"task": dict(task or run.settings["task"])}
+    known = asked_task(run, member, of_another=task is not None and not task.get("members"))
+    asked = known.settings | {"task": dict(task or known.settings["task"])}
     if asked["task"]["modality"] != run.settings["task"]["modality"]:
         raise PartialLoraError(
             f"task={asked['task']['name']} has {asked['task']['modality']}s, and the run's model reads "
             f"{run.settings['task']['modality']}s: choose another task"
         )
-    if asked["task"] == run.settings["task"]:
-        _check_files(run)
+    is_own = asked["task"] == known.settings["task"]
+    if is_own:
+        _check_files(run, asked["task"]["data_files"])
     size = batch_size or run.settings["trainer"]["eval_batch_size"]
     asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
-    other = loading.task_of(asked)
-    places = _places(run, other, is_own=asked["task"] == run.settings["task"]) if other.kind == "label" else None
+    other = _own_rows(run, known.member) if is_own and known.member else loading.task_of(asked)
+    places = _places(run, known.labels, other, is_own=is_own) if other.kind == "label" else None
     model = RunModel(run, device)
     transform = loading.transform_of(asked)
     judge = judges.judge_of(other, transform, asked, Alone())
@@ -76,15 +81,17 @@ def evaluate_run(
 
     if other.kind == "label":
         rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
-        found = _of_labels(*predict(rows), other, places, run.labels())
+        found = _of_labels(*predict(rows), other, places, known)
     else:
         found = judge.judged(predict, model.model, split)
-    folder = run.directory / FOLDER / f"{asked['task']['name']}-{split}-{config.run_id({'task': asked['task']})}"
+    names = dict.fromkeys(filter(None, [known.member, asked["task"]["name"]]))
+    folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{config.run_id({'task': asked['task']})}"
     record = {
+        **({"member": known.member} if known.member else {}),
         "task": asked["task"],
         "split": split,
         "examples": len(getattr(other, split)),
-        "labels": run.labels(),
+        "labels": known.labels,
         "metrics": _finite(found.metrics),
         "device": model.device,
         "mixed_precision": model.precision,
@@ -94,7 +101,13 @@ def evaluate_run(
     return Evaluation(folder, record)
 
 
-def _check_files(run: FinishedRun) -> None:
+def _own_rows(run: FinishedRun, member: str) -> Task:
+    """The rows that a mixture was trained and judged on, of one of its members."""
+    names = list(run.settings["task"]["members"])
+    return loading.task_of(run.settings, mixtures=True).members[names.index(member)]
+
+
+def _check_files(run: FinishedRun, files: str | Mapping | None) -> None:
     """Raises PartialLoraError where the run's files have changed: what is cut from them would be other rows.
 
     A run's folder is named by an id of its settings and of what its files hold; one that was renamed says nothing.
@@ -106,17 +119,17 @@ def _check_files(run: FinishedRun) -> None:
         return
     if changed:
         raise PartialLoraError(
-            f"task.data_files={run.settings['task']['data_files']}: not the rows that the run was trained on, so that "
+            f"task.data_files={files}: not the rows that the run was trained on, so that "
             "its splits would be others; expected task.data_files.test=FILE with rows it has not seen"
         )
 
 
-def _places(run: FinishedRun, task: Task, *, is_own: bool) -> np.ndarray | None:
+def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> np.ndarray | None:
     """Where each of the task's labels is among the run's; None for a regression.
 
     The run's own labels are in their places, even where a record of an earlier version does not name all of them.
     """
-    known, asked = run.labels(), list(task.labels)
+    asked = list(task.labels)
     if bool(known) != bool(asked):
         kinds = {True: "labels", False: "numbers"}
         raise PartialLoraError(
@@ -152,13 +165,15 @@ def said_of(
 
 
 def _of_labels(
-    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, labels: list[str]
+    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, known: AskedTask
 ) -> judges.Judged:
+    if known.outputs is not None:
+        logits = logits[:, known.outputs]
     if places is not None:
         references = places[references]
     return judges.Judged(
         evaluation.split_metrics(task.metrics, logits, references),
-        evaluation.predictions_of(logits, references, labels),
+        evaluation.predictions_of(logits, references, known.labels),
     )
 
 

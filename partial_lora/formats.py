@@ -99,7 +99,7 @@ def _write_merged(run: FinishedRun, folder: Path) -> None:
     with _quiet():
         save_model(merged, folder, run.settings["model"])
         if run.settings["model"]["family"] == "causal":  # texts come out of it, and the tokenizer's end ends them
-            loading.transform_of(run.settings).tokenizer.save_pretrained(folder)
+            _transform(run).tokenizer.save_pretrained(folder)
 
 
 def _prove_peft(run: FinishedRun, folder: Path) -> str:
@@ -154,13 +154,19 @@ def _bound(run: FinishedRun) -> float:
     return _BOUND[run.settings["model"]["dtype"]]
 
 
+def _transform(run: FinishedRun) -> loading.Transform:
+    """How inputs enter the run's model; of a mixture those of its first member, since all are read alike."""
+    members = run.settings["task"].get("members") or {"": run.settings["task"]}
+    return loading.transform_of({**run.settings, "task": next(iter(members.values()))})
+
+
 def _inputs(run: FinishedRun) -> dict[str, Tensor]:
     """Random pixels, or sentences of unlike length; all but the longest of a batch are padded, on the right."""
     generator = torch.Generator().manual_seed(0)
     if loading.modality(run.settings["model"]) == "image":
         size = run.settings["model"]["image_size"]
         return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
-    transform = loading.transform_of(run.settings)
+    transform = _transform(run)
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
     if run.settings["model"]["family"] != "causal":
         return dict(transform.of_inputs(sentences))

@@ -20,6 +20,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from partial_lora import answering, formats, loading
+from partial_lora.asked_task import asked_task
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun, finished_run
 from partial_lora.generation import generate
@@ -77,26 +78,27 @@ class Predictor:
     """A finished run, ready to predict. Raises PartialLoraError where there is none, or not on that device.
 
     device: "cpu", "cuda", or "auto" for the second where there is one. max_new_tokens: the most that a generation
-    writes, None for as many as the run's task has. `labels` is empty but where there are classes.
+    writes, None for as many as the run's task has. member: of a mixture, the task that the inputs are of. `labels` is
+    empty but where there are classes.
     """
 
     def __init__(
-        self, run: FinishedRun | Path | str, *, device: str = "auto", max_new_tokens: int | None = None
+        self,
+        run: FinishedRun | Path | str,
+        *,
+        device: str = "auto",
+        max_new_tokens: int | None = None,
+        member: str | None = None,
     ) -> None:
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
-        task = run.settings["task"]
-        if run.settings["task"].get("members"):
-            raise PartialLoraError(
-                f"{run.directory}: a mixture of {', '.join(run.settings['task']['members'])}: an input does not say "
-                "which of them it is of; `partial-lora evaluate RUN task=MEMBER` measures one"
-            )
-        self.labels = run.labels()
+        asked = asked_task(run, member)
+        task, self.labels, self._outputs = asked.settings["task"], asked.labels, asked.outputs
         self.modality, self.kind = task["modality"], task["kind"]
         self._pairs = len(task["text_columns"]) == 2
         self._writing = {"stop": task["stop"], "max_new_tokens": max_new_tokens or task["max_new_tokens"]}
         self._layout = task["format"]
         self._batch_size = run.settings["trainer"]["eval_batch_size"]
-        self._transform = loading.transform_of(run.settings)
+        self._transform = loading.transform_of(asked.settings)
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
@@ -137,6 +139,7 @@ class Predictor:
             found = answering.likelihoods(encoded, self._model.logits, self._transform, size)
             return [_outcome(said[at], found[at], given[at][1]) for at in range(len(given))]
         logits = self._model.logits(self._batch(encoded))
+        logits = logits if self._outputs is None else logits[:, self._outputs]
         return [_outcome(*each, self.labels) for each in zip(said, logits, strict=True)]
 
     def _encoded(self, inputs: Sequence) -> list:

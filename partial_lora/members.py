@@ -40,6 +40,7 @@ def with_members(settings: Mapping, folder: Path) -> dict:
     members = {}
     for name, own in given.items():
         of_files = {"data_files": files[name]} if name in files else {}
+        require(own.get("name", name) == name, f"task.members.{name}.name", own.get("name"), f"{name}, or nothing")
         members[name] = _checked(name, {"name": name, **own, **for_each, **of_files})
     task |= {"members": members, "data_files": None} | _alike(members)
     score = settings["calibration"]["score"]

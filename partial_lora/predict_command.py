@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import inputs
+from partial_lora.asked_task import asked_task
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import FinishedRun, finished_run
 from partial_lora.inputs import Input, Inputs
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     parsed = _parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
-    task = run.settings["task"]
+    task = asked_task(run, parsed.member).settings["task"]
     if parsed.max_new_tokens and task["kind"] != "generation":
         raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task['name']} has none")
     given = inputs.read(
@@ -71,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument("--lines", action="append", default=[], metavar="FILE", help="as @FILE; - is standard input")
-    parser.add_argument("--json", action="store_true", help="one object a line: input, label, score, scores")
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that the inputs are of")
+    parser.add_argument(
+        "--json", action="store_true", help="one object a line: input, label, score, scores; member, with --member"
+    )
     parser.add_argument(
         "--top-k", type=_positive, metavar="N", help="the N most probable labels; default: 1, with --json all of them"
     )
@@ -92,9 +96,10 @@ def _positive(value: str) -> int:
 
 
 def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int:
-    predictor = _predictor(run, parsed.device, parsed.max_new_tokens)
+    predictor = _predictor(run, parsed.device, parsed.max_new_tokens, parsed.member)
     size = parsed.batch_size or run.settings["trainer"]["eval_batch_size"]
-    line = _json_line(parsed.top_k) if parsed.json else _readable_line(parsed.top_k or 1, predictor.labels)
+    readable = _readable_line(parsed.top_k or 1, predictor.labels)
+    line = _json_line(parsed.top_k, parsed.member) if parsed.json else readable
     failed = False
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters must not end a stream
     with _bar(given.total) as advance:
@@ -112,13 +117,13 @@ def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int
     return 1 if failed else 0
 
 
-def _predictor(run: FinishedRun, device: str, max_new_tokens: int | None) -> Predictor:
+def _predictor(run: FinishedRun, device: str, max_new_tokens: int | None, member: str | None) -> Predictor:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from partial_lora.inference import Predictor
 
-    return Predictor(run, device=device, max_new_tokens=max_new_tokens)
+    return Predictor(run, device=device, max_new_tokens=max_new_tokens, member=member)
 
 
 def _outcomes(predictor: Predictor, batch: Sequence[Input]) -> list[Prediction | PartialLoraError]:
@@ -131,10 +136,11 @@ def _problem(given: Input) -> PartialLoraError:
     return PartialLoraError(f"{said}{given.problem}")
 
 
-def _json_line(top_k: int | None) -> Callable[[Prediction], str]:
+def _json_line(top_k: int | None, member: str | None) -> Callable[[Prediction], str]:
     def line(prediction: Prediction) -> str:
         said = {
             "input": prediction.input,
+            **({} if member is None else {"member": member}),
             "label": prediction.label,
             "score": prediction.score,
             "scores": dict(islice(prediction.scores.items(), top_k)),

@@ -278,8 +278,8 @@ def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     one = dataclasses.replace(
         run, settings=run.settings | {"task": run.settings["task"] | {"data_files": str(tmp_path)}}
     )
-    asked = evaluate_command.composed(one, [f"task.data_files.test={tmp_path}"])
+    asked = evaluate_command.composed(one.settings, [f"task.data_files.test={tmp_path}"])
     assert asked["task"]["data_files"] == {"train": str(tmp_path), "test": str(tmp_path)}
     hub = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"data_files": None}})
     with pytest.raises(PartialLoraError, match=r"task\.data_files\.test: the run's rows came without files; expected"):
-        evaluate_command.composed(hub, [f"task.data_files.test={tmp_path}"])
+        evaluate_command.composed(hub.settings, [f"task.data_files.test={tmp_path}"])

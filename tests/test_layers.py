@@ -29,7 +29,7 @@ LAYERS = (
     }
     | {"members", "data_dir", "tuning", "rate_settings", "rate_search", "operating_point", "identity"}
     | {"accelerate_file", "failures"},
-    {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "places"}
+    {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "asked_task", "places"}
     | {"conditions", "wellformed", "predicted"}
     | {"agreement", "reliability", "stability", "retest", "inputs", "theory", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},

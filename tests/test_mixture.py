@@ -131,6 +131,7 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
         (["task.members=[sst2,piqa]"], r"one kind: sst2 is of label, piqa of choice"),
         (["task.members=[sst2,stsb]"], r"task\.members=stsb: expected tasks of classes"),
         (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size: no such key"),
+        (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b: expected a, or nothing"),
         (["task.members={a: {modality: text}}"], r"task\.members\.a\.path: expected a value"),
         (["task.members={a: {path: files, classes: two}}"], r"task\.members\.a\.classes: .*two"),
         (["task.members={a: {path: files, modality: sound}}"], r"task\.members, a: task\.modality=sound"),
@@ -418,7 +419,7 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(closing.summary(run.result, run.directory / "seed0"))
     assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
-    with pytest.raises(PartialLoraError, match="a mixture can be trained on and calibrated, no more"):
+    with pytest.raises(PartialLoraError, match=r"the run is of several tasks, .* choose --member a or b\.c$"):
         evaluate_run.evaluate_run(run)
 
 

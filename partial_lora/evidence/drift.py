@@ -35,6 +35,8 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     blocks = run.settings["model"]["blocks"]
     if blocks is None:
         raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
+    if run.settings["task"].get("members"):
+        raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
     task = loading.task_of(run.settings)
     task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
     trained = RunModel(run, device)

@@ -148,7 +148,6 @@ class MixtureTransform:
         self.transforms, self._mixture = list(transforms), mixture
         self.lengths = self.transforms[0].lengths
         self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # of the model
-        self.of_inputs = self.transforms[0].of_inputs
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
         """Rows for `collate`, as the members' own transforms prepare them."""
