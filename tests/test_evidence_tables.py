@@ -167,6 +167,27 @@ def test_claims_are_judged_by_the_interval() -> None:
     ]
 
 
+def test_a_task_without_a_common_seed_does_not_keep_the_others_from_their_average(tmp_path: Path) -> None:
+    for task, worse, seed in (("a", 0, 0), ("b", 80, 0), ("c", 0, 7)):
+        named = {"task": {"name": task}}
+        for of_method in range(2):
+            leave(tmp_path, "lora", seed=of_method, wrong=20, settings=named)
+            leave(tmp_path, "partial", seed=seed + of_method, wrong=20 + worse, settings=named)
+    table = tables.TABLES["table1"](tables.gather(tmp_path))
+    found = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
+    assert list(found.index) == ["a", "b", "average"]
+    assert (found.loc["average", "difference"], found.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
+    assert "at threshold 0.9 it does not hold, partial − lora -20.00 [" in table.verdict
+
+
+def test_one_task_of_several_without_an_average_stands_for_none() -> None:
+    row = {"part": "difference", "first": "partial", "second": "lora", "operating_point": "threshold 0.9"}
+    rows = [row | {"model": model, "task": task} for model, task in (("a", "x"), ("a", "y"), ("b", "x"))]
+    assert finding.find(pd.DataFrame(rows).assign(difference=0.0), "partial", "lora", "threshold 0.9") is None
+    only = pd.DataFrame(rows[1:]).assign(difference=0.0)
+    assert finding.find(only, "partial", "lora", "threshold 0.9")["task"] == "y"  # the only one of the first model
+
+
 def test_the_frozen_model_stands_beside_causal_runs(made: dict) -> None:
     row = row_of(made["table3"].numbers, method="zero-shot", task="piqa")
     assert (row["mean"], row["model"]) == (0.61, "lm")

@@ -40,7 +40,7 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
 
 
 def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> list[dict]:
-    """A row for each task that the runs of all sides have, and one for the average over them if they are several.
+    """A row for each task on which all sides share a seed, and one for the average over these if they are several.
 
     sides: runs of a method and of another; of several the difference is the mean over them, on every task.
     """
@@ -49,7 +49,9 @@ def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> 
     for task in ordered:
         parts = [tuple(side[side["task"] == task] for side in both) for both in sides]
         if all(len(side) for both in parts for side in both):
-            tasks[task] = [Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0]) for own, other in parts]
+            pairs = [Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0]) for own, other in parts]
+            if set.intersection(*(pair.seeds for pair in pairs)):
+                tasks[task] = pairs
     rows = [_row(named, task, pairs[0].metric, 1, lambda pairs=pairs: between(pairs)) for task, pairs in tasks.items()]
     if len(tasks) > 1:
         rows.append(_row(named, AVERAGE, AVERAGE, len(tasks), lambda: average(tasks)))
@@ -59,7 +61,7 @@ def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> 
 def _row(named: dict, task: str, metric: str, tasks: int, found) -> dict | None:
     try:
         difference: Difference = found()
-    except PartialLoraError:  # no seed in common, or an average that means nothing
+    except PartialLoraError:  # an average that means nothing
         return None
     return {"part": PART, **named, "task": task, "metric": metric, "tasks": tasks, **asdict(difference)}
 

@@ -29,14 +29,18 @@ def better(row: Mapping | None) -> str:
 
 
 def find(numbers: pd.DataFrame, first: str, second: str, point: str, **where: str) -> dict | None:
-    """The difference of two methods at a point, on average over tasks or on the only one; None where there is none.
+    """The difference of two methods at a point, on average over tasks or on the only one; None where there is neither.
 
-    where: further columns and the value that is asked for; of several models the first.
+    One of several tasks never stands for the others. where: further columns and the value that is asked for; of several
+    models the first.
     """
     rows = of_differences(numbers)
     for name, value in {"first": first, "second": second, "operating_point": point, **where}.items():
         rows = rows[rows[name] == value]
+    rows = rows[rows["model"].isin(rows["model"].head(1))]
     means = rows[rows["task"] == AVERAGE]
+    if means.empty and rows["task"].nunique() > 1:
+        return None
     rows = means if len(means) else rows
     return rows.iloc[0].to_dict() if len(rows) else None
 
@@ -60,7 +64,7 @@ def clauses(numbers: pd.DataFrame, first: str, second: str, points: Mapping[str,
 def measured(row: Mapping | None) -> str:
     """A difference in words: which, by how much, over what."""
     if row is None:
-        return "no runs of both"
+        return "no runs of both, or no average of them"
     tasks = f"on {row['task']}" if row["tasks"] == 1 else f"on average over {row['tasks']:.0f} tasks"
     drawn = "1 seed" if row["seeds"] == 1 else f"{row['seeds']:.0f} seeds"
     drawn = f"at least {drawn} each" if row["tasks"] > 1 else drawn
