@@ -79,12 +79,14 @@ def test_members_of_a_mixture_are_tasks_with_predictions_of_their_own(tmp_path: 
 def test_kinds_names_and_what_is_not_finished(tmp_path: Path) -> None:
     leave(tmp_path, settings={"task": {"kind": "choice", "modality": "text", "name": "piqa"}})
     leave(tmp_path, settings={"task": {"modality": "text", "name": "sst2"}, "mask": {"granularity": "element"}})
+    leave(tmp_path, settings={"task": {"kind": "generation", "modality": "text", "name": "gsm8k"}})
     leave(tmp_path, "lora", seed=4)
     (tmp_path / "runs/digits/vit/lora-x/seed0").mkdir(parents=True)
     runs, problems = collect(tmp_path)
     named = {row.task: (row.kind, row.method, row.importance) for row in runs.itertuples()}
     assert named == {
         "piqa": ("causal", "partial", "svd"),
+        "gsm8k": ("generation", "partial", "svd"),
         "sst2": ("texts", "partial (element)", "svd"),
         "digits": ("images", "lora", "–"),
     }

@@ -199,6 +199,15 @@ def test_the_frozen_model_stands_beside_causal_runs(made: dict) -> None:
     } <= set(made["table3"].missing)
 
 
+def test_generated_answers_are_not_averaged_with_choices(tmp_path: Path) -> None:
+    for method in ("lora", "partial"):
+        for task, kind in (("sst2", "label"), ("piqa", "choice"), ("gsm8k", "generation")):
+            leave(tmp_path, method, settings={"task": {"kind": kind, "modality": "text", "name": task}})
+    table = tables.TABLES["table3"](tables.gather(tmp_path))
+    assert set(table.numbers["task"]) == {"sst2", "piqa", "average"}
+    assert "Left out, as their answers are generated and not chosen: 2 runs on gsm8k." in table.notes
+
+
 def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> None:
     (shown,) = made["table4"].shown.values()
     rows = shown.set_index("method")

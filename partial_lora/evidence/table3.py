@@ -25,7 +25,9 @@ ZERO_SHOT = "zero-shot"
 def make(evidence: Evidence) -> Artefact:
     """The table of what runs there are, and of the frozen causal model's scores where these were measured."""
     runs = at_points(evidence.kept, METHODS, POINTS)
-    runs = runs[runs["kind"].isin(["texts", "causal"]) & (runs["mixture"] == "")]
+    runs = runs[runs["mixture"] == ""]
+    generated = runs[runs["kind"] == "generation"]
+    runs = runs[runs["kind"].isin(["texts", "causal"])]
     file = evidence.file("zero_shot.json") or evidence.file("causal", "zero_shot.json")
     frozen = json.loads(file.read_text(encoding="utf-8")) if file else {}
     parts = [zero_shot(runs, frozen), pivot.scores(runs), differences(runs, PAIRS)]
@@ -34,6 +36,9 @@ def make(evidence: Evidence) -> Artefact:
     lacking = missing(runs, rows(METHODS, POINTS), planned, "make reproduce-table3")
     lacking += [f"{task}: zero-shot" for task in _causal(runs) if task not in frozen]
     notes = ["zero-shot: the frozen model, by `python scripts/zero_shot.py`."] if frozen else []
+    if len(generated):
+        tasks = ", ".join(sorted(set(generated["task"])))
+        notes.append(f"Left out, as their answers are generated and not chosen: {len(generated)} runs on {tasks}.")
     return assembled("table3", TITLE, CLAIM, verdict(numbers), numbers, runs, evidence, lacking, notes)
 
 
