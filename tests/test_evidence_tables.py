@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> Path:
     choice = {"task": {"kind": "choice", "modality": "text", "name": "piqa"}, "model": {"name": "lm"}}
     leave(root / "causal", "lora", wrong=70, settings=choice)
     leave(root / "causal", "partial", wrong=74, settings=choice)
-    frozen = {"piqa": {"questions": 200, "package": {"accuracy": 0.61, "accuracy_norm": 0.6}}}
+    frozen = {"piqa": {"model": "lm", "questions": 200, "package": {"accuracy": 0.61, "accuracy_norm": 0.6}}}
     (root / "causal" / "zero_shot.json").write_text(json.dumps(frozen))
     (root / "bench").mkdir()
     (root / "bench" / "adapter.json").write_bytes(BENCH.read_bytes())
@@ -197,6 +197,30 @@ def test_the_frozen_model_stands_beside_causal_runs(made: dict) -> None:
         "sst2: no runs; make reproduce-table3",
         "lm, piqa: targeted svd budget 0.13, targeted svd threshold 0.9, partial svd budget 0.13",
     } <= set(made["table3"].missing)
+
+
+def test_a_frozen_model_stands_beside_no_other(tmp_path: Path) -> None:
+    choice = {"kind": "choice", "modality": "text"}
+    for model in ("small", "large"):
+        for task in ("piqa", "boolq"):
+            leave(tmp_path, "lora", wrong=70, settings={"task": choice | {"name": task}, "model": {"name": model}})
+    scores = {"piqa": 0.75, "boolq": 0.5}
+    frozen = {task: {"model": "small", "package": {"accuracy": score}} for task, score in scores.items()}
+    (tmp_path / "zero_shot.json").write_text(json.dumps(frozen))
+    table = tables.TABLES["table3"](tables.gather(tmp_path))
+    found = table.numbers.query("method == 'zero-shot'")
+    assert found[["model", "task", "mean"]].to_numpy().tolist() == [
+        ["small", "boolq", 0.5],
+        ["small", "piqa", 0.75],
+        ["small", "average", 0.625],
+    ]
+    assert [line for line in table.missing if "zero-shot" in line] == [
+        "large, boolq: zero-shot",
+        "large, piqa: zero-shot",
+    ]
+    nameless = {task: {"package": record["package"]} for task, record in frozen.items()}
+    (tmp_path / "zero_shot.json").write_text(json.dumps(nameless))
+    assert "zero-shot" not in set(tables.TABLES["table3"](tables.gather(tmp_path)).numbers["method"])
 
 
 def test_generated_answers_are_not_averaged_with_choices(tmp_path: Path) -> None:
