@@ -102,6 +102,19 @@ def test_usual_is_what_most_have_where_none_has_the_default(tmp_path) -> None:
     assert known["rank"].tolist() == [8, 8]
 
 
+def test_usual_rows_are_those_of_most_methods_and_points(tmp_path) -> None:
+    leave(tmp_path, "lora", 0.9)
+    leave(tmp_path, "partial", 0.9)
+    for seed in range(3):
+        leave(tmp_path, "partial", 0.1, seed=seed, task__train_samples=None)
+    known = frames.usual(frames.frame(runs.read(tmp_path)[0]))
+    assert sorted(known["method"]) == ["lora", "partial"]
+    assert known["train_samples"].tolist() == [600, 600]
+    leave(tmp_path, "lora", 0.1, task__train_samples=None)  # as many methods, and more runs
+    known = frames.usual(frames.frame(runs.read(tmp_path)[0]))
+    assert known["train_samples"].tolist() == [math.inf] * 4
+
+
 def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path) -> None:
     for seed, rows in enumerate((0.2, 0.4)):
         sparsity = {f"m.blocks.{block}.{kind}": {"rows": rows, "columns": block / 10} for block in (0, 11)

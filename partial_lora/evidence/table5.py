@@ -11,7 +11,7 @@ import pandas as pd
 from partial_lora.closing import cell
 from partial_lora.evidence import finding
 from partial_lora.evidence.artefact import Artefact
-from partial_lora.evidence.assembled import of_runs
+from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.measures import ANALYSES, of_analyses, shown_analyses
 from partial_lora.evidence.recorded import POINTS, THRESHOLD, Evidence, at_points
@@ -43,7 +43,7 @@ def make(evidence: Evidence) -> Artefact:
     shown = shown_joint(numbers) | shown_repair(numbers) | shown_analyses(numbers)
     return Artefact(
         *("table5", TITLE, CLAIM, verdict(numbers), numbers, shown),
-        notes=_NOTES,
+        notes=(*_NOTES, *(left_out(runs, evidence) if runs.empty else ())),
         missing=tuple(lacking),
         origin=of_runs(runs),
     )

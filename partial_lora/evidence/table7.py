@@ -11,7 +11,7 @@ import pandas as pd
 from partial_lora.closing import cell, measured
 from partial_lora.evidence import finding, pivot
 from partial_lora.evidence.artefact import Artefact
-from partial_lora.evidence.assembled import of_runs
+from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.recorded import COSTS, POINTS, Evidence, at_points
 
@@ -44,7 +44,7 @@ def make(evidence: Evidence) -> Artefact:
     shown = shown_bench(numbers) | shown_costs(numbers)
     return Artefact(
         *("table7", TITLE, CLAIM, verdict(numbers), numbers, shown),
-        notes=_NOTES,
+        notes=(*_NOTES, *left_out(runs, evidence)),
         missing=tuple(lacking),
         origin=of_runs(runs),
     )
