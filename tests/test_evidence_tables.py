@@ -148,7 +148,7 @@ def test_verdicts_hold_fail_and_stay_open(made: dict) -> None:
     assert "beats shuffled does not hold" in made["table4"].verdict
     assert "beats inverted cannot be decided here, no runs of both" in made["table4"].verdict
     assert "matches flow holds" in made["table4"].verdict
-    assert "does not hold, 12.5% [12.5%, 12.5%] on cifar10" in made["table5"].verdict
+    assert "the lowest is 12.5% [12.5%, 12.5%] on cifar10 (svd, 3 calibrations)" in made["table5"].verdict
     assert "digits+cifar10: with 87 % fewer parameters it holds" in made["table6"].verdict
     assert "holds, its step takes 0.87 to 0.96 of dense LoRA's [0.86, 0.97]" in made["table7"].verdict
 
@@ -268,6 +268,29 @@ def test_calibration_is_of_each_seed_once(made: dict, tmp_path: Path) -> None:
     assert (repair["n"], repair["before"], repair["joint"], repair["kept"]) == (2, 0.1, 0.73, pytest.approx(0.7))
     assert table.shown["Repair"]["steps"].tolist() == ["6.5"]
     assert "cannot be decided here, 93.8%" in table.verdict  # the interval of two reaches below 90 %
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (
+            {"a": 0.97, "b": 0.25, "c": 0.12},
+            "does not hold (it does on 1 of 3 tasks and measures, not on 2), the lowest is 12.0%",
+        ),
+        ({"a": 0.97, "b": 0.95}, "holds (it does on 2 of 2 tasks and measures, not on 0), the lowest is 95.0%"),
+        ({"a": 0.97}, "holds, 97.0% [97.0%, 97.0%] on a (svd, 2 calibrations)"),
+        (
+            {"a": 0.97, "b": None},
+            "cannot be decided here (it does on 1 of 2 tasks and measures, not on 0), the lowest is 50.0% on b",
+        ),
+    ],
+)
+def test_one_task_that_fails_refutes_that_a_score_is_kept(tmp_path: Path, shares: dict, said: str) -> None:
+    for task, share in shares.items():
+        for seed in range(2 if share else 1):  # of one calibration there is no interval
+            named = {"task": {"name": task}, "calibration": {"seed": seed}}
+            leave(tmp_path, seed=seed, settings=named, calibration={"joint": 0.8 * (share or 0.5)})
+    assert f": {said}" in tables.TABLES["table5"](tables.gather(tmp_path)).verdict
 
 
 def test_costs_are_of_the_task_with_most_methods(made: dict) -> None:
