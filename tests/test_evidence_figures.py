@@ -131,6 +131,16 @@ def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path) -> No
     assert table.attrs["notes"] == ["missing: tasks other than digits"]
 
 
+def test_fig2_goes_without_a_task_of_controls_alone(tmp_path) -> None:
+    leave(tmp_path, "uniform", 0.9, task="cifar10")
+    missing = "missing: cifar10, vit_s14, runs of partial, targeted or flow"
+    table = numbers(fig2, tmp_path)
+    assert (len(table), table.attrs["notes"]) == (0, [missing])
+    leave(tmp_path, "targeted", 0.9)
+    table = numbers(fig2, tmp_path)
+    assert (set(table["task"]), table.attrs["notes"]) == ({"digits"}, [missing, "missing: tasks other than digits"])
+
+
 def test_fig2_takes_causal_runs_from_beside_the_cpu_preset(tmp_path) -> None:
     leave(tmp_path / "cpu", "partial", 0.9)
     leave(tmp_path / "causal", "partial", 0.9, task="piqa", model="smollm2_135m")
