@@ -45,10 +45,18 @@ def find(numbers: pd.DataFrame, first: str, second: str, point: str, **where: st
     return rows.iloc[0].to_dict() if len(rows) else None
 
 
-def clauses(numbers: pd.DataFrame, first: str, second: str, points: Mapping[str, str], **where: str) -> list[str]:
+def clauses(
+    numbers: pd.DataFrame,
+    first: str,
+    second: str,
+    points: Mapping[str, str],
+    *,
+    told: str | None = None,
+    **where: str,
+) -> list[str]:
     """What is found of "the first is as good as the second", for every model at every point.
 
-    points: the operating points, each with what is said of it.
+    points: the operating points, each with what is said of it. told: a column that is told of each difference.
     """
     rows = of_differences(numbers)
     models = list(dict.fromkeys(rows.loc[(rows["first"] == first) & (rows["second"] == second), "model"])) or [None]
@@ -57,7 +65,8 @@ def clauses(numbers: pd.DataFrame, first: str, second: str, points: Mapping[str,
         for point, words in points.items():
             row = find(numbers, first, second, point, **where, **({} if model is None else {"model": model}))
             of = f"of {model} " if len(models) > 1 else ""
-            said_of.append(f"{of}{words} it {as_good(row)}, {measured(row)}")
+            more = f" ({row[told]})" if told and row else ""
+            said_of.append(f"{of}{words}{more} it {as_good(row)}, {measured(row)}")
     return said_of
 
 
