@@ -173,11 +173,15 @@ def test_verdicts_hold_fail_and_stay_open(made: dict) -> None:
 
 
 def test_claims_are_judged_by_the_interval() -> None:
-    row = {"seeds": 3, "verdict": "undecided"}
+    row = {"seeds": 3, "verdict": "undecided", "metric": "accuracy"}
     assert finding.better(row | {"low": 0.001, "high": 0.004}) == finding.HOLDS
     assert finding.better(row | {"low": -0.02, "high": 0.009}) == finding.FAILS
     assert finding.better(row | {"low": -0.02, "high": 0.011}) == finding.OPEN
     assert finding.better(row | {"low": 0.1, "high": 0.2, "seeds": 1}) == finding.OPEN
+    less = row | {"metric": "mse"}  # is better
+    assert finding.better(less | {"low": -0.004, "high": -0.001}) == finding.HOLDS
+    assert finding.better(less | {"low": 0.001, "high": 0.004}) == finding.FAILS
+    assert finding.better(less | {"low": -0.004, "high": 0.004}) == finding.OPEN
     assert finding.better(None) == finding.as_good(None) == finding.as_good(row) == finding.OPEN
     assert [finding.as_good({"verdict": word}) for word in ("better", "matches", "worse")] == [
         finding.HOLDS,
@@ -216,6 +220,20 @@ def test_the_frozen_model_stands_beside_causal_runs(made: dict) -> None:
         "sst2: no runs; make reproduce-table3",
         "lm, piqa: targeted svd budget 0.13, targeted svd threshold 0.9, partial svd budget 0.13",
     } <= set(made["table3"].missing)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("accuracy", "partial − lora +1.23 [+1.00, +1.50] points on a, 3 seeds"),
+        ("average", "partial − lora +1.23 [+1.00, +1.50] points on a, 3 seeds"),
+        ("mse", "partial − lora +0.0123 [+0.0100, +0.0150] on a, 3 seeds"),
+        ("matthews", "partial − lora +0.0123 [+0.0100, +0.0150] on a, 3 seeds"),
+    ],
+)
+def test_only_shares_are_said_in_points(metric: str, said: str) -> None:
+    row = {"first": "partial", "second": "lora", "task": "a", "tasks": 1, "seeds": 3, "metric": metric}
+    assert finding.measured(row | {"difference": 0.0123, "low": 0.01, "high": 0.015}) == said
 
 
 def test_a_frozen_model_stands_beside_no_other(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -102,10 +102,14 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
     return shown.drop(columns=same)
 
 
-def said(row: dict) -> str:
+def in_points(row: Mapping) -> bool:
+    """Whether a difference is one of shares, or of averages, which is read in points."""
+    return row["metric"] in SHARES or row["metric"] == AVERAGE
+
+
+def said(row: Mapping) -> str:
     """A difference with its interval: of shares in points, of other metrics as it is."""
-    share = row["metric"] in SHARES or row["metric"] == AVERAGE
-    scale, form = (100, "+.2f") if share else (1, "+.4f")
+    scale, form = (100, "+.2f") if in_points(row) else (1, "+.4f")
     difference = f"{scale * row['difference']:{form}}"
     if row["low"] != row["low"]:
         return difference

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pandas as pd
 
 from partial_lora.comparison import MARGIN
-from partial_lora.evidence.differences import AVERAGE, of_differences, said
+from partial_lora.evidence.differences import AVERAGE, in_points, of_differences, said
+from partial_lora.runs import LOWER_IS_BETTER
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided here"
 
@@ -20,12 +21,17 @@ def as_good(row: Mapping | None) -> str:
 
 
 def better(row: Mapping | None) -> str:
-    """The claim that the first is better; refuted where it is not so by as much as a point."""
+    """The claim that the first is better; refuted where it is not so by as much as a point.
+
+    Of a metric of which less is better, better is below zero, and a point says nothing: refuted where it is worse.
+    """
     if row is None or row["seeds"] < 2 or row["low"] != row["low"]:
         return OPEN
-    if row["low"] > 0:
+    falls = row["metric"] in LOWER_IS_BETTER
+    low, high = (-row["high"], -row["low"]) if falls else (row["low"], row["high"])
+    if low > 0:
         return HOLDS
-    return FAILS if row["high"] < MARGIN else OPEN
+    return FAILS if high < (0 if falls else MARGIN) else OPEN
 
 
 def find(numbers: pd.DataFrame, first: str, second: str, point: str, **where: str) -> dict | None:
@@ -77,7 +83,7 @@ def measured(row: Mapping | None) -> str:
     tasks = f"on {row['task']}" if row["tasks"] == 1 else f"on average over {row['tasks']:.0f} tasks"
     drawn = "1 seed" if row["seeds"] == 1 else f"{row['seeds']:.0f} seeds"
     drawn = f"at least {drawn} each" if row["tasks"] > 1 else drawn
-    return f"{row['first']} − {row['second']} {said(row)} points {tasks}, {drawn}"
+    return f"{row['first']} − {row['second']} {said(row)}{' points' if in_points(row) else ''} {tasks}, {drawn}"
 
 
 def sentence(claim: str, *clauses: str, table: str) -> str:
