@@ -79,13 +79,18 @@ def readable(numbers: pd.DataFrame) -> pd.DataFrame:
         "importance": numbers["importance"],
         "operating point": numbers["operating_point"],
         "difference": numbers["first"] + " − " + numbers["second"],
-        "task": numbers["task"],
+        "task": [_tasks(row) for row in numbers.to_dict("records")],
         "points [95 %]": [said(row) for row in numbers.to_dict("records")],
         "seeds": [cell(value, ".0f") for value in numbers["seeds"]],
         "over": numbers["over"],
         "verdict": numbers["verdict"],
     }
     return plain(pd.DataFrame(columns))
+
+
+def _tasks(row: Mapping) -> str:
+    """The task, or over how many the average is: a pair may have fewer of them than another."""
+    return f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"]
 
 
 def of_differences(numbers: pd.DataFrame) -> pd.DataFrame:
