@@ -200,6 +200,7 @@ def test_a_task_without_a_common_seed_does_not_keep_the_others_from_their_averag
     found = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
     assert list(found.index) == ["a", "b", "average"]
     assert (found.loc["average", "difference"], found.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
+    assert table.shown["Differences"]["task"].tolist() == ["a", "b", "average of 2"]  # of three that both methods have
     assert "at threshold 0.9 it does not hold, partial − lora -20.00 [" in table.verdict
 
 
@@ -352,6 +353,14 @@ def test_costs_are_of_the_task_with_most_methods(made: dict) -> None:
     assert (bench["parameters"], bench["file_bytes"]) == (306_816, 1_235_704)
     assert bench["step"] == pytest.approx(0.941, abs=1e-3)
     assert "runs of vera; make reproduce-table7" in made["table7"].missing
+
+
+def test_the_processor_is_told_of_the_benchmark_alone(tmp_path: Path) -> None:
+    record = json.loads((run := leave(tmp_path, "lora") / "result.json").read_text())
+    run.write_text(json.dumps(record | {"device": "cuda"}))
+    table = tables.TABLES["table7"](tables.gather(tmp_path))
+    assert "Device: cuda." in table.origin
+    assert [note.partition(":")[0] for note in table.notes if "CPU" in note] == ["Benchmark (`make bench`), on a CPU"]
 
 
 def test_a_task_at_its_ceiling_is_said(tmp_path: Path) -> None:

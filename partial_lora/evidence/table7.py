@@ -23,12 +23,11 @@ OURS = "rows_columns"
 _VARIANTS = {OURS: "partial", "element": "partial (element)", "shira": "SHiRA (PEFT)", "lora": "dense LoRA (PEFT)"}
 _STATE = ("gradient_bytes", "optimizer_bytes")
 _NOTES = (
-    "Benchmark (`make bench`): at sparsity 0.87, processor time of a whole training step against dense LoRA's, 95 % "
-    "intervals of a bootstrap over repetitions; saved: what a forward pass keeps for its backward pass, above the "
-    "frozen model, against dense LoRA's; state: gradients and Adam.",
+    "Benchmark (`make bench`), on a CPU: at sparsity 0.87, processor time of a whole training step against dense "
+    "LoRA's, 95 % intervals of a bootstrap over repetitions; saved: what a forward pass keeps for its backward "
+    "pass, above the frozen model, against dense LoRA's; state: gradients and Adam.",
     "Runs: as result.json has it (`cost`), means over seeds, of the task that most methods were trained on; times have "
     "in them whatever else the machine did.",
-    "All of it on a CPU.",
 )
 
 
