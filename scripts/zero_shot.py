@@ -85,6 +85,7 @@ def main(arguments: list[str]) -> None:
             own["prediction_norm"], loop.pop("chosen_by_length")
         )
         records[task] = {
+            "model": settings["model"]["name"],
             "questions": len(found.predictions),
             "package": {key: found.metrics[key] for key in ("accuracy", "accuracy_norm")},
             "first": {

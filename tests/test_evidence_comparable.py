@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from table_records import leave
 
+from partial_lora.evidence import tables
 from partial_lora.evidence.comparable import comparable
 from partial_lora.evidence.recorded import COLUMNS, Evidence, collect
 
@@ -30,13 +31,19 @@ def kept(place: Path) -> tuple[list[tuple], list[str]]:
     ],
 )
 def test_what_a_figure_varies_is_no_run_of_a_table(tmp_path: Path, settings: dict) -> None:
-    leave(tmp_path, seed=0)
+    for budget in (None, 0.13):
+        leave(tmp_path, seed=0, budget=budget)
+    leave(tmp_path, "lora", seed=0)
     leave(tmp_path, seed=1, settings=settings)
     leave(tmp_path, "lora", seed=1, settings=settings if "task" in settings or "method" in settings else None)
     found, notes = kept(tmp_path)
-    lora = [] if "task" in settings or "method" in settings else [("lora", "–", 1)]
-    assert found == [*lora, ("partial", "threshold 0.9", 0)]
-    assert notes == []
+    both = "task" in settings or "method" in settings
+    lora = [] if both else [("lora", "–", 1)]
+    assert found == [("lora", "–", 0), *lora, ("partial", "budget 0.13", 0), ("partial", "threshold 0.9", 0)]
+    ((group, own),) = settings.items()
+    (note,) = notes
+    assert note.startswith(f"digits, vit: {'2 runs' if both else '1 run'} left out, ")
+    assert note.endswith(f"({group}.{next(iter(own))})")
 
 
 def test_seeds_that_calibrated_on_examples_of_their_own_are_one_row(tmp_path: Path) -> None:
@@ -52,7 +59,10 @@ def test_tuned_runs_stand_for_a_method_and_the_rest_is_said(tmp_path: Path) -> N
         leave(tmp_path, seed=seed, tuning="untuned", settings={"trainer": {"learning_rate": 0.1}})
     found, notes = kept(tmp_path)
     assert found == [("partial", "threshold 0.9", 0)]
-    assert notes == ["digits, vit, partial, svd, threshold 0.9: 3 runs with other settings of its own are left out"]
+    assert notes == [
+        "digits, vit, partial, svd, threshold 0.9: 3 runs left out, with other settings of its own "
+        "(trainer.learning_rate)"
+    ]
 
 
 def test_methods_are_of_the_same_conditions(tmp_path: Path) -> None:
@@ -61,7 +71,31 @@ def test_methods_are_of_the_same_conditions(tmp_path: Path) -> None:
     leave(tmp_path, "lora", seed=0, settings={"trainer": {"epochs": 50}})
     found, notes = kept(tmp_path)
     assert found == [("partial", "threshold 0.9", 0), ("partial", "threshold 0.9", 1)]
-    assert notes == ["digits, vit: 1 runs under other conditions than those shown are left out"]
+    assert notes == ["digits, vit: 1 run left out, under other conditions than those shown (trainer.epochs)"]
+
+
+def test_one_run_on_all_rows_does_not_displace_a_table_of_them(tmp_path: Path) -> None:
+    for seed in range(2):
+        for method in ("lora", "partial"):
+            leave(tmp_path, method, seed=seed)
+    leave(tmp_path, seed=5, settings={"task": {"train_samples": None}})
+    found, notes = kept(tmp_path)
+    assert found == [*[("lora", "–", seed) for seed in range(2)], *[("partial", "threshold 0.9", s) for s in range(2)]]
+    assert notes == ["digits, vit: 1 run left out, under other conditions than those shown (task.train_samples)"]
+
+
+def test_of_as_many_methods_and_runs_the_most_rows_count(tmp_path: Path) -> None:
+    for seed, rows in enumerate((300, 600, 150)):
+        leave(tmp_path, seed=seed, settings={"task": {"train_samples": rows}})
+    assert kept(tmp_path)[0] == [("partial", "threshold 0.9", 1)]
+
+
+def test_a_table_without_runs_says_that_there_are_some_of_other_settings(tmp_path: Path) -> None:
+    leave(tmp_path, "lora", settings={"method": {"rank": 8}})
+    found = tables.gather(tmp_path)
+    for name in ("table1", "table5", "table7"):
+        notes = tables.TABLES[name](found).notes
+        assert "digits, vit: 1 run left out, of other settings than a table's (method.rank)" in notes, name
 
 
 def test_members_of_a_mixture_are_tasks_with_predictions_of_their_own(tmp_path: Path) -> None:
@@ -79,12 +113,14 @@ def test_members_of_a_mixture_are_tasks_with_predictions_of_their_own(tmp_path: 
 def test_kinds_names_and_what_is_not_finished(tmp_path: Path) -> None:
     leave(tmp_path, settings={"task": {"kind": "choice", "modality": "text", "name": "piqa"}})
     leave(tmp_path, settings={"task": {"modality": "text", "name": "sst2"}, "mask": {"granularity": "element"}})
+    leave(tmp_path, settings={"task": {"kind": "generation", "modality": "text", "name": "gsm8k"}})
     leave(tmp_path, "lora", seed=4)
     (tmp_path / "runs/digits/vit/lora-x/seed0").mkdir(parents=True)
     runs, problems = collect(tmp_path)
     named = {row.task: (row.kind, row.method, row.importance) for row in runs.itertuples()}
     assert named == {
         "piqa": ("causal", "partial", "svd"),
+        "gsm8k": ("generation", "partial", "svd"),
         "sst2": ("texts", "partial (element)", "svd"),
         "digits": ("images", "lora", "–"),
     }

@@ -102,6 +102,19 @@ def test_usual_is_what_most_have_where_none_has_the_default(tmp_path) -> None:
     assert known["rank"].tolist() == [8, 8]
 
 
+def test_usual_rows_are_those_of_most_methods_and_points(tmp_path) -> None:
+    leave(tmp_path, "lora", 0.9)
+    leave(tmp_path, "partial", 0.9)
+    for seed in range(3):
+        leave(tmp_path, "partial", 0.1, seed=seed, task__train_samples=None)
+    known = frames.usual(frames.frame(runs.read(tmp_path)[0]))
+    assert sorted(known["method"]) == ["lora", "partial"]
+    assert known["train_samples"].tolist() == [600, 600]
+    leave(tmp_path, "lora", 0.1, task__train_samples=None)  # as many methods, and more runs
+    known = frames.usual(frames.frame(runs.read(tmp_path)[0]))
+    assert known["train_samples"].tolist() == [math.inf] * 4
+
+
 def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path) -> None:
     for seed, rows in enumerate((0.2, 0.4)):
         sparsity = {f"m.blocks.{block}.{kind}": {"rows": rows, "columns": block / 10} for block in (0, 11)
@@ -116,6 +129,16 @@ def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path) -> No
     assert row["mean"] == pytest.approx(0.3)
     assert only(table, kind="fc", axis="columns", block="11")["mean"] == pytest.approx(1.1)
     assert table.attrs["notes"] == ["missing: tasks other than digits"]
+
+
+def test_fig2_goes_without_a_task_of_controls_alone(tmp_path) -> None:
+    leave(tmp_path, "uniform", 0.9, task="cifar10")
+    missing = "missing: cifar10, vit_s14, runs of partial, targeted or flow"
+    table = numbers(fig2, tmp_path)
+    assert (len(table), table.attrs["notes"]) == (0, [missing])
+    leave(tmp_path, "targeted", 0.9)
+    table = numbers(fig2, tmp_path)
+    assert (set(table["task"]), table.attrs["notes"]) == ({"digits"}, [missing, "missing: tasks other than digits"])
 
 
 def test_fig2_takes_causal_runs_from_beside_the_cpu_preset(tmp_path) -> None:

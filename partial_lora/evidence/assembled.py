@@ -45,7 +45,7 @@ def assembled(
     if shown is None:
         compared = differences.readable(numbers)
         shown = pivot.readable(numbers) | ({"Differences": compared} if len(compared) else {})
-    said = [*notes, *_notes(numbers), *_left_out(runs, evidence)]
+    said = [*notes, *_notes(numbers), *left_out(runs, evidence)]
     return Artefact(name, title, claim, verdict, numbers, shown, tuple(said), tuple(missing), of_runs(runs))
 
 
@@ -68,6 +68,7 @@ def _notes(numbers: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _left_out(runs: pd.DataFrame, evidence: Evidence) -> list[str]:
-    tasks = set(runs["task"]) | set(runs["mixture"])
+def left_out(runs: pd.DataFrame, evidence: Evidence) -> list[str]:
+    """The notes of the evidence that are of a table's tasks, or of tasks that no table has any runs of."""
+    tasks = set(runs["task"]) | set(runs["mixture"]) | (set(evidence.runs["task"]) - set(evidence.kept["task"]))
     return [note for note in evidence.notes if any(task and task in note for task in tasks)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
@@ -38,45 +38,69 @@ _ROW = ["method", "importance", "operating_point"]
 
 def as_ever(config: Mapping) -> bool:
     """True where no setting that a table of its own varies is changed: rank, label noise, mask's seed, repair, …"""
-    return all(
-        (config.get(group) or {}).get(name, value) == value
+    return not _varied(config)
+
+
+def _varied(config: Mapping) -> list[str]:
+    return [
+        f"{group}.{name}"
         for group, settings in _AS_EVER.items()
         for name, value in settings.items()
-    )
+        if (config.get(group) or {}).get(name, value) != value
+    ]
 
 
 def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The runs that tables set beside each other, one for each task, model, method, point and seed; and notes.
 
-    Of the conditions under which a task and model was trained those count that have the most training rows, and of
-    these the most runs. Of a method's own settings (learning rate, few-shot data) the tuned ones, and of these those of
-    the most runs.
+    Of the conditions under which a task and model was trained those count that have the most methods and points, of
+    these the most runs, and of these the most training rows: a table is for setting methods beside each other. Of a
+    method's own settings (learning rate, few-shot data) the tuned ones, and of these those of the most runs. Whatever
+    else there is has a note.
     """
-    found = runs[runs["config"].map(as_ever).astype(bool)]
+    ordinary = runs["config"].map(as_ever).astype(bool)
+    found = runs[ordinary]
     found = found.assign(
         conditions=[_words(config, _CONDITIONS) for config in found["config"]],
-        rows=[_training_rows(config) for config in found["config"]],
         own=[_words(config, _OWN) for config in found["config"]],
         tuned=[2 if word == "tuned" else int(word != "untuned") for word in found["tuning"]],
     )
     kept, notes = [], []
+    for place, part in runs[~ordinary].groupby(_PLACE, sort=False):
+        named = ", ".join(sorted({name for config in part["config"] for name in _varied(config)}))
+        notes.append(f"{_said(place)}: {_counted(part)} left out, of other settings than a table's ({named})")
     for place, part in found.groupby(_PLACE, sort=False):
-        chosen = _most(part, "conditions", "rows")
-        if len(other := part[(part["conditions"] != chosen) & (part["rows"] == part["rows"].max())]):
-            notes.append(f"{_said(place)}: {len(other)} runs under other conditions than those shown are left out")
+        chosen = _conditions(part)
+        if len(other := part[part["conditions"] != chosen]):
+            named = _differ([chosen, *other["conditions"]])
+            notes.append(
+                f"{_said(place)}: {_counted(other)} left out, under other conditions than those shown ({named})"
+            )
         for row, alike in part[part["conditions"] == chosen].groupby(_ROW, sort=False):
-            own = _most(alike, "own", "tuned")
+            own = _own(alike)
             if len(other := alike[alike["own"] != own]):
-                notes.append(f"{_said((*place, *row))}: {len(other)} runs with other settings of its own are left out")
+                named = _differ([own, *other["own"]])
+                notes.append(
+                    f"{_said((*place, *row))}: {_counted(other)} left out, with other settings of its own ({named})"
+                )
             kept.append(alike[alike["own"] == own].drop_duplicates("seed"))
     whole = pd.concat(kept) if kept else found
     return whole[list(runs.columns)].reset_index(drop=True), notes
 
 
-def _most(part: pd.DataFrame, column: str, first: str) -> str:
-    """The value of a column whose rows have the largest `first`, and of these the one that most rows have."""
-    ranked = part.groupby(column, sort=True).agg(first=(first, "max"), n=("seed", "size"))
-    return ranked.sort_values(["first", "n"], ascending=False, kind="stable").index[0]
+def _conditions(part: pd.DataFrame) -> str:
+    """The conditions with most methods and points, then most runs, then most training rows."""
+    cells = part[_ROW].agg("/".join, axis=1)
+    rows = [_training_rows(config) for config in part["config"]]
+    ranked = part.assign(cell=cells, rows=rows).groupby("conditions", sort=True)
+    ranked = ranked.agg(cells=("cell", "nunique"), n=("seed", "size"), rows=("rows", "max"))
+    return ranked.sort_values(["cells", "n", "rows"], ascending=False, kind="stable").index[0]
+
+
+def _own(alike: pd.DataFrame) -> str:
+    """A method's own settings: the tuned ones, and of these those of the most runs."""
+    ranked = alike.groupby("own", sort=True).agg(tuned=("tuned", "max"), n=("seed", "size"))
+    return ranked.sort_values(["tuned", "n"], ascending=False, kind="stable").index[0]
 
 
 def _training_rows(config: Mapping) -> float:
@@ -94,3 +118,14 @@ def _words(config: Mapping, chosen: Mapping[str, tuple[str, ...]]) -> str:
 
 def _said(names: tuple[str, ...]) -> str:
     return ", ".join(name for name in names if name)
+
+
+def _counted(runs: pd.DataFrame) -> str:
+    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+
+
+def _differ(words: Iterable[str]) -> str:
+    """The names of the settings that are not alike in all of these texts of `_words`."""
+    every = [json.loads(each) for each in dict.fromkeys(words)]
+    names = sorted({name for each in every for name in each})
+    return ", ".join(name for name in names if any(each.get(name) != every[0].get(name) for each in every))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -40,7 +40,7 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
 
 
 def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> list[dict]:
-    """A row for each task that the runs of all sides have, and one for the average over them if they are several.
+    """A row for each task on which all sides share a seed, and one for the average over these if they are several.
 
     sides: runs of a method and of another; of several the difference is the mean over them, on every task.
     """
@@ -49,7 +49,9 @@ def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> 
     for task in ordered:
         parts = [tuple(side[side["task"] == task] for side in both) for both in sides]
         if all(len(side) for both in parts for side in both):
-            tasks[task] = [Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0]) for own, other in parts]
+            pairs = [Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0]) for own, other in parts]
+            if set.intersection(*(pair.seeds for pair in pairs)):
+                tasks[task] = pairs
     rows = [_row(named, task, pairs[0].metric, 1, lambda pairs=pairs: between(pairs)) for task, pairs in tasks.items()]
     if len(tasks) > 1:
         rows.append(_row(named, AVERAGE, AVERAGE, len(tasks), lambda: average(tasks)))
@@ -59,7 +61,7 @@ def paired(sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], **named: str) -> 
 def _row(named: dict, task: str, metric: str, tasks: int, found) -> dict | None:
     try:
         difference: Difference = found()
-    except PartialLoraError:  # no seed in common, or an average that means nothing
+    except PartialLoraError:  # an average that means nothing
         return None
     return {"part": PART, **named, "task": task, "metric": metric, "tasks": tasks, **asdict(difference)}
 
@@ -77,13 +79,18 @@ def readable(numbers: pd.DataFrame) -> pd.DataFrame:
         "importance": numbers["importance"],
         "operating point": numbers["operating_point"],
         "difference": numbers["first"] + " − " + numbers["second"],
-        "task": numbers["task"],
+        "task": [_tasks(row) for row in numbers.to_dict("records")],
         "points [95 %]": [said(row) for row in numbers.to_dict("records")],
         "seeds": [cell(value, ".0f") for value in numbers["seeds"]],
         "over": numbers["over"],
         "verdict": numbers["verdict"],
     }
     return plain(pd.DataFrame(columns))
+
+
+def _tasks(row: Mapping) -> str:
+    """The task, or over how many the average is: a pair may have fewer of them than another."""
+    return f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"]
 
 
 def of_differences(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -100,10 +107,14 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
     return shown.drop(columns=same)
 
 
-def said(row: dict) -> str:
+def in_points(row: Mapping) -> bool:
+    """Whether a difference is one of shares, or of averages, which is read in points."""
+    return row["metric"] in SHARES or row["metric"] == AVERAGE
+
+
+def said(row: Mapping) -> str:
     """A difference with its interval: of shares in points, of other metrics as it is."""
-    share = row["metric"] in SHARES or row["metric"] == AVERAGE
-    scale, form = (100, "+.2f") if share else (1, "+.4f")
+    scale, form = (100, "+.2f") if in_points(row) else (1, "+.4f")
     difference = f"{scale * row['difference']:{form}}"
     if row["low"] != row["low"]:
         return difference

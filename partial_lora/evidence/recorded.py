@@ -59,7 +59,8 @@ def collect(*results_dirs: Path) -> tuple[pd.DataFrame, list[str]]:
     """The finished runs under results directories, with COLUMNS, and what was left out, a line each.
 
     A mixture has a row for each of its members, whose name is the row's task; `mixture` names all of them, and is empty
-    of a run of one task. kind: images, texts (classified) or causal. A directory without runs adds none.
+    of a run of one task. kind: images, texts (classified), causal (multiple choice) or generation (free text). A
+    directory without runs adds none.
     """
     rows, problems = [], []
     for results_dir in results_dirs:
@@ -110,8 +111,8 @@ def _metrics_of(member: str, test: Mapping) -> list[str]:
 
 
 def _kind(task: Mapping) -> str:
-    if task.get("kind", "label") != "label":
-        return "causal"
+    if (kind := task.get("kind", "label")) != "label":
+        return "causal" if kind == "choice" else kind
     return "texts" if task.get("modality") == "text" else "images"
 
 

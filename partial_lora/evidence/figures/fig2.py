@@ -38,7 +38,11 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
         notes.append(f"no runs at {POINT}: drawn at {point}")
     for (task, model, _), part in frames.places(known[known["point"] == point]):
         usual = part[part["method"] == "partial"]
-        one, said = frames.settled(usual if len(usual) else part[part["method"].isin(("targeted", "flow"))])
+        usual = usual if len(usual) else part[part["method"].isin(("targeted", "flow"))]
+        if usual.empty:
+            notes.append(f"missing: {task}, {model}, runs of partial, targeted or flow")
+            continue
+        one, said = frames.settled(usual)
         notes += said
         sparsities = [each for run in one["run"] if (each := found[run].record.get("sparsity"))]
         rows += [{"task": task, "model": model, "point": point} | row for row in _cells(sparsities)]

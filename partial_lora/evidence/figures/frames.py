@@ -25,8 +25,8 @@ SETTINGS = {  # what an experiment may vary beside method and operating point: t
     "scope": ("calibration.scope", "independent"),
     "repair": ("calibration.repair", False),
     "chance": ("calibration.chance", "ignore"),
-    "train_samples": ("task.train_samples", math.inf),  # the most that there are
     "label_noise": ("task.label_noise", 0.0),
+    "train_samples": ("task.train_samples", math.inf),  # those of most methods and points, whichever these are
 }
 # Under which all methods of a task and model have to be trained to stand beside each other.
 _CONDITIONS = ("model.image_size", "model.target_modules", "model.dtype", "model.quantization", "model.max_length")
@@ -104,7 +104,8 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
     """The runs that differ from the usual ones of their task and model in nothing but the columns `varied`.
 
     Usual is the value in SETTINGS; where no run of the place has it, the one that most have, and of training samples
-    the largest number. All are trained under the conditions under which most with as many samples are.
+    the number that most methods and points have, of several the one of most runs, and of these the largest. All are
+    trained under the conditions under which most with as many samples are.
     """
     kept = [known.iloc[:0]]
     for _, part in known.groupby(list(PLACE), sort=False):
@@ -113,12 +114,19 @@ def usual(known: pd.DataFrame, varied: Iterable[str] = ()) -> pd.DataFrame:
             if column in varied:
                 continue
             if column == "train_samples":
-                value = part[column].max()
+                value = _most_cells(part, column)
             elif value not in set(part[column]):
                 value = part[column].mode().iloc[0]
             part = part[part[column] == value]
         kept.append(part)
     return pd.concat(kept)
+
+
+def _most_cells(part: pd.DataFrame, column: str) -> object:
+    """The value of a column that most methods and points have, then most runs, then the largest."""
+    cells = part.assign(cell=part["method"] + "/" + part["point"])
+    ranked = cells.groupby(column).agg(cells=("cell", "nunique"), n=("run", "size")).reset_index()
+    return ranked.sort_values(["cells", "n", column], kind="stable")[column].iloc[-1] if len(ranked) else None
 
 
 def _alike(part: pd.DataFrame) -> pd.Series:

@@ -1,0 +1,35 @@
+"""The frozen model's scores name the model that they are of."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import zero_shot
+
+KEPT = Path(__file__).parents[1] / "results" / "causal" / "zero_shot.json"
+
+
+def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    frame = pd.DataFrame({"label": [0, 1], "prediction": [0, 0], "prediction_norm": [0, 1]})
+    found = types.SimpleNamespace(predictions=frame, metrics={"accuracy": 0.5, "accuracy_norm": 1.0})
+    model = types.SimpleNamespace(eval=lambda: None)
+    loop = {"accuracy": 0.5, "accuracy_norm": 1.0, "chosen": [0, 0], "chosen_by_length": [0, 1]}
+    monkeypatch.setattr(zero_shot, "OUT", tmp_path / "zero_shot.json")
+    monkeypatch.setattr(zero_shot, "settings_of", lambda task, file: {"model": {"name": f"lm-{file}"}})
+    monkeypatch.setattr(zero_shot.loading, "model_of", lambda *arguments: model)
+    monkeypatch.setattr(zero_shot, "scored", lambda settings, model: (found, None))
+    monkeypatch.setattr(zero_shot, "literally", lambda *arguments: dict(loop))
+    zero_shot.main(["piqa=a", "boolq=b"])
+    records = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert {task: record["model"] for task, record in records.items()} == {"piqa": "lm-a", "boolq": "lm-b"}
+    assert records["piqa"]["first"]["same_choices"] == 2
+
+
+def test_the_scores_that_are_kept_are_of_the_model_of_the_causal_runs() -> None:
+    assert {record["model"] for record in json.loads(KEPT.read_text()).values()} == {"smollm2_135m"}
