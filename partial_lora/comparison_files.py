@@ -21,17 +21,17 @@ _PLACE = ["task", "model", "operating_point"]
 def write(compared: Differences, results_dir: Path, *, command: str, reference: str = "partial") -> list[Path]:
     """The table as results_dir/report/comparison.md and .csv; gives the files, none where there is nothing to compare.
 
-    Each begins with the command that made it. Where problems are all there is, comparison.md alone has them.
+    Each begins with the command that made it. Where nothing was compared, comparison.md alone says why.
     """
     folder = Path(results_dir) / "report"
     for stale in folder.glob("comparison.*"):  # of runs that may be others now
         stale.unlink()
-    if not compared.known and not compared.problems:
+    if not compared.known and not compared.uncompared:
         return []
     parts = [f"    {command}"]
     parts += [_tabulated(compared.rows), *notes(compared, reference)] if compared.known else []
-    if compared.problems:
-        parts.append("Not compared:\n\n" + "\n".join(f"- {problem}" for problem in compared.problems))
+    if compared.uncompared:
+        parts.append("Not compared:\n\n" + "\n".join(f"- {each}" for each in compared.uncompared))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "comparison.md", "\n\n".join(parts) + "\n")
     if not compared.known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,19 @@ COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_b
 class Differences:
     """Every other method beside the reference, a row each (`table`).
 
-    problems: what should have been compared and could not be, a line each. remarks: what else there is to say.
+    problems: what should have been compared and could not be, a line each. apart: what is not to be compared, such as
+    methods trained under other conditions. remarks: what else there is to say.
     """
 
     rows: pd.DataFrame
     problems: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def uncompared(self) -> tuple[str, ...]:
+        """All that was not compared, a line each."""
+        return self.problems + self.apart
 
     @property
     def known(self) -> bool:
@@ -46,7 +53,8 @@ def table(found: Sequence[Run], predictions: Predictions, reference: str = "part
     """
     known = folders(found)
     made = paired(known, reference)
-    problems, rows = made.problems, [_row(*pair) for pair in made.pairs]
+    problems: dict[str, list[str]] = {}
+    rows = [_row(*pair) for pair in made.pairs]
     kept = any(predictions.kept(each.name, each.seeds) for each in known)
     if kept:
         with ThreadPoolExecutor() as pool:  # most of it is drawing random numbers, which numpy does side by side
@@ -60,8 +68,13 @@ def table(found: Sequence[Run], predictions: Predictions, reference: str = "part
         made.remarks.append(f"none of these runs is of {reference}")
     elif not kept:
         made.remarks.append("none of these runs has kept its predictions")
-    lines = (f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in problems.items())
-    return Differences(pd.DataFrame(rows), tuple(lines), tuple(made.remarks) if len(known) > 1 else ())
+    remarks = tuple(made.remarks) if len(known) > 1 else ()
+    return Differences(pd.DataFrame(rows), _lines(problems), _lines(made.apart), remarks)
+
+
+def _lines(named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """What there is to say, of whom: a line each."""
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in named.items())
 
 
 def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict | str:

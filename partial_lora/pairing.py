@@ -47,12 +47,12 @@ class Folder:
 class Pairing:
     """Each folder with the reference that it is compared with, references with themselves first.
 
-    problems: what stands in the way of a comparison, and the folders that it concerns. remarks: what a reader should
-    know of how the pairs were chosen, a line each.
+    apart: why no pair was made, and the folders that this concerns. remarks: what a reader should know of how the pairs
+    were chosen, a line each.
     """
 
     pairs: list[tuple[Folder, Folder]] = field(default_factory=list)
-    problems: dict[str, list[str]] = field(default_factory=dict)
+    apart: dict[str, list[str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 
@@ -87,7 +87,7 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
                     apart.setdefault((each.name, _apart(each, of_point)), []).append(point)
         for (name, said), points in apart.items():
             what = f"trained under other conditions than {reference} at {' and '.join(points)}: {said}"
-            made.problems.setdefault(what, []).append(name)
+            made.apart.setdefault(what, []).append(name)
     return made
 
 
@@ -110,7 +110,7 @@ def _not_by_examples(folder: Folder) -> str | None:
 
 
 def _chosen(several: Sequence[Folder], made: Pairing) -> list[Folder]:
-    """The references that others are compared with; that they are some of many is remarked, or a problem."""
+    """The references that others are compared with; that they are some of many is remarked."""
     if len(several) <= _MOST_REFERENCES:
         return list(several)
     changed = [len(of_method(each.settings)) for each in several]
@@ -119,7 +119,7 @@ def _chosen(several: Sequence[Folder], made: Pairing) -> list[Folder]:
     if len(plainest) > _MOST_REFERENCES:
         more = len(plainest) - _MOST_NAMED
         names += f" and {more} more" if more > 0 else ""
-        made.problems.setdefault(_too_many(plainest), []).append(names)
+        made.apart.setdefault(_too_many(plainest), []).append(names)
         return []
     made.remarks.append(f"{names}: compared with, of {len(several)} whose own settings are further from the defaults")
     return plainest

@@ -25,14 +25,14 @@ def main(arguments: Sequence[str]) -> int:
     for problem in problems:
         print(f"partial-lora: {problem}", file=sys.stderr)
     command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(asked.results_dir)])])
-    uncompared = _report(asked, found, problems, command)
-    return 1 if problems or uncompared else 0
+    failed = _report(asked, found, problems, command)
+    return 1 if problems or failed else 0
 
 
 def _report(
     asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequence[str], command: str
 ) -> Sequence[str]:
-    """Write and show everything; gives what could not be compared."""
+    """Write and show everything; gives what should have been compared and could not be."""
     place, predictions = asked.results_dir, Predictions(asked.results_dir)
     by = selection.keys(found, asked.by) if asked.by else []
     found = selection.where(found, asked.where)
@@ -59,14 +59,14 @@ def _report(
             command=command,
             origin=report.origin(frame),
             problems=problems,
-            uncompared=compared.problems,
+            uncompared=compared.uncompared,
             figures=figures + gallery.analyses(place),
             examples=asked.examples,
         )
     )
     if figures:
         written.append(figures[0].files[0].parent)
-    said = [f"not compared: {problem}" for problem in compared.problems]
+    said = [f"not compared: {each}" for each in compared.uncompared]
     said += [f"comparison: {remark}" for remark in compared.remarks]
     said += [f"figure {each.files[0].stem}: {each.cut}" for each in figures if each.cut]
     _tell(report.on_screen(frame, by=by, spread=asked.spread), said, written)

@@ -88,7 +88,7 @@ def compared(place: Path) -> comparison_table.Differences:
 
 def rows_and_problems(place: Path) -> tuple[pd.DataFrame, list[str]]:
     found = compared(place)
-    return found.rows, list(found.problems)
+    return found.rows, list(found.uncompared)
 
 
 def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
