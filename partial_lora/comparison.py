@@ -118,7 +118,7 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray | None:
     """
     said = {"accuracy": "prediction", "accuracy_norm": "prediction_norm", "mse": "prediction"}.get(metric, metric)
     if "member" in frame:
-        raise PartialLoraError("a mixture: compare its members one by one (`partial-lora evaluate RUN task=MEMBER`)")
+        raise PartialLoraError("a mixture: compare its members one by one (`partial-lora evaluate RUN --member NAME`)")
     if metric in ("accuracy", "accuracy_norm") and said in frame:
         return (frame["label"] == frame[said]).to_numpy(dtype=float)
     if metric == "mse":

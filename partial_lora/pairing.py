@@ -103,7 +103,7 @@ def _not_by_examples(folder: Folder) -> str | None:
     """Why nothing of a task can be compared example by example; None where it can."""
     task, metric = folder.row["task"], folder.row["metric"]
     if folder.settings["task"].get("members"):
-        return f"{task}: a mixture; `partial-lora evaluate RUN task=MEMBER` says how its members are done, one by one"
+        return f"{task}: a mixture; `partial-lora evaluate RUN --member NAME` says how each of its members is done"
     if metric not in _COMPARED_BY:
         return f"{task}: measured by {metric}, which predictions do not say"
     return None
