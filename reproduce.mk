@@ -74,13 +74,13 @@ ELEMENT = method=partial mask=element
 UNCALIBRATED = method=lora,dora,adalora,lorafa,vera,probe,full calibration=threshold
 DENSE = method=lora calibration=threshold
 
-# Four learning rates for every method on the studied task, and elsewhere for what the tables of other tasks have.
+# Five learning rates for every method on the studied task, and elsewhere for what the tables of other tasks have.
 TUNED = $(TUNED_$(PRESET))
 SEARCHED = $(SEARCHED_$(PRESET))
 TUNE = $(call RUN,tune,results_dir=$(SEARCHED) $(1))
-HIGHER = trainer.learning_rate=1e-3,3e-3,1e-2,3e-2
-HIGHEST = trainer.learning_rate=3e-3,1e-2,3e-2,1e-1
-LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4
+HIGHER = trainer.learning_rate=3e-4,1e-3,3e-3,1e-2,3e-2
+HIGHEST = trainer.learning_rate=3e-3,1e-2,3e-2,1e-1,3e-1
+LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4,1e-3
 KEEP_BEST = $(BIN)/python scripts/tune.py $(SEARCHED) --out $(TUNED)
 
 define TUNE_STUDIED

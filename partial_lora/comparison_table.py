@@ -26,7 +26,7 @@ class Differences:
     """Every other method beside the reference, a row each (`table`).
 
     problems: what should have been compared and could not be, a line each. apart: what is not to be compared, such as
-    methods trained under other conditions. remarks: what else there is to say.
+    methods trained under other conditions or with other seeds. remarks: what else there is to say.
     """
 
     rows: pd.DataFrame
@@ -59,9 +59,11 @@ def table(found: Sequence[Run], predictions: Predictions, reference: str = "part
     if kept:
         with ThreadPoolExecutor() as pool:  # most of it is drawing random numbers, which numpy does side by side
             said = pool.map(partial(_difference, predictions), made.pairs)
-            for (folder, _), row, difference in zip(made.pairs, rows, said, strict=True):
+            for (folder, base), row, difference in zip(made.pairs, rows, said, strict=True):
                 if isinstance(difference, str):
-                    problems.setdefault(difference, []).append(folder.name)
+                    # Runs of other seeds are not broken: there are no such runs yet, perhaps.
+                    kind = problems if set(folder.seeds) & set(base.seeds) else made.apart
+                    kind.setdefault(difference, []).append(folder.name)
                 else:
                     row |= difference
     if not any(each.row["method"] == reference for each in known):

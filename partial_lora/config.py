@@ -49,7 +49,7 @@ def resolve(composed: DictConfig) -> dict:
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
     settings = with_files(with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task"))
     if settings["trainer"]["tuned"] is not None:  # before the run has its id, which is of the rate
-        settings["trainer"] |= tuned(settings["trainer"]["tuned"], settings)
+        settings["trainer"] |= tuned(settings["trainer"]["tuned"], settings, settings["trainer"]["tuned_on"])
     return settings
 
 

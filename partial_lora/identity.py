@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from partial_lora.schema import Config
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), how its
-# settings are called, what memory it may use, and the device, launch, worker and tracker keys.
+# settings are called, what memory it may use, whose learning rate may stand in (trainer.tuned_elsewhere says whose
+# does), and the device, launch, worker and tracker keys.
 NOT_SETTINGS = {
     "seed",
     "results_dir",
@@ -21,6 +22,7 @@ NOT_SETTINGS = {
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
+    "trainer.tuned_on",
     "trainer.device",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",

@@ -33,6 +33,7 @@ class TrainerConfig:
     eval_batch_size: int = 64
     learning_rate: float = 1e-3
     tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
+    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
     tuned_elsewhere: Optional[str] = None  # found, never set: where that rate was searched for, if not for such a run
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps

@@ -1,9 +1,10 @@
 """The file of learning rates that searches have found on validation, and what a run takes from it.
 
 It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
-{rate: validation or null}, seeds, at_edge, settings}]}: an entry for each thing that was tuned (rate_search.py).
-`validation` is the metric there, the mean over seeds; null stands for a rate at which training failed. `settings` are
-those that matter to the rate (rate_settings.py), of all its runs.
+{rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
+tuned (rate_search.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
+equals; null stands for a rate at which training failed, and for a loss that an older file did not keep. `settings`
+are those that matter to the rate (rate_settings.py), of all its runs.
 """
 
 from __future__ import annotations
@@ -23,33 +24,51 @@ _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
 _SHOWN = 3  # settings that are named where a rate was found with others
 
 
-def tuned(file: str, settings: Mapping) -> dict[str, Any]:
+def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str, Any]:
     """What the trainer of a run takes from a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
 
     The rate is that of the same task, model, method, masks and operating point, or of the nearest point that was
-    searched (`operating_point.nearest`); a method that is not calibrated has one for all masks and points.
-    `tuned_elsewhere` says in a table's words at which other point, and with which other settings, it was found. Raises
-    PartialLoraError, naming the file, where it has none.
+    searched (`operating_point.nearest`); a method that is not calibrated has one for all masks and points. stand_in: a
+    task whose rates are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at
+    which other point, on which other task and with which other settings it was found. Raises PartialLoraError, naming
+    the file, where it has none.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
-    calibration = None
-    wanted = key = key_of(settings, calibration)
-    if key not in entries:
-        calibration = _calibration(settings)
-        wanted = key_of(settings, calibration)
-        point = nearest(wanted[-1], (other[-1] for other in entries if other[:-1] == wanted[:-1]))
-        key = (*wanted[:-1], point)
-    if key not in entries:
+    calibration, wanted = None, key_of(settings, None)  # of a method that is not calibrated
+    key = _nearest(wanted, entries, stand_in)
+    if key is None or key[0] != wanted[0]:
+        of_file = _calibration(settings)
+        as_calibrated = key_of(settings, of_file)
+        found = _nearest(as_calibrated, entries, stand_in)
+        if key is None or (found is not None and found[0] == wanted[0]):
+            calibration, wanted, key = of_file, as_calibrated, found
+    if key is None:
         missing = ", ".join(f"{name}={value}" for name, value in zip(KEY, wanted, strict=True))
         raise PartialLoraError(
             f"trainer.tuned={file}: no learning rate for {missing}; search for one with experiment=tune and "
-            "scripts/tune.py"
+            "scripts/tune.py, or take another task's with trainer.tuned_on"
         )
     found = entries[key]
     differences = differing(settings_of(settings, calibration), found["settings"])
-    others = [f"{name}={word(value)}" for name, _, value in differences]
-    elsewhere = _words([] if key == wanted else [key[-1]], others)
-    return {"learning_rate": found["learning_rate"], "tuned_elsewhere": elsewhere}
+    on, at = (None if key[part] == wanted[part] else key[part] for part in (0, -1))
+    others = [
+        f"{name}={word(value)}"
+        for name, _, value in differences
+        if on is None or not name.startswith("task.")  # other rows are what makes it another task
+    ]
+    return {"learning_rate": found["learning_rate"], "tuned_elsewhere": _words(on, at, others)}
+
+
+def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
+    """The key of the entry of that task, or else of the one that stands in, at the operating point that is nearest."""
+    for task in (wanted[0], stand_in):
+        key = (task, *wanted[1:])
+        if key in entries:
+            return key
+        point = nearest(key[-1], (other[-1] for other in entries if other[:-1] == key[:-1]))
+        if point is not None:
+            return (*key[:-1], point)
+    return None
 
 
 def load(file: Path) -> list[dict]:
@@ -90,12 +109,14 @@ def _is_whole(entry: Mapping) -> bool:
     return named and isinstance(entry["settings"], dict) and float(entry["learning_rate"]) > 0
 
 
-def _words(points: list[str], others: list[str]) -> str | None:
-    """Where a rate was found, if elsewhere than where it is used; the first of many settings stand for all."""
-    if not others:
-        return f"tuned at {points[0]}" if points else None
-    more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
-    return f"tuned elsewhere ({', '.join([*points, *others[:_SHOWN], *more])})"
+def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
+    """On which task and where a rate was found, if elsewhere than where it is used; of many settings the first."""
+    if others:
+        more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+        place = [*([f"task={on}"] if on else []), *([at] if at else [])]
+        return f"tuned elsewhere ({', '.join([*place, *others[:_SHOWN], *more])})"
+    place = [*([f"on {on}"] if on else []), *([f"at {at}"] if at else [])]
+    return " ".join(["tuned", *place]) if place else None
 
 
 def _calibration(settings: Mapping) -> dict:

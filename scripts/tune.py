@@ -5,8 +5,9 @@
 
 All runs of one search agree in every setting that matters; those of all methods in how long and on what they trained,
 in the number of rates and in the seeds. An entry of what was not searched for stays in the file, and has to agree with
-the new ones, too. Exit code 1 where the best of some search is its lowest or highest rate: there may be a better one
-beyond; 2 where nothing was written.
+the new ones, too. With --extend a search goes on: the rates that the file says were tried, with the same settings and
+seeds, count beside those of the runs, so that a wider range costs only what is new of it. Exit code 1 where the best
+of some search is its lowest or highest rate: there may be a better one beyond; 2 where nothing was written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.rate_search import best_rates
 from partial_lora.rate_settings import key_in, named
 from partial_lora.results import read_result
-from partial_lora.tuning import save
+from partial_lora.tuning import load, save
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,10 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
     parser.add_argument("--out", type=Path, default=Path("results/tuning.json"), metavar="FILE")
+    parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     asked = parser.parse_args(arguments)
     folders = sorted(asked.results_dir.glob("runs/*/*/*/seed*"))
     try:
-        entries, left_out = best_rates(record for folder in folders if (record := read_result(folder)) is not None)
+        records = [record for folder in folders if (record := read_result(folder)) is not None]
+        entries, left_out = best_rates(records, load(asked.out) if asked.extend else ())
         for line in left_out:
             print(f"tune: left out: {line}", file=sys.stderr)
         if not entries:

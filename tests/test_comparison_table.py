@@ -147,6 +147,8 @@ def test_what_cannot_be_compared_is_said(place: Path) -> None:
     assert any("uniform-013-" in each and "seed1 has no predictions.parquet" in each for each in problems)
     assert any("targeted" in each and "no seed that both have: [4] and [0, 1]" in each for each in problems)
     assert found.query("method == 'targeted'")["difference"].isna().all()
+    (broken,) = compared(place).problems  # other seeds are nothing broken
+    assert "uniform-013-" in broken
 
 
 def test_what_was_trained_otherwise_is_named_once_and_not_compared(place: Path) -> None:

@@ -27,6 +27,7 @@ def test_the_rate_is_that_of_the_best_validation() -> None:
         "metric": "accuracy",
         "validation": 0.9,
         "tried": {"0.001": 0.5, "0.003": 0.9, "0.01": 0.8, "0.03": None},
+        "losses": {"0.001": 1.0, "0.003": 1.0, "0.01": 1.0, "0.03": None},
         "seeds": [0],
         "at_edge": False,
         "settings": lora["settings"],
@@ -126,3 +127,38 @@ def test_a_run_that_failed_in_another_way_is_left_out_and_said() -> None:
     found, left_out = rate_search.best_rates([*search([0.5, 0.9, 0.8, 0.7], "method=lora"), interrupted])
     assert len(found[0]["tried"]) == 4
     assert left_out == ["digits, tiny_vit, lora, learning rate 0.1: interrupted"]
+
+
+def test_a_search_goes_on_with_what_the_file_has_tried() -> None:
+    before, _ = rate_search.best_rates(search([0.5, 0.9, 0.9, None], "method=lora"))
+    higher = [run(1e-1, 0.8, "method=lora", loss=2.0)]
+    (found,), _ = rate_search.best_rates(higher, before)
+    assert found["tried"] == {"0.001": 0.5, "0.003": 0.9, "0.01": 0.9, "0.03": None, "0.1": 0.8}
+    assert found["losses"] == before[0]["losses"] | {"0.1": 2.0}
+    assert (found["learning_rate"], found["at_edge"]) == (3e-3, False)
+    (found,), _ = rate_search.best_rates([run(3e-4, 0.95, "method=lora")], before)
+    assert (found["learning_rate"], found["at_edge"]) == (3e-4, True)
+    (found,), _ = rate_search.best_rates(search([0.5, 0.6, 0.7, 0.8], "method=dora"), before)
+    assert list(found["tried"]) == ["0.001", "0.003", "0.01", "0.03"]
+
+
+def test_where_losses_were_not_kept_the_choice_among_equals_stands() -> None:
+    even = [run(rate, 0.9, "method=lora", loss=loss) for rate, loss in zip(RATES, (3, 1, 2, 2), strict=True)]
+    (before,), _ = rate_search.best_rates(even)
+    del before["losses"]
+    (found,), _ = rate_search.best_rates([run(3e-4, 0.9, "method=lora", loss=0.01)], [before])
+    assert found["learning_rate"] == before["learning_rate"] == 3e-3
+    assert found["losses"] == dict.fromkeys(before["tried"]) | {"0.0003": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seed", "said"),
+    [
+        (("trainer.epochs=9",), 0, "trainer.epochs=5 in the file, 9 in the runs"),
+        ((), 1, r"seeds=\[0\] in the file, \[1\] in the runs"),
+    ],
+)
+def test_a_search_goes_on_with_the_same_settings_and_seeds(overrides, seed: int, said: str) -> None:
+    before, _ = rate_search.best_rates(search([0.5, 0.9, 0.8, 0.7], "method=lora"))
+    with pytest.raises(PartialLoraError, match=said):
+        rate_search.best_rates([run(1e-1, 0.5, "method=lora", *overrides, seed=seed)], before)

@@ -94,6 +94,39 @@ def test_a_run_says_where_its_rate_was_found_if_not_for_such_a_run(file: Path, o
         composed("model=tiny_vit", "trainer.tuned_elsewhere=here")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rate", "said"),
+    [
+        ("method=lora", 3e-3, "tuned on digits"),
+        ("calibration=budget", 3e-2, "tuned on digits"),
+        ("calibration.threshold=0.7 task.train_samples=90", 1e-2, "tuned on digits at threshold 0.9"),
+        (
+            "calibration.budget=0.05 trainer.epochs=9",
+            3e-2,
+            "tuned elsewhere (task=digits, budget 0.13, trainer.epochs=5)",
+        ),
+    ],
+)
+def test_another_tasks_rates_stand_in_where_that_is_asked_for(file: Path, overrides, rate, said) -> None:
+    given = ("model=tiny_vit", "task=cifar10", f"trainer.tuned={file}", *overrides.split())
+    with pytest.raises(PartialLoraError, match=r"no learning rate for task=cifar10.*trainer\.tuned_on"):
+        composed(*given)
+    settings = composed(*given, "trainer.tuned_on=digits")
+    assert settings["trainer"]["learning_rate"] == rate
+    assert record.new(settings)["tuning"] == said
+    with pytest.raises(PartialLoraError, match="no learning rate for task=cifar10"):
+        composed(*given, "trainer.tuned_on=gtsrb")
+
+
+def test_a_task_with_rates_of_its_own_needs_none_to_stand_in(file: Path) -> None:
+    tuning.save(file, rate_search.best_rates(search([0.9, 0.8, 0.7, 0.6], "task=cifar10"))[0])
+    given = ("model=tiny_vit", f"trainer.tuned={file}", "trainer.tuned_on=digits")
+    own, none = composed(*given, "task=cifar10"), composed(*given)
+    assert (own["trainer"]["learning_rate"], none["trainer"]["learning_rate"]) == (1e-3, 1e-2)
+    assert {record.new(each)["tuning"] for each in (own, none)} == {"tuned"}
+    assert config.run_id(none) == config.run_id(composed(*given[:2]))  # what might have stood in changes nothing
+
+
 def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.json"
     content = {"version": 1, "threshold": 0.42, "budget": 0.13, "axes": "separate", "scope": "independent"}
@@ -184,6 +217,20 @@ def test_the_command_reads_runs_and_writes_the_file(tmp_path: Path, capsys) -> N
         results.write_json(folder / results.RESULT, entry)
     assert tune.main([str(tmp_path / "longer" / "results"), "--out", str(out)]) == 2
     assert "tuning.json: digits, tiny_vit, lora was tuned with trainer.epochs=5" in capsys.readouterr().err
+
+
+def test_the_command_goes_on_with_a_search(file: Path, tmp_path: Path, capsys) -> None:
+    lower = run(3e-4, 0.95, "method=lora")
+    folder = tmp_path / config.run_directory(lower["config"])
+    folder.mkdir(parents=True)
+    results.write_json(folder / results.RESULT, lower)
+    out = tmp_path / "one.json"
+    tuning.save(out, [entry for entry in tuning.load(file) if entry["method"] == "lora"])
+    assert tune.main([str(tmp_path / "results"), "--out", str(out)]) == 2  # one rate is no search
+    assert "expected at least 4" in capsys.readouterr().err
+    assert tune.main([str(tmp_path / "results"), "--out", str(out), "--extend"]) == 1
+    assert "lora: 0.0003   [0.0003: 0.9500  0.001: " in capsys.readouterr().out
+    assert [len(entry["tried"]) for entry in tuning.load(out)] == [5]
 
 
 def test_experiments_compose(file: Path) -> None:
