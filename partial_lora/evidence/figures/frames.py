@@ -44,7 +44,7 @@ _OF_NO_MATTER |= {
     "trainer.tuned_on",
 }
 _OF_NO_MATTER |= {"trainer.report_to", "trainer.num_workers", "trainer.device", "trainer.num_processes"}
-_OF_NO_MATTER |= {"task.data_files"}
+_OF_NO_MATTER |= {"task.data_files", "trainer.tuned", "trainer.tuned_on"}
 
 
 def frame(found: Sequence[Run]) -> pd.DataFrame:
