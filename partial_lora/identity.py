@@ -17,6 +17,7 @@ NOT_SETTINGS = {
     "seed",
     "results_dir",
     "overwrite",
+    "keep_records",
     "data_dir",
     "preset",
     "task.classes",

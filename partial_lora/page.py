@@ -175,7 +175,7 @@ def _flat(config: Mapping, before: str = "") -> dict[str, str]:
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{before}{key}.")
-        elif before or key not in ("seed", "results_dir", "overwrite"):
+        elif before or key not in ("seed", "results_dir", "overwrite", "keep_records"):
             flat[f"{before}{key}"] = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return flat
 

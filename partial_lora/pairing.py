@@ -133,7 +133,7 @@ def _apart(folder: Folder, references: Sequence[Folder]) -> str:
 
 def _too_many(references: Sequence[Folder]) -> str:
     settings = [{key: str(value) for key, value in flatten(each.settings).items()} for each in references]
-    keys = sorted({key for each in settings for key in each} - {"seed", "results_dir", "overwrite"})
+    keys = sorted({key for each in settings for key in each} - {"seed", "results_dir", "overwrite", "keep_records"})
     varied = [key for key in keys if len({each.get(key) for each in settings}) > 1]
     choose = f"choose with --where {varied[0]}=…" if varied else "they have the same settings"
     return f"{len(references)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"

@@ -72,6 +72,16 @@ def is_finished(directory: Path) -> bool:
     return ended and not lost(directory, result)
 
 
+def is_recorded(directory: Path) -> bool:
+    """True where a run ended well and its record and predictions are there, whole, whatever became of its weights."""
+    result = read_result(directory)
+    if result is None or result["status"] != "finished" or _sparsities_alone(result):
+        return False
+    predictions = Path(directory) / PREDICTIONS
+    size = (result.get("files") or {}).get(PREDICTIONS)
+    return predictions.is_file() and size in (None, predictions.stat().st_size)
+
+
 def lost(directory: Path, result: Mapping) -> str | None:
     """What a finished run's directory lacks of what its record promises, naming the file; None where nothing."""
     trained = [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]

@@ -25,7 +25,7 @@ def run(
     """
     launch.refuse_foreign_world()
     place = directory(settings, stage)
-    finished = results.is_finished if stage == "train" else results.is_calibrated
+    finished = _finished(settings) if stage == "train" else results.is_calibrated
     if not shown:
         return launch.launch(settings, place, stage=stage, watch=_silent, finished=finished, asked=asked)
     from rich.console import Console
@@ -38,6 +38,13 @@ def run(
         outcome = launch.launch(settings, place, stage=stage, watch=bars.update, finished=finished, asked=asked)
     _tell(outcome, stage, console)
     return outcome
+
+
+def _finished(settings: Mapping) -> Callable[[Path], bool]:
+    """What says that a training needs not be run: that it left all its files, or that what it measured is kept."""
+    if not settings["keep_records"]:
+        return results.is_finished
+    return lambda place: results.is_finished(place) or results.is_recorded(place)
 
 
 def code(outcome: launch.Outcome) -> int:

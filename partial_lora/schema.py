@@ -192,6 +192,7 @@ class Config:
     seed: int = 0
     results_dir: str = "results"
     overwrite: bool = False
+    keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
     data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks that name no files of their own
     preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
 

@@ -149,6 +149,8 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
         "seed=3",
         "results_dir=/else",
         "overwrite=true",
+        "keep_records=true",
+        "trainer.tuned_on=mnist",
         "trainer.device=cpu",
         "trainer.num_processes=2",
         "calibration.memory=0",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import results
+from partial_lora import results, running
 from partial_lora.errors import PartialLoraError
 
 HOLD = """
@@ -70,6 +70,37 @@ def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
     assert not results.is_finished(run)  # it promises a calibration.json
     (run / "calibration.json").write_text("{}")
     assert results.is_finished(run)
+
+
+def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "predictions.parquet").write_text("rows")
+    record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
+    results.write_json(run / "result.json", record)
+    assert results.is_recorded(run)
+    assert not results.is_finished(run)
+    others = ({"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
+    for other in others:
+        results.write_json(run / "result.json", record | other)
+        assert not results.is_recorded(run), other
+    results.write_json(run / "result.json", record)
+    (run / "predictions.parquet").unlink()
+    assert not results.is_recorded(run)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_kept_records_are_not_run_again_where_that_is_asked_for(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+    monkeypatch.setattr(running.launch, "launch", lambda *given, finished, **others: asked.update(finished=finished))
+    monkeypatch.setattr(running, "directory", lambda settings, stage: tmp_path)
+    results.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    (tmp_path / "predictions.parquet").write_text("")
+    for stage in ("train", "calibrate"):
+        running.run({"keep_records": keep}, stage, shown=False)
+        assert asked["finished"](tmp_path) is (keep and stage == "train")
 
 
 def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:

@@ -34,15 +34,7 @@ _CONDITIONS += ("task.test_samples", "task.validation_share", "task.split_seed")
 _CONDITIONS += ("trainer.epochs", "trainer.max_steps", "trainer.batch_size", "trainer.weight_decay", "trainer.warmup")
 # In which runs of one cell may differ all the same: their seeds, where files are, what changes no result.
 _OF_NO_MATTER = {"seed", "calibration.seed", "calibration.memory", "calibration.reliability", "results_dir"}
-_OF_NO_MATTER |= {
-    "overwrite",
-    "preset",
-    "data_dir",
-    "task.classes",
-    "task.cache_bytes",
-    "trainer.tuned",
-    "trainer.tuned_on",
-}
+_OF_NO_MATTER |= {"overwrite", "keep_records", "preset", "data_dir", "task.classes", "task.cache_bytes"}
 _OF_NO_MATTER |= {"trainer.report_to", "trainer.num_workers", "trainer.device", "trainer.num_processes"}
 _OF_NO_MATTER |= {"task.data_files", "trainer.tuned", "trainer.tuned_on"}
 
