@@ -8,6 +8,7 @@
 #              results/mixture); hours
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
+# make longer  four times the steps, dense LoRA and three methods at 13 % (results/longer)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
@@ -21,7 +22,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods models bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders causal tune methods longer models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -108,6 +109,12 @@ causal: $(VENV)/.installed
 # Every method, with the learning rates that `tune` finds. Finished runs are skipped.
 methods: runs-methods
 	$(BIN)/partial-lora report results/$(PRESET)
+
+LONGER = $(BIN)/partial-lora train -m experiment=longer preset=cpu results_dir=results/longer
+longer: $(VENV)/.installed
+	$(LONGER)
+	$(LONGER) method=lora calibration=threshold
+	$(BIN)/partial-lora report results/longer
 
 include reproduce.mk
 
