@@ -68,6 +68,8 @@ def here(
             mock.patch.dict(os.environ, environment(place, **changes), clear=True),
             mock.patch.object(sys, "argv", list(sys.argv)),
             mock.patch.object(processes, "subprocess", own),
+            mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),  # read as they were imported
+            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -130,8 +132,6 @@ def _work(words: list[str], log: int, variables: dict[str, str], first: Callable
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     gc.freeze()  # what a new process would not have is not to be looked through again and again
     logging.getLogger().handlers.clear()  # the tests' own
-    offline = variables.get("HF_HUB_OFFLINE") == "1"  # which those that are imported have looked at before
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
     sys.argv = ["partial_lora.worker", *words]
     first()
     worker.main()

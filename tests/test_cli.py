@@ -39,11 +39,12 @@ def record(place: Path, **choice: object) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> subprocess.CompletedProcess:
-    """Two thresholds and, for one of them, two seeds, in two sweeps; the first in processes that start from nothing."""
-    first = command(place, "train", "-m", *TINY, "calibration.threshold=0.5,0.9")
+    """Two thresholds and, for one of them, two seeds; the first run is by a worker that started from nothing."""
+    first = command(place, "train", *TINY)
     assert first.returncode == 0, first.stderr
-    second = here(place, "train", "-m", *TINY, "seed=1")
-    assert second.returncode == 0, second.stderr
+    for swept in ("calibration.threshold=0.5,0.9", "seed=1"):
+        more = here(place, "train", "-m", *TINY, swept)
+        assert more.returncode == 0, more.stderr
     return first
 
 
@@ -460,7 +461,7 @@ def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:
 
 
 def test_info_downloads_nothing(place: Path) -> None:
-    done = command(place, "info", "model=vit_b16", "calibration.budget=0.13")
+    done = here(place, "info", "model=vit_b16", "calibration.budget=0.13")
     assert done.returncode == 0, done.stderr
     assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
     assert "13.0%" in done.stdout
