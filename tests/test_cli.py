@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -407,51 +406,6 @@ def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
     assert "task=cifar10: cannot fetch" in done.stderr
     records = {path.parts[-5]: json.loads(path.read_text()) for path in place.glob("swept/runs/*/*/*/*/result.json")}
     assert {task: result["status"] for task, result in records.items()} == {"cifar10": "failed", "digits": "finished"}
-
-
-def under_way(place: Path, *arguments: str, log: str) -> subprocess.Popen:
-    """A long run that has come as far as a line of its log."""
-    running = subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", *arguments],
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    (results,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("results_dir="))
-    deadline = time.monotonic() + 120
-    while not any(log in path.read_text() for path in place.glob(f"{results}/runs/*/*/*/*/train.log")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return running
-
-
-LONG = ("train", "model=tiny_vit", "method=lora", "trainer.epochs=200")
-
-
-def test_an_interrupted_run_is_never_taken_for_finished(place: Path) -> None:
-    arguments = (*LONG, "results_dir=stopped")
-    running = under_way(place, *arguments, log="step 10 ")
-    held = here(place, *arguments)
-    assert held.returncode == 2
-    assert re.search(rf"in use by pid {running.pid} on .* \(worker: pid \d+\)", held.stderr)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 143
-    assert "interrupted by SIGTERM" in said
-    (result,) = place.glob("stopped/runs/*/*/*/*/result.json")
-    assert json.loads(result.read_text())["status"] == "failed"
-
-
-def test_a_killed_worker_is_said_to_be_killed(place: Path) -> None:
-    running = under_way(place, *LONG, "results_dir=killed", log="step 1 ")
-    (worker,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 1
-    assert "the worker was ended by SIGKILL" in said
 
 
 def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:

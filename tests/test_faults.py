@@ -7,6 +7,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import resource
 import shutil
 import signal
@@ -141,10 +142,11 @@ def test_what_was_calibrated_before_the_kill_is_not_evaluated_again(unbroken: Pa
     assert {key: own[key] for key in same} == {key: expected[key] for key in same}
 
 
-def test_a_signal_leaves_a_checkpoint_and_the_command_goes_on(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_under_way_is_nobody_else_s_and_leaves_a_checkpoint_at_a_signal(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken / "cache", tmp_path / "cache")
+    given = ("train", *TINY, "trainer.max_steps=5000", "trainer.save_steps=5000")
     running = subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", "train", *TINY, "trainer.max_steps=5000", "trainer.save_steps=5000"],
+        [sys.executable, "-m", "partial_lora", *given],
         cwd=tmp_path,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
@@ -153,8 +155,11 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_goes_on(unbroken: Path, tm
     )
     while "train …" not in (line := running.stdout.readline()):
         assert line, running.communicate()
+    held = here(tmp_path, *given)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=120)
+    assert held.returncode == 2
+    assert re.search(rf"in use by pid {running.pid} on .* \(worker: pid \d+\)", held.stderr)
     assert running.returncode == 143
     assert "interrupted by SIGTERM; the same command goes on from there" in said
     assert record_of(tmp_path)["status"] == "failed"
