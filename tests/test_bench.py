@@ -33,6 +33,8 @@ def few_objects():
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # what is left, as it was
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from commands import command, environment, here
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4")
 
@@ -21,23 +21,6 @@ TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibrat
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
-
-
-def environment(place: Path, **changes: str) -> dict[str, str]:
-    own = {"PARTIAL_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return os.environ | own | changes
-
-
-def command(place: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "partial_lora", *arguments],
-        cwd=place,
-        env=environment(place, **changes),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
 
 
 def record(place: Path, **choice: object) -> tuple[Path, dict]:
@@ -55,11 +38,12 @@ def record(place: Path, **choice: object) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> subprocess.CompletedProcess:
-    """Two thresholds and, for one of them, two seeds, in two sweeps."""
-    first = command(place, "train", "-m", *TINY, "calibration.threshold=0.5,0.9")
+    """Two thresholds and, for one of them, two seeds; the first run is by a worker that started from nothing."""
+    first = command(place, "train", *TINY)
     assert first.returncode == 0, first.stderr
-    second = command(place, "train", "-m", *TINY, "seed=1")
-    assert second.returncode == 0, second.stderr
+    for swept in ("calibration.threshold=0.5,0.9", "seed=1"):
+        more = here(place, "train", "-m", *TINY, swept)
+        assert more.returncode == 0, more.stderr
     return first
 
 
@@ -129,12 +113,12 @@ def test_seeds_and_thresholds_share_one_calibration(place: Path, trained) -> Non
 
 def test_a_finished_run_is_not_run_again_unless_asked_to(place: Path, trained) -> None:
     directory, before = record(place, threshold=0.9, seed=0)
-    again = command(place, "train", *TINY)
+    again = here(place, "train", *TINY)
     assert again.returncode == 0
     assert "not run again" in again.stdout
     assert record(place, threshold=0.9, seed=0)[1] == before
     predictions = (directory / "predictions.parquet").read_bytes()
-    redone = command(place, "train", *TINY, "overwrite=true")
+    redone = here(place, "train", *TINY, "overwrite=true")
     assert redone.returncode == 0, redone.stderr
     after = record(place, threshold=0.9, seed=0)[1]
     assert after["started"] != before["started"]
@@ -144,18 +128,18 @@ def test_a_finished_run_is_not_run_again_unless_asked_to(place: Path, trained) -
 
 
 def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
-    done = command(place, "calibrate", *TINY)
+    done = here(place, "calibrate", *TINY)
     assert done.returncode == 0, done.stderr
     (alone,) = place.glob("results/calibrations/digits/tiny_vit/svd-*/calibration.json")
     run, _ = record(place, threshold=0.9, seed=0)
     own, other = (json.loads(path.read_text()) for path in (alone, run / "calibration.json"))
     assert own["modules"] == other["modules"]
-    used = command(place, "train", *TINY, f"calibration.file={alone}", "seed=7")
+    used = here(place, "train", *TINY, f"calibration.file={alone}", "seed=7")
     assert used.returncode == 0, used.stderr
     result = record(place, seed=7)[1]
     assert result["sparsity"] == json.loads((run / "result.json").read_text())["sparsity"]
     assert result["calibration"]["cached"]
-    foreign = command(
+    foreign = here(
         place, "train", *TINY, f"calibration.file={alone}", "model.target_modules=[mlp.fc1]", "results_dir=foreign"
     )
     assert foreign.returncode == 1
@@ -163,7 +147,7 @@ def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
 
 
 def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> None:
-    done = command(place, "calibrate", *TINY, "results_dir=told", "calibration.seed=3", COLUMNS="100")
+    done = here(place, "calibrate", *TINY, "results_dir=told", "calibration.seed=3", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     (run,) = (path.parent for path in place.glob("told/calibrations/*/*/*/result.json"))
     result = json.loads((run / "result.json").read_text())
@@ -182,24 +166,42 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
     assert {path.name for path in run.iterdir()} >= {"curves.png", "curves.svg", "sparsity.png", "sparsity.svg"}
 
 
-def test_two_processes_share_a_calibration_and_find_what_one_finds(place: Path) -> None:
+@pytest.fixture(scope="module")
+def alone_and_together(place: Path) -> tuple[Path, Path]:
+    """The directories of a run by one process and by two, each of which has calibrated for itself."""
+    # 1,293 rows do not divide into batches of 32: the epochs that end within these steps end alike.
+    settings = (*TINY, "trainer.max_steps=45", "trainer.mixed_precision=no", "importance=snip")
     found = []
     for processes in (1, 2):
-        own = {"results_dir": f"shared{processes}", "trainer.num_processes": processes, "importance": "snip"}
-        given = [f"{key}={value}" for key, value in own.items()]
-        done = command(place, "calibrate", *TINY, *given, PARTIAL_LORA_CACHE=str(place / f"own_cache{processes}"))
+        own = (f"results_dir=by{processes}", f"trainer.num_processes={processes}")
+        done = here(place, "train", *settings, *own, PARTIAL_LORA_CACHE=str(place / f"own_cache{processes}"))
         assert done.returncode == 0, done.stderr
-        (path,) = place.glob(f"shared{processes}/calibrations/*/*/*/calibration.json")
-        found.append(json.loads(path.read_text()))
         assert ("in 2 processes" in done.stdout) == (processes == 2)
+        found += [path.parent for path in place.glob(f"by{processes}/runs/*/*/*/*/result.json")]
+    one, two = found
+    assert one.relative_to(place / "by1") == two.relative_to(place / "by2")
+    return one, two
+
+
+def test_two_processes_share_a_calibration_and_find_what_one_finds(alone_and_together: tuple[Path, Path]) -> None:
+    found = [json.loads((run / "calibration.json").read_text()) for run in alone_and_together]
     one, two = ({key: of[key] for key in ("modules", "baseline", "joint", "warnings")} for of in found)
     assert one == two
     assert not found[1]["cached"]
 
 
+def test_two_processes_train_the_same_masks_and_reach_the_same_metrics(alone_and_together: tuple[Path, Path]) -> None:
+    first, second = (json.loads((run / "result.json").read_text()) for run in alone_and_together)
+    assert first["sparsity"] == second["sparsity"]
+    sidecars = [(run / "adapter" / "partial_lora.json").read_text() for run in alone_and_together]
+    assert sidecars[0] == sidecars[1]
+    for split in ("validation", "test"):
+        assert first["metrics"][split] == pytest.approx(second["metrics"][split], abs=1e-4)
+
+
 def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) -> None:
     diverging = ("importance=imp", "importance.learning_rate=1e30", "importance.steps=5", "trainer.num_processes=2")
-    done = command(place, "calibrate", *TINY, *diverging, "results_dir=diverged")
+    done = here(place, "calibrate", *TINY, *diverging, "results_dir=diverged")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "importance=imp: training" in line
@@ -208,7 +210,7 @@ def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) 
 
 def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> None:
     known = set((place / "cache" / "calibrations").glob("*.json"))
-    done = command(place, "calibrate", *TINY, "model.model_args.num_heads=4")  # the weights have the same shapes
+    done = here(place, "calibrate", *TINY, "model.model_args.num_heads=4")  # the weights have the same shapes
     assert done.returncode == 0, done.stderr
     assert "reused" not in done.stdout
     assert len(set((place / "cache" / "calibrations").glob("*.json")) - known) == 1
@@ -216,7 +218,7 @@ def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> No
 
 @pytest.mark.parametrize("method", ["targeted", "uniform", "lora", "probe"])
 def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: str) -> None:
-    done = command(place, "train", *TINY, f"method={method}")
+    done = here(place, "train", *TINY, f"method={method}")
     assert done.returncode == 0, done.stderr
     _, result = record(place, method=method)
     _, partial = record(place, method="partial", threshold=0.9, seed=0)
@@ -236,13 +238,13 @@ def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: 
 
 def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
     by_gradients = (*TINY, "importance=snip", "method=targeted")
-    done = command(place, "train", *by_gradients, "results_dir=snip")
+    done = here(place, "train", *by_gradients, "results_dir=snip")
     assert done.returncode == 0, done.stderr
     (run,) = (path.parent for path in place.glob("snip/runs/*/*/targeted-*/seed0/result.json"))
     settings = json.loads((run / "calibration.json").read_text())["settings"]
     assert settings["importance"] == {"name": "snip", "seed": 0}
     # Out of a file come the sparsities alone: the most important rows are found again, the same ones.
-    done = command(place, "train", *by_gradients, "results_dir=again", f"calibration.file={run / 'calibration.json'}")
+    done = here(place, "train", *by_gradients, "results_dir=again", f"calibration.file={run / 'calibration.json'}")
     assert done.returncode == 0, done.stderr
     (again,) = (path.parent for path in place.glob("again/runs/*/*/targeted-*/seed0/result.json"))
     kept = [json.loads((path / "adapter" / "partial_lora.json").read_text())["modules"] for path in (run, again)]
@@ -251,7 +253,7 @@ def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
 
 def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
     settings = (*TINY, "mask=element", "calibration.threshold=0.7", "calibration.budget=0.3")
-    done = command(place, "train", *settings)
+    done = here(place, "train", *settings)
     assert done.returncode == 0, done.stderr
     directory, result = record(place, threshold=0.7)
     own = result["parameters"]
@@ -261,29 +263,12 @@ def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
 
 
 def test_report_tabulates_the_runs(place: Path, trained) -> None:
-    done = command(place, "report", "results")
+    done = here(place, "report", "results")
     assert done.returncode == 0, done.stderr
     table = (place / "results" / "report" / "table.md").read_text()
     assert "partial-lora report results" in table.splitlines()[0]
     assert "threshold 0.5" in table
     assert "untuned" in table
-
-
-def test_two_processes_train_the_same_masks_and_reach_the_same_metrics(place: Path, trained) -> None:
-    one, two = place / "one", place / "two"
-    # 1,293 rows do not divide into batches of 32: the epochs that end within these steps end alike.
-    settings = (*TINY, "trainer.max_steps=45", "trainer.mixed_precision=no")
-    for directory, processes in ((one, 1), (two, 2)):
-        done = command(place, "train", *settings, f"trainer.num_processes={processes}", f"results_dir={directory}")
-        assert done.returncode == 0, done.stderr
-    (own,), (shared,) = ([*directory.glob("runs/*/*/*/*/result.json")] for directory in (one, two))
-    first, second = (json.loads(path.read_text()) for path in (own, shared))
-    assert own.relative_to(one) == shared.relative_to(two)
-    assert first["sparsity"] == second["sparsity"]
-    sidecars = [(path.parent / "adapter" / "partial_lora.json").read_text() for path in (own, shared)]
-    assert sidecars[0] == sidecars[1]
-    for split in ("validation", "test"):
-        assert first["metrics"][split] == pytest.approx(second["metrics"][split], abs=1e-4)
 
 
 def exporting(place: Path, *arguments: str) -> subprocess.Popen:
@@ -378,7 +363,7 @@ sys.exit(code)
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(place: Path, arguments: list[str], said: str) -> None:
-    done = command(place, "train", *arguments)
+    done = here(place, "train", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
@@ -399,7 +384,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(place: Path, arguments: lis
     ],
 )
 def test_what_only_the_worker_can_find_wrong_is_one_line_too(place: Path, arguments: list[str], said: str) -> None:
-    done = command(place, "train", *arguments, "method=lora", "results_dir=refused", CUDA_VISIBLE_DEVICES="")
+    done = here(place, "train", *arguments, "method=lora", "results_dir=refused", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert re.search(said, line)
@@ -409,73 +394,28 @@ def test_what_only_the_worker_can_find_wrong_is_one_line_too(place: Path, argume
 
 
 def test_a_sweep_with_a_wrong_value_starts_no_run(place: Path) -> None:
-    done = command(place, "train", "-m", *TINY, "method=lora", "method.rank=2,0", "results_dir=unswept")
+    done = here(place, "train", "-m", *TINY, "method=lora", "method.rank=2,0", "results_dir=unswept")
     assert done.returncode == 2
     assert done.stderr.strip() == "partial-lora: method.rank=0: expected at least 1"
     assert not (place / "unswept" / "runs").exists()
 
 
 def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
-    done = command(place, "train", "-m", *TINY, "method=lora", "task=cifar10,digits", "results_dir=swept")
+    done = here(place, "train", "-m", *TINY, "method=lora", "task=cifar10,digits", "results_dir=swept")
     assert done.returncode == 1
     assert "task=cifar10: cannot fetch" in done.stderr
     records = {path.parts[-5]: json.loads(path.read_text()) for path in place.glob("swept/runs/*/*/*/*/result.json")}
     assert {task: result["status"] for task, result in records.items()} == {"cifar10": "failed", "digits": "finished"}
 
 
-def under_way(place: Path, *arguments: str, log: str) -> subprocess.Popen:
-    """A long run that has come as far as a line of its log."""
-    running = subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", *arguments],
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    (results,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("results_dir="))
-    deadline = time.monotonic() + 120
-    while not any(log in path.read_text() for path in place.glob(f"{results}/runs/*/*/*/*/train.log")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return running
-
-
-LONG = ("train", "model=tiny_vit", "method=lora", "trainer.epochs=200")
-
-
-def test_an_interrupted_run_is_never_taken_for_finished(place: Path) -> None:
-    arguments = (*LONG, "results_dir=stopped")
-    running = under_way(place, *arguments, log="step 10 ")
-    held = command(place, *arguments)
-    assert held.returncode == 2
-    assert re.search(rf"in use by pid {running.pid} on .* \(worker: pid \d+\)", held.stderr)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 143
-    assert "interrupted by SIGTERM" in said
-    (result,) = place.glob("stopped/runs/*/*/*/*/result.json")
-    assert json.loads(result.read_text())["status"] == "failed"
-
-
-def test_a_killed_worker_is_said_to_be_killed(place: Path) -> None:
-    running = under_way(place, *LONG, "results_dir=killed", log="step 1 ")
-    (worker,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 1
-    assert "the worker was ended by SIGKILL" in said
-
-
 def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:
-    done = command(place, "train", *TINY, RANK="0", WORLD_SIZE="2")
+    done = here(place, "train", *TINY, RANK="0", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "trainer.num_processes=2" in done.stderr
 
 
 def test_info_downloads_nothing(place: Path) -> None:
-    done = command(place, "info", "model=vit_b16", "calibration.budget=0.13")
+    done = here(place, "info", "model=vit_b16", "calibration.budget=0.13")
     assert done.returncode == 0, done.stderr
     assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
     assert "13.0%" in done.stdout

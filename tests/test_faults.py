@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import operator
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from test_cli import environment
+from commands import command, environment, here
 
 from partial_lora import calibration, results
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import finished_run
 from partial_lora.sealed import fault
 
-KILLING = Path(__file__).parent / "killing"
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4")
 SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")
 
 
-def command(place: Path, *arguments: str, **settings) -> subprocess.CompletedProcess:
-    """`partial-lora train` with its own cache, so that nothing is known beforehand."""
-    changes = {"PYTHONPATH": f"{KILLING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"} | settings.pop("changes", {})
-    return subprocess.run(
-        [sys.executable, "-m", "partial_lora", "train", *TINY, *SHORT, *arguments],
-        cwd=place,
-        env=environment(place, **changes),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        **settings,
-    )
+def train(place: Path, *arguments: str, first: Callable[[], object] = lambda: None) -> subprocess.CompletedProcess:
+    """`partial-lora train` with its own cache, so that nothing is known beforehand; `first` is done in its worker."""
+    return here(place, "train", *TINY, *SHORT, *arguments, first=first)
+
+
+def kill_at(moment: str) -> None:
+    """Have this process killed at a moment, module:function:N: as the N-th call of that begins."""
+    module, name, count = moment.split(":")
+    holder, _, attribute = name.rpartition(".")
+    holder = operator.attrgetter(holder)(sys.modules[module]) if holder else sys.modules[module]
+    function, calls = getattr(holder, attribute), itertools.count(1)
+
+    def killed(*arguments, **settings):
+        if next(calls) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+
+    setattr(holder, attribute, killed)
 
 
 def run_of(place: Path) -> Path:
@@ -59,8 +68,9 @@ def without_clocks(history: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a worker that started from nothing."""
     place = tmp_path_factory.mktemp("unbroken")
-    done = command(place)
+    done = command(place, "train", *TINY, *SHORT)
     assert done.returncode == 0, done.stderr
     return place
 
@@ -96,7 +106,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """One run that was killed at every moment in turn and then left to end; and what was seen after each."""
     place, seen = tmp_path_factory.mktemp("killed"), []
     for moment, _ in MOMENTS:
-        done = command(place, changes={"KILL_AT": moment})
+        done = train(place, first=partial(kill_at, moment))
         whole = {int(path.name.split("-")[1]) for path in run_of(place).glob("checkpoints/*-*") if not fault(path)}
         seen.append((done, record_of(place)["status"], whole))
     return place, seen
@@ -109,7 +119,7 @@ def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_never_was(unbroken
         assert "the worker was ended by SIGKILL" in done.stderr
         assert status == "failed", moment
     assert seen[-1][1] == "finished"
-    done = command(place)
+    done = train(place)
     assert done.returncode == 0, done.stderr
     assert "finished before, not run again" in done.stdout
     ends_as(unbroken, place)
@@ -132,10 +142,11 @@ def test_what_was_calibrated_before_the_kill_is_not_evaluated_again(unbroken: Pa
     assert {key: own[key] for key in same} == {key: expected[key] for key in same}
 
 
-def test_a_signal_leaves_a_checkpoint_and_the_command_goes_on(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_under_way_is_nobody_else_s_and_leaves_a_checkpoint_at_a_signal(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken / "cache", tmp_path / "cache")
+    given = ("train", *TINY, "trainer.max_steps=5000", "trainer.save_steps=5000")
     running = subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", "train", *TINY, "trainer.max_steps=5000", "trainer.save_steps=5000"],
+        [sys.executable, "-m", "partial_lora", *given],
         cwd=tmp_path,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
@@ -144,8 +155,11 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_goes_on(unbroken: Path, tm
     )
     while "train …" not in (line := running.stdout.readline()):
         assert line, running.communicate()
+    held = here(tmp_path, *given)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=120)
+    assert held.returncode == 2
+    assert re.search(rf"in use by pid {running.pid} on .* \(worker: pid \d+\)", held.stderr)
     assert running.returncode == 143
     assert "interrupted by SIGTERM; the same command goes on from there" in said
     assert record_of(tmp_path)["status"] == "failed"
@@ -160,14 +174,14 @@ def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_pat
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    done = command(tmp_path, preexec_fn=small_files)
+    done = train(tmp_path, first=small_files)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "checkpoint-2 cannot be written" in done.stderr
     assert "File too large" in done.stderr
     assert record_of(tmp_path)["status"] == "failed"
     assert not list((run_of(tmp_path) / results.CHECKPOINTS).iterdir())
-    done = command(tmp_path)
+    done = train(tmp_path)
     assert done.returncode == 0, done.stderr
     ends_as(unbroken, tmp_path)
 
@@ -192,7 +206,7 @@ def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: P
         shutil.copytree(unbroken / folder, tmp_path / folder)
     record = run_of(tmp_path) / "result.json"
     os.truncate(record, 100)
-    done = command(tmp_path)
+    done = train(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "result.json: broken, no record of a run; set aside as result.json.broken" in done.stdout
     aside = run_of(tmp_path) / "result.json.broken"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from commands import environment, here
 from safetensors.torch import load_file
 
 SETTINGS = (
@@ -35,11 +36,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(place: Path, *arguments: str) -> subprocess.Popen:
-    own = {"PARTIAL_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         [sys.executable, "-m", "partial_lora", "train", *arguments],
         cwd=place,
-        env=os.environ | own,
+        env=environment(place),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,9 +57,8 @@ def run_of(place: Path, results: str) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def alone(place: Path) -> tuple[Path, dict]:
-    running = begin(place, *generation("results_dir=alone", "trainer.device=cpu"))
-    said = running.communicate(timeout=300)[1]
-    assert running.returncode == 0, said
+    done = here(place, "train", *generation("results_dir=alone", "trainer.device=cpu"))
+    assert done.returncode == 0, done.stderr
     return run_of(place, "alone")
 
 
@@ -132,10 +131,9 @@ def test_only_the_first_machine_has_more_than_a_line_to_say(place: Path, togethe
 def test_a_machine_that_comes_back_to_a_finished_run_skips_it(place: Path, together) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_of(place, "together")[0].rglob("*")}
     given = ("results_dir=together", "trainer.accelerate_config=accelerate.yaml", "trainer.machine_rank=1")
-    again = begin(place, *generation(*given, "trainer.gradient_accumulation_steps=2"))
-    said = again.communicate(timeout=60)[0]
+    again = here(place, "train", *generation(*given, "trainer.gradient_accumulation_steps=2"))
     assert again.returncode == 0
-    assert "not run again" in said
+    assert "not run again" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in run_of(place, "together")[0].rglob("*")} == before
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import command, environment, here
 from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
@@ -27,22 +28,15 @@ LONG = ("train", "-m", "model=tiny_vit", "trainer.device=cpu", "method=lora", "t
 
 
 def started(place: Path, *arguments: str) -> subprocess.Popen:
-    own = {"PARTIAL_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [sys.executable, "-m", "partial_lora", *arguments],
         cwd=place,
-        env=os.environ | own,
+        env=environment(place),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-
-
-def command(place: Path, *arguments: str) -> subprocess.CompletedProcess:
-    running = started(place, *arguments)
-    out, err = running.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, running.returncode, out, err)
 
 
 def records(place: Path, results_dir: str = "results") -> dict[float, dict]:
@@ -113,7 +107,7 @@ def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Pa
 
 def test_a_sampler_goes_by_the_primary_metric_on_validation(place: Path, swept) -> None:
     sampler = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2")
-    done = command(place, "train", "-m", *TINY, RATES.removesuffix(",1e30"), *sampler)
+    done = here(place, "train", "-m", *TINY, RATES.removesuffix(",1e30"), *sampler)
     assert done.returncode == 0, done.stderr
     assert list(statuses(done.stdout).values()) == ["skipped", "skipped"]
     validation = [records(place)[rate]["metrics"]["validation"]["accuracy"] for rate in (0.01, 0.05)]
@@ -128,7 +122,7 @@ def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, a
     sampler = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1")
     more = ("hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
     rates = "trainer.learning_rate=0.05,-1"  # the second is refused once it is chosen
-    done = command(place, "train", "-m", *TINY, rates, *sampler, *more, f"hydra.sweeper.max_failure_rate={allowed}")
+    done = here(place, "train", "-m", *TINY, rates, *sampler, *more, f"hydra.sweeper.max_failure_rate={allowed}")
     assert done.returncode == 2
     assert "trainer.learning_rate=-1.0: expected a number above 0" in done.stdout
     found = re.search(r"^(\d) runs?: (.*);", done.stdout, re.M)
