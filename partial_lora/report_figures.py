@@ -18,6 +18,7 @@ _LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
 _PLACE = ["task", "model", "operating_point", "metric"]
 _MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
+_FAR = 3  # times the usual distance from zero: a row all of which is farther is not drawn, but said
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
 
@@ -81,6 +82,8 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
 def differences(compared: pd.DataFrame) -> Drawing | None:
     """How much better than `partial` every other method is, with 95 % intervals; the shaded strip still "matches".
 
+    What is far from all others is a number at the end of the axis.
+
     compared: of `comparison_table.table`; None where it has no differences.
     """
     if "difference" not in compared or compared["difference"].isna().all():
@@ -101,12 +104,33 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
             ends = [[row.difference - row.low], [row.high - row.difference]]
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
             axes.errorbar(row.difference, place, xerr=ends, marker=marker, linestyle="", **style)
+        _reach(axes, part)
         again = part["method"].duplicated(keep=False)
         ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
         _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, said="difference in ")
         against = f"\nagainst {reference.rpartition('-')[2]}" if several[task, model, point, metric] else ""
         _titled(axes, task, f"{model}, {point}{against}", part, of_place)
     return Drawing(figure, len(parts), len(whole))
+
+
+def _reach(axes: Axes, part: pd.DataFrame) -> None:
+    """Leave out of the axis the rows that would press all others together; their numbers stand at its end."""
+    ends = part[["low", "high"]].abs()
+    reach = _FAR * float(ends.max(axis=1).median())
+    far = (part["low"] > reach) | (part["high"] < -reach)
+    near = part.loc[~far, ["low", "high"]]
+    if near.empty or not far.any():
+        return
+    room = 0.06 * (near["high"].max() - min(0, near["low"].min()))
+    left, right = min(0, near["low"].min()) - room, max(0, near["high"].max()) + room
+    axes.set_xlim(left, right)
+    for place, (row, is_far) in enumerate(zip(part.itertuples(), far, strict=True)):
+        if is_far:
+            on_left = row.difference < 0
+            value = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
+            said = f"◂ {value}" if on_left else f"{value} ▸"
+            color, side = look(row.method, row.operating_point).color, "left" if on_left else "right"
+            axes.text(left if on_left else right, place, said, color=color, ha=side, va="center", fontsize=8)
 
 
 def training(found: Sequence[Run]) -> Drawing | None:

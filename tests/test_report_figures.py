@@ -109,6 +109,27 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     assert report_figures.differences(compared.assign(difference=np.nan)) is None
 
 
+@pytest.mark.parametrize(("far", "said"), [(-0.2, "◂ -20.0"), (0.2, "+20.0 ▸")])
+def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(tmp_path, far, said):
+    for method, wrong in (("partial", 100), ("lora", 102), ("targeted", 97), ("uniform", 99), ("probe", 100)):
+        for seed in (0, 1):
+            leave(tmp_path, method, wrong=wrong, seed=seed)
+    rows = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
+    close = report_figures.differences(rows).figure.axes[0]
+    assert not close.texts
+    last = rows["method"] == "probe"
+    rows.loc[last, ["difference", "low", "high"]] = far, far - 0.01, far + 0.01
+    (axes,) = report_figures.differences(rows).figure.axes
+    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [
+        (said, [text.get_text() for text in axes.get_yticklabels()].index("probe: " + rows.loc[last, "verdict"].item()))
+    ]
+    near = rows.loc[~last, ["low", "high"]]
+    left, right = axes.get_xlim()
+    assert left < near["low"].min()
+    assert near["high"].max() < right
+    assert right - left < 0.15
+
+
 def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     modules = calibrated()[1]
     runs_of = [run for run in found if run.row["method"] == "partial"]

@@ -115,7 +115,9 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
     (tmp_path / "kernels.py").write_text("raise SystemExit('it ran')\n")
     program = "from partial_lora import remote_code; remote_code.refuse()\n"
     program += "import importlib.util as u, os; print(u.find_spec('kernels'), os.environ['USE_HUB_KERNELS'])\n"
-    program += "import logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING))\n"
+    program += (
+        "import logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING))\n"
+    )
     program += "try:\n    import kernels\nexcept ImportError:\n    print('refused')"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

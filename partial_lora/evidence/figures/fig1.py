@@ -16,8 +16,9 @@ NEEDS = "runs of partial at two operating points"
 CONTROLS = ("partial", "uniform", "low_rank", "targeted", "shuffled", "inverted", "random_weights")
 DENSE = ("lora", "probe")
 SWEPT = ("partial", "uniform", "low_rank")
+_BESIDE = 1.03  # that much larger than the one before it is drawn what has the same size
 THRESHOLDS = {  # of the experiment: for each task what is swept over which
-    "digits": (SWEPT, (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+    "digits": (SWEPT, (0.5, 0.7, 0.8, 0.9)),
     "flowers17": (("partial",), (0.7, 0.8, 0.9)),
 }
 
@@ -53,8 +54,11 @@ def draw(table: pd.DataFrame) -> Figure:
     figure, drawn = panels.panels(len(parts), wide=4.4, high=3.4, least=6.5)
     for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
         panels.level(axes, part[part["method"] == "lora"], "lora")
-        for method in CONTROLS:
-            panels.swept(axes, part[part["method"] == method], method, "parameters", joined=method in SWEPT)
+        there = [method for method in CONTROLS if (part["method"] == method).any()]
+        for place, method in enumerate(there):
+            own = part[part["method"] == method]
+            beside = own["parameters"] * _BESIDE ** (place - (len(there) - 1) / 2)
+            panels.swept(axes, own.assign(parameters=beside), method, "parameters", joined=method in SWEPT)
         for row in part[part["method"] == "partial"].itertuples():
             panels.below(axes, row.parameters, row.point.partition(" ")[2])
         _head_alone(axes, part)
@@ -66,9 +70,10 @@ def draw(table: pd.DataFrame) -> Figure:
         panels.plain(axes)
     there = [method for method in (*CONTROLS, "lora") if (table["method"] == method).any()]
     panels.legend(figure, [(method, "–") for method in there], lines=False)
-    figure.suptitle(
-        "Filled: thresholds, open: budgets (partial's are the numbers below); bars: one standard deviation over seeds",
-        fontsize=9,
+    panels.above(
+        figure,
+        "Filled: thresholds, open: budgets (partial's are the numbers below); bars: one standard deviation over seeds; "
+        "what has the same size is drawn side by side",
     )
     return figure
 

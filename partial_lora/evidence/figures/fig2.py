@@ -98,7 +98,7 @@ def draw(table: pd.DataFrame) -> Figure:
         _by_task(beside, part)
         handles = [Line2D([], [], label=kind, **_style(place)) for place, kind in enumerate(kinds)]
         pair[0].legend(handles=handles, fontsize=6.5, frameon=False, loc="best")
-    figure.suptitle("Lines: means over tasks; bands: from the lowest task to the highest", fontsize=9)
+    panels.above(figure, "Lines: means over tasks; bands: from the lowest task to the highest")
     return figure
 
 

@@ -109,7 +109,7 @@ def draw(table: pd.DataFrame) -> Figure:
         panels.empty(both, "train" not in set(part["quantity"]))
         panels.empty(drift, "cka" not in set(part["quantity"]))
     panels.legend(figure, list(dict.fromkeys(zip(table["method"], table["point"], strict=True))), lines=True)
-    figure.suptitle("Means over seeds; bands and bars from the lowest seed to the highest", fontsize=9)
+    panels.above(figure, "Means over seeds; bands and bars from the lowest seed to the highest")
     return figure
 
 

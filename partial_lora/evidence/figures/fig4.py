@@ -75,5 +75,5 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_title(f"{task}, {model} ({panels.seeds(part)})", fontsize=10, loc="left")
         axes.legend(fontsize=7.5, frameon=False)
         panels.plain(axes)
-    figure.suptitle("Numbers: adapter sparsity; open squares: dense LoRA; bars: one standard deviation", fontsize=9)
+    panels.above(figure, "Numbers: adapter sparsity; open squares: dense LoRA; bars: one standard deviation")
     return figure

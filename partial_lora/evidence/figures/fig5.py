@@ -80,8 +80,8 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes, ((task, _, metric), part) in zip(drawn[len(shown) :], places, strict=True):
         _accuracies(axes, part, metric)
         axes.set_title(f"{task}: what each choice leads to", fontsize=9.5, loc="left")
-    figure.suptitle(
-        "Agreement of the rows and columns chosen, beyond chance: 1 the same choice, 0 what chance gives", fontsize=9
+    panels.above(
+        figure, "Agreement of the rows and columns chosen, beyond chance: 1 the same choice, 0 what chance gives"
     )
     return figure
 

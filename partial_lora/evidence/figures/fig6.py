@@ -66,5 +66,5 @@ def draw(table: pd.DataFrame) -> Figure:
         panels.plain(axes)
     there = [method for method in METHODS if (table["method"] == method).any()]
     panels.legend(figure, [(method, "budget") for method in there], lines=False)
-    figure.suptitle("Dotted: dense LoRA, and the head alone; bars: one standard deviation over seeds", fontsize=9)
+    panels.above(figure, "Dotted: dense LoRA, and the head alone; bars: one standard deviation over seeds")
     return figure

@@ -18,7 +18,7 @@ from partial_lora.runs import NONE, Run
 NEEDS = "runs of partial and of targeted at budget 0.13"
 POINT = "budget 0.13"
 METHODS = ("partial", "targeted")
-SAMPLES, NOISES = (150, 300, 600), (0.0, 0.2, 0.4)
+SAMPLES, NOISES = (150, 600), (0.0, 0.4)
 _VARIED = ("train_samples", "label_noise", "mask_seed")
 _CONDITION = ["train_samples", "label_noise"]
 _MOST_SEEDS = 3  # of a condition that are measured anew for the gap
@@ -161,7 +161,7 @@ def draw(table: pd.DataFrame) -> Figure:
         masks.set_title("single runs and their deviation", fontsize=9.5, loc="left")
         _draw_gaps(gaps, part[part["part"] == "gap"], metric)
         gaps.set_title("train less test; open: targeted", fontsize=9.5, loc="left")
-    figure.suptitle("At budget 0.13; bars: 95 % intervals over seeds, paired by seed on the left", fontsize=9)
+    panels.above(figure, "At budget 0.13; bars: 95 % intervals over seeds, paired by seed on the left")
     return figure
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from partial_lora.report_panels import COLOURS, MARKERS, MOST, heat, legend, look, panels, plain
 from partial_lora.runs import SHARES
 
 __all__ = ["COLOURS", "MARKERS", "MOST", "SHARES", "heat", "legend", "look", "panels", "plain"]
+_LETTERS = 14  # of nine points that an inch holds
 
 
 def swept(axes: Axes, part: pd.DataFrame, method: str, x: str, *, joined: bool) -> None:
@@ -31,6 +34,11 @@ def level(axes: Axes, part: pd.DataFrame, method: str) -> None:
         if row.parameters > 0:
             style = own.markers | {"color": own.color, "markersize": 6}
             axes.errorbar([row.parameters], [row.mean], yerr=[row.std], capsize=2, elinewidth=0.9, **style)
+
+
+def above(figure: Figure, said: str) -> None:
+    """What markers, lines and bars mean, over all panels, in as many lines as its width needs."""
+    figure.suptitle(textwrap.fill(said, int(_LETTERS * figure.get_figwidth())), fontsize=9)
 
 
 def numbered(axes: Axes, x: float, y: float, text: str) -> None:
