@@ -107,7 +107,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
         _reach(axes, part)
         again = part["method"].duplicated(keep=False)
         ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
-        _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, said="difference in ")
+        _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, said="difference from partial in ")
         against = f"\nagainst {reference.rpartition('-')[2]}" if several[task, model, point, metric] else ""
         _titled(axes, task, f"{model}, {point}{against}", part, of_place)
     return Drawing(figure, len(parts), len(whole))
