@@ -8,7 +8,7 @@
 #              results/mixture); hours
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
-# make longer  four times the steps, dense LoRA and three methods at 13 % (results/longer)
+# make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
