@@ -15,7 +15,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from partial_lora import runs, selection
+from partial_lora import remote_code, runs, selection
 from partial_lora.errors import PartialLoraError
 from partial_lora.evidence.dynamics import DYNAMICS, read_dynamics
 from partial_lora.finished import finished_run
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     asked = parser.parse_args(arguments)
+    remote_code.refuse()
     missing = False
     try:
         directories = [directory for place in asked.places for directory in chosen(place, asked.where, asked.figure)]
