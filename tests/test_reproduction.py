@@ -7,12 +7,14 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 
 from partial_lora import analysis_schema, config, plan, rate_settings, schema, tuning
 from partial_lora.operating_point import NO_POINT
@@ -52,8 +54,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In that directory; what is composed there leaves no Hydra behind for the tests of other files."""
     monkeypatch.chdir(place)
+    yield
+    GlobalHydra.instance().clear()
 
 
 @cache
