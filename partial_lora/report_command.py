@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
         description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
-        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, a method that was trained under "
-        "other conditions than the one it should be compared with is named, and the exit code is then 1. "
+        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, what should have been compared "
+        "and could not be is named, and the exit code is then 1. "
         "Of a run's own directory: its page, RUN_DIR/index.html.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")

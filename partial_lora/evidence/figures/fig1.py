@@ -54,10 +54,10 @@ def draw(table: pd.DataFrame) -> Figure:
     figure, drawn = panels.panels(len(parts), wide=4.4, high=3.4, least=6.5)
     for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
         panels.level(axes, part[part["method"] == "lora"], "lora")
-        there = [method for method in CONTROLS if (part["method"] == method).any()]
-        for place, method in enumerate(there):
+        drawn_here = [method for method in CONTROLS if (part["method"] == method).any()]
+        for place, method in enumerate(drawn_here):
             own = part[part["method"] == method]
-            beside = own["parameters"] * _BESIDE ** (place - (len(there) - 1) / 2)
+            beside = own["parameters"] * _BESIDE ** (place - (len(drawn_here) - 1) / 2)
             panels.swept(axes, own.assign(parameters=beside), method, "parameters", joined=method in SWEPT)
         for row in part[part["method"] == "partial"].itertuples():
             panels.below(axes, row.parameters, row.point.partition(" ")[2])
