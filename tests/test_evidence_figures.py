@@ -186,7 +186,7 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path) -> None:
 
 
 def test_fig4_puts_runs_of_one_size_on_one_level(tmp_path) -> None:
-    leave(tmp_path, "lora", 0.90, method__rank=4)  # 250,000
+    leave(tmp_path, "low_rank", 0.90, budget=0.25)  # dense, of rank 4
     leave(tmp_path, "partial", 0.91, budget=0.25)
     leave(tmp_path, "partial", 0.92, budget=0.125, share=0.126, method__rank=32)
     leave(tmp_path, "partial", 0.93, budget=0.13)  # the only one of its size
@@ -194,6 +194,7 @@ def test_fig4_puts_runs_of_one_size_on_one_level(tmp_path) -> None:
     assert table["level"].unique().tolist() == [250_000]
     assert sorted(table["rank"]) == [4, 16, 32]
     assert only(table, rank=32)["sparsity"] == pytest.approx(1 - 0.126)
+    assert only(table, rank=4)["sparsity"] == 0
     assert table.attrs["notes"] == ["missing: digits, vit_s14, rank 2, 8, 64"]
     assert fig4.levels([100, 330, 104, 106]) == [100, 330, 100, 106]
 

@@ -12,8 +12,8 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 from partial_lora.evidence.figures import frames, panels
 from partial_lora.runs import Run
 
-NEEDS = "runs of partial or lora at several ranks with as many trainable parameters"
-METHODS = ("partial", "lora")
+NEEDS = "runs of partial at several ranks, and of low_rank, with as many trainable parameters"
+METHODS = ("partial", "low_rank")
 RANKS = (2, 4, 8, 16, 32, 64)
 _ALIKE = 1.05  # sizes that differ by no more are one
 
@@ -21,11 +21,13 @@ _ALIKE = 1.05  # sizes that differ by no more are one
 def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     """Means over seeds by rank; `level` is the size that runs share: of those of one size there are two ranks at least.
 
-    Dense LoRA is the end of a level where nothing is sparse.
+    low_rank is the end of a level where nothing is sparse: dense, of about the rank that its parameters come to.
     """
     known = frames.usual(frames.frame(found), varied=("rank", "max_sparsity"))
-    known = known[known["method"].isin(METHODS)]
-    known = known[(known["method"] == "lora") | known["point"].str.startswith("budget")]
+    known = known[known["method"].isin(METHODS) & known["point"].str.startswith("budget")]
+    of_dense = (known["rank"] * known["share"]).round().clip(lower=1).astype(int)
+    dense = known["method"] == "low_rank"
+    known = known.assign(rank=known["rank"].where(~dense, of_dense), sparsity=known["sparsity"].where(~dense, 0.0))
     table, notes = frames.means(known, [*frames.PLACE, "method", "point", "rank"])
     parts = []
     for _, part in frames.places(table):
@@ -75,5 +77,5 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_title(f"{task}, {model} ({panels.seeds(part)})", fontsize=10, loc="left")
         axes.legend(fontsize=7.5, frameon=False)
         panels.plain(axes)
-    panels.above(figure, "Numbers: adapter sparsity; open squares: dense LoRA; bars: one standard deviation")
+    panels.above(figure, "Numbers: adapter sparsity; open squares: dense; bars: one standard deviation")
     return figure
