@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.comparison import MARGIN
-from partial_lora.report_panels import MOST, Drawing, legend, look, named, panels, plain
+from partial_lora.report_panels import MOST, Drawing, legend, lists, look, named, panels, plain
 from partial_lora.runs import SHARES, Run
 from partial_lora.series import band, front, selected
 
 _LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
 _PLACE = ["task", "model", "operating_point", "metric"]
-_MOST_ROWS, _MOST_LINES = 16, 12  # of a panel
+_MOST_ROWS, _MOST_LINES = 32, 12  # of a panel
 _FAR = 3  # times the usual distance from zero: a row all of which is farther is not drawn, but said
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
@@ -58,8 +58,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """
     whole = _parts(table)
     parts = whole[:MOST]
-    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
-    figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 0.9, across=2)
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=4.6)
     seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
@@ -92,8 +91,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     whole = list(known.groupby([*_PLACE, "reference"], sort=False))
     parts = whole[:MOST]
     several = known.groupby(_PLACE)["reference"].nunique() > 1
-    longest = min(_MOST_ROWS, max(len(part) for _, part in parts))
-    figure, drawn = panels(len(parts), wide=4.6, high=0.27 * longest + 1.0, across=2)
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=4.6)
     for axes, ((task, model, point, metric, reference), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)

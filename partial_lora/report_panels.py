@@ -86,6 +86,23 @@ def panels(count: int, *, wide: float, high: float, across: int = 3, least: floa
     return figure, list(drawn.flat[:count])
 
 
+def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
+    """A figure of lists in two columns, each list as high as its rows need and below the shorter column."""
+    heights = [0.27 * length + 1.0 for length in lengths]
+    columns: list[list[int]] = [[] for _ in range(min(2, len(lengths)))]
+    for number in range(len(lengths)):
+        min(columns, key=lambda column: sum(heights[each] for each in column)).append(number)
+    filled = [sum(heights[each] for each in column) for column in columns]
+    figure = Figure(figsize=(max(5.5, wide * len(columns)), max(filled)), layout="constrained")
+    drawn: dict[int, Axes] = {}
+    grid = figure.add_gridspec(1, len(columns))
+    for place, (column, full) in enumerate(zip(columns, filled, strict=True)):
+        ratios = [*(heights[each] for each in column), max(max(filled) - full, 1e-3)]
+        inner = grid[place].subgridspec(len(ratios), 1, height_ratios=ratios)
+        drawn |= {number: figure.add_subplot(inner[row]) for row, number in enumerate(column)}
+    return figure, [drawn[number] for number in range(len(lengths))]
+
+
 def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")

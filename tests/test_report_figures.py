@@ -87,6 +87,19 @@ def test_what_is_cut_says_so(tmp_path):
     assert len({text.get_text() for text in axes.get_yticklabels()}) == report_figures._MOST_ROWS
 
 
+def test_lists_are_as_high_as_their_rows_and_fill_the_shorter_column():
+    lengths = (2, 20, 3, 4)
+    figure, drawn = report_panels.lists(lengths, wide=4.6)
+    figure.draw_without_rendering()
+    boxes = [axes.get_position() for axes in drawn]
+    left, right = boxes[0].x0, boxes[1].x0
+    assert [round(box.x0, 6) for box in boxes] == [round(each, 6) for each in (left, right, left, left)]
+    assert boxes[0].y0 > boxes[2].y1 > boxes[2].y0 > boxes[3].y1
+    inches = [box.height * figure.get_figheight() for box in boxes]
+    assert sorted(inches) == [inches[number] for number in np.argsort(lengths)]
+    assert inches[1] > 20 * 0.2
+
+
 def test_bands_reach_over_seeds_and_axes_share_their_steps(tmp_path):
     for seed in (0, 1):
         history = [{"step": step, "loss": step + seed} for step in (1, 5, 9)] + [{"step": 9, "eval_accuracy": 0.5}]
