@@ -13,7 +13,7 @@ import pytest
 from table_records import EXAMPLES, leave
 
 from partial_lora import evidence
-from partial_lora.evidence import finding, pivot, tables
+from partial_lora.evidence import finding, gaps, pivot, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import reproduce
@@ -99,6 +99,16 @@ def test_a_method_without_a_task_has_no_average(tmp_path: Path) -> None:
     assert table.missing == (f"vit, a: {targeted}", f"vit, b: {targeted}, partial svd threshold 0.9")
 
 
+def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: Path) -> None:
+    for method, seeds in {"partial": 3, "targeted": 2, "flow": 1, "dora": 1}.items():
+        for seed in range(seeds):
+            leave(tmp_path, method, seed=seed, budget=None if method == "dora" else 0.13)
+    runs = tables.gather(tmp_path).kept
+    wanted = gaps.rows(("partial", "targeted"), ("budget 0.13",))
+    assert gaps.missing(runs, wanted, (), "make") == ["vit, digits: targeted svd budget 0.13 seed 2"]
+    assert gaps.missing(runs, gaps.rows(("flow", "dora"), ("budget 0.13",)), (), "make") == []
+
+
 def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
     assert not made["table1"].numbers.query("part == 'score'")["best"].any()  # lora is the best at 13 % alone
     for seed in range(2):
@@ -137,6 +147,8 @@ def test_random_and_deterministic_masks_over_all_measures(made: dict) -> None:
     assert (row["task"], row["difference"]) == ("digits", pytest.approx(each.mean()))
     assert made["table2"].verdict.startswith("Random masks do as well")
     assert "at threshold 0.9 (mean over svd, snip and imp) it holds, partial − targeted -0.33" in made["table2"].verdict
+    assert "at threshold 0.9 (svd) it holds, partial − targeted -1.00" in made["table2"].verdict  # it has two tasks
+    assert made["table2"].verdict.count("at threshold 0.9") == 2
     # At 13 % there is one measure.
     assert "with 87 % fewer parameters (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
     assert any("81.78 − 81.48" in note for note in made["table2"].notes)

@@ -23,16 +23,17 @@ def rows(methods: Iterable[str], points: Sequence[str], importance: Sequence[str
 
 
 def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequence[str], how: str) -> list[str]:
-    """A line for every task without a run, and for every one that lacks rows, or seeds that its other rows have.
+    """A line for every task without a run, and for every one that lacks rows, or seeds that others of `wanted` have.
 
-    tasks: those that are planned, beside those of the runs. how: the command that makes the runs.
+    wanted: rows that are planned with the same seeds. tasks: those that are planned, beside those of the runs. how: the
+    command that makes the runs.
     """
     lines = [f"{task}: no runs; {how}" for task in tasks if task not in set(runs["task"])]
     if runs.empty and not tasks:
         return [f"no runs; {how}"]
     for (model, mixture, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
-        seeds = set(part["seed"])
         have = {key: set(own["seed"]) for key, own in part.groupby(["method", "importance", "operating_point"])}
+        seeds = set().union(*(have[row] for row in wanted if row in have))
         lacking = []
         for row in wanted:
             named = " ".join(word for word in row if word != NONE)
