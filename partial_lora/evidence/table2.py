@@ -71,7 +71,7 @@ def _told(rows: pd.DataFrame) -> list[pd.DataFrame]:
     """Of the differences at a point those of the mean over measures, and those of a measure that has more tasks."""
     told = []
     for _, part in rows.groupby("model", sort=False):
-        by_measure = {measure: own for measure, own in part.groupby("importance", sort=False)}
+        by_measure = dict(list(part.groupby("importance", sort=False)))
         means = [own for measure, own in by_measure.items() if measure.startswith(OVER)]
         singles = [own for measure, own in by_measure.items() if not measure.startswith(OVER)]
         most = max([own["task"].nunique() for own in means], default=0)
