@@ -147,9 +147,7 @@ def test_random_and_deterministic_masks_over_all_measures(made: dict) -> None:
     assert (row["task"], row["difference"]) == ("digits", pytest.approx(each.mean()))
     assert made["table2"].verdict.startswith("Random masks do as well")
     assert "at threshold 0.9 (mean over svd, snip and imp) it holds, partial − targeted -0.33" in made["table2"].verdict
-    assert (
-        "at threshold 0.9 (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
-    )
+    assert "at threshold 0.9 (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
     assert made["table2"].verdict.count("at threshold 0.9") == 2
     # At 13 % there is one measure.
     assert "with 87 % fewer parameters (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
