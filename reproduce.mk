@@ -248,7 +248,7 @@ MEASURED_fig3 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig3 || te
 MEASURED_fig7 = $(BIN)/python scripts/dynamics.py $(RESULTS) --figure fig7 || test $$? = 3
 $(NAMES:%=reproduce-%): reproduce-%: runs-%
 	$(MEASURED_$*)
-	$(BIN)/python scripts/reproduce.py $* --results $(RESULTS)
+	$(BIN)/python scripts/reproduce.py $* $(if $(filter table%,$*),claims) --results $(RESULTS)
 
 reproduce: $(NAMES:%=reproduce-%)
 	$(BIN)/python scripts/reproduce.py claims --results $(RESULTS)

@@ -93,8 +93,12 @@ def verdict(low: float, high: float, margin: float | None = MARGIN) -> str:
     return "worse" if high < 0 else "undecided"
 
 
-def resampled(differences: np.ndarray, drawn: np.random.Generator, draws: int) -> np.ndarray:
+def resampled(
+    differences: np.ndarray, drawn: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
+) -> np.ndarray:
     """The mean difference in every draw of seeds and examples (draws,), from differences (seeds, examples).
+
+    of_seeds: each seed's share in every draw (draws, seeds), where these are drawn already; else they are drawn here.
 
     Examples that differ alike under every seed are drawn together: how often a kind of them comes up is multinomial.
     The draws are made in parts, of 64 MiB or one draw's counts at a time, which changes no number but by rounding; what
@@ -107,7 +111,8 @@ def resampled(differences: np.ndarray, drawn: np.random.Generator, draws: int) -
     for start in range(0, draws, at_once):
         part = means[start : start + at_once]
         part[:] = drawn.multinomial(examples, counts / examples, size=len(part)) @ kinds.T / examples
-    of_seeds = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    if of_seeds is None:
+        of_seeds = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     return (of_seeds * means).sum(axis=1)
 
 

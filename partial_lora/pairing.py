@@ -64,8 +64,9 @@ def folders(found: Sequence[Run]) -> list[Folder]:
 def paired(known: Sequence[Folder], reference: str) -> Pairing:
     """Who is compared with whom: `reference` with all others of its task, model, operating point and conditions.
 
-    Methods that are not calibrated are compared at all points. Of up to three references at a place each is taken, of
-    more the one whose own settings are nearest to the schema's.
+    Methods that are not calibrated are compared at all points, those that are with references of the same measure of
+    importance. A run whose masks have a seed of their own is no reference beside others. Of up to three references of a
+    measure each is taken, of more the one whose own settings are nearest to the schema's.
     """
     made = Pairing()
     for place in _gathered(known, lambda each: (each.row["task"], each.row["model"])).values():
@@ -78,8 +79,11 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
         for point, of_point in sorted(by_point.items(), key=lambda item: point_order(item[0])):
             at_point = [each for each in place if each.row["operating_point"] in (point, NONE)]
             alike = _gathered(of_point, lambda each: each.row["conditions"])
-            for shared, several in alike.items():
+            of_measure = _gathered(of_point, lambda each: (each.row["conditions"], _measure(each)))
+            for (shared, measure), several in of_measure.items():
                 own = [each for each in at_point if each.row["conditions"] == shared]
+                own = [each for each in own if each.row["operating_point"] == NONE or _measure(each) == measure]
+                several = [each for each in several if _mask_seed(each) is None] or several
                 for base in _chosen(several, made):
                     made.pairs += [(each, base) for each in (base, *(each for each in own if each is not base))]
             for each in at_point:
@@ -89,6 +93,14 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
             what = f"trained under other conditions than {reference} at {' and '.join(points)}: {said}"
             made.apart.setdefault(what, []).append(name)
     return made
+
+
+def _measure(folder: Folder) -> str | None:
+    return (folder.settings.get("importance") or {}).get("name")
+
+
+def _mask_seed(folder: Folder) -> int | None:
+    return (folder.settings.get("mask") or {}).get("seed")
 
 
 def _gathered(each: Iterable, key: Callable[[object], Key]) -> dict[Key, list]:

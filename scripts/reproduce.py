@@ -19,7 +19,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.evidence import artefact, tables
 
 CLAIMS = "claims"
-FIGURES = tuple(f"fig{number}" for number in range(1, 8))
+FIGURES = tuple(f"fig{number}" for number in range(1, 8))  # as figures.NAMES, without loading matplotlib
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,15 +38,18 @@ def pair(first: np.ndarray, second: np.ndarray) -> Pair:
 
 
 def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
-    """The mean over tasks of the mean difference, in every draw of each task's seeds and examples, one by one."""
+    """The mean over tasks of the mean difference, in every draw of all seeds and each task's examples, one by one."""
     generator, found = np.random.default_rng(7), []
-    for _ in range(draws):
+    every = max(map(len, tasks))
+    while len(found) < draws:
+        drawn_seeds = generator.integers(every, size=every)
         means = []
         for differences in tasks:
-            seeds = generator.integers(len(differences), size=len(differences))
+            seeds = [seed for seed in drawn_seeds if seed < len(differences)]
             examples = generator.integers(differences.shape[1], size=differences.shape[1])
-            means.append(np.mean([[differences[seed, example] for example in examples] for seed in seeds]))
-        found.append(np.mean(means))
+            means.append([[differences[seed, example] for example in examples] for seed in seeds])
+        if all(means):
+            found.append(np.mean([np.mean(each) for each in means]))
     return np.array(found)
 
 
@@ -71,11 +74,17 @@ def test_the_average_is_that_of_a_literal_bootstrap_of_both_tasks() -> None:
     assert (found.seeds, found.examples) == (2, 80)
 
 
-def test_tasks_are_lucky_each_by_itself() -> None:
-    one = pair(*drawn(3, 3, 60, (0.8, 0.7)))
+def test_examples_are_lucky_on_one_task_and_seeds_on_all() -> None:
+    alike = [np.repeat(each[:1], 3, axis=0) for each in drawn(3, 1, 60, (0.8, 0.7))]  # all seeds say the same
+    one = pair(*alike)
     single, double = between([one]), average({"a": [one], "b": [one]})
     assert double.difference == pytest.approx(single.difference)
     assert (double.high - double.low) == pytest.approx((single.high - single.low) / np.sqrt(2), rel=0.05)
+    of_seeds = np.repeat([[True], [False], [True], [True]], 60, axis=1)  # all examples say the same
+    one = pair(of_seeds, np.zeros_like(of_seeds))
+    single, double = between([one]), average({"a": [one], "b": [one]})
+    assert (double.low, double.high) == (single.low, single.high)
+    assert double.low < double.high
 
 
 def test_several_pairs_on_a_task_share_its_examples() -> None:

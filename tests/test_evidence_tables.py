@@ -13,7 +13,7 @@ import pytest
 from table_records import EXAMPLES, leave
 
 from partial_lora import evidence
-from partial_lora.evidence import finding, gaps, pivot, tables
+from partial_lora.evidence import assembled, finding, gaps, pivot, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import reproduce
@@ -109,6 +109,21 @@ def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: P
     assert gaps.missing(runs, gaps.rows(("flow", "dora"), ("budget 0.13",)), (), "make") == []
 
 
+def test_rates_that_differ_and_calibrations_that_are_shared_are_said(tmp_path: Path) -> None:
+    for task, draw in (("digits", None), ("signdigits", 0)):
+        for seed in range(2):
+            shared = {"task": {"name": task}, "calibration": {"seed": draw}}
+            leave(tmp_path, "lora", seed=seed, settings=shared)
+            leave(tmp_path, "partial", seed=seed, settings={**shared, "trainer": {"learning_rate": 0.25}})
+    leave(tmp_path, "dora", seed=0, settings={"task": {"name": "signdigits"}, "method": {"rank": 4}})
+    table = tables.TABLES["table1"](tables.gather(tmp_path))
+    rate = json.loads(next(tmp_path.rglob("lora-*/*/result.json")).read_text())["config"]["trainer"]["learning_rate"]
+    assert f"Learning rates of vit: {rate:g}: lora; 0.25: partial (threshold 0.9)." in table.notes
+    assert any(note.startswith("On signdigits seeds share a calibration") for note in table.notes)
+    of_digits = assembled.left_out(table.numbers.assign(task="digits", mixture=""), tables.gather(tmp_path))
+    assert of_digits == []  # a note of signdigits is none of digits
+
+
 def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
     assert not made["table1"].numbers.query("part == 'score'")["best"].any()  # lora is the best at 13 % alone
     for seed in range(2):
@@ -147,10 +162,12 @@ def test_random_and_deterministic_masks_over_all_measures(made: dict) -> None:
     assert (row["task"], row["difference"]) == ("digits", pytest.approx(each.mean()))
     assert made["table2"].verdict.startswith("Random masks do as well")
     assert "at threshold 0.9 (mean over svd, snip and imp) it holds, partial − targeted -0.33" in made["table2"].verdict
-    assert "at threshold 0.9 (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
+    assert "at threshold 0.9 (svd) it cannot be decided here, partial − targeted -1.00" in made["table2"].verdict
     assert made["table2"].verdict.count("at threshold 0.9") == 2
     # At 13 % there is one measure.
-    assert "with 87 % fewer parameters (svd) it does not hold, partial − targeted -1.00" in made["table2"].verdict
+    assert (
+        "with 87 % fewer parameters (svd) it cannot be decided here, partial − targeted -1.00" in made["table2"].verdict
+    )
     assert any("81.78 − 81.48" in note for note in made["table2"].notes)
 
 
@@ -195,11 +212,11 @@ def test_claims_are_judged_by_the_interval() -> None:
     assert finding.better(less | {"low": 0.001, "high": 0.004}) == finding.FAILS
     assert finding.better(less | {"low": -0.004, "high": 0.004}) == finding.OPEN
     assert finding.better(None) == finding.as_good(None) == finding.as_good(row) == finding.OPEN
-    assert [finding.as_good({"verdict": word}) for word in ("better", "matches", "worse")] == [
-        finding.HOLDS,
-        finding.HOLDS,
-        finding.FAILS,
-    ]
+    worse = {"verdict": "worse", "metric": "accuracy"}
+    assert [finding.as_good(worse | {"verdict": word}) for word in ("better", "matches")] == [finding.HOLDS] * 2
+    assert finding.as_good(worse | {"high": -0.011}) == finding.FAILS
+    assert finding.as_good(worse | {"high": -0.009}) == finding.WORSE
+    assert finding.as_good(worse | {"high": 0.1, "metric": "mse"}) == finding.FAILS
 
 
 def test_a_task_without_a_common_seed_does_not_keep_the_others_from_their_average(tmp_path: Path) -> None:

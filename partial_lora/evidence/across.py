@@ -1,7 +1,8 @@
 """Two methods on several tasks: the paired difference on each, and on average over them, with 95 % intervals.
 
-Seeds and test examples are drawn again within each task, as comparison.py does for one. The tasks themselves are not
-drawn: an average is of these tasks, and says nothing of others.
+Seeds and test examples are drawn again, as comparison.py does for one task: examples within each task, seeds once for
+all, since a seed draws the same masks and the same order on every task. The tasks themselves are not drawn: an average
+is of these tasks, and says nothing of others.
 """
 
 from __future__ import annotations
@@ -73,13 +74,41 @@ def between(pairs: Sequence[Pair], *, draws: int = 10_000, margin: float | None 
 def average(tasks: Mapping[str, Sequence[Pair]], *, draws: int = 10_000, margin: float | None = MARGIN) -> Difference:
     """The mean over tasks of the differences on each, all tasks counting alike.
 
+    What is not drawn by example (other metrics, predictions that were not kept) is drawn by itself on each task.
     Raises PartialLoraError as `between`, and where a metric is one of which less is better.
     """
     if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
         raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
-    # A stream of its own for each task: with one for all, what is lucky would be so on every task at once.
-    each = [_drawn(pairs, np.random.default_rng([0, place]), draws) for place, pairs in enumerate(tasks.values())]
+    shares = _seed_shares([_in_common(pairs) for pairs in tasks.values()], draws)
+    # A stream of its own for each task: with one for all, lucky examples would be so on every task at once.
+    each = [
+        _drawn(pairs, np.random.default_rng([0, place]), draws, own)
+        for place, (pairs, own) in enumerate(zip(tasks.values(), shares, strict=True))
+    ]
     return _judged(each, [pairs[0].metric for pairs in tasks.values()], margin)
+
+
+def _seed_shares(of_tasks: Sequence[Sequence[int]], draws: int) -> list[np.ndarray]:
+    """For each task the share of its seeds in every draw (draws, seeds): one draw of all seeds serves all tasks.
+
+    A draw that has none of a task's seeds is made again.
+    """
+    every = sorted(set().union(*of_tasks))
+    columns = [[every.index(seed) for seed in seeds] for seeds in of_tasks]
+    stream, counts = np.random.default_rng(0), np.empty((0, len(every)))
+    while len(counts) < draws:
+        more = stream.multinomial(len(every), np.full(len(every), 1 / len(every)), size=draws)
+        usable = np.all([more[:, own].sum(axis=1) > 0 for own in columns], axis=0)
+        counts = np.concatenate([counts, more[usable]])
+    of_task = [counts[:draws, own] for own in columns]
+    return [own / own.sum(axis=1, keepdims=True) for own in of_task]
+
+
+def _in_common(pairs: Sequence[Pair]) -> list[int]:
+    seeds = sorted(set.intersection(*(set(pair.seeds) for pair in pairs)))
+    if not seeds:
+        raise PartialLoraError("no seed in common")
+    return seeds
 
 
 def _judged(each: Sequence[_Drawn], metrics: Sequence[str], margin: float | None) -> Difference:
@@ -95,14 +124,14 @@ def _judged(each: Sequence[_Drawn], metrics: Sequence[str], margin: float | None
     return Difference(difference, low, high, seeds, sum(one.examples for one in each), over, judged)
 
 
-def _drawn(pairs: Sequence[Pair], stream: np.random.Generator, draws: int) -> _Drawn:
-    seeds = sorted(set.intersection(*(set(pair.seeds) for pair in pairs)))
-    if not seeds:
-        raise PartialLoraError("no seed in common")
+def _drawn(
+    pairs: Sequence[Pair], stream: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
+) -> _Drawn:
+    seeds = _in_common(pairs)
     over = BOTH if len(seeds) > 1 else EXAMPLES
     found = _told(pairs, seeds)
     if isinstance(found, np.ndarray):
-        return _Drawn(float(found.mean()), resampled(found, stream, draws), len(seeds), found.shape[1], over)
+        return _Drawn(float(found.mean()), resampled(found, stream, draws, of_seeds), len(seeds), found.shape[1], over)
     shares = stream.permutation((np.arange(draws) + 0.5) / draws)
     if found is not None:  # what is known of it is its interval: drawn from the normal that has it
         deviation = (found.high - found.low) / (2 * ndtri((1 + _LEVEL) / 2))

@@ -83,7 +83,12 @@ def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
                 notes.append(
                     f"{_said((*place, *row))}: {_counted(other)} left out, with other settings of its own ({named})"
                 )
-            kept.append(alike[alike["own"] == own].drop_duplicates("seed"))
+            same = alike[alike["own"] == own]
+            one = same.drop_duplicates("seed")
+            if len(one) < len(same):
+                again = f"{_counted(same.loc[same.index.difference(one.index)])} of seeds that are there twice left out"
+                notes.append(f"{_said((*place, *row))}: {again}")
+            kept.append(one)
     whole = pd.concat(kept) if kept else found
     return whole[list(runs.columns)].reset_index(drop=True), notes
 

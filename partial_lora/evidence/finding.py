@@ -11,13 +11,19 @@ from partial_lora.evidence.differences import AVERAGE, in_points, of_differences
 from partial_lora.runs import LOWER_IS_BETTER
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided here"
+WORSE = f"{OPEN} (worse, but perhaps by less than a point)"
 
 
 def as_good(row: Mapping | None) -> str:
-    """The claim that the first of a pair is as good as the second, to within a point."""
-    if row is None:
+    """The claim that the first of a pair is as good as the second, to within a point; refuted where it is worse by one.
+
+    Of a metric of which less is better a point says nothing: refuted where it is worse.
+    """
+    if row is None or row["verdict"] not in ("better", "matches", "worse"):
         return OPEN
-    return {"better": HOLDS, "matches": HOLDS, "worse": FAILS}.get(row["verdict"], OPEN)
+    if row["verdict"] != "worse":
+        return HOLDS
+    return FAILS if row["metric"] in LOWER_IS_BETTER or row["high"] < -MARGIN else WORSE
 
 
 def better(row: Mapping | None) -> str:

@@ -12,6 +12,7 @@ from partial_lora.comparison import verdict
 from partial_lora.errors import PartialLoraError
 from partial_lora.evidence.across import BOTH, Pair, between
 from partial_lora.evidence.differences import AVERAGE, plain
+from partial_lora.grouping import point_order
 from partial_lora.runs import LOWER_IS_BETTER, NONE, SHARES
 
 PART = "score"
@@ -150,9 +151,3 @@ def ordered(rows: pd.DataFrame) -> pd.DataFrame:
         .sort_values([*_PLACE, "_point", "importance", "method"], kind="stable")
         .drop(columns="_point")
     )
-
-
-def point_order(point: str) -> tuple[int, float]:
-    """What is not calibrated first, then thresholds from high to low, then budgets from large to small."""
-    kind, _, value = point.partition(" ")
-    return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))

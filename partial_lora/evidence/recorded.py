@@ -17,6 +17,7 @@ from partial_lora.runs import NONE, Run, number, read
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
+BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
 WORDS = {BUDGET: "with 87 % fewer parameters", THRESHOLD: "at threshold 0.9"}
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 _ROWS_COLUMNS = "rows_columns"
@@ -114,6 +115,12 @@ def _kind(task: Mapping) -> str:
     if (kind := task.get("kind", "label")) != "label":
         return "causal" if kind == "choice" else kind
     return "texts" if task.get("modality") == "text" else "images"
+
+
+def draw_of(config: Mapping) -> int:
+    """The seed that a run's few-shot data are drawn with: runs that have the same share a calibration."""
+    own = config["calibration"].get("seed")
+    return config["seed"] if own is None else own
 
 
 def at_points(

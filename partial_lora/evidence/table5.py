@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ from partial_lora.evidence.artefact import Artefact
 from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.measures import ANALYSES, of_analyses, shown_analyses
-from partial_lora.evidence.recorded import POINTS, THRESHOLD, Evidence, at_points
+from partial_lora.evidence.recorded import POINTS, THRESHOLD, Evidence, at_points, draw_of
 from partial_lora.grouping import half_interval
 from partial_lora.results import read_result
 from partial_lora.runs import number
@@ -43,7 +43,7 @@ def make(evidence: Evidence) -> Artefact:
     shown = shown_joint(numbers) | shown_repair(numbers) | shown_analyses(numbers)
     return Artefact(
         *("table5", TITLE, CLAIM, verdict(numbers), numbers, shown),
-        notes=(*_NOTES, *(left_out(runs, evidence) if runs.empty else ())),
+        notes=(*_NOTES, *left_out(runs, evidence)),
         missing=tuple(lacking),
         origin=of_runs(runs),
     )
@@ -56,7 +56,7 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
     """
     task = runs["task"].where(runs["mixture"] == "", runs["mixture"])  # whose members share a calibration
     known = runs.assign(task=task, ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
-    known = known.assign(draw=[_draw(config) for config in known["config"]])
+    known = known.assign(draw=[draw_of(config) for config in known["config"]])
     # Of runs that share a calibration the one that made it says how long that took; the others found it in the cache.
     made = known.sort_values("calibrate_seconds", na_position="last", kind="stable")
     known = known.loc[made.drop_duplicates([*_PLACE, "draw"]).index.sort_values()]
@@ -73,12 +73,6 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
     halves = [half_interval(row.deviation, row.n) for row in found.itertuples()]
     found = found.assign(part=JOINT, low=found["ratio"] - halves, high=found["ratio"] + halves)
     return found.reset_index()
-
-
-def _draw(config: Mapping) -> int:
-    """The seed that a calibration's few-shot data are drawn with."""
-    own = config["calibration"].get("seed")
-    return config["seed"] if own is None else own
 
 
 def _calibrations(evidence: Evidence) -> Iterable[dict]:
@@ -101,7 +95,7 @@ def repairs(records: Iterable[dict]) -> pd.DataFrame:
         rows.append(
             {
                 "part": REPAIR,
-                "seed": _draw(config),
+                "seed": draw_of(config),
                 "task": config["task"]["name"],
                 "model": config["model"]["name"],
                 "importance": config["importance"]["name"],

@@ -9,11 +9,12 @@ from statistics import median
 import pandas as pd
 
 from partial_lora.closing import cell, measured
-from partial_lora.evidence import finding, pivot
+from partial_lora.evidence import finding
 from partial_lora.evidence.artefact import Artefact
 from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.recorded import COSTS, POINTS, Evidence, at_points
+from partial_lora.grouping import point_order
 
 TITLE = "Table 7: time, memory and bytes"
 CLAIM = "what is saved is counted in trainable parameters."
@@ -98,7 +99,7 @@ def of_costs(runs: pd.DataFrame) -> pd.DataFrame:
     columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
     keys = ["task", "model", "operating_point", "method"]
     found = runs.groupby(keys, sort=False).agg(**columns, **means).reset_index()
-    order = found["operating_point"].map(pivot.point_order)
+    order = found["operating_point"].map(point_order)
     found = found.assign(part=RUNS, _order=order).sort_values(["_order", "method"], kind="stable")
     return found.drop(columns="_order")
 
@@ -173,7 +174,8 @@ def verdict(numbers: pd.DataFrame) -> str:
     ends = f"[{min(row['low'] for row in rows):.2f}, {max(row['high'] for row in rows):.2f}]"
     return finding.sentence(
         claim,
-        f"{found}, its step takes {said['step']} of dense LoRA's {ends}, saved activations {said['saved']}, gradients "
-        f"and Adam {said['state']}, the compact file {said['file']} ({len(rows)} models and ranks)",
+        f"{found}, its step takes {said['step']} of dense LoRA's {ends}, saved activations above the frozen "
+        f"model's {said['saved']}, gradients and Adam {said['state']}, the compact export {said['file']} (what plain "
+        f"PEFT loads has dense LoRA's size; {len(rows)} models and ranks)",
         table="table 7",
     )

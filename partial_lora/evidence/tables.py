@@ -8,20 +8,19 @@ from pathlib import Path
 from partial_lora.evidence import table1, table2, table3, table4, table5, table6, table7
 from partial_lora.evidence.artefact import Artefact
 from partial_lora.evidence.comparable import comparable
-from partial_lora.evidence.recorded import Evidence, collect
+from partial_lora.evidence.recorded import BESIDE, Evidence, collect
 from partial_lora.results import write_atomic
 
 TABLES: dict[str, Callable[[Evidence], Artefact]] = {
     module.__name__.rpartition(".")[2]: module.make
     for module in (table1, table2, table3, table4, table5, table6, table7)
 }
-_BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
 
 
 def gather(results_dir: Path) -> Evidence:
     """The evidence in a preset's results directory, and in what lies beside it."""
     results_dir = Path(results_dir)
-    beside = [results_dir.parent / name for name in _BESIDE.get(results_dir.name, ())]
+    beside = [results_dir.parent / name for name in BESIDE.get(results_dir.name, ())]
     runs, problems = collect(results_dir, *beside)
     kept, notes = comparable(runs)
     return Evidence(results_dir, runs, kept, (*problems, *notes))

@@ -24,11 +24,18 @@ THRESHOLDS = {  # of the experiment: for each task what is swept over which
 
 
 def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
-    """Means over seeds of every method and operating point, of the tasks on which partial has two points at least."""
+    """Means over seeds of every method and operating point, of the tasks on which partial has three points at least.
+
+    Where none has three, two are enough.
+    """
     known = frames.usual(frames.frame(found))
     known = known[known["method"].isin((*CONTROLS, *DENSE))]
     table, notes = frames.means(known, [*frames.PLACE, "method", "point"])
-    enough = [part for _, part in frames.places(table) if (part["method"] == "partial").sum() > 1]
+    parts = [(part, (part["method"] == "partial").sum()) for _, part in frames.places(table)]
+    least = 3 if any(points > 2 for _, points in parts) else 2
+    enough = [part for part, points in parts if points >= least]
+    fewer = [part["task"].iloc[0] for part, points in parts if 1 < points < least]
+    notes += [f"not drawn: {', '.join(fewer)}, which have two points"] if fewer else []
     table = pd.concat([table.iloc[:0], *enough])
     return frames.noted(table, [*notes, *_missing(table, set(known["task"]))])
 

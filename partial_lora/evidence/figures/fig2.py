@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.evidence.figures import frames, panels
+from partial_lora.evidence.recorded import BESIDE
 from partial_lora.places import AXES, grid
 from partial_lora.runs import NONE, Run, read
 
 NEEDS = "calibrated runs at a threshold"
 POINT = "threshold 0.9"
-_BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
 _SAID = {"rows": "rows of B", "columns": "columns of A"}
 _MOST_MODELS, _MOST_TASKS = 3, 9
 
@@ -29,7 +29,7 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     kind: the module's name without its place; depth: its block, counted from 0. All runs that share a calibration
     have its sparsities but for controls that move them, so those of partial count, if there are any.
     """
-    found = [*found, *(run for name in _BESIDE.get(results_dir.name, ()) for run in _runs(results_dir.parent / name))]
+    found = [*found, *(run for name in BESIDE.get(results_dir.name, ()) for run in _runs(results_dir.parent / name))]
     known = frames.usual(frames.frame(found))
     known = known[known["point"].str.startswith("threshold")]
     point = POINT if (known["point"] == POINT).any() or known.empty else known["point"].mode().iloc[0]

@@ -32,15 +32,20 @@ def measured_runs(found: Sequence[Run]) -> list[Run]:
 
 
 def _groups(found: Sequence[Run]) -> list[tuple[tuple, pd.DataFrame, list[str]]]:
-    """The runs of every method and point on the first tasks that have both lora and partial."""
+    """The runs of every method and point on the tasks that are drawn."""
     known = frames.usual(frames.frame(found))
     known = known[known["method"].isin(METHODS) & known["point"].isin(POINTS)]
-    both = [part for _, part in frames.places(known) if {"lora", "partial"} <= set(part["method"])]
     groups = []
-    for part in both[:_MOST_TASKS]:
+    for part in _tasks(found, known)[:_MOST_TASKS]:
         by = part.groupby([*frames.PLACE, "method", "point"], sort=True)
         groups += [(key, *frames.settled(cell)) for key, cell in by]
     return groups
+
+
+def _tasks(found: Sequence[Run], known: pd.DataFrame) -> list[pd.DataFrame]:
+    """The tasks that have both lora and partial, first those of which runs were measured anew."""
+    both = [part for _, part in frames.places(known) if {"lora", "partial"} <= set(part["method"])]
+    return sorted(both, key=lambda part: not any(read_dynamics(found[run].directory) for run in part["run"]))
 
 
 def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:

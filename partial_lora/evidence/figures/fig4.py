@@ -23,7 +23,7 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
 
     low_rank is the end of a level where nothing is sparse: dense, of about the rank that its parameters come to.
     """
-    known = frames.usual(frames.frame(found), varied=("rank", "max_sparsity"))
+    known = frames.usual(frames.frame(found), varied=("rank",))
     known = known[known["method"].isin(METHODS) & known["point"].str.startswith("budget")]
     of_dense = (known["rank"] * known["share"]).round().clip(lower=1).astype(int)
     dense = known["method"] == "low_rank"

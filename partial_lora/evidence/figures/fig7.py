@@ -62,17 +62,19 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
 
 
 def _differences(cells: Sequence[tuple[dict, pd.DataFrame, list[str]]]) -> list[dict]:
+    """A row a condition, of the seeds that all conditions of its place have, if there are two such."""
     rows = []
     by_condition: dict[tuple, dict[str, pd.Series]] = {}
     for place, one, _ in cells:
         condition = tuple(value for name, value in place.items() if name != "method")
         by_condition.setdefault(condition, {})[place["method"]] = one.set_index("seed")["test"]
-    for condition, tests in by_condition.items():
-        if len(tests) < 2:
-            continue
-        pairs = pd.DataFrame(tests).dropna()
+    both = {condition: pd.DataFrame(tests).dropna() for condition, tests in by_condition.items() if len(tests) == 2}
+    for condition, pairs in both.items():
         if pairs.empty:
             continue
+        of_place = [own.index for other, own in both.items() if other[:3] == condition[:3] and len(own)]
+        shared = sorted(set.intersection(*map(set, of_place)))
+        pairs = pairs.loc[shared] if len(shared) > 1 else pairs
         each = pairs["partial"] - pairs["targeted"]
         rows.append(
             {"part": "difference", **dict(zip((*frames.PLACE, *_CONDITION), condition, strict=True))}

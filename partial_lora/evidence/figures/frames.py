@@ -40,8 +40,12 @@ _OF_NO_MATTER |= {"task.data_files", "trainer.tuned", "trainer.tuned_on"}
 
 
 def frame(found: Sequence[Run]) -> pd.DataFrame:
-    """A row for every run: its place, method, point, settings and numbers; `run` is its position among them."""
-    return pd.DataFrame([_row(position, run) for position, run in enumerate(found)], columns=_COLUMNS)
+    """A row for every run of one task: its place, method, point, settings and numbers; `run` is its position.
+
+    Mixtures are table 6's: as one more task they would count their members twice.
+    """
+    single = [(position, run) for position, run in enumerate(found) if not run.record["config"]["task"].get("members")]
+    return pd.DataFrame([_row(position, run) for position, run in single], columns=_COLUMNS)
 
 
 _COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parameters", "share", "sparsity"]
