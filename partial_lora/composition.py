@@ -10,6 +10,7 @@ from functools import partial
 
 from partial_lora import plan
 from partial_lora.errors import PartialLoraError
+from partial_lora.unknown_key import no_such_key
 
 USAGE_ERROR = 2
 _SWEEPS = "pip install 'partial-lora[sweeps]'"
@@ -135,8 +136,7 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     key = getattr(cause, "full_key", None)
     if lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
-        about = "hydra" if key.startswith("hydra.") else "job"
-        return f"{key}: no such key; `partial-lora train --cfg {about}` lists the keys there are"
+        return no_such_key(key, "hydra" if key.startswith("hydra.") else "job")
     if key:
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"

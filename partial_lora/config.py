@@ -16,6 +16,7 @@ from partial_lora.members import with_members
 from partial_lora.schema import Config
 from partial_lora.sealed import file_sha256
 from partial_lora.tuning import tuned
+from partial_lora.unknown_key import no_such_key
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
@@ -38,7 +39,7 @@ def resolve(composed: DictConfig) -> dict:
     """
     unknown = _unknown_keys(composed, OmegaConf.structured(Config))
     if unknown:
-        raise PartialLoraError(f"{unknown[0]}: no such key; `partial-lora train --cfg job` lists the keys there are")
+        raise PartialLoraError(no_such_key(unknown[0]))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")

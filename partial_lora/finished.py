@@ -77,7 +77,9 @@ def finished_run(directory: Path) -> FinishedRun:
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
     lost = results.lost(directory, result)
     if lost:
-        raise PartialLoraError(f"{directory}: {lost}; the same `partial-lora train` does the run again")
+        raise PartialLoraError(
+            f"{directory}: {lost}; the same `partial-lora train` with overwrite=true does the run again"
+        )
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]

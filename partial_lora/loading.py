@@ -14,7 +14,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import Draws, Task
 
 _MODALITY = {"timm": "image", "clip": "image", "encoder": "text", "causal": "text"}
-_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6", "causal": "smollm2_135m"}
+_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models that read these
+_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # of what models of a family do
 
 
 class Transform(Protocol):
@@ -45,7 +46,8 @@ def check_modality(settings: Mapping) -> None:
     if modality(model) != task["modality"]:
         raise PartialLoraError(
             f"model={model['name']} reads {modality(model)}s, and task={task['name']} has {task['modality']}s: choose "
-            f"another model or task, such as model={_EXAMPLE[task['modality']]}"
+            f"another task, such as task={_TASKS.get(model['family'], _TASKS['image'])}, or another model, such as "
+            f"model={_EXAMPLE[task['modality']]}"
         )
     causal, answers = model["family"] == "causal", task["kind"] != "label"
     if causal != answers:

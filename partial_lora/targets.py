@@ -36,7 +36,8 @@ def target_linears(
     for name, module in found.items():
         if not (isinstance(module, nn.Linear) and module.weight.is_floating_point() and module.weight.ndim == 2):
             raise PartialLoraError(
-                f"target_modules={targets}: {name} is a {type(module).__name__}, expected nn.Linear; use longer names"
+                f"target_modules={targets}: {name} is a {type(module).__name__}, expected nn.Linear of plain "
+                "weights; longer names leave it out"
             )
     return found
 

@@ -69,14 +69,16 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
     set_seed(seed)
     model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
-    with models.dequantised(model):  # what is calibrated are weights; codes of 4 or 8 bits come back for training
+    method = methods.named(settings["method"]["name"])
+    calibrated = methods.is_calibrated(method) or stage == "calibrate"
+    # What is calibrated are weights; codes of 4 or 8 bits come back for training.
+    with models.dequantised(model, values=calibrated):
         targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
-        method = methods.named(settings["method"]["name"])
         calibration, scores = None, None
-        if methods.is_calibrated(method) or stage == "calibrate":
+        if calibrated:
             with timed(record, "calibrate"):
                 draws = loading.draws_of(settings, task.train)
                 # One process measures importance for all of them, to the bit; what it decides on is then shared out.

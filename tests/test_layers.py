@@ -27,7 +27,7 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members", "data_dir", "tuning", "rate_settings", "rate_search", "operating_point", "identity"}
+    | {"members", "data_dir", "tuning", "rate_settings", "rate_search", "operating_point", "identity", "unknown_key"}
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "asked_task", "places"}
     | {"conditions", "wellformed", "predicted"}

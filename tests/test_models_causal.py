@@ -174,6 +174,18 @@ def test_quantised_model_is_scored_by_what_its_codes_mean(name, quantized, llama
     assert models.weights_digest(model, "") == digest
 
 
+@pytest.mark.parametrize("quantized", QUANTIZATIONS)
+def test_layers_without_values_have_names_and_shapes_and_take_no_memory(quantized):
+    model, plain = load("tiny_qwen", quantization=quantized), load("tiny_qwen")
+    targets, before = settings("tiny_qwen")["target_modules"], logits(model, "tiny_qwen")
+    shapes = {name: linear.weight.shape for name, linear in target_linears(plain, targets).items()}
+    with models.dequantised(model, values=False):
+        found = target_linears(model, targets)
+        assert {name: linear.weight.shape for name, linear in found.items()} == shapes
+        assert all(linear.weight.is_meta for linear in found.values())
+    assert torch.equal(logits(model, "tiny_qwen"), before)
+
+
 def test_codes_come_back_after_an_error():
     model = load("tiny_llama", quantization="nf4")
     layers = list(model.modules())

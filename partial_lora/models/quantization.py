@@ -63,17 +63,18 @@ for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does fo
 
 
 @contextmanager
-def dequantised(model: PreTrainedModel) -> Iterator[None]:
+def dequantised(model: PreTrainedModel, *, values: bool = True) -> Iterator[None]:
     """Let quantised layers be plain ones of the values that their codes mean, for as long as the block lasts.
 
     What needs the weights themselves, importance and calibration, works on these: they are of the model's dtype and
     take the memory that it would take without quantisation. The codes come back as they were. int8 then rounds what
-    enters a layer no more, as it does in training. A model that is not quantised stays as it is.
+    enters a layer no more, as it does in training. A model that is not quantised stays as it is. values: False for
+    layers of the same names and shapes that hold nothing and take no memory.
     """
     quantised = {name: module for name, module in model.named_modules() if _is_quantised(module)}
     try:
         for name, module in quantised.items():
-            model.set_submodule(name, _plain(module, model.dtype))
+            model.set_submodule(name, _plain(module, model.dtype, values))
         yield
     finally:
         for name, module in quantised.items():
@@ -91,14 +92,15 @@ def _is_quantised(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
-def _plain(module: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    # Imported here: it imports bitsandbytes, which not everyone has.
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    values = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).to(dtype)
+def _plain(module: nn.Linear, dtype: torch.dtype, values: bool) -> nn.Linear:
     with torch.device("meta"):
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
-    plain.weight = nn.Parameter(values, requires_grad=False)
+    if values:
+        # Imported here: it imports bitsandbytes, which not everyone has.
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        meant = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).to(dtype)
+        plain.weight = nn.Parameter(meant, requires_grad=False)
     plain.bias = module.bias
     return plain.train(module.training)
 
