@@ -29,7 +29,7 @@ def no_such_key(key: str, about: str = "job") -> str:
 
 
 def _likest(key: str) -> str | None:
-    """What another tool's name stands for, the key of that name, or the one of the same group that is spelt almost so."""
+    """What another tool's name stands for, the key of that name, or one of the same group that is spelt almost so."""
     group, _, name = key.rpartition(".")
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
