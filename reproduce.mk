@@ -21,7 +21,7 @@ known = $(if $(strip $(1)),$(2))
 RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2) $(LAUNCH)) || test $$? = 1
 
 # A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures. RATED are
-# the others whose learning rates are searched for; the rest take those of one that stands in (trainer.tuned_on).
+# the others whose learning rates are searched for; the rest take the studied task's (trainer.tuned_on).
 FILES_AT = $(wildcard $(DATA))
 MODEL_cpu = vit_s14
 TEXT_MODEL_cpu = minilm_l6
@@ -32,8 +32,8 @@ TEXTS_cpu = $(if $(FILES_AT),sst2 trec)
 MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
 OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160 calibration.seed=0)
 OF_IMAGES_cpu = task.test_samples=1000 trainer.tuned_on=digits
-OF_TEXTS_cpu = model=$(TEXT_MODEL_cpu) task.test_samples=1000 trainer.tuned_on=sst2
-RATED_TEXTS_cpu = $(firstword $(TEXTS_cpu))
+OF_TEXTS_cpu = model=$(TEXT_MODEL_cpu) task.test_samples=1000
+RATED_TEXTS_cpu = $(TEXTS_cpu)
 FEW_cpu = task.train_samples=150 trainer.epochs=12
 TUNED_cpu = results/tuning.json
 SEARCHED_cpu = results/tune
