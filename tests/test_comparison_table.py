@@ -23,6 +23,8 @@ def leave(
     seed: int = 0,
     budget: float | None = None,
     settings: dict | None = None,
+    importance: str = "svd",
+    mask_seed: int | None = None,
     **changes: str,
 ) -> None:
     """A run that is wrong about its first examples; settings: of its trainer, changes: of its mask."""
@@ -35,7 +37,8 @@ def leave(
             "model": {"name": "vit"},
             "task": {"name": "digits"},
             "method": {"name": method},
-            "mask": {"granularity": "rows_columns"},
+            "importance": {"name": importance},
+            "mask": {"granularity": "rows_columns", "seed": mask_seed},
             "calibration": point,
             "trainer": {"learning_rate": 1e-3} | (settings or {}),
         },
@@ -63,6 +66,7 @@ def leave(
     }
     record["config"]["mask"] |= changes
     named = "".join(map(str, [*(settings or {}).values(), *changes.values()]))
+    named += ("" if importance == "svd" else importance) + ("" if mask_seed is None else f"mask{mask_seed}")
     name = f"{method}-{budget}-{named}".replace(".", "")
     folder = place / "runs" / "digits" / "vit" / name / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -207,6 +211,22 @@ def test_of_many_references_the_one_nearest_to_the_schema_is_taken(tmp_path: Pat
     (remark,) = found.remarks
     assert remark.startswith("runs/digits/vit/partial-None-: compared with, of 4")
     assert f"{remark}." in comparison_files.notes(found)
+
+
+def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_path: Path) -> None:
+    for measure in ("svd", "snip"):
+        for method in ("partial", "targeted"):
+            leave(tmp_path, method, wrong=20, importance=measure)
+    leave(tmp_path, "lora", wrong=20)
+    leave(tmp_path, "partial", wrong=30, mask_seed=5)
+    found = compared(tmp_path).rows
+    pairs = {(row.group.rpartition("/")[2], row.reference.rpartition("/")[2]) for row in found.itertuples()}
+    for measure in ("", "snip"):
+        assert (f"targeted-None-{measure}", f"partial-None-{measure}") in pairs
+    assert ("targeted-None-snip", "partial-None-") not in pairs
+    assert {reference for _, reference in pairs} == {"partial-None-", "partial-None-snip"}
+    assert ("partial-None-mask5", "partial-None-") in pairs
+    assert ("lora-None-", "partial-None-snip") in pairs
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_fig1_has_means_of_the_usual_runs_alone(tmp_path) -> None:
     assert "missing: digits, partial, threshold 0.7, 0.8" in table.attrs["notes"]
 
 
+def test_fig1_draws_two_points_only_where_no_task_has_three_and_mixtures_never(tmp_path) -> None:
+    for budget, task in ((None, "gtsrb"), (0.13, "gtsrb"), (None, "mixture"), (0.13, "mixture")):
+        members = {"task__members": {"digits": {"metrics": ["accuracy"]}}} if task == "mixture" else {}
+        leave(tmp_path, "partial", 0.5, task=task, budget=budget, **members)
+    assert set(numbers(fig1, tmp_path)["task"]) == {"gtsrb"}
+    thresholds(tmp_path)
+    table = numbers(fig1, tmp_path)
+    assert set(table["task"]) == {"digits"}
+    assert "not drawn: gtsrb, which have two points" in table.attrs["notes"]
+
+
 def test_what_is_said_above_a_figure_has_room(tmp_path) -> None:
     thresholds(tmp_path)
     figure = fig1.draw(numbers(fig1, tmp_path))
@@ -185,11 +196,22 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path) -> None:
     ]
 
 
+def test_fig3_draws_what_was_measured_before_what_was_not(tmp_path) -> None:
+    for number, task in enumerate(("a", "b", "c", "d")):
+        for method in ("lora", "partial"):
+            measured = dynamics(0.9, 0.8) if task == "d" else None
+            leave(
+                tmp_path, method, 0.8 + number / 100, task=task, history=[{"step": 1, "loss": 1.0}], measured=measured
+            )
+    assert set(numbers(fig3, tmp_path)["task"]) == {"d", "a", "b"}
+
+
 def test_fig4_puts_runs_of_one_size_on_one_level(tmp_path) -> None:
     leave(tmp_path, "low_rank", 0.90, budget=0.25)  # dense, of rank 4
     leave(tmp_path, "partial", 0.91, budget=0.25)
     leave(tmp_path, "partial", 0.92, budget=0.125, share=0.126, method__rank=32)
     leave(tmp_path, "partial", 0.93, budget=0.13)  # the only one of its size
+    leave(tmp_path, "low_rank", 0.94, budget=0.13, calibration__max_sparsity=0.99)  # figure 6's
     table = numbers(fig4, tmp_path)
     assert table["level"].unique().tolist() == [250_000]
     assert sorted(table["rank"]) == [4, 16, 32]
@@ -250,6 +272,7 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path) -> None:
             noisy = FEW | {"task__label_noise": 0.2}
             leave(tmp_path, method, test, seed=seed, budget=0.13, measured=dynamics(1.0, test), **noisy)
             leave(tmp_path, method, test + 0.01, seed=seed, budget=0.13)
+            leave(tmp_path, method, 0.1 * seed, seed=seed + 3, budget=0.13)  # seeds that no noisy run has
             leave(tmp_path, method, 0.5, seed=seed)  # at another point
     leave(tmp_path, "partial", 0.99, seed=7, budget=0.13, **noisy)  # no pair
     for mask_seed, test in ((1, 0.93), (2, 0.94)):
@@ -267,7 +290,9 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path) -> None:
         (2, 0.94),
     ]
     over = table[(table["part"] == "over seeds") & (table["method"] == "partial")]
-    assert over["test"].tolist() == pytest.approx([0.91, 0.92, 0.96])
+    assert over["test"].tolist() == pytest.approx([0.91, 0.92, 0.96, 0.0, 0.1, 0.2])
+    plain = only(table, part="difference", train_samples=600, label_noise=0.0)
+    assert (plain["seeds"], plain["difference"]) == ("0 1 2", pytest.approx(each.mean()))
     assert only(table, part="gap", method="targeted")["gap"] == pytest.approx(1 - 0.9)
     assert len(fig7.measured_runs(runs.read(tmp_path)[0])) == 12
     (note,) = table.attrs["notes"]
