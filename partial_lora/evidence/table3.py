@@ -38,7 +38,8 @@ def make(evidence: Evidence) -> Artefact:
     notes = ["zero-shot: the frozen model, by `python scripts/zero_shot.py`."] if len(frozen) else []
     if len(generated):
         tasks = ", ".join(sorted(set(generated["task"])))
-        notes.append(f"Left out, as their answers are generated and not chosen: {len(generated)} runs on {tasks}.")
+        count = "1 run" if len(generated) == 1 else f"{len(generated)} runs"
+        notes.append(f"Left out, since answers are generated there and not chosen: {count} on {tasks}.")
     return assembled("table3", TITLE, CLAIM, verdict(numbers), numbers, runs, evidence, lacking, notes)
 
 
