@@ -39,7 +39,7 @@ def make(evidence: Evidence) -> Artefact:
     if len(generated):
         tasks = ", ".join(sorted(set(generated["task"])))
         count = "1 run" if len(generated) == 1 else f"{len(generated)} runs"
-        notes.append(f"Left out, since answers are generated there and not chosen: {count} on {tasks}.")
+        notes.append(f"Left out, as their answers are generated and not chosen: {count} on {tasks}.")
     return assembled("table3", TITLE, CLAIM, verdict(numbers), numbers, runs, evidence, lacking, notes)
 
 
