@@ -102,9 +102,10 @@ def shared_calibrations(runs: pd.DataFrame) -> list[str]:
     for task, of_task in known.groupby(tasks, sort=False):
         shared = [
             measure
-            for measure, own in of_task.groupby("importance", sort=False)
+            for (measure, _), own in of_task.groupby(["importance", "method"], sort=False)
             if len(set(map(draw_of, own["config"]))) < own["seed"].nunique()
         ]
+        shared = list(dict.fromkeys(shared))
         every = len(shared) == of_task["importance"].nunique()
         named += [task if every else f"{task} ({', '.join(shared)})"] if shared else []
     if not named:
