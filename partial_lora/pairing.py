@@ -65,8 +65,9 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
     """Who is compared with whom: `reference` with all others of its task, model, operating point and conditions.
 
     Methods that are not calibrated are compared at all points, those that are with references of the same measure of
-    importance. A run whose masks have a seed of their own is no reference beside others. Of up to three references of a
-    measure each is taken, of more the one whose own settings are nearest to the schema's.
+    importance, the plainest measure first. A run that was repaired or whose masks have a seed of their own is no
+    reference beside others. Of up to three references of a measure each is taken, of more the one whose own settings
+    are nearest to the schema's.
     """
     made = Pairing()
     for place in _gathered(known, lambda each: (each.row["task"], each.row["model"])).values():
@@ -80,10 +81,10 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
             at_point = [each for each in place if each.row["operating_point"] in (point, NONE)]
             alike = _gathered(of_point, lambda each: each.row["conditions"])
             of_measure = _gathered(of_point, lambda each: (each.row["conditions"], _measure(each)))
-            for (shared, measure), several in of_measure.items():
+            for (shared, measure), several in sorted(of_measure.items(), key=lambda item: _changes(item[1])):
                 own = [each for each in at_point if each.row["conditions"] == shared]
                 own = [each for each in own if each.row["operating_point"] == NONE or _measure(each) == measure]
-                several = [each for each in several if _mask_seed(each) is None] or several
+                several = [each for each in several if not _is_variant(each)] or several
                 for base in _chosen(several, made):
                     made.pairs += [(each, base) for each in (base, *(each for each in own if each is not base))]
             for each in at_point:
@@ -99,8 +100,16 @@ def _measure(folder: Folder) -> str | None:
     return (folder.settings.get("importance") or {}).get("name")
 
 
-def _mask_seed(folder: Folder) -> int | None:
-    return (folder.settings.get("mask") or {}).get("seed")
+def _is_variant(folder: Folder) -> bool:
+    """Whether a run is there to be set beside its like: other masks of one seed, repaired sparsities."""
+    settings = folder.settings
+    moved = (settings.get("mask") or {}).get("seed") is not None
+    return moved or bool((settings.get("calibration") or {}).get("repair"))
+
+
+def _changes(several: Sequence[Folder]) -> int:
+    """How many settings of its own the plainest of some folders has that the schema has not."""
+    return min(len(of_method(each.settings)) for each in several)
 
 
 def _gathered(each: Iterable, key: Callable[[object], Key]) -> dict[Key, list]:
@@ -125,8 +134,7 @@ def _chosen(several: Sequence[Folder], made: Pairing) -> list[Folder]:
     """The references that others are compared with; that they are some of many is remarked."""
     if len(several) <= _MOST_REFERENCES:
         return list(several)
-    changed = [len(of_method(each.settings)) for each in several]
-    plainest = [each for each, count in zip(several, changed, strict=True) if count == min(changed)]
+    plainest = [each for each in several if _changes([each]) == _changes(several)]
     names = ", ".join(each.name for each in plainest[:_MOST_NAMED])
     if len(plainest) > _MOST_REFERENCES:
         more = len(plainest) - _MOST_NAMED

@@ -17,7 +17,7 @@ from partial_lora.series import band, front, selected
 _LOOKS = ["method", "operating_point"]
 _WHERE = ["task", "model", "metric"]
 _PLACE = ["task", "model", "operating_point", "metric"]
-_MOST_ROWS, _MOST_LINES = 32, 12  # of a panel
+_MOST_ROWS, _MOST_LINES = 48, 12  # of a panel
 _FAR = 3  # times the usual distance from zero: a row all of which is farther is not drawn, but said
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)

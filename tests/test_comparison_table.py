@@ -226,6 +226,7 @@ def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_pa
     assert ("targeted-None-snip", "partial-None-") not in pairs
     assert {reference for _, reference in pairs} == {"partial-None-", "partial-None-snip"}
     assert ("partial-None-mask5", "partial-None-") in pairs
+    assert found["reference"].iloc[0].endswith("partial-None-")  # before that of snip
     assert ("lora-None-", "partial-None-snip") in pairs
 
 
