@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from partial_lora.conditions import conditions, differences, of_method
 from partial_lora.grouping import point_order
-from partial_lora.identity import flatten
+from partial_lora.identity import defaults, flatten
 from partial_lora.runs import NONE, Run
 
 _MOST_REFERENCES = 3  # of one place, each of which every other method is compared with
@@ -81,7 +81,7 @@ def paired(known: Sequence[Folder], reference: str) -> Pairing:
             at_point = [each for each in place if each.row["operating_point"] in (point, NONE)]
             alike = _gathered(of_point, lambda each: each.row["conditions"])
             of_measure = _gathered(of_point, lambda each: (each.row["conditions"], _measure(each)))
-            for (shared, measure), several in sorted(of_measure.items(), key=lambda item: _changes(item[1])):
+            for (shared, measure), several in sorted(of_measure.items(), key=_plainness):
                 own = [each for each in at_point if each.row["conditions"] == shared]
                 own = [each for each in own if each.row["operating_point"] == NONE or _measure(each) == measure]
                 several = [each for each in several if not _is_variant(each)] or several
@@ -105,6 +105,12 @@ def _is_variant(folder: Folder) -> bool:
     settings = folder.settings
     moved = (settings.get("mask") or {}).get("seed") is not None
     return moved or bool((settings.get("calibration") or {}).get("repair"))
+
+
+def _plainness(item: tuple[tuple[str, str | None], Sequence[Folder]]) -> tuple[bool, int]:
+    """What folders of a measure are ordered by: the schema's own measure first, and then the plainest."""
+    (_, measure), several = item
+    return measure != defaults()["importance.name"], _changes(several)
 
 
 def _changes(several: Sequence[Folder]) -> int:
