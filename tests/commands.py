@@ -22,6 +22,7 @@ from unittest import mock
 
 import datasets
 import huggingface_hub
+import torch
 
 import partial_lora.train  # noqa: F401  what a worker imports: once, for all of them
 from partial_lora import cli, processes, worker
@@ -131,6 +132,9 @@ def _work(words: list[str], log: int, variables: dict[str, str], first: Callable
         os.dup2(log, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     gc.freeze()  # what a new process would not have is not to be looked through again and again
+    # A fork's first call into torch makes its pool anew, and two threads that make it at once (images are decoded in
+    # several) fail with "Invalid thread pool!": so it is made here. A worker that starts from nothing has no such pool.
+    torch.set_num_threads(torch.get_num_threads())
     logging.getLogger().handlers.clear()  # the tests' own
     sys.argv = ["partial_lora.worker", *words]
     first()
