@@ -9,6 +9,7 @@
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
 # make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
+# make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
@@ -22,7 +23,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods longer models bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders causal tune methods longer same-rate models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -116,6 +117,13 @@ longer: $(VENV)/.installed
 	$(LONGER)
 	$(LONGER) method=lora calibration=threshold
 	$(BIN)/partial-lora report results/longer
+
+# Beside digits two sets of images of DATA=FOLDER, where that is there.
+SAME_RATE = $(BIN)/partial-lora train -m experiment=same_rate preset=cpu results_dir=results/same_rate
+same-rate: $(VENV)/.installed
+	$(SAME_RATE) task=digits
+	$(if $(FILES_AT),$(SAME_RATE) task=cifar10$(comma)signdigits $(OF_FILES_cpu) task.test_samples=1000)
+	$(BIN)/partial-lora report results/same_rate
 
 include reproduce.mk
 
