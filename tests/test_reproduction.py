@@ -115,16 +115,14 @@ def composed(words: tuple[str, ...]):
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> None:
-    seeds = set()
     for words in searches(preset):
         combinations, settings = composed(words)
         last = settings(combinations[-1])
+        assert last["seed"] >= 1000  # no run of a table has it
         assert last["trainer"]["tuned"] is None
         assert last["results_dir"] == str(Path(RATES[preset]).parent / "tune")
-        seeds.add(last["seed"])
         rates = [word for word in combinations[0] if word.startswith("trainer.learning_rate=")]
         assert len(rates) == 1
-    assert seeds == {1000}
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
