@@ -38,7 +38,8 @@ def level(axes: Axes, part: pd.DataFrame, method: str) -> None:
 
 def above(figure: Figure, said: str) -> None:
     """What markers, lines and bars mean, over all panels, in as many lines as its width needs."""
-    figure.suptitle(textwrap.fill(said, int(_LETTERS * figure.get_figwidth())), fontsize=9)
+    unbroken = said.replace(" %", "\N{NO-BREAK SPACE}%")
+    figure.suptitle(textwrap.fill(unbroken, int(_LETTERS * figure.get_figwidth())), fontsize=9)
 
 
 def numbered(axes: Axes, x: float, y: float, text: str) -> None:
