@@ -110,7 +110,10 @@ def _is_whole(entry: Mapping) -> bool:
 
 
 def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
-    """On which task and where a rate was found, if elsewhere than where it is used; of many settings the first."""
+    """On which task and where a rate was found, if elsewhere than where it is used; of many settings the first.
+
+    A part of what tells a run from others (identity.py): in other words it would be another run.
+    """
     if others:
         more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
         place = [*([f"task={on}"] if on else []), *([at] if at else [])]

@@ -340,6 +340,8 @@ def test_initialising_a_masked_adapter_late_from_data_is_refused(masked):
         lambda factor, value: factor.weight.data.fill_(0),
         lambda factor, value: factor.weight[0].fill_(0),
         lambda factor, value: torch.nn.init.zeros_(factor.weight),
+        lambda factor, value: factor.weight.requires_grad_(False),
+        lambda factor, value: setattr(factor.weight, "requires_grad", False),
     ],
 )
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
@@ -348,6 +350,31 @@ def test_writing_into_the_dense_view_is_refused(masked, factor, write):
     factor = getattr(layer, factor)["default"]
     with pytest.raises((PartialLoraError, AttributeError), match="masked"), torch.no_grad():
         write(factor, torch.ones(factor.weight.shape))
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_the_dense_view_is_saved_as_an_ordinary_tensor(masked, factor, tmp_path):
+    factor = getattr(next(iter(layers(masked).values())), factor)["default"]
+    assert type(factor.weight) is not torch.Tensor
+    torch.save({"weight": factor.weight.detach()}, tmp_path / "weight.pt")
+    found = torch.load(tmp_path / "weight.pt", weights_only=True)["weight"]
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, factor.weight.clone())
+    assert (factor.out_features, factor.in_features) == found.shape
+
+
+@granularities
+@pytest.mark.parametrize("strict", [True, False])
+def test_parameters_kept_by_name_load_again(granularity, strict):
+    model = fill(adapt(llama, sparsity=0.8, granularity=granularity))
+    expected, kept = logits(model, tokens()), {name: each.clone() for name, each in model.named_parameters()}
+    fill(model, seed=9)
+    assert not torch.equal(logits(model, tokens()), expected)
+    assert model.load_state_dict(kept, strict=strict) == ([], [])
+    assert torch.equal(logits(model, tokens()), expected)
+    name = next(name for name in kept if name.endswith("kept"))
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        model.load_state_dict({name: torch.ones(3, 2)}, strict=False)
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.Parameter, lambda tensor: tensor])

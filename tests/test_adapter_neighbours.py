@@ -120,6 +120,17 @@ def test_hooks_on_the_parts_of_an_adapter_are_called(part):
     assert torch.equal(model(x), expected)
 
 
+def test_hooks_on_all_modules_see_the_base_layers():
+    model, x = adapted(Perceptron, lora_dropout=0.2).eval(), torch.randn(4, 12)
+    expected, seen = model(x), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(model(x), expected, **TOLERANCE)
+    finally:
+        hook.remove()
+    assert {layer.get_base_layer() for layer in layers(model).values()} <= set(seen)
+
+
 def test_a_model_that_was_evaluated_in_inference_mode_on_a_new_device_trains(monkeypatch):
     monkeypatch.setattr(PartialLinear, "fuses", False)  # convolutions and quantised layers run this way
     model, x = adapted(Perceptron), torch.randn(4, 12)

@@ -23,12 +23,14 @@ from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
 from partial_lora.adapter.factor import FactorA, FactorB
@@ -341,6 +343,16 @@ def test_targets_that_cannot_be_masked_are_refused_before_anything_is_built(buil
         get_peft_model(model, PartialLoraConfig(r=2, target_modules=target, sparsity=0.5))
     assert "\n" not in str(refusal.value)
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_what_peft_refuses_for_lora_is_refused_with_its_words():
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    said = []
+    for method in (LoraConfig, PartialLoraConfig):
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models") as refusal:
+            get_peft_model(MambaForCausalLM(config), method(r=2, target_modules=["out_proj"]))
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
 
 
 def test_names_that_match_more_than_was_meant_are_visible_in_the_masks():

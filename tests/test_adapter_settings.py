@@ -85,6 +85,7 @@ def test_a_missing_calibration_file_is_named(tmp_path):
             {"count": "bernoulli", "granularity": "element", "selection": "top", "scores": {"qkv": both([0])}},
             "count is 'bernoulli': it goes with granularity 'element' and selection 'random'",
         ),
+        ({"exclude_modules": "[a"}, r"exclude_modules is '\[a': expected names or a regular expression \("),
         ({"mask_seed": True}, "mask_seed is True: expected a whole number"),
         ({"mask_seed": 0.5}, "mask_seed is 0.5: expected a whole number"),
         ({"sparsity": 1}, r"sparsity is 1: it is the share removed, a number in \[0, 1\)"),
@@ -113,6 +114,21 @@ def test_settings_changed_later_are_refused_too(name, value):
     for build in (lambda: get_peft_model(vit(), config), lambda: config.choose_masks({"qkv": QKV})):
         with pytest.raises(PartialLoraError, match=f"^{name}|with scores"):
             build()
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(tmp_path):
+    config = PartialLoraConfig(r=np.int64(2), mask_seed=np.int64(3), target_modules=["qkv"], sparsity=0.5)
+    assert config == PartialLoraConfig(r=2, mask_seed=3, target_modules=["qkv"], sparsity=0.5)
+    get_peft_model(vit(), config).save_pretrained(tmp_path)
+    assert PartialLoraConfig.from_pretrained(tmp_path).mask_seed == 3
+
+
+def test_an_adapter_of_more_modules_names_the_one_that_is_not_there(tmp_path):
+    get_peft_model(vit(), PartialLoraConfig(r=2, target_modules=["qkv"], sparsity=0.5)).save_pretrained(tmp_path)
+    config = PartialLoraConfig.from_pretrained(tmp_path)
+    first = min(config.expected)
+    with pytest.raises(PartialLoraError, match=f"this model has no target module {first}, which the adapter"):
+        config.choose_masks({"another": QKV})
 
 
 def test_settings_changed_later_are_used_in_any_form():
@@ -271,5 +287,5 @@ def test_the_method_has_a_name_that_peft_can_read_as_one_of_its_own():
 
 
 def test_a_config_without_masks_is_not_saved(tmp_path):
-    with pytest.raises(PartialLoraError, match="once get_peft_model has made its masks"):
+    with pytest.raises(PartialLoraError, match="has no masks to save: a model makes them for a copy of its own"):
         PartialLoraConfig(target_modules=["qkv"]).save_pretrained(str(tmp_path))

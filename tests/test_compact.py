@@ -395,6 +395,31 @@ def test_a_base_with_a_masked_adapter_merged_into_it_is_another():
         assert not own.agrees(fingerprint(merged))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype):
+    def adapted():
+        torch.manual_seed(1)
+        # No larger than the weights, as what is learned is.
+        config = PartialLoraConfig(r=4, lora_alpha=0.08, target_modules=["q_proj", "down_proj"], sparsity=0.5)
+        return fill(get_peft_model(llama().to(dtype), config)).eval()
+
+    own, model = fingerprint(llama().to(dtype)), adapted()
+    for _ in range(3):
+        model.merge_adapter()
+        assert not own.agrees(fingerprint(model.get_base_model()))
+        model.unmerge_adapter()
+    expected = logits(adapted(), tokens())
+    assert not torch.equal(logits(model, tokens()), expected)  # rounding has moved the base
+    write_compact(model, tmp_path)
+    assert torch.equal(logits(load_compact(llama().to(dtype), tmp_path), tokens()), expected)
+    emptied = model.unload()
+    load_compact(emptied, tmp_path).unload()
+    other = next(parameter for name, parameter in emptied.named_parameters() if name.endswith("q_proj.weight"))
+    other.data[:, : other.shape[1] // 2] += 1  # the weights from before do not hide this
+    with pytest.raises(PartialLoraError, match="load that one, anew if an adapter was merged into it"):
+        load_compact(emptied, tmp_path)
+
+
 def test_other_linear_weights_are_told_apart_in_another_precision():
     own, other = fingerprint(llama()), llama()
     assert own.agrees(fingerprint(llama().to(torch.bfloat16)))

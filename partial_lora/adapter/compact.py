@@ -181,7 +181,7 @@ def _check_base(base: nn.Module, compact: Compact, path: Path) -> None:
         known = compact.config.base_model_name_or_path
         raise PartialLoraError(
             f"{path}: the weights of this model are not those of the base model that the adapter belongs to"
-            f"{f' ({known})' if known else ''}: load that one."
+            f"{f' ({known})' if known else ''}: load that one, anew if an adapter was merged into it."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 
@@ -106,8 +107,9 @@ class PartialLoraConfig(LoraConfig):
             if getattr(self, name) not in choices:
                 expected = " or ".join(map(repr, choices))
                 raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
-        if not isinstance(self.mask_seed, int) or isinstance(self.mask_seed, bool):
+        if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
+        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # of numpy's kinds, which JSON does not know
         if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
             raise PartialLoraError("count is 'bernoulli': it goes with granularity 'element' and selection 'random'.")
         given = [name for name in ("scores", "indices") if getattr(self, name) is not None]
@@ -127,6 +129,8 @@ class PartialLoraConfig(LoraConfig):
         masks.
         """
         self.check()  # again: attributes can be set
+        for module in sorted((self.expected or {}).keys() - geometries.keys()):
+            raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
         if self.selection == "random":
             masks = random_masks(
                 geometries,
@@ -168,7 +172,10 @@ class PartialLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
         if not self.masks:
-            raise PartialLoraError("a PartialLoraConfig can be saved once get_peft_model has made its masks.")
+            raise PartialLoraError(
+                "this PartialLoraConfig has no masks to save: a model makes them for a copy of its own, so save the"
+                " model, or its peft_config[NAME]."
+            )
         self.as_lora().save_pretrained(save_directory, **kwargs)
         sidecar.write(Path(save_directory), self)
         complete_card(Path(save_directory))

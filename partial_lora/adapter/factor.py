@@ -35,7 +35,7 @@ class MaskedFactor(nn.Module):
     """A low-rank factor that holds only what its ``mask`` keeps, as the parameter ``kept``; the rest is zero.
 
     Everyone else sees the whole factor: ``weight`` is the dense tensor with zeros where masked, and the state dict
-    holds it under PEFT's own key, ``weight``. Writing into ``weight.data`` changes nothing.
+    holds it under PEFT's own key, ``weight``; ``kept``, the name of the parameter, loads as well.
 
     Args:
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
@@ -59,7 +59,9 @@ class MaskedFactor(nn.Module):
         self.is_convolution = not isinstance(dense, nn.Linear)
         # How the dense factor is applied to its input.
         self._apply_weight = F.linear
-        if self.is_convolution:
+        if not self.is_convolution:
+            self.out_features, self.in_features = self.shape  # as of the layer it stands in for
+        else:
             settings = ("stride", "padding", "dilation", "groups")
             self._apply_weight = partial(_convolve, **{name: getattr(dense, name) for name in settings})
         # No buffer: DistributedDataParallel would send it every step, and a detour over the meta device would empty it.
@@ -173,7 +175,9 @@ class MaskedFactor(nn.Module):
     ) -> None:
         own = {}
         dense = state_dict.get(prefix + "weight")
-        if dense is None:
+        if prefix + "kept" in state_dict:  # a copy of parameters by their names, as of an average of weights
+            own[prefix + "kept"] = sharded_like(self.kept, whole(state_dict[prefix + "kept"]))
+        elif dense is None:
             missing_keys.append(prefix + "weight")
         elif dense.shape != self.shape:
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")

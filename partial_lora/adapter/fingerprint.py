@@ -10,6 +10,9 @@ samples  two values from the middle of each of the two largest parameters outsid
          from the middle of each of four linear layers. On a model of other dtypes these must agree, up to rounding;
          where its linear layers are quantised, the first of them alone.
 
+An adapter that is merged and unmerged leaves a base weight as it was but for rounding. `remember_base` keeps the
+diagonals from before, and they count for as long as the weights are still near them.
+
 Buffers are left out, since running averages move in training, and so are the parameters an adapter has of its own.
 """
 
@@ -30,6 +33,7 @@ from partial_lora.adapter.sharding import is_sharded
 _SAMPLED = 2  # parameters outside linear layers, of two values each
 _SAMPLED_LINEAR = 4  # of one value each
 _ROUNDING = 2**-6  # four times what bfloat16 rounds off; other weights hardly ever agree so far
+_REMEMBERED = "_diagonals_before_merging"
 _TINY = 1e-6  # float16 has no relative precision below
 
 
@@ -93,12 +97,37 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
     if not all(_readable(parameter) for _, _, parameter in found):
         return Fingerprint(dtypes, None, (), ())
     digest = hashlib.sha256()
-    for name, _, parameter in found:
+    for name, owner, parameter in found:
         if not _is_plain(parameter):
             continue
         digest.update(f"{name} {tuple(parameter.shape)} {_name_of(parameter.dtype)}\n".encode())
-        digest.update(_bytes(_diagonal(parameter)))
+        digest.update(_bytes(_diagonal_as_loaded(name, owner, parameter)))
     return Fingerprint(dtypes, short(digest), _samples(found), _linear_samples(found))
+
+
+def remember_base(model: nn.Module) -> None:
+    """Keep the diagonals of the weights under adapters, before an adapter is merged into them for the first time."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and not layer.merged:
+            for name, owner, parameter in base_parameters(layer):
+                if _is_plain(parameter) and _readable(parameter):
+                    kept = vars(owner).setdefault(_REMEMBERED, {})
+                    kept[_last(name)] = _diagonal_as_loaded(name, owner, parameter)
+
+
+def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tensor:
+    """The diagonal of a parameter; the one remembered where it differs from that by no more than merging rounds off."""
+    here = _diagonal(parameter)
+    before = vars(owner).get(_REMEMBERED, {}).get(_last(name))
+    if before is None or before.shape != here.shape:
+        return here
+    largest = before.abs().max().item() if before.numel() else 0.0
+    near = torch.allclose(here.double(), before.double(), rtol=0, atol=_ROUNDING * largest)
+    return before.to(here.dtype) if near else here
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def short(digest: hashlib._Hash) -> str:

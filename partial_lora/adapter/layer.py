@@ -126,8 +126,8 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a compiler (which fuses by itself), a functorch transform (vmap, jvp) or forward-mode AD looks on."""
-    if torch.compiler.is_compiling():
+    """Whether a compiler (it fuses by itself), hooks of all modules, a functorch transform or forward AD looks on."""
+    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
+from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.geometry import geometry
 from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
 from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
@@ -25,8 +26,10 @@ from partial_lora.masks import Mask
 class PartialLoraModel(LoraModel):
     """A base model with adapters of which only the kept rows and columns exist.
 
-    Everything PEFT's LoRA does (merging, saving, several adapters, quantised bases) is PEFT's. Adapters with a plain
-    LoraConfig stay dense. Raises PartialLoraError, before anything is built, for targets that cannot be masked.
+    Everything PEFT's LoRA does (merging, saving, several adapters, quantised bases) is PEFT's. All its adapters are of
+    a PartialLoraConfig, plain LoRA's of sparsity 0; what add_weighted_adapter combines them into is dense.
+
+    Raises PartialLoraError, before anything is built, for targets that cannot be masked.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
@@ -60,6 +63,11 @@ class PartialLoraModel(LoraModel):
                 )
         return {_unwrapped(name): geometry(name, modules[name], peft_config.r) for name in found}
 
+    def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT refuses what does not work with LoRA by the name of the method.
+        own = isinstance(peft_config, PartialLoraConfig)
+        super()._check_target_module_compatiblity(peft_config.as_lora() if own else peft_config, model, target_name)
+
     @staticmethod
     def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
         layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
@@ -87,6 +95,11 @@ class PartialLoraModel(LoraModel):
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
         finally:
             self.peft_config.update(own)
+
+    def merge_adapter(self, *args, **kwargs) -> None:
+        """Merge, as PEFT does; unmerging gives weights back but for rounding, so what tells the base apart is kept."""
+        remember_base(self.model)
+        super().merge_adapter(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, Field, fields
+from numbers import Integral
 
 from peft import LoraConfig
 
@@ -61,8 +63,18 @@ def refuse_options(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} does not go with Partial-LoRA: its values depend on each"
             " other, so that no part of them can be left out; use True, 'gaussian' or False."
         )
-    if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r < 1:
+    for name in ("target_modules", "exclude_modules"):
+        _refuse_pattern(name, getattr(config, name))
+    if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
         raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
+
+
+def _refuse_pattern(name: str, given: object) -> None:
+    """Raise PartialLoraError for a text that is no regular expression, which a single text is."""
+    try:
+        re.compile(given if isinstance(given, str) else "")
+    except re.error as error:
+        raise PartialLoraError(f"{name} is {given!r}: expected names or a regular expression ({error}).") from None
 
 
 def _is_default(option: Field, value: object) -> bool:

@@ -22,14 +22,19 @@ class DenseView(Tensor):
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
         if _writes(func.__name__, args, kwargs or {}):
             raise PartialLoraError(
-                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, and what"
-                " is written into it is lost: load a state dict, or write into `kept`."
+                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
+                " this would be lost: load a state dict, or do it to `kept`, which is the parameter."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
         if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
             return result.as_subclass(cls)  # .data, .detach(), a slice: a way to write all the same
         return result
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        """Pickled, and saved by torch.save, it is an ordinary tensor: what reads it may not know this class."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 _IN_PLACE = {

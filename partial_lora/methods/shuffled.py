@@ -16,7 +16,7 @@ from partial_lora.methods.setting import Setting, Sparsity, calibrated
 
 @calibrated
 def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: the sparsities of `partial`, each given to another module of the same shape, at its parameters."""
+    """Control: the sparsities of `partial`, dealt out again among modules of the same shape, at its parameters."""
     given = permuted(setting.sparsity, setting.shapes, setting.mask_seed)
     sparsity = scaled(given, *setting.units(), setting.budget())
     return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=sparsity))
@@ -25,7 +25,7 @@ def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
 def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping[str, float]]:
     """The sparsities of both axes in a random order, drawn by the seed, among modules of the same shape (out, in).
 
-    A module that is the only one of its shape keeps its own.
+    A module that is the only one of its shape keeps its own, and any other may: one of its shape, on average.
     """
     found = {}
     for shape in dict.fromkeys(shapes[module] for module in sparsity):
