@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -127,46 +128,14 @@ def calibrate(
             if say is not None and peers.rank == 0:
                 say(estimate(asked, len(modules), len(grid), getattr(score, "size", None), seconds, peers.size))
 
-            def enough(value: float, at: float) -> bool:
-                return passes(value, baseline=baseline, threshold=at, chance=asked.guessing)
-
+            steps = _Steps(asked, list(modules), grid, units, baseline, curves, kept, peers, progress)
             # (2) For each module and axis, how much can be zeroed while enough of that is left.
-            @cache
-            def levels_at(at: float) -> Levels:
-                def find(module: str, axis: str) -> float:
-                    survives = partial(curves.survives, module, axis, passes=partial(enough, at=at))
-                    return SEARCHES[search](survives, grid)
-
-                how = {"scope": scope, "peers": peers, "progress": progress}
-                return chosen(curves, list(modules), CURVE_AXES[axes], find, **how)
-
             if count is None:
-                sparsity = both_axes(levels_at(threshold))
+                sparsity = both_axes(steps.levels_at(threshold))
             else:
-                lowest = asked.lowest(baseline)
-                threshold, sparsity = budgets.meet(count, *units, lambda at: both_axes(levels_at(at)), lowest)
-            found = levels_at(threshold)
-
+                threshold, sparsity = steps.spending(count)
             # (3) What the model scores with all of it zeroed at once; where that is too little, less is zeroed.
-            def together() -> dict:
-                joint, zeroed, mended = curves.joint(sparsity), sparsity, None
-                if repair:
-                    before, mended = curves.evaluations, {"joint_before": joint, "threshold": threshold}
-                    asking = {"own": curves.exact, "joint": curves.joint, "enough": partial(enough, at=threshold)}
-                    relaxed, joint, mended["steps"] = repaired(found, grid, units[0], before=joint, **asking)
-                    mended["evaluations"] = curves.evaluations - before
-                    zeroed = both_axes(relaxed)
-                return {
-                    "baseline": baseline,
-                    "joint": joint,
-                    "threshold": threshold,
-                    "search": search,
-                    "scaled": sparsity != both_axes(found),
-                    "repaired": mended,
-                    "modules": _entries(kept, found, zeroed, scope),
-                }
-
-            kept.results[request] = of_first(peers, together)
+            kept.results[request] = of_first(peers, partial(steps.together, threshold, sparsity))
             kept.changed = True
 
             def paid() -> tuple[int, float]:
@@ -187,6 +156,64 @@ def calibrate(
     for warning in result.warnings if peers.rank == 0 else ():
         logger.warning("calibration: %s", warning)
     return result
+
+
+@dataclass
+class _Steps:
+    """Steps (2) and (3) of Algorithm 1: of one question about one model, whose score is known."""
+
+    asked: Question
+    modules: list[str]
+    grid: Sequence[float]
+    units: tuple[budgets.Shapes, int]
+    baseline: float
+    curves: Curves
+    kept: Store
+    peers: Peers
+    progress: Callable[..., None] | None
+
+    def __post_init__(self) -> None:
+        self.levels_at = cache(self._levels_at)  # a budget asks for those of its threshold again
+
+    def enough(self, value: float, at: float) -> bool:
+        """Whether a score has the share `at` of the baseline."""
+        return passes(value, baseline=self.baseline, threshold=at, chance=self.asked.guessing)
+
+    def _levels_at(self, at: float) -> Levels:
+        """For each module and axis the level that a threshold leaves."""
+
+        def find(module: str, axis: str) -> float:
+            survives = partial(self.curves.survives, module, axis, passes=partial(self.enough, at=at))
+            return SEARCHES[self.asked.search](survives, self.grid)
+
+        how = {"scope": self.asked.scope, "peers": self.peers, "progress": self.progress}
+        return chosen(self.curves, self.modules, CURVE_AXES[self.asked.axes], find, **how)
+
+    def spending(self, count: int) -> tuple[float, Sparsity]:
+        """The threshold, and the sparsity of its levels, at which `count` parameters are left."""
+        lowest = self.asked.lowest(self.baseline)
+        return budgets.meet(count, *self.units, lambda at: both_axes(self.levels_at(at)), lowest)
+
+    def together(self, threshold: float, sparsity: Sparsity) -> dict:
+        """The result: the score with all zeroed at once, repaired if that was asked for, and every module's entry."""
+        found = self.levels_at(threshold)
+        joint, zeroed, mended = self.curves.joint(sparsity), sparsity, None
+        if self.asked.repair:
+            before, mended = self.curves.evaluations, {"joint_before": joint, "threshold": threshold}
+            enough = partial(self.enough, at=threshold)
+            asking = {"own": self.curves.exact, "joint": self.curves.joint, "enough": enough}
+            relaxed, joint, mended["steps"] = repaired(found, self.grid, self.units[0], before=joint, **asking)
+            mended["evaluations"] = self.curves.evaluations - before
+            zeroed = both_axes(relaxed)
+        return {
+            "baseline": self.baseline,
+            "joint": joint,
+            "threshold": threshold,
+            "search": self.asked.search,
+            "scaled": sparsity != both_axes(found),
+            "repaired": mended,
+            "modules": _entries(self.kept, found, zeroed, self.asked.scope),
+        }
 
 
 def _entries(kept: Store, levels: Levels, sparsity: Sparsity, scope: str) -> dict[str, dict[str, dict]]:
