@@ -83,7 +83,10 @@ def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
 
     again.save_pretrained(tmp_path / "two")  # and once more, with nothing lost on the way
     for file in ("partial_lora.json", "adapter_config.json"):
-        assert json.loads((tmp_path / "one" / file).read_text()) == json.loads((tmp_path / "two" / file).read_text())
+        one, two = (json.loads((tmp_path / folder / file).read_text()) for folder in ("one", "two"))
+        for content in (one, two):
+            content["target_modules"] = sorted(content.get("target_modules", ()))  # PEFT's set, in any order
+        assert one == two
     masked = PartialLoraConfig.from_pretrained(str(tmp_path / "two"))
     assert module_masks(get_peft_model(KINDS[name].build(), masked)) == module_masks(model)
 

@@ -174,9 +174,9 @@ class MaskedFactor(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         own = {}
-        dense = state_dict.get(prefix + "weight")
-        if prefix + "kept" in state_dict:  # a copy of parameters by their names, as of an average of weights
-            own[prefix + "kept"] = sharded_like(self.kept, whole(state_dict[prefix + "kept"]))
+        dense, kept = (state_dict.get(prefix + name) for name in ("weight", "kept"))
+        if dense is None and kept is not None:  # parameters copied by their names, as an average of weights is
+            own[prefix + "kept"] = sharded_like(self.kept, whole(kept))
         elif dense is None:
             missing_keys.append(prefix + "weight")
         elif dense.shape != self.shape:
