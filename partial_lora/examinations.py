@@ -158,7 +158,8 @@ def cost_parts(settings: Mapping) -> dict[str, Part]:
 
 def _search_cost(search: str, subject: Subject) -> dict:
     draws = subject.draws()
-    found, counted = subject.counted(draws, search)
+    found, score = subject.counted(draws, search)
+    counted = score.evaluations
     return {
         "search": search,
         "passes": counted.passes,
@@ -166,6 +167,7 @@ def _search_cost(search: str, subject: Subject) -> dict:
         "sample_blocks": counted.sample_blocks,
         "seconds": found.seconds,
         "scored": len(draws.scored),
+        "rows": score.rows,
         "depth": subject.blocks,
         "sparsity": found.sparsity,
     }
@@ -191,8 +193,13 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     if chosen["budget"] is None and not chosen["repair"]:
         curves = AXES[:1] if chosen["axes"] == "joint" else AXES
         passes = 2 + _levels_tried(scan["sparsity"], curves, chosen["levels"], chosen["max_sparsity"])
-        examples = passes * scan["scored"]
-        literal = {"passes": passes, "examples": examples, "sample_blocks": examples * scan["depth"], "seconds": None}
+        rows = scan.get("rows", scan["scored"])  # which earlier parts have not: each example was one row
+        literal = {
+            "passes": passes,
+            "examples": passes * scan["scored"],
+            "sample_blocks": passes * rows * scan["depth"],
+            "seconds": None,
+        }
     pairs = [
         (axes[axis], bisect["sparsity"][module][axis]) for module, axes in scan["sparsity"].items() for axis in axes
     ]

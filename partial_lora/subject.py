@@ -15,7 +15,7 @@ from partial_lora.fewshot import batches_of, calibrate_few_shot, importance_few_
 from partial_lora.heads import scored_head
 from partial_lora.importance import OPTIONS, Scores
 from partial_lora.loading import named
-from partial_lora.scoring import Evaluations, FewShotScore
+from partial_lora.scoring import FewShotScore
 from partial_lora.stability import noisy_labels
 from partial_lora.targets import target_linears
 from partial_lora.world import join
@@ -115,8 +115,8 @@ class Subject:
             **named(chosen, *_FOUND_BY, "chance", "memory", "seed", "search"),
         )
 
-    def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, Evaluations]:
-        """A calibration that nothing is known for, and what its score counted."""
+    def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
+        """A calibration that nothing is known for, and its score, which has counted what it did."""
         fit, scored = (batches_of(self.train, rows, self._transform) for rows in (draws.fit, draws.scored))
         scores, chosen = self.importance(self._settings["importance"]["name"], draws), self._settings["calibration"]
         with scored_head(self._model, self._settings["model"]["head"], fit, self._new_head):
@@ -133,7 +133,7 @@ class Subject:
                 above_chance=chosen["chance"] == "majority",
                 **named(chosen, *_FOUND_BY),
             )
-        return calibration, score.evaluations
+        return calibration, score
 
     def density(self, sparsity: Mapping[str, Mapping[str, float]]) -> float:
         """The share of dense LoRA's parameters that an adapter of these sparsities trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import finished_runs
 import numpy as np
 import pytest
 import torch
@@ -172,11 +173,37 @@ def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject
     assert summary["differ"] == np.mean(moved)
 
 
+@pytest.fixture(scope="module")
+def of_causal(tmp_path_factory):
+    """The settings and the subject of a small causal model on a task of some kind."""
+
+    def subject_of(kind: str, *overrides: str) -> tuple[dict, Subject]:
+        given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1", *overrides)
+        chosen = settings(*given)
+        return chosen, Subject(chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARTIAL_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield subject_of
+
+
+def test_a_pass_over_questions_runs_a_row_for_every_option(of_causal) -> None:
+    given = (*finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
+    chosen, subject = of_causal("choice_table", *given)
+    parts = {name: part(subject) for name, part in examinations.cost_parts(chosen).items() if "search" in name}
+    scan = parts["search scan"]
+    options = sum(len(subject.train[int(row)]["options"]) for row in subject.draws().scored)
+    assert scan["rows"] == options > scan["scored"]
+    literal = examinations.cost_summary(chosen, parts)["searches"]["literal"]
+    assert literal["sample_blocks"] == literal["passes"] * options * subject.blocks
+    assert literal["examples"] == literal["passes"] * scan["scored"]
+
+
 def test_the_cost_is_measured_anew_whatever_the_cache_holds(subject) -> None:
     subject.calibration(subject.draws())
-    calibration, counted = subject.counted(subject.draws(), "scan")
+    calibration, score = subject.counted(subject.draws(), "scan")
     assert not calibration.cached
-    assert counted.passes == calibration.evaluations
+    assert score.evaluations.passes == calibration.evaluations
 
 
 def test_what_a_cached_calibration_had_cost_is_not_known(subject) -> None:

@@ -30,8 +30,8 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     """Measure a run and write its dynamics.json; gives the content.
 
     most: rows of each split at most, drawn by a fixed seed. The labels of training rows are those that were trained
-    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, files of rows that have changed since, and
-    weights that are not there.
+    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
+    there.
     """
     blocks = run.settings["model"]["blocks"]
     if blocks is None:
