@@ -13,10 +13,11 @@ from functools import cache, partial
 from partial_lora import agreement
 from partial_lora.calibration import Calibration
 from partial_lora.calibration_file import AXES, Sparsity
+from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import correlation, reliability, split_half, verdict
 from partial_lora.stability import deviation_of, every_two, mean_difference, mean_of
 from partial_lora.subject import Subject
-from partial_lora.tasks import Draws
+from partial_lora.tasks import Draws, drawn_from
 
 Part = Callable[[Subject], dict]
 
@@ -68,8 +69,7 @@ def reliability_parts(settings: Mapping) -> dict[str, Part]:
 
 def _reliability(seed: int, subject: Subject) -> dict:
     draws = subject.draws()
-    labels = subject.train.select(draws.scored)["label"]
-    halves = [draws.scored[half] for half in split_half(labels, seed)]
+    halves = [draws.scored[half] for half in split_half(drawn_from(subject.train)[draws.scored], seed)]
     found = [subject.calibration(Draws(fit=draws.fit, scored=half)) for half in halves]
     first, second = (calibration.sparsity for calibration in found)
     of_axis = {axis: correlation(_only(first, axis), _only(second, axis)) for axis in AXES}
@@ -106,7 +106,16 @@ def conditions(settings: Mapping) -> list[tuple[int, float]]:
 
 
 def stability_parts(settings: Mapping) -> dict[str, Part]:
-    """One part for each number of shots, share of wrong labels and seed."""
+    """One part for each number of shots, share of wrong labels and seed.
+
+    Raises PartialLoraError where labels are to be wrong and the task has none to confuse.
+    """
+    noise, task = settings["analysis"]["noise"], settings["task"]
+    if any(noise) and (task["kind"] != "label" or task["regression"]):
+        kind = "regression" if task["regression"] else task["kind"]
+        raise PartialLoraError(
+            f"analysis.noise={noise}: task={task['name']} is of kind {kind} and has no classes; expected [0.0]"
+        )
     return {
         f"{shots} shots, {noise:.0%} noise, seed {seed}": partial(_stability, shots, noise, seed)
         for shots, noise in conditions(settings)

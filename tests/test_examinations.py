@@ -10,6 +10,7 @@ from analysed import settings
 
 from partial_lora import examinations, tasks
 from partial_lora.calibration import calibrate
+from partial_lora.errors import PartialLoraError
 from partial_lora.fewshot import batches_of
 from partial_lora.heads import few_shot_head
 from partial_lora.importance import scores_of
@@ -197,6 +198,27 @@ def test_a_pass_over_questions_runs_a_row_for_every_option(of_causal) -> None:
     literal = examinations.cost_summary(chosen, parts)["searches"]["literal"]
     assert literal["sample_blocks"] == literal["passes"] * options * subject.blocks
     assert literal["examples"] == literal["passes"] * scan["scored"]
+
+
+GENERATION = ("text_generation", *finished_runs.GENERATION)
+
+
+def test_halves_of_rows_without_labels_are_of_all_alike(of_causal) -> None:
+    given = (*GENERATION, finished_runs.override(finished_runs.exchange_files()))
+    chosen, subject = of_causal(*given, "analysis.splits=1")
+    part = examinations.reliability_parts(chosen)["split 0"](subject)
+    assert "label" not in subject.train.column_names
+    assert sum(half["examples"] for half in part["halves"]) == len(subject.draws().scored)
+
+
+def test_wrong_labels_are_refused_where_there_are_none() -> None:
+    chosen = settings("task=text_generation", "model=tiny_llama", *finished_runs.GENERATION, "analysis.shots=[8]")
+    with pytest.raises(PartialLoraError, match=r"analysis\.noise=\[0\.0, 0\.1, 0\.2\]: .* kind generation"):
+        examinations.stability_parts(chosen)
+    chosen["analysis"]["noise"] = [0.0]
+    assert len(examinations.stability_parts(chosen)) == 6  # 8 shots and the usual ones, 3 seeds each
+    with pytest.raises(PartialLoraError, match="kind regression"):
+        examinations.stability_parts(settings("task.regression=true"))
 
 
 def test_the_cost_is_measured_anew_whatever_the_cache_holds(subject) -> None:
