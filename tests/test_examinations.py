@@ -8,7 +8,7 @@ import pytest
 import torch
 from analysed import settings
 
-from partial_lora import examinations, tasks
+from partial_lora import examinations, record, tasks, train
 from partial_lora.calibration import calibrate
 from partial_lora.errors import PartialLoraError
 from partial_lora.fewshot import batches_of
@@ -198,6 +198,17 @@ def test_a_pass_over_questions_runs_a_row_for_every_option(of_causal) -> None:
     literal = examinations.cost_summary(chosen, parts)["searches"]["literal"]
     assert literal["sample_blocks"] == literal["passes"] * options * subject.blocks
     assert literal["examples"] == literal["passes"] * scan["scored"]
+
+
+@pytest.mark.parametrize("quantization", ["null", "nf4"])
+def test_what_a_run_has_calibrated_is_kept_for_an_analysis(of_causal, tmp_path, quantization) -> None:
+    given = (*finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
+    chosen, subject = of_causal("choice_table", *given, f"model.quantization={quantization}")
+    entry = record.new(chosen)
+    train.run(chosen, tmp_path, entry, "calibrate")
+    found = subject.calibration(subject.draws())
+    assert found.cached
+    assert found.sparsity == entry["sparsity"]
 
 
 GENERATION = ("text_generation", *finished_runs.GENERATION)
