@@ -22,6 +22,21 @@ def found(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("condition", "count"),
+    [
+        ("operating_point=budget 120,000", 1),
+        ("calibration.budget=120000", 1),
+        ("calibration.budget=1200001", 1),
+        ("calibration.budget=120000,1200001", 2),
+    ],
+)
+def test_a_budget_of_parameters_is_one_value_and_met_to_the_last(tmp_path, condition, count):
+    for number, parameters in enumerate((120_000.0, 1_200_000.0, 1_200_001.0)):
+        place(tmp_path, budget(record(), parameters), id=str(number))
+    assert len(selection.where(runs.read(tmp_path)[0], [condition])) == count
+
+
+@pytest.mark.parametrize(
     ("conditions", "count"),
     [
         (["task=digits"], 4),
