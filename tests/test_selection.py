@@ -94,6 +94,15 @@ def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_parameters_that_differ_between_seeds_are_averaged_as_they_are(tmp_path):
+    for seed, kept in enumerate((700, 701)):
+        of_seed = record(seed=seed)
+        of_seed["parameters"]["adapter_trainable"] = kept
+        place(tmp_path, of_seed)
+    table = grouping.group(runs.table(runs.read(tmp_path)[0]))
+    assert table[["adapter_parameters", "adapter_dense"]].to_numpy().tolist() == [[700.5, 1000]]
+
+
 def test_half_the_interval_is_students():
     assert grouping.half_interval(0.01, 3) == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
     assert math.isnan(grouping.half_interval(math.nan, 1))
