@@ -110,7 +110,8 @@ def repairs(records: Iterable[dict]) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     means = {name: (name, "mean") for name in ("baseline", "before", "joint", "steps", "kept")}
-    found = pd.DataFrame(rows).drop_duplicates().groupby(["part", *_PLACE], sort=False)  # methods share a calibration
+    once = pd.DataFrame(rows).drop_duplicates([*_PLACE, "seed"])  # methods share a calibration
+    found = once.groupby(["part", *_PLACE], sort=False)
     return found.agg(n=("seed", "size"), **means).reset_index()
 
 
