@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from partial_lora.analysis_tables import is_reference, number, point_name, spread
 from partial_lora.figures import save
 from partial_lora.places import place
+from partial_lora.report_panels import plain
 
 _BLUE, _VERMILLION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
 _ROWS = {"color": _BLUE, "marker": "o", "label": "rows"}
@@ -84,7 +85,7 @@ def _modules(
             beyond = [(line["jaccard"] - line["chance"]) / (1 - line["chance"]) for line in told]
             axes.plot(places, beyond, linestyle="none", markersize=4, **style)
         axes.set_title(f"{pair['first']}, {pair['second']}", fontsize=9)
-        _plain(axes)
+        plain(axes)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panels[0][0].set_ylim(top=1.05)
     handles = panels[0][0].get_legend_handles_labels()
@@ -109,7 +110,7 @@ def _reliability(analysis: Mapping) -> Figure:
         axes.set_title(f"{axis}: r = {spread(analysis['summary'][axis])}", fontsize=10)
         axes.set(xlabel="sparsity, first half", ylabel="sparsity, second half", xlim=(-0.05, 1), ylim=(-0.05, 1))
         axes.set_aspect("equal")
-        _plain(axes)
+        plain(axes)
     kinds = {
         "pearson": ("Pearson", _BLUE, "o"),
         "spearman": ("Spearman", _VERMILLION, "s"),
@@ -127,7 +128,7 @@ def _reliability(analysis: Mapping) -> Figure:
     splits.set_ylim(min(0, splits.get_ylim()[0]), 1.02)
     splits.set_title(f"each split, and the mean of {len(analysis['parts'])}", fontsize=10)
     splits.set_ylabel("correlation of the two halves")
-    _plain(splits)
+    plain(splits)
     figure.suptitle(_title("Split-half reliability", analysis) + "; larger marks: more modules", fontsize=11)
     return figure
 
@@ -172,7 +173,7 @@ def _stability(analysis: Mapping) -> Figure:
     for axes in panels[[0, 2], 0]:
         axes.legend(frameon=False, fontsize=8)
     for axes in panels.flat:
-        _plain(axes)
+        plain(axes)
     panels[0][0].set_ylim(top=1.03)
     panels[1][0].set_ylim(bottom=0)
     panels[2][0].set_ylim(0, 1.05)
@@ -204,14 +205,7 @@ def _bars(axes: Axes, values: Mapping[str, float], form: str, label: str) -> Non
     axes.margins(x=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel(label)
-    _plain(axes)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
+    plain(axes)
 
 
 def _title(what: str, analysis: Mapping) -> str:

@@ -92,9 +92,12 @@ def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
             for key in sorted(OmegaConf.missing_keys(found[group])):
                 raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
             OmegaConf.to_object(found[group])  # runs every __post_init__
-        return {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
+        asked = {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise PartialLoraError(composition_error(error, list(overrides))) from error
+    if "task" in kept:
+        _refuse_a_test_split_cut_anew(settings["task"]["data_files"], asked["task"]["data_files"])
+    return asked
 
 
 def _names_a_task(overrides: Sequence[str]) -> bool:
@@ -127,6 +130,16 @@ def _refuse_other_rows(overrides: Sequence[str]) -> None:
         key = override.partition("=")[0]
         if key in {f"task.{name}" for name in ("split_seed", "validation_share", "train_samples", "train_split")}:
             raise PartialLoraError(f"{key}: a finished run keeps it, else splits would hold rows it was trained on")
+
+
+def _refuse_a_test_split_cut_anew(recorded: str | Mapping | None, files: str | Mapping | None) -> None:
+    """Other training rows may hold those that the run was trained on, and a test split cut from them would, too."""
+    is_cut = "test" not in files if isinstance(files, Mapping) else files is not None and Path(files).is_file()
+    if is_cut and files != recorded:
+        raise PartialLoraError(
+            "task.data_files.train: a finished run keeps it, else splits would hold rows it was trained on; expected "
+            "task.data_files.test=FILE"
+        )
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

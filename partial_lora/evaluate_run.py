@@ -65,8 +65,8 @@ def evaluate_run(
             f"{run.settings['task']['modality']}s: choose another task"
         )
     is_own = asked["task"] == known.settings["task"]
-    if is_own:
-        _check_files(run, asked["task"]["data_files"])
+    if _source(asked["task"], split) in {_source(known.settings["task"], each) for each in SPLITS}:
+        check_files(run)
     size = batch_size or run.settings["trainer"]["eval_batch_size"]
     asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
     other = _own_rows(run, known.member) if is_own and known.member else loading.task_of(asked)
@@ -107,7 +107,15 @@ def _own_rows(run: FinishedRun, member: str) -> Task:
     return loading.task_of(run.settings, mixtures=True).members[names.index(member)]
 
 
-def _check_files(run: FinishedRun, files: str | Mapping | None) -> None:
+def _source(task: Mapping, split: str) -> str | None:
+    """What a split's rows are read from, or cut from: its own file, else that of the training rows, else a data set."""
+    files = task["data_files"]
+    if isinstance(files, Mapping):
+        return files.get(split) or files.get("train")
+    return files or task["path"]
+
+
+def check_files(run: FinishedRun) -> None:
     """Raises PartialLoraError where the run's files have changed: what is cut from them would be other rows.
 
     A run's folder is named by an id of its settings and of what its files hold; one that was renamed says nothing.
@@ -119,8 +127,9 @@ def _check_files(run: FinishedRun, files: str | Mapping | None) -> None:
         return
     if changed:
         raise PartialLoraError(
-            f"task.data_files={files}: not the rows that the run was trained on, so that "
-            "its splits would be others; expected task.data_files.test=FILE with rows it has not seen"
+            f"task.data_files={run.settings['task']['data_files']}: not the rows that the run was trained on, so that "
+            "its splits would be others; expected the files as they were, or to evaluate it on rows it has not seen, "
+            "task.data_files.test=FILE"
         )
 
 

@@ -13,10 +13,11 @@ from functools import cache, partial
 from partial_lora import agreement
 from partial_lora.calibration import Calibration
 from partial_lora.calibration_file import AXES, Sparsity
+from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import correlation, reliability, split_half, verdict
 from partial_lora.stability import deviation_of, every_two, mean_difference, mean_of
 from partial_lora.subject import Subject
-from partial_lora.tasks import Draws
+from partial_lora.tasks import Draws, drawn_from
 
 Part = Callable[[Subject], dict]
 
@@ -68,8 +69,7 @@ def reliability_parts(settings: Mapping) -> dict[str, Part]:
 
 def _reliability(seed: int, subject: Subject) -> dict:
     draws = subject.draws()
-    labels = subject.train.select(draws.scored)["label"]
-    halves = [draws.scored[half] for half in split_half(labels, seed)]
+    halves = [draws.scored[half] for half in split_half(drawn_from(subject.train)[draws.scored], seed)]
     found = [subject.calibration(Draws(fit=draws.fit, scored=half)) for half in halves]
     first, second = (calibration.sparsity for calibration in found)
     of_axis = {axis: correlation(_only(first, axis), _only(second, axis)) for axis in AXES}
@@ -106,7 +106,16 @@ def conditions(settings: Mapping) -> list[tuple[int, float]]:
 
 
 def stability_parts(settings: Mapping) -> dict[str, Part]:
-    """One part for each number of shots, share of wrong labels and seed."""
+    """One part for each number of shots, share of wrong labels and seed.
+
+    Raises PartialLoraError where labels are to be wrong and the task has none to confuse.
+    """
+    noise, task = settings["analysis"]["noise"], settings["task"]
+    if any(noise) and (task["kind"] != "label" or task["regression"]):
+        kind = "regression" if task["regression"] else task["kind"]
+        raise PartialLoraError(
+            f"analysis.noise={noise}: task={task['name']} is of kind {kind} and has no classes; expected [0.0]"
+        )
     return {
         f"{shots} shots, {noise:.0%} noise, seed {seed}": partial(_stability, shots, noise, seed)
         for shots, noise in conditions(settings)
@@ -158,7 +167,8 @@ def cost_parts(settings: Mapping) -> dict[str, Part]:
 
 def _search_cost(search: str, subject: Subject) -> dict:
     draws = subject.draws()
-    found, counted = subject.counted(draws, search)
+    found, score = subject.counted(draws, search)
+    counted = score.evaluations
     return {
         "search": search,
         "passes": counted.passes,
@@ -166,6 +176,7 @@ def _search_cost(search: str, subject: Subject) -> dict:
         "sample_blocks": counted.sample_blocks,
         "seconds": found.seconds,
         "scored": len(draws.scored),
+        "rows": score.rows,
         "depth": subject.blocks,
         "sparsity": found.sparsity,
     }
@@ -191,8 +202,13 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     if chosen["budget"] is None and not chosen["repair"]:
         curves = AXES[:1] if chosen["axes"] == "joint" else AXES
         passes = 2 + _levels_tried(scan["sparsity"], curves, chosen["levels"], chosen["max_sparsity"])
-        examples = passes * scan["scored"]
-        literal = {"passes": passes, "examples": examples, "sample_blocks": examples * scan["depth"], "seconds": None}
+        rows = scan.get("rows", scan["scored"])  # which earlier parts have not: each example was one row
+        literal = {
+            "passes": passes,
+            "examples": passes * scan["scored"],
+            "sample_blocks": passes * rows * scan["depth"],
+            "seconds": None,
+        }
     pairs = [
         (axes[axis], bisect["sparsity"][module][axis]) for module, axes in scan["sparsity"].items() for axis in axes
     ]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from partial_lora import report_figures, report_maps, runs
 from partial_lora.predicted import Predictions
-from partial_lora.runs import Run
+from partial_lora.runs import LOWER_IS_BETTER, Run
 from partial_lora.series import calibrations
 
 
@@ -48,8 +48,8 @@ def draw(
         ),
         "differences": (
             "Differences from partial",
-            "At the same operating point, with 95 % intervals of a paired bootstrap over examples and seeds. An "
-            "interval that begins in the hatched strip, less than a point below zero, or to the right of it matches.",
+            "At the same operating point, with 95 % intervals of a paired bootstrap over examples and seeds."
+            + _matching(compared),
             lambda: report_figures.differences(compared),
         ),
         "training": (
@@ -88,6 +88,18 @@ def draw(
         if files:
             drawn.append(Shown(title, f"{said} {drawing.cut}".strip(), tuple(files), drawing.cut))
     return drawn
+
+
+def _matching(compared: pd.DataFrame) -> str:
+    """What the hatched strip of the differences means, and what there is in its place where less is better."""
+    metrics = set(compared["metric"]) if len(compared) else set()
+    said = ""
+    if metrics - LOWER_IS_BETTER:
+        said += " An interval that begins in the hatched strip, less than a point below zero, or to the right of it "
+        said += "matches."
+    if lower := sorted(metrics & LOWER_IS_BETTER):
+        said += f" Of {' and '.join(lower)} less is better: below zero is better, and nothing matches."
+    return said
 
 
 def analyses(results_dir: Path) -> list[Shown]:

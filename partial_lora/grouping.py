@@ -11,8 +11,9 @@ from scipy.special import stdtrit  # scipy.stats takes half a second to import
 from partial_lora.runs import NONE
 
 SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning", "conditions", "group")
-_WHOLE = ("adapter_parameters", "adapter_dense", "head_parameters")
+_WHOLE = ("adapter_dense", "head_parameters")
 _AVERAGED = (
+    "adapter_parameters",
     *_WHOLE,
     "share_of_dense",
     "adapter_sparsity",

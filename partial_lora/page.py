@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 import pyarrow as pa
@@ -19,8 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from partial_lora import hardest, page_drawings
 from partial_lora.closing import measured, percent
 from partial_lora.gallery import Shown
+from partial_lora.places import AXES
 from partial_lora.results import PREDICTIONS, write_atomic
-from partial_lora.runs import NONE, Run, run_of
+from partial_lora.runs import NONE, Run, number, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +90,11 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
     shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
     read: dict[str, object] = {}
     made = []
-    for number, (runs, flat) in enumerate(zip(groups, settings, strict=True)):
-        first = runs[0].record
+    for place, (runs, flat) in enumerate(zip(groups, settings, strict=True), start=1):
         worst, untold = _examples(runs, examples, read, rows)
         made.append(
             {
-                "id": f"run-{number + 1}",
+                "id": f"run-{place}",
                 "title": _title(runs),
                 "path": runs[0].row.get("group", str(runs[0].directory)),
                 "facts": _facts(runs),
@@ -101,8 +102,8 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
                 "shared": {key: value for key, value in flat.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
                 "curves": page_drawings.training_lines([run.record for run in runs]),
-                "map": page_drawings.sparsity_map(first.get("sparsity") or {}),
-                "warnings": [*((first["calibration"] or {}).get("warnings") or []), *untold],
+                "map": page_drawings.sparsity_map(_sparsity(runs)),
+                "warnings": [*_warnings(runs), *untold],
                 "examples": worst,
             }
         )
@@ -128,28 +129,48 @@ def _examples(
         return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
 
 
+def _sparsity(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """The share that was removed of every module and axis, the mean over the runs."""
+    known = [found for run in runs if (found := run.record.get("sparsity"))]
+    return {
+        module: {axis: fmean(found[module][axis] for found in known if module in found) for axis in AXES}
+        for module in dict.fromkeys(module for found in known for module in found)
+    }
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
+    """What the calibrations of the runs warn of, each once."""
+    each = ((run.record["calibration"] or {}).get("warnings") or [] for run in runs)
+    return list(dict.fromkeys(warning for of_run in each for warning in of_run))
+
+
 def _facts(runs: Sequence[Run]) -> dict[str, str]:
+    """What is known of the runs in numbers; what differs between them is a mean, and says so."""
     row = pd.DataFrame([run.row for run in runs])
     first = runs[0].row
     spread = row["test"].std() if len(runs) > 1 else float("nan")
-    trainable = f"{first['adapter_parameters']:,}"
+    trainable = f"{row['adapter_parameters'].mean():,.0f}"
     if first["adapter_dense"]:
-        trainable += f" ({percent(first['share_of_dense'])} % of the dense adapter)"
+        trainable += f" ({percent(row['share_of_dense'].mean())} % of the dense adapter)"
     facts = {
         f"test {first['metric']}": measured(first["metric"], row["test"].mean(), spread),
         "seeds": ", ".join(str(run.row["seed"]) for run in runs),
-        "adapter, trainable": trainable,
+        "adapter, trainable": trainable + _mean_of(row["adapter_parameters"]),
         "head, trainable": f"{first['head_parameters']:,}",
     }
-    if first["adapter_bytes"] == first["adapter_bytes"]:
-        facts["adapter on disk"] = f"{first['adapter_bytes'] / 1e3:,.0f} KB"
-    calibration = runs[0].record["calibration"]
-    if calibration and calibration.get("baseline") is not None:
-        joint = calibration.get("joint")
-        facts["few-shot score"] = f"{calibration['baseline']:.4f} intact" + (
-            "" if joint is None else f", {joint:.4f} with all sparsities at once"
-        )
+    if row["adapter_bytes"].notna().any():
+        facts["adapter on disk"] = f"{row['adapter_bytes'].mean() / 1e3:,.0f} KB" + _mean_of(row["adapter_bytes"])
+    calibrations = [run.record["calibration"] or {} for run in runs]
+    intact, joint = (pd.Series([number(each.get(key)) for each in calibrations]) for key in ("baseline", "joint"))
+    if intact.notna().any():
+        left = f", {joint.mean():.4f} with all sparsities at once" if joint.notna().any() else ""
+        facts["few-shot score"] = f"{intact.mean():.4f} intact{left}" + (_mean_of(intact) or _mean_of(joint))
     return facts
+
+
+def _mean_of(values: pd.Series) -> str:
+    """What is to be said of a mean of values that differ."""
+    return f", mean of {values.count()} seeds" if values.nunique() > 1 else ""
 
 
 def _of_seed(run: Run) -> dict[str, str]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.comparison import MARGIN
 from partial_lora.report_panels import MOST, Drawing, legend, lists, look, named, panels, plain
-from partial_lora.runs import SHARES, Run
+from partial_lora.runs import LOWER_IS_BETTER, SHARES, Run
 from partial_lora.series import band, front, selected
 
 _LOOKS = ["method", "operating_point"]
@@ -79,9 +79,10 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
 
 
 def differences(compared: pd.DataFrame) -> Drawing | None:
-    """How much better than `partial` every other method is, with 95 % intervals; the shaded strip still "matches".
+    """How far every other method is from `partial`, with 95 % intervals; the shaded strip still "matches".
 
-    What is far from all others is a number at the end of the axis.
+    Where less is better there is no strip, and better is on the left. What is far from all others is a number at the
+    end of the axis.
 
     compared: of `comparison_table.table`; None where it has no differences.
     """
@@ -95,7 +96,8 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     for axes, ((task, model, point, metric, reference), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
-        axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
+        if metric not in LOWER_IS_BETTER:  # where nothing matches
+            axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
         for place, row in enumerate(part.itertuples()):
             marker, filled = _VERDICTS.get(row.verdict, _NO_VERDICT)
             color = look(row.method, row.operating_point).color

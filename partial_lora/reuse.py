@@ -33,8 +33,8 @@ class _Plan:
 class Reuse:
     """Runs a model on numbered batches; says in `ran` how many of its blocks the latest pass has run.
 
-    blocks: the name of the model's sequence of blocks, or None to compute everything. memory: bytes that may be kept
-    between passes, each piece of memory counted once and whole.
+    blocks: the name of the model's sequence of blocks, or None to compute everything, which counts as one. memory:
+    bytes that may be kept between passes, each piece of memory counted once and whole.
 
     Raises PartialLoraError where `blocks` names no sequence, or one that does not run as a plain sequence.
     """
@@ -120,7 +120,7 @@ class Reuse:
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
         """The model's own forward, in which the blocks before `start` do nothing but give what enters it."""
-        self.ran = len(self._names) - start
+        self.ran = max(1, len(self._names)) - start  # a model that is no sequence is one block
         with ExitStack() as stack:
             if self._called is None:
                 stack.enter_context(self._noted(model))

@@ -126,6 +126,11 @@ class FewShotScore:
         self._stopped: dict[tuple[str, Bounds], Tally | None] = {}  # what had been seen; None if that is ambiguous
 
     @property
+    def rows(self) -> int:
+        """How many rows one full pass runs: of a choice one for each option."""
+        return sum(len(batch["labels"]) for batch in self._batches)
+
+    @property
     def bytes(self) -> int:
         """The memory that is kept between passes."""
         return self._reuse.bytes

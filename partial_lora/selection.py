@@ -25,8 +25,9 @@ def where(found: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
         if not equals or not key or not values:
             raise PartialLoraError(f"--where {condition}: expected KEY=VALUE, such as --where task=digits")
         _check(found, key, "--where")
+        whole = [run for run in kept if _plain(value_of(run, key)) == _plain(values)]  # "budget 120,000" is one value
         wanted = [_plain(value) for value in values.split(",")]
-        kept = [run for run in kept if _plain(value_of(run, key)) in wanted]
+        kept = whole or [run for run in kept if _plain(value_of(run, key)) in wanted]
     if conditions and not kept:
         raise PartialLoraError(f"--where {' '.join(conditions)}: no finished run is like that")
     return kept
@@ -57,7 +58,7 @@ def value_of(run: Run, key: str) -> object:
 def _plain(value: object) -> str:
     """A value as it is compared: numbers by what they are, so that 1e-3 is 0.001; all else as it is written."""
     try:
-        return format(float(str(value).replace("–", "")), "g")
+        return repr(float(str(value).replace("–", "")))
     except ValueError:
         return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
 from transformers import set_seed
 
-from partial_lora import loading, tasks
+from partial_lora import calibrating, loading, models, tasks
 from partial_lora.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.calibration import Calibration, calibrate
-from partial_lora.fewshot import batches_of, calibrate_few_shot, importance_few_shot
+from partial_lora.fewshot import batches_of, calibrate_few_shot
 from partial_lora.heads import scored_head
-from partial_lora.importance import OPTIONS, Scores
+from partial_lora.importance import Scores
 from partial_lora.loading import named
-from partial_lora.scoring import Evaluations, FewShotScore
+from partial_lora.peers import Alone
+from partial_lora.scoring import FewShotScore
 from partial_lora.stability import noisy_labels
 from partial_lora.targets import target_linears
 from partial_lora.world import join
 
-# The keys of `calibration` that are the same throughout, beside how the score is made of what is left.
-_FOUND_BY = ("threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
+# What a calibration of any score is asked (`calibrating.asked`), beside its search.
+_FOUND_BY = ("rank", "granularity", "threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
 
 
 class Subject:
@@ -31,7 +33,7 @@ class Subject:
     so a calibration that either has made is kept for the other.
     """
 
-    def __init__(self, settings: Mapping) -> None:
+    def __init__(self, settings: dict) -> None:
         model = settings["model"]
         self._settings = settings
         self.device = join(settings["trainer"]["device"]).device
@@ -39,10 +41,9 @@ class Subject:
         self._transform = loading.transform_of(settings)
         set_seed(settings["seed"])
         self._model = loading.model_of(model, self._task.labels).to(self.device)
-        self._new_head = loading.has_new_head(model)
-        self._score = loading.calibration_score(settings, self._task)
-        targets = target_linears(self._model, **named(model, "target_modules", "head", "new_modules"))
-        self.shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
+        with models.dequantised(self._model, values=False):
+            targets = target_linears(self._model, **named(model, "target_modules", "head", "new_modules"))
+            self.shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
 
     @property
     def train(self) -> Dataset:
@@ -72,68 +73,47 @@ class Subject:
         fit, scored = np.split(np.arange(len(rows)), [len(draws.fit)])
         return rows, tasks.Draws(fit=fit, scored=scored)
 
-    def importance(
-        self, measure: str, draws: tasks.Draws, *, train: Dataset | None = None, seed: int | None = None
-    ) -> dict[str, Scores]:
+    def importance(self, measure: str, draws: tasks.Draws) -> dict[str, Scores]:
         """Row and column scores of every module by a measure's name; one that needs data sees the fit draw alone."""
-        return importance_few_shot(
-            self._model,
-            self.train if train is None else train,
-            self._transform,
-            measure=measure,
-            modules=list(self.shapes),
-            draws=draws,
-            head=self._settings["model"]["head"],
-            seed=loading.calibration_seed(self._settings) if seed is None else seed,
-            options=named(self._settings["importance"], *OPTIONS[measure]),
-            new_head=self._new_head,
-        )
+        settings = self._settings | {"importance": self._settings["importance"] | {"name": measure}}
+        with models.dequantised(self._model):
+            return self._importance(settings, self._task, draws)
 
     def calibration(self, draws: tasks.Draws, *, train: Dataset | None = None, **changes: int) -> Calibration:
         """The sparsities by the settings' measure on these draws, kept in the cache as any calibration is.
 
         train: the rows that `draws` are of. changes: of `shots` and `seed`, what the draws were made with.
         """
-        own = {"seed": loading.calibration_seed(self._settings)}
-        chosen = self._settings["calibration"] | own | changes
-        measure = self._settings["importance"]["name"]
-        train = self.train if train is None else train
-        return calibrate_few_shot(
-            self._model,
-            train,
-            self._transform,
-            scores=self.importance(measure, draws, train=train, seed=chosen["seed"]),
-            draws=draws,
-            importance={"seed": chosen["seed"]} | named(self._settings["importance"], "name", *OPTIONS[measure]),
-            architecture=named(self._settings["model"], "architecture", "model_args"),
-            rank=self._settings["method"]["rank"],
-            granularity=self._settings["mask"]["granularity"],
-            **named(self._settings["model"], "head", "blocks"),
-            new_head=self._new_head,
-            score=self._score,
-            drawn=loading.drawn_by(self._settings | {"calibration": chosen}),
-            **named(chosen, *_FOUND_BY, "chance", "memory", "seed", "search"),
-        )
+        settings = self._settings | {"calibration": self._settings["calibration"] | changes}
+        task = self._task if train is None else replace(self._task, train=train)
+        with models.dequantised(self._model):
+            asked = self._asked(settings, task, draws)
+            return calibrate_few_shot(self._model, task.train, self._transform, **asked)
 
-    def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, Evaluations]:
-        """A calibration that nothing is known for, and what its score counted."""
+    def counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
+        """A calibration that nothing is known for, and its score, which has counted what it did."""
         fit, scored = (batches_of(self.train, rows, self._transform) for rows in (draws.fit, draws.scored))
-        scores, chosen = self.importance(self._settings["importance"]["name"], draws), self._settings["calibration"]
-        with scored_head(self._model, self._settings["model"]["head"], fit, self._new_head):
-            blocks = self._settings["model"]["blocks"]
-            score = FewShotScore(self._model, scored, self._score, blocks, chosen["memory"])
-            calibration = calibrate(
-                self._model,
-                score,
-                target_modules=list(scores),
-                importance=scores,
-                rank=self._settings["method"]["rank"],
-                granularity=self._settings["mask"]["granularity"],
-                search=search,
-                above_chance=chosen["chance"] == "majority",
-                **named(chosen, *_FOUND_BY),
-            )
-        return calibration, score.evaluations
+        with models.dequantised(self._model):
+            asked = self._asked(self._settings, self._task, draws)
+            with scored_head(self._model, asked["head"], fit, asked["new_head"]):
+                score = FewShotScore(self._model, scored, asked["score"], asked["blocks"], asked["memory"])
+                calibration = calibrate(
+                    self._model,
+                    score,
+                    target_modules=list(asked["scores"]),
+                    importance=asked["scores"],
+                    search=search,
+                    above_chance=asked["chance"] == "majority",
+                    **named(asked, *_FOUND_BY),
+                )
+        return calibration, score
+
+    def _asked(self, settings: dict, task: tasks.Task, draws: tasks.Draws) -> dict:
+        scores = self._importance(settings, task, draws)
+        return calibrating.asked(settings, task, scores, draws, Alone())
+
+    def _importance(self, settings: dict, task: tasks.Task, draws: tasks.Draws) -> dict[str, Scores]:
+        return calibrating.importance(settings, task, self._transform, self._model, list(self.shapes), draws)
 
     def density(self, sparsity: Mapping[str, Mapping[str, float]]) -> float:
         """The share of dense LoRA's parameters that an adapter of these sparsities trains."""

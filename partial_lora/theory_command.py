@@ -12,7 +12,6 @@ from pathlib import Path
 from partial_lora.errors import PartialLoraError
 from partial_lora.theory_report import Report, Setting, report
 
-_USAGE_ERROR = 2
 _FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -22,29 +21,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Print bounds and simulated values side by side, and draw them where asked; gives the exit code."""
-    try:
-        parsed = _parser().parse_args(arguments)
-        if parsed.target_rank > parsed.rank:
-            raise PartialLoraError(
-                f"--target-rank {parsed.target_rank}: expected at most --rank {parsed.rank}; an adapter has no more"
-            )
-        if parsed.figure and not parsed.figure.parent.is_dir():
-            raise PartialLoraError(
-                f"--figure {parsed.figure}: there is no folder {parsed.figure.parent}; make it first"
-            )
-        names = ("rows", "columns", "rank", "target_rank", "delta", "draws", "seed")
-        settings = [Setting(sparsity=one, **{name: getattr(parsed, name) for name in names}) for one in parsed.sparsity]
-        reports = [report(setting) for setting in settings]
-        _printed(reports, as_json=parsed.json)
-        if parsed.figure:
-            from partial_lora import theory_figures
+    """Print bounds and simulated values side by side, and draw them where asked; gives the exit code.
 
-            written = theory_figures.bounds(settings[0], reports, parsed.figure)
-            print(f"figure: {written}", file=sys.stderr)
-    except PartialLoraError as error:
-        print(f"partial-lora: {error}", file=sys.stderr)
-        return _USAGE_ERROR
+    Raises PartialLoraError, in one line, for arguments that are not what they should be.
+    """
+    parsed = _parser().parse_args(arguments)
+    if parsed.target_rank > parsed.rank:
+        raise PartialLoraError(
+            f"--target-rank {parsed.target_rank}: expected at most --rank {parsed.rank}; an adapter has no more"
+        )
+    if parsed.figure and not parsed.figure.parent.is_dir():
+        raise PartialLoraError(f"--figure {parsed.figure}: there is no folder {parsed.figure.parent}; make it first")
+    names = ("rows", "columns", "rank", "target_rank", "delta", "draws", "seed")
+    settings = [Setting(sparsity=one, **{name: getattr(parsed, name) for name in names}) for one in parsed.sparsity]
+    reports = [report(setting) for setting in settings]
+    _printed(reports, as_json=parsed.json)
+    if parsed.figure:
+        from partial_lora import theory_figures
+
+        written = theory_figures.bounds(settings[0], reports, parsed.figure)
+        print(f"figure: {written}", file=sys.stderr)
     return 0
 
 
@@ -121,7 +117,3 @@ def _printed(reports: list[Report], *, as_json: bool) -> None:
             table.add_row(line.what, f"{line.bound:.4g}", line.holds, simulated)
         console.print(table)
         console.print(*one.said, sep="\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -212,7 +212,7 @@ def _finished(part: Path, key: Mapping) -> dict | None:
 
 def _digest() -> str:
     """Of the code that calibrates, and of this."""
-    sources = [*(ROOT / "partial_lora").glob("*.py"), *(ROOT / "scripts").glob("bench_calibration*.py")]
+    sources = [*(ROOT / "partial_lora").rglob("*.py"), *(ROOT / "scripts").glob("bench_calibration*.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
 
 

@@ -61,7 +61,7 @@ def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
             context, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + option)["input_ids"]
             logits = model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
             sums.append(sum(logits[at - 1, whole[at]].item() for at in range(len(context), len(whole))))
-            lengths.append(len(option.strip().encode()))
+            lengths.append(len(option.removeprefix(" ")))
         chosen.append(int(np.argmax(sums)))
         chosen_by_length.append(int(np.argmax(np.array(sums) / lengths)))
         right.append(row["label"])

@@ -53,6 +53,16 @@ def test_a_stopped_run_goes_on_where_it_was(run, result):
     assert list(result["sides"]) == SIDES
 
 
+def test_what_is_kept_is_of_all_the_code_that_calibrates(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_calibration, "ROOT", tmp_path)
+    inner = tmp_path / "partial_lora" / "tasks" / "draws.py"
+    inner.parent.mkdir(parents=True)
+    inner.write_text("one")
+    before = bench_calibration._digest()
+    inner.write_text("other")
+    assert bench_calibration._digest() != before
+
+
 def test_all_sides_are_counted(result):
     scan, bisect, literal = (result["sides"][side] for side in SIDES)
     assert len(result["modules"]) == 12

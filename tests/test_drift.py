@@ -111,6 +111,13 @@ def test_what_trained_moves_from_its_block_on_and_padding_is_no_example(monkeypa
     assert max(found["bert.encoder.layer.1"], found["bert.encoder.layer.2"]) < 1 - 1e-4
 
 
+def test_rows_that_have_changed_since_the_training_are_refused(tmp_path) -> None:
+    run = image_run()
+    of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.settings, run.result)
+    with pytest.raises(PartialLoraError, match="not the rows that the run was trained on"):
+        drift.measure(of_other_files, device="cpu")
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     run = image_run()
     settings = run.settings | {"model": run.settings["model"] | {"blocks": None}}

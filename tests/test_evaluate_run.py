@@ -257,9 +257,20 @@ def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tm
     own = named_by_its_id(run, tmp_path, data)
     assert evaluate(directory=own.directory)["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
     pictures(21, 0).to_parquet(data["train"])  # three rows more: validation would be cut anew
-    assert "not the rows that the run was trained on" in refused(own)
+    for harmless in ((), ("task.test_samples=9",), ("task.metrics=[accuracy]",), ("task.cache_bytes=0",)):
+        assert "not the rows that the run was trained on" in refused(own, *harmless)
     other = evaluate(f"task.data_files.test={finished_runs.picture_files()['test']}", directory=own.directory)
     assert other["examples"] == run.result["metrics"]["test"].get("examples", 21)
+    cut = refused(own, f"task.data_files.test={finished_runs.picture_files()['test']}", "--split=validation")
+    assert "not the rows that the run was trained on" in cut
+
+
+def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None:
+    pictures(24, 0).to_parquet(str(tmp_path / "more.parquet"))  # those that were trained on, and more
+    trained_on = finished_runs.picture_files()["train"]
+    own = named_by_its_id(run, tmp_path, {"train": trained_on})  # its test split was cut from this file
+    for argument in (f"task.data_files.train={tmp_path}/more.parquet", f"task.data_files={tmp_path}/more.parquet"):
+        assert "task.data_files.train: a finished run keeps it, else splits would" in refused(own, argument)
 
 
 def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run, tmp_path) -> None:

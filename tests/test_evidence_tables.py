@@ -13,7 +13,7 @@ import pytest
 from table_records import EXAMPLES, leave
 
 from partial_lora import evidence
-from partial_lora.evidence import assembled, finding, gaps, pivot, tables
+from partial_lora.evidence import assembled, finding, gaps, pivot, table5, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import reproduce
@@ -348,6 +348,10 @@ def test_seeds_that_share_a_calibration_are_one(tmp_path: Path) -> None:
     assert (row["n"], row["ratio"], row["seconds"]) == (1, pytest.approx(0.95), 60)
     assert np.isnan(row["high"])
     assert row_of(numbers, part="repair")["n"] == 1
+    every = table5._calibrations(tables.gather(tmp_path))
+    of_run = next(each for each in every if "repaired" in each["calibration"])
+    alone = of_run | {"parameters": None}  # as `partial-lora calibrate` leaves it
+    assert table5.repairs([of_run, alone])["n"].tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 import pandas as pd
+import torch
+from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import zero_shot
@@ -29,6 +31,22 @@ def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
     records = json.loads((tmp_path / "zero_shot.json").read_text())
     assert {task: record["model"] for task, record in records.items()} == {"piqa": "lm-a", "boolq": "lm-b"}
     assert records["piqa"]["first"]["same_choices"] == 2
+
+
+def test_the_literal_loop_divides_by_characters(monkeypatch) -> None:
+    """Three tokens each, as likely: of two characters in four bytes, and of three in three."""
+    row = {"prompts": ["?", "?"], "options": [" éé", " abc"], "label": 1}
+    tokens = {"?": [0], "? éé": [0, 1, 1, 1], "? abc": [0, 2, 2, 2]}
+    monkeypatch.setattr(zero_shot, "LITERAL", 1)
+    monkeypatch.setattr(
+        zero_shot.loading, "task_of", lambda settings: types.SimpleNamespace(test=Dataset.from_list([row]))
+    )
+    found = zero_shot.literally(
+        {},
+        lambda input_ids: types.SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 3)),
+        lambda text: {"input_ids": tokens[text]},
+    )
+    assert found["chosen_by_length"] == [1]
 
 
 def test_the_scores_that_are_kept_are_of_the_model_of_the_causal_runs() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import finished_runs
 import numpy as np
 import pytest
 import torch
 from analysed import settings
 
-from partial_lora import examinations, tasks
+from partial_lora import examinations, record, tasks, train
 from partial_lora.calibration import calibrate
+from partial_lora.errors import PartialLoraError
 from partial_lora.fewshot import batches_of
 from partial_lora.heads import few_shot_head
 from partial_lora.importance import scores_of
@@ -172,11 +174,69 @@ def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject
     assert summary["differ"] == np.mean(moved)
 
 
+@pytest.fixture(scope="module")
+def of_causal(tmp_path_factory):
+    """The settings and the subject of a small causal model on a task of some kind."""
+
+    def subject_of(kind: str, *overrides: str) -> tuple[dict, Subject]:
+        given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1", *overrides)
+        chosen = settings(*given)
+        return chosen, Subject(chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARTIAL_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield subject_of
+
+
+def test_a_pass_over_questions_runs_a_row_for_every_option(of_causal) -> None:
+    given = (*finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
+    chosen, subject = of_causal("choice_table", *given)
+    parts = {name: part(subject) for name, part in examinations.cost_parts(chosen).items() if "search" in name}
+    scan = parts["search scan"]
+    options = sum(len(subject.train[int(row)]["options"]) for row in subject.draws().scored)
+    assert scan["rows"] == options > scan["scored"]
+    literal = examinations.cost_summary(chosen, parts)["searches"]["literal"]
+    assert literal["sample_blocks"] == literal["passes"] * options * subject.blocks
+    assert literal["examples"] == literal["passes"] * scan["scored"]
+
+
+@pytest.mark.parametrize("quantization", ["null", "nf4"])
+def test_what_a_run_has_calibrated_is_kept_for_an_analysis(of_causal, tmp_path, quantization) -> None:
+    given = (*finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
+    chosen, subject = of_causal("choice_table", *given, f"model.quantization={quantization}")
+    entry = record.new(chosen)
+    train.run(chosen, tmp_path, entry, "calibrate")
+    found = subject.calibration(subject.draws())
+    assert found.cached
+    assert found.sparsity == entry["sparsity"]
+
+
+GENERATION = ("text_generation", *finished_runs.GENERATION)
+
+
+def test_halves_of_rows_without_labels_are_of_all_alike(of_causal) -> None:
+    given = (*GENERATION, finished_runs.override(finished_runs.exchange_files()))
+    chosen, subject = of_causal(*given, "analysis.splits=1")
+    part = examinations.reliability_parts(chosen)["split 0"](subject)
+    assert "label" not in subject.train.column_names
+    assert sum(half["examples"] for half in part["halves"]) == len(subject.draws().scored)
+
+
+def test_wrong_labels_are_refused_where_there_are_none() -> None:
+    chosen = settings("task=text_generation", "model=tiny_llama", *finished_runs.GENERATION, "analysis.shots=[8]")
+    with pytest.raises(PartialLoraError, match=r"analysis\.noise=\[0\.0, 0\.1, 0\.2\]: .* kind generation"):
+        examinations.stability_parts(chosen)
+    chosen["analysis"]["noise"] = [0.0]
+    assert len(examinations.stability_parts(chosen)) == 6  # 8 shots and the usual ones, 3 seeds each
+    with pytest.raises(PartialLoraError, match="kind regression"):
+        examinations.stability_parts(settings("task.regression=true"))
+
+
 def test_the_cost_is_measured_anew_whatever_the_cache_holds(subject) -> None:
     subject.calibration(subject.draws())
-    calibration, counted = subject.counted(subject.draws(), "scan")
+    calibration, score = subject.counted(subject.draws(), "scan")
     assert not calibration.cached
-    assert counted.passes == calibration.evaluations
+    assert score.evaluations.passes == calibration.evaluations
 
 
 def test_what_a_cached_calibration_had_cost_is_not_known(subject) -> None:

@@ -193,6 +193,24 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(re
         assert len(image.crop((0, 0, width, 900)).convert("L").getcolors()) > 20  # something is drawn
 
 
+def test_numbers_of_several_seeds_are_means_and_their_warnings_are_told_once(tmp_path):
+    for seed, (kept, rows) in enumerate([(600, 0.2), (800, 0.6)]):
+        of_seed = record(seed=seed, cost={"adapter_bytes": kept * 4})
+        of_seed["parameters"] |= {"adapter_trainable": kept, "adapter_sparsity": 1 - kept / 1000}
+        of_seed["sparsity"] = {"blocks.0.qkv": {"rows": rows, "columns": 0.5}}
+        of_seed["calibration"] |= {"joint": 0.4 + seed / 10, "warnings": ["of both", f"of seed {seed}"]}
+        place(tmp_path, of_seed)
+    both = runs.read(tmp_path)[0]
+    ((section,), (alone,)) = page.sections([both], 0), page.sections([both[:1]], 0)
+    assert section["facts"]["adapter, trainable"] == "700 (70.00 % of the dense adapter), mean of 2 seeds"
+    assert section["facts"]["adapter on disk"] == "3 KB, mean of 2 seeds"
+    score = "0.8688 intact, 0.4500 with all sparsities at once, mean of 2 seeds"
+    assert section["facts"]["few-shot score"] == score
+    assert section["map"]["axes"]["rows"] == [("qkv", [pytest.approx(0.4)])]
+    assert section["warnings"] == ["of both", "of seed 0", "of seed 1"]
+    assert alone["facts"]["adapter, trainable"] == "600 (60.00 % of the dense adapter)"
+
+
 def test_seeds_of_a_folder_share_its_settings(reported):
     found, _ = runs.read(reported.parents[1])
     made = page.sections([[run] for run in found if run.row["method"] in ("lora", "uniform")], 0)

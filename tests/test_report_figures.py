@@ -122,6 +122,21 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     assert report_figures.differences(compared.assign(difference=np.nan)) is None
 
 
+def test_only_a_metric_with_a_margin_has_the_strip_that_matches(tmp_path):
+    for method, wrong in (("partial", 20), ("lora", 60)):
+        for seed in (0, 1):
+            leave(tmp_path, method, wrong=wrong, seed=seed)
+    compared = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
+    strips = [
+        len(report_figures.differences(compared.assign(metric=metric)).figure.axes[0].patches)
+        for metric in ("accuracy", "mse")
+    ]
+    assert strips == [1, 0]
+    assert "hatched" in gallery._matching(compared)
+    assert "hatched" not in gallery._matching(compared.assign(metric="mse"))
+    assert "below zero is better" in gallery._matching(compared.assign(metric="mse"))
+
+
 @pytest.mark.parametrize(("far", "said"), [(-0.2, "◂ -20.0"), (0.2, "+20.0 ▸")])
 def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(tmp_path, far, said):
     for method, wrong in (("partial", 100), ("lora", 102), ("targeted", 97), ("uniform", 99), ("probe", 100)):

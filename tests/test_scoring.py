@@ -48,6 +48,16 @@ def test_the_logits_are_those_of_a_full_pass_bit_for_bit(model, batches):
                     assert torch.equal(score._logits(model, index, name), expected)
 
 
+def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
+    score = FewShotAccuracy(model, batches)
+    score(model)
+    rows = sum(len(batch["labels"]) for batch in batches)
+    assert (score.evaluations.blocks, score.evaluations.sample_blocks) == (
+        2 * len(batches),
+        2 * rows,
+    )  # 1 puts in order
+
+
 def test_blocks_before_the_altered_one_do_not_run(model, batches):
     score = FewShotAccuracy(model, batches, BLOCKS)
     score(model)

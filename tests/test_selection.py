@@ -22,6 +22,21 @@ def found(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("condition", "count"),
+    [
+        ("operating_point=budget 120,000", 1),
+        ("calibration.budget=120000", 1),
+        ("calibration.budget=1200001", 1),
+        ("calibration.budget=120000,1200001", 2),
+    ],
+)
+def test_a_budget_of_parameters_is_one_value_and_met_to_the_last(tmp_path, condition, count):
+    for number, parameters in enumerate((120_000.0, 1_200_000.0, 1_200_001.0)):
+        place(tmp_path, budget(record(), parameters), id=str(number))
+    assert len(selection.where(runs.read(tmp_path)[0], [condition])) == count
+
+
+@pytest.mark.parametrize(
     ("conditions", "count"),
     [
         (["task=digits"], 4),
@@ -77,6 +92,15 @@ def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
         report_command.main([str(tmp_path)])
     assert "seed0/result.json: running" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_parameters_that_differ_between_seeds_are_averaged_as_they_are(tmp_path):
+    for seed, kept in enumerate((700, 701)):
+        of_seed = record(seed=seed)
+        of_seed["parameters"]["adapter_trainable"] = kept
+        place(tmp_path, of_seed)
+    table = grouping.group(runs.table(runs.read(tmp_path)[0]))
+    assert table[["adapter_parameters", "adapter_dense"]].to_numpy().tolist() == [[700.5, 1000]]
 
 
 def test_half_the_interval_is_students():

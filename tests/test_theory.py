@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import partial_lora.theory
-from partial_lora import theory_command
+from partial_lora import cli, theory_command
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 from partial_lora.theory import Simulated, elements, first_order, propagation, rows_columns, subset_sums
@@ -506,7 +506,7 @@ def test_the_figure_is_written_and_the_same_twice(tmp_path, capsys) -> None:
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, said, capsys) -> None:
-    assert theory_command.main(arguments) == 2
+    assert cli.main(["theory", *arguments]) == 2
     printed = capsys.readouterr()
     assert said in printed.err
     assert len(printed.err.strip().splitlines()) == 1

@@ -47,6 +47,11 @@ class Artefact:
     made: str = field(default="", kw_only=True)  # the command
 
 
+def rows_of(numbers: pd.DataFrame, part: str) -> list[dict]:
+    """The rows of one part of a table's numbers."""
+    return numbers[numbers["part"] == part].to_dict("records") if "part" in numbers else []
+
+
 def write(artefact: Artefact, folder: Path) -> list[Path]:
     """Write folder/NAME.md, .csv and .tex, each whole or not at all; gives the files."""
     folder = Path(folder)

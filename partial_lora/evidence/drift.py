@@ -30,13 +30,15 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     """Measure a run and write its dynamics.json; gives the content.
 
     most: rows of each split at most, drawn by a fixed seed. The labels of training rows are those that were trained
-    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, and weights that are not there.
+    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
+    there.
     """
     blocks = run.settings["model"]["blocks"]
     if blocks is None:
         raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
     if run.settings["task"].get("members"):
         raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
+    evaluate_run.check_files(run)
     task = loading.task_of(run.settings)
     task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
     trained = RunModel(run, device)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from partial_lora.closing import cell
 from partial_lora.evidence import finding
-from partial_lora.evidence.artefact import Artefact
+from partial_lora.evidence.artefact import Artefact, rows_of
 from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.measures import ANALYSES, of_analyses, shown_analyses
@@ -110,7 +110,8 @@ def repairs(records: Iterable[dict]) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     means = {name: (name, "mean") for name in ("baseline", "before", "joint", "steps", "kept")}
-    found = pd.DataFrame(rows).drop_duplicates().groupby(["part", *_PLACE], sort=False)  # methods share a calibration
+    once = pd.DataFrame(rows).drop_duplicates([*_PLACE, "seed"])  # methods share a calibration
+    found = once.groupby(["part", *_PLACE], sort=False)
     return found.agg(n=("seed", "size"), **means).reset_index()
 
 
@@ -127,7 +128,7 @@ def shown_joint(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "parameters kept": cell(row["kept"], ".1%"),
             "seconds": cell(row["seconds"], ",.0f"),
         }
-        for row in _part(numbers, JOINT)
+        for row in rows_of(numbers, JOINT)
     ]
     return {"All sparsities at once": plain(pd.DataFrame(rows))} if rows else {}
 
@@ -148,13 +149,9 @@ def shown_repair(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "steps": cell(row["steps"], ",.1f"),
             "parameters kept": cell(row["kept"], ".1%"),
         }
-        for row in _part(numbers, REPAIR)
+        for row in rows_of(numbers, REPAIR)
     ]
     return {"Repair": plain(pd.DataFrame(rows))} if rows else {}
-
-
-def _part(numbers: pd.DataFrame, name: str) -> list[dict]:
-    return numbers[numbers["part"] == name].to_dict("records") if "part" in numbers else []
 
 
 def _calibrations_said(n: float) -> str:
@@ -167,7 +164,7 @@ def verdict(numbers: pd.DataFrame) -> str:
     The claim is of every task: one whose interval is below 90 % refutes it, whatever the others say.
     """
     claim = "With every module's sparsity at once the frozen model keeps 90 % of its score, as with each alone"
-    rows = [row for row in _part(numbers, JOINT) if row["operating_point"] == THRESHOLD]
+    rows = [row for row in rows_of(numbers, JOINT) if row["operating_point"] == THRESHOLD]
     if not rows:
         return finding.sentence(claim, f"{finding.OPEN}, no calibrations at threshold 0.9", table="table 5")
     wanted = float(THRESHOLD.split()[1])
@@ -182,6 +179,6 @@ def verdict(numbers: pd.DataFrame) -> str:
     ends = "" if math.isnan(lowest["low"]) else f" [{lowest['low']:.1%}, {lowest['high']:.1%}]"
     of = f"{lowest['importance']}, {_calibrations_said(lowest['n'])}"
     where = f"{lowest['ratio']:.1%}{ends} on {lowest['task']} ({of})"
-    found = [row for row in numbers.to_dict("records") if row["part"] == "reliability"]
+    found = rows_of(numbers, "reliability")
     more = [f"the sparsities' split-half reliability is {found[0]['value']:.2f} on {found[0]['task']}"] if found else []
     return finding.sentence(claim, f"{said} {where}", *more, table="table 5")

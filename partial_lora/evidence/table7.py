@@ -10,7 +10,7 @@ import pandas as pd
 
 from partial_lora.closing import cell, measured
 from partial_lora.evidence import finding
-from partial_lora.evidence.artefact import Artefact
+from partial_lora.evidence.artefact import Artefact, rows_of
 from partial_lora.evidence.assembled import left_out, of_runs
 from partial_lora.evidence.differences import plain
 from partial_lora.evidence.recorded import COSTS, POINTS, Evidence, at_points
@@ -119,7 +119,7 @@ def shown_bench(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "state (MiB)": cell(row["state_bytes"] / 2**20, ".2f"),
             "file (MiB)": cell(row["file_bytes"] / 2**20, ".2f"),
         }
-        for row in _part(numbers, BENCH)
+        for row in rows_of(numbers, BENCH)
     ]
     return {"Benchmark of a training step": pd.DataFrame(rows)} if rows else {}
 
@@ -148,20 +148,16 @@ def shown_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "activations (MB)": cell(row["saved_activation_bytes"] / 1e6, ",.1f"),
             "peak memory (MB)": cell(row["peak_memory_bytes"] / 1e6, ",.0f"),
         }
-        for row in _part(numbers, RUNS)
+        for row in rows_of(numbers, RUNS)
     ]
     return {"Runs": plain(pd.DataFrame(rows))} if rows else {}
-
-
-def _part(numbers: pd.DataFrame, name: str) -> list[dict]:
-    return numbers[numbers["part"] == name].to_dict("records") if "part" in numbers else []
 
 
 def verdict(numbers: pd.DataFrame) -> str:
     """Whether a step of partial takes less time than dense LoRA's, and what it saves of memory and bytes."""
     claim = "With 87 % fewer parameters a training step is faster, keeps less and is saved smaller than dense LoRA's"
-    rows = [row for row in _part(numbers, BENCH) if row["method"] == _VARIANTS[OURS]]
-    dense = {(row["model"], row["rank"]): row for row in _part(numbers, BENCH) if row["method"] == _VARIANTS["lora"]}
+    rows = [row for row in rows_of(numbers, BENCH) if row["method"] == _VARIANTS[OURS]]
+    dense = {(row["model"], row["rank"]): row for row in rows_of(numbers, BENCH) if row["method"] == _VARIANTS["lora"]}
     if not rows:
         return finding.sentence(claim, f"{finding.OPEN}, no benchmark", table="table 7")
     shares = {name: [row[name] for row in rows] for name in ("step", "saved", "state")}
