@@ -10,6 +10,7 @@
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
 # make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
 # make fig6-rate   figure 6 past 90 % with a larger learning rate (results/fig6_rate)
+# make sst2-rate   dense LoRA on sst2 with a smaller learning rate (results/sst2_rate)
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
@@ -24,7 +25,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods longer same-rate fig6-rate models bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders causal tune methods longer same-rate fig6-rate sst2-rate models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -129,6 +130,12 @@ same-rate: $(VENV)/.installed
 fig6-rate: $(VENV)/.installed
 	$(BIN)/partial-lora train -m experiment=fig6_rate preset=cpu results_dir=results/fig6_rate task=digits
 	$(BIN)/partial-lora report results/fig6_rate
+
+SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
+sst2-rate: $(VENV)/.installed
+	$(SST2_RATE)
+	$(SST2_RATE) method=lora calibration=threshold trainer.tuned=null trainer.learning_rate=1e-3
+	$(BIN)/partial-lora report results/sst2_rate
 
 include reproduce.mk
 
