@@ -9,7 +9,6 @@
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
 # make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
-# make fig4-rate, fig6-rate   figure 4's highest ranks, figure 6 past 90 % with larger learning rates (results/figN_rate)
 # make sst2-rate   dense LoRA on sst2 with a smaller learning rate (results/sst2_rate)
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
@@ -25,7 +24,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods longer same-rate fig4-rate fig6-rate sst2-rate models bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders causal tune methods longer same-rate sst2-rate models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -126,16 +125,6 @@ same-rate: $(VENV)/.installed
 	$(SAME_RATE) task=digits
 	$(if $(FILES_AT),$(SAME_RATE) task=cifar10$(comma)signdigits $(OF_FILES_cpu) task.test_samples=1000)
 	$(BIN)/partial-lora report results/same_rate
-
-FIG4_RATE = $(BIN)/partial-lora train -m experiment=fig4_rate preset=cpu results_dir=results/fig4_rate task=digits
-fig4-rate: $(VENV)/.installed
-	$(FIG4_RATE) method.rank=32 method.alpha=32 calibration.budget=0.065
-	$(FIG4_RATE) method.rank=64 method.alpha=64 calibration.budget=0.0325
-	$(BIN)/partial-lora report results/fig4_rate
-
-fig6-rate: $(VENV)/.installed
-	$(BIN)/partial-lora train -m experiment=fig6_rate preset=cpu results_dir=results/fig6_rate task=digits
-	$(BIN)/partial-lora report results/fig6_rate
 
 SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
 sst2-rate: $(VENV)/.installed

@@ -38,7 +38,7 @@ FEW_cpu = task.train_samples=150 trainer.epochs=12
 TUNED_cpu = results/tuning.json
 SEARCHED_cpu = results/tune
 SEARCH_OF_TEXTS_cpu = seed=1000,1001,1002
-HIGHER_OF_TEXTS_cpu = trainer.learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1
+HIGHER_OF_TEXTS_cpu = $(WIDER)
 
 MODEL_paper = vit_b16
 TEXT_MODEL_paper = deberta_v3_base
@@ -84,9 +84,13 @@ TUNED = $(TUNED_$(PRESET))
 SEARCHED = $(SEARCHED_$(PRESET))
 TUNE = $(call RUN,tune,results_dir=$(SEARCHED) $(1))
 HIGHER = trainer.learning_rate=3e-4,1e-3,3e-3,1e-2,3e-2
+WIDER = trainer.learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1
 HIGHER_OF_TEXTS = $(or $(HIGHER_OF_TEXTS_$(PRESET)),$(HIGHER))
 HIGHEST = trainer.learning_rate=3e-3,1e-2,3e-2,1e-1,3e-1
 LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4,1e-3
+# Figure 6's, with its one calibration: sparser adapters take larger rates.
+FEWER = calibration=budget calibration.budget=0.05,0.02,0.01 calibration.levels=0.01 calibration.max_sparsity=0.99 \
+	calibration.seed=0
 KEEP_BEST = $(BIN)/python scripts/tune.py $(SEARCHED) --out $(TUNED)
 
 define TUNE_STUDIED
@@ -95,6 +99,8 @@ $(call TUNE,$(STUDIED) method=vera$(comma)probe $(HIGHEST))
 $(call TUNE,$(STUDIED) method=full $(LOWER))
 $(call TUNE,$(STUDIED) $(CALIBRATED) $(POINTS) $(HIGHER))
 $(call TUNE,$(STUDIED) $(ELEMENT) $(POINTS) $(HIGHER))
+$(call TUNE,$(STUDIED) $(FEWER) method=partial $(WIDER))
+$(call TUNE,$(STUDIED) $(FEWER) method=low_rank $(HIGHER))
 
 endef
 

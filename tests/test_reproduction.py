@@ -84,8 +84,11 @@ def entries(words: tuple[str, ...], preset: str) -> list[dict]:
     given = {"model": MODELS[preset], "calibration": "", "mask": "rows_columns"}
     given |= dict(word.split("=", 1) for word in words if "=" in word)
     found = []
-    for task, method, point in product(*(given[key].split(",") for key in ("task", "method", "calibration"))):
-        placed = (given["mask"], POINTS[point]) if method not in UNCALIBRATED else (NO_POINT, NO_POINT)
+    points = [POINTS.get(point, NO_POINT) for point in given["calibration"].split(",")]
+    if "calibration.budget" in given:
+        points = [f"budget {budget}" for budget in given["calibration.budget"].split(",")]
+    for task, method, point in product(given["task"].split(","), given["method"].split(","), points):
+        placed = (given["mask"], point) if method not in UNCALIBRATED else (NO_POINT, NO_POINT)
         key = dict(zip(rate_settings.KEY, (task, given["model"], method, *placed), strict=True))
         found.append(key | {"learning_rate": 1e-3, "tried": {"0.001": 0.5}, "seeds": [1000], "settings": {}})
     return found
