@@ -134,7 +134,10 @@ def _refuse_other_rows(overrides: Sequence[str]) -> None:
 
 def _refuse_a_test_split_cut_anew(recorded: str | Mapping | None, files: str | Mapping | None) -> None:
     """Other training rows may hold those that the run was trained on, and a test split cut from them would, too."""
-    is_cut = "test" not in files if isinstance(files, Mapping) else files is not None and Path(files).is_file()
+    if isinstance(files, Mapping):
+        is_cut = "test" not in files
+    else:  # one file, or a folder of images that has none of its own for it
+        is_cut = files is not None and Path(files).exists() and not Path(files, "test").is_dir()
     if is_cut and files != recorded:
         raise PartialLoraError(
             "task.data_files.train: a finished run keeps it, else splits would hold rows it was trained on; expected "

@@ -269,7 +269,9 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
     pictures(24, 0).to_parquet(str(tmp_path / "more.parquet"))  # those that were trained on, and more
     trained_on = finished_runs.picture_files()["train"]
     own = named_by_its_id(run, tmp_path, {"train": trained_on})  # its test split was cut from this file
-    for argument in (f"task.data_files.train={tmp_path}/more.parquet", f"task.data_files={tmp_path}/more.parquet"):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    others = (f"task.data_files.train={tmp_path}/more.parquet", f"task.data_files={tmp_path}/more.parquet")
+    for argument in (*others, f"task.data_files={tmp_path}/photos"):
         assert "task.data_files.train: a finished run keeps it, else splits would" in refused(own, argument)
 
 
