@@ -55,6 +55,9 @@ def notes(compared: Differences, reference: str = "partial") -> list[str]:
         said.append(
             "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three."
         )
+    of_reference = found["reference"].map(found.set_index("group")["n"].groupby(level=0).first())
+    if (pairs < of_reference[pairs.index]).any():
+        said.append("Where the reference has more seeds than a row, its score is over more than the difference is.")
     if (pairs < 2).any():
         said.append("A difference over one seed has an interval over examples alone: how much seeds vary is not in it.")
     if (found.groupby("reference")["tuning"].nunique() > 1).any():

@@ -84,8 +84,9 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     if pair[0] is pair[1]:
         return {}
     metric = pair[1].row["metric"]
+    both = set(pair[0].seeds) & set(pair[1].seeds)  # no matter whether the others' predictions are there
     try:
-        found = compared(*(predictions.of(each.name, each.seeds, metric) for each in pair), metric)
+        found = compared(*(predictions.of(each.name, sorted(both) or each.seeds, metric) for each in pair), metric)
     except (PartialLoraError, ValueError, KeyError) as error:
         return " ".join(str(error).split())
     return {

@@ -35,8 +35,9 @@ def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
 
 
 def _beats(first: pd.Series, second: pd.Series, metric: str, predictions: Predictions) -> bool:
+    both = set(map(int, first["seeds"].split())) & set(map(int, second["seeds"].split()))
     try:
-        pair = (predictions.of(each["group"], map(int, each["seeds"].split()), metric) for each in (first, second))
+        pair = (predictions.of(each["group"], sorted(both), metric) for each in (first, second))
         return compared(*pair, metric, margin=None, draws=_DRAWS).verdict == "better"
     except (PartialLoraError, ValueError, KeyError):
         return False

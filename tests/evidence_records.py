@@ -26,6 +26,7 @@ def leave(
     sparsity: dict | None = None,
     measured: dict | None = None,
     tuning: str = "tuned",
+    started: str = "2026-01-01T00:00:00+00:00",
     **settings: object,
 ) -> Path:
     """A finished run's record under place/runs, and dynamics.json beside it where `measured` has its content.
@@ -70,6 +71,7 @@ def leave(
         "metrics": {"test": {"primary": "accuracy", "accuracy": test, "loss": 0.1}},
         "history": history or [],
         "tuning": tuning,
+        "started": started,
     }
     name = "-".join([method, f"{threshold:g}", f"{budget}", *map(str, settings.values())])
     folder = place / "runs" / task / model / name / f"seed{seed}"

@@ -40,6 +40,7 @@ def leave(
     budget: float | None = None,
     predictions: bool = True,
     tuning: str = "tuned",
+    started: str = "2026-01-01T00:00:00+00:00",
     settings: dict | None = None,
     calibration: dict | None = None,
     members: dict[str, int] | None = None,
@@ -75,6 +76,7 @@ def leave(
         "device": "cpu",
         "preset": "cpu",
         "tuning": tuning,
+        "started": started,
         "seconds": {"calibrate": 60.0, "train": 45.0, "evaluate": 1.0},
         "peak_memory_bytes": 1 << 30,
         "parameters": {

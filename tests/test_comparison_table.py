@@ -275,6 +275,18 @@ def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> N
     assert "one seed" not in notes
 
 
+def test_predictions_of_seeds_that_only_one_has_are_not_needed(tmp_path: Path) -> None:
+    for seed in range(3):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        leave(tmp_path, "lora", wrong=60, seed=seed) if seed < 2 else None
+    (lost,) = tmp_path.glob(f"runs/*/*/partial*/seed2/{results.PREDICTIONS}")
+    lost.unlink()
+    found = compared(tmp_path)
+    assert found.problems == ()
+    assert found.rows.set_index("method").loc["lora", "pairs"] == 2
+    assert "reference has more seeds than a row" in " ".join(comparison_files.notes(found))
+
+
 def test_records_without_predictions_are_no_problem_but_said(place: Path) -> None:
     for file in place.rglob(results.PREDICTIONS):
         file.unlink()

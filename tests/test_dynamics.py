@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from evidence_records import dynamics, leave
 
-from partial_lora.evidence.dynamics import DYNAMICS, read_dynamics
+from partial_lora import runs
+from partial_lora.evidence.dynamics import DYNAMICS, measured, read_dynamics, to_measure
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,25 @@ def test_a_figure_names_its_runs(script, tmp_path) -> None:
     names = [path.parts[-2:] for path in script.chosen(tmp_path, [], "fig3")]
     assert sorted(names) == [(f"{name}-0.9-None", f"seed{seed}") for name in ("lora", "partial") for seed in range(3)]
     assert script.chosen(tmp_path, [], "fig7") == []
+
+
+def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path) -> None:
+    cells = {"lora": range(5), "partial": range(1, 6)}
+    for method, seeds in cells.items():
+        for seed in seeds:
+            known = dynamics(0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
+            folder = leave(tmp_path, method, 0.9, seed=seed, measured=known)
+            (folder / "adapter").mkdir() if seed == 4 else None
+    found = runs.read(tmp_path)[0]
+    beside = [("digits", {run.row["seed"]: run for run in found if run.row["method"] == name}) for name in cells]
+    chosen = [(run.row["method"], run.row["seed"]) for run in to_measure(beside, 3)]
+    assert chosen == [("lora", 1), ("lora", 3), ("lora", 4), ("partial", 1), ("partial", 3), ("partial", 4)]
+    leave(tmp_path, "lora", 0.9, seed=7, measured=dynamics(0.9, 0.8))
+    leave(tmp_path, "lora", 0.9, task="cifar10", seed=7, measured=dynamics(0.9, 0.8))
+    found = runs.read(tmp_path)[0]
+    cells = [(place, {run.row["seed"]: run for run in found if (run.row["task"], run.row["method"]) == (place, name)})
+             for place, name in (("digits", "lora"), ("digits", "partial"), ("cifar10", "lora"))]  # fmt: skip
+    assert [sorted(cell) for cell in measured(cells)] == [[3], [3], [7]]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_tuned_runs_stand_for_a_method_and_the_rest_is_said(tmp_path: Path) -> N
     ]
 
 
+def test_of_tuned_runs_those_that_were_run_last_stand_for_a_method(tmp_path: Path) -> None:
+    for seed in range(3):
+        leave(tmp_path, seed=seed, settings={"trainer": {"learning_rate": 0.1}})
+    leave(tmp_path, seed=1, started="2026-01-02T00:00:00+00:00")
+    assert kept(tmp_path)[0] == [("partial", "threshold 0.9", 1)]
+
+
 def test_methods_are_of_the_same_conditions(tmp_path: Path) -> None:
     leave(tmp_path, seed=0)
     leave(tmp_path, seed=1)

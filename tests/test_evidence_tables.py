@@ -80,7 +80,8 @@ def test_means_deviations_and_averages_are_those_of_the_hand(made: dict) -> None
     mean = row_of(scores, method="partial", operating_point="budget 0.13", task="average")
     others = [1 - (100 + 2 * seed) / EXAMPLES for seed in range(3)]
     assert mean["mean"] == pytest.approx((np.mean(accuracies) + np.mean(others)) / 2)
-    assert mean["std"] == pytest.approx(np.hypot(np.std(accuracies, ddof=1), np.std(others, ddof=1)) / 2)
+    of_seeds = [np.mean(pair) for pair in zip(accuracies, others, strict=True)]
+    assert mean["std"] == pytest.approx(np.std(of_seeds, ddof=1))  # a seed is one draw on all tasks
     assert (mean["parameters"], mean["share"], mean["n"]) == (130, pytest.approx(0.13), 3)
     assert set(scores["importance"]) == {"svd", "–"}
 
@@ -118,10 +119,18 @@ def test_rates_that_differ_and_calibrations_that_are_shared_are_said(tmp_path: P
     leave(tmp_path, "dora", seed=0, settings={"task": {"name": "signdigits"}, "method": {"rank": 4}})
     table = tables.TABLES["table1"](tables.gather(tmp_path))
     rate = json.loads(next(tmp_path.rglob("lora-*/*/result.json")).read_text())["config"]["trainer"]["learning_rate"]
-    assert f"Learning rates of vit: {rate:g}: lora; 0.25: partial (threshold 0.9)." in table.notes
+    alike = f"{rate:g}: lora; 0.25: partial (threshold 0.9)."
+    assert f"Learning rates of vit on digits, signdigits: {alike}" in table.notes
     assert any(note.startswith("On signdigits seeds share a calibration") for note in table.notes)
     of_digits = assembled.left_out(table.numbers.assign(task="digits", mixture=""), tables.gather(tmp_path))
     assert of_digits == []  # a note of signdigits is none of digits
+    own = {"task": {"name": "trec"}, "trainer": {"learning_rate": 0.5}}
+    leave(tmp_path, "lora", seed=0, settings=own)  # by itself all of trec's have one
+    said = assembled.learning_rates(tables.gather(tmp_path).kept)
+    assert said == [
+        f"Learning rates of vit on digits, signdigits: {alike}",
+        "Learning rates of vit on trec: 0.5: lora.",
+    ]
 
 
 def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:

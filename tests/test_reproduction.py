@@ -155,35 +155,54 @@ def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(
     )
 
 
-@pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: str) -> None:
-    assert not any("experiment=tune" in words for words in trainings("reproduce-table1", preset))
-    kept = Path(RATES[preset]).rename("kept.json")
-    commands.cache_clear()
-    try:
-        again = trainings("reproduce-table1", preset)
-    finally:
-        kept.rename(RATES[preset])
-        commands.cache_clear()
-    assert [words for words in again if "experiment=tune" in words] == searches(preset)
-
-
-def test_what_a_file_has_no_rates_for_is_searched_for_alone(place: Path) -> None:
-    """As after `make tune`, which searches on digits alone."""
-    file = Path(RATES["cpu"])
+def searched_with(rates: list[dict], target: str, preset: str) -> set[tuple[str, ...]]:
+    """The searches that a target begins with where its preset's file holds these rates; there is none of no rates."""
+    file = Path(RATES[preset])
     kept = file.rename("kept.json")
-    digits = [entry for entry in tuning.load(kept) if entry["task"] == "digits"]
     commands.cache_clear()
     try:
-        tuning.save(file, digits)
-        again = trainings("runs-table1", "cpu")
+        if rates:
+            tuning.save(file, rates)
+        return {words for words in trainings(target, preset) if "experiment=tune" in words}
     finally:
         kept.rename(file)
         commands.cache_clear()
-    expected = [words for words in searches("cpu") if "task=digits" not in words]
-    assert digits
-    assert expected
-    assert [words for words in again if "experiment=tune" in words] == expected
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: str) -> None:
+    assert not any("experiment=tune" in words for words in trainings("reproduce", preset))
+    assert searched_with([], "reproduce", preset) == set(searches(preset))
+
+
+def of_kind(words: tuple[str, ...]) -> str:
+    if any(word in ("task=digits", "task=cifar10") for word in words):
+        return "studied"
+    if "task=mixture" in words:
+        return "mixtures"
+    return "texts" if {"model=minilm_l6", "model=deberta_v3_base"} & set(words) else "images"
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_a_table_searches_for_the_rates_of_its_own_runs_alone(place: Path, preset: str) -> None:
+    """What a figure of digits costs is not the search on every other set."""
+    of = {"fig4": set(), "table4": set(), "table1": {"images"}, "fig1": {"images"}, "table3": {"texts"}}
+    of["table6"] = {"mixtures"} if preset == "paper" else set()  # the CPU's take the rates of digits
+    for name, others in of.items():
+        assert {of_kind(words) for words in searched_with([], f"runs-{name}", preset)} == {"studied", *others}
+
+
+@pytest.mark.parametrize("rated", [(), ("lora",), ("lora", "partial")])
+def test_a_task_of_which_not_every_method_has_a_rate_is_searched(place: Path, rated: tuple[str, ...]) -> None:
+    """As after `make tune`, which searches on digits alone, or after a search that ended early."""
+    whole = tuning.load(Path(RATES["cpu"]))
+    known = [entry for entry in whole if entry["task"] != "gtsrb" or entry["method"] in rated]
+    found = searched_with(known, "runs-table1", "cpu")
+    assert {word for words in found for word in words if word.startswith("task=")} == {"task=gtsrb"}
+    assert {word for words in found for word in words if word.startswith("method=")} == {
+        "method=lora",
+        "method=partial,targeted",
+    }
 
 
 def on_digits(target: str) -> set[Path]:

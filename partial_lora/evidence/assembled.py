@@ -78,20 +78,27 @@ def _notes(numbers: pd.DataFrame) -> list[str]:
 
 
 def learning_rates(runs: pd.DataFrame) -> list[str]:
-    """A line for every model whose methods were not all trained with one learning rate: which was whose."""
+    """A line for every rate and task of a model whose runs had several learning rates; tasks that agree share one."""
     notes = []
-    for model, part in runs.groupby("model", sort=False):
-        who: dict[float, list[str]] = {}
-        several = len(set(part["importance"]) - {NONE}) > 1
-        for (method, measure, point), own in part.groupby(["method", "importance", "operating_point"], sort=False):
-            words = (measure, point) if several else (point,)
-            where = ", ".join(word for word in words if word != NONE)
-            for rate in sorted(set(own["learning_rate"])):
-                who.setdefault(rate, []).append(f"{method} ({where})" if where else method)
-        if len(who) > 1:
-            said = "; ".join(f"{rate:g}: {', '.join(dict.fromkeys(who[rate]))}" for rate in sorted(who))
-            notes.append(f"Learning rates of {model}: {said}.")
+    for model, of_model in runs.groupby("model", sort=False):
+        if of_model["learning_rate"].nunique() < 2:
+            continue
+        tasks: dict[str, list[str]] = {}
+        names = of_model["task"].where(of_model["mixture"] == "", of_model["mixture"])
+        for task, part in of_model.groupby(names, sort=False):
+            tasks.setdefault(_by_rate(part), []).append(task)
+        notes += [f"Learning rates of {model} on {', '.join(on)}: {said}." for said, on in tasks.items()]
     return notes
+
+
+def _by_rate(runs: pd.DataFrame) -> str:
+    who: dict[float, list[str]] = {}
+    several = len(set(runs["importance"]) - {NONE}) > 1
+    for (method, measure, point), own in runs.groupby(["method", "importance", "operating_point"], sort=False):
+        where = ", ".join(word for word in ((measure, point) if several else (point,)) if word != NONE)
+        for rate in sorted(set(own["learning_rate"])):
+            who.setdefault(rate, []).append(f"{method} ({where})" if where else method)
+    return "; ".join(f"{rate:g}: {', '.join(dict.fromkeys(who[rate]))}" for rate in sorted(who))
 
 
 def shared_calibrations(runs: pd.DataFrame) -> list[str]:

@@ -55,8 +55,8 @@ def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
     Of the conditions under which a task and model was trained those count that have the most methods and points, of
     these the most runs, and of these the most training rows: a table is for setting methods beside each other. Of a
-    method's own settings (learning rate, few-shot data) the tuned ones, and of these those of the most runs. Whatever
-    else there is has a note.
+    method's own settings (learning rate, few-shot data) the tuned ones, and of these those that were run last: a search
+    that was made again has outdated the others. Whatever else there is has a note.
     """
     ordinary = runs["config"].map(as_ever).astype(bool)
     found = runs[ordinary]
@@ -64,6 +64,7 @@ def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         conditions=[_words(config, _CONDITIONS) for config in found["config"]],
         own=[_words(config, _OWN) for config in found["config"]],
         tuned=[2 if word == "tuned" else int(word != "untuned") for word in found["tuning"]],
+        started=[record.get("started") or "" for record in found["record"]],
     )
     kept, notes = [], []
     for place, part in runs[~ordinary].groupby(_PLACE, sort=False):
@@ -103,9 +104,9 @@ def _conditions(part: pd.DataFrame) -> str:
 
 
 def _own(alike: pd.DataFrame) -> str:
-    """A method's own settings: the tuned ones, and of these those of the most runs."""
-    ranked = alike.groupby("own", sort=True).agg(tuned=("tuned", "max"), n=("seed", "size"))
-    return ranked.sort_values(["tuned", "n"], ascending=False, kind="stable").index[0]
+    """A method's own settings: the tuned ones, of these those that were run last, of these those of the most runs."""
+    ranked = alike.groupby("own", sort=True).agg(tuned=("tuned", "max"), last=("started", "max"), n=("seed", "size"))
+    return ranked.sort_values(["tuned", "last", "n"], ascending=False, kind="stable").index[0]
 
 
 def _training_rows(config: Mapping) -> float:

@@ -27,8 +27,9 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each method and task: metric, n, mean and standard deviation over seeds, parameters; and averages.
 
     A method's average is over all tasks of its model (and mixture) that any method there has, NaN where it lacks one:
-    averages over different tasks cannot be set beside each other. Its deviation is that of one run a task, its n the
-    fewest. best: better than every other of its point (`best`).
+    averages over different tasks cannot be set beside each other. Its deviation is over seeds, of the mean over tasks
+    of one seed (NaN where tasks have fewer than two in common), its n the fewest. best: better than every other of its
+    point (`best`).
     """
     columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
     sizes = {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
@@ -37,7 +38,7 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     marked = best(runs)
     found["best"] = [key in marked for key in zip(*(found[name] for name in (*ROW, "task")), strict=True)]
     averages = [
-        _average(row, of_row, wanted)
+        _average(row, of_row, wanted, runs)
         for _, place in found.groupby(_PLACE, sort=False)
         if len(wanted := list(dict.fromkeys(place["task"]))) > 1 and not set(place["metric"]) & LOWER_IS_BETTER
         for row, of_row in place.groupby(ROW, sort=False)
@@ -45,12 +46,13 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([found, pd.DataFrame(averages, columns=found.columns)], ignore_index=True)
 
 
-def _average(row: tuple[str, ...], found: pd.DataFrame, wanted: list[str]) -> dict:
+def _average(row: tuple[str, ...], found: pd.DataFrame, wanted: list[str], runs: pd.DataFrame) -> dict:
     named = dict(zip(ROW, row, strict=True)) | {"task": AVERAGE, "metric": AVERAGE, "part": PART, "best": False}
     whole = set(found["task"]) == set(wanted)
     means = {name: found[name].mean() if whole else np.nan for name in ("mean", "parameters", "share")}
-    deviation = np.sqrt((found["std"] ** 2).sum(skipna=False)) / len(found) if whole else np.nan
-    return named | means | {"std": deviation, "n": found["n"].min()}
+    own = runs[(runs[ROW] == list(row)).all(axis=1)]
+    of_seeds = own.pivot(index="seed", columns="task", values="test").dropna().mean(axis=1)
+    return named | means | {"std": of_seeds.std() if whole else np.nan, "n": found["n"].min()}
 
 
 def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:

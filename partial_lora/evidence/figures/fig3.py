@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from partial_lora.evidence.dynamics import gap, read_dynamics
+from partial_lora.evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
 from partial_lora.evidence.figures import frames, panels
 from partial_lora.runs import NONE, Run
 from partial_lora.series import band
@@ -26,9 +26,13 @@ _COLUMNS = [*frames.PLACE, "method", "point", "quantity", "x", "block", "n", "me
 
 
 def measured_runs(found: Sequence[Run]) -> list[Run]:
-    """The runs whose gap and drift the figure shows, for `scripts/dynamics.py`: three seeds of a method."""
-    kept = (one for _, one, _ in _groups(found))
-    return [found[run] for one in kept for run in one["run"].head(_MOST_SEEDS)]
+    """The runs whose gap and drift the figure shows, for `scripts/dynamics.py`: three seeds that all of a task have."""
+    return to_measure(_cells(found, _groups(found)), _MOST_SEEDS)
+
+
+def _cells(found: Sequence[Run], groups: Sequence[tuple[tuple, pd.DataFrame, list[str]]]) -> list[Cell]:
+    """The runs of each group by seed; methods and points of one task and model stand beside each other."""
+    return [(key[:-2], {found[run].row["seed"]: found[run] for run in one["run"]}) for key, one, _ in groups]
 
 
 def _groups(found: Sequence[Run]) -> list[tuple[tuple, pd.DataFrame, list[str]]]:
@@ -53,7 +57,8 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
     the test's metric on training and test rows and their difference; linear CKA after each block (x counts from 1).
     """
     rows, notes, unmeasured = [], [], []
-    for key, one, said in _groups(found):
+    groups = _groups(found)
+    for (key, one, said), contents in zip(groups, measured(_cells(found, groups)), strict=True):
         notes += said
         place = dict(zip((*frames.PLACE, "method", "point"), key, strict=True))
         runs = [found[run] for run in one["run"]]
@@ -63,9 +68,8 @@ def numbers(found: Sequence[Run], results_dir: Path) -> pd.DataFrame:
                 place | {"quantity": logged, "x": x, "n": len(runs), "mean": mean, "low": low, "high": high}
                 for x, mean, low, high in points
             ]
-        measured = [content for run in runs if (content := read_dynamics(run.directory))]
-        rows += [place | row for row in _measured(measured)]
-        if not measured:
+        rows += [place | row for row in _measured(list(contents.values()))]
+        if not contents:
             unmeasured.append(f"{place['task']} {place['method']}" + f" {place['point']}" * (place["point"] != NONE))
     if unmeasured and rows:
         notes.append(

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from partial_lora.evidence.dynamics import gap, read_dynamics
+from partial_lora.evidence.dynamics import Cell, gap, measured, to_measure
 from partial_lora.evidence.figures import frames, panels
 from partial_lora.grouping import half_interval
 from partial_lora.runs import NONE, Run
@@ -27,9 +27,19 @@ _COLUMNS += ["partial", "targeted", "difference", "half", "train", "gap"]
 
 
 def measured_runs(found: Sequence[Run]) -> list[Run]:
-    """The runs whose gap the figure shows, for `scripts/dynamics.py`: the first three seeds of every condition."""
-    cells = (one for _, one, _ in _cells(_known(found)))
-    return [found[run] for one in cells for run in one["run"].head(_MOST_SEEDS)]
+    """The runs whose gap the figure shows, for `scripts/dynamics.py`: of every condition three seeds that both have."""
+    return to_measure(_by_seed(found, _cells(_known(found))), _MOST_SEEDS)
+
+
+def _by_seed(found: Sequence[Run], cells: Sequence[tuple[dict, pd.DataFrame, list[str]]]) -> list[Cell]:
+    """The runs of each cell; the two methods under one condition stand beside each other."""
+    return [
+        (
+            tuple(value for name, value in place.items() if name != "method"),
+            {found[run].row["seed"]: found[run] for run in one["run"]},
+        )
+        for place, one, _ in cells
+    ]
 
 
 def _known(found: Sequence[Run]) -> pd.DataFrame:
@@ -115,11 +125,8 @@ def _run(place: dict, part: str, row, mask_seed: int) -> dict:
 
 def _gaps(found: Sequence[Run], cells: Sequence[tuple[dict, pd.DataFrame, list[str]]]) -> list[dict]:
     rows = []
-    for place, one, _ in cells:
-        read = {found[run].row["seed"]: read_dynamics(found[run].directory) for run in one["run"]}
-        both = pd.DataFrame(
-            {seed: gap(content) for seed, content in read.items() if content}, index=["train", "test"]
-        ).T
+    for (place, _, _), contents in zip(cells, measured(_by_seed(found, cells)), strict=True):
+        both = pd.DataFrame({seed: gap(content) for seed, content in contents.items()}, index=["train", "test"]).T
         if both.empty:
             continue
         each = both["train"] - both["test"]

@@ -49,7 +49,7 @@ def frame(found: Sequence[Run]) -> pd.DataFrame:
 
 
 _COLUMNS = ["run", *PLACE, "method", "point", "seed", *SETTINGS, "test", "parameters", "share", "sparsity"]
-_COLUMNS += ["conditions", "tuned", "variant"]
+_COLUMNS += ["conditions", "tuned", "started", "variant"]
 
 
 def _row(position: int, run: Run) -> dict:
@@ -72,6 +72,7 @@ def _row(position: int, run: Run) -> dict:
         "sparsity": run.row["adapter_sparsity"],
         "conditions": json.dumps({key: _at(settings, key, None) for key in _CONDITIONS}, default=str),
         "tuned": 2 if run.row["tuning"] == "tuned" else int(run.row["tuning"] != "untuned"),
+        "started": run.record.get("started") or "",
         "variant": _variant(settings),
     }
 
@@ -154,11 +155,11 @@ def elsewhere(known: pd.DataFrame) -> list[str]:
 def settled(cell: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """One run for every seed of a cell, all of the same settings, and what is to be said of others that were left out.
 
-    Of several settings those with a tuned learning rate stay, and of these those with most runs: a mean over different
-    ones would be of neither.
+    Of several settings those with a tuned learning rate stay, and of these those that were run last, as in tables
+    (comparable.py): a mean over different ones would be of neither.
     """
-    ranked = cell.groupby("variant", sort=True).agg(tuned=("tuned", "max"), runs=("run", "size"))
-    chosen = ranked.sort_values(["tuned", "runs"], ascending=False, kind="stable").index[0]
+    ranked = cell.groupby("variant", sort=True).agg(tuned=("tuned", "max"), last=("started", "max"), n=("run", "size"))
+    chosen = ranked.sort_values(["tuned", "last", "n"], ascending=False, kind="stable").index[0]
     one = cell[cell["variant"] == chosen].drop_duplicates("seed").sort_values("seed")
     left = len(cell) - len(one)
     if not left:
@@ -178,12 +179,16 @@ def means(known: pd.DataFrame, by: Sequence[str]) -> tuple[pd.DataFrame, list[st
     """Means over seeds of the runs that agree in the columns `by`, and what was left out, a line each.
 
     n, seeds; mean, std (the sample's, NaN of one run) and half the 95 % interval (Student's t) of the test score;
-    parameters, share of the dense adapter and sparsity as means.
+    parameters, share of the dense adapter and sparsity as means. Of a task and model all means are over the seeds that
+    all of them have, if these are two at least: scores of unlike seeds differ by the seeds, too.
     """
-    rows, notes = [], []
+    cells, notes = [], []
     for key, cell in known.groupby(list(by), sort=False, dropna=False):
         one, said = settled(cell)
+        cells.append((key, one))
         notes += said
+    rows = []
+    for key, one in _of_seeds_in_common(cells, [list(by).index(name) for name in PLACE]):
         std = float(one["test"].std())
         rows.append(
             dict(zip(by, key, strict=True))
@@ -193,6 +198,21 @@ def means(known: pd.DataFrame, by: Sequence[str]) -> tuple[pd.DataFrame, list[st
         )
     columns = [*by, "n", "seeds", "mean", "std", "half", "parameters", "share", "sparsity"]
     return pd.DataFrame(rows, columns=columns), notes
+
+
+def _of_seeds_in_common(
+    cells: Sequence[tuple[tuple, pd.DataFrame]], place: Sequence[int]
+) -> list[tuple[tuple, pd.DataFrame]]:
+    """The cells with the runs of the seeds that all cells of their place have; as they are where that is not two."""
+    seeds: dict[tuple, set[int]] = {}
+    for key, one in cells:
+        where = tuple(key[index] for index in place)
+        seeds[where] = seeds.get(where, set(one["seed"])) & set(one["seed"])
+    kept = []
+    for key, one in cells:
+        common = seeds[tuple(key[index] for index in place)]
+        kept.append((key, one[one["seed"].isin(common)] if len(common) > 1 else one))
+    return kept
 
 
 def noted(table: pd.DataFrame, notes: Iterable[str]) -> pd.DataFrame:
