@@ -10,6 +10,7 @@
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
 # make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
 # make sst2-rate   dense LoRA on sst2 with a smaller learning rate (results/sst2_rate)
+# make digits-rate   table 1's other images with the learning rates of digits (results/digits_rate)
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
@@ -24,7 +25,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods longer same-rate sst2-rate models bench calibration-analyses clean
+.PHONY: demo test lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -118,6 +119,14 @@ longer: $(VENV)/.installed
 	$(LONGER)
 	$(LONGER) method=lora calibration=threshold
 	$(BIN)/partial-lora report results/longer
+
+# What the sets of DATA=FOLDER would take without rates of their own: the file has those of digits alone.
+DIGITS_RATE = $(BIN)/partial-lora train -m experiment=table1 preset=cpu results_dir=results/digits_rate \
+	trainer.tuned=results/digits_rate/tuning.json $(call of_images,$(IMAGES_cpu))
+digits-rate: $(VENV)/.installed
+	$(if $(FILES_AT),$(DIGITS_RATE) $(DENSE))
+	$(if $(FILES_AT),$(DIGITS_RATE))
+	$(BIN)/python scripts/reproduce.py table1 --results results/digits_rate
 
 # Beside digits two sets of images of DATA=FOLDER, where that is there.
 SAME_RATE = $(BIN)/partial-lora train -m experiment=same_rate preset=cpu results_dir=results/same_rate

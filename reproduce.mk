@@ -1,5 +1,5 @@
 # make tune                          learning rates of every method on the studied task (results/tuning.json)
-# make reproduce-tune                the same, and of the texts those of lora, partial and targeted
+# make reproduce-tune                the same, and of the other sets those of lora, partial and targeted
 # make reproduce-table1 … table7     a table's runs, and the table (results/PRESET/tables)
 # make reproduce-fig1 … fig7         a figure's runs, and the figure (results/PRESET/figures)
 # make reproduce                     all of them, and what they say of each claim

@@ -10,7 +10,7 @@ from partial_lora import config
 
 ROOT = config.conf_dir().parent
 PAGES = ("README.md", "results/README.md")
-TABLES = ("results/cpu/tables/*.md", "results/*/report/comparison.md")
+TABLES = ("results/*/tables/*.md", "results/*/report/comparison.md")
 INTERVAL = re.compile(r"([+−-]\d+\.\d+) \[([+−-]\d+\.\d+), ([+−-]\d+\.\d+)\]")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs a checkout")
