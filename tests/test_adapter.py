@@ -26,6 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -190,6 +191,31 @@ def test_plain_lora_has_full_masks():
     model = adapt()
     assert set(map(str, module_sparsity(model).values())) == {"{'rows': 0.0, 'columns': 0.0}"}
     assert trainable_parameters(model) == 2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128)
+
+
+def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_still_runs():
+    """As where a notebook's cell is run twice."""
+    base = vit()
+    model = fill(get_peft_model(base, PartialLoraConfig(r=4, target_modules=["qkv"], sparsity=0.5))).eval()
+    expected = logits(model, images(2))
+    for again in (PartialLoraConfig(r=4, target_modules=["qkv", "fc1"], sparsity=0.5), model.peft_config["default"]):
+        with pytest.raises(PartialLoraError, match=r"has an adapter 'default' in it: unload\(\) or delete_adapter"):
+            get_peft_model(base, again)
+    assert torch.equal(logits(model, images(2)), expected)
+    assert module_sparsity(model)["timm_model.blocks.0.attn.qkv"]["rows"] == pytest.approx(0.5)
+
+
+def test_indices_move_with_the_module():
+    """Followed later, they would be a change to a compiled model."""
+    model = adapt(sparsity=0.5).to("meta")
+    factors = [module for module in model.modules() if isinstance(module, MaskedFactor)]
+    assert factors
+    assert {factor._index.device.type for factor in factors} == {"meta"}
+
+
+def test_shapes_are_known_on_the_meta_device():
+    model = adapt(llama, sparsity=0.5).to("meta")
+    assert model(torch.zeros(2, 6, dtype=torch.long, device="meta")).logits.shape == (2, 6, 50)
 
 
 def test_lost_masks_are_noticed():

@@ -28,6 +28,7 @@ from adapter_models import (
     vit,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -388,6 +389,22 @@ def test_a_model_with_quantised_linear_layers_is_known_by_the_rest_of_it():
     assert fingerprint(quantised) == before
 
 
+def test_codes_that_are_stored_as_numbers_are_not_compared():
+    """bitsandbytes' codes under bnb_4bit_quant_storage=torch.bfloat16, as FSDP wants them."""
+
+    class Params4bit(torch.nn.Parameter):
+        quant_state = None
+
+    own, stored, other = llama().to(torch.bfloat16), llama().to(torch.bfloat16), other_seed(llama).to(torch.bfloat16)
+    for model in (stored, other):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = Params4bit(torch.zeros(7, 1, dtype=torch.bfloat16), requires_grad=False)
+    assert fingerprint(own).agrees(fingerprint(stored))
+    assert fingerprint(stored).is_quantised
+    assert not fingerprint(own).agrees(fingerprint(other))
+
+
 def test_a_base_with_a_masked_adapter_merged_into_it_is_another():
     own = fingerprint(llama())
     for seed in range(20):
@@ -418,6 +435,61 @@ def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype):
     other.data[:, : other.shape[1] // 2] += 1  # the weights from before do not hide this
     with pytest.raises(PartialLoraError, match="load that one, anew if an adapter was merged into it"):
         load_compact(emptied, tmp_path)
+
+
+def stays_merged(model):
+    model.merge_adapter()
+    return model.unload()
+
+
+def merged_after_unmerging(model):
+    model.merge_adapter()
+    model.unmerge_adapter()
+    return model.merge_and_unload()
+
+
+@pytest.mark.parametrize("merge", [stays_merged, merged_after_unmerging])
+def test_a_base_in_which_an_adapter_was_left_is_another(tmp_path, merge):
+    """However little it has moved the weights: put on top of them it would count twice."""
+    config = PartialLoraConfig(r=4, lora_alpha=0.08, target_modules=["q_proj", "down_proj"], sparsity=0.5)
+    model = fill(get_peft_model(llama(), config))
+    write_compact(model, tmp_path)
+    base = merge(model)
+    refuses(base, tmp_path, "anew if an adapter was merged into it")
+    write_compact(fill(get_peft_model(base, config)), tmp_path / "second")  # which belongs to what it was trained over
+    refuses(llama(), tmp_path / "second", "weights of this model are not those of the base model")
+
+
+def test_layers_that_are_merged_one_by_one_leave_a_base_what_it_was(tmp_path):
+    config = PartialLoraConfig(r=4, lora_alpha=0.08, target_modules=["q_proj", "down_proj"], sparsity=0.5)
+    model = fill(get_peft_model(llama().to(torch.bfloat16), config))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.merge()
+    for layer in layers:
+        layer.unmerge()
+    write_compact(model, tmp_path)
+    load_compact(llama().to(torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize("base", [llama, qwen2])  # the second's head is tied to its embeddings
+def test_tokens_that_were_added_and_train_come_with_the_adapter(tmp_path, base):
+    def resized(seed):
+        torch.manual_seed(seed)
+        model = base()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(53)
+        return model
+
+    config = {"target_modules": ["q_proj"], "sparsity": 0.5, "trainable_token_indices": [50, 51, 52]}
+    model = fill(get_peft_model(resized(1), PartialLoraConfig(r=4, **config))).eval()
+    write_compact(model, tmp_path)
+    if base is qwen2:  # of an untied head the new rows would not train, and differ
+        batch = {"input_ids": torch.arange(40, 53).unsqueeze(0)}
+        assert torch.equal(logits(load_compact(resized(2), tmp_path), batch), logits(model, batch))
+    else:
+        refuses(resized(2), tmp_path, "check_base=False loads all the same")
+    assert_same(state(load_compact(resized(2), tmp_path, check_base=False)), state(model))
 
 
 def test_other_linear_weights_are_told_apart_in_another_precision():

@@ -11,15 +11,22 @@ from pathlib import Path
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from partial_lora.adapter.compact_base import (
+    check_geometries,
+    check_model,
+    check_values,
+    modules_of,
+    refuse_merged,
+    trained_whole,
+)
 from partial_lora.adapter.compact_file import FILE_NAME, Compact, decode, encode
 from partial_lora.adapter.config import PartialLoraConfig
-from partial_lora.adapter.fingerprint import base_parameters, fingerprint
+from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.adapter.geometry import geometry
-from partial_lora.adapter.model import PartialLoraModel, module_masks
+from partial_lora.adapter.model import module_masks
 from partial_lora.adapter.restore import unchanged_on_error
 from partial_lora.adapter.sharding import is_sharded
 from partial_lora.errors import PartialLoraError
@@ -46,7 +53,7 @@ def write_compact(
     config = _config_of(model, adapter_name)
     base = model.get_base_model()
     masks = module_masks(model, adapter_name)
-    modules = _modules(base)
+    modules = modules_of(base)
     whole = {_plain(key): value for key, value in _whole(model, adapter_name, masks).items()}
     compact = Compact(
         config=config,
@@ -54,7 +61,7 @@ def write_compact(
         masks=masks,
         kept={name: _kept(modules[name], adapter_name) for name in masks},
         whole=whole,
-        base=fingerprint(base, exclude=_trained_whole(base, config, whole)),
+        base=fingerprint(base, exclude=trained_whole(base, config, whole)),
     ).rounded_to(dtype)
     path = Path(folder) / FILE_NAME
     content = encode(compact)
@@ -81,7 +88,11 @@ def read_compact(folder: str | Path) -> tuple[PartialLoraConfig, dict[str, Tenso
 
 
 def load_compact(
-    model: nn.Module, folder: str | Path, adapter_name: str = "default", is_trainable: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    check_base: bool = True,
 ) -> PeftModel:
     """The base ``model`` with the compact adapter in ``folder``, masked, its values as they were written, bit for bit.
 
@@ -89,14 +100,20 @@ def load_compact(
     Values that were rounded when written load in the dtype PEFT gives an adapter (float32 for a base in half
     precision). Everything else is as with PeftModel.from_pretrained.
 
+    check_base: False takes it on trust that the values of the base are those the adapter was trained over, where the
+    fingerprint cannot know: rows of an embedding that `resize_token_embeddings` has drawn anew, say.
+
     Raises PartialLoraError, and leaves the model as it was, for what `read_compact` refuses, a missing module, a wrong
     shape, another base model (see `fingerprint`) and a name that is taken.
     """
     compact = _read(folder)
     path = Path(folder) / FILE_NAME
     is_adapted = isinstance(model, PeftModel)
-    _check_model(model, adapter_name)
-    _check_base(model.get_base_model() if is_adapted else model, compact, path)
+    check_model(model, adapter_name)
+    base = model.get_base_model() if is_adapted else model
+    check_geometries(base, compact, path)
+    if check_base:
+        check_values(base, compact, path)
     config = compact.config
     config.inference_mode = not is_trainable
     try:
@@ -140,49 +157,11 @@ def _config_of(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
         raise PartialLoraError(
             f"adapter {adapter_name!r} is a {type(config).__name__}, which masks nothing: use save_pretrained."
         )
-    _refuse_merged(model)
+    refuse_merged(model)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which puts it together.")
     return config
-
-
-def _refuse_merged(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
-
-
-def _check_model(model: nn.Module, adapter_name: str) -> None:
-    """Raise PartialLoraError for a model that takes no adapter of this name."""
-    if isinstance(model, PeftModel):
-        if not isinstance(model.base_model, PartialLoraModel):
-            raise PartialLoraError("the model has adapters of another method: load into the base model itself.")
-        if adapter_name in model.peft_config:
-            raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model has one of that name, choose another.")
-    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise PartialLoraError("the model has adapters but is no PeftModel: load into the base model itself.")
-    _refuse_merged(model)
-
-
-def _check_base(base: nn.Module, compact: Compact, path: Path) -> None:
-    """Raise PartialLoraError, naming the module, where ``base`` is not the model the adapter belongs to."""
-    modules = _modules(base)
-    for name, expected in compact.geometries.items():
-        if name not in modules:
-            raise PartialLoraError(f"{path}: this model has no module {name}, which the adapter is for.")
-        here = geometry(name, modules[name], compact.config.r)
-        if here != expected:
-            raise PartialLoraError(
-                f"{path}: {name} is {here.shape[0]} x {here.shape[1]} in this model (A {here.a}, B {here.b}), but"
-                f" {expected.shape[0]} x {expected.shape[1]} in the adapter (A {expected.a}, B {expected.b})."
-            )
-    if not compact.base.agrees(fingerprint(base, exclude=_trained_whole(base, compact.config, compact.whole))):
-        known = compact.config.base_model_name_or_path
-        raise PartialLoraError(
-            f"{path}: the weights of this model are not those of the base model that the adapter belongs to"
-            f"{f' ({known})' if known else ''}: load that one, anew if an adapter was merged into it."
-        )
 
 
 def _check_built(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
@@ -202,7 +181,7 @@ def _check_built(adapted: PeftModel, compact: Compact, adapter_name: str) -> Non
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
     """Put the file's values into the adapter just built."""
-    modules = _modules(adapted.get_base_model())
+    modules = modules_of(adapted.get_base_model())
     for name, factors in compact.kept.items():
         for factor, value in factors.items():
             own = getattr(modules[name], f"lora_{factor}")[adapter_name].kept
@@ -216,11 +195,6 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
     with torch.no_grad():
         for key, own in _whole(adapted, adapter_name, compact.masks).items():
             own.copy_(compact.whole[_plain(key)])
-
-
-def _modules(base: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a base model by their names as loaded, whether or not torch.compile has wrapped it since."""
-    return {name.replace("_orig_mod.", ""): module for name, module in base.named_modules()}
 
 
 def _kept(layer: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -242,11 +216,3 @@ def _whole(model: PeftModel, adapter_name: str, masked: Mapping[str, object]) ->
 
 def _plain(key: str) -> str:
     return key.removeprefix("base_model.model.").replace("_orig_mod.", "")
-
-
-def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[str, Tensor]) -> set[str]:
-    """The parameters of ``base``, by name, that the adapter has of its own, so that they say nothing about the base."""
-    heads = tuple(config.modules_to_save or ())
-    copied = tuple(f"{name}." for name in _modules(base) if heads and name.endswith(heads))
-    own = {name.replace(".base_layer", "") for name in whole}
-    return {name for name, _, _ in base_parameters(base) if name in own or name.startswith(copied)}

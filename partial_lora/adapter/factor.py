@@ -83,6 +83,12 @@ class MaskedFactor(nn.Module):
         """Whether a product is added to the kept features of an activation; else, zero-filled, to all of them."""
         return self.gathers and (self.is_convolution or self.density <= SCATTER_DENSITY_PER_RANK * self.rank)
 
+    def _apply(self, *args, **kwargs) -> MaskedFactor:
+        """Moved as any module is, and the indices with it: a compiler would take their moving later for a change."""
+        moved = super()._apply(*args, **kwargs)
+        self.index_on(self.kept.device)
+        return moved
+
     def index_on(self, device: torch.device) -> Tensor:
         """The kept indices on ``device``."""
         if self._index.device != device:

@@ -11,7 +11,8 @@ samples  two values from the middle of each of the two largest parameters outsid
          where its linear layers are quantised, the first of them alone.
 
 An adapter that is merged and unmerged leaves a base weight as it was but for rounding. `remember_base` keeps the
-diagonals from before, and they count for as long as the weights are still near them.
+diagonals from before, and they count for as long as the weights are still near them; `forget_base` drops them where an
+adapter stays in the weights for good.
 
 Buffers are left out, since running averages move in training, and so are the parameters an adapter has of its own.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,7 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
         ((name, owner, parameter) for name, owner, parameter in base_parameters(model) if name not in exclude),
         key=lambda entry: entry[0],
     )
-    dtypes = "+".join(sorted({_name_of(parameter.dtype) for _, _, parameter in found}))
+    dtypes = "+".join(sorted({_kind_of(parameter) for _, _, parameter in found}))
     if not all(_readable(parameter) for _, _, parameter in found):
         return Fingerprint(dtypes, None, (), ())
     digest = hashlib.sha256()
@@ -113,6 +114,13 @@ def remember_base(model: nn.Module) -> None:
                 if _is_plain(parameter) and _readable(parameter):
                     kept = vars(owner).setdefault(_REMEMBERED, {})
                     kept[_last(name)] = _diagonal_as_loaded(name, owner, parameter)
+
+
+def forget_base(layers: Iterable[nn.Module]) -> None:
+    """Drop what is kept of the weights under these layers: something else has become of them."""
+    for layer in layers:
+        for _, owner, _ in base_parameters(layer):
+            vars(owner).pop(_REMEMBERED, None)
 
 
 def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tensor:
@@ -203,6 +211,12 @@ def _is_plain(parameter: Tensor) -> bool:
 def _readable(parameter: Tensor) -> bool:
     """Whether its values are here: not those of a DTensor, nor what DeepSpeed leaves of a parameter in stage 3."""
     return not parameter.is_meta and not is_sharded(parameter)
+
+
+def _kind_of(parameter: Tensor) -> str:
+    """Its dtype; the class of a quantiser's codes that are stored as if they were numbers (bnb_4bit_quant_storage)."""
+    is_codes = parameter.is_floating_point() and not _is_plain(parameter) and hasattr(parameter, "quant_state")
+    return type(parameter).__name__ if is_codes else _name_of(parameter.dtype)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -35,7 +35,7 @@ def adapted_linear(
     """
     tokens = x.reshape(-1, x.shape[-1])
     kept_a, kept_b = a.kept, b.kept
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tokens, weight, bias, kept_a, kept_b = (
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.fused import adapted_linear
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
@@ -37,11 +38,13 @@ class PartialLoraVariant(LoraVariant):
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """A new tensor: the base weight with the adapter in it."""
+        remember_base(module)  # a layer can be merged by itself
         return orig_weight + _change_of(orig_weight, module, active_adapter)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Put the adapter into the base weight in place."""
+        remember_base(module)
         orig_weight.data += module.get_delta_weight(active_adapter)
 
     @staticmethod

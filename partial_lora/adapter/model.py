@@ -14,7 +14,7 @@ from torch import nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
-from partial_lora.adapter.fingerprint import remember_base
+from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.geometry import geometry
 from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
 from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
@@ -36,6 +36,11 @@ class PartialLoraModel(LoraModel):
         """Put an adapter into ``model``, as PEFT does."""
         if state_dict is not None and isinstance(self.peft_config[adapter_name], PartialLoraConfig):
             raise PartialLoraError("targets taken from a state_dict cannot be masked: name them in target_modules.")
+        if any(isinstance(layer, LoraLayer) and adapter_name in layer.lora_A for layer in model.modules()):
+            raise PartialLoraError(
+                f"the model has an adapter {adapter_name!r} in it: unload() or delete_adapter() it first, or choose "
+                "another name."
+            )
         # Of its own: the config remembers the masks of one model, and the caller may use or change it for another.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
@@ -100,6 +105,13 @@ class PartialLoraModel(LoraModel):
         """Merge, as PEFT does; unmerging gives weights back but for rounding, so what tells the base apart is kept."""
         remember_base(self.model)
         super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        altered = [layer for layer in layers if merge or layer.merged]  # unload() leaves in what is merged
+        base = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        forget_base(altered)
+        return base
 
     @classmethod
     def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
