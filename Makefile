@@ -126,7 +126,7 @@ DIGITS_RATE = $(BIN)/partial-lora train -m experiment=table1 preset=cpu results_
 digits-rate: $(VENV)/.installed
 	$(if $(FILES_AT),$(DIGITS_RATE) $(DENSE))
 	$(if $(FILES_AT),$(DIGITS_RATE))
-	$(BIN)/python scripts/reproduce.py table1 --results results/digits_rate
+	$(BIN)/python scripts/reproduce.py table1 table5 --results results/digits_rate
 
 # Beside digits two sets of images of DATA=FOLDER, where that is there.
 SAME_RATE = $(BIN)/partial-lora train -m experiment=same_rate preset=cpu results_dir=results/same_rate
