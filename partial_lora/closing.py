@@ -31,6 +31,7 @@ def summary(result: Mapping, directory: Path) -> Table:
             "adapter, trainable": adapter,
             "head, trainable": f"{found['head_parameters']:,}",
             "sparsity": cell(found["adapter_sparsity"], ".3f"),
+            "precision": found["precision"],
             "seconds": _seconds(result, "calibrate", "train", "evaluate"),
             **_warned(result),
             "files": str(directory),

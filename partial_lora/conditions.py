@@ -12,20 +12,30 @@ from partial_lora import identity
 _OF_METHODS = ("method.", "calibration.", "mask.", "importance.")  # what makes a method that method
 _SAID = {"method.name", "calibration.threshold", "calibration.budget"}
 _PER_METHOD = {"trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere"}  # what each may have its own of
+_PRECISION = "trainer.mixed_precision"
 _MOST_NAMED = 4
 
 
-def conditions(settings: Mapping) -> dict[str, object]:
+def conditions(record: Mapping) -> dict[str, object]:
     """All that may not differ between runs that are compared, by full key, where it is not the schema's default.
 
     Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
-    and what changes no result. Keys that are newer than a record are what the schema has.
+    and what changes no result. Keys that are newer than a record are what the schema has. The precision is the one that
+    was computed in: `trainer.mixed_precision=auto` depends on the device.
     """
-    return {
+    found = {
         key: value
-        for key, plain, value in _changed(settings)
-        if plain not in _PER_METHOD and not plain.startswith(_OF_METHODS)
+        for key, plain, value in _changed(record["config"])
+        if plain not in (*_PER_METHOD, _PRECISION) and not plain.startswith(_OF_METHODS)
     }
+    computed_in = precision(record)
+    return found if computed_in == "fp32" else found | {_PRECISION: computed_in}
+
+
+def precision(record: Mapping) -> str:
+    """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
+    computed_in = record.get("mixed_precision") or "no"  # records that are older than the field are of fp32
+    return "fp32" if computed_in == "no" else computed_in
 
 
 def of_method(settings: Mapping) -> dict[str, object]:

@@ -95,16 +95,15 @@ class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
 
 
 def mixed_precision(requested: str, device: str) -> str:
-    """The number format that training computes in: "no", "bf16" or "fp16".
+    """Return the number format that training computes in: "no" (fp32), "bf16" or "fp16".
 
-    "auto" is bf16 where the hardware is made for it: accelerators that compute it natively, processors with AMX. With
-    AVX512-BF16 alone a step was 1.6 to 1.7 times slower than in fp32 (scripts/precision.py).
+    "auto" is bf16 on an accelerator that computes it natively, and fp32 on every processor: a result must not depend on
+    which one it is (docs/measured.md says what bf16 changes there).
     """
     if requested != "auto":
         return requested
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "no"
 
 
 def trainer(

@@ -10,7 +10,8 @@ from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 from partial_lora.runs import NONE
 
-SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning", "conditions", "group")
+SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning")
+SAME += ("conditions", "precision", "group")
 _WHOLE = ("adapter_dense", "head_parameters")
 _AVERAGED = (
     "adapter_parameters",
@@ -28,13 +29,13 @@ _LEVEL = 0.95
 def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Runs that differ in nothing but their seed (one folder method-id), as one row: mean, standard deviation, n.
 
-    by: columns of the frame instead; runs of one metric that agree in these are a row. The deviation is the sample's
-    (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are in the order
+    by: columns of the frame instead; runs of one metric and precision that agree in these are a row. The deviation is
+    the sample's (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are in the order
     of task, model, operating point, method, or of the keys.
     """
     if frame.empty:
         return frame
-    same = [*by, "metric"] if by else list(SAME)
+    same = [*by, "metric", "precision"] if by else list(SAME)
     same = list(dict.fromkeys(same))
     rest = [name for name in SAME if name not in same and name != "group"]
     table = (

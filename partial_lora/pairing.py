@@ -40,7 +40,7 @@ class Folder:
 
     @cached_property
     def conditions(self) -> dict[str, object]:
-        return conditions(self.settings)
+        return conditions(self.runs[0].record)
 
 
 @dataclass
@@ -57,8 +57,9 @@ class Pairing:
 
 
 def folders(found: Sequence[Run]) -> list[Folder]:
-    """Runs by folder, in the order in which these are met."""
-    return [Folder(name, runs) for name, runs in _gathered(found, lambda run: run.row["group"]).items()]
+    """Runs by folder, in the order in which these are met; a folder whose seeds differ in precision is several."""
+    alike = _gathered(found, lambda run: (run.row["group"], run.row["precision"]))
+    return [Folder(name, runs) for (name, _), runs in alike.items()]
 
 
 def paired(known: Sequence[Folder], reference: str) -> Pairing:

@@ -38,7 +38,7 @@ _SPREAD = {
     "interval": "± is half the 95 % interval of the mean over the n runs of a row (Student's t).",
 }
 SPREADS = tuple(_SPREAD)
-_WORDS = ("task", "model", "method", "operating point", "metric", "tuning", "conditions", "id")
+_WORDS = ("task", "model", "method", "operating point", "metric", "tuning", "precision", "conditions", "id")
 
 
 def write(
@@ -116,8 +116,8 @@ def _tabulated(shown: pd.DataFrame, by: Sequence[str], form: str) -> str:
 
 
 def origin(frame: pd.DataFrame) -> str:
-    """What made the runs of a table: preset where there is one, tuned or not, commit, device."""
-    named = {"Preset": "preset", "Tuning": "tuning", "Commit": "commit", "Device": "device"}
+    """What made the runs of a table: preset where there is one, tuned or not, commit, device, precision."""
+    named = {"Preset": "preset", "Tuning": "tuning", "Commit": "commit", "Device": "device", "Precision": "precision"}
     return " ".join(
         f"{title}: {distinct(frame[column])}." for title, column in named.items() if (frame[column] != NONE).any()
     )
@@ -159,6 +159,7 @@ def readable(
         "evaluate (s)": _column(table["evaluate_seconds"], ",.1f"),
         "learning rate": _column(table["learning_rate"], "g") if "learning_rate" not in by else None,
         **({"tuning": table["tuning"]} if "tuning" not in by else {}),
+        "precision": table["precision"] if "precision" not in by and table["precision"].nunique() > 1 else None,
         "conditions": table["conditions"] if not by and _conditions_differ(table) else None,
         # Rows that look alike differ in a setting without a column: only the run id tells them apart.
         "id": table["id"] if not by and table.duplicated(identity).any() else None,

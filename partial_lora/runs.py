@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from partial_lora import wellformed
-from partial_lora.conditions import conditions, digest
+from partial_lora.conditions import conditions, digest, precision
 from partial_lora.errors import PartialLoraError
 from partial_lora.operating_point import NO_POINT, said
 from partial_lora.results import ADAPTER, RESULT
@@ -134,10 +134,11 @@ def row(result: Mapping, directory: Path) -> dict:
             "evaluate_seconds": number(seconds["evaluate"]),
             "learning_rate": float(config["trainer"]["learning_rate"]),
             "tuning": result.get("tuning", "untuned"),
-            "conditions": digest(conditions(config)),
+            "conditions": digest(conditions(result)),
             "preset": result.get("preset") or NONE,
             "commit": _code(result),
             "device": result.get("device") or NONE,
+            "precision": precision(result),
         }
     except KeyError as error:
         raise ValueError(f"foreign, no {error.args[0]} in it") from error

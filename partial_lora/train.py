@@ -129,6 +129,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         fsdp.name_blocks(adapted, settings["model"]["blocks"])
     aids, cost = methods.training(settings["method"]["name"], adapted, sharded=sharded), Cost(adapted)
     record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+    # A checkpoint of other libraries, or of another precision, computes something else.
+    computed_by = record["versions"] | {"precision": record["mixed_precision"]}
     tracking = Tracking(
         settings["trainer"]["report_to"] if world.is_main else [],
         directory=directory,
@@ -152,13 +154,13 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         world_size=world.size,
         seed=seed,
         sharded=sharded,
-        versions=record["versions"],
+        versions=computed_by,
         callbacks=[tracking, *aids.callbacks, cost],
         final_after=aids.final_after,
         **named(settings["trainer"], *fit.SETTINGS),
     )
     shape, kept = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
-    resumed = of_first(world, lambda: checkpoints.resumable(kept, record["versions"], shape))
+    resumed = of_first(world, lambda: checkpoints.resumable(kept, computed_by, shape))
     record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
     with tracking:
         trainer.train(resumed)

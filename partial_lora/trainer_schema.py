@@ -38,7 +38,7 @@ class TrainerConfig:
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 where the hardware is made for it, else none
+    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, fp32 on CPUs; no: fp32
     device: str = "auto"
     num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
     num_machines: int = 1

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before torch is loaded: its models here are too small for several threads, and threads that spin while they wait make
 # the suite ten times slower on a machine that does anything else.
@@ -20,6 +23,26 @@ def pytest_collection_finish() -> None:
     """Leave out what is imported whenever garbage is looked for: every training does, in a million objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def any_processor() -> Iterator[None]:
+    """Refuse this package's questions about the processor, so that no result of a test depends on which one it is."""
+    names = [name for name in dir(torch.cpu) if name.startswith("_is_")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.cpu, name, _refused(name, getattr(torch.cpu, name)))
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", _refused("capability", lambda: "DEFAULT"))
+        yield
+
+
+def _refused(name: str, answer: Callable[[], object]) -> Callable[[], object]:
+    def ask() -> object:
+        asked_by = sys._getframe(1).f_globals["__name__"]
+        assert not asked_by.startswith("partial_lora"), f"{asked_by} asks the processor ({name})"
+        return answer()
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,11 @@ SETTINGS = {
 }
 
 
+def of(settings: dict, precision: str = "no") -> dict:
+    """The record of a run with these settings."""
+    return {"config": settings, "mixed_precision": precision}
+
+
 def changed(key: str, value: object) -> dict:
     settings = copy.deepcopy(SETTINGS)
     group, _, name = key.rpartition(".")
@@ -46,8 +51,8 @@ def changed(key: str, value: object) -> dict:
     ],
 )
 def test_what_a_method_has_of_its_own_is_no_condition(key: str, value: object) -> None:
-    assert conditions(changed(key, value)) == conditions(SETTINGS)
-    assert digest(conditions(changed(key, value))) == digest(conditions(SETTINGS))
+    assert conditions(of(changed(key, value))) == conditions(of(SETTINGS))
+    assert digest(conditions(of(changed(key, value)))) == digest(conditions(of(SETTINGS)))
 
 
 @pytest.mark.parametrize(
@@ -61,18 +66,27 @@ def test_what_a_method_has_of_its_own_is_no_condition(key: str, value: object) -
     ],
 )
 def test_all_else_is_a_condition_and_named_where_it_differs(key: str, value: object, said: str) -> None:
-    found = conditions(changed(key, value))
-    assert digest(found) != digest(conditions(SETTINGS))
-    assert differences(found, conditions(SETTINGS)) == said
+    found = conditions(of(changed(key, value)))
+    assert digest(found) != digest(conditions(of(SETTINGS)))
+    assert differences(found, conditions(of(SETTINGS))) == said
+
+
+def test_precision_is_a_condition_however_it_was_come_by() -> None:
+    fp32 = conditions(of(SETTINGS))
+    assert conditions({"config": SETTINGS}) == fp32  # a record that is older than the field
+    assert conditions(of(changed("trainer.mixed_precision", "no"))) == fp32
+    bf16 = conditions(of(SETTINGS, "bf16"))
+    assert conditions(of(changed("trainer.mixed_precision", "bf16"), "bf16")) == bf16
+    assert digest(bf16) != digest(fp32)
 
 
 def test_members_of_a_mixture_are_conditions_in_their_order() -> None:
     members = {"sst2": {"name": "sst2", "mixing": "proportional"}, "a.b": {"name": "a.b", "train_samples": 5}}
-    found = conditions(changed("task.members", members))
+    found = conditions(of(changed("task.members", members)))
     assert found["task.members"] == ["sst2", "a.b"]
     assert found["task.members.a.b.train_samples"] == 5
     assert "task.members.sst2.mixing" not in found
-    turned = conditions(changed("task.members", dict(reversed(members.items()))))
+    turned = conditions(of(changed("task.members", dict(reversed(members.items())))))
     assert digest(turned) != digest(found)
 
 
@@ -81,8 +95,8 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not() -> None:
         changed("task.data_files", {"train": path})
         for path in ("../data/cifar10/train.parquet", "/mnt/cifar10/train.parquet", "/mnt/cifar100/train.parquet")
     )
-    assert conditions(first)["task.data_files.train"] == "cifar10/train.parquet"
-    assert digest(conditions(first)) == digest(conditions(second)) != digest(conditions(other))
+    assert conditions(of(first))["task.data_files.train"] == "cifar10/train.parquet"
+    assert digest(conditions(of(first))) == digest(conditions(of(second))) != digest(conditions(of(other)))
     searched = [rate_settings.settings_of(each, None)["task.data_files.train"] for each in (first, second, other)]
     assert searched == ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
 

@@ -179,10 +179,12 @@ def test_a_batch_that_does_not_divide_among_the_accelerators_is_refused(adapted:
         trainer(adapted, tmp_path, world_size=3)
 
 
-@pytest.mark.parametrize(("amx", "chosen"), [(True, "bf16"), (False, "no")])
-def test_bf16_is_chosen_where_the_processor_is_made_for_it(monkeypatch, amx: bool, chosen: str) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert fit.mixed_precision("auto", "cpu") == chosen
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_is_that_of_the_device_and_never_of_the_processor(monkeypatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert fit.mixed_precision("auto", "cpu") == "no"
+    assert fit.mixed_precision("auto", "cuda") == ("bf16" if native else "no")
     assert fit.mixed_precision("no", "cpu") == "no"
     assert fit.mixed_precision("bf16", "cpu") == "bf16"
 

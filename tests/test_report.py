@@ -214,6 +214,16 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
     assert shown["id"].tolist() == ["0a1b2c3d", "ffffffff"]  # else the two rows could not be told apart
 
 
+@pytest.mark.parametrize("by", [(), ("task", "method")])
+def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
+    for seed, precision in enumerate(("no", "no", "bf16")):
+        place(tmp_path, record(seed=seed, accuracy=0.9 + seed / 100, mixed_precision=precision))
+    table = report.group(report.collect(tmp_path)[0], by)
+    assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
+    shown = report.readable(table, by=by)
+    assert set(shown["precision"]) == {"fp32", "bf16"}
+
+
 def test_rows_are_in_order_of_task_model_point_method(tmp_path):
     runs = [
         (budget(record("uniform"), 0.13), "3"),
@@ -351,6 +361,8 @@ def test_summary_of_a_run(tmp_path):
         "700 of 1,000",
         "3,850",
         "0.300",
+        "precision",
+        "fp32",
         "calibrate 60.0 · train 100.0 · evaluate 2.5",
         "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0",
         "threshold 0.9",
