@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -65,7 +66,8 @@ def offline(name: str):
         def _compute(self, predictions: Sequence, references: Sequence, **options: int) -> dict[str, float]:
             return {name: _FUNCTIONS[name](np.asarray(predictions), np.asarray(references), **options)}
 
-    return Offline(keep_in_memory=True)
+    with tempfile.TemporaryDirectory() as unused:  # evaluate makes a folder even for what it keeps in memory
+        return Offline(keep_in_memory=True, cache_dir=unused)
 
 
 def function_of(name: str, classes: int | None = None) -> Callable[[np.ndarray, np.ndarray], float]:

@@ -101,7 +101,6 @@ def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int
     readable = _readable_line(parsed.top_k or 1, predictor.labels)
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else readable
     failed = False
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters must not end a stream
     with _bar(given.total) as advance:
         while batch := list(islice(given.stream, size)):
             lines = []

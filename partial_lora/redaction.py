@@ -7,6 +7,7 @@ are. Other text is left as it is, to the character.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -48,9 +49,14 @@ def redacted(content: Any) -> Any:
 
 
 def redact_output() -> None:
-    """Hide credentials in all that this process prints from now on, logs and tracebacks among it."""
+    """Hide credentials in all that this process prints from now on, logs and tracebacks among it.
+
+    What the terminal's encoding has no character for is printed as an escape, and ends nothing.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         if stream is not None and not isinstance(stream, _Redacting):
             setattr(sys, name, _Redacting(stream))
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 # Before torch is loaded: its models here are too small for several threads, and threads that spin while they wait make
 # the suite ten times slower on a machine that does anything else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What the libraries of Hugging Face keep is neither taken from nor left in the home of whoever runs the tests.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
+os.environ["HF_HOME"] = _HF_HOME.name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -28,6 +32,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def any_processor() -> Iterator[None]:
     """Refuse this package's questions about the processor, so that no result of a test depends on which one it is."""
+    import torch
+
     names = [name for name in dir(torch.cpu) if name.startswith("_is_")]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:

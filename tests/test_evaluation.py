@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pandas
 import pytest
@@ -19,6 +20,8 @@ OUTPUTS, NUMBERS = np.array([[0.5], [1.0], [2.0], [4.0]]), np.array([0.0, 1.0, 4
 
 def test_metrics_need_no_network_and_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", "/dev/null/metrics")  # no folder can be made there
+    evaluation.offline.cache_clear()
     for _ in range(2):
         assert evaluation.metrics_of(["accuracy"], LOGITS, CLASSES) == {"accuracy": 0.6}
 

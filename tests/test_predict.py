@@ -13,7 +13,7 @@ import finished_runs
 import pytest
 import torch
 
-from partial_lora import predict_command
+from partial_lora import cli, predict_command
 from partial_lora.errors import PartialLoraError
 from partial_lora.inference import Prediction, Predictor
 
@@ -114,7 +114,7 @@ def test_a_terminal_of_few_characters_ends_no_stream(photos, run, monkeypatch, t
     (tmp_path / "été.png").write_bytes(Path(photos[0]).read_bytes())
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
-    assert predict_command.main([run, "--device", "cpu", str(tmp_path / "été.png")]) == 0
+    assert cli.main(["predict", run, "--device", "cpu", str(tmp_path / "été.png")]) == 0
     assert out.getvalue().endswith(b"\\xe9t\\xe9.png\n")
 
 
@@ -172,7 +172,7 @@ def test_a_number_out_of_range_is_refused_by_name(run, capsys, option) -> None:
 
 def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
     script = (
-        "import sys\nfrom partial_lora import predict_command\nfrom partial_lora.errors import PartialLoraError\n"
+        "import sys\nfrom partial_lora import cli, predict_command\nfrom partial_lora.errors import PartialLoraError\n"
         "for arguments in (['--help'], [sys.argv[1], 'nowhere.png'], ['nowhere', 'x']):\n"
         "    try:\n        predict_command.main(arguments)\n"
         "    except (SystemExit, PartialLoraError) as error:\n        print(type(error).__name__)\n"

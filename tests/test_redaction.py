@@ -92,6 +92,15 @@ def test_plain_data_keeps_its_shape(monkeypatch) -> None:
     assert given["c"] == (f"x{SECRET}",)  # what it was given is not changed
 
 
+def test_a_terminal_of_few_characters_is_given_escapes(monkeypatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    redact_output()
+    print("train …")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"train \\u2026\n"
+
+
 def test_all_that_a_process_prints_is_without_credentials(monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     beneath = {name: io.StringIO() for name in ("stdout", "stderr")}

@@ -146,8 +146,9 @@ def test_a_hostile_wheel_writes_nothing_but_what_is_asked_of_it(tmp_path: Path, 
         link = zipfile.ZipInfo("tiny/link")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, str(tmp_path))
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PARTIAL_LORA_CACHE": str(cache)}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(cache))
     pin = wheel.Wheel(
         project="tiny-focus",
         version="1.0",

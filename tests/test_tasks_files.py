@@ -62,6 +62,11 @@ def refused(match: str, *given: object, **named: object) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
+    refused(r"task\.data_files\.train=.*/dev/null.*HF_HOME", {"train": table(tmp_path, "own.parquet", text=["a"])})
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     texts = ['with, comma and "quotes"', "NA", "None", "12", "tab\tand line\nbreak", "naïve"]

@@ -74,6 +74,8 @@ def _table(key: str, file: Path, split: str, delimited: Callable[[Path, str, str
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
         generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = first_line(error.__cause__ if generated and error.__cause__ else error)
+        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # the home, perhaps
+            raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
         kind = "parquet" if suffix == ".pq" else suffix[1:]
         raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
     raise PartialLoraError(f"{key}={file}: expected a {_KINDS} file, by the end of its name, or a folder of images")
