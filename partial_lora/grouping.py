@@ -30,8 +30,8 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Runs that differ in nothing but their seed (one folder method-id), as one row: mean, standard deviation, n.
 
     by: columns of the frame instead; runs of one metric and precision that agree in these are a row. The deviation is
-    the sample's (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are in the order
-    of task, model, operating point, method, or of the keys.
+    the sample's (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are
+    in the order of task, model, operating point, method, or of the keys.
     """
     if frame.empty:
         return frame
