@@ -11,13 +11,14 @@ run that is only a record this says so, and ends with 3 once the others are done
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
+from itertools import chain
 from pathlib import Path
+
+from evidence.dynamics import DYNAMICS, measure, read_dynamics
 
 from partial_lora import remote_code, runs, selection
 from partial_lora.errors import PartialLoraError
-from partial_lora.evidence.dynamics import DYNAMICS, read_dynamics
 from partial_lora.finished import finished_run
 
 FIGURES = ("fig3", "fig7")
@@ -25,42 +26,42 @@ MISSING = 3  # how the command ends where some could not be measured; a tracebac
 
 
 def chosen(place: Path, where: list[str], figure: str | None) -> list[Path]:
-    """The directories of runs that are meant: the one named, or those under a results directory."""
+    """The directories of runs to measure: the one named, or those under a results directory."""
     if not (place / "runs").is_dir():
         return [place]
-    found = selection.where(runs.read(place)[0], where)
-    if figure is not None:
-        found = importlib.import_module(f"partial_lora.evidence.figures.{figure}").measured_runs(found)
-    return [run.directory for run in found]
+    directories = [run.directory for run in selection.where(runs.read(place)[0], where)]
+    if figure is None:
+        return directories
+    from evidence.figures import measured_runs  # and matplotlib
+
+    return [run.directory for run in measured_runs(figure, place, directories)]
 
 
 def main(arguments: list[str]) -> int:
-    """Measure every run that has not been; gives how the command ends."""
+    """Measure every run that has not been; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, or a results directory")
     parser.add_argument("--figure", choices=FIGURES, help="of a results directory, the runs that it shows")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="of a results directory")
     parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     remote_code.refuse()
     missing = False
     try:
-        directories = [directory for place in asked.places for directory in chosen(place, asked.where, asked.figure)]
+        each = [chosen(place, options.where, options.figure) for place in options.places]
     except PartialLoraError as error:
         print(error, file=sys.stderr)
         return 2
-    for directory in directories:
+    for directory in chain.from_iterable(each):
         if read_dynamics(directory):
             continue
         try:
             run = finished_run(directory)
             import datasets  # and torch, for those who measure
 
-            from partial_lora.evidence import drift
-
             datasets.disable_progress_bars()
-            content = drift.measure(run, most=asked.rows, device=asked.device)
+            content = measure(run, most=options.rows, device=options.device)
             last = list(content["cka"].values())[-1]
             print(f"{directory / DYNAMICS}: CKA after the last block {last:.3f}", flush=True)
         except PartialLoraError as error:

@@ -21,7 +21,6 @@ from partial_lora import evaluate_command, export, formats, loading, predict_com
 from partial_lora import tasks as tasks_of
 from partial_lora.asked_task import asked_task
 from partial_lora.errors import PartialLoraError
-from partial_lora.evidence import drift
 from partial_lora.finished import FinishedRun
 from partial_lora.inference import Predictor
 
@@ -249,9 +248,3 @@ def test_a_causal_mixture_is_merged_and_proven(tmp_path: Path) -> None:
     assert "transformers alone: logits differ by at most" in done.proof
     assert (done.folder / "tokenizer.json").is_file()
     assert "input_ids" in formats._inputs(mixed_runs.text_mixture())  # as texts of its first member
-
-
-def test_how_far_a_mixture_has_moved_is_refused_by_its_directory() -> None:
-    run = mixed_runs.image_mixture()
-    with pytest.raises(PartialLoraError, match=f"^{run.directory}: a mixture, expected a run of one task"):
-        drift.measure(run, device="cpu")

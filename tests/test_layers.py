@@ -61,7 +61,6 @@ LAYERS = (
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
     | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
-    {"evidence"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},

@@ -1,0 +1,237 @@
+"""How far training has moved a run's model: accuracy on training rows beside test rows, and features by CKA.
+
+`measure` writes dynamics.json beside the record of a finished run whose weights are at hand; the figures read it,
+without torch. Linear CKA (Kornblith et al. 2019) compares the features after each block in the frozen and in the
+trained model: 1 for the same up to rotation and scale, 0 for unrelated ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from partial_lora import results
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import Run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from partial_lora.finished import FinishedRun
+    from partial_lora.inference import RunModel
+
+DYNAMICS = "dynamics.json"
+VERSION = 1
+Cell = tuple[Hashable, Mapping[int, Run]]  # runs by seed; cells with the same first stand beside each other
+
+
+def read_dynamics(directory: Path) -> dict | None:
+    """The file's content: metrics by split (train, test), `cka` of every block; None where there is none, or another.
+
+    cka: {block: linear CKA between the features after it in the frozen and in the trained model}.
+    """
+    try:
+        content = json.loads((Path(directory) / DYNAMICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(content, dict) and content.get("version") == VERSION and {"metrics", "cka"} <= content.keys()
+    return content if whole else None
+
+
+def gap(content: Mapping) -> tuple[float, float]:
+    """The main metric on training rows and on test rows."""
+    test = content["metrics"]["test"]
+    return float(content["metrics"]["train"][test["primary"]]), float(test[test["primary"]])
+
+
+def to_measure(cells: Sequence[Cell], most: int) -> list[Run]:
+    """The runs to measure: of those that stand beside each other the same seeds, at most so many.
+
+    First come the seeds of which most are measured or have their weights: of a record alone nothing can be measured.
+    Where no seed is everywhere, none is left out for that.
+    """
+
+    def at_hand(run: Run) -> bool:
+        return (run.directory / results.ADAPTER).is_dir() or read_dynamics(run.directory) is not None
+
+    chosen = []
+    for beside in _beside(cells).values():
+        seeds = set.intersection(*map(set, beside)) or set.union(*map(set, beside))
+        lacking = {seed: sum(not at_hand(cell[seed]) for cell in beside if seed in cell) for seed in seeds}
+        first = sorted(sorted(seeds, key=lambda seed: (lacking[seed], seed))[:most])
+        chosen += [cell[seed] for cell in beside for seed in first if seed in cell]
+    return chosen
+
+
+def measured(cells: Sequence[Cell]) -> list[dict[int, dict]]:
+    """What was measured in each cell, by seed: of those that stand beside each other the seeds that all have.
+
+    Of cells that have none in common, or nothing at all, each keeps its own.
+    """
+    contents = [
+        (place, {seed: content for seed, run in cell.items() if (content := read_dynamics(run.directory))})
+        for place, cell in cells
+    ]
+    common = {
+        place: set.intersection(*seeds)
+        for place, beside in _beside(contents).items()
+        if (seeds := [set(cell) for cell in beside if cell])
+    }
+    return [
+        {seed: content for seed, content in cell.items() if not common.get(place) or seed in common[place]}
+        for place, cell in contents
+    ]
+
+
+def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Mapping]]:
+    together: dict[Hashable, list[Mapping]] = {}
+    for place, cell in cells:
+        together.setdefault(place, []).append(cell)
+    return together
+
+
+def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dict:
+    """Measure a run and write its dynamics.json; gives the content.
+
+    most: rows of each split at most, drawn by a fixed seed. The labels of training rows are those that were trained
+    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
+    there.
+    """
+    from torch.utils.data import DataLoader
+
+    from partial_lora import evaluate_run, formats, judges, loading
+    from partial_lora.inference import RunModel
+    from partial_lora.peers import Alone
+
+    blocks = run.settings["model"]["blocks"]
+    if blocks is None:
+        raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
+    if run.settings["task"].get("members"):
+        raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
+    evaluate_run.check_files(run)
+    task = loading.task_of(run.settings)
+    task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
+    trained = RunModel(run, device)
+    transform = loading.transform_of(run.settings)
+    judge = judges.judge_of(task, transform, run.settings, Alone())
+    size = run.settings["trainer"]["eval_batch_size"]
+
+    def batches(rows: Dataset) -> DataLoader:
+        return DataLoader(rows, batch_size=size, collate_fn=transform.collate)
+
+    def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        return evaluate_run.said_of(trained, batches(rows), judge.reduce, lambda done, total: None)
+
+    metrics = {split: judge.judged(predict, trained.model, split).metrics for split in ("train", "test")}
+    frozen = formats.base_model(run).to(trained.device).eval()
+    test = transform.prepare(task.test, cache_bytes=run.settings["task"]["cache_bytes"])
+    content = {
+        "version": VERSION,
+        "rows": {split: len(getattr(task, split)) for split in ("train", "test")},
+        "metrics": metrics,
+        "cka": {
+            block: value if np.isfinite(value) else None
+            for block, value in drift(frozen, trained, batches(test), blocks).items()
+        },
+        "device": trained.device,
+    }
+    results.write_json(run.directory / DYNAMICS, content)
+    return content
+
+
+def _drawn(rows: Dataset, most: int) -> Dataset:
+    if len(rows) <= most:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)))
+
+
+def drift(frozen: nn.Module, trained: RunModel, batches: Iterable[Mapping], blocks: str) -> dict[str, float]:
+    """The linear CKA of the features after every block, by the block's name; every position is an example.
+
+    frozen: the run's base model, on the device of `trained`. Padding is left out where there is an attention mask.
+    """
+    import torch
+
+    from partial_lora.reuse import block_names
+
+    names = block_names(frozen, blocks)
+    moved = trained.model.get_base_model()
+    sums = {name: Moments() for name in names}
+    with torch.inference_mode():
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            with _outputs(frozen, names) as before:
+                frozen(**{name: value.to(trained.device) for name, value in batch.items() if name != "labels"})
+            with _outputs(moved, names) as after:
+                trained.logits(batch, lambda logits, labels: logits[:1, :1].float())
+            for name in names:
+                sums[name].add(positions(before[name], mask), positions(after[name], mask))
+    return {name: each.cka() for name, each in sums.items()}
+
+
+@contextlib.contextmanager
+def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What leaves the named modules while the context lasts."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def positions(output: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A block's output as examples by features: (N, width), float32, on the CPU.
+
+    Of tokens (B, T, width) those of the mask (B, T); of maps (B, C, H, W) every place.
+    """
+    if output.dim() == 4:
+        output = output.movedim(1, -1)
+    flat = output.reshape(-1, output.shape[-1])
+    if mask is not None and mask.shape == output.shape[:2]:
+        flat = flat[mask.reshape(-1).bool().to(flat.device)]
+    return flat.cpu().float()
+
+
+class Moments:
+    """The sums over examples from which the linear CKA of two sets of features is computed, batch by batch.
+
+    CKA does not depend on where features are measured from: they are from the first batch's mean, so that what is
+    multiplied in their own precision and summed in float64 is spread, not place.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._origins: tuple[Tensor, Tensor] | None = None
+        self._sums: Mapping[str, Tensor] = {}
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Take in the features of the same examples: (N, p) and (N, q)."""
+        self._origins = self._origins or (first.mean(0), second.mean(0))
+        x, y = first - self._origins[0], second - self._origins[1]
+        new = {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "yy": y.T @ y, "xy": x.T @ y}
+        self._count += len(x)
+        self._sums = {name: self._sums.get(name, 0) + each.double() for name, each in new.items()}
+
+    def cka(self) -> float:
+        """||Cov(x, y)||² / (||Cov(x, x)|| ||Cov(y, y)||), Frobenius norms; NaN where features do not vary."""
+        across, of_x, of_y = (
+            (self._sums[one + other] - self._sums[one].outer(self._sums[other]) / self._count).norm().item()
+            for one, other in ("xy", "xx", "yy")
+        )
+        return across**2 / (of_x * of_y) if of_x * of_y > 0 else float("nan")

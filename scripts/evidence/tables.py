@@ -1,0 +1,1243 @@
+"""Tables 1 to 7: scores and paired differences of finished runs, what they say of each claim, and what is missing.
+
+Seeds and test examples are drawn again as partial_lora.comparison does for one task: examples within each task, seeds
+once for all, since a seed draws the same masks and the same order on every task. The tasks themselves are not drawn: an
+average is of these tasks, and says nothing of others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+from scipy.special import ndtri, stdtrit
+from tabulate import tabulate
+
+from evidence.runs import (
+    BUDGET,
+    COSTS,
+    POINTS,
+    THRESHOLD,
+    UNCALIBRATED,
+    Evidence,
+    Outcome,
+    at_points,
+    draw_of,
+    missing,
+    planned,
+)
+from partial_lora.closing import cell, measured, percent
+from partial_lora.comparison import MARGIN, Comparison, compared, per_example, resampled, verdict
+from partial_lora.errors import PartialLoraError
+from partial_lora.grouping import half_interval, point_order
+from partial_lora.report import origin
+from partial_lora.results import read_result, write_atomic
+from partial_lora.retest import reliability
+from partial_lora.runs import LOWER_IS_BETTER, NONE, SHARES, number
+
+SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"
+ROW = ["model", "mixture", "importance", "operating_point", "method"]
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+WORSE = "undecided (worse, perhaps by less than a point)"
+BOTH, SEEDS, EXAMPLES = "seeds and examples", "seeds", "examples"
+PLANNED = {  # by preset and table: the tasks (of table 6 the mixtures) that its experiment has
+    "cpu": {
+        "table1": ("digits", "cifar10", "signdigits", "gtsrb", "flowers17"),
+        "table2": ("digits",),
+        "table3": ("sst2", "trec", "arc_easy", "piqa"),
+        "table4": ("digits",),
+        "table6": ("digits+signdigits",),
+    }
+}
+_WHERE = ["model", "mixture", "importance", "operating_point"]
+_DIFFERENCES = (
+    *("part", *_WHERE, "first", "second", "task", "metric", "tasks"),
+    *("difference", "low", "high", "seeds", "examples", "over", "verdict"),
+)
+_LEVEL = 0.95
+_CEILING = 0.98
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of a claim: it holds, it does not, or it is undecided; at which place, by what numbers."""
+
+    claim: str
+    where: str
+    verdict: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table, perhaps of several parts.
+
+    claim: the paper's. numbers: as measured, a row a number, `part` saying of which part. shown: {title: what is read}.
+    missing: what it would also show. origin: of the runs, preset, tuning, commit and device.
+    """
+
+    name: str
+    title: str
+    claim: str
+    verdicts: Sequence[Verdict]
+    numbers: pd.DataFrame
+    shown: Mapping[str, pd.DataFrame]
+    notes: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    origin: str = ""
+
+
+# Files
+
+
+def write(table: Table, folder: Path, command: str) -> list[Path]:
+    """Write folder/NAME.md, .csv and .tex, each whole or not at all; gives the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    above = [line for line in (command, table.origin) if line]
+    contents = {
+        "md": markdown(table, command),
+        "csv": "".join(f"# {line}\n" for line in above) + table.numbers.convert_dtypes().to_csv(index=False),
+        "tex": "".join(f"% {line}\n" for line in above) + latex(table),
+    }
+    for suffix, content in contents.items():
+        write_atomic(folder / f"{table.name}.{suffix}", content)
+    return [folder / f"{table.name}.{suffix}" for suffix in contents]
+
+
+def markdown(table: Table, command: str) -> str:
+    """The command, the claim, what was found of it, the parts, notes."""
+    parts = [f"    {command}", table.origin, f"# {table.title}", f"The paper: {table.claim}", _of_verdicts(table)]
+    for title, shown in table.shown.items():
+        parts += [f"**{title}**", _tabulated(shown, "pipe")]
+    parts.append("\n".join(f"- {note}" for note in table.notes))
+    parts.append("\n".join(f"- missing: {line}" for line in table.missing))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex(table: Table) -> str:
+    """The parts alone, for a paper (booktabs); each title a comment."""
+    parts = []
+    for title, shown in table.shown.items():
+        text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", _tabulated(shown, "latex_booktabs"))
+        for sign, written in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
+            text = text.replace(sign, written)
+        parts.append(f"% {title}\n{text}\n")
+    return "\n".join(parts)
+
+
+def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
+    """Write folder/claims.md: for each table the paper's claim and what was found of it. Gives the file."""
+    parts = [f"    {command}", "# What the tables say of the paper's claims"]
+    for table in tables:
+        parts += [f"**[{table.name}]({table.name}.md)**, the paper: {table.claim}", _of_verdicts(table)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "claims.md", "\n\n".join(parts) + "\n")
+    return folder / "claims.md"
+
+
+def _of_verdicts(table: Table) -> str:
+    return _tabulated(pd.DataFrame(map(asdict, table.verdicts)), "pipe")
+
+
+def _tabulated(shown: pd.DataFrame, form: str) -> str:
+    words = {"model", "mixture", "importance", "operating point", "method", "task", "difference", "over", "verdict"}
+    words |= {"what", "claim", "where", "found"}
+    align = ["left" if name in words else "right" for name in shown.columns]
+    return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
+
+
+# Differences of two methods
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods' runs on one task, by seed, and the metric that they are compared by."""
+
+    first: Mapping[int, Outcome]
+    second: Mapping[int, Outcome]
+    metric: str
+
+    @property
+    def seeds(self) -> set[int]:
+        return self.first.keys() & self.second.keys()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first method's score less the second's, and its 95 % interval; NaN where there is nothing to draw.
+
+    over: what was drawn again: seeds and examples; examples, of one seed; seeds, where predictions were not kept
+    (Student's t). seeds: that both have, the fewest of a task; examples: of all tasks together. verdict: in the words
+    of partial_lora.comparison; of one seed nothing is decided, since how much seeds differ is not known.
+    """
+
+    difference: float
+    low: float
+    high: float
+    seeds: int
+    examples: int
+    over: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    difference: float
+    draws: np.ndarray | None
+    seeds: int
+    examples: int
+    over: str
+
+
+def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
+    """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
+
+    Raises PartialLoraError where there is no seed that all have.
+    """
+    return _judged([_drawn(pairs, np.random.default_rng(0), draws)], pairs[0].metric)
+
+
+def average(tasks: Mapping[str, Sequence[Pair]], *, draws: int = 10_000) -> Difference:
+    """The mean over tasks of the differences on each, all tasks counting alike.
+
+    Of tasks that are not drawn by example (other metrics, predictions that were not kept) each is drawn by itself.
+    Raises PartialLoraError as `between`, and where a metric is one of which less is better.
+    """
+    if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
+        raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
+    shares = _seed_shares([_in_common(pairs) for pairs in tasks.values()], draws)
+    # A stream of its own for each task: with one for all, lucky examples would be so on every task at once.
+    each = [
+        _drawn(pairs, np.random.default_rng([0, place]), draws, own)
+        for place, (pairs, own) in enumerate(zip(tasks.values(), shares, strict=True))
+    ]
+    return _judged(each, next(iter(tasks.values()))[0].metric)
+
+
+def _seed_shares(of_tasks: Sequence[Sequence[int]], draws: int) -> list[np.ndarray]:
+    """For each task the share of its seeds in every draw (draws, seeds): one draw of all seeds serves all tasks.
+
+    A draw that has none of a task's seeds is made again. How many a draw has of a task that has not all seeds varies,
+    which widens what such a task adds to an interval by about a tenth.
+    """
+    every = sorted(set().union(*of_tasks))
+    columns = [[every.index(seed) for seed in seeds] for seeds in of_tasks]
+    stream, counts = np.random.default_rng(0), np.empty((0, len(every)))
+    while len(counts) < draws:
+        more = stream.multinomial(len(every), np.full(len(every), 1 / len(every)), size=draws)
+        usable = np.all([more[:, own].sum(axis=1) > 0 for own in columns], axis=0)
+        counts = np.concatenate([counts, more[usable]])
+    of_task = [counts[:draws, own] for own in columns]
+    return [own / own.sum(axis=1, keepdims=True) for own in of_task]
+
+
+def _in_common(pairs: Sequence[Pair]) -> list[int]:
+    seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
+    if not seeds:
+        raise PartialLoraError("no seed in common")
+    return seeds
+
+
+def _judged(each: Sequence[_Drawn], metric: str) -> Difference:
+    difference, seeds = float(np.mean([one.difference for one in each])), min(one.seeds for one in each)
+    low = high = math.nan
+    judged = "undecided"
+    if all(one.draws is not None for one in each):
+        spread = np.mean([one.draws for one in each], axis=0)
+        low, high = map(float, np.quantile(spread, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+        if seeds > 1:
+            judged = verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high)
+    over = "; ".join(sorted({one.over for one in each}))
+    return Difference(difference, low, high, seeds, sum(one.examples for one in each), over, judged)
+
+
+def _drawn(
+    pairs: Sequence[Pair], stream: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
+) -> _Drawn:
+    seeds = _in_common(pairs)
+    over = BOTH if len(seeds) > 1 else EXAMPLES
+    known = _by_example(pairs, seeds)
+    if isinstance(known, np.ndarray):
+        return _Drawn(float(known.mean()), resampled(known, stream, draws, of_seeds), len(seeds), known.shape[1], over)
+    shares = stream.permutation((np.arange(draws) + 0.5) / draws)
+    if known is not None:  # an interval alone: drawn from the normal that has it
+        deviation = (known.high - known.low) / (2 * ndtri((1 + _LEVEL) / 2))
+        normal = known.difference + deviation * ndtri(shares)
+        return _Drawn(known.difference, normal, len(seeds), known.examples, over)
+    scores = np.mean([[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs], axis=0)
+    mean = float(scores.mean())
+    if len(seeds) == 1:
+        return _Drawn(mean, None, 1, 0, NONE)
+    error = scores.std(ddof=1) / np.sqrt(len(seeds))
+    return _Drawn(mean, mean + error * stdtrit(len(seeds) - 1, shares), len(seeds), 0, SEEDS)
+
+
+def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | Comparison | None:
+    """Differences by example (seeds, examples), the mean over pairs; of one pair whose metric is no mean over examples
+    its comparison; None where predictions were not kept, or are of other examples."""
+    arrays = []
+    for pair in pairs:
+        sides = [{seed: side[seed].predictions for seed in seeds} for side in (pair.first, pair.second)]
+        if any(frame is None for side in sides for frame in side.values()):
+            return None
+        try:
+            of_examples = per_example(sides[0][seeds[0]], pair.metric) is not None
+            # For means over examples this only refuses predictions of other examples.
+            comparison = compared(*sides, pair.metric, draws=1 if of_examples else 1_000)
+            if not of_examples:
+                return comparison if len(pairs) == 1 else None
+            first, second = (np.array([per_example(side[seed], pair.metric) for seed in seeds]) for side in sides)
+        except (PartialLoraError, ValueError, KeyError):
+            return None
+        arrays.append(first - second)
+    return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
+
+
+def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """For each pair of methods, its first less its second, wherever both have runs.
+
+    They are paired at one model, importance measure and operating point; a method that is not calibrated stands at all
+    of them.
+    """
+    rows = []
+    for first, second in pairs:
+        for where, own in runs[runs["method"] == first].groupby(_WHERE, sort=False):
+            model, mixture, measure, point = where
+            other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
+            other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
+            rows += _paired([(own, other)], dict(zip(_WHERE, where, strict=True)), first, second)
+    return pd.DataFrame(rows, columns=list(_DIFFERENCES))
+
+
+def _paired(
+    sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], where: Mapping[str, str], first: str, second: str
+) -> list[dict]:
+    """A row for each task on which all sides share a seed, and one for the average over these if they are several.
+
+    sides: runs of a method and of another; of several the difference is the mean over them, on every task.
+    """
+    tasks: dict[str, list[Pair]] = {}
+    for task in dict.fromkeys(sides[0][0]["task"]):
+        parts = [[side[side["task"] == task] for side in both] for both in sides]
+        if all(len(side) for both in parts for side in both):
+            pairs = [Pair(*map(_by_seed, both), both[0]["metric"].iloc[0]) for both in parts]
+            if set.intersection(*(pair.seeds for pair in pairs)):
+                tasks[task] = pairs
+    named = {"part": DIFFERENCE, **where, "first": first, "second": second}
+    rows = [
+        named | {"task": task, "metric": pairs[0].metric, "tasks": 1, **asdict(between(pairs))}
+        for task, pairs in tasks.items()
+    ]
+    if len(tasks) > 1 and not {pairs[0].metric for pairs in tasks.values()} & LOWER_IS_BETTER:
+        of_all = {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)}
+        rows.append(named | of_all | asdict(average(tasks)))
+    return rows
+
+
+def _by_seed(runs: pd.DataFrame) -> dict[int, Outcome]:
+    return dict(zip(runs["seed"], runs["outcome"], strict=True))
+
+
+# Scores of methods by tasks
+
+
+def scores(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each method and task: metric, n, mean and standard deviation over seeds, parameters; and averages.
+
+    A method's average is over all tasks of its model (and mixture) that any method there has, NaN where it lacks one:
+    averages over different tasks cannot be set beside each other. Its deviation is over seeds, of the mean over tasks
+    of one seed (NaN where tasks have fewer than two in common), its n the fewest. best: better than every other of its
+    point (`best`).
+    """
+    columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
+    columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
+    table = _ordered(runs.groupby([*ROW, "task"], sort=False).agg(**columns).reset_index()).assign(part=SCORE)
+    marked = best(runs)
+    table["best"] = [key in marked for key in zip(*(table[name] for name in (*ROW, "task")), strict=True)]
+    averages = []
+    for _, place in table.groupby(["model", "mixture"], sort=False):
+        tasks = set(place["task"])
+        if len(tasks) == 1 or set(place["metric"]) & LOWER_IS_BETTER:
+            continue
+        for row, own in place.groupby(ROW, sort=False):
+            whole = math.nan if set(own["task"]) != tasks else 1.0
+            of_row = runs[(runs[ROW] == list(row)).all(axis=1)]
+            of_seeds = of_row.pivot(index="seed", columns="task", values="test").dropna().mean(axis=1)
+            averages.append(
+                dict(zip(ROW, row, strict=True))
+                | {"task": AVERAGE, "metric": AVERAGE, "part": SCORE, "best": False, "n": own["n"].min()}
+                | {name: whole * own[name].mean() for name in ("mean", "parameters", "share")}
+                | {"std": whole * of_seeds.std()}
+            )
+    return pd.concat([table, pd.DataFrame(averages, columns=table.columns)], ignore_index=True)
+
+
+def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
+    """(*ROW, task) of those that are better than every other of the same model, task and point.
+
+    Better is a 95 % interval, over test examples and seeds, that is above zero. Beside every point stand those that are
+    not calibrated, and these are set beside all. What has kept no predictions, or nothing beside it, is not marked.
+    """
+    found = set()
+    for (*_, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
+        rows = dict(iter(part.groupby(ROW, sort=False)))
+        sign = -1 if part["metric"].iloc[0] in LOWER_IS_BETTER else 1
+        for row, own in rows.items():
+            others = [rows[key] for key in rows if key != row and (NONE in (key[3], row[3]) or key[3] == row[3])]
+            others.sort(key=lambda each: -sign * each["test"].mean())  # the likeliest to refute come first
+            if others and all(_beats(own, other, sign) for other in others):
+                found.add((*row, task))
+    return found
+
+
+def _beats(own: pd.DataFrame, other: pd.DataFrame, sign: int) -> bool:
+    pair = Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0])
+    if sign * own["test"].mean() <= sign * other["test"].mean() or not pair.seeds:
+        return False
+    found = between([pair], draws=2_000)
+    return found.over == BOTH and min(sign * found.low, sign * found.high) > 0
+
+
+def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows by model, mixture and operating point, and then by method."""
+    points = rows["operating_point"].map(point_order)
+    by = ["model", "mixture", "_point", "importance", "method"]
+    return rows.assign(_point=points).sort_values(by, kind="stable").drop(columns="_point")
+
+
+# What is read of scores and differences
+
+
+def part_of(numbers: pd.DataFrame, part: str) -> pd.DataFrame:
+    """The rows of one part of a table's numbers; none where it has none."""
+    if part == DIFFERENCE and "difference" not in numbers:
+        return pd.DataFrame(columns=list(_DIFFERENCES))
+    return numbers[numbers["part"] == part] if "part" in numbers else numbers.iloc[:0]
+
+
+def readable_scores(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Two tables for each model (and mixture), of what was scored and of what was trained, methods by tasks."""
+    numbers = part_of(numbers, SCORE)
+    places = list(_ordered(numbers).groupby(["model", "mixture"], sort=False)) if len(numbers) else []
+    shown = {}
+    for place, part in places:
+        where = "" if len(places) == 1 else f", {', '.join(filter(None, place))}"
+        tasks = [*dict.fromkeys(part.loc[part["task"] != AVERAGE, "task"])]
+        tasks += [AVERAGE] if AVERAGE in set(part["task"]) else []
+        tested, trained = [], []
+        for row, own in part.groupby(ROW, sort=False):
+            by_task = {each["task"]: each for each in own.to_dict("records")}
+            counts = own.loc[(own["task"] != AVERAGE) & (own["n"] > 0), "n"]
+            ends = dict.fromkeys([f"{counts.min():.0f}", f"{counts.max():.0f}"]) if len(counts) else [NONE]
+            named = dict(zip((name.replace("_", " ") for name in ROW), row, strict=True)) | {"n": "–".join(ends)}
+            tested.append(named | {task: _score(by_task.get(task)) for task in tasks})
+            trained.append(named | {task: _size(by_task.get(task)) for task in tasks})
+        shown[f"Test score (of shares in %), mean ± deviation{where}"] = plain(pd.DataFrame(tested))
+        shown[f"Trainable adapter parameters (share of dense){where}"] = plain(pd.DataFrame(trained))
+    return shown
+
+
+def _score(row: Mapping | None) -> str:
+    if row is None or math.isnan(row["mean"]):
+        return NONE
+    std = "" if math.isnan(row["std"]) else f" ± {row['std']:.4f}"
+    shown = percent(row["mean"], row["std"]) if _in_points(row) else f"{row['mean']:.4f}{std}"
+    return f"**{shown}**" if row["best"] else shown
+
+
+def _size(row: Mapping | None) -> str:
+    if row is None or math.isnan(row["parameters"]):
+        return NONE
+    return f"{cell(row['parameters'], ',.0f')} ({cell(row['share'], '.1%')})"
+
+
+def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Differences in points with their interval, seeds, what was drawn again, verdict."""
+    rows = [
+        {name.replace("_", " "): row[name] for name in _WHERE}
+        | {
+            "difference": f"{row['first']} − {row['second']}",
+            "task": f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"],
+            "points [95 %]": interval(row),
+            "seeds": cell(row["seeds"], ".0f"),
+            "over": row["over"],
+            "verdict": row["verdict"],
+        }
+        for row in part_of(numbers, DIFFERENCE).to_dict("records")
+    ]
+    return {"Differences": plain(pd.DataFrame(rows))} if rows else {}
+
+
+def plain(shown: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns of where runs are from that say the same in all rows that say something."""
+    where = [name for name in ("model", "mixture", "importance") if name in shown]
+    same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
+    return shown.drop(columns=same)
+
+
+def _in_points(row: Mapping) -> bool:
+    return row["metric"] in SHARES or row["metric"] == AVERAGE
+
+
+def interval(row: Mapping) -> str:
+    """A difference with its interval: of shares in points, of other metrics as it is."""
+    scale, form = (100, "+.2f") if _in_points(row) else (1, "+.4f")
+    difference = f"{scale * row['difference']:{form}}"
+    if math.isnan(row["low"]):
+        return difference
+    return f"{difference} [{scale * row['low']:{form}}, {scale * row['high']:{form}}]"
+
+
+# Verdicts
+
+
+def as_good(row: Mapping | None) -> str:
+    """The claim that the first of a pair is as good as the second, to within a point; refuted where it is worse by one.
+
+    Of a metric of which less is better a point says nothing: refuted where it is worse.
+    """
+    if row is None or row["verdict"] not in ("better", "matches", "worse"):
+        return OPEN
+    if row["verdict"] != "worse":
+        return HOLDS
+    return FAILS if row["metric"] in LOWER_IS_BETTER or row["high"] < -MARGIN else WORSE
+
+
+def better(row: Mapping | None) -> str:
+    """The claim that the first is better; refuted where it is not so by as much as a point.
+
+    Of a metric of which less is better, better is below zero, and a point says nothing: refuted where it is worse.
+    """
+    if row is None or row["seeds"] < 2 or math.isnan(row["low"]):
+        return OPEN
+    falls = row["metric"] in LOWER_IS_BETTER
+    low, high = (-row["high"], -row["low"]) if falls else (row["low"], row["high"])
+    if low > 0:
+        return HOLDS
+    return FAILS if high < (0 if falls else MARGIN) else OPEN
+
+
+def judged(
+    numbers: pd.DataFrame, first: str, second: str, points: Iterable[str], judge: Callable = as_good
+) -> list[Verdict]:
+    """A verdict for each model, mixture and measure of importance at each point; one that is open where there is none.
+
+    It is of the average over tasks or of the only one: one of several never stands for the others.
+    """
+    claim = f"{first} {'is better than' if judge is better else 'is as good as'} {second}"
+    rows = part_of(numbers, DIFFERENCE)
+    rows = rows[(rows["first"] == first) & (rows["second"] == second)]
+    verdicts = []
+    for point in points:
+        at_point = rows[rows["operating_point"] == point]
+        for where, own in at_point.groupby(_WHERE, sort=False):
+            one = own if len(own) == 1 else own[own["task"] == AVERAGE]
+            row = one.iloc[0].to_dict() if len(one) else None
+            found = "no average over tasks" if row is None else _found(row)
+            verdicts.append(Verdict(claim, ", ".join(filter(None, where)), judge(row), found))
+        if at_point.empty:
+            verdicts.append(Verdict(claim, point, judge(None), "no runs of both"))
+    return verdicts
+
+
+def _found(row: Mapping) -> str:
+    where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks"
+    return f"{interval(row)}{' points' if _in_points(row) else ''}, {where}, {_counted(row['seeds'], 'seed')}"
+
+
+def _counted(n: float, what: str) -> str:
+    return f"{n:.0f} {what}{'' if n == 1 else 's'}"
+
+
+# Notes
+
+_INTERVALS = (
+    "Differences are paired by seed and test example, with 95 % intervals of a bootstrap over both within each task; "
+    f"better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is below zero, and "
+    "not above that; undecided: else, and of one seed always."
+)
+_EACH = (
+    "Each interval is at 95 % by itself, and not corrected for there being {count} of them; of three seeds that differ "
+    "much it is too narrow (a simulation, docs/methods.md: it held the truth in 84 to 99 %)."
+)
+_OF_TASKS = (
+    "An average over tasks is of these tasks alone, each counting alike; seeds are drawn once for all, since one has "
+    "the same masks on each."
+)
+_OVER = {
+    SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples), and the "
+    "interval is Student's t.",
+    EXAMPLES: "Where differences are over examples alone, there is one seed, and how much seeds differ is not known.",
+    NONE: "Of one seed without predictions there is no interval.",
+}
+_BEST = "Bold: better than every other of its task and operating point, by such an interval."
+
+
+def notes_of(numbers: pd.DataFrame, runs: pd.DataFrame, evidence: Evidence) -> list[str]:
+    """What has to be known of scores and differences: intervals, ceilings, learning rates, calibrations, other runs."""
+    paired, scored = part_of(numbers, DIFFERENCE), part_of(numbers, SCORE)
+    notes = [_BEST] if len(scored) and scored["best"].any() else []
+    if len(paired):
+        notes += [_INTERVALS, _EACH.format(count=len(paired))]
+        notes += [_OF_TASKS] if (paired["task"] == AVERAGE).any() else []
+        over = {word for words in paired["over"] for word in words.split("; ")}
+        notes += [note for word, note in _OVER.items() if word in over]
+    if at_ceiling := saturated(numbers):
+        notes.append(f"Every adapter is at 98 % or above on {', '.join(at_ceiling)}: such a task tells little apart.")
+    return [*notes, *learning_rates(runs), *shared_calibrations(runs), *left_out(runs, evidence)]
+
+
+def saturated(numbers: pd.DataFrame) -> list[str]:
+    """The tasks that tell nothing apart: every method but the head alone is at 98 % or above."""
+    scored = part_of(numbers, SCORE)
+    scored = scored[scored["metric"].isin(SHARES) & (scored["method"] != "probe")] if len(scored) else scored
+    lowest = scored.groupby("task", sort=False)["mean"].min() if len(scored) else pd.Series(dtype=float)
+    return lowest.index[lowest >= _CEILING].tolist()
+
+
+def _task_or_mixture(runs: pd.DataFrame) -> pd.Series:
+    return runs["task"].where(runs["mixture"] == "", runs["mixture"])
+
+
+def learning_rates(runs: pd.DataFrame) -> list[str]:
+    """A line for each choice of rates and the tasks of a model that share it, where there are several rates."""
+    notes = []
+    for model, of_model in runs.groupby("model", sort=False):
+        if of_model["learning_rate"].nunique() < 2:
+            continue
+        tasks: dict[str, list[str]] = {}
+        for task, part in of_model.groupby(_task_or_mixture(of_model), sort=False):
+            several = len(set(part["importance"]) - {NONE}) > 1
+            names: dict[float, dict[str, None]] = {}
+            for (method, measure, point), own in part.groupby(["method", "importance", "operating_point"], sort=False):
+                where = ", ".join(word for word in ((measure, point) if several else (point,)) if word != NONE)
+                for rate in own["learning_rate"]:
+                    names.setdefault(rate, {})[f"{method} ({where})" if where else method] = None
+            rates = "; ".join(f"{rate:g}: {', '.join(names[rate])}" for rate in sorted(names))
+            tasks.setdefault(rates, []).append(task)
+        notes += [f"Learning rates of {model} on {', '.join(on)}: {rates}." for rates, on in tasks.items()]
+    return notes
+
+
+def shared_calibrations(runs: pd.DataFrame) -> list[str]:
+    """A line that names the tasks on which seeds share a calibration, whose variance an interval then lacks."""
+    known = runs[runs["importance"] != NONE]
+    named = []
+    for task, of_task in known.groupby(_task_or_mixture(known), sort=False):
+        shared = {
+            measure: None
+            for (measure, _), own in of_task.groupby(["importance", "method"], sort=False)
+            if len(set(map(draw_of, own["run"]))) < own["seed"].nunique()
+        }
+        every = len(shared) == of_task["importance"].nunique()
+        named += [task if every else f"{task} ({', '.join(shared)})"] if shared else []
+    if not named:
+        return []
+    return [f"On {', '.join(named)} seeds share a calibration, whose own variance the intervals do not hold."]
+
+
+def left_out(runs: pd.DataFrame, evidence: Evidence) -> list[str]:
+    """The notes of the evidence that are of a table's tasks, or of tasks that no table has any runs of."""
+    tasks = set(runs["task"]) | set(runs["mixture"]) | (set(evidence.runs["task"]) - set(evidence.kept["task"]))
+    named = [re.compile(rf"(?<![\w+]){re.escape(task)}(?![\w+])") for task in tasks if task]
+    return [note for note in evidence.notes if any(name.search(note) for name in named)]
+
+
+def origin_of(runs: pd.DataFrame) -> str:
+    """Preset, tuning, commit and device of a table's runs; nothing of none."""
+    return origin(runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))) if len(runs) else ""
+
+
+# The tables
+
+_DENSE_AND_SPARSE = ("lora", "targeted", "partial")
+_PAIRS = (("partial", "lora"), ("targeted", "lora"), ("partial", "targeted"))
+
+
+def _planned(evidence: Evidence, name: str) -> Sequence[str]:
+    return PLANNED.get(evidence.results_dir.name, {}).get(name, ())
+
+
+def _together(*parts: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([part for part in parts if len(part)] or list(parts), ignore_index=True)
+
+
+def table1(evidence: Evidence) -> Table:
+    """Table 1, images: dense LoRA beside calibrated masks of random and of the most important rows and columns."""
+    runs = at_points(evidence.kept, _DENSE_AND_SPARSE, POINTS)
+    runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
+    numbers = pd.concat([scores(runs), differences(runs, _PAIRS)], ignore_index=True)
+    wanted = planned(_DENSE_AND_SPARSE, POINTS)
+    return Table(
+        "table1",
+        "Table 1: images, dense against sparse adapters",
+        "sparse subnetworks of LoRA match dense LoRA with up to 87 % fewer trainable parameters (eight sets of "
+        "images).",
+        judged(numbers, "partial", "lora", POINTS),
+        numbers,
+        readable_scores(numbers) | readable_differences(numbers),
+        notes_of(numbers, runs, evidence),
+        missing(runs, wanted, _planned(evidence, "table1"), "make reproduce-table1"),
+        origin_of(runs),
+    )
+
+
+_MEASURES = ("svd", "snip", "imp")
+
+
+def table2(evidence: Evidence) -> Table:
+    """Table 2: random masks against those of the most important rows and columns, by three measures of importance."""
+    methods, command = ("targeted", "partial"), "make reproduce-table2"
+    runs = at_points(evidence.kept, methods, POINTS, _MEASURES)
+    runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
+    numbers = _together(scores(runs), differences(runs, [("partial", "targeted")]), over_measures(runs))
+    tasks = _planned(evidence, "table2")
+    lacking = missing(runs, planned(methods, POINTS), tasks, command)
+    closely = runs[runs["task"].isin(tasks)] if tasks else runs
+    lacking += missing(closely, planned(methods, POINTS[:1], _MEASURES[1:]), (), command)
+    notes = [
+        "The paper's averages, 81.78 − 81.48 = +0.30 points, are of other models and tasks: only the difference can be "
+        "set beside these.",
+        "Means over measures of importance are of differences on the same examples and seeds.",
+    ]
+    return Table(
+        "table2",
+        "Table 2: random against deterministic masks",
+        "which rows and columns are kept does not matter: random masks reach 81.78 % on average, chosen ones 81.48 %.",
+        judged(numbers, "partial", "targeted", POINTS),
+        numbers,
+        readable_scores(numbers) | readable_differences(numbers),
+        notes + notes_of(numbers, runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def over_measures(runs: pd.DataFrame) -> pd.DataFrame:
+    """partial less targeted, the mean over the measures of importance that a model and point have, on every task."""
+    rows = []
+    for (model, point), part in runs.groupby(["model", "operating_point"], sort=False):
+        by_measure = {measure: own for measure, own in part.groupby("importance") if own["method"].nunique() == 2}
+        measures = [measure for measure in _MEASURES if measure in by_measure]
+        if len(measures) < 2:
+            continue
+        sides = [
+            tuple(own[own["method"] == method] for method in ("partial", "targeted"))
+            for own in map(by_measure.get, measures)
+        ]
+        name = f"mean over {', '.join(measures[:-1])} and {measures[-1]}"
+        rows += _paired(sides, dict(zip(_WHERE, (model, "", name, point), strict=True)), "partial", "targeted")
+    return pd.DataFrame(rows, columns=list(_DIFFERENCES))
+
+
+def table3(evidence: Evidence) -> Table:
+    """Table 3, language: encoders that classify, causal models on multiple choice, the frozen model beside them."""
+    runs = at_points(evidence.kept, _DENSE_AND_SPARSE, POINTS)
+    runs = runs[runs["mixture"] == ""]
+    generated, runs = runs[runs["kind"] == "generation"], runs[runs["kind"].isin(["texts", "causal"])]
+    files = evidence.files("zero_shot.json") or evidence.files("causal/zero_shot.json")
+    frozen = zero_shot(runs, json.loads(files[0].read_text(encoding="utf-8")) if files else {})
+    numbers = _together(frozen, scores(runs), differences(runs, _PAIRS))
+    lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), _planned(evidence, "table3"), "make reproduce-table3")
+    known = set(zip(frozen["model"], frozen["task"], strict=True)) if len(frozen) else set()
+    asked = runs.loc[runs["kind"] == "causal", ["model", "task"]].drop_duplicates().itertuples(index=False)
+    lacking += [f"{model}, {task}: zero-shot" for model, task in asked if (model, task) not in known]
+    notes = ["zero-shot: the frozen model, by `python scripts/zero_shot.py`."] if len(frozen) else []
+    if len(generated):
+        tasks = ", ".join(sorted(set(generated["task"])))
+        runs_of = _counted(len(generated), "run")
+        notes.append(f"Left out, as their answers are generated and not chosen: {runs_of} on {tasks}.")
+    return Table(
+        "table3",
+        "Table 3: language, dense against sparse adapters",
+        "sparse subnetworks of LoRA match dense LoRA on language, too (twelve tasks).",
+        judged(numbers, "partial", "lora", POINTS),
+        numbers,
+        readable_scores(numbers) | readable_differences(numbers),
+        notes + notes_of(numbers, runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def zero_shot(runs: pd.DataFrame, frozen: Mapping) -> pd.DataFrame:
+    """The frozen models as a method of causal models' tasks: scores, and their average where a model has all of them.
+
+    frozen: {task: {model, package: {metric: score}}} of scripts/zero_shot.py. A score is shown beside runs of the model
+    that it is of, and of no other.
+    """
+    causal, rows = runs[runs["kind"] == "causal"], []
+    for model, part in causal.groupby("model", sort=False):
+        metrics = dict(zip(part["task"], part["metric"], strict=True))
+        named = {"part": SCORE, "model": model, "mixture": "", "importance": NONE, "operating_point": NONE}
+        named |= {"method": "zero-shot", "n": 0, "parameters": 0.0, "share": 0.0, "best": False}
+        own = {task: record["package"] for task, record in frozen.items() if record.get("model") == model}
+        means = {task: own[task][metric] for task, metric in metrics.items() if metric in own.get(task, {})}
+        rows += [named | {"task": task, "metric": metrics[task], "mean": mean} for task, mean in means.items()]
+        if len(means) == len(metrics) > 1:
+            rows.append(named | {"task": AVERAGE, "metric": AVERAGE, "mean": sum(means.values()) / len(means)})
+    return pd.DataFrame(rows)
+
+
+_HOW_MUCH = ("uniform", "shuffled", "inverted")
+_WHICH = ("targeted", "flow", "low_rank", "random_weights", "partial (element)")
+_OF_THREE_SEEDS = ("flow", "partial (element)", *(name for name in UNCALIBRATED if name != "lora"))
+
+
+def table4(evidence: Evidence) -> Table:
+    """Table 4: controls with partial's trainable parameters at the sparser point, and how reliable the sparsities are.
+
+    It is of the tasks that have controls of how much is kept.
+    """
+    methods, command = ("partial", *_HOW_MUCH, *_WHICH, *UNCALIBRATED), "make reproduce-table4"
+    runs = at_points(evidence.kept, methods, (BUDGET,))
+    tasks = set(runs.loc[runs["method"].isin(_HOW_MUCH), "task"])
+    runs = runs[runs["task"].isin(tasks) & (runs["mixture"] == "")]
+    scored = scores(runs)
+    reliable = {key: reliability(run.record for run in own) for key, own in runs.groupby([*ROW, "task"])["run"]}
+    keys = zip(*(scored[name] for name in (*ROW, "task")), strict=True)
+    scored["reliability"] = [reliable.get(key, math.nan) for key in keys]
+    numbers = pd.concat([scored, differences(runs, [("partial", other) for other in methods[1:]])], ignore_index=True)
+    most = [name for name in methods if name not in _OF_THREE_SEEDS]
+    lacking = missing(runs, planned(most, (BUDGET,)), _planned(evidence, "table4"), command)
+    lacking += missing(runs, planned(_OF_THREE_SEEDS, (BUDGET,)), (), command)
+    verdicts = [each for name in _HOW_MUCH for each in judged(numbers, "partial", name, (BUDGET,), better)]
+    verdicts += [each for name in _WHICH for each in judged(numbers, "partial", name, (BUDGET,))]
+    notes = [
+        "Reliability is of the calibrated sparsities: how far those of different seeds, each with examples of its own, "
+        "correlate over modules and axes; where a run calibrated on halves of its draw, the Spearman–Brown "
+        "correlation.",
+        "A score is over all n seeds of its method, a difference over those that partial has, too.",
+    ]
+    return Table(
+        "table4",
+        "Table 4: controls of equal size, at 13 % of dense LoRA's parameters",
+        "how much each layer keeps matters, which entries it keeps does not, and no repair of the flow is needed.",
+        verdicts,
+        numbers,
+        _readable_controls(numbers),
+        notes + notes_of(numbers, runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A row a method: its score, what partial has over it, its parameters, how reliable its sparsities are."""
+    paired = {(row["model"], row["task"], row["second"]): row for row in _rows(numbers, DIFFERENCE)}
+    rows = []
+    for row in _rows(numbers, SCORE):
+        if row["task"] == AVERAGE:
+            continue
+        other = paired.get((row["model"], row["task"], row["method"]))
+        score = measured(row["metric"], row["mean"], row["std"])
+        rows.append(
+            {
+                "model": row["model"],
+                "task": row["task"],
+                "method": row["method"],
+                "n": f"{row['n']:.0f}",
+                "score": f"**{score}**" if row["best"] else score,
+                "partial − it [95 %]": interval(other) if other else NONE,
+                "over seeds": f"{other['seeds']:.0f}" if other else NONE,
+                "partial is": other["verdict"] if other else NONE,
+                "parameters": cell(row["parameters"], ",.0f"),
+                "of dense": cell(row["share"], ".1%"),
+                "reliability": cell(row["reliability"], ".2f"),
+            }
+        )
+    return {"Beside partial": plain(pd.DataFrame(rows))} if rows else {}
+
+
+def _rows(numbers: pd.DataFrame, part: str) -> list[dict]:
+    return part_of(numbers, part).to_dict("records")
+
+
+JOINT, REPAIR = "joint", "repair"
+ANALYSES = {
+    "cost": "Cost of the search",
+    "reliability": "Split halves of the scored draw",
+    "stability": "Stability of the sparsities",
+}
+_CALIBRATION = ["task", "model", "importance", "operating_point"]
+
+
+def table5(evidence: Evidence) -> Table:
+    """Table 5, calibration: what it costs, what all sparsities do at once, what repair gives back, how stable it is."""
+    runs = at_points(evidence.kept, ("partial",), POINTS, ("svd", "snip", "imp", "magnitude", "activation", "random"))
+    repaired = repairs(calibrations(evidence.results_dir))
+    files = {name: evidence.files(f"analyses/{name}/*/*/analysis.json") for name in ANALYSES}
+    analyses = [json.loads(file.read_text(encoding="utf-8")) for found in files.values() for file in found]
+    measured = pd.DataFrame([row for analysis in analyses for row in of_analysis(analysis)])
+    numbers = pd.concat([joint(runs), repaired, measured], ignore_index=True)
+    lacking = [] if len(runs) else ["calibrated runs of partial; make reproduce-table1"]
+    lacking += [] if len(repaired) else ["calibrations with calibration.repair=true; make reproduce-table5"]
+    lacking += [f"analysis of {name}; make calibration-analyses" for name, found in files.items() if not found]
+    notes = [
+        "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
+        "95 % interval of the mean over calibrations (Student's t).",
+        "seconds: of calibrations that were made, not those found in the cache.",
+    ]
+    return Table(
+        "table5",
+        "Table 5: calibration",
+        "each layer's sparsity can be found by itself, from few-shot data and the frozen model, without repair.",
+        _score_is_kept(_rows(numbers, JOINT)),
+        numbers,
+        _readable_calibrations(numbers) | _readable_analyses(numbers),
+        notes + left_out(runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def joint(runs: pd.DataFrame) -> pd.DataFrame:
+    """For each task and point: what share of its score the frozen model keeps with all sparsities at once.
+
+    n, and the interval, are of calibrations: seeds that share one count once.
+    """
+    known = runs.assign(task=_task_or_mixture(runs), ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
+    known = known.assign(draw=[draw_of(run) for run in known["run"]])
+    # Of runs that share a calibration the one that made it says how long that took; the others found it in the cache.
+    made = known.sort_values("calibrate_seconds", na_position="last", kind="stable")
+    known = known.loc[made.drop_duplicates([*_CALIBRATION, "draw"]).index.sort_values()]
+    found = known.groupby(_CALIBRATION, sort=False).agg(
+        n=("draw", "size"),
+        **{name: (name, "mean") for name in ("baseline", "joint", "chance", "ratio")},
+        deviation=("ratio", "std"),
+        kept=("share_of_dense", "mean"),
+        seconds=("calibrate_seconds", "mean"),
+    )
+    halves = [half_interval(row.deviation, row.n) for row in found.itertuples()]
+    return found.assign(part=JOINT, low=found["ratio"] - halves, high=found["ratio"] + halves).reset_index()
+
+
+def calibrations(results_dir: Path) -> list[dict]:
+    """The records of all calibrations, of runs or by themselves."""
+    folders = [
+        folder for pattern in ("runs/*/*/*/seed*", "calibrations/*/*/*") for folder in sorted(results_dir.glob(pattern))
+    ]
+    records = [record for folder in folders if (record := read_result(folder))]
+    return [record for record in records if record["status"] == "finished" and record.get("calibration")]
+
+
+def repairs(records: Iterable[Mapping]) -> pd.DataFrame:
+    """What repairs did to the joint score, and how many steps that took, means over calibrations."""
+    rows = []
+    for record in records:
+        config, calibration = record["config"], record["calibration"]
+        if not (repaired := calibration.get("repaired")):
+            continue
+        own = config["calibration"].get("seed")
+        rows.append(
+            {
+                "part": REPAIR,
+                "seed": record["seed"] if own is None else own,
+                **{name: config[name]["name"] for name in ("task", "model", "importance")},
+                "operating_point": f"threshold {calibration['threshold']:g}",
+                "baseline": number(calibration["baseline"]),
+                "before": number(repaired.get("joint_before")),
+                "joint": number(calibration.get("joint")),
+                "steps": number(repaired.get("steps")),
+                "kept": 1 - number((record.get("parameters") or {}).get("adapter_sparsity")),
+            }
+        )
+    if not rows:
+        return pd.DataFrame()
+    once = pd.DataFrame(rows).drop_duplicates([*_CALIBRATION, "seed"])  # methods share a calibration
+    means = {name: (name, "mean") for name in ("baseline", "before", "joint", "steps", "kept")}
+    return once.groupby(["part", *_CALIBRATION], sort=False).agg(n=("seed", "size"), **means).reset_index()
+
+
+def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
+    """Whether the model still scores 90 % with all sparsities at once, as it does with each of them alone.
+
+    The claim is of every task: one whose interval is below 90 % refutes it, whatever the others say.
+    """
+    claim = "with all sparsities at once the frozen model keeps 90 % of its score"
+    rows = [row for row in rows if row["operating_point"] == THRESHOLD]
+    if not rows:
+        return [Verdict(claim, THRESHOLD, OPEN, "no calibrations")]
+    holding = sum(row["low"] >= 0.9 for row in rows)  # of one calibration there is no interval: neither of both
+    failing = sum(row["high"] < 0.9 for row in rows)
+    lowest = min(rows, key=lambda row: row["ratio"])
+    ends = "" if math.isnan(lowest["low"]) else f" [{lowest['low']:.1%}, {lowest['high']:.1%}]"
+    of = f"{lowest['task']}, {lowest['importance']}, {_counted(lowest['n'], 'calibration')}"
+    counts = f"on {holding} of {len(rows)} tasks and measures, refuted on {failing}"
+    found = f"{counts}; lowest {lowest['ratio']:.1%}{ends} ({of})"
+    return [Verdict(claim, THRESHOLD, FAILS if failing else HOLDS if holding == len(rows) else OPEN, found)]
+
+
+def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    together, repaired = [], []
+    for row in _rows(numbers, JOINT) + _rows(numbers, REPAIR):
+        named = {name.replace("_", " "): row[name] for name in _CALIBRATION} | {"n": f"{row['n']:.0f}"}
+        named["intact"] = cell(row["baseline"], ".4f")
+        kept = {"parameters kept": cell(row["kept"], ".1%")}
+        if row["part"] == REPAIR:
+            before, after = cell(row["before"], ".4f"), cell(row["joint"], ".4f")
+            repaired.append(named | {"before": before, "after": after, "steps": cell(row["steps"], ",.1f")} | kept)
+            continue
+        half = "" if math.isnan(row["high"]) else f" ± {100 * (row['high'] - row['ratio']):.1f}"
+        together.append(
+            named
+            | {"all at once": cell(row["joint"], ".4f"), "guessing": cell(row["chance"], ".4f")}
+            | {"share kept": cell(row["ratio"], ".1%") + half, **kept, "seconds": cell(row["seconds"], ",.0f")}
+        )
+    parts = {"All sparsities at once": together, "Repair": repaired}
+    return {title: plain(pd.DataFrame(rows)) for title, rows in parts.items() if rows}
+
+
+def of_analysis(analysis: Mapping) -> list[dict]:
+    """A row a number of analysis.json: {part, task, model, condition, quantity, value, deviation}."""
+    config, summary, rows = analysis["config"], analysis["summary"], []
+
+    def add(condition: str, quantity: str, value: float | None, deviation: float | None = None) -> None:
+        named = {"part": analysis["what"], "task": config["task"]["name"], "model": config["model"]["name"]}
+        named |= {"condition": condition, "quantity": quantity}
+        rows.append(named | {"value": number(value), "deviation": number(deviation)})
+
+    if analysis["what"] == "cost":
+        names = {"passes": "passes", "sample_blocks": "sample-block evaluations", "seconds": "seconds"}
+        for search, cost in summary["searches"].items():
+            for key, quantity in names.items() if cost is not None else ():
+                add(search, quantity, cost[key])
+    elif analysis["what"] == "reliability":
+        names = {"spearman_brown": "corrected", "pearson": "Pearson"}
+        names |= {"rows": "Pearson, rows", "columns": "Pearson, columns"}
+        for key, quantity in names.items():
+            add(f"{summary['splits']} splits", quantity, summary[key]["mean"], summary[key]["deviation"])
+    else:
+        for line in summary["conditions"]:
+            noise = f", {line['noise']:.0%} wrong" if line["noise"] else ""
+            condition, seeds = f"{line['shots']} shots{noise}, {line['seeds']} seeds", line["between_seeds"]
+            add(condition, "Pearson between seeds", seeds["pearson"])
+            add(condition, "mean absolute difference", seeds["mean_absolute"])
+            add(condition, "density", line["density"]["mean"], line["density"]["deviation"])
+            add(condition, "score of the frozen model", line["baseline"]["mean"], line["baseline"]["deviation"])
+    return rows
+
+
+def _readable_analyses(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """{title: a row a condition, a column a quantity}."""
+    shown = {}
+    for what, title in ANALYSES.items():
+        rows: dict[tuple, dict] = {}
+        for row in _rows(numbers, what):
+            where = {"task": row["task"], "model": row["model"], "what": row["condition"]}
+            deviation = "" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.2f}"
+            value = cell(row["value"], ",.0f" if row["value"] >= 10 else ".2f") + deviation
+            rows.setdefault(tuple(where.values()), where)[row["quantity"]] = value
+        if rows:
+            shown[title] = plain(pd.DataFrame(rows.values()))
+    return shown
+
+
+def table6(evidence: Evidence) -> Table:
+    """Table 6, several tasks at once: one adapter for all, by member and on average, beside an adapter for each."""
+    methods, command = ("lora", "partial"), "make reproduce-table6"
+    kept = at_points(evidence.kept, methods, POINTS)
+    mixed = kept[kept["mixture"] != ""]
+    runs = pd.concat([mixed, alone(kept, mixed)], ignore_index=True)
+    pairs = [("partial", "lora"), *((method, f"{method}, alone") for method in methods)]
+    numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
+    mixtures = [name for name in _planned(evidence, "table6") if name not in set(mixed["mixture"])]
+    lacking = [f"{name}: no runs; {command}" for name in mixtures]
+    lacking += missing(mixed, planned(methods, POINTS), (), command) if len(mixed) or not mixtures else []
+    note = "alone: an adapter for each task by itself, in runs of one task; its parameters are those of one adapter."
+    return Table(
+        "table6",
+        "Table 6: one adapter for several tasks",
+        "sparse subnetworks of LoRA match dense LoRA where one adapter learns several tasks, too.",
+        judged(numbers, "partial", "lora", POINTS),
+        numbers,
+        readable_scores(numbers) | readable_differences(numbers),
+        [note] * (len(runs) > len(mixed)) + notes_of(numbers, runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def alone(kept: pd.DataFrame, mixed: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one task that is a member of a mixture of the same model, as methods beside that mixture."""
+    single = kept[kept["mixture"] == ""]
+    found = [single.head(0)]
+    for (model, mixture), part in mixed.groupby(["model", "mixture"], sort=False):
+        own = single[(single["model"] == model) & single["task"].isin(part["task"])]
+        found.append(own.assign(mixture=mixture, method=own["method"] + ", alone"))
+    return pd.concat(found)
+
+
+BENCH, RUNS = "bench", "runs"
+_VARIANTS = {
+    "rows_columns": "partial",
+    "element": "partial (element)",
+    "shira": "SHiRA (PEFT)",
+    "lora": "dense LoRA (PEFT)",
+}
+
+
+def table7(evidence: Evidence) -> Table:
+    """Table 7, why the count matters: time, memory and bytes against dense LoRA and PEFT's other methods."""
+    methods = ("lora", "partial", "dora", "vera", "adalora", "lorafa", "random_weights", "low_rank", "full")
+    files = evidence.files("bench/adapter.json")
+    bench = of_bench(json.loads(files[0].read_text(encoding="utf-8"))["cells"] if files else [])
+    runs = most_methods(at_points(evidence.kept, methods, POINTS))
+    numbers = pd.concat([bench, of_costs(runs)], ignore_index=True)
+    lacking = [] if files else ["the benchmark of the adapter; make bench"]
+    lacking += [f"runs of {method}; make reproduce-table7" for method in methods if method not in set(runs["method"])]
+    notes = [
+        "Benchmark (`make bench`), on a CPU: at sparsity 0.87, processor time of a whole training step against dense "
+        "LoRA's, 95 % intervals of a bootstrap over repetitions; saved: what a forward pass keeps for its backward "
+        "pass, above the frozen model, against dense LoRA's; state: gradients and Adam.",
+        "Runs: as result.json has it (`cost`), means over seeds, of the task that most methods were trained on; times "
+        "have in them whatever else the machine did.",
+    ]
+    return Table(
+        "table7",
+        "Table 7: time, memory and bytes",
+        "what is saved is counted in trainable parameters.",
+        _less_than_dense(_rows(numbers, BENCH)),
+        numbers,
+        _readable_costs(numbers),
+        notes + left_out(runs, evidence),
+        lacking,
+        origin_of(runs),
+    )
+
+
+def of_bench(cells: Sequence[Mapping]) -> pd.DataFrame:
+    """A row for each model, rank and variant of the benchmark."""
+    rows = []
+    for at in cells:
+        dense = at["variants"]["lora"]
+        for variant, method in _VARIANTS.items():
+            if variant not in at["variants"]:
+                continue
+            own, ratios = at["variants"][variant], at["ratios"][variant]
+            state, of_dense = (each["gradient_bytes"] + each["optimizer_bytes"] for each in (own, dense))
+            rows.append(
+                {
+                    "part": BENCH,
+                    "model": at["model"],
+                    "rank": at["rank"],
+                    "method": method,
+                    "parameters": own["trainable_parameters"],
+                    "share": own["trainable_parameters"] / dense["trainable_parameters"],
+                    "step_seconds": median(map(sum, zip(*own["seconds"].values(), strict=True))),
+                    "step": ratios["step"]["ratio"],
+                    "low": ratios["step"]["low"],
+                    "high": ratios["step"]["high"],
+                    "saved": ratios["saved"]["ratio"],
+                    "state_bytes": state,
+                    "state": state / of_dense,
+                    "file_bytes": own["file_bytes"]["compact"] or own["file_bytes"]["dense"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def most_methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the task and model that most methods were trained on, the most runs deciding between several."""
+    single = runs[runs["mixture"] == ""]
+    if single.empty:
+        return single
+    ranked = single.groupby(["task", "model"], sort=True).agg(n=("method", "nunique"), runs=("seed", "size"))
+    task, model = ranked.sort_values(["n", "runs"], ascending=False, kind="stable").index[0]
+    return single[(single["task"] == task) & (single["model"] == model)]
+
+
+def of_costs(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each method and point: what its runs recorded of their cost."""
+    columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
+    columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
+    columns |= {name: (name, "mean") for name in (*COSTS, "peak_memory_bytes")}
+    found = runs.groupby(["task", "model", "operating_point", "method"], sort=False).agg(**columns).reset_index()
+    order = found["operating_point"].map(point_order)
+    return found.assign(part=RUNS, _order=order).sort_values(["_order", "method"], kind="stable").drop(columns="_order")
+
+
+def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    bench = [
+        {
+            "model": row["model"],
+            "rank": f"{row['rank']:.0f}",
+            "method": row["method"],
+            "parameters": cell(row["parameters"], ",.0f"),
+            "of dense": cell(row["share"], ".1%"),
+            "step (s)": cell(row["step_seconds"], ".3f"),
+            "step / LoRA": cell(row["step"], ".3f")
+            + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] < row["high"] else ""),
+            "saved / LoRA": cell(row["saved"], ".3f"),
+            "state (MiB)": cell(row["state_bytes"] / 2**20, ".2f"),
+            "file (MiB)": cell(row["file_bytes"] / 2**20, ".2f"),
+        }
+        for row in _rows(numbers, BENCH)
+    ]
+    runs = [
+        {
+            "task": row["task"],
+            "model": row["model"],
+            "operating point": row["operating_point"],
+            "method": row["method"],
+            "n": f"{row['n']:.0f}",
+            "score": measured(row["metric"], row["mean"], row["std"]),
+            "parameters": cell(row["parameters"], ",.0f"),
+            "of dense": cell(row["share"], ".1%"),
+            "adapter file (KB)": cell(row["adapter_bytes"] / 1e3, ",.0f"),
+            "optimizer (KB)": cell(row["optimizer_bytes"] / 1e3, ",.0f"),
+            "step (ms)": cell(row["step_seconds"] * 1e3, ",.0f"),
+            "activations (MB)": cell(row["saved_activation_bytes"] / 1e6, ",.1f"),
+            "peak memory (MB)": cell(row["peak_memory_bytes"] / 1e6, ",.0f"),
+        }
+        for row in _rows(numbers, RUNS)
+    ]
+    shown = {"Benchmark of a training step": pd.DataFrame(bench)} if bench else {}
+    return shown | ({"Runs": plain(pd.DataFrame(runs))} if runs else {})
+
+
+def _less_than_dense(rows: Sequence[Mapping]) -> list[Verdict]:
+    """Whether a step of partial takes less time than dense LoRA's, and what it saves of memory and bytes."""
+    own = [row for row in rows if row["method"] == "partial"]
+    dense = {(row["model"], row["rank"]): row for row in rows if row["method"] == _VARIANTS["lora"]}
+    where = f"13 % of the parameters, {len(own)} models and ranks"
+    if not own:
+        return [Verdict("a training step takes less time than dense LoRA's", "benchmark", OPEN, "no benchmark")]
+    faster = all(row["high"] < 1 for row in own)
+    slower = any(row["low"] > 1 for row in own)
+    ends = f" [{min(row['low'] for row in own):.2f}, {max(row['high'] for row in own):.2f}] of it"
+    verdicts = [
+        Verdict(
+            "a training step takes less time than dense LoRA's",
+            where,
+            HOLDS if faster else FAILS if slower else OPEN,
+            _from_to([row["step"] for row in own]) + ends,
+        )
+    ]
+    shares = {
+        "it saves fewer activations, above the frozen model's": [row["saved"] for row in own],
+        "gradients and Adam take fewer bytes": [row["state"] for row in own],
+        "the compact file is smaller (what plain PEFT loads is not)": [
+            row["file_bytes"] / dense[row["model"], row["rank"]]["file_bytes"] for row in own
+        ],
+    }
+    for claim, each in shares.items():
+        holds = HOLDS if max(each) < 1 else FAILS
+        verdicts.append(Verdict(claim, where, holds, f"{_from_to(each)} of dense LoRA's"))
+    return verdicts
+
+
+def _from_to(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+TABLES: dict[str, Callable[[Evidence], Table]] = {
+    make.__name__: make for make in (table1, table2, table3, table4, table5, table6, table7)
+}

@@ -1,0 +1,160 @@
+"""How far runs have moved: CKA against its definition, what is measured of a trained run, and of which runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import dynamics as script
+import numpy as np
+import pytest
+import torch
+from evidence import dynamics
+from evidence.dynamics import DYNAMICS, Moments, drift, gap, measure, measured, positions, read_dynamics, to_measure
+from evidence_records import dynamics as content_of
+from evidence_records import leave
+from finished_runs import cache, image_run
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from partial_lora import formats, runs
+from partial_lora.errors import PartialLoraError
+from partial_lora.finished import FinishedRun
+from partial_lora.inference import RunModel
+
+
+def literal_cka(first: np.ndarray, second: np.ndarray) -> float:
+    """By Gram matrices and the centring matrix, as the definition has it."""
+    count = len(first)
+    centring = np.eye(count) - 1 / count
+    grams = [centring @ each @ each.T @ centring for each in (first, second)]
+    return np.trace(grams[0] @ grams[1]) / np.sqrt(np.trace(grams[0] @ grams[0]) * np.trace(grams[1] @ grams[1]))
+
+
+def of_batches(first: np.ndarray, second: np.ndarray, *ends: int) -> float:
+    moments = Moments()
+    for start, end in zip((0, *ends), (*ends, len(first)), strict=True):
+        moments.add(torch.tensor(first[start:end]), torch.tensor(second[start:end]))
+    return moments.cka()
+
+
+def test_sums_over_batches_give_the_cka_of_the_definition() -> None:
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=(40, 5)) + 3.0
+    second = first @ generator.normal(size=(5, 7)) + 2 * generator.normal(size=(40, 7)) - 1.0
+    assert of_batches(first, second, 13, 14) == pytest.approx(literal_cka(first, second), rel=1e-9)
+    assert 0.1 < literal_cka(first, second) < 0.9
+    rotation = np.linalg.qr(generator.normal(size=(5, 5)))[0]
+    assert of_batches(first, 5 * first @ rotation + 2) == pytest.approx(1)
+    assert np.isnan(of_batches(first, np.ones((40, 2))))
+
+
+def test_positions_are_tokens_without_padding_and_places_of_maps() -> None:
+    tokens = torch.arange(12.0).reshape(2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert positions(tokens, mask).tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert positions(tokens).shape == (6, 2)
+    maps = torch.arange(8.0).reshape(1, 2, 2, 2)
+    assert positions(maps).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_a_trained_run_is_measured_on_the_rows_it_has_seen_and_not_seen(monkeypatch) -> None:
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", cache())
+    run = image_run()
+    content = measure(run, device="cpu")
+    assert read_dynamics(run.directory) == json.loads(json.dumps(content))
+    recorded = run.result["metrics"]["test"]
+    assert content["metrics"]["test"]["accuracy"] == pytest.approx(recorded["accuracy"])
+    assert content["metrics"]["test"]["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
+    assert content["metrics"]["train"]["loss"] != pytest.approx(recorded["loss"], rel=1e-4)
+    assert content["rows"] == {"train": 54, "test": 21}
+    assert gap(content) == (content["metrics"]["train"]["accuracy"], recorded["accuracy"])
+    assert list(content["cka"]) == [f"timm_model.blocks.{block}" for block in range(3)]
+    assert all(0 < value < 1 - 1e-6 for value in content["cka"].values())
+    trained = RunModel(run, "cpu")
+    batch = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.zeros(6, dtype=torch.long)}
+    with trained.model.disable_adapter():
+        still = drift(formats.base_model(run).eval(), trained, [batch], "timm_model.blocks")
+    assert list(still.values()) == pytest.approx([1, 1, 1], abs=1e-9)
+
+
+def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monkeypatch) -> None:
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    frozen = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **shape)).eval()
+    targets = ["bert.encoder.layer.1.intermediate.dense"]
+    adapted = get_peft_model(copy.deepcopy(frozen), LoraConfig(target_modules=targets)).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    trained = SimpleNamespace(model=adapted, device="cpu", logits=lambda batch, reduce: adapted(**batch))
+    tokens, mask = torch.arange(20).reshape(4, 5), torch.tensor([[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    counts, add = [], Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, *pair: (counts.append([*map(len, pair)]), add(self, *pair)))
+    found = drift(frozen, trained, [{"input_ids": tokens, "attention_mask": mask}], "bert.encoder.layer")
+    assert counts == [[13, 13]] * 3
+    assert found["bert.encoder.layer.0"] == pytest.approx(1, abs=1e-12)
+    assert max(found["bert.encoder.layer.1"], found["bert.encoder.layer.2"]) < 1 - 1e-4
+
+
+def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused(tmp_path: Path) -> None:
+    run = image_run()
+    of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.settings, run.result)
+    with pytest.raises(PartialLoraError, match="rows"):
+        measure(of_other_files, device="cpu")
+    for (group, key), value in {("model", "blocks"): None, ("task", "members"): {"a": {}}}.items():
+        settings = run.settings | {group: run.settings[group] | {key: value}}
+        with pytest.raises(PartialLoraError, match=rf"{run.directory}.*(model\.blocks|mixture)"):
+            measure(FinishedRun(run.directory, settings, run.result), device="cpu")
+
+
+def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(tmp_path: Path, capsys) -> None:
+    done = leave(tmp_path, "lora", 0.9, measured=content_of(1.0, 0.9))
+    before = (done / DYNAMICS).read_bytes()
+    record = leave(tmp_path, "partial", 0.9)
+    assert script.main([str(tmp_path), "--where", "method=lora"]) == 0
+    assert script.main([str(done), str(record)]) == 3
+    assert (done / DYNAMICS).read_bytes() == before
+    assert capsys.readouterr().err.startswith(f"{record}: ")
+
+
+def test_a_figure_has_its_runs_measured_among_those_chosen(tmp_path: Path) -> None:
+    for seed in range(4):
+        for task in ("digits", "trec"):
+            leave(tmp_path, "lora", 0.9, seed=seed, task=task)
+            leave(tmp_path, "partial", 0.9, seed=seed, task=task)
+        leave(tmp_path, "partial", 0.9, seed=seed, threshold=0.5)
+    chosen = {path.parts[-4:-3] + path.parts[-1:] for path in script.chosen(tmp_path, ["task=trec"], "fig3")}
+    assert chosen == {("trec", f"seed{seed}") for seed in range(3)}
+    assert len(script.chosen(tmp_path, [], "fig3")) == 12
+    assert script.chosen(tmp_path, [], "fig7") == []
+
+
+def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: Path) -> None:
+    for method, seeds in {"lora": range(5), "partial": range(1, 6)}.items():
+        for seed in seeds:
+            known = content_of(0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
+            folder = leave(tmp_path, method, 0.9, seed=seed, measured=known)
+            (folder / "adapter").mkdir() if seed == 4 else None
+
+    def cells() -> list[dynamics.Cell]:
+        found: dict[tuple, dict] = {}
+        for run in runs.read(tmp_path)[0]:
+            found.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
+        return [(task, cell) for (task, _), cell in sorted(found.items())]
+
+    chosen = [(run.row["method"], run.row["seed"]) for run in to_measure(cells(), 3)]
+    assert chosen == [(method, seed) for method in ("lora", "partial") for seed in (1, 3, 4)]
+    for task in ("digits", "cifar10"):
+        leave(tmp_path, "lora", 0.9, task=task, seed=7, measured=content_of(0.9, 0.8))
+    assert [sorted(cell) for cell in measured(cells())] == [[7], [3], [3]]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"version": 0, "metrics": {}, "cka": {}}', '{"version": 1, "cka": {}}']
+)
+def test_a_broken_or_foreign_file_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / DYNAMICS).write_text(content)
+    assert read_dynamics(tmp_path) is None

@@ -1,0 +1,455 @@
+"""Tables of evidence from literal records: means, paired differences, marks, verdicts, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import reproduce
+from evidence import tables
+from evidence.runs import gather
+from evidence.tables import FAILS, HOLDS, OPEN, WORSE, Pair, Table, average, between
+from evidence_records import EXAMPLES, leave
+from scipy import stats
+
+from partial_lora.comparison import compared
+from partial_lora.errors import PartialLoraError
+
+BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
+CHOICE = {"task__kind": "choice", "task__modality": "text"}
+
+
+def make(name: str, place: Path) -> Table:
+    return tables.TABLES[name](gather(place))
+
+
+def row_of(table: Table | pd.DataFrame, **where: object) -> dict:
+    frame = table.numbers if isinstance(table, Table) else table
+    for name, value in where.items():
+        frame = frame[frame[name] == value]
+    (row,) = frame.to_dict("records")
+    return row
+
+
+def verdicts(table: Table) -> list[tuple[str, str]]:
+    return [(each.where, each.verdict) for each in table.verdicts]
+
+
+# Paired differences, exact and beside a literal bootstrap
+
+
+def outcomes(right: np.ndarray | list[float]) -> dict[int, SimpleNamespace]:
+    """Outcomes by seed: right about these examples (seeds, examples), or of these scores without predictions."""
+    found = {}
+    for seed, row in enumerate(right):
+        label = np.arange(np.size(row)) % 2
+        frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)}) if np.ndim(row) else None
+        found[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
+    return found
+
+
+def pair(first, second, metric: str = "accuracy") -> Pair:
+    return Pair(outcomes(first), outcomes(second), metric)
+
+
+def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.uniform(size=(seeds, examples)) < chance for chance in chances]
+
+
+def by_comparison(one: Pair, **settings: object):
+    sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
+    return compared(*sides, one.metric, **settings)
+
+
+def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
+    """The mean over tasks of the mean difference, in every draw of all seeds and each task's examples, one by one."""
+    generator, found = np.random.default_rng(7), []
+    every = max(map(len, tasks))
+    while len(found) < draws:
+        drawn_seeds = generator.integers(every, size=every)
+        means = []
+        for differences in tasks:
+            seeds = [seed for seed in drawn_seeds if seed < len(differences)]
+            examples = generator.integers(differences.shape[1], size=differences.shape[1])
+            means.append(differences[np.ix_(seeds, examples)])
+        if all(map(len, means)):
+            found.append(np.mean([each.mean() for each in means]))
+    return np.array(found)
+
+
+def test_on_one_task_it_is_the_package_s_comparison() -> None:
+    one = pair(*drawn(0, 3, 80, 0.8, 0.7))
+    found, expected = between([one]), by_comparison(one)
+    assert (found.difference, found.low, found.high) == (expected.difference, expected.low, expected.high)
+    assert (found.seeds, found.examples, found.verdict, found.over) == (3, 80, expected.verdict, "seeds and examples")
+    base = drawn(4, 2, 40, 0.9, 0.5)
+    assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
+    turned = between([pair(*base), pair(*base[::-1])])
+    assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
+
+
+def test_a_metric_of_all_examples_together_has_the_comparison_s_interval() -> None:
+    one = pair(*drawn(9, 2, 60, 0.95, 0.6), metric="matthews")
+    expected, found = by_comparison(one, draws=1_000), between([one])
+    assert found.difference == pytest.approx(expected.difference)
+    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.01)
+
+
+def test_the_average_is_that_of_a_literal_bootstrap_of_both_tasks() -> None:
+    arrays = [drawn(1, 2, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7)]
+    found = average({str(place): [pair(*each)] for place, each in enumerate(arrays)})
+    differences = [first.astype(float) - second for first, second in arrays]
+    assert found.difference == pytest.approx(np.mean([each.mean() for each in differences]))
+    expected = np.quantile(literally(differences, 4_000), [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.012)
+    assert (found.seeds, found.examples) == (2, 80)
+
+
+def test_examples_are_lucky_on_one_task_and_seeds_on_all() -> None:
+    one = pair(*(np.repeat(each, 3, axis=0) for each in drawn(3, 1, 60, 0.8, 0.7)))  # all seeds alike
+    single, double = between([one]), average({"a": [one], "b": [one]})
+    assert double.high - double.low == pytest.approx((single.high - single.low) / np.sqrt(2), rel=0.05)
+    of_seeds = np.repeat([[True], [False], [True], [True]], 60, axis=1)  # all examples alike
+    one = pair(of_seeds, ~of_seeds & of_seeds)
+    single, double = between([one]), average({"a": [one], "b": [one]})
+    assert (double.low, double.high) == (single.low, single.high)
+    assert double.low < double.high
+
+
+def test_without_predictions_the_interval_is_students() -> None:
+    found = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
+    values = np.array([0.05, -0.01, 0.05])
+    expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-4)
+    assert (found.difference, found.seeds, found.over, found.verdict) == (pytest.approx(0.03), 3, "seeds", "undecided")
+    falling = between([pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity")])
+    assert (falling.difference < 0, falling.verdict) == (True, "better")  # less is better
+    other = between([pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5))])
+    assert other.over == "–"  # other examples: scores alone
+
+
+def test_of_one_seed_nothing_is_decided() -> None:
+    one = pair(*drawn(5, 1, 200, 0.99, 0.3))
+    found = between([one])
+    assert (found.verdict, found.over, found.seeds, found.low > 0) == ("undecided", "examples", 1, True)
+    alone = between([pair([0.9], [0.5])])
+    assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
+    assert np.isnan([alone.low, alone.high]).all()
+    both = average({"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]})
+    assert (both.verdict, both.seeds, both.over) == ("undecided", 1, "examples; seeds and examples")
+
+
+def test_what_cannot_be_paired_is_refused() -> None:
+    with pytest.raises(PartialLoraError, match="seed"):
+        between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
+    with pytest.raises(PartialLoraError, match="perplexity"):
+        average({"a": [pair([9.0], [8.0], "perplexity")]})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "metric", "as_good", "better"),
+    [
+        (0.001, 0.004, "accuracy", HOLDS, HOLDS),
+        (-0.009, 0.009, "accuracy", HOLDS, FAILS),
+        (-0.02, 0.011, "accuracy", OPEN, OPEN),
+        (-0.02, -0.009, "accuracy", WORSE, FAILS),
+        (-0.02, -0.011, "accuracy", FAILS, FAILS),
+        (-0.004, -0.001, "mse", HOLDS, HOLDS),  # less is better
+        (0.001, 0.004, "mse", FAILS, FAILS),
+        (-0.004, 0.004, "mse", OPEN, OPEN),
+    ],
+)
+def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str, as_good: str, better: str) -> None:
+    word = tables.verdict(-high, -low, None) if metric == "mse" else tables.verdict(low, high)
+    row = {"low": low, "high": high, "metric": metric, "seeds": 3, "verdict": word}
+    assert (tables.as_good(row), tables.better(row)) == (as_good, better)
+    assert tables.better(row | {"seeds": 1}) == OPEN
+    assert tables.as_good(None) == tables.better(None) == OPEN
+
+
+def test_only_shares_are_read_in_points() -> None:
+    row = {"difference": 0.0123, "low": 0.01, "high": 0.015}
+    assert {tables.interval(row | {"metric": name}) for name in ("accuracy", "average")} == {"+1.23 [+1.00, +1.50]"}
+    assert {tables.interval(row | {"metric": name}) for name in ("mse", "matthews")} == {"+0.0123 [+0.0100, +0.0150]"}
+
+
+# Tables of one set of records
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Two sets of images at both points: on digits all are alike at threshold 0.9, and partial is worse at 13 %."""
+    root = tmp_path_factory.mktemp("evidence")
+    place = root / "cpu"
+    for seed in range(3):
+        for task, wrong in (("digits", 10), ("cifar10", 60)):
+            leave(place, "lora", seed=seed, wrong=wrong, task=task)
+            for budget, more in ((None, 0), (0.13, 40)):
+                own = {"task": task, "seed": seed, "budget": budget}
+                leave(place, "partial", wrong=wrong + more + 2 * seed, **own)
+                leave(place, "targeted", wrong=wrong + more, **own)
+        leave(place, "dora", seed=seed, wrong=10)
+        for method, wrong in (("uniform", 90), ("shuffled", 50 + 2 * seed), ("flow", 50 + 2 * seed)):
+            leave(place, method, seed=seed, wrong=wrong, budget=0.13)
+        for measure in ("snip", "imp"):
+            for method in ("partial", "targeted"):
+                leave(place, method, seed=seed, wrong=10, importance__name=measure)
+        members = {"digits": 12, "cifar10": 66}
+        leave(place, "lora", seed=seed, members=members)
+        leave(place, "partial", seed=seed, members=members, budget=0.13, calibration__seed=0)
+    for method, wrong in (("lora", 70), ("partial", 74)):
+        leave(root / "causal", method, wrong=wrong, task="piqa", model="lm", **CHOICE)
+    frozen = {"piqa": {"model": "lm", "questions": 200, "package": {"accuracy": 0.61, "accuracy_norm": 0.6}}}
+    (root / "causal" / "zero_shot.json").write_text(json.dumps(frozen))
+    (root / "bench").mkdir()
+    (root / "bench" / "adapter.json").write_bytes(BENCH.read_bytes())
+    return place
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> dict[str, Table]:
+    found = gather(place)
+    return {name: make(found) for name, make in tables.TABLES.items()}
+
+
+def test_means_deviations_and_averages(made: dict) -> None:
+    scores = made["table1"].numbers.query(
+        "part == 'score' and operating_point == 'budget 0.13' and method == 'partial'"
+    )
+    digits, cifar10 = (np.array([1 - (wrong + 2 * seed) / EXAMPLES for seed in range(3)]) for wrong in (50, 100))
+    row, mean = row_of(scores, task="digits"), row_of(scores, task="average")
+    assert (row["mean"], row["std"], row["n"]) == pytest.approx((digits.mean(), digits.std(ddof=1), 3))
+    of_seeds = (digits + cifar10) / 2  # a seed is one draw on all tasks
+    assert (mean["mean"], mean["std"]) == pytest.approx((of_seeds.mean(), of_seeds.std(ddof=1)))
+    assert (mean["parameters"], mean["share"], mean["n"]) == (130, pytest.approx(0.13), 3)
+
+
+def test_differences_are_paired_at_each_point_and_on_average(made: dict) -> None:
+    paired = made["table1"].numbers.query("part == 'difference'")
+    row = row_of(paired, first="partial", second="lora", operating_point="budget 0.13", task="average")
+    assert row["difference"] == pytest.approx(-42 / EXAMPLES)
+    assert row["low"] < row["difference"] < row["high"] < -0.1
+    assert (row["tasks"], row["seeds"], row["examples"], row["verdict"]) == (2, 3, 2 * EXAMPLES, "worse")
+    assert len(paired) == 3 * 2 * 3  # pairs, points, two tasks and their average
+
+
+def test_verdicts_of_the_tables(made: dict) -> None:
+    at_budget = "vit, svd, budget 0.13"
+    assert (at_budget, FAILS) in verdicts(made["table1"])
+    assert ("lm, svd, threshold 0.9", OPEN) in verdicts(made["table3"])  # one seed
+    assert ("lm, budget 0.13", HOLDS) not in verdicts(made["table3"])
+    by_claim = {each.claim: each.verdict for each in made["table4"].verdicts}
+    assert by_claim["partial is better than uniform"] == HOLDS
+    assert by_claim["partial is better than shuffled"] == FAILS
+    assert by_claim["partial is better than inverted"] == OPEN  # no runs
+    assert by_claim["partial is as good as flow"] == HOLDS
+    assert verdicts(made["table5"]) == [("threshold 0.9", FAILS)]
+    assert ("vit, digits+cifar10, svd, budget 0.13", HOLDS) in verdicts(made["table6"])
+    assert {each.verdict for each in made["table7"].verdicts} == {HOLDS}
+
+
+def test_random_and_deterministic_masks_over_all_measures(made: dict, tmp_path: Path) -> None:
+    paired = made["table2"].numbers.query("part == 'difference' and operating_point == 'threshold 0.9'")
+    row = row_of(paired, importance="mean over svd, snip and imp")
+    each = paired.query("task == 'digits' and importance in ['svd', 'snip', 'imp']")["difference"]
+    assert (row["task"], row["difference"], len(each)) == ("digits", pytest.approx(each.mean()), 3)
+    assert ("vit, mean over svd, snip and imp, threshold 0.9", HOLDS) in verdicts(made["table2"])
+    for method in ("partial", "targeted"):  # of svd on one task and of snip on another there is no mean
+        for measure, task in {"svd": "a", "snip": "b"}.items():
+            leave(tmp_path, method, task=task, importance__name=measure)
+    leave(tmp_path, "partial", task="a", importance__name="imp")  # without its other half
+    assert set(make("table2", tmp_path).numbers.query("part == 'difference'")["importance"]) == {"svd", "snip"}
+
+
+def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> None:
+    (shown,) = made["table4"].shown.values()
+    rows = shown.set_index("method")
+    assert rows.loc["uniform", ["partial is", "n"]].tolist() == ["better", "3"]
+    assert rows.loc["partial", ["partial is", "reliability"]].tolist() == ["–", "0.75"]
+    assert "cifar10" not in set(made["table4"].numbers["task"])  # it has no controls
+    assert made["table4"].missing[0].startswith("vit, digits: inverted svd budget 0.13, low_rank svd budget 0.13, ")
+
+
+def test_members_stand_beside_runs_of_their_own(made: dict) -> None:
+    numbers = made["table6"].numbers
+    together = row_of(numbers.query("part == 'score'"), method="partial", task="average")
+    assert together["mean"] == pytest.approx(1 - (12 + 66) / 2 / EXAMPLES)
+    row = row_of(numbers.query("part == 'difference'"), first="lora", second="lora, alone", task="average")
+    assert (row["difference"], row["over"]) == (pytest.approx(-(2 + 6) / 2 / EXAMPLES), "seeds and examples")
+    assert any("partial svd threshold 0.9" in line for line in made["table6"].missing)
+
+
+def test_costs_are_of_the_task_with_most_methods_and_of_the_benchmark(made: dict) -> None:
+    runs = made["table7"].numbers.query("part == 'runs'")
+    assert set(runs["task"]) == {"digits"}
+    assert row_of(runs, method="lora")["optimizer_bytes"] == 2001
+    bench = row_of(made["table7"], part="bench", model="vit_b16", rank=16, method="partial")
+    assert (bench["parameters"], bench["file_bytes"]) == (306_816, 1_235_704)
+    assert bench["step"] == pytest.approx(0.941, abs=1e-3)
+    assert "runs of vera; make reproduce-table7" in made["table7"].missing
+
+
+def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
+    assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
+    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {place}"
+    page = (folder / "table1.md").read_text()
+    assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
+    assert "- missing: flowers17: no runs; make reproduce-table1" in page
+    numbers = pd.read_csv(folder / "table1.csv", comment="#")
+    assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
+    written = (folder / "table4.tex").read_text()
+    assert written.startswith(f"% {command.replace('table1', 'table4')}\n")
+    assert r"95.00 $\pm$ 0.00 \%" in written
+    assert "−" not in written.split("\n", 2)[2]
+    claims = (folder / "claims.md").read_text()
+    assert all(each.found in claims and each.where in claims for table in made.values() for each in table.verdicts)
+    printed = capsys.readouterr().out
+    assert f"wrote {folder / 'table4.csv'}" in printed
+    assert "missing: vit, digits: inverted svd budget 0.13, " in printed
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> None:
+    assert reproduce.main([name, "--results", str(tmp_path / "cpu")]) == 0
+    table = make(name, tmp_path / "cpu")
+    assert table.missing
+    assert {each.verdict for each in table.verdicts} == {OPEN}
+    assert (tmp_path / "cpu" / "tables" / f"{name}.md").is_file()
+
+
+# Single cases
+
+
+def test_a_method_without_a_task_has_no_average(tmp_path: Path) -> None:
+    for task, methods in {"a": ("lora", "partial"), "b": ("lora",)}.items():
+        for method in methods:
+            leave(tmp_path, method, wrong=20, task=task)
+    table = make("table1", tmp_path)
+    shown = next(iter(table.shown.values())).set_index("method")
+    assert shown.loc["lora", ["a", "b", "average"]].tolist() == ["90.00"] * 3
+    assert shown.loc["partial", ["a", "b", "average"]].tolist() == ["90.00", "–", "–"]
+
+
+def test_an_average_is_of_the_tasks_with_a_common_seed_and_one_of_several_tasks_stands_for_none(tmp_path: Path) -> None:
+    for task, worse, seed in (("a", 0, 0), ("b", 80, 0), ("c", 0, 7)):
+        for more in range(2):
+            leave(tmp_path, "lora", seed=more, wrong=20, task=task)
+            leave(tmp_path, "partial", seed=seed + more, wrong=20 + worse, task=task)
+    table = make("table1", tmp_path)
+    paired = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
+    assert list(paired.index) == ["a", "b", "average"]
+    assert (paired.loc["average", "difference"], paired.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
+    assert table.shown["Differences"]["task"].tolist() == ["a", "b", "average of 2"]
+    assert ("vit, svd, threshold 0.9", FAILS) in verdicts(table)
+    without = paired.drop(index="average").reset_index()
+    assert {each.verdict for each in tables.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
+
+
+def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
+    assert not made["table1"].numbers.query("part == 'score'")["best"].any()  # lora is the best at 13 % alone
+    for seed in range(2):
+        for method, wrong, budget in (("lora", 14, None), ("partial", 2, None), ("targeted", 20, None)):
+            leave(tmp_path, method, seed=seed, wrong=wrong, budget=budget)
+        leave(tmp_path, "partial", seed=seed, wrong=20, budget=0.13)  # beats targeted, not lora
+        leave(tmp_path, "targeted", seed=seed, wrong=60, budget=0.13)
+    table = make("table1", tmp_path)
+    marked = table.numbers.query("part == 'score'").query("best == True")
+    assert marked[["method", "operating_point"]].to_numpy().tolist() == [["partial", "threshold 0.9"]]
+    assert [score for score in next(iter(table.shown.values()))["digits"] if "**" in score] == ["**99.00 ± 0.00**"]
+    for file in tmp_path.rglob("predictions.parquet"):
+        file.unlink()
+    again = make("table1", tmp_path).numbers
+    assert not again.query("part == 'score'")["best"].any()
+    assert set(again.query("part == 'difference'")["over"]) == {"seeds"}
+
+
+def test_notes_name_rates_that_differ_calibrations_that_are_shared_and_ceilings(tmp_path: Path) -> None:
+    for task, draw in (("digits", None), ("signdigits", 0)):
+        for seed in range(2):
+            leave(tmp_path, "lora", seed=seed, task=task, wrong=2)
+            leave(tmp_path, seed=seed, task=task, calibration__seed=draw, trainer__learning_rate=0.25)
+    leave(tmp_path, "dora", task="signdigits", method__rank=4)
+    table = make("table1", tmp_path)
+    notes = "\n".join(table.notes)
+    assert "on digits, signdigits: 0.001: lora; 0.25: partial (threshold 0.9)." in notes
+    assert "On signdigits seeds share a calibration" in notes
+    assert "98 % or above on digits, signdigits" in notes
+    assert "signdigits, vit: 1 run left out" in notes
+    evidence = gather(tmp_path)
+    assert tables.left_out(evidence.kept.query("task == 'digits'"), evidence) == []  # a note of signdigits is none
+    leave(tmp_path, "lora", task="trec", trainer__learning_rate=0.5)  # a task with one rate beside others'
+    assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).kept)
+
+
+def test_a_table_without_runs_names_those_of_other_settings(tmp_path: Path) -> None:
+    leave(tmp_path, "lora", method__rank=8)
+    for name in ("table1", "table5", "table7"):
+        assert any("method.rank" in note for note in make(name, tmp_path).notes), name
+
+
+def test_a_frozen_model_stands_beside_causal_runs_of_its_own(made: dict, tmp_path: Path) -> None:
+    shown = next(iter(made["table3"].shown.values())).set_index("method")
+    assert shown["piqa"].to_dict() == {"zero-shot": "61.00", "lora": "65.00", "partial": "63.00"}
+    for model in ("small", "large"):
+        for task in ("piqa", "boolq"):
+            leave(tmp_path, "lora", wrong=70, task=task, model=model, **CHOICE)
+    scores = {"piqa": 0.75, "boolq": 0.5}
+    frozen = {task: {"model": "small", "package": {"accuracy": score}} for task, score in scores.items()}
+    (tmp_path / "zero_shot.json").write_text(json.dumps(frozen))
+    table = make("table3", tmp_path)
+    found = table.numbers.query("method == 'zero-shot'").set_index(["model", "task"])["mean"]
+    assert found.to_dict() == {("small", "boolq"): 0.5, ("small", "piqa"): 0.75, ("small", "average"): 0.625}
+    lacking = {line for line in table.missing if line.endswith("zero-shot")}
+    assert lacking == {"large, boolq: zero-shot", "large, piqa: zero-shot"}
+
+
+def test_generated_answers_are_not_averaged_with_choices(tmp_path: Path) -> None:
+    for task, kind in (("sst2", "label"), ("piqa", "choice"), ("gsm8k", "generation")):
+        leave(tmp_path, "lora", task=task, task__kind=kind, task__modality="text")
+    table = make("table3", tmp_path)
+    assert set(table.numbers["task"]) == {"sst2", "piqa", "average"}
+    assert any("1 run on gsm8k" in note for note in table.notes)
+
+
+def test_a_calibration_counts_once_however_many_seeds_and_methods_share_it(made: dict, tmp_path: Path) -> None:
+    row = row_of(made["table5"], part="joint", task="cifar10", operating_point="threshold 0.9")
+    assert (row["n"], row["ratio"], row["low"], row["seconds"]) == (3, pytest.approx(0.125), pytest.approx(0.125), 60)
+    mixed = row_of(made["table5"], part="joint", task="digits+cifar10")
+    assert (mixed["n"], mixed["operating_point"]) == (1, "budget 0.13")
+    assert "calibrations with calibration.repair=true; make reproduce-table5" in made["table5"].missing
+    for seed, cached in enumerate((True, False, True)):
+        shared = {"joint": 0.76, "cached": cached}
+        repaired = shared | {"repaired": {"joint_before": 0.1, "steps": 6}}
+        leave(tmp_path, seed=seed, calibration=shared, calibration__seed=0)
+        leave(tmp_path, seed=seed, calibration=repaired, calibration__seed=0, calibration__repair=True)
+    again = {"joint": 0.73, "repaired": {"joint_before": 0.3, "steps": 7}}
+    leave(tmp_path, seed=7, calibration=again, calibration__repair=True)
+    table = make("table5", tmp_path)
+    row = row_of(table, part="joint")
+    assert (row["n"], row["ratio"], row["seconds"], np.isnan(row["high"])) == (1, pytest.approx(0.95), 60, True)
+    repair = row_of(table, part="repair")
+    assert (repair["n"], repair["before"], repair["steps"], repair["kept"]) == (2, 0.2, 6.5, pytest.approx(0.7))
+    alone = next(each for each in tables.calibrations(tmp_path) if "repaired" in each["calibration"])
+    assert np.isnan(
+        tables.repairs([alone | {"parameters": None}])["kept"]
+    ).all()  # as `partial-lora calibrate` leaves it
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict"),
+    [
+        ({"a": 0.97, "b": 0.25}, FAILS),
+        ({"a": 0.97, "b": 0.95}, HOLDS),
+        ({"a": 0.97, "b": None}, OPEN),  # of one calibration there is no interval
+    ],
+)
+def test_one_task_that_fails_refutes_that_a_score_is_kept(tmp_path: Path, shares: dict, verdict: str) -> None:
+    for task, share in shares.items():
+        for seed in range(2 if share else 1):
+            leave(tmp_path, seed=seed, task=task, calibration={"joint": 0.8 * (share or 0.5)})
+    assert verdicts(make("table5", tmp_path)) == [("threshold 0.9", verdict)]
