@@ -27,7 +27,7 @@ COLUMNS = (
     *(*PLACE, "kind", *CELL, "metric", "seed", "test", "adapter_parameters", "share_of_dense", "adapter_sparsity"),
     *("learning_rate", "tuning", "calibrate_seconds", *COSTS, "peak_memory_bytes", "baseline", "joint", "chance"),
     *("train_samples", "label_noise", "rank", "mask_seed", "started", "conditions", "own"),
-    *("preset", "commit", "device", "run", "outcome"),
+    *("preset", "commit", "device", "precision", "run", "outcome"),
 )
 # Settings that only figures and single tables vary: elsewhere they are as the schema has them.
 VARIED = {"method.rank", "task.label_noise", "mask.seed", "mask.count"}
@@ -97,7 +97,7 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
         "rank": config["method"].get("rank"),
         "mask_seed": own.get("mask.seed", NONE),
         "started": run.record.get("started") or "",
-        "conditions": conditions(config),
+        "conditions": conditions(run.record),
         "own": own | {f"trainer.{name}": trainer.get(name) for name in ("learning_rate", "tuned_elsewhere")},
         "run": run,
     }
@@ -160,7 +160,7 @@ def usual(runs: pd.DataFrame, varied: Collection[str] = ()) -> tuple[pd.DataFram
         ordinary = part[[not each for each in moved]]
         if any(moved):
             named = ", ".join(sorted(set().union(*moved)))
-            notes.append(_left_out(place, len(part) - len(ordinary), f"other settings than the others' ({named})"))
+            notes.append(_left_out(place, len(part) - len(ordinary), f"with other settings ({named})"))
         if ordinary.empty:
             continue
         words = [_words(each, VARIED.union(varied)) for each in ordinary["conditions"]]
@@ -174,7 +174,7 @@ def usual(runs: pd.DataFrame, varied: Collection[str] = ()) -> tuple[pd.DataFram
             kept.append(alike[alike["words"] == shared].drop(columns=["words", "cell"]))
             if len(other := alike[alike["words"] != shared]):
                 named = _differing([shared, *other["words"]])
-                notes.append(_left_out(place, len(other), f"other conditions than the others' ({named})"))
+                notes.append(_left_out(place, len(other), f"under other conditions ({named})"))
     return pd.concat(kept), notes
 
 
@@ -195,9 +195,9 @@ def settled(cell: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     notes = []
     if len(same) < len(cell):
         named = _differing([chosen, *ranked.index])
-        notes.append(_left_out(where, len(cell) - len(same), f"other settings of their own ({named})"))
+        notes.append(_left_out(where, len(cell) - len(same), f"with other settings of their own ({named})"))
     if len(one) < len(same):
-        notes.append(_left_out(where, len(same) - len(one), "seeds that are there twice"))
+        notes.append(_left_out(where, len(same) - len(one), "of seeds that are there twice"))
     return one, notes
 
 
@@ -218,8 +218,8 @@ def _differing(words: Iterable[str]) -> str:
     return ", ".join(name for name in names if any(one.get(name) != each[0].get(name) for one in each))
 
 
-def _left_out(where: Iterable[str], count: int, of: str) -> str:
-    return f"{', '.join(filter(None, where))}: {count} {'run' if count == 1 else 'runs'} left out, of {of}"
+def _left_out(where: Iterable[str], count: int, why: str) -> str:
+    return f"{', '.join(filter(None, where))}: {count} {'run' if count == 1 else 'runs'} left out, {why}"
 
 
 def planned(

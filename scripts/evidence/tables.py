@@ -531,7 +531,9 @@ def judged(
 
     It is of the average over tasks or of the only one: one of several never stands for the others.
     """
-    claim = f"{first} {'is better than' if judge is better else 'is as good as'} {second}"
+    claim = (
+        f"{first} is better than {second}" if judge is better else f"{first} is as good as {second}, to within a point"
+    )
     rows = part_of(numbers, DIFFERENCE)
     rows = rows[(rows["first"] == first) & (rows["second"] == second)]
     verdicts = []
@@ -548,8 +550,9 @@ def judged(
 
 
 def _found(row: Mapping) -> str:
-    where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks"
-    return f"{interval(row)}{' points' if _in_points(row) else ''}, {where}, {_counted(row['seeds'], 'seed')}"
+    where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks, at least"
+    where += f"{',' * (row['tasks'] == 1)} {_counted(row['seeds'], 'seed')}"
+    return f"{interval(row)}{' points' if _in_points(row) else ''}, {where}"
 
 
 def _counted(n: float, what: str) -> str:
@@ -651,8 +654,11 @@ def left_out(runs: pd.DataFrame, evidence: Evidence) -> list[str]:
 
 
 def origin_of(runs: pd.DataFrame) -> str:
-    """Preset, tuning, commit and device of a table's runs; nothing of none."""
-    return origin(runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))) if len(runs) else ""
+    """Preset, tuning, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
+    if runs.empty:
+        return ""
+    known = runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
+    return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 
 # The tables
