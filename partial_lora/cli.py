@@ -61,7 +61,6 @@ def _parsed(arguments: list[str]) -> int:
         "evaluate": "a finished run on another split or task",
         "predict": "what a finished run says of images, texts or lines of a file",
         "report": "tables, figures and a page over finished runs",
-        "theory": "what is proven about random masks, beside simulations",
     }
     for name, text in composed.items():
         commands.add_parser(name, help=text)
@@ -145,6 +144,5 @@ _MODULES = {  # of commands that have a parser of their own
     "evaluate": "evaluate_command",
     "predict": "predict_command",
     "report": "report_command",
-    "theory": "theory_command",
 }
 _COMMANDS: dict[str, Callable[[dict], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}

@@ -31,7 +31,7 @@ LAYERS = (
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "asked_task", "places"}
     | {"conditions", "wellformed", "predicted"}
-    | {"agreement", "reliability", "stability", "retest", "inputs", "theory", "selection", "grouping"},
+    | {"agreement", "reliability", "stability", "retest", "inputs", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
@@ -60,7 +60,7 @@ LAYERS = (
     | {"cost", "activations", "comparison", "comparison_table", "comparison_files", "pairing"}
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
-    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables", "theory_figures", "theory_report"},
+    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
     {"train", "analysis", "examinations", "subject"},
@@ -73,7 +73,6 @@ LAYERS = (
         "evaluate_command",
         "predict_command",
         "report_command",
-        "theory_command",
     }
     | {"plan", "sweep", "job"},
     {"__main__", "__init__"},

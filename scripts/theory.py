@@ -1,0 +1,726 @@
+"""Bounds for sparse adapters, each statement a function beside its simulation; docs/theory.md has the proofs.
+
+    python scripts/theory.py --rows 768 --columns 768 --rank 16 --target-rank 4 --sparsity 0.5 0.87
+    python scripts/theory.py --figure results/theory/bounds.png
+
+W (m x n) is frozen and D = B A is added, B (m x r) and A (r x n). Masks keep a of the m rows of B, I, and b of the n
+columns of A, J, at densities p = a / m and q = b / n; or they keep the entries of B at a density p. T is a target
+update, t its rank, G a gradient, delta a probability of failure; |.| is the Frobenius norm. theory_propagation.py goes
+on from errors of modules to the output of a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.random import Generator
+from rich.console import Console
+from rich.table import Table
+from scipy.special import bdtr
+from scipy.stats import hypergeom
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.figures import save
+from partial_lora.masks import kept_count
+
+MOST_RANK = 10**6
+Selection = tuple[np.ndarray, np.ndarray]  # rows, columns
+
+# ----------------------------------------------------------------------------------------------- rows and columns
+# I and J are drawn independently of each other and of T. An adapter moves W inside I x J and nowhere else.
+
+
+def least_error(p: float, q: float) -> float:
+    """Return E min_D |T - D|^2 / |T|^2 for every fixed T and rank r >= t: 1 - p q."""
+    assert 0 < min(p, q) <= max(p, q) <= 1
+    return 1 - p * q
+
+
+def least_output_error(p: float) -> float:
+    """Return a lower bound on E min_D |(T - D) x|^2 / |T x|^2 for every fixed T and x: 1 - p, as only I can move."""
+    assert 0 < p <= 1
+    return 1 - p
+
+
+def least_precision(p: float, q: float, delta: float) -> float:
+    """Return the smallest e for which "error at most e with probability at least 1 - delta" can hold of a fixed T.
+
+    An error is never above 1, so 1 - p q = E <= e (1 - delta) + delta.
+    """
+    assert 0 < delta < 1
+    return max(0.0, (least_error(p, q) - delta) / (1 - delta))
+
+
+def error_deviation(target: np.ndarray, a: int, b: int, *, counted: bool = True) -> float:
+    """Return the standard deviation over masks of the least error against T (m, n), r >= t.
+
+    counted: exactly a rows and b columns are kept; else each on its own at the same rate.
+    """
+    squares = shares(target)
+    (m, n), (p, q) = squares.shape, (a / squares.shape[0], b / squares.shape[1])
+    p_both = p * (a - 1) / max(1, m - 1) if counted else p**2  # P(two given rows are kept)
+    q_both = q * (b - 1) / max(1, n - 1) if counted else q**2
+    rows, columns, entries = ((mass**2).sum() for mass in (squares.sum(1), squares.sum(0), squares))
+    second = p_both * q_both + (p - p_both) * q_both * rows + p_both * (q - q_both) * columns
+    second += (p - p_both) * (q - q_both) * entries
+    return math.sqrt(max(0.0, second - (p * q) ** 2))
+
+
+def least_errors(target: np.ndarray, a: int, b: int, *, draws: int, rng: Generator, counted: bool = True) -> np.ndarray:
+    """Simulate the least error: one value for every draw of I and J (draws,), r >= t."""
+    squares = shares(target)
+    rows, columns = (
+        indicators(size, kept, draws=draws, rng=rng, counted=counted)
+        for size, kept in zip(squares.shape, (a, b), strict=True)
+    )
+    return 1 - ((rows @ squares) * columns).sum(1)
+
+
+def shares(matrix: np.ndarray) -> np.ndarray:
+    """Return each entry's share of the squared norm."""
+    squares = np.asarray(matrix, dtype=np.float64) ** 2
+    assert 0 < squares.sum() < math.inf
+    return squares / squares.sum()
+
+
+def indicators(size: int, kept: int, *, draws: int, rng: Generator, counted: bool = True) -> np.ndarray:
+    """Draw masks of rows or of columns, 1 where kept (draws, size)."""
+    keys = rng.random((draws, size))
+    if not counted:
+        return (keys < kept / size).astype(np.float64)
+    drawn = np.zeros((draws, size))
+    np.put_along_axis(drawn, np.argpartition(keys, kept - 1, axis=1)[:, :kept], 1.0, axis=1)
+    return drawn
+
+
+def best_update(target: np.ndarray, rows: np.ndarray, columns: np.ndarray, rank: int | None = None) -> np.ndarray:
+    """Return the D inside rows x columns nearest to T, of at most this rank (Eckart and Young, in the block).
+
+    Where the rank is at least t, this is T restricted to the block.
+    """
+    left, values, right = np.linalg.svd(target[np.ix_(rows, columns)], full_matrices=False)
+    update = np.zeros_like(target, dtype=np.float64)
+    update[np.ix_(rows, columns)] = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return update
+
+
+def another_solution(
+    readout: np.ndarray, inputs: np.ndarray, change: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Return a D inside rows x columns with V D X = Y, of no larger rank than Y.
+
+    V, `readout` (c, m), follows the module, X, `inputs` (n, N), enters it, and Y, `change` (c, N), is wanted of N
+    examples. Exact, for every Y, if and only if the kept columns of V have rank c and the kept rows of X rank N.
+    """
+    left, right = readout[:, rows], inputs[columns]
+    assert np.linalg.matrix_rank(left) == len(readout), "too few independent rows are kept"
+    assert np.linalg.matrix_rank(right) == inputs.shape[1], "too few independent columns are kept"
+    update = np.zeros((readout.shape[1], inputs.shape[0]))
+    update[np.ix_(rows, columns)] = np.linalg.pinv(left) @ change @ np.linalg.pinv(right)
+    return update
+
+
+# ------------------------------------------------------------------------------- where the factor 1/log(1/s) comes from
+# One of several random candidates has to be kept, or has to fit. Lueker 1998; Malach et al. 2020 (arXiv 2002.00585);
+# Pensia et al. 2020 (arXiv 2006.07990); Gadhikar, Mukherjee and Burkholz 2023 (arXiv 2210.02412).
+
+
+def group_probability(groups: int, size: int, p: float) -> float:
+    """Return P(every group keeps a member), each member kept independently at rate p: (1 - (1 - p)^size)^groups."""
+    assert 0 < p <= 1 <= min(groups, size)
+    missed = (1 - p) ** size
+    return math.exp(groups * math.log1p(-missed)) if missed < 1 else 0.0
+
+
+def group_size(groups: int, p: float, delta: float) -> int:
+    """Return a size at which all groups keep a member with probability at least 1 - delta, by the union bound.
+
+    ceil(log(groups / delta) / log(1 / (1 - p))), so that groups (1 - p)^size <= delta.
+    """
+    assert 0 < p <= 1 <= groups
+    assert 0 < delta < 1
+    return 1 if p == 1 else max(1, math.ceil(math.log(groups / delta) / -math.log1p(-p)))
+
+
+def least_group_size(groups: int, p: float, delta: float) -> int:
+    """Return the smallest such size."""
+    return smallest(1, lambda size: group_probability(groups, size, p) >= 1 - delta)
+
+
+def smallest(start: int, holds: Callable[[int], bool]) -> int:
+    """Return the smallest number from `start` for which `holds` is true, as it then is for all larger ones."""
+    number = start + bisect_left(range(start, MOST_RANK + 1), True, key=holds)
+    if number > MOST_RANK:
+        raise PartialLoraError(f"no rank up to {MOST_RANK} is enough")
+    return number
+
+
+def row_mask_probability(m: int, r: int, p: float) -> float:
+    """Return log10 P(a random mask of B's entries happens to keep whole rows): m log10(p^r + (1 - p)^r)."""
+    return m * math.log10(p**r + (1 - p) ** r)
+
+
+def fewest_values(precision: float) -> int:
+    """Return how many values it takes at least for subset sums within `precision` of every point of [-1/2, 1/2].
+
+    n values have 2^n subset sums, each near an interval of length 2 precision: 2^n 2 precision >= 1.
+    """
+    assert 0 < precision < 1
+    return max(0, math.ceil(math.log2(1 / (2 * precision)) - 1e-12))
+
+
+def worst_distance(values: np.ndarray) -> float:
+    """Return how far the worst served point of [-1/2, 1/2] is from the nearest subset sum of `values` (n,)."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums, sums + value])
+    sums.sort()
+    middles = (sums[1:] + sums[:-1]) / 2  # within a gap its middle is worst; outside all sums, an end
+    points = np.concatenate([[-0.5, 0.5], middles[(middles > -0.5) & (middles < 0.5)]])
+    after = np.searchsorted(sums, points).clip(0, len(sums) - 1)
+    return float(np.minimum(abs(points - sums[after]), abs(points - sums[(after - 1).clip(0)])).max())
+
+
+def worst_distances(number: int, *, draws: int, rng: Generator) -> np.ndarray:
+    """Simulate worst_distance of numbers drawn uniformly from [-1, 1] (draws,)."""
+    return np.array([worst_distance(rng.uniform(-1, 1, number)) for _ in range(draws)])
+
+
+# ---------------------------------------------------------------------------------------- entries of B, with A free
+# Row i of B keeps the entries S_i. A target is exact where some A and some B inside the mask have B A = T.
+
+
+def block_rank(m: int, t: int, p: float, delta: float) -> int:
+    """Return a rank that suffices, by blocks: t ceil(log(m t / delta) / log(1 / (1 - p))).
+
+    The rank is cut into t blocks, each of copies of one row of V in T = C V; a row of B has to keep an entry in each.
+    """
+    return t * group_size(m * t, p, delta)
+
+
+def short_row(r: int, t: int, p: float, *, counted_of: int | None = None) -> float:
+    """Return P(|S_i| < t), binomial; hypergeometric where exactly a share p of `counted_of` rows of B is kept."""
+    assert 0 < p <= 1 <= t <= r
+    if counted_of is None:
+        return float(bdtr(t - 1, r, p))
+    return float(hypergeom.cdf(t - 1, r * counted_of, kept_count(r * counted_of, 1 - p), r))
+
+
+def exact_probability(m: int, r: int, t: int, p: float) -> float:
+    """Return P(every row of B keeps at least t entries): (1 - short_row)^m. Then every target of rank t is exact.
+
+    For t = 1 it is P(exact) itself: a row of B that keeps nothing leaves a row of zeros.
+    """
+    short = short_row(r, t, p)
+    return math.exp(m * math.log1p(-short)) if short < 1 else 0.0
+
+
+def sufficient_rank(m: int, t: int, p: float, delta: float, *, counted: bool = False) -> int:
+    """Return the smallest rank with m short_row <= delta: every T of rank t is exact with probability >= 1 - delta.
+
+    counted: of the whole of B exactly a share p is kept, as `mask.count: exact` does; the union bound is the same.
+    """
+    assert 0 < delta < 1
+    return smallest(t, lambda rank: m * short_row(rank, t, p, counted_of=m if counted else None) <= delta)
+
+
+def dimension_bound(mask: np.ndarray, t: int) -> int:
+    """Return the most dimensions that the C with C V exact can have in this mask (m, r): r (t - 1) + sum min(|S_i|, t).
+
+    Of m t there are; with fewer almost no target of rank t is exact, whatever A and B are.
+    """
+    (m, r), entries = mask.shape, np.minimum(mask.sum(1), t).sum()
+    return min(m * t, r * (t - 1) + int(entries))
+
+
+def expected_shortage(r: int, t: int, p: float) -> float:
+    """Return E max(0, t - |S_i|) = sum over k = 1..t of P(|S_i| < k)."""
+    return sum(short_row(r, k, p) for k in range(1, t + 1))
+
+
+def necessary_rank(m: int, t: int, p: float, delta: float) -> int:
+    """Return a rank below which almost every T of rank t is exact with probability below 1 - delta.
+
+    For t = 1 the smallest at which exact_probability is 1 - delta. Else the smallest at which the expected shortage of
+    all rows is within r (t - 1) and what chance takes off it: t sqrt(m log(1 / (1 - delta)) / 2), Hoeffding.
+    """
+    if t == 1:
+        return least_group_size(m, p, delta)
+    chance = t * math.sqrt(m * -math.log1p(-delta) / 2)
+    return smallest(t, lambda rank: m * expected_shortage(rank, t, p) - chance <= rank * (t - 1))
+
+
+def entry_mask(m: int, r: int, p: float, *, rng: Generator, counted: bool = False) -> np.ndarray:
+    """Draw a mask of the entries of B, True where kept (m, r)."""
+    keys = rng.random((m, r))
+    if not counted:
+        return keys < p
+    last = kept_count(m * r, 1 - p) - 1
+    return keys <= np.partition(keys, last, axis=None)[last]
+
+
+def exact_factors(
+    left: np.ndarray, right: np.ndarray, mask: np.ndarray, *, rng: Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return B inside `mask` (m, r) and A (r, n), B A as near to C V = left (m, t) right (t, n) as A = G V allows.
+
+    G is Gaussian; exact, almost surely, where every row keeps at least t entries: any t rows of G are a basis.
+    """
+    mixing = rng.standard_normal((mask.shape[1], left.shape[1]))
+    factor = np.zeros(mask.shape)
+    for row, kept in enumerate(mask):
+        if kept.any():
+            factor[row, kept] = np.linalg.lstsq(mixing[kept].T, left[row], rcond=None)[0]
+    return factor, mixing @ right
+
+
+def reachable_dimension(mask: np.ndarray, t: int, *, rng: Generator) -> int:
+    """Return the dimension of {B G : B inside mask (m, r), G (r, t)}: the Jacobian's rank at a random point.
+
+    A target's C outside it is not exact.
+    """
+    factor, mixing = rng.standard_normal(mask.shape) * mask, rng.standard_normal((mask.shape[1], t))
+    by_factor = np.kron(np.eye(len(mask)), mixing)[mask.ravel()]
+    by_mixing = np.kron(factor.T, np.eye(t))
+    return int(np.linalg.matrix_rank(np.vstack([by_factor, by_mixing])))
+
+
+# ------------------------------------------------------------------------------- what moving inside the mask does to L
+# L is differentiable in W with gradient G and beta-smooth: |grad L(W + D) - grad L(W)| <= beta |D| along the step.
+
+
+def mass(gradient: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+    """Return the share of |G|^2 on rows x columns; its mean over random I and J is p q, for every fixed G."""
+    return float(shares(gradient)[np.ix_(rows, columns)].sum())
+
+
+def top(gradient: np.ndarray, a: int, b: int) -> Selection:
+    """Return the rows and, apart from them, the columns of largest norm; may hold less than p q, even nothing."""
+    squares = shares(gradient)
+    return largest(squares.sum(1), a), largest(squares.sum(0), b)
+
+
+def top_in_turn(gradient: np.ndarray, a: int, b: int) -> Selection:
+    """Return the rows of largest norm, then the columns of largest norm within these; holds at least p q."""
+    squares = shares(gradient)
+    rows = largest(squares.sum(1), a)
+    return rows, largest(squares[rows].sum(0), b)
+
+
+def largest(values: np.ndarray, kept: int) -> np.ndarray:
+    """Return the indices of the largest values, ascending; of equal ones the lower index."""
+    return np.sort(np.argsort(-values, kind="stable")[:kept])
+
+
+def step(
+    gradient: np.ndarray, rows: np.ndarray, columns: np.ndarray, beta: float, rank: int | None = None
+) -> np.ndarray:
+    """Return D = - [G_IJ]_r / beta, the block of the gradient or its best part of rank r."""
+    return -best_update(gradient, rows, columns, rank) / beta
+
+
+def guaranteed_decrease(
+    gradient: np.ndarray, rows: np.ndarray, columns: np.ndarray, beta: float, rank: int | None = None
+) -> float:
+    """Return what this step lowers L by at least: |[G_IJ]_r|^2 / (2 beta).
+
+    L(W + D) <= L(W) + <G, D> + beta |D|^2 / 2.
+    """
+    assert beta > 0
+    return float((best_update(gradient, rows, columns, rank) ** 2).sum() / (2 * beta))
+
+
+def contraction(least_mass: float, mu: float, beta: float, steps: int) -> float:
+    """Return what is left of L - inf L after `steps` steps inside the mask: (1 - kappa mu / beta)^steps.
+
+    Holds where |grad L|^2 >= 2 mu (L - inf L) (Polyak and Lojasiewicz) and the block has a share of at least kappa of
+    the gradient at every iterate. Then another solution as good as the best one lies inside the mask.
+    """
+    return (1 - least_mass * mu / beta) ** steps
+
+
+def start_gradient(r: int, variance: float, p: float, q: float) -> float:
+    """Return E |dL/dB|^2 / |G|^2 at an adapter's start, B = 0 and A of independent entries: r variance p q.
+
+    There dL/dB = G A^T and dL/dA = 0, so the first step lowers the loss by what B alone sees. Scaling is left out.
+    """
+    return r * variance * p * q
+
+
+def start_gradients(
+    gradient: np.ndarray, selections: Iterable[Selection], r: int, variance: float, *, rng: Generator
+) -> np.ndarray:
+    """Simulate |dL/dB|^2 / |G|^2: a draw of A in each of the selections (draws,)."""
+    values = []
+    for rows, columns in selections:
+        factor = rng.standard_normal((r, len(columns))) * variance**0.5
+        values.append(((gradient[np.ix_(rows, columns)] @ factor.T) ** 2).sum() / (gradient**2).sum())
+    return np.array(values)
+
+
+def concentrated_gradient(m: int, n: int, *, rng: Generator) -> np.ndarray:
+    """Draw a gradient with a few large rows and columns: log-normal scales of each, times normal entries."""
+    scales = [np.exp(rng.standard_normal(size)) for size in (m, n)]
+    return scales[0][:, None] * rng.standard_normal((m, n)) * scales[1]
+
+
+# ------------------------------------------------------------------------------------------ bounds beside simulations
+
+PRECISION = 0.01  # of subset sums
+FEW = 20  # draws of what is costly and varies little
+CELLS = 2 * 10**8  # random numbers that a simulation may take, unless that leaves fewer than FEW draws
+MOST_CELLS = 5 * 10**7  # of one draw; what takes more is not simulated
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A module of m x n, the ranks of adapter and target, and the sparsity of rows, of columns and of B's entries."""
+
+    rows: int
+    columns: int
+    rank: int
+    target_rank: int
+    sparsity: float
+    delta: float
+    draws: int
+    seed: int
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Rows and columns that masks keep, a and b."""
+        return kept_count(self.rows, self.sparsity), kept_count(self.columns, self.sparsity)
+
+    @property
+    def densities(self) -> tuple[float, float]:
+        """p and q as measured."""
+        return self.kept[0] / self.rows, self.kept[1] / self.columns
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """Ranks that suffice by blocks and by counting, and the one that is necessary."""
+        given = self.rows, self.target_rank, 1 - self.sparsity, self.delta
+        return block_rank(*given), sufficient_rank(*given), necessary_rank(*given)
+
+    def target(self, rng: Generator) -> np.ndarray:
+        left = rng.standard_normal((self.rows, self.target_rank))
+        return left @ rng.standard_normal((self.target_rank, self.columns))
+
+
+def estimate(values: Iterable[float]) -> tuple[float, float]:
+    """Return the mean of independent draws and its standard error."""
+    values = np.array(list(values), dtype=np.float64)
+    assert len(values) >= 2, "a standard error takes two draws"
+    error = float(values.std(ddof=1) / len(values) ** 0.5)
+    if set(np.unique(values)) <= {0, 1}:  # a share of draws is not known better than to one draw, even if all agree
+        error = max(error, 1 / len(values))
+    return float(values.mean()), error
+
+
+def line(what: str, bound: float, holds: str = "", simulated: float | None = None, error: float | None = None) -> dict:
+    """Return a proved number, its simulation, and how they have to stand: simulated equal, at least, at most bound."""
+    return {"what": what, "bound": bound, "holds": holds, "simulated": simulated, "standard_error": error}
+
+
+def lines(setting: Setting) -> list[dict]:
+    """Return all numbers of one setting; the same seed gives the same numbers."""
+    return [
+        *of_rows_and_columns(setting, np.random.default_rng([setting.seed, 1])),
+        *of_entries(setting, np.random.default_rng([setting.seed, 2])),
+        *of_gradients(setting, np.random.default_rng([setting.seed, 3])),
+        of_subset_sums(np.random.default_rng([setting.seed, 4])),
+    ]
+
+
+def of_rows_and_columns(setting: Setting, rng: Generator) -> list[dict]:
+    (p, q), (a, b) = setting.densities, setting.kept
+    target = setting.target(rng)
+    errors = least_errors(target, a, b, draws=setting.draws, rng=rng)
+    variance, variance_error = estimate((errors - least_error(p, q)) ** 2)
+    deviation = variance**0.5
+    deviation_error = variance_error / (2 * deviation) if deviation else 0.0
+    outputs = shares(target @ rng.standard_normal((setting.columns, 1)))  # one input: columns do not limit
+    of_outputs = 1 - (indicators(setting.rows, a, draws=setting.draws, rng=rng) @ outputs)[:, 0]
+    what = "rows, columns: least squared error against a fixed dense target, 1 - p q"
+    return [
+        line(what, least_error(p, q), "equal", *estimate(errors)),
+        line("its standard deviation over masks", error_deviation(target, a, b), "equal", deviation, deviation_error),
+        line("the same for outputs, whatever enters, 1 - p", least_output_error(p), "at least", *estimate(of_outputs)),
+        line(
+            "log10 P(a random mask of B's entries keeps whole rows)",
+            row_mask_probability(setting.rows, setting.rank, 1 - setting.sparsity),
+        ),
+    ]
+
+
+def of_entries(setting: Setting, rng: Generator) -> list[dict]:
+    m, t, p, confidence = setting.rows, setting.target_rank, 1 - setting.sparsity, 1 - setting.delta
+    blocks, enough, needed = setting.ranks
+
+    def simulated(holds: str, shape: tuple[int, int], condition: Callable[[np.ndarray], bool]) -> tuple:
+        """The share of masks with a condition, of fewer masks where they are large."""
+        cells = math.prod(shape)
+        if cells > MOST_CELLS:
+            return ()
+        draws = min(setting.draws, max(FEW, CELLS // cells))
+        return (holds, *estimate(condition(entry_mask(*shape, p, rng=rng)) for _ in range(draws)))
+
+    def full(mask: np.ndarray) -> bool:
+        return (mask.sum(1) >= t).all()
+
+    exact = exact_probability(m, setting.rank, t, p)
+    numbers = [
+        line(
+            f"entries of B: P(every row keeps {t}) at rank {setting.rank}; then exact",
+            exact,
+            *simulated("equal", (m, setting.rank), full),
+        ),
+        line(f"rank that suffices, by blocks ({blocks / t:.3g} x target rank)", blocks),
+        line(
+            "of masks at that rank, those with an entry in every block",
+            confidence,
+            *simulated("at least", (m * t, blocks // t), lambda mask: mask.any(1).all()),
+        ),
+        line(f"rank that suffices, by counting ({enough / t:.3g} x target rank)", enough),
+        line(
+            f"of masks at that rank, those with {t} entries in every row",
+            confidence,
+            *simulated("at least", (m, enough), full),
+        ),
+        line(f"rank that is necessary for almost every target ({needed / t:.3g} x target rank)", needed),
+    ]
+    if needed > t and (within := simulated("at most", (m, needed - 1), lambda mask: dimension_bound(mask, t) == m * t)):
+        what = "of masks one rank lower, those that do not rule almost all targets out"
+        numbers.append(line(what, confidence, *within))
+    return numbers
+
+
+def of_gradients(setting: Setting, rng: Generator) -> list[dict]:
+    (p, q), (a, b), (m, n) = setting.densities, setting.kept, (setting.rows, setting.columns)
+    gradient = concentrated_gradient(m, n, rng=rng)
+    random = 1 - least_errors(gradient, a, b, draws=setting.draws, rng=rng)
+    selections = [(rng.permutation(m)[:a], rng.permutation(n)[:b]) for _ in range(setting.draws)]
+    variance = 1 / (3 * n)  # of PEFT's A: uniform up to 1 / sqrt(n)
+    start = start_gradients(gradient, selections, setting.rank, variance, rng=rng)
+    apart, in_turn, spread = [], [], []
+    for _ in range(min(FEW, setting.draws)):
+        gradient = concentrated_gradient(m, n, rng=rng)
+        apart.append(mass(gradient, *top(gradient, a, b)))
+        in_turn.append(mass(gradient, *top_in_turn(gradient, a, b)))
+        gradient = rng.standard_normal((m, n))
+        spread.append(mass(gradient, *top_in_turn(gradient, a, b)))
+    expected_start = start_gradient(setting.rank, variance, p, q)
+    return [
+        line("gradient's mass on random rows and columns, p q", p * q, "equal", *estimate(random)),
+        line("on the top rows, then columns within; concentrated gradients", p * q, "at least", *estimate(in_turn)),
+        line("the same; gradients of independent entries", p * q, "at least", *estimate(spread)),
+        line("on the top rows and, apart, columns; concentrated gradients", 0.0, "at least", *estimate(apart)),
+        line(
+            "|dL/dB|^2 / |G|^2 at B = 0 and PEFT's A, rank p q / (3 columns)", expected_start, "equal", *estimate(start)
+        ),
+    ]
+
+
+def of_subset_sums(rng: Generator) -> dict:
+    fewest = number = fewest_values(PRECISION)
+    while (worst_distances(number, draws=100, rng=rng) <= PRECISION).mean() < 0.95:
+        number += 1
+    what = f"values whose subset sums reach [-1/2, 1/2] within {PRECISION:g} (simulated: in 95 of 100 draws)"
+    return line(what, fewest, "at least", number)
+
+
+def print_table(setting: Setting, numbers: Sequence[dict]) -> None:
+    """Print bounds and simulated values side by side, and what they mean in words."""
+    t, confidence, (_, enough, needed) = setting.target_rank, 1 - setting.delta, setting.ranks
+    table = Table(
+        title=f"{setting.rows} x {setting.columns}, rank {setting.rank}, target rank {t}, "
+        f"sparsity {setting.sparsity:g}, delta {setting.delta:g}, {setting.draws} draws",
+        title_justify="left",
+    )
+    table.add_column("what", overflow="fold")
+    for column in ("bound", "holds", "simulated"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in numbers:
+        simulated = "" if one["simulated"] is None else f"{one['simulated']:.4g}"
+        if one["standard_error"] is not None:
+            simulated += f" ± {one['standard_error']:.1g}"
+        table.add_row(one["what"], f"{one['bound']:.4g}", one["holds"], simulated)
+    if setting.rank >= enough:
+        verdict = f"enough, with probability {confidence:g}"
+    elif setting.rank >= needed:
+        verdict = f"neither proved enough ({enough}) nor proved too little (below {needed})"
+    else:
+        verdict = f"too little for almost every target; {needed} is necessary, {enough} enough"
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Rows and columns: for no fixed target is the squared error below "
+        f"{least_precision(*setting.densities, setting.delta):.4f} of its norm with probability {confidence:g}; "
+        f"a claim for these masks has to be about other solutions.",
+        f"Entries of B, A free: rank {setting.rank} for targets of rank {t} is {verdict}.",
+        sep="\n",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ figure
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
+POINT = {"linestyle": "none", "markersize": 5, "color": "black", "markerfacecolor": "white"}
+LEGEND = {"frameon": False, "fontsize": 8}
+SPARSITIES = np.round(np.arange(0.1, 0.951, 0.05), 2)
+
+
+def draw(setting: Setting, marked: Sequence[float], path: Path) -> Path:
+    """Draw what is proved (lines) and simulated (points) over sparsity; the `marked` sparsities are marked."""
+    x, values, t = SPARSITIES, over_sparsities(setting), setting.target_rank
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    errors, ranks, masses = figure.subplots(1, 3)
+
+    errors.plot(x, 1 - values["kept"], color=BLUE, label="1 − pq, all updates inside the mask")
+    errors.plot(x, 1 - values["rows"], color=ORANGE, linestyle="--", label="1 − p, of outputs, any inputs")
+    label = "simulated ± s.d. of masks"
+    errors.errorbar(x, values["error"], values["error_deviation"], marker="o", label=label, **POINT)
+    errors.set_title("Rows and columns: least squared error\nagainst a fixed dense target", fontsize=10)
+    errors.set_ylim(0, 1.05)
+    errors.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+    ranks.plot(x, values["blocks"] / t, color=BLUE, linestyle="-.", label="suffices, by blocks")
+    ranks.plot(x, values["counting"] / t, color=GREEN, label="suffices, by counting")
+    ranks.plot(x, values["necessary"] / t, color=ORANGE, linestyle="--", label="necessary, almost every target")
+    ranks.plot(x, values["simulated_rank"] / t, marker="o", label=f"simulated: every row of B keeps {t}", **POINT)
+    at = setting.rank / t
+    ranks.axhline(at, color=GREY, linestyle=":", linewidth=1.5, label=f"rank {setting.rank}: {at:g} ×")
+    ranks.set_yscale("log")
+    ranks.set_title("Single entries of B, A free:\nrank over the target's rank, for exactness", fontsize=10)
+
+    masses.plot(x, values["kept"], color=BLUE, label="pq, expected of random masks")
+    label = "random ± s.d. of masks"
+    masses.errorbar(x, values["random"], values["random_deviation"], marker="o", label=label, **POINT)
+    masses.plot(x, values["top_spread"], marker="s", label="top, independent entries", **POINT)
+    masses.plot(x, values["top_concentrated"], marker="^", label="top, a few large rows and columns", **POINT)
+    masses.set_title("The gradient's mass inside the mask:\nwhat one step is guaranteed", fontsize=10)
+    masses.set_ylim(0, 1.4)  # room for the legend
+    masses.set_yticks(np.linspace(0, 1, 6))
+    masses.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+    for axes in (errors, ranks, masses):
+        for sparsity in marked:
+            axes.axvline(sparsity, color="0.8", linewidth=1, zorder=0)
+        axes.set_xlabel("sparsity")
+        axes.set_xlim(0.05, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        plain(axes)
+        axes.legend(**LEGEND)
+    figure.suptitle(
+        f"{setting.rows} × {setting.columns}, target rank {t}, δ = {setting.delta:g}; "
+        f"lines are proved, points simulated ({setting.draws} draws)",
+        fontsize=11,
+    )
+    return save(figure, path)
+
+
+def over_sparsities(setting: Setting) -> dict[str, np.ndarray]:
+    """Return, for every one of SPARSITIES, measured densities, ranks, and simulated means and deviations."""
+    rng = np.random.default_rng([setting.seed, 5])
+    target = setting.target(rng)
+    concentrated = concentrated_gradient(setting.rows, setting.columns, rng=rng)
+    spread = rng.standard_normal((setting.rows, setting.columns))
+    points = []
+    for sparsity in SPARSITIES:
+        one = replace(setting, sparsity=float(sparsity))
+        (a, b), (p, q) = one.kept, one.densities
+        blocks, counting, necessary = one.ranks
+        errors = least_errors(target, a, b, draws=one.draws, rng=rng)
+        random = least_errors(concentrated, a, b, draws=one.draws, rng=rng)
+        # a row goes on until it keeps t entries; of every draw the row that takes longest says what rank it needs
+        waits = one.target_rank + rng.negative_binomial(one.target_rank, 1 - sparsity, (one.draws, one.rows)).max(1)
+        points.append(
+            {
+                "kept": p * q,
+                "rows": p,
+                "error": errors.mean(),
+                "error_deviation": errors.std(),
+                "random": 1 - random.mean(),
+                "random_deviation": random.std(),
+                "top_concentrated": mass(concentrated, *top_in_turn(concentrated, a, b)),
+                "top_spread": mass(spread, *top_in_turn(spread, a, b)),
+                "simulated_rank": np.quantile(waits, 1 - one.delta, method="higher"),
+                "blocks": blocks,
+                "counting": counting,
+                "necessary": necessary,
+            }
+        )
+    return {name: np.array([values[name] for values in points], dtype=np.float64) for name in points[0]}
+
+
+def plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print bounds and simulated values side by side, and draw them if a figure is named."""
+    parser = argparse.ArgumentParser(
+        description="Bounds for sparse adapters, proved in docs/theory.md, and simulated values beside them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", type=int, default=768, metavar="M", help="outputs of the module (768)")
+    parser.add_argument("--columns", type=int, default=768, metavar="N", help="inputs of the module (768)")
+    parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter (16)")
+    parser.add_argument("--target-rank", type=int, default=4, metavar="T", help="of the dense target update (4)")
+    removed = "share removed of rows, of columns, and of B's entries; one table each (0.5 0.87)"
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.87], metavar="S", help=removed)
+    parser.add_argument("--delta", type=float, default=0.05, metavar="D", help="probability of failure (0.05)")
+    parser.add_argument("--draws", type=int, default=500, metavar="K", help="of every simulation (500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the simulations (0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them, too: .png, .svg, .pdf")
+    given = vars(parser.parse_args(arguments))
+    as_json, file, sparsities = given.pop("json"), given.pop("figure"), given.pop("sparsity")
+    for name, holds, expected in (
+        ("rows", given["rows"] >= 1, "at least 1"),
+        ("columns", given["columns"] >= 1, "at least 1"),
+        ("rank", given["rank"] >= 1, "at least 1"),
+        ("target_rank", 1 <= given["target_rank"] <= given["rank"], f"from 1 to --rank {given['rank']}"),
+        ("delta", 0 < given["delta"] < 1, "above 0 and below 1"),
+        ("draws", given["draws"] >= 2, "at least 2"),
+        ("seed", given["seed"] >= 0, "at least 0"),
+    ):
+        if not holds:
+            parser.error(f"--{name.replace('_', '-')} {given[name]}: expected {expected}")
+    if file and not (file.suffix in (".png", ".svg", ".pdf") and file.parent.is_dir()):
+        parser.error(f"--figure {file}: expected a .png, .svg or .pdf file in a folder that exists")
+    reports = []
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            parser.error(f"--sparsity {sparsity}: expected a share from 0 to below 1")
+        setting = Setting(sparsity=sparsity, **given)
+        try:
+            reports.append((setting, lines(setting)))
+        except PartialLoraError as error:
+            parser.error(f"--sparsity {sparsity}: {error}")
+    if as_json:
+        print(json.dumps([asdict(setting) | {"lines": numbers} for setting, numbers in reports], indent=1))
+    else:
+        for setting, numbers in reports:
+            print_table(setting, numbers)
+    if file:
+        print(f"figure: {draw(reports[0][0], sparsities, file)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
