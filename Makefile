@@ -155,10 +155,10 @@ bench: $(VENV)/.installed
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.
 HALF = 'model.target_modules=[attn.qkv,mlp.fc2]'
 calibration-analyses: $(VENV)/.installed
-	$(BIN)/partial-lora analyse cost $(ANALYSES)
-	$(BIN)/partial-lora analyse agreement $(ANALYSES)
-	$(BIN)/partial-lora analyse reliability $(ANALYSES)
-	$(BIN)/partial-lora analyse stability calibration.search=bisect $(HALF) $(ANALYSES)
+	$(BIN)/python scripts/analyses.py cost $(ANALYSES)
+	$(BIN)/python scripts/analyses.py agreement $(ANALYSES)
+	$(BIN)/python scripts/analyses.py reliability $(ANALYSES)
+	$(BIN)/python scripts/analyses.py stability calibration.search=bisect $(HALF) $(ANALYSES)
 
 clean:
 	rm -rf $(VENV) build dist

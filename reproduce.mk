@@ -240,7 +240,7 @@ runs-fig4:
 	$(call RUN,fig4,$(STUDIED) method=low_rank)
 
 runs-fig5: runs-table2
-	$(BIN)/partial-lora analyse agreement $(ANALYSES)
+	$(BIN)/python scripts/analyses.py agreement $(ANALYSES)
 
 runs-fig6:
 	$(call RUN,fig6,$(STUDIED))

@@ -20,16 +20,25 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
-    redact_output()
-    remote_code.refuse()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def command() -> int:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
             stage = None if arguments[0] == "info" else arguments[0]  # Hydra's grammar, not argparse's:
             return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], stage=stage)
         if arguments and arguments[0] in _MODULES:
             return import_module(f"partial_lora.{_MODULES[arguments[0]]}").main(arguments[1:])
         return _parsed(arguments)
+
+    return guarded(command)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Return the exit code of a command, whose wrong inputs become one line, and whose output shows no credentials."""
+    redact_output()
+    remote_code.refuse()
+    try:
+        return command()
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -57,7 +66,6 @@ def _parsed(arguments: list[str]) -> int:
         "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
         "calibrate": "find the sparsities alone (the same keys)",
         "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
-        "analyse": "how far calibration can be trusted: agreement, reliability, stability or cost (the same keys)",
         "evaluate": "a finished run on another split or task",
         "predict": "what a finished run says of images, texts or lines of a file",
         "report": "tables, figures and a page over finished runs",
@@ -140,7 +148,6 @@ def _info(settings: dict) -> int:
 
 
 _MODULES = {  # of commands that have a parser of their own
-    "analyse": "analysis_command",
     "evaluate": "evaluate_command",
     "predict": "predict_command",
     "report": "report_command",

@@ -29,13 +29,11 @@ def compose(
     work: Callable[[dict], int],
     *,
     stage: str | None = None,
-    node: type | None = None,
-    resolve: Callable[[object], dict] | None = None,
 ) -> int:
     """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
 
     stage: what the runs of a sweep are to do, "train" or "calibrate", by whatever launches them; None for work that is
-    done here, one after another. node, resolve: the dataclass of the settings and what checks them; by default a run's.
+    done here, one after another.
 
     Gives the exit code: the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one
     that was interrupted. Raises PartialLoraError for arguments that do not compose.
@@ -44,20 +42,19 @@ def compose(
 
     from partial_lora import config, schema, sweep
 
-    resolve = resolve or config.resolve
     refuse_group_lists(arguments)
-    ConfigStore.instance().store(name="schema", node=node or schema.Config)
+    ConfigStore.instance().store(name="schema", node=schema.Config)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
     if not shows & {argument.partition("=")[0] for argument in arguments}:
         with _in_one_line(arguments):
-            planned = plan.plan(arguments, config.conf_dir(), resolve)
+            planned = plan.plan(arguments, config.conf_dir(), config.resolve)
         for line in planned.refused:
             print(f"partial-lora: {line}", file=sys.stderr)
         if planned.refused:
             return USAGE_ERROR
         if planned.is_sweep and stage:
-            return sweep.sweep(planned, stage, resolve, partial(_hydra, command, arguments))
+            return sweep.sweep(planned, stage, config.resolve, partial(_hydra, command, arguments))
         for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
             if planned.is_sweep and name != "basic":
                 raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
@@ -65,7 +62,7 @@ def compose(
 
     def job(composed) -> None:
         try:
-            codes.append(work(resolve(composed)))
+            codes.append(work(config.resolve(composed)))
         except PartialLoraError as error:  # said here: Hydra would add lines of its own
             print(f"partial-lora: {error}", file=sys.stderr)
             codes.append(USAGE_ERROR)

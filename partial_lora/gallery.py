@@ -103,7 +103,7 @@ def _matching(compared: pd.DataFrame) -> str:
 
 
 def analyses(results_dir: Path) -> list[Shown]:
-    """The figures that `partial-lora analyse` has left beside the runs."""
+    """The figures that `scripts/analyses.py` has left beside the runs."""
     shown = []
     for file in sorted(Path(results_dir).glob("analyses/*/*/*/figure.svg")):
         what, task, name = file.parts[-4:-1]

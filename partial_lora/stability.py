@@ -8,27 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.reliability import Sparsity, correlation, paired
-
-
-def noisy_labels(labels: Sequence[int], share: float, *, classes: int, seed: int | Sequence[int]) -> np.ndarray:
-    """The labels (n,) with a share of them, rounded to whole labels, replaced by another class at random.
-
-    The wrong labels of a smaller share are among those of a larger one of the same seed, so more noise is more of the
-    same. Raises PartialLoraError for a share outside [0, 1], and where there is no other class.
-    """
-    labels = np.array(labels, dtype=np.int64)
-    if not 0 <= share <= 1:
-        raise PartialLoraError(f"analysis.noise={share}: expected a share in [0, 1]")
-    if share > 0 and classes < 2:
-        raise PartialLoraError(f"analysis.noise={share}: expected at least 2 classes, found {classes}")
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(labels))
-    steps = generator.integers(1, max(2, classes), len(labels))  # 1 to classes - 1 classes on: never the same one
-    wrong = order[: int(share * len(labels) + 0.5)]
-    labels[wrong] = (labels[wrong] + steps[wrong]) % classes
-    return labels
 
 
 def difference(first: Sparsity, second: Sparsity) -> dict:

@@ -29,10 +29,29 @@ def test_a_share_of_the_training_labels_is_another_class_and_nothing_else_moves(
     assert half.train.split == clean.train.split
 
 
-def test_the_split_seed_decides_which() -> None:
-    rows = digits().train
-    one, again, other = (mislabelled(rows, 0.3, seed, "digits")["label"] for seed in (0, 0, 1))
+def rows(labels: list[int], classes: int) -> datasets.Dataset:
+    label = datasets.ClassLabel(num_classes=classes)
+    features = datasets.Features({"row": datasets.Value("int64"), "label": label})
+    return datasets.Dataset.from_dict({"row": list(range(len(labels))), "label": labels}, features=features)
+
+
+def test_the_seed_decides_which() -> None:
+    own = digits().train
+    one, again, other = (mislabelled(own, 0.3, seed, "digits")["label"] for seed in (0, 0, 1))
     assert list(one) == list(again) != list(other)
+
+
+@pytest.mark.parametrize(("share", "wrong"), [(0.0, 0), (0.1, 20), (0.003, 1), (0.002, 0), (1.0, 200)])
+def test_the_share_of_labels_is_to_the_nearest_row(share: float, wrong: int) -> None:
+    own = [number % 5 for number in range(200)]
+    found = mislabelled(rows(own, 5), share, 0, "mine")["label"]
+    assert sum(a != b for a, b in zip(own, found, strict=True)) == wrong
+
+
+def test_every_other_class_is_reached_alike() -> None:
+    counts = np.bincount(mislabelled(rows([0] * 6000, 4), 1.0, 0, "mine")["label"], minlength=4)
+    assert counts[0] == 0
+    assert abs(counts[1:] - 2000).max() < 150  # four standard deviations
 
 
 @pytest.mark.parametrize(
@@ -43,7 +62,12 @@ def test_the_split_seed_decides_which() -> None:
     ],
 )
 def test_labels_without_another_class_are_refused(feature: object, labels: list, has: str) -> None:
-    rows = datasets.Dataset.from_dict({"label": labels}, features=datasets.Features({"label": feature}))
+    own = datasets.Dataset.from_dict({"label": labels}, features=datasets.Features({"label": feature}))
     with pytest.raises(PartialLoraError, match=rf"^task\.label_noise=0\.5: mine has {has} as labels") as refusal:
-        mislabelled(rows, 0.5, 0, "mine")
+        mislabelled(own, 0.5, 0, "mine")
     assert "\n" not in str(refusal.value)
+
+
+def test_more_than_all_labels_are_refused() -> None:
+    with pytest.raises(PartialLoraError, match=r"^task\.label_noise=1\.5"):
+        mislabelled(rows([0, 1], 2), 1.5, 0, "mine")

@@ -14,7 +14,6 @@ LAYERS = (
         "schema",
         "sparsity_schema",
         "trainer_schema",
-        "analysis_schema",
         "ranges",
         "errors",
         "progress",
@@ -31,7 +30,7 @@ LAYERS = (
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "asked_task", "places"}
     | {"conditions", "wellformed", "predicted"}
-    | {"agreement", "reliability", "stability", "retest", "inputs", "selection", "grouping"},
+    | {"reliability", "stability", "retest", "inputs", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
     {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
@@ -60,16 +59,15 @@ LAYERS = (
     | {"cost", "activations", "comparison", "comparison_table", "comparison_files", "pairing"}
     | {"marking", "series", "report_figures", "report_maps", "report_panels", "gallery"}
     | {"hardest", "page", "page_drawings", "method_comparison"}
-    | {"closing", "calibration_figures", "analysis_figures", "analysis_tables"},
+    | {"closing", "calibration_figures"},
     {"launch", "cluster", "processes", "running", "summing"},
     {"calibrating"},
-    {"train", "analysis", "examinations", "subject"},
+    {"train"},
     {
         "worker",
         "launcher",
         "cli",
         "composition",
-        "analysis_command",
         "evaluate_command",
         "predict_command",
         "report_command",

@@ -935,7 +935,7 @@ FIGURES = {
         varied=("method.rank",),
     ),
     "fig5": Spec(
-        *(fig5, draw_fig5, "finished analysis of agreement (`partial-lora analyse agreement`)"),
+        *(fig5, draw_fig5, "finished analysis of agreement (`python scripts/analyses.py agreement`)"),
         varied=("importance.name",),
     ),
     "fig6": Spec(fig6, draw_fig6, "runs of partial at budgets below 0.13", varied=("calibration.max_sparsity",)),

@@ -12,11 +12,12 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import analyses
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from partial_lora import analysis_schema, config, plan, rate_settings, schema, tuning
+from partial_lora import config, plan, rate_settings, schema, tuning
 from partial_lora.operating_point import NO_POINT
 
 ROOT = config.conf_dir().parent
@@ -228,14 +229,11 @@ def test_tables_share_the_runs_that_they_have_in_common() -> None:
 
 
 def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
-    ConfigStore.instance().store(name="schema", node=analysis_schema.AnalysedConfig)
-    try:
-        for preset, results in (("cpu", "results"), ("paper", "results/paper")):
-            analyses = [each[3:] for each in commands("runs-table5", preset) if each[1] == "analyse"]
-            assert len(analyses) == 4
-            for words in analyses:
-                found = plan.plan(words, config.conf_dir(), analysis_schema.resolve)
-                assert not found.refused
-                assert [settings["results_dir"] for _, settings in found.runs] == [results]
-    finally:
-        ConfigStore.instance().store(name="schema", node=schema.Config)
+    for preset, results in (("cpu", "results"), ("paper", "results/paper")):
+        lines = [each[2:] for each in commands("runs-table5", preset) if each[1] == "scripts/analyses.py"]
+        assert len(lines) == 4
+        for words in lines:
+            _, _, rest = analyses.parse(words)
+            found = plan.plan(rest, config.conf_dir(), config.resolve)
+            assert not found.refused
+            assert [settings["results_dir"] for _, settings in found.runs] == [results]

@@ -1,0 +1,758 @@
+"""How far a calibration can be trusted: four analyses, each with its numbers, a table and a figure.
+
+    python scripts/analyses.py agreement     # do measures of importance choose the same rows and columns?
+    python scripts/analyses.py reliability   # do two halves of the examples give the same sparsities?
+    python scripts/analyses.py stability     # over few-shot seeds, shots and wrong labels
+    python scripts/analyses.py cost          # passes, blocks and seconds of scan and bisect, seconds of each measure
+
+KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; analysis.splits=3 is --splits 3. Files go to
+RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md, figure.png, figure.svg. Each part is
+saved when it is done, so a stopped analysis goes on where it was. Of a finished one table and figure are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the workers of a run, and before torch is imported
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import datasets
+import matplotlib
+import numpy as np
+import pandas as pd
+import transformers
+from matplotlib.figure import Figure
+from scipy.stats import hypergeom
+
+from partial_lora import (
+    budget,
+    calibrating,
+    calibration,
+    cli,
+    composition,
+    config,
+    fewshot,
+    figures,
+    heads,
+    loading,
+    models,
+    peers,
+    record,
+    reliability,
+    results,
+    scoring,
+    stability,
+    targets,
+    tasks,
+    world,
+)
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Mask
+from partial_lora.tasks import label_noise
+
+AXES = ("rows", "columns")
+
+
+class Subject:
+    """A frozen model and the training rows of a task, calibrated again and again on different draws.
+
+    The model is the one that `partial-lora calibrate` loads with these settings, so both find each other's calibrations
+    in the cache.
+    """
+
+    def __init__(self, settings: dict) -> None:
+        self.settings = settings
+        self.device = world.join(settings["trainer"]["device"]).device
+        self.task = loading.task_of(settings)
+        self.transform = loading.transform_of(settings)
+        transformers.set_seed(settings["seed"])
+        self.model = loading.model_of(settings["model"], self.task.labels).to(self.device)
+        with models.dequantised(self.model, values=False):
+            keys = loading.named(settings["model"], "target_modules", "head", "new_modules")
+            modules = targets.target_linears(self.model, **keys)
+            self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+
+    def draws(self, **changes: int) -> tasks.Draws:
+        """Draw the examples to fit and to score on; `changes` are of shots and seed."""
+        return loading.draws_of(self.settings, self.task.train, **changes)
+
+    def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[datasets.Dataset, tasks.Draws]:
+        """Return the examples of both draws with a share of each draw's labels wrong, and the draws among them."""
+        if len(self.task.labels) < 2:
+            raise PartialLoraError(f"analysis.noise={share}: expected 2 classes or more, found {self.task.labels}")
+        fit, scored = (
+            label_noise.mislabelled(self.task.train.select(rows), share, [seed, draw], self.settings["task"]["name"])
+            for draw, rows in enumerate((draws.fit, draws.scored))
+        )
+        fit_rows, scored_rows = np.split(np.arange(len(fit) + len(scored)), [len(fit)])
+        return datasets.concatenate_datasets([fit, scored]), tasks.Draws(fit=fit_rows, scored=scored_rows)
+
+    def importance(self, measure: str, draws: tasks.Draws) -> dict:
+        """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
+        settings = self.settings | {"importance": self.settings["importance"] | {"name": measure}}
+        with models.dequantised(self.model):
+            return calibrating.importance(settings, self.task, self.transform, self.model, list(self.shapes), draws)
+
+    def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
+        """Return the Calibration of these draws, from the cache where it is there.
+
+        train: the rows that `draws` are of. changes: of shots and seed, what the draws were made with.
+        """
+        settings = self.settings | {"calibration": self.settings["calibration"] | changes}
+        task = self.task if train is None else replace(self.task, train=train)
+        with models.dequantised(self.model):
+            question = self._question(settings, task, draws)
+            return fewshot.calibrate_few_shot(self.model, task.train, self.transform, **question)
+
+    def calibrate_counted(
+        self, draws: tasks.Draws, search: str
+    ) -> tuple[calibration.Calibration, scoring.FewShotScore]:
+        """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
+        fit, scored = (fewshot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
+        keys = ("rank", "granularity", "threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
+        with models.dequantised(self.model):
+            question = self._question(self.settings, self.task, draws)
+            with heads.scored_head(self.model, question["head"], fit, question["new_head"]):
+                score = scoring.FewShotScore(
+                    self.model, scored, *(question[key] for key in ("score", "blocks", "memory"))
+                )
+                calibrated = calibration.calibrate(
+                    self.model,
+                    score,
+                    target_modules=list(self.shapes),
+                    importance=question["scores"],
+                    search=search,
+                    above_chance=question["chance"] == "majority",
+                    **loading.named(question, *keys),
+                )
+        return calibrated, score
+
+    def _question(self, settings: dict, task: tasks.Task, draws: tasks.Draws) -> dict:
+        scores = calibrating.importance(settings, task, self.transform, self.model, list(self.shapes), draws)
+        return calibrating.asked(settings, task, scores, draws, peers.Alone())
+
+    def record(self, calibrated: calibration.Calibration) -> dict:
+        """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
+        rank, granularity = self.settings["method"]["rank"], self.settings["mask"]["granularity"]
+        units = budget.masked_units(self.shapes, rank, granularity)
+        cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
+        return {
+            "baseline": calibrated.baseline,
+            "joint": calibrated.joint,
+            "density": budget.kept_parameters(*units, calibrated.sparsity) / budget.dense_parameters(*units),
+            "cost": dict.fromkeys(cost) if calibrated.cached else cost,
+            "sparsity": calibrated.sparsity,
+            "warnings": calibrated.warnings,
+        }
+
+
+class Analysis(NamedTuple):
+    """The parts, by name, from settings; what they come to, from settings and parts; and how a whole one is shown."""
+
+    parts: Callable[[Mapping], dict[str, Callable[[Subject], dict]]]
+    summary: Callable[[Mapping, Mapping[str, dict]], dict]
+    tables: Callable[[Mapping], dict[str, pd.DataFrame | str]]
+    figure: Callable[[Mapping], Figure]
+
+
+# Agreement: do measures choose the same rows and columns?
+
+
+def agreement_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
+    """One part for each sparsity at which the choices of the measures are compared."""
+    options = settings["analysis"]
+
+    @cache
+    def scores(subject: Subject) -> dict:  # the same at every sparsity
+        return {measure: subject.importance(measure, subject.draws()) for measure in options["measures"]}
+
+    def part(level: float | None, subject: Subject) -> dict:
+        if level is None:
+            sparsity = subject.calibrate(subject.draws()).sparsity
+        else:
+            sparsity = {module: dict.fromkeys(AXES, level) for module in subject.shapes}
+        return {"sparsity": sparsity, "comparisons": comparisons(scores(subject), sparsity)}
+
+    levels = {f"{level:g}": partial(part, level) for level in options["sparsities"]}
+    return ({"calibrated": partial(part, None)} if options["calibrated"] else {}) | levels
+
+
+def comparisons(scores: Mapping[str, Mapping], sparsity: Mapping[str, Mapping[str, float]]) -> list[dict]:
+    """Compare every two measures, module by module and axis by axis, each keeping its most important entries.
+
+    scores: {measure: {module: (row scores, column scores)}}. sparsity: {module: {"rows", "columns"}}, of all measures.
+    jaccard: the share of what either measure keeps that both keep.
+    """
+    masks = {
+        measure: {
+            (module, axis): Mask.top(np.asarray(values), axes[axis])
+            for module, axes in sparsity.items()
+            for axis, values in zip(AXES, of_measure[module], strict=True)
+        }
+        for measure, of_measure in scores.items()
+    }
+    lines = []
+    for first, second in combinations(masks, 2):
+        for (module, axis), mask in masks[first].items():
+            size, kept = mask.size, len(mask.kept)
+            both = len(np.intersect1d(mask.kept, masks[second][module, axis].kept, assume_unique=True))
+            line = {"first": first, "second": second, "module": module, "axis": axis, "size": size, "kept": kept}
+            lines.append(line | {"jaccard": both / (2 * kept - both), "chance": jaccard_by_chance(size, kept)})
+    return lines
+
+
+def jaccard_by_chance(size: int, kept: int) -> float:
+    """Return the mean Jaccard index of independent random masks that keep so many of `size` entries.
+
+    How many entries both keep is hypergeometric, and the mean is taken of the ratio itself: the ratio of the means
+    would be too small.
+    """
+    both = np.arange(max(0, 2 * kept - size), kept + 1)
+    return float(np.sum(hypergeom.pmf(both, size, kept, kept) * both / (2 * kept - both)))
+
+
+def agreement_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
+    """Return a line for every two measures at each sparsity: means over n modules and axes.
+
+    Where everything is kept all measures agree, and nothing is learned: these, `whole` in number, are left out.
+    beyond_chance: the mean agreement above chance, as a share of the room there is above chance.
+    """
+    summary: dict[str, list[dict]] = {}
+    for point, part in parts.items():
+        summary[point] = []
+        for first, second in dict.fromkeys((line["first"], line["second"]) for line in part["comparisons"]):
+            pair = [line for line in part["comparisons"] if (line["first"], line["second"]) == (first, second)]
+            cut = [line for line in pair if line["kept"] < line["size"]]
+            jaccard, chance = (stability.mean_of([line[key] for line in cut]) for key in ("jaccard", "chance"))
+            line = {"first": first, "second": second, "n": len(cut), "whole": len(pair) - len(cut)}
+            line |= {"jaccard": jaccard, "chance": chance}
+            summary[point].append(line | {"beyond_chance": (jaccard - chance) / (1 - chance) if cut else None})
+    return summary
+
+
+def agreement_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
+    """A row for every two measures at each sparsity."""
+    rows = [{"sparsity": point} | line for point, lines in analysis["summary"].items() for line in lines]
+    return {
+        "Agreement of the chosen rows and columns": pd.DataFrame(rows),
+        "n": "rows and columns of modules that are compared; whole: left out, since both measures keep everything.",
+        "beyond_chance": "agreement above chance as a share of the room above chance (1: the same choice, 0: chance).",
+    }
+
+
+def agreement_figure(analysis: Mapping) -> Figure:
+    """The Jaccard index of every two measures at each sparsity, the darker the further beyond chance."""
+    summary, measures = analysis["summary"], analysis["config"]["analysis"]["measures"]
+    figure = Figure(figsize=(max(7, 2.9 * len(summary)), 3.8), layout="constrained")
+    for axes, (point, lines) in zip(figure.subplots(1, len(summary), squeeze=False).flat, summary.items(), strict=True):
+        matrix = np.full((len(measures) - 1, len(measures) - 1), np.nan)
+        for line in lines:
+            if line["n"]:
+                row, column = measures.index(line["second"]) - 1, measures.index(line["first"])
+                matrix[row, column] = line["beyond_chance"]
+                ink = "white" if line["beyond_chance"] > 0.55 else "black"
+                axes.text(column, row, f"{line['jaccard']:.2f}", ha="center", va="center", color=ink)
+                axes.set_title(f"sparsity {point}\nby chance {line['chance']:.2f}")
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(measures) - 1), measures[:-1], rotation=30, ha="right")
+        axes.set_yticks(range(len(measures) - 1), measures[1:])
+        axes.grid(False)
+    figure.suptitle(title("Agreement of the chosen rows and columns (Jaccard)", analysis))
+    return figure
+
+
+# Reliability: do two halves of the scored draw give the same sparsities?
+
+
+def reliability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
+    """One part for each split of the scored draw."""
+
+    def part(seed: int, subject: Subject) -> dict:
+        draws = subject.draws()
+        labels = tasks.drawn_from(subject.task.train)[draws.scored]
+        halves, found = [], []
+        for half in reliability.split_half(labels, seed):
+            found.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))
+            halves.append(subject.record(found[-1]) | {"examples": len(half)})
+        first, second = (each.sparsity for each in found)
+        of_axis = {
+            axis: reliability.correlation(*({m: {axis: s[m][axis]} for m in s} for s in (first, second)))
+            for axis in AXES
+        }
+        return {"halves": halves, "reliability": reliability.reliability(first, second), **of_axis}
+
+    return {f"split {seed}": partial(part, seed) for seed in range(settings["analysis"]["splits"])}
+
+
+def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
+    """Return means and standard deviations over the splits, and in words why there is little or no reliability."""
+    each = [part["reliability"] for part in parts.values()]
+    summary = {key: moments(one[key] for one in each) for key in ("pearson", "spearman", "spearman_brown")}
+    summary |= {axis: moments(part[axis]["pearson"] for part in parts.values()) for axis in AXES}
+    said = [f"{name}: {part['reliability']['said']}" for name, part in parts.items() if part["reliability"]["said"]]
+    verdict = reliability.verdict(summary["spearman_brown"]["mean"])
+    return summary | {"splits": len(parts), "said": said + ([verdict] if verdict else [])}
+
+
+def reliability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
+    """A row for each split, and the means and standard deviations."""
+    summary, keys = analysis["summary"], ("pearson", "spearman", "spearman_brown")
+    rows = [
+        {"": name}
+        | {key: part["reliability"][key] for key in keys}
+        | {f"pearson, {axis}": part[axis]["pearson"] for axis in AXES}
+        | {
+            f"{key}, {half}": values[key]
+            for key in ("examples", "density")
+            for half, values in enumerate(part["halves"], 1)
+        }
+        for name, part in analysis["parts"].items()
+    ]
+    for moment in ("mean", "deviation"):
+        row = {"": moment} | {key: summary[key][moment] for key in keys}
+        rows.append(row | {f"pearson, {axis}": summary[axis][moment] for axis in AXES})
+    notes = {"spearman_brown": "corrected, for the whole draw."}
+    notes |= {f"{number}.": text for number, text in enumerate(summary["said"], 1)}
+    return {"Split-half reliability of the sparsities": pd.DataFrame(rows)} | notes
+
+
+def reliability_figure(analysis: Mapping) -> Figure:
+    """The sparsities of one half against those of the other, and the correlations of every split."""
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    *scatters, splits = figure.subplots(1, 3)
+    for axes, axis in zip(scatters, AXES, strict=True):
+        halves = [[half["sparsity"] for half in part["halves"]] for part in analysis["parts"].values()]
+        pairs = Counter((first[module][axis], second[module][axis]) for first, second in halves for module in first)
+        sizes = [160 * count / max(pairs.values()) for count in pairs.values()]
+        axes.scatter(*zip(*pairs, strict=True), s=sizes, alpha=0.55, linewidths=0)
+        axes.plot([0, 1], [0, 1], color="0.35", linestyle=":")
+        axes.set(title=axis, xlabel="sparsity, first half", ylabel="sparsity, second half", aspect="equal")
+    for key, marker in (("pearson", "o"), ("spearman", "s"), ("spearman_brown", "^")):
+        values = [part["reliability"][key] for part in analysis["parts"].values()]
+        splits.plot(list(analysis["parts"]), np.array(values, float), linestyle="none", marker=marker, label=key)
+    splits.set(ylabel="correlation of the two halves", ylim=(min(0, splits.get_ylim()[0]), 1.02))
+    splits.legend()
+    figure.suptitle(title("Split-half reliability", analysis) + "; larger marks: more modules")
+    return figure
+
+
+# Stability: what do the draw, its size and wrong labels change?
+
+
+def conditions(settings: Mapping) -> list[tuple[int, float]]:
+    """Return (shots, noise) of the calibrations to compare, the reference first: the settings' shots, no noise."""
+    usual, options = settings["calibration"]["shots"], settings["analysis"]
+    sizes = [(shots, 0.0) for shots in sorted(options["shots"])]
+    return list(dict.fromkeys([(usual, 0.0), *sizes, *((usual, noise) for noise in sorted(options["noise"]))]))
+
+
+def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
+    """One part for each number of shots, share of wrong labels and seed.
+
+    Raises PartialLoraError for wrong labels of a task that has no classes.
+    """
+    noise, task = settings["analysis"]["noise"], settings["task"]
+    if any(noise) and (task["kind"] != "label" or task["regression"]):
+        kind = f"task={task['name']} is of kind {'regression' if task['regression'] else task['kind']}"
+        raise PartialLoraError(f"analysis.noise={noise}: {kind} and has no classes; expected [0.0]")
+
+    def part(shots: int, noise: float, seed: int, subject: Subject) -> dict:
+        draws, train = subject.draws(shots=shots, seed=seed), None
+        if noise:
+            train, draws = subject.mislabelled(draws, noise, seed)
+        calibrated = subject.calibrate(draws, train=train, shots=shots, seed=seed)
+        condition = {"shots": shots, "noise": noise, "seed": seed, "examples": len(draws.scored)}
+        return condition | subject.record(calibrated)
+
+    return {
+        f"{shots} shots, {noise:.0%} noise, seed {seed}": partial(part, shots, noise, seed)
+        for shots, noise in conditions(settings)
+        for seed in settings["analysis"]["seeds"]
+    }
+
+
+def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
+    """Return a line for each condition: how far its seeds agree with each other, and with the reference's."""
+    by_condition: dict[tuple[int, float], list[dict]] = {}
+    for part in parts.values():
+        by_condition.setdefault((part["shots"], part["noise"]), []).append(part)
+    usual = conditions(settings)[0]
+    reference = {part["seed"]: part["sparsity"] for part in by_condition[usual]}
+    lines = [
+        {
+            "shots": shots,
+            "noise": noise,
+            "seeds": len(own),
+            "examples": stability.mean_of([part["examples"] for part in own]),
+            "between_seeds": stability.mean_difference(stability.every_two([part["sparsity"] for part in own])),
+            "to_reference": stability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
+            **{key: moments(part[key] for part in own) for key in ("density", "baseline", "joint")},
+            **{key: moments(part["cost"][key] for part in own) for key in ("evaluations", "seconds")},
+        }
+        for (shots, noise), own in sorted(by_condition.items())
+    ]
+    return {"reference": {"shots": usual[0], "noise": 0.0}, "conditions": lines}
+
+
+def stability_frame(analysis: Mapping) -> pd.DataFrame:
+    """Return a row for each condition; the reference is not compared with itself."""
+    frame = pd.json_normalize(analysis["summary"]["conditions"], sep=", ")
+    shots = analysis["summary"]["reference"]["shots"]
+    of_reference = [name for name in frame if name.startswith("to_reference")]
+    frame.loc[(frame["shots"] == shots) & (frame["noise"] == 0), of_reference] = None
+    return frame
+
+
+def stability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
+    """A row for each condition, a column for each agreement and each mean."""
+    frame, summary = stability_frame(analysis), analysis["summary"]
+    keys = [f"{of}, {key}" for of in ("between_seeds", "to_reference") for key in ("pearson", "mean_absolute")]
+    keys += ["density, mean", "density, deviation", "baseline, mean", "evaluations, mean", "seconds, mean"]
+    notes = {
+        "between_seeds": f"every two of {summary['conditions'][0]['seeds']} seeds.",
+        "to_reference": f"with the same seed at {summary['reference']['shots']} shots without noise.",
+        "mean_absolute": "mean absolute difference of the sparsities.",
+        "baseline": "score of the frozen model. evaluations, seconds: of what was not in the cache.",
+    }
+    for line in summary["conditions"]:
+        for key in ("between_seeds", "to_reference"):
+            if line[key]["said"]:
+                notes[f"{line['shots']} shots, {line['noise']:.0%} wrong, {key}"] = line[key]["said"]
+    return {"Stability of the sparsities": frame[["shots", "noise", *keys]]} | notes
+
+
+def stability_figure(analysis: Mapping) -> Figure:
+    """Agreement between seeds and with the reference, and density: over the number of shots, and over wrong labels."""
+    frame, usual = stability_frame(analysis), analysis["summary"]["reference"]["shots"]
+    figure = Figure(figsize=(8, 7.2), layout="constrained")
+    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    sides = (frame[frame["noise"] == 0].set_index("shots"), frame[frame["shots"] == usual].set_index("noise"))
+    for column, side in enumerate(sides):
+        for axes, key in zip(panels[:2, column], ("pearson", "mean_absolute"), strict=True):
+            axes.plot(side[f"between_seeds, {key}"].astype(float).dropna(), "o-", label="between seeds")
+            label = f"with {usual} shots, no noise"
+            axes.plot(side[f"to_reference, {key}"].astype(float).dropna(), "s--", markerfacecolor="none", label=label)
+        density, deviation = (side[f"density, {moment}"].astype(float).fillna(0) for moment in ("mean", "deviation"))
+        panels[2, column].errorbar(
+            side.index, density, yerr=deviation, marker="^", capsize=3, label="mean ± sd over seeds"
+        )
+        if column == 0:
+            panels[2, 0].set_xscale("log", base=2)
+        panels[2, column].set_xticks(side.index, [f"{value:g}" for value in side.index])
+    panels[2, 0].set_xlabel("shots (scored examples a class)")
+    panels[2, 1].set_xlabel(f"share of wrong labels, {usual} shots")
+    for axes, label in zip(panels[:, 0], ("Pearson correlation", "mean absolute difference", "density"), strict=True):
+        axes.set_ylabel(label)
+        axes.legend()
+    panels[2, 0].set_ylim(0, 1.05)
+    figure.suptitle(title("Stability of the sparsities", analysis))
+    return figure
+
+
+# Cost: what does a calibration take, and what each measure of importance?
+
+
+def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
+    """One part for each search and for each measure."""
+
+    def search_cost(search: str, subject: Subject) -> dict:
+        draws, blocks = subject.draws(), subject.settings["model"]["blocks"]
+        calibrated, score = subject.calibrate_counted(draws, search)
+        counted = {key: getattr(score.evaluations, key) for key in ("passes", "examples", "sample_blocks")}
+        return {
+            "search": search,
+            **counted,
+            "seconds": calibrated.seconds,
+            "scored": len(draws.scored),
+            "rows": score.rows,
+            "depth": len(subject.model.get_submodule(blocks)) if blocks else 1,  # in blocks of one pass
+            "sparsity": calibrated.sparsity,
+        }
+
+    def importance_cost(measure: str, subject: Subject) -> dict:
+        draws = subject.draws()
+        began = time.perf_counter()
+        subject.importance(measure, draws)
+        return {"measure": measure, "seconds": time.perf_counter() - began}
+
+    parts = {f"search {search}": partial(search_cost, search) for search in ("scan", "bisect")}
+    measures = settings["analysis"]["measures"]
+    return parts | {f"importance {measure}": partial(importance_cost, measure) for measure in measures}
+
+
+def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
+    """Return both searches beside the literal reference, how far they differ, and the seconds of each measure.
+
+    The literal reference is counted, not run: full passes over the whole scored draw, for the baseline, for each level
+    upward to the first failure, and for all sparsities at once. There is none with a budget, nor with a repair, after
+    which the sparsities do not tell how many levels were tried.
+    """
+    scan, bisect, options = parts["search scan"], parts["search bisect"], settings["calibration"]
+    literal = None
+    if options["budget"] is None and not options["repair"]:
+        step, levels = options["levels"], int(options["max_sparsity"] / options["levels"] + 1e-9)
+        curves = AXES[:1] if options["axes"] == "joint" else AXES
+        chosen = [axes[axis] for axes in scan["sparsity"].values() for axis in curves]
+        passes = 2 + sum(min(round(sparsity / step) + 1, levels) for sparsity in chosen)
+        rows = scan.get("rows", scan["scored"])  # not in parts of earlier versions, where an example was a row
+        literal = {"passes": passes, "examples": passes * scan["scored"]}
+        literal |= {"sample_blocks": passes * rows * scan["depth"], "seconds": None}
+    keys = ("passes", "examples", "sample_blocks", "seconds")
+    searches = {part["search"]: {key: part[key] for key in keys} for part in (scan, bisect)}
+    differ = [
+        scan["sparsity"][m][axis] != bisect["sparsity"][m][axis]
+        for m, axes in scan["sparsity"].items()
+        for axis in axes
+    ]
+    return {
+        "searches": {"literal": literal} | searches,
+        "differ": sum(differ) / len(differ),
+        "importance": {part["measure"]: part["seconds"] for part in parts.values() if "measure" in part},
+    }
+
+
+def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
+    """A row for each search, and a row for each measure."""
+    summary = analysis["summary"]
+    rows = [{"search": name} | cost for name, cost in summary["searches"].items() if cost]
+    searches = pd.DataFrame(rows)
+    searches["times fewer"] = searches["sample_blocks"].iloc[0] / searches["sample_blocks"]
+    return {
+        "Cost of the search": searches,
+        "literal": "every level upward to the first failure as a full pass; counted, not run.",
+        "scan, bisect": f"differ in {summary['differ']:.1%} of the sparsities.",
+        "Cost of the importance": pd.DataFrame(summary["importance"].items(), columns=["measure", "seconds"]),
+    }
+
+
+def cost_figure(analysis: Mapping) -> Figure:
+    """What the searches evaluate and take, and what each measure of importance takes."""
+    searches, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
+    searches, importance = searches.set_index("search"), importance.set_index("measure")
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    values = (searches["sample_blocks"], searches["seconds"].dropna(), importance["seconds"])
+    for axes, bars, form in zip(figure.subplots(1, 3), values, ("{:,.0f}", "{:,.1f}", "{:,.1f}"), strict=True):
+        axes.bar_label(axes.barh(bars.index, bars, height=0.6), fmt=form, padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+        axes.set_xlabel(f"{bars.name} of each {bars.index.name}")
+    figure.suptitle(title("Cost of a calibration", analysis))
+    return figure
+
+
+ANALYSES = {
+    "agreement": Analysis(agreement_parts, agreement_summary, agreement_tables, agreement_figure),
+    "reliability": Analysis(reliability_parts, reliability_summary, reliability_tables, reliability_figure),
+    "stability": Analysis(stability_parts, stability_summary, stability_tables, stability_figure),
+    "cost": Analysis(cost_parts, cost_summary, cost_tables, cost_figure),
+}
+
+
+def moments(values: Iterable[float | None]) -> dict:
+    """Return the mean and the standard deviation of the values that are not None."""
+    values = list(values)
+    return {"mean": stability.mean_of(values), "deviation": stability.deviation_of(values)}
+
+
+def title(text: str, analysis: Mapping) -> str:
+    """Return the title of a figure, with model and task."""
+    return f"{text}: {analysis['config']['model']['name']}, {analysis['config']['task']['name']}"
+
+
+def markdown(analysis: Mapping) -> str:
+    """Return the tables of a finished analysis, below its command and where its numbers come from."""
+    command, commit = " ".join(analysis["command"].split()), (analysis["git_commit"] or "–")[:12]
+    blocks = [f"    {command}", f"Commit: {commit}. Device: {analysis['device']}."]
+    for name, content in ANALYSES[analysis["what"]].tables(analysis).items():
+        if isinstance(content, str):
+            blocks.append(f"{name}: {content}")
+        else:
+            table = content.convert_dtypes().astype(object).where(content.notna(), None)
+            blocks += [f"**{name}**", table.to_markdown(index=False, floatfmt=",.2f", intfmt=",", missingval="–")]
+    return "\n\n".join(blocks) + "\n"
+
+
+# From a command line to files
+
+VERSION = [1, fewshot.VERSION]  # of what a part holds; parts of another version are done again
+DEFAULTS = {
+    "measures": ["svd", "snip", "imp", "magnitude", "activation"],
+    "calibrated": True,
+    "sparsities": [0.25, 0.5, 0.75],
+    "splits": 5,
+    "seeds": [0, 1, 2],
+    "shots": [4, 8, 16, 32],
+    "noise": [0.0, 0.1, 0.2],
+}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+}
+STYLE |= {"axes.titlesize": 9, "figure.titlesize": 11, "grid.color": "0.9", "legend.frameon": False}
+STYLE |= {"axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"])}
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
+    """Return the name of the analysis, its options, and what is left for Hydra.
+
+    Raises PartialLoraError, in one line that names the key.
+    """
+
+    def several(kind: type) -> Callable[[str], list]:
+        return lambda text: [kind(value.strip()) for value in text.strip("[]").split(",") if value.strip()]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = _refuse
+    parser.add_argument("what", choices=ANALYSES, metavar="ANALYSIS")
+    for key, convert, text in (
+        ("measures", several(str), "agreement, cost"),
+        ("calibrated", json.loads, "agreement: also at the sparsities that importance.name is calibrated to"),
+        ("sparsities", several(float), "agreement: each for all modules"),
+        ("splits", int, "reliability: how many of the scored draw"),
+        ("seeds", several(int), "stability: of the draws, and of the wrong labels"),
+        ("shots", several(int), "stability: scored examples a class"),
+        ("noise", several(float), "stability: shares of labels that are wrong"),
+    ):
+        text = f"{text} (default: {str(DEFAULTS[key]).lower()})"
+        parser.add_argument(f"--{key}", type=convert, default=DEFAULTS[key], metavar="VALUE", help=text)
+    keys = tuple(f"analysis.{key}=" for key in DEFAULTS)
+    own = [word.replace("analysis.", "--", 1) if word.startswith(keys) else word for word in arguments]
+    known, rest = parser.parse_known_args(own)
+    options = {key: getattr(known, key) for key in DEFAULTS}
+    importance = sorted(file.stem for file in (config.conf_dir() / "importance").glob("*.yaml"))
+    for key, fewest, in_range, expected in (
+        ("measures", 2, lambda measure: measure in importance, f"measures out of {', '.join(importance)}"),
+        ("sparsities", 0 if known.calibrated else 1, lambda share: 0 <= share < 1, "shares in [0, 1)"),
+        ("seeds", 2, lambda seed: seed >= 0, "whole numbers, 0 or more"),
+        ("shots", 1, lambda shots: shots >= 1, "numbers of examples a class"),
+        ("noise", 1, lambda share: 0 <= share <= 1, "shares in [0, 1]"),
+    ):
+        values = options[key]
+        if len(set(values)) < max(fewest, len(values)) or not all(map(in_range, values)):
+            _refuse(f"analysis.{key}={values}: expected {fewest} or more distinct {expected}")
+    if known.splits < 1:
+        _refuse(f"analysis.splits={known.splits}: expected at least 1")
+    if not isinstance(known.calibrated, bool):
+        _refuse(f"analysis.calibrated={known.calibrated}: expected true or false")
+    return known.what, options, rest
+
+
+def _refuse(message: str) -> None:
+    raise PartialLoraError(message)
+
+
+def directory(settings: Mapping, what: str) -> Path:
+    """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
+
+    The id is over the run's, and over the options that differ from their defaults.
+    """
+    run = {key: value for key, value in settings.items() if key != "analysis"}
+    changed = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
+    digest = hashlib.sha256(json.dumps([config.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
+    names = what, settings["task"]["name"], f"{settings['model']['name']}-{digest}"
+    return Path(settings["results_dir"]).joinpath("analyses", *names)
+
+
+def analyse(what: str, settings: dict, command: str) -> int:
+    """Do one analysis, part by part, and write its files; return the exit code.
+
+    Raises PartialLoraError where a calibration is refused, or another process holds the directory.
+    """
+    if settings["calibration"]["file"]:
+        raise PartialLoraError("calibration.file: an analysis calibrates itself, on draws that differ; leave it out")
+    folder = directory(settings, what)
+    path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
+    print(f"analyse {what} {folder}")
+    with results.locked(folder), logged(folder / "analysis.log"):
+        analysis = None if settings["overwrite"] else load(path, what)
+        if analysis is None:
+            origin = record.new(settings)
+            analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
+            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")} | {"parts": {}}
+        if analysis["status"] == "finished":
+            print("finished before, not run again (overwrite=true runs it again)")
+        else:
+            parts = ANALYSES[what].parts(settings)
+            for position, (name, part) in enumerate(parts.items(), start=1):
+                done, began = name in analysis["parts"], time.perf_counter()
+                if not done:
+                    analysis["device"] = subject().device
+                    analysis["parts"][name] = part(subject())
+                    results.write_json(path, analysis)
+                seconds = "done before" if done else f"{time.perf_counter() - began:,.1f} s"
+                print(f"{position}/{len(parts)} {name}: {seconds}", flush=True)
+            analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
+            results.write_json(path, analysis)
+        results.write_atomic(folder / "table.md", markdown(analysis))
+        with matplotlib.rc_context(STYLE):
+            figure = ANALYSES[what].figure(analysis)
+            for suffix in (".png", ".svg"):
+                figures.save(figure, folder / f"figure{suffix}")
+    print(f"\n{markdown(analysis)}\nfiles in {folder}")
+    return 0
+
+
+def load(path: Path, what: str) -> dict | None:
+    """Return an earlier analysis; None where there is none, or none that this code would make the same way."""
+    try:
+        analysis = json.loads(path.read_text(encoding="utf-8"))
+        same = (analysis["what"], analysis["version"]) == (what, VERSION) and isinstance(analysis["parts"], dict)
+        whole = analysis["status"] == "running" or "summary" in analysis
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return analysis if same and whole else None
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Write the warnings of the calibrations to a file: there are many, and the terminal shows the table."""
+    logger, handler = logging.getLogger("partial_lora"), logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compose the settings of one analysis or of a sweep, and do it; return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+
+    def command() -> int:
+        what, options, rest = parse(arguments)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # nothing is left half written
+        words = shlex.join(["python", "scripts/analyses.py", *arguments])
+        work = lambda settings: analyse(what, settings | {"analysis": options}, words)  # noqa: E731
+        return composition.compose(f"analyses {what}", rest, work)
+
+    return cli.guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,465 @@
+"""The analyses of a calibration: what they find, against the same done by hand; what they leave; that they go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import analyses
+import finished_runs
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from partial_lora import cli, config, record, schema, tasks, train
+from partial_lora.calibration import calibrate
+from partial_lora.errors import PartialLoraError
+from partial_lora.fewshot import batches_of
+from partial_lora.heads import few_shot_head
+from partial_lora.importance import scores_of
+from partial_lora.masks import Mask
+from partial_lora.reliability import reliability, split_half
+from partial_lora.stability import difference
+
+TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
+TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")
+FEW = {
+    "agreement": ("analysis.measures=[svd,magnitude,activation]", "analysis.sparsities=[0.5]"),
+    "reliability": ("analysis.splits=2",),
+    "stability": ("--shots=2,4", "--noise=0.0,0.2", "--seeds=0,1"),
+    "cost": ("--measures", "svd,activation"),
+}
+FILES = {"analysis.json", "analysis.log", "table.md", "figure.png", "figure.svg"}
+
+
+def settings(*arguments: str) -> dict:
+    _, options, rest = analyses.parse(["cost", *TINY, *arguments])
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return config.resolve(compose("config", rest)) | {"analysis": options}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARTIAL_LORA_CACHE", str(place / "cache"))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def subject(place) -> analyses.Subject:
+    return analyses.Subject(settings())
+
+
+class Full:
+    """The literal score: every example through the whole model, and how often that was done."""
+
+    def __init__(self, batches) -> None:
+        self.batches, self.calls = batches, 0
+
+    @torch.no_grad()
+    def __call__(self, model) -> float:
+        self.calls += 1
+        model.eval()
+        right = [model(pixel_values=one["pixel_values"]).logits.argmax(-1) == one["labels"] for one in self.batches]
+        return float(torch.cat(right).double().mean())
+
+
+def literal(subject: analyses.Subject, train, draws: tasks.Draws, importance="svd", seed=0) -> tuple[dict, int]:
+    """The sparsities of a calibration that reuses nothing, and how many full passes it took."""
+    fit, scored = (batches_of(train, rows, subject.transform) for rows in (draws.fit, draws.scored))
+    score = Full(scored)
+    with few_shot_head(subject.model, "timm_model.head", fit):
+        chosen = {"importance": importance, "seed": seed, "levels": 0.3, "max_sparsity": 0.9}
+        found = calibrate(subject.model, score, target_modules=list(subject.shapes), **chosen)
+    return found.sparsity, score.calls
+
+
+# Agreement
+
+
+def by_sets(first, second) -> float:
+    return len(set(first) & set(second)) / len(set(first) | set(second))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+def test_chance_is_the_mean_over_every_pair_of_subsets(size: int) -> None:
+    for kept in range(1, size + 1):
+        subsets = list(combinations(range(size), kept))
+        pairs = [by_sets(one, other) for one in subsets for other in subsets]
+        assert analyses.jaccard_by_chance(size, kept) == pytest.approx(fmean(pairs), abs=1e-12)
+
+
+def scores(*pairs) -> dict:
+    return {f"m{index}": tuple(torch.tensor(values) for values in pair) for index, pair in enumerate(pairs)}
+
+
+UP, DOWN = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]
+
+
+def test_every_two_measures_are_compared_at_the_common_sparsity() -> None:
+    measures = {"up": scores((UP, UP)), "down": scores((DOWN, UP)), "again": scores((UP, DOWN))}
+    found = analyses.comparisons(measures, {"m0": {"rows": 0.5, "columns": 0.25}})
+    assert [(line["first"], line["second"], line["axis"]) for line in found] == [
+        (*pair, axis) for pair in (("up", "down"), ("up", "again"), ("down", "again")) for axis in ("rows", "columns")
+    ]
+    # Of 4 rows 2 are kept, of 4 columns 3: opposite orders share none of two, and two of three.
+    assert [line["jaccard"] for line in found] == [0.0, 1.0, 1.0, 0.5, 0.0, 0.5]
+    assert [line["kept"] for line in found] == [2, 3] * 3
+    assert found[0]["chance"] == pytest.approx((1 + 4 / 3) / 6)  # 1 of 6 pairs equal, 4 share one of three
+
+
+def summed(first: dict, second: dict, sparsity: dict) -> dict:
+    part = {"comparisons": analyses.comparisons({"a": first, "b": second}, sparsity)}
+    (line,) = analyses.agreement_summary({}, {"0.5": part})["0.5"]
+    return line
+
+
+def test_what_is_kept_whole_does_not_enter_the_summary() -> None:
+    line = summed(scores((UP, UP)), scores((DOWN, DOWN)), {"m0": {"rows": 0.5, "columns": 0.0}})
+    chance = analyses.jaccard_by_chance(4, 2)
+    assert (line["n"], line["whole"], line["jaccard"], line["chance"]) == (1, 1, 0.0, chance)
+    assert line["beyond_chance"] == pytest.approx(-chance / (1 - chance))
+    nothing = summed(scores((UP, UP)), scores((DOWN, DOWN)), {"m0": {"rows": 0.0, "columns": 0.0}})
+    assert (nothing["n"], nothing["jaccard"], nothing["beyond_chance"]) == (0, None, None)
+
+
+def test_beyond_chance_is_one_for_equal_and_about_zero_for_random_choices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        {f"m{index}": (torch.rand(64, generator=generator), torch.rand(96, generator=generator)) for index in range(60)}
+        for _ in range(2)
+    )
+    sparsity = {module: {"rows": 0.5, "columns": 0.75} for module in first}
+    assert summed(first, first, sparsity)["beyond_chance"] == 1.0
+    assert abs(summed(first, second, sparsity)["beyond_chance"]) < 0.02
+
+
+def test_agreement_is_of_the_most_important_ones_at_one_sparsity(subject) -> None:
+    chosen = settings("--measures=svd,magnitude,snip", "--sparsities=0.5")
+    parts = {name: part(subject) for name, part in analyses.agreement_parts(chosen).items()}
+    assert list(parts) == ["calibrated", "0.5"]
+    assert parts["calibrated"]["sparsity"] == subject.calibrate(subject.draws()).sparsity
+    line = next(one for one in parts["0.5"]["comparisons"] if (one["first"], one["second"]) == ("svd", "magnitude"))
+    weight = subject.model.get_submodule(line["module"]).weight
+    kept = [
+        Mask.top(scores_of("", weight, measure, seed=0, options={})[0].numpy(), 0.5).kept
+        for measure in ("svd", "magnitude")
+    ]
+    assert (line["axis"], line["jaccard"]) == ("rows", by_sets(*kept))
+
+
+def test_measures_see_the_fit_draw_and_never_the_scored_one(subject) -> None:
+    draws, others = subject.draws(), subject.draws(seed=5)
+    own, same, moved = (
+        subject.importance("snip", each) for each in (draws, tasks.Draws(fit=draws.fit, scored=others.scored), others)
+    )
+    module = next(iter(own))
+    assert torch.equal(own[module][0], same[module][0])
+    assert not torch.equal(own[module][0], moved[module][0])
+
+
+# Reliability
+
+
+def test_halves_are_calibrated_on_what_is_theirs(subject) -> None:
+    part = analyses.reliability_parts(settings("--splits=2"))["split 1"](subject)
+    draws, train = subject.draws(), subject.task.train
+    halves = [draws.scored[half] for half in split_half(np.asarray(train["label"])[draws.scored], 1)]
+    twins = [literal(subject, train, tasks.Draws(fit=draws.fit, scored=half))[0] for half in halves]
+    assert [half["sparsity"] for half in part["halves"]] == twins
+    assert [half["examples"] for half in part["halves"]] == [20, 20]
+    assert part["reliability"] == reliability(*twins)
+    rows = [[axes["rows"] for axes in twin.values()] for twin in twins]
+    assert part["rows"]["pearson"] == pytest.approx(np.corrcoef(*rows)[0, 1])
+
+
+def test_without_any_correlation_there_is_a_table_and_a_figure() -> None:
+    """A model that nothing changes is cut to the highest level everywhere: nothing correlates, and that is said."""
+    halves = [{"examples": 2, "density": 0.1, "sparsity": {"m.0": {"rows": 0.9, "columns": 0.9}}}] * 2
+    none = {"pearson": None, "spearman": None, "spearman_brown": None, "n": 2, "said": "all equal"}
+    parts = {"split 0": {"halves": halves, "reliability": none, "rows": none, "columns": none}}
+    analysis = {"what": "reliability", "config": settings(), "parts": parts, "git_commit": None, "device": "cpu"}
+    analysis |= {"command": "c", "summary": analyses.reliability_summary(settings(), parts)}
+    assert analysis["summary"]["said"][0] == "split 0: all equal"
+    assert all(words in analyses.markdown(analysis) for words in analysis["summary"]["said"])
+    assert analyses.reliability_figure(analysis).axes
+
+
+# Stability
+
+
+def test_wrong_labels_are_in_both_draws_and_nothing_else_changes(subject) -> None:
+    draws, train = subject.draws(), subject.task.train
+    rows, drawn = subject.mislabelled(draws, 0.2, seed=3)
+    assert not set(drawn.fit) & set(drawn.scored)
+    for own, new in ((draws.fit, drawn.fit), (draws.scored, drawn.scored)):
+        before, after = train.select(own), rows.select(new)
+        assert sum(a != b for a, b in zip(before["label"], after["label"], strict=True)) == 8  # of 40
+        assert all(np.array_equal(a, b) for a, b in zip(before["image"], after["image"], strict=True))
+    assert rows.features == train.features
+
+
+def test_without_noise_the_calibration_is_the_ordinary_one_and_found_in_the_cache(subject) -> None:
+    draws = subject.draws()
+    ordinary = subject.calibrate(draws)
+    rows, drawn = subject.mislabelled(draws, 0.0, seed=3)
+    clean = subject.calibrate(drawn, train=rows)
+    assert ordinary.sparsity == literal(subject, subject.task.train, draws)[0] == clean.sparsity
+    assert clean.cached
+
+
+def test_another_seed_and_size_is_what_calibrate_finds_with_them() -> None:
+    usual = analyses.Subject(settings("importance=random"))
+    draws = usual.draws(seed=1, shots=2)
+    found = usual.calibrate(draws, seed=1, shots=2)
+    assert found.sparsity == literal(usual, usual.task.train, draws, "random", seed=1)[0]
+    other = analyses.Subject(settings("importance=random", "calibration.seed=1", "calibration.shots=2"))
+    again = other.calibrate(other.draws())
+    assert (found.cached, again.cached) == (False, True)
+    assert (again.settings, again.sparsity) == (found.settings, found.sparsity)
+
+
+def test_conditions_begin_with_the_reference_and_repeat_none() -> None:
+    chosen = settings("--shots=2,4,8", "--noise=0.0,0.1")
+    assert analyses.conditions(chosen) == [(4, 0.0), (2, 0.0), (8, 0.0), (4, 0.1)]
+
+
+def test_stability_is_that_of_the_calibrations_made(subject) -> None:
+    chosen = settings("--shots=2,4", "--noise=0.0,0.5", "--seeds=0,1")
+    parts = {name: part(subject) for name, part in analyses.stability_parts(chosen).items()}
+    assert len(parts) == 6
+    train, drawn = subject.mislabelled(subject.draws(seed=1), 0.5, seed=1)
+    assert parts["4 shots, 50% noise, seed 1"]["sparsity"] == literal(subject, train, drawn)[0]
+    assert parts["2 shots, 0% noise, seed 0"]["examples"] == 20
+    lines = {(line["shots"], line["noise"]): line for line in analyses.stability_summary(chosen, parts)["conditions"]}
+    two, reference = (
+        [parts[f"{shots} shots, 0% noise, seed {seed}"]["sparsity"] for seed in (0, 1)] for shots in (2, 4)
+    )
+    assert lines[2, 0.0]["between_seeds"]["mean_absolute"] == difference(*two)["mean_absolute"]
+    same = [difference(*pair)["mean_absolute"] for pair in zip(two, reference, strict=True)]
+    assert lines[2, 0.0]["to_reference"]["mean_absolute"] == pytest.approx(np.mean(same))
+    assert lines[4, 0.0]["to_reference"]["mean_absolute"] == 0
+
+
+def test_wrong_labels_are_refused_where_there_are_none() -> None:
+    chosen = settings("task=text_generation", "model=tiny_llama", *finished_runs.GENERATION, "--shots=8")
+    with pytest.raises(PartialLoraError, match=r"^analysis\.noise=\[0\.0, 0\.1, 0\.2\]: .* kind generation"):
+        analyses.stability_parts(chosen)
+    chosen["analysis"]["noise"] = [0.0]
+    assert len(analyses.stability_parts(chosen)) == 6  # 8 shots and the usual ones, 3 seeds each
+    with pytest.raises(PartialLoraError, match="kind regression"):
+        analyses.stability_parts(settings("task.regression=true"))
+
+
+def test_the_record_of_a_calibration_has_its_density_and_no_cost_out_of_the_cache(subject) -> None:
+    subject.calibrate(subject.draws())
+    cached = subject.calibrate(subject.draws())
+    dense = sum(m + n for m, n in subject.shapes.values())
+    kept = sum(
+        m * (1 - axes["rows"]) + n * (1 - axes["columns"])
+        for (m, n), axes in ((subject.shapes[module], axes) for module, axes in cached.sparsity.items())
+    )
+    found = subject.record(cached)
+    assert found["density"] == pytest.approx(kept / dense, abs=0.01)
+    assert found["cost"] == {"evaluations": None, "seconds": None}
+
+
+# Cost
+
+
+def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject) -> None:
+    subject.calibrate(subject.draws())  # which leaves it in the cache, and is not what is measured
+    chosen = settings("--measures=svd,magnitude")
+    parts = {name: part(subject) for name, part in analyses.cost_parts(chosen).items()}
+    summary = analyses.cost_summary(chosen, parts)
+    sparsity, passes = literal(subject, subject.task.train, subject.draws())
+    costs, bisected = summary["searches"], parts["search bisect"]["sparsity"]
+    assert parts["search scan"]["sparsity"] == sparsity
+    assert (costs["literal"]["passes"], costs["literal"]["sample_blocks"]) == (passes, passes * 40 * 3)
+    assert 0 < costs["bisect"]["sample_blocks"] < costs["scan"]["sample_blocks"] < costs["literal"]["sample_blocks"]
+    assert list(summary["importance"]) == ["svd", "magnitude"]
+    moved = [sparsity[module][axis] != bisected[module][axis] for module in sparsity for axis in ("rows", "columns")]
+    assert summary["differ"] == np.mean(moved)
+
+
+def of_causal(kind: str, *overrides: str) -> tuple[dict, analyses.Subject]:
+    """The settings and the subject of a small causal model on a task of some kind."""
+    given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1", *overrides)
+    chosen = settings(*given)
+    return chosen, analyses.Subject(chosen)
+
+
+def questions() -> tuple[str, ...]:
+    return (*finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
+
+
+def test_a_pass_over_questions_runs_a_row_for_every_option() -> None:
+    chosen, subject = of_causal("choice_table", *questions())
+    parts = {name: part(subject) for name, part in analyses.cost_parts(chosen).items() if "search" in name}
+    scan = parts["search scan"]
+    options = sum(len(subject.task.train[int(row)]["options"]) for row in subject.draws().scored)
+    assert scan["rows"] == options > scan["scored"]
+    found = analyses.cost_summary(chosen, parts)["searches"]["literal"]
+    assert found["sample_blocks"] == found["passes"] * options * scan["depth"]
+    assert found["examples"] == found["passes"] * scan["scored"]
+
+
+@pytest.mark.parametrize("quantization", ["null", "nf4"])
+def test_what_a_run_has_calibrated_is_kept_for_an_analysis(tmp_path: Path, quantization: str) -> None:
+    chosen, subject = of_causal("choice_table", *questions(), f"model.quantization={quantization}")
+    entry = record.new(chosen)
+    train.run(chosen, tmp_path, entry, "calibrate")
+    found = subject.calibrate(subject.draws())
+    assert found.cached
+    assert found.sparsity == entry["sparsity"]
+
+
+def test_halves_of_rows_without_labels_are_of_all_alike() -> None:
+    files = finished_runs.override(finished_runs.exchange_files())
+    chosen, subject = of_causal("text_generation", *finished_runs.GENERATION, files, "--splits=1")
+    part = analyses.reliability_parts(chosen)["split 0"](subject)
+    assert "label" not in subject.task.train.column_names
+    assert sum(half["examples"] for half in part["halves"]) == len(subject.draws().scored)
+
+
+# Files and command line
+
+
+@pytest.fixture(scope="module", params=list(FEW))
+def done(request, place):
+    """Each analysis, once, by its command line: its name, folder and record."""
+    results = place / "results"
+    assert analyses.main([request.param, *TINY, *FEW[request.param], f"results_dir={results}"]) == 0
+    (folder,) = (results / "analyses" / request.param / "digits").iterdir()
+    return request.param, folder, json.loads((folder / "analysis.json").read_text())
+
+
+def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None:
+    what, folder, analysis = done
+    chosen = settings(*FEW[what], f"results_dir={folder.parents[3]}")
+    assert folder == analyses.directory(chosen, what)
+    assert {entry.name for entry in folder.iterdir()} - {".lock"} == FILES
+    assert all((folder / name).stat().st_size for name in FILES - {"analysis.log"})
+    assert (analysis["status"], analysis["what"], analysis["config"]) == ("finished", what, chosen)
+    assert list(analysis["parts"]) == list(analyses.ANALYSES[what].parts(chosen))
+    assert analysis["summary"] == json.loads(json.dumps(analyses.ANALYSES[what].summary(chosen, analysis["parts"])))
+    assert (folder / "table.md").read_text() == analyses.markdown(analysis)
+    if what != "cost":
+        assert "poorly suited model" in (folder / "analysis.log").read_text()
+    assert not [each for each in logging.getLogger("partial_lora").handlers if isinstance(each, logging.FileHandler)]
+
+
+def test_the_numbers_of_the_figure_are_those_of_the_summary(done) -> None:
+    what, _, analysis = done
+    summary, axes = analysis["summary"], analyses.ANALYSES[what].figure(analysis).axes
+    if what == "agreement":
+        for panel, lines in zip(axes, summary.values(), strict=True):
+            assert [text.get_text() for text in panel.texts] == [f"{line['jaccard']:.2f}" for line in lines]
+    elif what == "reliability":
+        pairs = [[half["sparsity"] for half in part["halves"]] for part in analysis["parts"].values()]
+        points = {(first[module]["rows"], second[module]["rows"]) for first, second in pairs for module in first}
+        assert set(map(tuple, axes[0].collections[0].get_offsets().tolist())) == points
+    elif what == "stability":
+        between, reference = axes[0].lines
+        lines = [line for line in summary["conditions"] if line["noise"] == 0]
+        assert between.get_xydata().tolist() == [[line["shots"], line["between_seeds"]["pearson"]] for line in lines]
+        assert 4 not in reference.get_xdata()  # the reference is not compared with itself
+    else:
+        widths = [bar.get_width() for bar in axes[0].patches]
+        assert widths == [cost["sample_blocks"] for cost in summary["searches"].values()]
+
+
+def test_a_finished_analysis_is_not_done_again_but_drawn(done, monkeypatch) -> None:
+    what, folder, _ = done
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    for name in ("table.md", "figure.png"):
+        (folder / name).unlink()
+    monkeypatch.setattr(analyses, "Subject", None)  # whoever loads the model fails
+    assert analyses.main([what, *TINY, *FEW[what], f"results_dir={folder.parents[3]}"]) == 0
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_a_stopped_analysis_goes_on_with_the_next_part(tmp_path: Path, capsys) -> None:
+    words = ["stability", *TINY, *FEW["stability"], "analysis.noise=[0.0]", f"results_dir={tmp_path}"]
+    own = analyses.Subject.calibrate
+    with pytest.MonkeyPatch.context() as patch:
+        calls = iter([own, own])  # and then an interrupt
+        interrupted = lambda *args, **kwargs: next(calls, _interrupt)(*args, **kwargs)  # noqa: E731
+        patch.setattr(analyses.Subject, "calibrate", interrupted)
+        assert analyses.main(words) == 130
+    path = next(tmp_path.rglob("analysis.json"))
+    before = json.loads(path.read_text())
+    assert (before["status"], len(before["parts"])) == ("running", 2)
+    assert analyses.main(words) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    after = json.loads(path.read_text())
+    assert (after["status"], len(after["parts"])) == ("finished", 4)
+    assert {name: after["parts"][name] for name in before["parts"]} == before["parts"]
+
+
+def _interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["overwrite=true", "version", "broken"])
+def test_parts_that_cannot_be_trusted_are_done_again(tmp_path: Path, monkeypatch, change: str) -> None:
+    words = ["reliability", *TINY, "--splits=1", f"results_dir={tmp_path}"]
+    assert analyses.main(words) == 0
+    path = next(tmp_path.rglob("analysis.json"))
+    if change == "version":
+        monkeypatch.setattr(analyses, "VERSION", [2, 1])
+    elif change == "broken":
+        path.write_text(path.read_text()[:-100])
+    again = [*words, "overwrite=true"] if change == "overwrite=true" else [*words, "overwrite=false"]
+    assert analyses.main(again) == 0
+    found = json.loads(path.read_text())
+    assert found["status"] == "finished"
+    assert found["command"].endswith(again[-1])
+
+
+def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
+    def named(*overrides: str) -> str:
+        return analyses.directory(settings(*overrides), "cost").name
+
+    assert named() == "tiny_vit-adf479f2" == named("--splits=5") == named("results_dir=elsewhere", "overwrite=true")
+    assert len({named(), named("--splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["foo"], "foo"),
+        ([], "ANALYSIS"),
+        (["cost", "+analysis.split=3"], "analysis"),
+        (["cost", "analysis.split=3"], "analysis"),
+        (["cost", "analysis.splits=0"], "analysis.splits=0"),
+        (["cost", "analysis.splits=many"], "--splits"),
+        (["cost", "analysis.measures=[svd,foo]"], "analysis.measures"),
+        (["cost", "analysis.seeds=[0]"], "analysis.seeds=[0]"),
+        (["cost", "analysis.shots=[4,4]"], "analysis.shots=[4, 4]"),
+        (["cost", "analysis.noise=[1.5]"], "analysis.noise"),
+        (["agreement", "analysis.sparsities=[1.0]"], "analysis.sparsities"),
+        (["agreement", "analysis.sparsities=[]", "analysis.calibrated=false"], "analysis.sparsities=[]"),
+        (["cost", "calibration.threshold=2"], "calibration.threshold=2"),
+        (["cost", "calibration.file=some.json"], "calibration.file"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(capsys, monkeypatch, tmp_path: Path, arguments: list, key: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analyses.results, "locked", None)  # whatever is not refused fails at once
+    assert analyses.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert key in error
+    assert error.count("\n") == 1
+
+
+def test_other_commands_know_no_keys_of_analyses(capsys) -> None:
+    assert cli.main(["info", *TINY, "analysis.splits=3"]) == 2
+    assert "analysis" in capsys.readouterr().err
