@@ -122,10 +122,10 @@ def _kind(task: Mapping) -> str:
     return "texts" if task.get("modality") == "text" else "images"
 
 
-def draw_of(run: Run) -> int:
+def draw_of(record: Mapping) -> int:
     """The seed that a run's few-shot data are drawn with: runs with the same one share a calibration."""
-    own = run.record["config"]["calibration"].get("seed")
-    return run.record["seed"] if own is None else own
+    own = record["config"]["calibration"].get("seed")
+    return record["seed"] if own is None else own
 
 
 def at_points(

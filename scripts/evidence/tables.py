@@ -1,9 +1,4 @@
-"""Tables 1 to 7: scores and paired differences of finished runs, what they say of each claim, and what is missing.
-
-Seeds and test examples are drawn again as partial_lora.comparison does for one task: examples within each task, seeds
-once for all, since a seed draws the same masks and the same order on every task. The tasks themselves are not drawn: an
-average is of these tasks, and says nothing of others.
-"""
+"""Tables 1 to 7: what finished runs say of each of the paper's claims, as md, csv and tex, and what is missing."""
 
 from __future__ import annotations
 
@@ -15,11 +10,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
 from tabulate import tabulate
 
+from evidence.paired import (
+    AVERAGE,
+    DIFFERENCE,
+    DIFFERENCES,
+    EXAMPLES,
+    FAILS,
+    HOLDS,
+    OPEN,
+    ROW,
+    SCORE,
+    SEEDS,
+    WHERE,
+    Verdict,
+    better,
+    counted,
+    differences,
+    in_points,
+    interval,
+    judged,
+    ordered,
+    paired_rows,
+    part_of,
+    scores,
+)
 from evidence.runs import (
     BUDGET,
     COSTS,
@@ -27,26 +44,50 @@ from evidence.runs import (
     THRESHOLD,
     UNCALIBRATED,
     Evidence,
-    Outcome,
     at_points,
     draw_of,
     missing,
     planned,
 )
 from partial_lora.closing import cell, measured, percent
-from partial_lora.comparison import MARGIN, Comparison, compared, per_example, resampled, verdict
-from partial_lora.errors import PartialLoraError
+from partial_lora.comparison import MARGIN
 from partial_lora.grouping import half_interval, point_order
 from partial_lora.report import origin
 from partial_lora.results import read_result, write_atomic
 from partial_lora.retest import reliability
-from partial_lora.runs import LOWER_IS_BETTER, NONE, SHARES, number
+from partial_lora.runs import NONE, SHARES, number
 
-SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"
-ROW = ["model", "mixture", "importance", "operating_point", "method"]
-HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
-WORSE = "undecided (worse, perhaps by less than a point)"
-BOTH, SEEDS, EXAMPLES = "seeds and examples", "seeds", "examples"
+ABOUT = {  # the title of each table, and the claim of the paper that it tests
+    "table1": (
+        "Table 1: images, dense against sparse adapters",
+        "sparse subnetworks of LoRA match dense LoRA with up to 87 % fewer trainable parameters (eight sets "
+        "of images).",
+    ),
+    "table2": (
+        "Table 2: random against deterministic masks",
+        "which rows and columns are kept does not matter: random masks reach 81.78 % on average, chosen ones 81.48 %.",
+    ),
+    "table3": (
+        "Table 3: language, dense against sparse adapters",
+        "sparse subnetworks of LoRA match dense LoRA on language, too (twelve tasks).",
+    ),
+    "table4": (
+        "Table 4: controls of equal size, at 13 % of dense LoRA's parameters",
+        "how much each layer keeps matters, which entries it keeps does not, and no repair of the flow is needed.",
+    ),
+    "table5": (
+        "Table 5: calibration",
+        "each layer's sparsity can be found by itself, from few-shot data and the frozen model, without repair.",
+    ),
+    "table6": (
+        "Table 6: one adapter for several tasks",
+        "sparse subnetworks of LoRA match dense LoRA where one adapter learns several tasks, too.",
+    ),
+    "table7": (
+        "Table 7: time, memory and bytes",
+        "what is saved is counted in trainable parameters.",
+    ),
+}
 PLANNED = {  # by preset and table: the tasks (of table 6 the mixtures) that its experiment has
     "cpu": {
         "table1": ("digits", "cifar10", "signdigits", "gtsrb", "flowers17"),
@@ -56,23 +97,7 @@ PLANNED = {  # by preset and table: the tasks (of table 6 the mixtures) that its
         "table6": ("digits+signdigits",),
     }
 }
-_WHERE = ["model", "mixture", "importance", "operating_point"]
-_DIFFERENCES = (
-    *("part", *_WHERE, "first", "second", "task", "metric", "tasks"),
-    *("difference", "low", "high", "seeds", "examples", "over", "verdict"),
-)
-_LEVEL = 0.95
 _CEILING = 0.98
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found of a claim: it holds, it does not, or it is undecided; at which place, by what numbers."""
-
-    claim: str
-    where: str
-    verdict: str
-    found: str
 
 
 @dataclass(frozen=True)
@@ -153,279 +178,13 @@ def _tabulated(shown: pd.DataFrame, form: str) -> str:
     return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
 
 
-# Differences of two methods
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two methods' runs on one task, by seed, and the metric that they are compared by."""
-
-    first: Mapping[int, Outcome]
-    second: Mapping[int, Outcome]
-    metric: str
-
-    @property
-    def seeds(self) -> set[int]:
-        return self.first.keys() & self.second.keys()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first method's score less the second's, and its 95 % interval; NaN where there is nothing to draw.
-
-    over: what was drawn again: seeds and examples; examples, of one seed; seeds, where predictions were not kept
-    (Student's t). seeds: that both have, the fewest of a task; examples: of all tasks together. verdict: in the words
-    of partial_lora.comparison; of one seed nothing is decided, since how much seeds differ is not known.
-    """
-
-    difference: float
-    low: float
-    high: float
-    seeds: int
-    examples: int
-    over: str
-    verdict: str
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    difference: float
-    draws: np.ndarray | None
-    seeds: int
-    examples: int
-    over: str
-
-
-def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
-    """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
-
-    Raises PartialLoraError where there is no seed that all have.
-    """
-    return _judged([_drawn(pairs, np.random.default_rng(0), draws)], pairs[0].metric)
-
-
-def average(tasks: Mapping[str, Sequence[Pair]], *, draws: int = 10_000) -> Difference:
-    """The mean over tasks of the differences on each, all tasks counting alike.
-
-    Of tasks that are not drawn by example (other metrics, predictions that were not kept) each is drawn by itself.
-    Raises PartialLoraError as `between`, and where a metric is one of which less is better.
-    """
-    if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
-        raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
-    shares = _seed_shares([_in_common(pairs) for pairs in tasks.values()], draws)
-    # A stream of its own for each task: with one for all, lucky examples would be so on every task at once.
-    each = [
-        _drawn(pairs, np.random.default_rng([0, place]), draws, own)
-        for place, (pairs, own) in enumerate(zip(tasks.values(), shares, strict=True))
-    ]
-    return _judged(each, next(iter(tasks.values()))[0].metric)
-
-
-def _seed_shares(of_tasks: Sequence[Sequence[int]], draws: int) -> list[np.ndarray]:
-    """For each task the share of its seeds in every draw (draws, seeds): one draw of all seeds serves all tasks.
-
-    A draw that has none of a task's seeds is made again. How many a draw has of a task that has not all seeds varies,
-    which widens what such a task adds to an interval by about a tenth.
-    """
-    every = sorted(set().union(*of_tasks))
-    columns = [[every.index(seed) for seed in seeds] for seeds in of_tasks]
-    stream, counts = np.random.default_rng(0), np.empty((0, len(every)))
-    while len(counts) < draws:
-        more = stream.multinomial(len(every), np.full(len(every), 1 / len(every)), size=draws)
-        usable = np.all([more[:, own].sum(axis=1) > 0 for own in columns], axis=0)
-        counts = np.concatenate([counts, more[usable]])
-    of_task = [counts[:draws, own] for own in columns]
-    return [own / own.sum(axis=1, keepdims=True) for own in of_task]
-
-
-def _in_common(pairs: Sequence[Pair]) -> list[int]:
-    seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
-    if not seeds:
-        raise PartialLoraError("no seed in common")
-    return seeds
-
-
-def _judged(each: Sequence[_Drawn], metric: str) -> Difference:
-    difference, seeds = float(np.mean([one.difference for one in each])), min(one.seeds for one in each)
-    low = high = math.nan
-    judged = "undecided"
-    if all(one.draws is not None for one in each):
-        spread = np.mean([one.draws for one in each], axis=0)
-        low, high = map(float, np.quantile(spread, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
-        if seeds > 1:
-            judged = verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high)
-    over = "; ".join(sorted({one.over for one in each}))
-    return Difference(difference, low, high, seeds, sum(one.examples for one in each), over, judged)
-
-
-def _drawn(
-    pairs: Sequence[Pair], stream: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
-) -> _Drawn:
-    seeds = _in_common(pairs)
-    over = BOTH if len(seeds) > 1 else EXAMPLES
-    known = _by_example(pairs, seeds)
-    if isinstance(known, np.ndarray):
-        return _Drawn(float(known.mean()), resampled(known, stream, draws, of_seeds), len(seeds), known.shape[1], over)
-    shares = stream.permutation((np.arange(draws) + 0.5) / draws)
-    if known is not None:  # an interval alone: drawn from the normal that has it
-        deviation = (known.high - known.low) / (2 * ndtri((1 + _LEVEL) / 2))
-        normal = known.difference + deviation * ndtri(shares)
-        return _Drawn(known.difference, normal, len(seeds), known.examples, over)
-    scores = np.mean([[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs], axis=0)
-    mean = float(scores.mean())
-    if len(seeds) == 1:
-        return _Drawn(mean, None, 1, 0, NONE)
-    error = scores.std(ddof=1) / np.sqrt(len(seeds))
-    return _Drawn(mean, mean + error * stdtrit(len(seeds) - 1, shares), len(seeds), 0, SEEDS)
-
-
-def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | Comparison | None:
-    """Differences by example (seeds, examples), the mean over pairs; of one pair whose metric is no mean over examples
-    its comparison; None where predictions were not kept, or are of other examples."""
-    arrays = []
-    for pair in pairs:
-        sides = [{seed: side[seed].predictions for seed in seeds} for side in (pair.first, pair.second)]
-        if any(frame is None for side in sides for frame in side.values()):
-            return None
-        try:
-            of_examples = per_example(sides[0][seeds[0]], pair.metric) is not None
-            # For means over examples this only refuses predictions of other examples.
-            comparison = compared(*sides, pair.metric, draws=1 if of_examples else 1_000)
-            if not of_examples:
-                return comparison if len(pairs) == 1 else None
-            first, second = (np.array([per_example(side[seed], pair.metric) for seed in seeds]) for side in sides)
-        except (PartialLoraError, ValueError, KeyError):
-            return None
-        arrays.append(first - second)
-    return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
-
-
-def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """For each pair of methods, its first less its second, wherever both have runs.
-
-    They are paired at one model, importance measure and operating point; a method that is not calibrated stands at all
-    of them.
-    """
-    rows = []
-    for first, second in pairs:
-        for where, own in runs[runs["method"] == first].groupby(_WHERE, sort=False):
-            model, mixture, measure, point = where
-            other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
-            other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
-            rows += _paired([(own, other)], dict(zip(_WHERE, where, strict=True)), first, second)
-    return pd.DataFrame(rows, columns=list(_DIFFERENCES))
-
-
-def _paired(
-    sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], where: Mapping[str, str], first: str, second: str
-) -> list[dict]:
-    """A row for each task on which all sides share a seed, and one for the average over these if they are several.
-
-    sides: runs of a method and of another; of several the difference is the mean over them, on every task.
-    """
-    tasks: dict[str, list[Pair]] = {}
-    for task in dict.fromkeys(sides[0][0]["task"]):
-        parts = [[side[side["task"] == task] for side in both] for both in sides]
-        if all(len(side) for both in parts for side in both):
-            pairs = [Pair(*map(_by_seed, both), both[0]["metric"].iloc[0]) for both in parts]
-            if set.intersection(*(pair.seeds for pair in pairs)):
-                tasks[task] = pairs
-    named = {"part": DIFFERENCE, **where, "first": first, "second": second}
-    rows = [
-        named | {"task": task, "metric": pairs[0].metric, "tasks": 1, **asdict(between(pairs))}
-        for task, pairs in tasks.items()
-    ]
-    if len(tasks) > 1 and not {pairs[0].metric for pairs in tasks.values()} & LOWER_IS_BETTER:
-        of_all = {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)}
-        rows.append(named | of_all | asdict(average(tasks)))
-    return rows
-
-
-def _by_seed(runs: pd.DataFrame) -> dict[int, Outcome]:
-    return dict(zip(runs["seed"], runs["outcome"], strict=True))
-
-
-# Scores of methods by tasks
-
-
-def scores(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each method and task: metric, n, mean and standard deviation over seeds, parameters; and averages.
-
-    A method's average is over all tasks of its model (and mixture) that any method there has, NaN where it lacks one:
-    averages over different tasks cannot be set beside each other. Its deviation is over seeds, of the mean over tasks
-    of one seed (NaN where tasks have fewer than two in common), its n the fewest. best: better than every other of its
-    point (`best`).
-    """
-    columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
-    columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
-    table = _ordered(runs.groupby([*ROW, "task"], sort=False).agg(**columns).reset_index()).assign(part=SCORE)
-    marked = best(runs)
-    table["best"] = [key in marked for key in zip(*(table[name] for name in (*ROW, "task")), strict=True)]
-    averages = []
-    for _, place in table.groupby(["model", "mixture"], sort=False):
-        tasks = set(place["task"])
-        if len(tasks) == 1 or set(place["metric"]) & LOWER_IS_BETTER:
-            continue
-        for row, own in place.groupby(ROW, sort=False):
-            whole = math.nan if set(own["task"]) != tasks else 1.0
-            of_row = runs[(runs[ROW] == list(row)).all(axis=1)]
-            of_seeds = of_row.pivot(index="seed", columns="task", values="test").dropna().mean(axis=1)
-            averages.append(
-                dict(zip(ROW, row, strict=True))
-                | {"task": AVERAGE, "metric": AVERAGE, "part": SCORE, "best": False, "n": own["n"].min()}
-                | {name: whole * own[name].mean() for name in ("mean", "parameters", "share")}
-                | {"std": whole * of_seeds.std()}
-            )
-    return pd.concat([table, pd.DataFrame(averages, columns=table.columns)], ignore_index=True)
-
-
-def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
-    """(*ROW, task) of those that are better than every other of the same model, task and point.
-
-    Better is a 95 % interval, over test examples and seeds, that is above zero. Beside every point stand those that are
-    not calibrated, and these are set beside all. What has kept no predictions, or nothing beside it, is not marked.
-    """
-    found = set()
-    for (*_, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
-        rows = dict(iter(part.groupby(ROW, sort=False)))
-        sign = -1 if part["metric"].iloc[0] in LOWER_IS_BETTER else 1
-        for row, own in rows.items():
-            others = [rows[key] for key in rows if key != row and (NONE in (key[3], row[3]) or key[3] == row[3])]
-            others.sort(key=lambda each: -sign * each["test"].mean())  # the likeliest to refute come first
-            if others and all(_beats(own, other, sign) for other in others):
-                found.add((*row, task))
-    return found
-
-
-def _beats(own: pd.DataFrame, other: pd.DataFrame, sign: int) -> bool:
-    pair = Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0])
-    if sign * own["test"].mean() <= sign * other["test"].mean() or not pair.seeds:
-        return False
-    found = between([pair], draws=2_000)
-    return found.over == BOTH and min(sign * found.low, sign * found.high) > 0
-
-
-def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows by model, mixture and operating point, and then by method."""
-    points = rows["operating_point"].map(point_order)
-    by = ["model", "mixture", "_point", "importance", "method"]
-    return rows.assign(_point=points).sort_values(by, kind="stable").drop(columns="_point")
-
-
 # What is read of scores and differences
-
-
-def part_of(numbers: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The rows of one part of a table's numbers; none where it has none."""
-    if part == DIFFERENCE and "difference" not in numbers:
-        return pd.DataFrame(columns=list(_DIFFERENCES))
-    return numbers[numbers["part"] == part] if "part" in numbers else numbers.iloc[:0]
 
 
 def readable_scores(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Two tables for each model (and mixture), of what was scored and of what was trained, methods by tasks."""
     numbers = part_of(numbers, SCORE)
-    places = list(_ordered(numbers).groupby(["model", "mixture"], sort=False)) if len(numbers) else []
+    places = list(ordered(numbers).groupby(["model", "mixture"], sort=False)) if len(numbers) else []
     shown = {}
     for place, part in places:
         where = "" if len(places) == 1 else f", {', '.join(filter(None, place))}"
@@ -448,7 +207,7 @@ def _score(row: Mapping | None) -> str:
     if row is None or math.isnan(row["mean"]):
         return NONE
     std = "" if math.isnan(row["std"]) else f" ± {row['std']:.4f}"
-    shown = percent(row["mean"], row["std"]) if _in_points(row) else f"{row['mean']:.4f}{std}"
+    shown = percent(row["mean"], row["std"]) if in_points(row) else f"{row['mean']:.4f}{std}"
     return f"**{shown}**" if row["best"] else shown
 
 
@@ -460,19 +219,40 @@ def _size(row: Mapping | None) -> str:
 
 def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Differences in points with their interval, seeds, what was drawn again, verdict."""
-    rows = [
-        {name.replace("_", " "): row[name] for name in _WHERE}
-        | {
-            "difference": f"{row['first']} − {row['second']}",
-            "task": f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"],
-            "points [95 %]": interval(row),
-            "seeds": cell(row["seeds"], ".0f"),
-            "over": row["over"],
-            "verdict": row["verdict"],
-        }
-        for row in part_of(numbers, DIFFERENCE).to_dict("records")
-    ]
-    return {"Differences": plain(pd.DataFrame(rows))} if rows else {}
+    return _readable(
+        "Differences",
+        part_of(numbers, DIFFERENCE),
+        {
+            **{name.replace("_", " "): name for name in WHERE},
+            "difference": lambda row: f"{row['first']} − {row['second']}",
+            "task": lambda row: f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"],
+            "points [95 %]": interval,
+            "seeds": ("seeds", ".0f"),
+            "over": "over",
+            "verdict": "verdict",
+        },
+    )
+
+
+Column = str | tuple[str, str] | tuple[str, str, float] | Callable[[Mapping], str]
+
+
+def _readable(title: str, numbers: pd.DataFrame, columns: Mapping[str, Column]) -> dict[str, pd.DataFrame]:
+    """{title: rows as they are read}, nothing of none.
+
+    columns: by heading a word of the row, a number with its format and perhaps what it is divided by, or a function.
+    """
+
+    def text(row: Mapping, column: Column) -> str:
+        if callable(column):
+            return column(row)
+        if isinstance(column, str):
+            return row[column]
+        name, form, *unit = column
+        return cell(row[name] / (unit or [1])[0], form)
+
+    rows = [{name: text(row, of) for name, of in columns.items()} for row in numbers.to_dict("records")]
+    return {title: plain(pd.DataFrame(rows))} if rows else {}
 
 
 def plain(shown: pd.DataFrame) -> pd.DataFrame:
@@ -480,83 +260,6 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
     where = [name for name in ("model", "mixture", "importance") if name in shown]
     same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
     return shown.drop(columns=same)
-
-
-def _in_points(row: Mapping) -> bool:
-    return row["metric"] in SHARES or row["metric"] == AVERAGE
-
-
-def interval(row: Mapping) -> str:
-    """A difference with its interval: of shares in points, of other metrics as it is."""
-    scale, form = (100, "+.2f") if _in_points(row) else (1, "+.4f")
-    difference = f"{scale * row['difference']:{form}}"
-    if math.isnan(row["low"]):
-        return difference
-    return f"{difference} [{scale * row['low']:{form}}, {scale * row['high']:{form}}]"
-
-
-# Verdicts
-
-
-def as_good(row: Mapping | None) -> str:
-    """The claim that the first of a pair is as good as the second, to within a point; refuted where it is worse by one.
-
-    Of a metric of which less is better a point says nothing: refuted where it is worse.
-    """
-    if row is None or row["verdict"] not in ("better", "matches", "worse"):
-        return OPEN
-    if row["verdict"] != "worse":
-        return HOLDS
-    return FAILS if row["metric"] in LOWER_IS_BETTER or row["high"] < -MARGIN else WORSE
-
-
-def better(row: Mapping | None) -> str:
-    """The claim that the first is better; refuted where it is not so by as much as a point.
-
-    Of a metric of which less is better, better is below zero, and a point says nothing: refuted where it is worse.
-    """
-    if row is None or row["seeds"] < 2 or math.isnan(row["low"]):
-        return OPEN
-    falls = row["metric"] in LOWER_IS_BETTER
-    low, high = (-row["high"], -row["low"]) if falls else (row["low"], row["high"])
-    if low > 0:
-        return HOLDS
-    return FAILS if high < (0 if falls else MARGIN) else OPEN
-
-
-def judged(
-    numbers: pd.DataFrame, first: str, second: str, points: Iterable[str], judge: Callable = as_good
-) -> list[Verdict]:
-    """A verdict for each model, mixture and measure of importance at each point; one that is open where there is none.
-
-    It is of the average over tasks or of the only one: one of several never stands for the others.
-    """
-    claim = (
-        f"{first} is better than {second}" if judge is better else f"{first} is as good as {second}, to within a point"
-    )
-    rows = part_of(numbers, DIFFERENCE)
-    rows = rows[(rows["first"] == first) & (rows["second"] == second)]
-    verdicts = []
-    for point in points:
-        at_point = rows[rows["operating_point"] == point]
-        for where, own in at_point.groupby(_WHERE, sort=False):
-            one = own if len(own) == 1 else own[own["task"] == AVERAGE]
-            row = one.iloc[0].to_dict() if len(one) else None
-            found = "no average over tasks" if row is None else _found(row)
-            verdicts.append(Verdict(claim, ", ".join(filter(None, where)), judge(row), found))
-        if at_point.empty:
-            verdicts.append(Verdict(claim, point, judge(None), "no runs of both"))
-    return verdicts
-
-
-def _found(row: Mapping) -> str:
-    where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks, at least"
-    where += f"{',' * (row['tasks'] == 1)} {_counted(row['seeds'], 'seed')}"
-    return f"{interval(row)}{' points' if _in_points(row) else ''}, {where}"
-
-
-def _counted(n: float, what: str) -> str:
-    return f"{n:.0f} {what}{'' if n == 1 else 's'}"
 
 
 # Notes
@@ -637,7 +340,7 @@ def shared_calibrations(runs: pd.DataFrame) -> list[str]:
         shared = {
             measure: None
             for (measure, _), own in of_task.groupby(["importance", "method"], sort=False)
-            if len(set(map(draw_of, own["run"]))) < own["seed"].nunique()
+            if len({draw_of(run.record) for run in own["run"]}) < own["seed"].nunique()
         }
         every = len(shared) == of_task["importance"].nunique()
         named += [task if every else f"{task} ({', '.join(shared)})"] if shared else []
@@ -671,6 +374,22 @@ def _planned(evidence: Evidence, name: str) -> Sequence[str]:
     return PLANNED.get(evidence.results_dir.name, {}).get(name, ())
 
 
+def _of_methods(
+    name: str,
+    evidence: Evidence,
+    runs: pd.DataFrame,
+    numbers: pd.DataFrame,
+    verdicts: Sequence[Verdict],
+    lacking: Sequence[str],
+    notes: Sequence[str] = (),
+    shown: Mapping[str, pd.DataFrame] | None = None,
+) -> Table:
+    """A table of scores and differences (or what is shown in their place), with all that has to be known of them."""
+    shown = readable_scores(numbers) | readable_differences(numbers) if shown is None else shown
+    every = [*notes, *notes_of(numbers, runs, evidence)]
+    return Table(name, *ABOUT[name], verdicts, numbers, shown, every, lacking, origin_of(runs))
+
+
 def _together(*parts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([part for part in parts if len(part)] or list(parts), ignore_index=True)
 
@@ -681,17 +400,13 @@ def table1(evidence: Evidence) -> Table:
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
     numbers = pd.concat([scores(runs), differences(runs, _PAIRS)], ignore_index=True)
     wanted = planned(_DENSE_AND_SPARSE, POINTS)
-    return Table(
+    return _of_methods(
         "table1",
-        "Table 1: images, dense against sparse adapters",
-        "sparse subnetworks of LoRA match dense LoRA with up to 87 % fewer trainable parameters (eight sets of "
-        "images).",
-        judged(numbers, "partial", "lora", POINTS),
+        evidence,
+        runs,
         numbers,
-        readable_scores(numbers) | readable_differences(numbers),
-        notes_of(numbers, runs, evidence),
+        judged(numbers, "partial", "lora", POINTS),
         missing(runs, wanted, _planned(evidence, "table1"), "make reproduce-table1"),
-        origin_of(runs),
     )
 
 
@@ -713,16 +428,8 @@ def table2(evidence: Evidence) -> Table:
         "set beside these.",
         "Means over measures of importance are of differences on the same examples and seeds.",
     ]
-    return Table(
-        "table2",
-        "Table 2: random against deterministic masks",
-        "which rows and columns are kept does not matter: random masks reach 81.78 % on average, chosen ones 81.48 %.",
-        judged(numbers, "partial", "targeted", POINTS),
-        numbers,
-        readable_scores(numbers) | readable_differences(numbers),
-        notes + notes_of(numbers, runs, evidence),
-        lacking,
-        origin_of(runs),
+    return _of_methods(
+        "table2", evidence, runs, numbers, judged(numbers, "partial", "targeted", POINTS), lacking, notes
     )
 
 
@@ -739,8 +446,8 @@ def over_measures(runs: pd.DataFrame) -> pd.DataFrame:
             for own in map(by_measure.get, measures)
         ]
         name = f"mean over {', '.join(measures[:-1])} and {measures[-1]}"
-        rows += _paired(sides, dict(zip(_WHERE, (model, "", name, point), strict=True)), "partial", "targeted")
-    return pd.DataFrame(rows, columns=list(_DIFFERENCES))
+        rows += paired_rows(sides, dict(zip(WHERE, (model, "", name, point), strict=True)), "partial", "targeted")
+    return pd.DataFrame(rows, columns=list(DIFFERENCES))
 
 
 def table3(evidence: Evidence) -> Table:
@@ -758,19 +465,9 @@ def table3(evidence: Evidence) -> Table:
     notes = ["zero-shot: the frozen model, by `python scripts/zero_shot.py`."] if len(frozen) else []
     if len(generated):
         tasks = ", ".join(sorted(set(generated["task"])))
-        runs_of = _counted(len(generated), "run")
+        runs_of = counted(len(generated), "run")
         notes.append(f"Left out, as their answers are generated and not chosen: {runs_of} on {tasks}.")
-    return Table(
-        "table3",
-        "Table 3: language, dense against sparse adapters",
-        "sparse subnetworks of LoRA match dense LoRA on language, too (twelve tasks).",
-        judged(numbers, "partial", "lora", POINTS),
-        numbers,
-        readable_scores(numbers) | readable_differences(numbers),
-        notes + notes_of(numbers, runs, evidence),
-        lacking,
-        origin_of(runs),
-    )
+    return _of_methods("table3", evidence, runs, numbers, judged(numbers, "partial", "lora", POINTS), lacking, notes)
 
 
 def zero_shot(runs: pd.DataFrame, frozen: Mapping) -> pd.DataFrame:
@@ -822,44 +519,37 @@ def table4(evidence: Evidence) -> Table:
         "correlation.",
         "A score is over all n seeds of its method, a difference over those that partial has, too.",
     ]
-    return Table(
-        "table4",
-        "Table 4: controls of equal size, at 13 % of dense LoRA's parameters",
-        "how much each layer keeps matters, which entries it keeps does not, and no repair of the flow is needed.",
-        verdicts,
-        numbers,
-        _readable_controls(numbers),
-        notes + notes_of(numbers, runs, evidence),
-        lacking,
-        origin_of(runs),
-    )
+    return _of_methods("table4", evidence, runs, numbers, verdicts, lacking, notes, _readable_controls(numbers))
 
 
 def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A row a method: its score, what partial has over it, its parameters, how reliable its sparsities are."""
-    paired = {(row["model"], row["task"], row["second"]): row for row in _rows(numbers, DIFFERENCE)}
-    rows = []
-    for row in _rows(numbers, SCORE):
-        if row["task"] == AVERAGE:
-            continue
-        other = paired.get((row["model"], row["task"], row["method"]))
-        score = measured(row["metric"], row["mean"], row["std"])
-        rows.append(
-            {
-                "model": row["model"],
-                "task": row["task"],
-                "method": row["method"],
-                "n": f"{row['n']:.0f}",
-                "score": f"**{score}**" if row["best"] else score,
-                "partial − it [95 %]": interval(other) if other else NONE,
-                "over seeds": f"{other['seeds']:.0f}" if other else NONE,
-                "partial is": other["verdict"] if other else NONE,
-                "parameters": cell(row["parameters"], ",.0f"),
-                "of dense": cell(row["share"], ".1%"),
-                "reliability": cell(row["reliability"], ".2f"),
-            }
-        )
-    return {"Beside partial": plain(pd.DataFrame(rows))} if rows else {}
+    scored = part_of(numbers, SCORE)
+    beside = {(row["model"], row["task"], row["second"]): row for row in _rows(numbers, DIFFERENCE)}
+
+    def other(row: Mapping, text: Callable[[Mapping], str]) -> str:
+        found = beside.get((row["model"], row["task"], row["method"]))
+        return text(found) if found else NONE
+
+    def score(row: Mapping) -> str:
+        text = measured(row["metric"], row["mean"], row["std"])
+        return f"**{text}**" if row["best"] else text
+
+    return _readable(
+        "Beside partial",
+        scored[scored["task"] != AVERAGE],
+        {
+            **{name: name for name in ("model", "task", "method")},
+            "n": ("n", ".0f"),
+            "score": score,
+            "partial − it [95 %]": lambda row: other(row, interval),
+            "over seeds": lambda row: other(row, lambda found: f"{found['seeds']:.0f}"),
+            "partial is": lambda row: other(row, lambda found: found["verdict"]),
+            "parameters": ("parameters", ",.0f"),
+            "of dense": ("share", ".1%"),
+            "reliability": ("reliability", ".2f"),
+        },
+    )
 
 
 def _rows(numbers: pd.DataFrame, part: str) -> list[dict]:
@@ -893,8 +583,7 @@ def table5(evidence: Evidence) -> Table:
     ]
     return Table(
         "table5",
-        "Table 5: calibration",
-        "each layer's sparsity can be found by itself, from few-shot data and the frozen model, without repair.",
+        *ABOUT["table5"],
         _score_is_kept(_rows(numbers, JOINT)),
         numbers,
         _readable_calibrations(numbers) | _readable_analyses(numbers),
@@ -910,7 +599,7 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
     n, and the interval, are of calibrations: seeds that share one count once.
     """
     known = runs.assign(task=_task_or_mixture(runs), ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
-    known = known.assign(draw=[draw_of(run) for run in known["run"]])
+    known = known.assign(draw=[draw_of(run.record) for run in known["run"]])
     # Of runs that share a calibration the one that made it says how long that took; the others found it in the cache.
     made = known.sort_values("calibrate_seconds", na_position="last", kind="stable")
     known = known.loc[made.drop_duplicates([*_CALIBRATION, "draw"]).index.sort_values()]
@@ -941,11 +630,10 @@ def repairs(records: Iterable[Mapping]) -> pd.DataFrame:
         config, calibration = record["config"], record["calibration"]
         if not (repaired := calibration.get("repaired")):
             continue
-        own = config["calibration"].get("seed")
         rows.append(
             {
                 "part": REPAIR,
-                "seed": record["seed"] if own is None else own,
+                "seed": draw_of(record),
                 **{name: config[name]["name"] for name in ("task", "model", "importance")},
                 "operating_point": f"threshold {calibration['threshold']:g}",
                 "baseline": number(calibration["baseline"]),
@@ -975,30 +663,25 @@ def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
     failing = sum(row["high"] < 0.9 for row in rows)
     lowest = min(rows, key=lambda row: row["ratio"])
     ends = "" if math.isnan(lowest["low"]) else f" [{lowest['low']:.1%}, {lowest['high']:.1%}]"
-    of = f"{lowest['task']}, {lowest['importance']}, {_counted(lowest['n'], 'calibration')}"
+    of = f"{lowest['task']}, {lowest['importance']}, {counted(lowest['n'], 'calibration')}"
     counts = f"on {holding} of {len(rows)} tasks and measures, refuted on {failing}"
     found = f"{counts}; lowest {lowest['ratio']:.1%}{ends} ({of})"
     return [Verdict(claim, THRESHOLD, FAILS if failing else HOLDS if holding == len(rows) else OPEN, found)]
 
 
 def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    together, repaired = [], []
-    for row in _rows(numbers, JOINT) + _rows(numbers, REPAIR):
-        named = {name.replace("_", " "): row[name] for name in _CALIBRATION} | {"n": f"{row['n']:.0f}"}
-        named["intact"] = cell(row["baseline"], ".4f")
-        kept = {"parameters kept": cell(row["kept"], ".1%")}
-        if row["part"] == REPAIR:
-            before, after = cell(row["before"], ".4f"), cell(row["joint"], ".4f")
-            repaired.append(named | {"before": before, "after": after, "steps": cell(row["steps"], ",.1f")} | kept)
-            continue
+    def share_kept(row: Mapping) -> str:
         half = "" if math.isnan(row["high"]) else f" ± {100 * (row['high'] - row['ratio']):.1f}"
-        together.append(
-            named
-            | {"all at once": cell(row["joint"], ".4f"), "guessing": cell(row["chance"], ".4f")}
-            | {"share kept": cell(row["ratio"], ".1%") + half, **kept, "seconds": cell(row["seconds"], ",.0f")}
-        )
-    parts = {"All sparsities at once": together, "Repair": repaired}
-    return {title: plain(pd.DataFrame(rows)) for title, rows in parts.items() if rows}
+        return cell(row["ratio"], ".1%") + half
+
+    first = {name.replace("_", " "): name for name in _CALIBRATION} | {"n": ("n", ".0f"), "intact": ("baseline", ".4f")}
+    kept = {"parameters kept": ("kept", ".1%")}
+    together = {"all at once": ("joint", ".4f"), "guessing": ("chance", ".4f"), "share kept": share_kept}
+    repair = {"before": ("before", ".4f"), "after": ("joint", ".4f"), "steps": ("steps", ",.1f")}
+    shown = _readable(
+        "All sparsities at once", part_of(numbers, JOINT), first | together | kept | {"seconds": ("seconds", ",.0f")}
+    )
+    return shown | _readable("Repair", part_of(numbers, REPAIR), first | repair | kept)
 
 
 def of_analysis(analysis: Mapping) -> list[dict]:
@@ -1058,16 +741,14 @@ def table6(evidence: Evidence) -> Table:
     lacking = [f"{name}: no runs; {command}" for name in mixtures]
     lacking += missing(mixed, planned(methods, POINTS), (), command) if len(mixed) or not mixtures else []
     note = "alone: an adapter for each task by itself, in runs of one task; its parameters are those of one adapter."
-    return Table(
+    return _of_methods(
         "table6",
-        "Table 6: one adapter for several tasks",
-        "sparse subnetworks of LoRA match dense LoRA where one adapter learns several tasks, too.",
-        judged(numbers, "partial", "lora", POINTS),
+        evidence,
+        runs,
         numbers,
-        readable_scores(numbers) | readable_differences(numbers),
-        [note] * (len(runs) > len(mixed)) + notes_of(numbers, runs, evidence),
+        judged(numbers, "partial", "lora", POINTS),
         lacking,
-        origin_of(runs),
+        [note] * (len(runs) > len(mixed)),
     )
 
 
@@ -1108,8 +789,7 @@ def table7(evidence: Evidence) -> Table:
     ]
     return Table(
         "table7",
-        "Table 7: time, memory and bytes",
-        "what is saved is counted in trainable parameters.",
+        *ABOUT["table7"],
         _less_than_dense(_rows(numbers, BENCH)),
         numbers,
         _readable_costs(numbers),
@@ -1171,42 +851,21 @@ def of_costs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    bench = [
-        {
-            "model": row["model"],
-            "rank": f"{row['rank']:.0f}",
-            "method": row["method"],
-            "parameters": cell(row["parameters"], ",.0f"),
-            "of dense": cell(row["share"], ".1%"),
-            "step (s)": cell(row["step_seconds"], ".3f"),
-            "step / LoRA": cell(row["step"], ".3f")
-            + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] < row["high"] else ""),
-            "saved / LoRA": cell(row["saved"], ".3f"),
-            "state (MiB)": cell(row["state_bytes"] / 2**20, ".2f"),
-            "file (MiB)": cell(row["file_bytes"] / 2**20, ".2f"),
-        }
-        for row in _rows(numbers, BENCH)
-    ]
-    runs = [
-        {
-            "task": row["task"],
-            "model": row["model"],
-            "operating point": row["operating_point"],
-            "method": row["method"],
-            "n": f"{row['n']:.0f}",
-            "score": measured(row["metric"], row["mean"], row["std"]),
-            "parameters": cell(row["parameters"], ",.0f"),
-            "of dense": cell(row["share"], ".1%"),
-            "adapter file (KB)": cell(row["adapter_bytes"] / 1e3, ",.0f"),
-            "optimizer (KB)": cell(row["optimizer_bytes"] / 1e3, ",.0f"),
-            "step (ms)": cell(row["step_seconds"] * 1e3, ",.0f"),
-            "activations (MB)": cell(row["saved_activation_bytes"] / 1e6, ",.1f"),
-            "peak memory (MB)": cell(row["peak_memory_bytes"] / 1e6, ",.0f"),
-        }
-        for row in _rows(numbers, RUNS)
-    ]
-    shown = {"Benchmark of a training step": pd.DataFrame(bench)} if bench else {}
-    return shown | ({"Runs": plain(pd.DataFrame(runs))} if runs else {})
+    def step(row: Mapping) -> str:
+        ends = f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] < row["high"] else ""
+        return cell(row["step"], ".3f") + ends
+
+    size = {"parameters": ("parameters", ",.0f"), "of dense": ("share", ".1%")}
+    bench = {"model": "model", "rank": ("rank", ".0f"), "method": "method", **size}
+    bench |= {"step (s)": ("step_seconds", ".3f"), "step / LoRA": step, "saved / LoRA": ("saved", ".3f")}
+    bench |= {"state (MiB)": ("state_bytes", ".2f", 2**20), "file (MiB)": ("file_bytes", ".2f", 2**20)}
+    runs = {name.replace("_", " "): name for name in ("task", "model", "operating_point", "method")}
+    runs |= {"n": ("n", ".0f"), "score": lambda row: measured(row["metric"], row["mean"], row["std"]), **size}
+    runs |= {"adapter file (KB)": ("adapter_bytes", ",.0f", 1e3), "optimizer (KB)": ("optimizer_bytes", ",.0f", 1e3)}
+    runs |= {"step (ms)": ("step_seconds", ",.0f", 1e-3), "activations (MB)": ("saved_activation_bytes", ",.1f", 1e6)}
+    runs |= {"peak memory (MB)": ("peak_memory_bytes", ",.0f", 1e6)}
+    shown = _readable("Benchmark of a training step", part_of(numbers, BENCH), bench)
+    return shown | _readable("Runs", part_of(numbers, RUNS), runs)
 
 
 def _less_than_dense(rows: Sequence[Mapping]) -> list[Verdict]:

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import reproduce
-from evidence import tables
+from evidence import paired, tables
+from evidence.paired import FAILS, HOLDS, OPEN, WORSE, Pair, average, between
 from evidence.runs import gather
-from evidence.tables import FAILS, HOLDS, OPEN, WORSE, Pair, Table, average, between
+from evidence.tables import Table
 from evidence_records import EXAMPLES, leave
 from scipy import stats
 
@@ -165,17 +166,17 @@ def test_what_cannot_be_paired_is_refused() -> None:
     ],
 )
 def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str, as_good: str, better: str) -> None:
-    word = tables.verdict(-high, -low, None) if metric == "mse" else tables.verdict(low, high)
+    word = paired.verdict(-high, -low, None) if metric == "mse" else paired.verdict(low, high)
     row = {"low": low, "high": high, "metric": metric, "seeds": 3, "verdict": word}
-    assert (tables.as_good(row), tables.better(row)) == (as_good, better)
-    assert tables.better(row | {"seeds": 1}) == OPEN
-    assert tables.as_good(None) == tables.better(None) == OPEN
+    assert (paired.as_good(row), paired.better(row)) == (as_good, better)
+    assert paired.better(row | {"seeds": 1}) == OPEN
+    assert paired.as_good(None) == paired.better(None) == OPEN
 
 
 def test_only_shares_are_read_in_points() -> None:
     row = {"difference": 0.0123, "low": 0.01, "high": 0.015}
-    assert {tables.interval(row | {"metric": name}) for name in ("accuracy", "average")} == {"+1.23 [+1.00, +1.50]"}
-    assert {tables.interval(row | {"metric": name}) for name in ("mse", "matthews")} == {"+0.0123 [+0.0100, +0.0150]"}
+    assert {paired.interval(row | {"metric": name}) for name in ("accuracy", "average")} == {"+1.23 [+1.00, +1.50]"}
+    assert {paired.interval(row | {"metric": name}) for name in ("mse", "matthews")} == {"+0.0123 [+0.0100, +0.0150]"}
 
 
 # Tables of one set of records
@@ -341,13 +342,13 @@ def test_an_average_is_of_the_tasks_with_a_common_seed_and_one_of_several_tasks_
             leave(tmp_path, "lora", seed=more, wrong=20, task=task)
             leave(tmp_path, "partial", seed=seed + more, wrong=20 + worse, task=task)
     table = make("table1", tmp_path)
-    paired = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
-    assert list(paired.index) == ["a", "b", "average"]
-    assert (paired.loc["average", "difference"], paired.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
+    rows = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
+    assert list(rows.index) == ["a", "b", "average"]
+    assert (rows.loc["average", "difference"], rows.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
     assert table.shown["Differences"]["task"].tolist() == ["a", "b", "average of 2"]
     assert ("vit, svd, threshold 0.9", FAILS) in verdicts(table)
-    without = paired.drop(index="average").reset_index()
-    assert {each.verdict for each in tables.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
+    without = rows.drop(index="average").reset_index()
+    assert {each.verdict for each in paired.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
 
 
 def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
