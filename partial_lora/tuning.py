@@ -2,7 +2,7 @@
 
 It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
 {rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
-tuned (rate_search.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
+tuned (scripts/tune.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
 equals; null stands for a rate at which training failed, and for a loss that an older file did not keep. `settings`
 are those that matter to the rate (rate_settings.py), of all its runs.
 """

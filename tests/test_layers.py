@@ -26,7 +26,7 @@ LAYERS = (
         "remote_code",
         "handover",
     }
-    | {"members", "data_dir", "tuning", "rate_settings", "rate_search", "operating_point", "identity", "unknown_key"}
+    | {"members", "data_dir", "tuning", "rate_settings", "operating_point", "identity", "unknown_key"}
     | {"accelerate_file", "failures"},
     {"importance", "leverage", "pruning", "saliency", "masks", "runs", "finished", "asked_task", "places"}
     | {"conditions", "wellformed", "predicted"}
