@@ -131,8 +131,7 @@ def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Pa
     assert settings["trainer"]["learning_rate"] == 3e-2  # of budget 0.13, though the settings have threshold 0.9
     assert record.new(settings)["tuning"] == "tuned"
     results.write_json(calibration, content | {"axes": "joint", "budget": 0.2})
-    said = "tuned elsewhere (budget 0.13, calibration.axes=separate)"
-    assert record.new(composed(*given))["tuning"] == said
+    assert record.new(composed(*given))["tuning"] == "tuned elsewhere (budget 0.13, calibration.axes=separate)"
     results.write_json(calibration, {})
     with pytest.raises(PartialLoraError, match=r"calibration\.file=.*calibration\.json"):
         composed(*given)
