@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
 # make test    everything the tests need, and the tests (JOBS=2 processes)
+# make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
@@ -25,7 +26,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate models bench calibration-analyses clean
+.PHONY: demo test test-all browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -39,12 +40,29 @@ $(VENV)/.test-installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.test-all-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-all]'
+	touch $@ $(VENV)/.installed $(VENV)/.test-installed
+
 demo: $(VENV)/.installed
 	$(BIN)/partial-lora train
 
 # Files go in the order of their names: by their number of tests, those of few but long ones would come last, and alone.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# What is still skipped, and why, stands above the last line.
+test-all: $(VENV)/.test-all-installed browser
+	PARTIAL_LORA_TEST_DOWNLOAD=1 $(PYTEST)
+
+# Chromium, for the tests of the report's page; no failure where it cannot be installed.
+browser:
+	@for each in chromium chromium-browser google-chrome; do command -v $$each && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get && timeout 300 apt-get update && \
+		DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y --no-install-recommends chromium; then exit; fi \
+		>/dev/null 2>&1; \
+	echo "no Chromium, and it cannot be installed (that takes root, apt-get and a network): no browser opens the page"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -265,7 +265,7 @@ def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
 def test_report_tabulates_the_runs(place: Path, trained) -> None:
     done = here(place, "report", "results")
     assert done.returncode == 0, done.stderr
-    table = (place / "results" / "report" / "table.md").read_text()
+    table = (place / "results" / "report" / "table.md").read_text(encoding="utf-8")
     assert "partial-lora report results" in table.splitlines()[0]
     assert "threshold 0.5" in table
     assert "untuned" in table

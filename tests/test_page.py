@@ -178,7 +178,7 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(re
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
     command += [f"--window-size={max(width, 500)},900", outer.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     rising, falling, said, focused, fits = re.search(r'data-told="([^"]*)"', done.stdout)[1].split(";")
     assert rising.split("|") == ["8.00", "30.00", "91.00 ± 1.00", "100.00"]

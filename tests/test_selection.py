@@ -112,7 +112,7 @@ def test_the_command_filters_groups_and_says_what_it_left_out(tmp_path, found, c
     monkeypatch.setenv("COLUMNS", "100")
     asked = [str(tmp_path), "--where", "task=digits", "--by", "calibration.budget", "--spread", "interval"]
     assert report_command.main(asked) == 0
-    text = (tmp_path / "report" / "table.md").read_text()
+    text = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
     assert text.splitlines()[0].endswith("--where task=digits --by calibration.budget --spread interval")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0][:3] == ["calibration.budget", "n", "test accuracy (%)"]

@@ -266,9 +266,10 @@ def test_an_unreachable_server_of_mlflow_ends_nothing(tmp_path: Path, monkeypatc
 
 
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed (extra `trackers`)")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (extra `trackers`)")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracking(tmp_path, "wandb").finish(MEASURED, 2)
+    wandb.teardown()  # its service may still be writing
     (kept,) = (run_directory(tmp_path) / "wandb").glob("offline-run-*/*.wandb")
     assert b"test/accuracy" in kept.read_bytes()
     assert SECRET.encode() not in kept.read_bytes()
