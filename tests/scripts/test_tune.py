@@ -69,8 +69,7 @@ def test_equals_are_decided_by_loss_and_seeds_are_averaged() -> None:
 def test_the_best_may_be_the_lowest(metric: str) -> None:
     records = search([0.5, 0.9, 0.2, 0.7], "method=lora")
     for record in records:
-        validation = record["metrics"]["validation"]
-        validation |= {"primary": metric, metric: validation["accuracy"]}
+        record["metrics"]["validation"] |= {"primary": metric, metric: record["metrics"]["validation"]["accuracy"]}
     assert tune.best_rates(records)[0][0]["learning_rate"] == 1e-2
 
 
@@ -103,25 +102,18 @@ def test_every_method_is_searched_for_as_long() -> None:
 @pytest.mark.parametrize(
     ("override", "own", "other"),
     [
-        ("trainer.epochs=50", "trainer.epochs=5 ", "50"),
-        ("method.rank=4", "method.rank=16", "4"),
+        ("trainer.epochs=50", "trainer.epochs=5", "50"),
         ("importance=random", "importance.name=svd", "random"),
-        ("calibration.axes=joint", "calibration.axes=separate", "joint"),
-        ("task.train_samples=90", "task.train_samples=null", "90"),
         ("model.target_modules=[attn.qkv]", "model.target_modules=[", "[attn.qkv]"),
     ],
 )
-def test_the_runs_of_one_search_agree_in_every_setting_that_matters(override: str, own: str, other: str) -> None:
+def test_the_runs_of_one_search_agree_in_settings_and_seeds(override: str, own: str, other: str) -> None:
     alike = search([0.5, 0.6, 0.7, 0.6])
     for mixed in ([alike[0], run(3e-3, 0.9, override), *alike[2:]], [*alike, run(3e-3, 0.9, override)]):
-        with refused("partial (rows_columns, threshold 0.9)", own, "learning rate 0.001", other, "at 0.003"):
+        with refused("partial (rows_columns, threshold 0.9)", own, "at learning rate 0.001", other, "at 0.003"):
             tune.best_rates(mixed)
-
-
-def test_every_rate_is_tried_with_the_same_seeds() -> None:
-    once = search([0.5, 0.6, 0.7, 0.6], "method=lora")
-    with refused("lora", "seeds [0] at learning rate 0.001, [0,1] at 0.01"):
-        tune.best_rates([*once, run(1e-2, 0.1, "method=lora", seed=1)])
+    with refused("partial", "seeds [0] at learning rate 0.001, [0,1] at 0.01"):
+        tune.best_rates([*alike, run(1e-2, 0.1, seed=1)])
 
 
 def test_what_is_not_calibrated_has_neither_masks_nor_points() -> None:
