@@ -79,7 +79,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @dataclass
 class Evaluations:
     """How much work a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same
-    for each example (one block on one example of a batch; a block of which a part was left out counts whole)."""
+    for each example (one block on one example of a batch)."""
 
     passes: int = 0
     examples: int = 0
@@ -93,7 +93,7 @@ class FewShotScore:
     batches: the scored draw; each holds the model's inputs by name and "labels" (what else "options" needs: see
     `likelihood.OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of
     two arrays. blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds
-    the altered module nothing changes, and inside it not all. memory: bytes that may be kept for that between passes.
+    the altered module nothing changes. memory: bytes that may be kept for that between passes.
     sizes: where several tasks' heads are side by side, how many outputs each has (`slices`); of accuracy or loss.
 
     The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.

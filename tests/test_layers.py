@@ -32,7 +32,7 @@ LAYERS = (
     | {"conditions", "wellformed", "predicted"}
     | {"reliability", "stability", "retest", "inputs", "selection", "grouping"},
     {"adapter", "models", "tasks", "targets", "saved_model"},
-    {"scoring", "rubric", "metric", "likelihood", "ordering", "replay", "reuse", "slices"}
+    {"scoring", "rubric", "metric", "likelihood", "ordering", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
     | {"budget", "repair", "estimate", "findings"},
