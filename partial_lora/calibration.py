@@ -19,7 +19,6 @@ from torch import nn
 from partial_lora import budget as budgets
 from partial_lora.calibration_file import Calibration
 from partial_lora.curves import Curves, Store
-from partial_lora.estimate import estimate, timed_pass
 from partial_lora.importance import Importance, Scores, name_of, scores_of
 from partial_lora.peers import Alone, Peers, gathered, of_first
 from partial_lora.points import AXES, BOTH, CURVE_AXES, Levels, Sparsity, both_axes, listed
@@ -59,7 +58,6 @@ def calibrate(
     known: Calibration | None = None,
     store: Path | None = None,
     peers: Peers | None = None,
-    say: Callable[[str], None] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Calibration:
     """Find one sparsity for each module and axis from the frozen model (Algorithm 1).
@@ -88,7 +86,6 @@ def calibrate(
             the importance: none of them is in it. Asked the same again, it is all that is read.
         peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
             one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
-        say: called once with an estimate of the cost in words, before the curves start.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
             both share it; with a budget, anew for each threshold tried.
 
@@ -121,13 +118,10 @@ def calibrate(
         curves = Curves(model, score, modules, scores, kept)
         if not cached:
             # (1) What the frozen model scores.
-            baseline, seconds = gathered(peers, partial(timed_pass, score, curves.intact))[0]
+            baseline = gathered(peers, curves.intact)[0]
             kept.belongs_to(baseline)
             if known is not None:
                 start_from(kept, known)
-            if say is not None and peers.rank == 0:
-                say(estimate(asked, len(modules), len(grid), getattr(score, "size", None), seconds, peers.size))
-
             steps = _Steps(asked, list(modules), grid, units, baseline, curves, kept, peers, progress)
             # (2) For each module and axis, how much can be zeroed while enough of that is left.
             if count is None:

@@ -155,7 +155,6 @@ def calibrate_few_shot(
             repair=repair,
             above_chance=chance == "majority",
             peers=peers,
-            say=_say,
             progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
         )
 
@@ -175,12 +174,6 @@ def halves_few_shot(
         asked_of = {"draws": part, "seed": seed, "stage": stage}
         found.append(calibrate_few_shot(model, train, transform, **asked_of, **asked).sparsity)
     return reliability(*found)
-
-
-def _say(words: str) -> None:
-    """Words for the log and for whoever watches."""
-    logger.info("%s", words)
-    progress.say(words)
 
 
 def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:

@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from partial_lora import methods, models, parameters
 from partial_lora.budget import dense_parameters, masked_units
-from partial_lora.calibration import sparsity_levels
-from partial_lora.estimate import passes_at_most
 from partial_lora.loading import check_modality, named
 from partial_lora.memory import peak_memory
+from partial_lora.search import passes_at_most, sparsity_levels
 from partial_lora.trainer_schema import at_once
 
 

@@ -12,17 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from partial_lora.redaction import redacted
-
 VARIABLE = "PARTIAL_LORA_PROGRESS"
 _INTERVAL = 0.1  # seconds between two events of one stage; a bar drawn more often than that looks the same
 
 _last: dict[str, float] = {}
-
-
-def say(text: str) -> None:
-    """Let the parent show a line of words. Silent where `emit` is."""
-    _write({"said": redacted(text)})
 
 
 def emit(stage: str, done: int, total: int, **detail: object) -> None:
@@ -35,16 +28,12 @@ def emit(stage: str, done: int, total: int, **detail: object) -> None:
     if done < total and now - _last.get(stage, -_INTERVAL) < _INTERVAL:
         return
     _last[stage] = now
-    _write({"stage": stage, "done": done, "total": total, **detail})
-
-
-def _write(event: dict) -> None:
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
         return
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps({"stage": stage, "done": done, "total": total, **detail}) + "\n")
     except OSError:
         os.environ.pop(VARIABLE)  # a full disk or a removed directory must not end a training for its progress bar
 

@@ -68,6 +68,19 @@ def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
 Search = Callable[[Callable[[float], bool], Sequence[float]], float]
 SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect}
 
+
+def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
+    """Full passes that can be needed: every point that a search can ask for, and the joint score of the result.
+
+    A repair relaxes at most every level of every curve, and asks for a joint score whenever it doubles or halves.
+    """
+    asked = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
+    if not repair:
+        return modules * axes * asked + 1
+    steps = modules * axes * levels  # their order asks for the levels that a bisection has passed over
+    return steps + 1 + 2 * math.ceil(math.log2(steps + 1))
+
+
 SCOPES = ("independent", "cumulative", "cumulative_backward")
 
 

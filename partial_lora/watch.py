@@ -33,10 +33,7 @@ class Bars:
         self._progress.stop()
 
     def update(self, event: dict) -> None:
-        """Take in one event of the worker: how far a stage is, or a line of words."""
-        if "said" in event:
-            self._console.print(event["said"], highlight=False, markup=False, soft_wrap=True)
-            return
+        """Take in one event of the worker: how far a stage is."""
         stage, done, total = event["stage"], event["done"], event["total"]
         if self._console.is_terminal:
             self._draw(stage, done, total, _detail(event))

@@ -181,16 +181,9 @@ def test_a_budget_is_met_by_the_shapes_on_record(place: Place) -> None:
     assert 0.99 * 0.13 * dense <= kept_parameters(shapes, 16, entry["sparsity"]) <= 0.13 * dense
 
 
-def test_the_estimate_comes_first_and_warnings_come_everywhere(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_come_everywhere(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         directory, entry = place.calibrate("calibration.shots=100", "calibration.max_samples=40")
-    events = list(progress.Reader(place.folder / "events"))
-    (said,) = (number for number, event in enumerate(events) if "said" in event)
-    assert all(event["stage"] != "calibrate" for event in events[:said])
-    assert events[said]["said"].startswith(
-        "calibration: 12 modules, 2 axes, 19 levels: at most 457 passes over 40 examp"
-    )
-    assert events[said]["said"] in caplog.text
     warnings = entry["calibration"]["warnings"]
     assert warnings[0].startswith("calibration.shots=100: used whole")
     assert len(warnings) > 1  # random weights: the joint score, at the least

@@ -16,7 +16,7 @@ from partial_lora.budget import kept_parameters
 from partial_lora.calibration import bisect, passes, scan
 from partial_lora.points import digest_of
 from partial_lora.scoring import FewShotScore
-from partial_lora.search import line, threshold_of
+from partial_lora.search import line, passes_at_most, threshold_of
 
 BLOCKS = "vit.blocks"
 
@@ -317,3 +317,18 @@ def test_variants_that_make_no_sense_are_named(model, arguments, message):
     with pytest.raises(PartialLoraError, match=message) as error:
         calibrate(model, lambda model: 1.0, **GRID | arguments)
     assert "\n" not in str(error.value)
+
+
+def test_passes_are_counted_by_hand():
+    assert passes_at_most(48, 2, 19, search="scan") == 48 * 2 * 19 + 1
+    assert passes_at_most(48, 1, 19, search="bisect") == 48 * 5 + 1
+    assert [passes_at_most(1, 1, levels, search="bisect") - 1 for levels in (1, 3, 4, 7, 8)] == [1, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("search", ["scan", "bisect"])
+@pytest.mark.parametrize("more", [{}, {"axes": "joint"}, {"scope": "cumulative"}, {"repair": True}])
+def test_no_calibration_takes_more_passes_than_foretold(model, batches, search, more):
+    found = calibrate(model, Counted(batches), target_modules=TARGETS, levels=0.2, search=search, threshold=0.8, **more)
+    axes = 1 if "axes" in more else 2
+    foretold = passes_at_most(6, axes, 4, search=search, repair="repair" in more)
+    assert found.evaluations <= foretold + 1  # and the baseline

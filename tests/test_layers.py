@@ -35,7 +35,7 @@ LAYERS = (
     {"scoring", "rubric", "metric", "likelihood", "ordering", "reuse", "slices"}
     | {"fewshot", "heads", "loading"}
     | {"calibration", "calibration_file", "curves", "points", "search", "store", "peers", "scopes", "question"}
-    | {"budget", "repair", "estimate", "findings"},
+    | {"budget", "repair", "findings"},
     {
         "methods",
         "fit",

@@ -52,21 +52,6 @@ def test_other_ranks_and_a_place_that_is_gone_are_silent(events: Path, monkeypat
     assert not events.exists()
 
 
-def test_words_arrive_in_their_place_among_the_events(events: Path) -> None:
-    progress.emit("calibrate", 0, 2)
-    progress.say("at most 9 passes")
-    progress.emit("calibrate", 2, 2)
-    assert [event.get("said", event.get("done")) for event in progress.Reader(events)] == [0, "at most 9 passes", 2]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_words_are_shown_as_they_are(terminal: bool) -> None:
-    written = io.StringIO()
-    with Bars(Console(file=written, force_terminal=terminal, width=120)) as bars:
-        bars.update({"said": "calibration: [48] modules, about 3 min"})
-    assert "calibration: [48] modules, about 3 min\n" in written.getvalue()
-
-
 def drawn(terminal: bool) -> str:
     written = io.StringIO()
     console = Console(file=written, force_terminal=terminal, width=120)
