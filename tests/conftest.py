@@ -13,8 +13,8 @@ import pytest
 
 # Before torch is loaded: its models here are too small for several threads, and threads that spin while they wait make
 # the suite ten times slower on a machine that does anything else.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # What the libraries of Hugging Face keep is neither taken from nor left in the home of whoever runs the tests.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
