@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_lora.adapter import PartialLoraConfig, PartialLoraModel, load_compact, warm_start, write_compact
-    from partial_lora.calibration import Calibration, calibrate
+    from partial_lora.calibration.calibration import Calibration, calibrate
     from partial_lora.errors import PartialLoraError
 
 # Resolved on first use, so that `partial-lora --help` does not import torch.
 _PUBLIC = {
-    "Calibration": "calibration",
+    "Calibration": "calibration.calibration_file",
     "PartialLoraConfig": "adapter",
     "PartialLoraError": "errors",
     "PartialLoraModel": "adapter",
-    "calibrate": "calibration",
+    "calibrate": "calibration.calibration",
     "load_compact": "adapter",
     "warm_start": "adapter",
     "write_compact": "adapter",

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from partial_lora import remote_code, running
-from partial_lora.composition import USAGE_ERROR, compose
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import redact_output
+from partial_lora.runs import remote_code, running
+from partial_lora.runs.composition import USAGE_ERROR, compose
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -95,7 +95,8 @@ def _parsed(arguments: list[str]) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from partial_lora import errors, export, finished
+    from partial_lora import errors
+    from partial_lora.runs import export, finished
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
@@ -129,9 +130,9 @@ def _calibrate(settings: dict) -> int:
 def _info(settings: dict) -> int:
     from rich.console import Console
 
-    from partial_lora import parameters
-    from partial_lora.outline import outline
-    from partial_lora.trainer_schema import at_once
+    from partial_lora.runs.outline import outline
+    from partial_lora.runs.trainer_schema import at_once
+    from partial_lora.training import parameters
 
     found = outline(settings)
     console = Console()

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partial_lora import config, schema
-from partial_lora.asked_task import asked_task
-from partial_lora.composition import composition_error, refuse_group_lists
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import finished_run
+from partial_lora.runs import config, schema
+from partial_lora.runs.asked_task import asked_task
+from partial_lora.runs.composition import composition_error, refuse_group_lists
+from partial_lora.runs.finished import finished_run
 
 if TYPE_CHECKING:
-    from partial_lora.evaluate_run import Evaluation
+    from partial_lora.runs.evaluate_run import Evaluation
 
 _TRAINER = ("device", "eval_batch_size")  # what may be told beside the task
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from partial_lora.evaluate_run import evaluate_run
+    from partial_lora.runs.evaluate_run import evaluate_run
 
     with _bar() as advance:
         done = evaluate_run(

@@ -14,14 +14,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partial_lora import inputs
-from partial_lora.asked_task import asked_task
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import FinishedRun, finished_run
-from partial_lora.inputs import Input, Inputs
+from partial_lora.runs import inputs
+from partial_lora.runs.asked_task import asked_task
+from partial_lora.runs.finished import FinishedRun, finished_run
+from partial_lora.runs.inputs import Input, Inputs
 
 if TYPE_CHECKING:
-    from partial_lora.inference import Prediction, Predictor
+    from partial_lora.runs.inference import Prediction, Predictor
 
 _WIDEST = 32  # columns that a label is padded to, at most
 _QUOTED = 80  # characters of a line that an error repeats
@@ -120,7 +120,7 @@ def _predictor(run: FinishedRun, device: str, max_new_tokens: int | None, member
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from partial_lora.inference import Predictor
+    from partial_lora.runs.inference import Predictor
 
     return Predictor(run, device=device, max_new_tokens=max_new_tokens, member=member)
 

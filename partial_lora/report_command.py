@@ -8,10 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from partial_lora import comparison_files, comparison_table, gallery, method_comparison, page, report, runs, selection
-from partial_lora.marking import best
-from partial_lora.predicted import Predictions
-from partial_lora.results import RESULT
+from partial_lora.report import (
+    comparison_files,
+    comparison_table,
+    gallery,
+    method_comparison,
+    page,
+    report,
+    runs,
+    selection,
+)
+from partial_lora.report.marking import best
+from partial_lora.report.predicted import Predictions
+from partial_lora.runs.results import RESULT
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,34 +14,21 @@ from statistics import fmean
 from peft import PeftModel
 from transformers import set_seed
 
-from partial_lora import (
-    calibrating,
-    calibration_figures,
-    checkpoints,
-    evaluation,
-    figures,
-    fit,
-    fsdp,
-    judges,
-    loading,
-    methods,
-    mixture_judge,
-    models,
-    page,
-    parameters,
-    results,
-)
+from partial_lora import methods, models, sealed
 from partial_lora.adapter import module_sparsity
-from partial_lora.budget import dense_parameters
-from partial_lora.cost import Cost, file_bytes
-from partial_lora.fewshot import halves_few_shot
-from partial_lora.identity import flatten
-from partial_lora.loading import named
-from partial_lora.peers import of_first
-from partial_lora.record import finite, timed
-from partial_lora.targets import target_names
-from partial_lora.tracking import Tracking
-from partial_lora.world import join
+from partial_lora.calibration.budget import dense_parameters
+from partial_lora.calibration.fewshot import halves_few_shot
+from partial_lora.calibration.peers import of_first
+from partial_lora.models.targets import target_names
+from partial_lora.report import calibration_figures, figures, page
+from partial_lora.runs import calibrating, loading, results
+from partial_lora.runs.identity import flatten
+from partial_lora.runs.loading import named
+from partial_lora.runs.record import finite, timed
+from partial_lora.training import checkpoints, evaluation, fit, fsdp, judges, mixture_judge, parameters
+from partial_lora.training.cost import Cost, file_bytes
+from partial_lora.training.tracking import Tracking
+from partial_lora.training.world import join
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +85,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
-                results.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
+                sealed.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             if world.is_main:
                 calibration_figures.draw(record, calibration.modules, directory)

@@ -13,9 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
-from partial_lora import failures, handover, record, remote_code, results
+from partial_lora import sealed
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import redact_output, redacted
+from partial_lora.runs import failures, handover, record, remote_code, results
 from partial_lora.sealed import settle
 
 logger = logging.getLogger("partial_lora.worker")
@@ -37,7 +38,7 @@ def work(directory: Path, stage: str) -> int:
         record.carry_on(entry, earlier)
     try:
         if is_main:
-            results.write_json(directory / results.RESULT, entry)
+            sealed.write_json(directory / results.RESULT, entry)
         from transformers.utils import logging as transformers_logging
 
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
@@ -58,7 +59,7 @@ def work(directory: Path, stage: str) -> int:
         logger.error("%s", entry["error"])
     finally:
         if is_main:
-            results.write_json(directory / results.RESULT, entry)
+            sealed.write_json(directory / results.RESULT, entry)
     if entry["status"] != "finished":
         return 1
     if is_main:

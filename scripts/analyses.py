@@ -42,31 +42,15 @@ import transformers
 from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
-from partial_lora import (
-    budget,
-    calibrating,
-    calibration,
-    cli,
-    composition,
-    config,
-    fewshot,
-    figures,
-    heads,
-    loading,
-    models,
-    peers,
-    record,
-    reliability,
-    results,
-    scoring,
-    stability,
-    targets,
-    tasks,
-    world,
-)
+from partial_lora import cli, models, sealed, tasks
+from partial_lora.calibration import budget, calibration, fewshot, heads, peers, reliability, scoring, stability
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
+from partial_lora.models import targets
+from partial_lora.report import figures
+from partial_lora.runs import calibrating, composition, config, loading, record, results
 from partial_lora.tasks import label_noise
+from partial_lora.training import world
 
 AXES = ("rows", "columns")
 
@@ -701,12 +685,12 @@ def analyse(what: str, settings: dict, command: str) -> int:
                 if not done:
                     analysis["device"] = subject().device
                     analysis["parts"][name] = part(subject())
-                    results.write_json(path, analysis)
+                    sealed.write_json(path, analysis)
                 seconds = "done before" if done else f"{time.perf_counter() - began:,.1f} s"
                 print(f"{position}/{len(parts)} {name}: {seconds}", flush=True)
             analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
-            results.write_json(path, analysis)
-        results.write_atomic(folder / "table.md", markdown(analysis))
+            sealed.write_json(path, analysis)
+        sealed.write_atomic(folder / "table.md", markdown(analysis))
         with matplotlib.rc_context(STYLE):
             figure = ANALYSES[what].figure(analysis)
             for suffix in (".png", ".svg"):

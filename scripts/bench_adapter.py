@@ -28,9 +28,9 @@ import bench_report
 import torch
 from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
 
-from partial_lora import record
 from partial_lora.adapter import module_masks
-from partial_lora.results import write_atomic, write_json
+from partial_lora.runs import record
+from partial_lora.sealed import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,15 +25,15 @@ from bench_adapter import ROOT, describe_machine
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import loading
-from partial_lora.calibration import calibrate, sparsity_levels
-from partial_lora.calibration_file import Sparsity
-from partial_lora.composition import compose
-from partial_lora.fewshot import batches_of, importance_few_shot
-from partial_lora.heads import few_shot_head
-from partial_lora.results import write_atomic, write_json
-from partial_lora.scoring import FewShotScore
-from partial_lora.targets import target_names
+from partial_lora.calibration.calibration import calibrate, sparsity_levels
+from partial_lora.calibration.calibration_file import Sparsity
+from partial_lora.calibration.fewshot import batches_of, importance_few_shot
+from partial_lora.calibration.heads import few_shot_head
+from partial_lora.calibration.scoring import FewShotScore
+from partial_lora.models.targets import target_names
+from partial_lora.runs import loading
+from partial_lora.runs.composition import compose
+from partial_lora.sealed import write_atomic, write_json
 
 _ALL = 10**6
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]

@@ -11,8 +11,8 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from partial_lora.activations import Storages, alive, kept_by_forward, storages, tensors_in, total
 from partial_lora.adapter.compact import write_compact
+from partial_lora.training.activations import Storages, alive, kept_by_forward, storages, tensors_in, total
 
 STAGES = ("forward", "backward", "optimizer")
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from evidence.dynamics import DYNAMICS, measure, read_dynamics
 
-from partial_lora import remote_code, runs, selection
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import finished_run
+from partial_lora.report import runs, selection
+from partial_lora.runs import remote_code
+from partial_lora.runs.finished import finished_run
 
 FIGURES = ("fig3", "fig7")
 MISSING = 3  # how the command ends where some could not be measured; a traceback ends with 1

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from partial_lora import config
-from partial_lora.composition import compose
-from partial_lora.outline import outline
-from partial_lora.results import write_atomic, write_json
+from partial_lora.runs import config
+from partial_lora.runs.composition import compose
+from partial_lora.runs.outline import outline
+from partial_lora.sealed import write_atomic, write_json
 
 FOLDER = Path("results/models")
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise

@@ -19,8 +19,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from torch.utils.data import DataLoader
 
-from partial_lora import config, judges, loading, results, schema
-from partial_lora.peers import Alone
+from partial_lora import sealed
+from partial_lora.calibration.peers import Alone
+from partial_lora.runs import config, loading, schema
+from partial_lora.training import judges
 
 OUT = Path("results/causal/zero_shot.json")
 LITERAL = 100  # questions of each set
@@ -99,7 +101,7 @@ def main(arguments: list[str]) -> None:
             },
         }
         OUT.parent.mkdir(parents=True, exist_ok=True)
-        results.write_json(OUT, records)
+        sealed.write_json(OUT, records)
         print(task, json.dumps(records[task], indent=1))
 
 

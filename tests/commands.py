@@ -25,7 +25,8 @@ import huggingface_hub
 import torch
 
 import partial_lora.train  # noqa: F401  what a worker imports: once, for all of them
-from partial_lora import cli, processes, worker
+from partial_lora import cli, worker
+from partial_lora.runs import processes
 
 WORKER = ["-m", "partial_lora.worker"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from partial_lora import calibration_figures
+from partial_lora.report import calibration_figures
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 

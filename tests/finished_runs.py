@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
-from partial_lora import config, finished, record, results, schema, train
+from partial_lora import sealed, train
+from partial_lora.runs import config, finished, record, results, schema
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
@@ -41,7 +42,7 @@ def trained(name: str, *overrides: str) -> finished.FinishedRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARTIAL_LORA_CACHE", cache())
         train.run(settings, directory, entry, "train")
-    results.write_json(directory / results.RESULT, entry | {"status": "finished"})
+    sealed.write_json(directory / results.RESULT, entry | {"status": "finished"})
     return finished.finished_run(directory)
 
 

@@ -9,7 +9,7 @@ from configured import load, settings
 
 from partial_lora import methods
 from partial_lora.methods import Setting
-from partial_lora.targets import target_linears
+from partial_lora.models.targets import target_linears
 
 
 def drawn_sparsity(shapes: dict, seed: int, high: float = 0.95) -> dict:

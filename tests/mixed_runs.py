@@ -7,7 +7,7 @@ import functools
 from datasets import ClassLabel, Dataset, Features, Value
 from finished_runs import exchanges, files, picture_files, questions, sentence_files, tables, trained
 
-from partial_lora.finished import FinishedRun
+from partial_lora.runs.finished import FinishedRun
 
 _AT_ITS_END = "trainer.save_steps=12"
 LONGER = ("trainer.max_steps=40", "trainer.save_steps=40")

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from partial_lora.importance import svd
+from partial_lora.calibration.importance import svd
 
 TARGETS = ["attn.qkv", "mlp.fc2"]
 

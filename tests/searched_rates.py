@@ -8,7 +8,7 @@ import functools
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from partial_lora import config, record, schema
+from partial_lora.runs import config, record, schema
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 

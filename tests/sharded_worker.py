@@ -18,8 +18,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from partial_lora import checkpoints, fit, fsdp, losses, models, results, world
+from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.runs import results
+from partial_lora.training import checkpoints, fit, fsdp, losses, world
 
 WORLD = 2
 STEPS = 6

@@ -21,10 +21,10 @@ from PIL import Image
 from test_bundled import make_wheel
 
 import partial_lora
-from partial_lora import config
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer, wheel
 from partial_lora.models.tokenizers import byte_tokenizer
+from partial_lora.runs import config
 
 PACKAGE = Path(partial_lora.__file__).parent
 

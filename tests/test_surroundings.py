@@ -18,9 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_config import settings
 from test_tracking import in_mlflow, said, without_clock
 
-from partial_lora import config, tasks
+from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.redaction import HIDDEN
+from partial_lora.runs import config
 from partial_lora.tasks import hub
 
 SECRET = "correct-horse-battery-staple"  # without the shape of a token: only the environment says what it is

@@ -30,7 +30,7 @@ from partial_lora.adapter.model import module_masks
 from partial_lora.adapter.restore import unchanged_on_error
 from partial_lora.adapter.sharding import is_sharded
 from partial_lora.errors import PartialLoraError
-from partial_lora.results import write_atomic
+from partial_lora.sealed import write_atomic
 
 
 def write_compact(

@@ -18,7 +18,7 @@ from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.adapter.sparsity import AXES, assign_sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, kept_count
-from partial_lora.results import write_json
+from partial_lora.sealed import write_json
 
 if TYPE_CHECKING:
     from partial_lora.adapter.config import PartialLoraConfig

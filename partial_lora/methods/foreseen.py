@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from partial_lora.budget import parameter_count, uniform_sparsity
-from partial_lora.calibration import Calibration
+from partial_lora.calibration.budget import parameter_count, uniform_sparsity
+from partial_lora.calibration.calibration import Calibration
 from partial_lora.methods.setting import Sparsity
 
 _PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract

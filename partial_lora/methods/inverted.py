@@ -7,9 +7,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import scaled
+from partial_lora.calibration.budget import scaled
+from partial_lora.calibration.points import AXES
 from partial_lora.methods.setting import Setting, Sparsity, calibrated
-from partial_lora.points import AXES
 
 
 @calibrated

@@ -10,7 +10,7 @@ import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from partial_lora.budget import TOLERANCE, Shapes
+from partial_lora.calibration.budget import TOLERANCE, Shapes
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, calibrated

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import nn
 
-from partial_lora.adapter.entries import train_entries
+from partial_lora.methods.entries import train_entries
 from partial_lora.methods.setting import Setting, calibrated
 
 

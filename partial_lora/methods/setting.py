@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from partial_lora.budget import Shapes, kept_parameters, masked_units
+from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units
+from partial_lora.calibration.points import AXES
 from partial_lora.masks import Mask
-from partial_lora.points import AXES
 
 Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import Shapes, scaled
+from partial_lora.calibration.budget import Shapes, scaled
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Sparsity, calibrated
 

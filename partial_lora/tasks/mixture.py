@@ -12,8 +12,9 @@ from torch import Tensor
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import splits
+from partial_lora.tasks.causal import CausalTransform
 from partial_lora.tasks.draws import Draws, drawn_from, few_shot_draws
-from partial_lora.tasks.task import SPLITS, Task
+from partial_lora.tasks.task import SPLITS, Task, Transform
 
 Batches = list[dict[str, Tensor]]
 
@@ -172,3 +173,16 @@ class MixtureTransform:
         sizes = self._mixture.sizes
         each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
         return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
+
+
+def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, Tensor]]:
+    """All rows in order as they are trained on: of a choice the right option alone."""
+    if isinstance(transform, MixtureTransform):
+        return transform.by_member(rows, lambda own, each: training_batches(own, each, size))
+    if not isinstance(transform, CausalTransform):
+        return transform.batches(rows, size)
+    prepared = transform.prepare(rows, cache_bytes=0)
+    return [
+        transform.collate([prepared[row] for row in range(start, min(start + size, len(prepared)))])
+        for start in range(0, len(prepared), size)
+    ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import choices, columns, exchanges, files, labels, sources, splits
 from partial_lora.tasks.label_noise import mislabelled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
 SETTINGS = (  # of the task group, as `load` takes them
@@ -46,6 +50,18 @@ _METRICS = {  # that suit a task, by what its labels are
     "places of options": ("accuracy", "accuracy_norm"),
     "texts": ("exact_match", "rouge_l", "perplexity"),
 }
+
+
+class Transform(Protocol):
+    """How rows of a task become what a model reads (`tasks.ImageTransform`, `tasks.TextTransform`)."""
+
+    lengths: bool
+
+    def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset: ...
+
+    def collate(self, rows: Sequence[Mapping]) -> dict[str, Tensor]: ...
+
+    def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)

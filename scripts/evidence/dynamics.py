@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from partial_lora import results
+from partial_lora import sealed
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import Run
+from partial_lora.report.runs import Run
+from partial_lora.runs import results
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-    from partial_lora.finished import FinishedRun
-    from partial_lora.inference import RunModel
+    from partial_lora.runs.finished import FinishedRun
+    from partial_lora.runs.inference import RunModel
 
 DYNAMICS = "dynamics.json"
 VERSION = 1
@@ -106,9 +107,10 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     """
     from torch.utils.data import DataLoader
 
-    from partial_lora import evaluate_run, formats, judges, loading
-    from partial_lora.inference import RunModel
-    from partial_lora.peers import Alone
+    from partial_lora.calibration.peers import Alone
+    from partial_lora.runs import evaluate_run, formats, loading
+    from partial_lora.runs.inference import RunModel
+    from partial_lora.training import judges
 
     blocks = run.settings["model"]["blocks"]
     if blocks is None:
@@ -142,7 +144,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
         },
         "device": trained.device,
     }
-    results.write_json(run.directory / DYNAMICS, content)
+    sealed.write_json(run.directory / DYNAMICS, content)
     return content
 
 
@@ -159,7 +161,7 @@ def drift(frozen: nn.Module, trained: RunModel, batches: Iterable[Mapping], bloc
     """
     import torch
 
-    from partial_lora.reuse import block_names
+    from partial_lora.calibration.reuse import block_names
 
     names = block_names(frozen, blocks)
     moved = trained.model.get_base_model()

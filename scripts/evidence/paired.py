@@ -16,10 +16,11 @@ import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 from evidence.runs import Outcome
-from partial_lora.comparison import MARGIN, Comparison, compared, per_example, resampled, verdict
 from partial_lora.errors import PartialLoraError
-from partial_lora.grouping import point_order
-from partial_lora.runs import LOWER_IS_BETTER, NONE, SHARES
+from partial_lora.report.comparison import MARGIN, Comparison, compared, per_example, resampled, verdict
+from partial_lora.report.grouping import point_order
+from partial_lora.report.runs import NONE
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"
 WHERE = ["model", "mixture", "importance", "operating_point"]

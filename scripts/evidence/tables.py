@@ -49,13 +49,15 @@ from evidence.runs import (
     missing,
     planned,
 )
-from partial_lora.closing import cell, measured, percent
-from partial_lora.comparison import MARGIN
-from partial_lora.grouping import half_interval, point_order
-from partial_lora.report import origin
-from partial_lora.results import read_result, write_atomic
-from partial_lora.retest import reliability
-from partial_lora.runs import NONE, SHARES, number
+from partial_lora.report.closing import cell, measured, percent
+from partial_lora.report.comparison import MARGIN
+from partial_lora.report.grouping import half_interval, point_order
+from partial_lora.report.report import origin
+from partial_lora.report.retest import reliability
+from partial_lora.report.runs import NONE, number
+from partial_lora.runs.results import read_result
+from partial_lora.sealed import write_atomic
+from partial_lora.tasks.metrics import SHARES
 
 ABOUT = {  # the title of each table, and the claim of the paper that it tests
     "table1": (

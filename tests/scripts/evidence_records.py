@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from evidence.dynamics import DYNAMICS, VERSION
 
-from partial_lora import results
+from partial_lora import sealed
+from partial_lora.runs import results
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
@@ -117,11 +118,11 @@ def leave(
     name = f"{method}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     folder = place.joinpath("runs", config["task"]["name"], model, name, f"seed{seed}")
     folder.mkdir(parents=True)
-    results.write_json(folder / results.RESULT, record)
+    sealed.write_json(folder / results.RESULT, record)
     if test is None:
         frame.to_parquet(folder / results.PREDICTIONS)
     if measured:
-        results.write_json(folder / DYNAMICS, {"version": VERSION} | measured)
+        sealed.write_json(folder / DYNAMICS, {"version": VERSION} | measured)
     return folder
 
 

@@ -16,15 +16,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from partial_lora import cli, config, record, schema, tasks, train
-from partial_lora.calibration import calibrate
+from partial_lora import cli, tasks, train
+from partial_lora.calibration.calibration import calibrate
+from partial_lora.calibration.fewshot import batches_of
+from partial_lora.calibration.heads import few_shot_head
+from partial_lora.calibration.importance import scores_of
+from partial_lora.calibration.reliability import reliability, split_half
+from partial_lora.calibration.stability import difference
 from partial_lora.errors import PartialLoraError
-from partial_lora.fewshot import batches_of
-from partial_lora.heads import few_shot_head
-from partial_lora.importance import scores_of
 from partial_lora.masks import Mask
-from partial_lora.reliability import reliability, split_half
-from partial_lora.stability import difference
+from partial_lora.runs import config, record, schema
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
 TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")

@@ -19,10 +19,11 @@ from finished_runs import cache, image_run
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from partial_lora import formats, runs
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import FinishedRun
-from partial_lora.inference import RunModel
+from partial_lora.report import runs
+from partial_lora.runs import formats
+from partial_lora.runs.finished import FinishedRun
+from partial_lora.runs.inference import RunModel
 
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:

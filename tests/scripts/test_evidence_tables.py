@@ -17,8 +17,8 @@ from evidence.tables import Table
 from evidence_records import EXAMPLES, leave
 from scipy import stats
 
-from partial_lora.comparison import compared
 from partial_lora.errors import PartialLoraError
+from partial_lora.report.comparison import compared
 
 BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
 CHOICE = {"task__kind": "choice", "task__modality": "text"}

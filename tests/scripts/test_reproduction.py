@@ -17,8 +17,8 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from partial_lora import config, plan, rate_settings, schema, tuning
-from partial_lora.operating_point import NO_POINT
+from partial_lora.runs import config, plan, rate_settings, schema, tuning
+from partial_lora.runs.operating_point import NO_POINT
 
 ROOT = config.conf_dir().parent
 NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]

@@ -10,8 +10,11 @@ import pytest
 import tune
 from searched_rates import RATES, known, run, search
 
-from partial_lora import config, results, runs, tuning
+from partial_lora import sealed
 from partial_lora.errors import PartialLoraError
+from partial_lora.report import runs
+from partial_lora.runs import config, results, tuning
+from partial_lora.tasks import metrics
 
 
 def refused(*parts: str):
@@ -24,7 +27,7 @@ def write(folder: Path, records: list[dict]) -> str:
     for record in records:
         place = folder / config.run_directory(record["config"])
         place.mkdir(parents=True)
-        results.write_json(place / results.RESULT, record)
+        sealed.write_json(place / results.RESULT, record)
     return str(folder / "results")
 
 
@@ -65,7 +68,7 @@ def test_equals_are_decided_by_loss_and_seeds_are_averaged() -> None:
     assert tune.best_rates(two)[0][0]["learning_rate"] == 3e-2
 
 
-@pytest.mark.parametrize("metric", sorted(runs.LOWER_IS_BETTER))
+@pytest.mark.parametrize("metric", sorted(metrics.LOWER_IS_BETTER))
 def test_the_best_may_be_the_lowest(metric: str) -> None:
     records = search([0.5, 0.9, 0.2, 0.7], "method=lora")
     for record in records:
@@ -124,7 +127,7 @@ def test_what_is_not_calibrated_has_neither_masks_nor_points() -> None:
 
 def test_a_search_with_a_calibration_file_is_at_its_point(tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.json"
-    results.write_json(calibration, {"threshold": 0.42, "budget": 0.13})
+    sealed.write_json(calibration, {"threshold": 0.42, "budget": 0.13})
     records = search([0.5, 0.6, 0.9, 0.8], f"calibration.file={calibration}")
     for record in records:
         record["calibration"] = {"threshold": 0.42, "budget": 0.13, "axes": "joint", "search": "scan"}

@@ -1,0 +1,154 @@
+"""Operating points by size: the sparsities that spend a given number of trainable parameters.
+
+The adapter of a weight (m, n) with |I| rows and |J| columns kept trains rank * (|I| + |J|) parameters. Rows and columns
+are whole, so a budget is met from below, to within what one more of them costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from partial_lora.calibration.points import AXES, Sparsity
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import kept_count
+
+TOLERANCE = 0.01  # share of a budget that may stay unused
+_NARROW = 1e-6  # thresholds closer than this are one threshold
+_HALVINGS = 100  # of a float interval: until no number lies between its ends
+
+Shapes = Mapping[str, tuple[int, int]]
+Counts = dict[str, dict[str, int]]
+
+
+def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
+    """What masks count in modules with W (out, in): {module: (units of B, units of A)}, and the parameters of a unit.
+
+    A row of B and a column of A are `rank` parameters; where single entries are masked, a unit is one.
+    """
+    if granularity == "rows_columns":
+        return shapes, rank
+    return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
+
+
+def dense_parameters(shapes: Shapes, rank: int) -> int:
+    """Trainable parameters of the dense adapter."""
+    return rank * sum(m + n for m, n in shapes.values())
+
+
+def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float) -> int:
+    """Trainable parameters at a sparsity for each module and axis, or at one for all."""
+    if not isinstance(sparsity, Mapping):
+        sparsity = {module: dict.fromkeys(AXES, sparsity) for module in shapes}
+    return _cost({module: _kept(shapes[module], sparsity[module]) for module in shapes}, rank)
+
+
+def parameter_count(budget: float, shapes: Shapes, rank: int) -> int:
+    """The trainable parameters a budget allows: at most 1 is a share of the dense adapter, more is a count.
+
+    Raises PartialLoraError for a budget that no adapter meets, or that is above the dense adapter.
+    """
+    dense, least = dense_parameters(shapes, rank), 2 * rank * len(shapes)
+    if not 0 < budget < math.inf:
+        raise PartialLoraError(f"calibration.budget={budget}: expected a share in (0, 1] or a count of parameters")
+    count = math.floor(budget * dense + 1e-6) if budget <= 1 else math.floor(budget)
+    if count < least:
+        raise PartialLoraError(
+            f"calibration.budget={budget:g}: allows {count} parameters, expected at least {least} "
+            f"(one row and one column of each of {len(shapes)} modules at rank {rank})"
+        )
+    if count > dense:
+        raise PartialLoraError(
+            f"calibration.budget={budget:g}: expected at most {dense}, the dense adapter's parameters"
+        )
+    return count
+
+
+def meet(
+    count: int, shapes: Shapes, rank: int, sparsities: Callable[[float], Sparsity], lowest: float = 0.0
+) -> tuple[float, Sparsity]:
+    """The largest threshold whose sparsities train at most `count` parameters, and sparsities that spend them.
+
+    sparsities: gives what calibration chooses at a threshold; a larger threshold never gives a larger sparsity.
+    lowest: the threshold at which scores are at chance. What passes below it says nothing about a module, so where
+    even that costs too much, its densities are scaled down in proportion; where the threshold found leaves more than
+    1 % unused, they are scaled up.
+    """
+    threshold = largest_threshold(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
+    chosen = sparsities(threshold)
+    if (1 - TOLERANCE) * count <= kept_parameters(shapes, rank, chosen) <= count:
+        return threshold, chosen
+    return threshold, scaled(chosen, shapes, rank, count)
+
+
+def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
+    """The largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
+
+    Asks from high to low at first, since a low threshold leads deep into the curves.
+    """
+    low, high = lowest, 1.0
+    if low >= high or fits(high):
+        return high
+    while high - low > _NARROW:
+        middle = (low + high) / 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, count: int) -> Sparsity:
+    """Every density times one factor (never above 1), so that `count` parameters are spent, and not one more.
+
+    Rows of equal density appear together as the factor grows; of those that the last step would add, as many are
+    taken as still fit, in the order of the modules.
+    """
+
+    def at(factor: float) -> Counts:
+        return {
+            module: _kept(shape, {axis: max(0.0, 1 - factor * (1 - sparsity[module][axis])) for axis in AXES})
+            for module, shape in shapes.items()
+        }
+
+    low, high = 0.0, max(1 / (1 - sparsity[module][axis]) for module in shapes for axis in AXES)
+    if _cost(at(high), rank) <= count:
+        low = high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cost(at(middle), rank) <= count else (low, middle)
+    kept, next_kept = at(low), at(high)
+    room = (count - _cost(kept, rank)) // rank
+    for module in shapes:
+        for axis in AXES:
+            added = min(room, next_kept[module][axis] - kept[module][axis])
+            kept[module][axis] += added
+            room -= added
+    return {
+        module: {axis: 1 - kept[module][axis] / size for axis, size in zip(AXES, shape, strict=True)}
+        for module, shape in shapes.items()
+    }
+
+
+def uniform_sparsity(shapes: Shapes, rank: int, count: int) -> float:
+    """The one sparsity that, on every module and axis, trains as many parameters as `count` allows.
+
+    Raises PartialLoraError where one row and one column of each module are already more.
+    """
+    if kept_parameters(shapes, rank, 0.0) <= count:
+        return 0.0
+    low, high = 0.0, math.nextafter(1.0, 0.0)
+    if kept_parameters(shapes, rank, high) > count:
+        raise PartialLoraError(f"{count} trainable parameters: expected at least one row and one column of each module")
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept_parameters(shapes, rank, middle) <= count else (middle, high)
+    return high
+
+
+def _kept(shape: tuple[int, int], sparsity: Mapping[str, float]) -> dict[str, int]:
+    return {axis: kept_count(size, sparsity[axis]) for axis, size in zip(AXES, shape, strict=True)}
+
+
+def _cost(kept: Counts, rank: int) -> int:
+    return rank * sum(count for axes in kept.values() for count in axes.values())

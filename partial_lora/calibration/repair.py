@@ -1,0 +1,103 @@
+"""Sparsities relaxed until the model that has all of them at once scores enough.
+
+This is the project's own choice; the paper, whose sparsities are found one by one, does not say what to do where they
+do not bear each other. Modules whose own curves have lost most are the ones whose losses add up, so they go first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from partial_lora.calibration.budget import Shapes
+from partial_lora.calibration.points import AXES, BOTH, Levels, Sparsity, both_axes
+from partial_lora.masks import kept_count
+
+Joint = Callable[[Sparsity], float | None]
+Own = Callable[[str, str, float], float]  # module, axis, level -> the score with that alone zeroed
+
+
+def repaired(
+    levels: Levels,
+    grid: Sequence[float],
+    shapes: Shapes,
+    *,
+    own: Own,
+    joint: Joint,
+    enough: Callable[[float], bool],
+    before: float | None,
+) -> tuple[Levels, float | None, int]:
+    """Levels whose joint score is enough, that score, and the steps it took: levels given back, one curve at a time.
+
+    grid: the levels that there are. shapes: what masks count in every module, (out, in). before: the joint score of
+    `levels`. Steps are taken in the order of `relaxations`; how many, is found by doubling and then by halving, so one
+    fewer is not enough. All of them together give the intact model, which is taken to suffice.
+    """
+    total = sum(_steps(level, grid) for of in levels.values() for level in of.values())
+    order = _Order(relaxations(levels, grid, shapes, own))
+    scores = {0: before}
+
+    def suffices(steps: int) -> bool:
+        if steps not in scores:
+            scores[steps] = joint(both_axes(order.taken(steps, levels, grid)))
+        return scores[steps] is not None and enough(scores[steps])
+
+    failing, steps = 0, 0
+    while steps < total and not suffices(steps):
+        failing, steps = steps, min(max(1, 2 * steps), total)
+    while steps - failing > 1:
+        middle = (failing + steps) // 2
+        failing, steps = (failing, middle) if suffices(middle) else (middle, steps)
+    suffices(steps)  # where no step is left to take, nobody has asked yet
+    return order.taken(steps, levels, grid), scores[steps], steps
+
+
+def relaxations(levels: Levels, grid: Sequence[float], shapes: Shapes, own: Own) -> Iterator[tuple[str, str]]:
+    """The (module, axis) whose sparsity goes down by one level next, until nothing is zeroed any more.
+
+    Always the one whose own curve has lost most of the score at its level; of equals the one that gives back the fewest
+    parameters; of equals in that, too, the first in the model's order. A level without a score has lost all of it.
+    """
+    curves = [(module, axis) for module, of in levels.items() for axis in of]
+
+    def rank_of(place: int, level: float) -> tuple[float, int, int, float]:
+        module, axis = curves[place]
+        score = own(module, axis, level)
+        sizes = [size for each, size in zip(AXES, shapes[module], strict=True) if axis in (each, BOTH)]
+        given_back = sum(kept_count(size, _below(level, grid)) - kept_count(size, level) for size in sizes)
+        return score if score == score else float("-inf"), given_back, place, level
+
+    waiting = [
+        rank_of(place, levels[module][axis]) for place, (module, axis) in enumerate(curves) if levels[module][axis]
+    ]
+    heapq.heapify(waiting)
+    while waiting:
+        *_, place, level = heapq.heappop(waiting)
+        yield curves[place]
+        if lower := _below(level, grid):
+            heapq.heappush(waiting, rank_of(place, lower))
+
+
+class _Order:
+    """The steps in their order, each asked for once and only when it is needed."""
+
+    def __init__(self, steps: Iterator[tuple[str, str]]) -> None:
+        self._coming, self._known = steps, []
+
+    def taken(self, count: int, levels: Mapping[str, Mapping[str, float]], grid: Sequence[float]) -> Levels:
+        """The levels after the first `count` steps."""
+        while len(self._known) < count:
+            self._known.append(next(self._coming))
+        relaxed = {module: dict(of) for module, of in levels.items()}
+        for module, axis in self._known[:count]:
+            relaxed[module][axis] = _below(relaxed[module][axis], grid)
+        return relaxed
+
+
+def _steps(level: float, grid: Sequence[float]) -> int:
+    return grid.index(level) + 1 if level else 0
+
+
+def _below(level: float, grid: Sequence[float]) -> float:
+    """The next lower level; 0 below the first."""
+    return grid[grid.index(level) - 1] if level > grid[0] else 0.0

@@ -1,0 +1,98 @@
+"""The question calibration asks of a level, and the order in which it asks: what is enough, scan and bisect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from partial_lora.calibration.points import Levels, digest_of
+
+_ROUNDING = 1e-9  # a share of a score is not exact in floating point
+
+
+def sparsity_levels(step: float, highest: float) -> list[float]:
+    """The sparsities that are tried: multiples of `step` up to `highest`."""
+    return [round(number * step, 10) for number in range(1, math.floor(highest / step + 1e-9) + 1)]
+
+
+def line(*, baseline: float, threshold: float, chance: float | None = None) -> float:
+    """The score that is just enough: the threshold's share of the baseline, or of what the baseline is above chance.
+
+    For scores below zero, which are losses, a loss that has grown to 1 / threshold of its own. chance: what guessing
+    scores, where the threshold is of what is above it; a baseline that is not above it leaves nothing to share: inf.
+    """
+    if chance is not None:
+        return chance + threshold * (baseline - chance) if baseline > chance else math.inf
+    if baseline < 0:
+        return baseline / threshold if threshold else -math.inf
+    return threshold * baseline
+
+
+def passes(score: float, *, baseline: float, threshold: float, chance: float | None = None) -> bool:
+    """Whether enough of the baseline score is left (see `line`); never where the score is no number."""
+    needed = line(baseline=baseline, threshold=threshold, chance=chance)
+    if needed == math.inf:
+        return False
+    return score >= (needed if chance is None and baseline < 0 else needed - _ROUNDING)
+
+
+def threshold_of(score: float, *, baseline: float) -> float:
+    """The threshold at which a score is just enough; 0 where it always is."""
+    if baseline < 0:
+        return baseline / score if score < 0 else 1.0
+    return max(0.0, score / baseline) if baseline else 0.0
+
+
+def scan(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
+    """The level before the first failure; 0 where the first level fails."""
+    sparsity = 0.0
+    for level in grid:
+        if not survives(level):
+            break
+        sparsity = level
+    return sparsity
+
+
+def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
+    """A level that survives next to one that does not, found by halving; the scan's where the curve is monotone."""
+    below, above = 0, len(grid) + 1  # of the levels 0 (intact), 1, 2, ...: this one survives, that one does not
+    while above - below > 1:
+        middle = (below + above) // 2
+        if survives(grid[middle - 1]):
+            below = middle
+        else:
+            above = middle
+    return grid[below - 1] if below else 0.0
+
+
+Search = Callable[[Callable[[float], bool], Sequence[float]], float]
+SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect}
+
+
+def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
+    """Full passes that can be needed: every point that a search can ask for, and the joint score of the result.
+
+    A repair relaxes at most every level of every curve, and asks for a joint score whenever it doubles or halves.
+    """
+    asked = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
+    if not repair:
+        return modules * axes * asked + 1
+    steps = modules * axes * levels  # their order asks for the levels that a bisection has passed over
+    return steps + 1 + 2 * math.ceil(math.log2(steps + 1))
+
+
+SCOPES = ("independent", "cumulative", "cumulative_backward")
+
+
+def in_order(modules: Sequence[str], scope: str) -> list[str]:
+    """The modules in the order in which they are calibrated: as the model has them, or back to front."""
+    return list(reversed(modules)) if scope == "cumulative_backward" else list(modules)
+
+
+def walk(levels: Mapping[str, Mapping[str, float]], scope: str) -> Iterator[tuple[str, str, float, str]]:
+    """Every curve in the order in which it was measured: module, axis, the level chosen, what was zeroed before it."""
+    before: Levels = {}
+    for module in in_order(list(levels), scope):
+        for axis, level in levels[module].items():
+            yield module, axis, level, "" if scope == "independent" else digest_of(before)
+            before.setdefault(module, {})[axis] = level

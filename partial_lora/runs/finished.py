@@ -1,0 +1,88 @@
+"""A finished run, as the commands that use one take it; torch is not needed to know what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import results
+from partial_lora.runs.config import with_defaults
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that ended well: its directory, its resolved settings and its record.
+
+    Settings that were recorded before a key was there have its default.
+    """
+
+    directory: Path
+    settings: dict
+    result: dict
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.directory / results.ADAPTER
+
+    @property
+    def method(self) -> str:
+        return self.settings["method"]["name"]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its adapter has masks."""
+        return (self.adapter / "partial_lora.json").is_file()
+
+    def labels(self) -> list[str]:
+        """The names of the classes, in the order of the logits; of a regression none.
+
+        A record that was made before labels were kept has them in its predictions alone, where a class that no test row
+        has and that was never predicted is called by its index.
+        """
+        if "labels" in self.result:
+            return list(self.result["labels"])
+        import pandas
+
+        path = self.directory / results.PREDICTIONS
+        try:
+            frame = pandas.read_parquet(path)
+            names = dict(zip(frame["label"], frame["label_name"], strict=True))
+            names |= dict(zip(frame["prediction"], frame["prediction_name"], strict=True))
+            return [str(names.get(index, index)) for index in range(len(frame["logits"].iloc[0]))]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise PartialLoraError(f"{path} cannot be read ({reason}): run the training again") from error
+
+
+def finished_run(directory: Path) -> FinishedRun:
+    """The finished run in a directory.
+
+    Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
+    only calibrated, and one that has lost files.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise PartialLoraError(f"{directory}: no such directory, expected that of a run (results/runs/…/seed0)")
+    if not (directory / results.RESULT).is_file():
+        raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
+    result = results.read_result(directory)
+    if result is None:
+        raise PartialLoraError(f"{directory / results.RESULT}: no record of a run, or a broken one")
+    if result["status"] != "finished":
+        said = f" ({result['error']})" if result.get("error") else ""
+        raise PartialLoraError(f"{directory}: the run is {result['status']}{said}, expected a finished one")
+    if not result.get("metrics"):
+        raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
+    lost = results.lost(directory, result)
+    if lost:
+        raise PartialLoraError(
+            f"{directory}: {lost}; the same `partial-lora train` with overwrite=true does the run again"
+        )
+    settings = result.get("config")
+    try:
+        _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
+    except (KeyError, TypeError) as error:
+        raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+    return FinishedRun(directory, with_defaults(settings), result)

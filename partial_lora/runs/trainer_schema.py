@@ -1,0 +1,101 @@
+"""What training can be told: how long and how fast, on which machines, and what is kept of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Optional
+
+from partial_lora.runs import accelerate_file
+from partial_lora.runs.ranges import one_of, positive, require
+
+_TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
+
+
+def at_once(trainer: Mapping) -> int:
+    """How many examples a process computes at once, of the settings of the trainer group."""
+    return max(1, trainer["batch_size"] // ((trainer["num_processes"] or 1) * trainer["gradient_accumulation_steps"]))
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how fast and on what the kept entries and the head train."""
+
+    epochs: float = 5.0
+    max_steps: Optional[int] = None  # in place of epochs
+    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
+    save_total_limit: int = 1  # checkpoints kept beside the best one
+    batch_size: int = 32  # of one optimizer step, over all processes and accumulation steps
+    gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
+    eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
+    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
+    tuned_elsewhere: Optional[str] = None  # found, never set: where that rate was searched for, if not for such a run
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, fp32 on CPUs; no: fp32
+    device: str = "auto"
+    num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
+    num_machines: int = 1
+    machine_rank: int = 0  # of this one; 0 has the run's directory
+    main_process_ip: Optional[str] = None  # of machine 0
+    main_process_port: int = 29500
+    accelerate_config: Optional[str] = None  # a file of `accelerate config`; the keys above go before what it says
+    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
+    strategy: str = "ddp"  # fsdp: parameters, gradients and optimizer state shared out over the processes
+    report_to: list[str] = field(default_factory=list)  # trackers, beside the local history
+
+    def __post_init__(self) -> None:
+        positive("trainer.epochs", self.epochs)
+        counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
+        for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
+        positive("trainer.learning_rate", self.learning_rate)
+        known = self.tuned is None or Path(self.tuned).is_file()
+        require(known, "trainer.tuned", self.tuned, "a file that scripts/tune.py makes")
+        where = self.tuned_elsewhere
+        require(where is None, "trainer.tuned_elsewhere", where, "null: a run says there how trainer.tuned was found")
+        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        positive("trainer.max_grad_norm", self.max_grad_norm)
+        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
+        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
+        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
+        processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
+        parts = processes * steps
+        shared = f"a multiple of {parts}: trainer.num_processes={processes}"
+        shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
+        require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
+        trackers = set(self.report_to) <= set(_TRACKERS)
+        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
+        missing = [_TRACKERS[name] for name in self.report_to if not _installed(name)]
+        to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
+        require(not missing, "trainer.report_to", self.report_to, to_do)
+        if self.accelerate_config is not None:
+            accelerate_file.read(self.accelerate_config)  # and `cluster` checks what comes of both
+        else:
+            self._check_machines()
+
+    def _check_machines(self) -> None:
+        machines = self.num_machines
+        expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
+        require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
+        require(0 < self.main_process_port < 2**16, "trainer.main_process_port", self.main_process_port, "a port")
+        if machines > 1:
+            address = self.main_process_ip
+            require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")
+            expected = f"a multiple of trainer.num_machines={machines}: all processes of all machines"
+            require((self.num_processes or 0) % machines == 0, "trainer.num_processes", self.num_processes, expected)
+
+
+def _installed(module: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, as wandb leaves behind, is none."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None

@@ -1,0 +1,115 @@
+"""What a calibration says that nobody has asked."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from scored_models import TARGETS, Counted
+
+from partial_lora import Calibration, calibrate
+from partial_lora.calibration.findings import findings
+
+GRID = [0.2, 0.4, 0.6, 0.8]
+USUAL = {"baseline": 0.9, "threshold": 0.9, "chance": 0.1, "above_chance": False, "joint": 0.85, "size": 160}
+
+
+def modules(*levels, curve=()):
+    return {
+        f"block.{number}": {axis: {"sparsity": level, "curve": list(curve)} for axis in ("rows", "columns")}
+        for number, level in enumerate(levels)
+    }
+
+
+def of(*levels, curve=(), **changes):
+    return findings(modules(*levels, curve=curve), GRID, **{**USUAL, "density": 0.5, **changes})
+
+
+def test_nothing_is_said_of_a_calibration_as_it_should_be():
+    assert of(0.4, 0.2, 0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("levels", "changes", "expected"),
+    [
+        ((0.4, 0.0), {"baseline": 0.18, "joint": 0.18}, ["poorly suited model"]),
+        ((0.4, 0.0), {"baseline": 0.2, "joint": 0.2}, []),
+        ((0.4, 0.0), {"baseline": -2.1, "chance": -2.3, "threshold": 0.95, "joint": -2.1}, ["poorly suited model"]),
+        ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5}, ["void"]),
+        ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5, "above_chance": True}, []),
+        ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5, "budget": True}, []),
+        ((0.4, 0.0), {"baseline": 0.5, "chance": None, "threshold": 0.1, "joint": 0.5}, []),
+        ((0.0, 0.0), {}, ["no reduction"]),
+        ((0.8, 0.8), {}, ["every level of every module passes"]),
+        ((0.8, 0.2), {}, ["1 module never fails, even at sparsity 0.8: block.0"]),
+        ((0.8,) * 5 + (0.2,), {}, ["5 modules never fail, .*: block.0, block.1, block.2 and 2 more"]),
+        ((0.4, 0.0), {"joint": 0.8}, [r"is 0.8, below the threshold's line \(0.81\): set calibration.repair=true"]),
+        ((0.4, 0.0), {"joint": 0.1}, [r"no better than chance \(0.1\): set calibration.repair=true"]),
+        ((0.4, 0.0), {"joint": 0.1, "budget": True}, ["no better than chance .*: raise calibration.budget"]),
+        ((0.4, 0.0), {"joint": 0.5, "budget": True}, []),
+        ((0.4, 0.0), {"joint": None}, ["joint score.* is not a number"]),
+        ((0.4, 0.0), {"joint": None, "jointly": False}, []),
+        ((0.4, 0.0), {"size": 63, "density": 0.19}, ["risk of collapse: 81% .* 63 examples: raise the threshold"]),
+        ((0.4, 0.0), {"size": 63, "density": 0.19, "budget": True}, ["raise the budget"]),
+        ((0.4, 0.0), {"size": 64, "density": 0.19}, []),
+        ((0.4, 0.0), {"size": 63, "density": 0.2}, []),
+    ],
+)
+def test_what_is_said(levels, changes, expected):
+    said = of(*levels, **changes)
+    assert len(said) == len(expected)
+    for words, pattern in zip(said, expected, strict=True):
+        assert re.search(pattern, words)
+
+
+def test_scores_that_are_no_numbers_are_named():
+    assert of(0.4, 0.0, curve=[[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]) == [
+        "the score is not a number with part of block.0, block.1 zeroed; that counts as a failure"
+    ]
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_counts_as_a_failure(model, batches, tmp_path, caplog, broken):
+    calls = 0
+
+    def breaks(model):
+        nonlocal calls
+        calls += 1
+        return broken if calls == 4 else 1.0
+
+    store = tmp_path / "curves.json"
+    found = calibrate(model, breaks, target_modules=TARGETS, store=store, levels=0.2)
+    first = found.modules["vit.blocks.0.attn.qkv"]["rows"]
+    assert first == {"sparsity": 0.4, "curve": [[0.2, 1.0], [0.4, 1.0], [0.6, None]]}
+    assert "not a number with part of vit.blocks.0.attn.qkv zeroed" in caplog.text
+    found.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == found
+    again = calibrate(model, breaks, target_modules=TARGETS, store=store, levels=0.2)
+    assert again.cached
+    assert (again.modules, again.warnings) == (found.modules, found.warnings)
+    lower = calibrate(model, breaks, target_modules=TARGETS, store=store, levels=0.2, threshold=0.5)
+    assert lower.modules == found.modules
+    assert calls == 4 + sum(len(axes[axis]["curve"]) for axes in found.modules.values() for axis in axes) - 3 + 1 + 2
+
+
+def test_a_joint_score_that_is_no_number_is_none(model, tmp_path):
+    weights = [module.weight for name, module in model.named_modules() if name.endswith("mlp.fc2")]
+
+    def score(model):
+        return math.nan if sum(bool((weight == 0).any()) for weight in weights) > 1 else 1.0
+
+    found = calibrate(model, score, target_modules=["mlp.fc2"], levels=0.4, store=tmp_path / "curves.json")
+    assert found.joint is None
+    assert "joint score, with all sparsities at once, is not a number" in found.warnings[-1]
+    repaired = calibrate(model, score, target_modules=["mlp.fc2"], levels=0.4, repair=True)
+    assert repaired.joint == 1.0
+    assert repaired.repaired["joint_before"] is None
+
+
+def test_a_real_calibration_warns_of_its_joint_score(model, batches, caplog):
+    found = calibrate(model, Counted(batches), target_modules=TARGETS, levels=0.2, chance=0.3)
+    assert any("set calibration.repair=true" in words for words in found.warnings)
+    for words in found.warnings:
+        assert words in caplog.text
+        assert "\n" not in words

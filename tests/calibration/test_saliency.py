@@ -1,0 +1,298 @@
+"""Importance from examples: against loops over single examples and entries, and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_vit
+import torch
+from scored_models import TARGETS, linears
+from torch import nn
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from partial_lora.calibration import importance, saliency
+from partial_lora.errors import PartialLoraError
+from partial_lora.models.targets import target_linears
+
+MEASURES = {"snip": {}, "activation": {}, "imp": {"steps": 2, "rounds": 2, "learning_rate": 1e-3}}
+
+
+class Perceptron(nn.Module):
+    """Three layers on 7 features; with dropout, so that training mode is felt."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.second, self.head = nn.Linear(7, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, inputs):
+        hidden = self.dropout(torch.tanh(self.first(inputs)))
+        return self.head(self.dropout(torch.tanh(self.second(hidden))))
+
+
+@pytest.fixture
+def perceptron():
+    return Perceptron()
+
+
+@pytest.fixture
+def modules(perceptron):
+    return {"first": perceptron.first, "second": perceptron.second}
+
+
+def draw(sizes=(4, 4, 3), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(sum(sizes), 7, generator=generator) * torch.logspace(-1, 1, 7)
+    labels = torch.arange(sum(sizes)) % 3
+    return [{"inputs": some, "labels": own} for some, own in zip(inputs.split(sizes), labels.split(sizes), strict=True)]
+
+
+def scores(name, model, modules, batches, **changes):
+    return importance.data_scores(name, model, modules, batches, seed=0, options=MEASURES[name], **changes)
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for some, other in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(some, other, **tolerance)
+
+
+def summed(entries):
+    """Row and column sums, entry by entry."""
+    rows, columns = entries.shape
+    by_row = [sum(float(entries[i, j]) for j in range(columns)) for i in range(rows)]
+    by_column = [sum(float(entries[i, j]) for i in range(rows)) for j in range(columns)]
+    return torch.tensor(by_row, dtype=torch.float64), torch.tensor(by_column, dtype=torch.float64)
+
+
+def test_snip_is_the_weight_times_the_slope_of_the_mean_loss(perceptron, modules):
+    """The literal twin: every entry nudged up and down, the loss of each single example averaged, in float64."""
+    model, step, expected = copy.deepcopy(perceptron).double().eval(), 1e-6, {}
+    singles = [
+        (inputs[None].double(), label[None]) for batch in draw() for inputs, label in zip(*batch.values(), strict=True)
+    ]
+
+    def mean_loss():
+        return sum(float(functional.cross_entropy(model(inputs), label)) for inputs, label in singles) / len(singles)
+
+    with torch.no_grad():
+        for name in modules:
+            weight = model.get_submodule(name).weight
+            entries = torch.empty_like(weight)
+            for i, j in torch.cartesian_prod(*map(torch.arange, weight.shape)).tolist():
+                own = float(weight[i, j])
+                weight[i, j] = own + step
+                above = mean_loss()
+                weight[i, j] = own - step
+                below = mean_loss()
+                weight[i, j] = own
+                entries[i, j] = abs(own * (above - below) / (2 * step))
+            expected[name] = summed(entries)
+    assert_same(scores("snip", perceptron, modules, draw()), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_is_the_weight_times_the_norm_of_what_enters(perceptron, modules):
+    """The literal twin: one example after the other, its inputs worked out by hand."""
+    inputs = torch.cat([batch["inputs"] for batch in draw()])
+    weight, bias = perceptron.first.weight.detach(), perceptron.first.bias.detach()
+    entering = {"first": inputs, "second": torch.tanh(inputs @ weight.T + bias)}
+    expected = {}
+    for name, module in modules.items():
+        norms = [sum(float(example[j]) ** 2 for example in entering[name]) ** 0.5 for j in range(module.in_features)]
+        expected[name] = summed(
+            torch.tensor([[abs(w) * x for w, x in zip(row, norms, strict=True)] for row in module.weight.tolist()])
+        )
+    assert_same(scores("activation", perceptron, modules, draw()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_scores_follow_the_units_when_they_change_places(name, perceptron, modules):
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+    moved = copy.deepcopy(perceptron)
+    with torch.no_grad():
+        moved.first.weight.copy_(perceptron.first.weight[order])
+        moved.first.bias.copy_(perceptron.first.bias[order])
+        moved.second.weight.copy_(perceptron.second.weight[:, order])
+    found = scores(name, moved, {"first": moved.first, "second": moved.second}, draw())
+    expected = scores(name, perceptron, modules, draw())
+    torch.testing.assert_close(found["first"][0], expected["first"][0][order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["second"][1], expected["second"][1][order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["second"][0], expected["second"][0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["snip", "activation"])
+def test_neither_the_batches_nor_their_order_matter(name, perceptron, modules):
+    expected = scores(name, perceptron, modules, draw((11,)))
+    assert_same(scores(name, perceptron, modules, draw((1, 7, 3))), expected, rtol=1e-5, atol=1e-7)
+    assert_same(scores(name, perceptron, modules, draw((4, 4, 3))[::-1]), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_signs_within_an_entry_cancel_before_the_absolute_value_is_taken(perceptron, modules):
+    """Two examples with opposite losses pull every weight both ways: nothing is left of the mean."""
+    batch = draw((1,))[0]
+    there = lambda model, batch: model(batch["inputs"]).sum() * batch["sign"].sum()  # noqa: E731
+    both = [batch | {"sign": torch.ones(1)}, batch | {"sign": -torch.ones(1)}]
+    found = scores("snip", perceptron, modules, both, loss=there)
+    assert all(not axis.any() for pair in found.values() for axis in pair)
+
+
+def test_a_loss_twice_as_large_doubles_snip(perceptron, modules):
+    double = lambda model, batch: 2 * saliency.task_loss(model, batch)  # noqa: E731
+    expected = {
+        name: (2 * rows, 2 * cols) for name, (rows, cols) in scores("snip", perceptron, modules, draw()).items()
+    }
+    assert_same(scores("snip", perceptron, modules, draw(), loss=double), expected)
+
+
+def state(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],
+        [module.training for module in model.modules()],
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_model_is_given_back_bit_for_bit(name, fails, perceptron, modules):
+    perceptron.train()
+    perceptron.second.eval()
+    perceptron.second.weight.requires_grad_(False)
+    perceptron(draw()[0]["inputs"]).sum().backward()
+    values, gradients, flags = state(perceptron)
+    copies = [None if gradient is None else gradient.clone() for _, gradient in gradients]
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if fails and len(calls) > 2:
+            raise KeyboardInterrupt
+        return saliency.task_loss(model, batch)
+
+    random_state = torch.get_rng_state()
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            scores(name, perceptron, modules, draw(), loss=loss)
+    else:
+        scores(name, perceptron, modules, draw(), loss=loss)
+    after, gradients_after, flags_after = state(perceptron)
+    assert all(torch.equal(after[key], values[key]) for key in values)
+    for (required, gradient), (before, own), copied in zip(gradients_after, gradients, copies, strict=True):
+        assert required == before
+        assert gradient is own
+        assert gradient is None or torch.equal(gradient, copied)
+    assert flags_after == flags
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(module._forward_pre_hooks for module in perceptron.modules())
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_dropout_is_off_and_gradients_are_on_whatever_the_caller_does(name, perceptron, modules):
+    expected = scores(name, perceptron.eval(), modules, draw())
+    with torch.no_grad():
+        assert_same(scores(name, perceptron.train(), modules, draw()), expected)
+    for parameter in perceptron.parameters():
+        parameter.requires_grad_(False)
+    assert_same(scores(name, perceptron, modules, draw()), expected)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_module_that_nothing_reaches_is_named(name, perceptron, modules):
+    perceptron.spare = nn.Linear(4, 4)
+    with pytest.raises(PartialLoraError, match=r"spare; leave it out"):
+        scores(name, perceptron, modules | {"spare": perceptron.spare}, draw())
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_model_in_half_precision_scores_nearly_as_in_full(name, perceptron, modules):
+    perceptron.to(torch.bfloat16)
+    halves = [batch | {"inputs": batch["inputs"].bfloat16()} for batch in draw()]
+    found = scores(name, perceptron, modules, halves)
+    perceptron.float()
+    expected = scores(name, perceptron, modules, [batch | {"inputs": batch["inputs"].float()} for batch in halves])
+    for pair, others in zip(found.values(), expected.values(), strict=True):
+        for some, other in zip(pair, others, strict=True):
+            assert torch.corrcoef(torch.stack([some, other]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_vision_transformer_is_scored_by_its_own_loss(name):
+    torch.manual_seed(0)
+    model = tiny_vit.load()
+    batch = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.arange(6) % 3}
+    modules = target_linears(model, TARGETS)
+    config = model.config.to_dict()
+    found = scores(name, model, modules, [batch])
+    assert model.config.to_dict() == config
+    assert list(found) == linears_of(model)
+    for pair, module in zip(found.values(), modules.values(), strict=True):
+        assert [len(axis) for axis in pair] == list(module.weight.shape)
+        assert all(axis.dtype == torch.float64 and axis.min() >= 0 for axis in pair)
+    plain = lambda model, batch: functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])  # noqa: E731
+    assert_same(found, scores(name, model, modules, [batch], loss=plain))
+
+
+def linears_of(model):
+    return [name for name in linears(model) if name.endswith(tuple(TARGETS))]
+
+
+def test_a_model_without_a_loss_needs_labels_of_classes(perceptron, modules):
+    for labels in (torch.zeros(3), None):
+        batch = {"inputs": torch.ones(3, 7)} | ({} if labels is None else {"labels": labels})
+        with pytest.raises(PartialLoraError, match="Perceptron gives no loss"):
+            scores("snip", perceptron, modules, [batch])
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
+
+
+def padded(rows, *, width):
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(len(rows)) % 2}
+
+
+ROWS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
+
+
+def test_padding_does_not_count_as_input():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SMALL))
+    modules = target_linears(model, ["query", "dense"])
+    singles = [padded([row], width=len(row)) | {"labels": torch.tensor([0])} for row in ROWS]
+    expected = scores("activation", model, modules, singles)
+    for width in (4, 9):
+        assert_same(scores("activation", model, modules, [padded(ROWS, width=width)]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_mask_of_an_encoder_says_is_not_said_of_the_decoder():
+    """Both see as many tokens here; the decoder's are all real."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    modules = target_linears(model, r"decoder.*SelfAttention\.q")
+    batch = padded(ROWS, width=4) | {"labels": torch.tensor([[1, 2, 3, 4]] * 3)}
+    seen = []
+    hook = next(iter(modules.values())).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    found = scores("activation", model, modules, [batch])
+    hook.remove()
+    norms = seen[0].flatten(0, 1).double().norm(dim=0)
+    for name, module in modules.items():
+        torch.testing.assert_close(found[name][1], (module.weight.detach().abs().double() * norms).sum(0))
+
+
+def test_tokens_are_left_out_only_where_there_is_one_row_a_token():
+    entering, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    kept = entering[mask.bool()]
+    assert torch.equal(saliency.counted(entering, mask), kept)
+    assert torch.equal(saliency.counted(entering.flatten(0, 1), mask), kept)
+    assert torch.equal(saliency.counted(entering, None), entering.flatten(0, 1))
+    assert torch.equal(saliency.counted(entering[:, 0], mask), entering[:, 0])  # a pooled token
+    assert len(saliency.counted(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens

@@ -1,0 +1,259 @@
+"""Methods: found by name, equal in trainable parameters where they are controls, and what each control does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from configured import inputs, load, loud, settings
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from method_settings import adapted, drawn_sparsity, setting_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from partial_lora import methods, models
+from partial_lora.adapter import module_masks, module_sparsity
+from partial_lora.calibration.budget import dense_parameters, kept_parameters
+from partial_lora.errors import PartialLoraError
+from partial_lora.methods.inverted import reversed_ranks
+from partial_lora.methods.low_rank import ranks_within
+from partial_lora.methods.shuffled import permuted
+from partial_lora.runs import config, schema
+from partial_lora.runs.outline import outline
+from partial_lora.training import parameters
+
+CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted")
+MASKED = ("uniform", "shuffled", "inverted", "flow")
+
+
+def counted(model: PeftModel, setting) -> dict:
+    return parameters.measured(model, setting.head, new_modules=setting.new_modules)
+
+
+def test_every_file_of_the_group_names_a_function_and_every_function_has_a_file() -> None:
+    assert methods.names() == sorted(path.stem for path in (config.conf_dir() / "method").glob("*.yaml"))
+    for name in methods.names():
+        method = methods.named(name)
+        assert (method.__name__, Path(method.__code__.co_filename).stem) == (name, name)
+    for name in ("setting", "foreseen", "nothing", "named", "__init__"):
+        with pytest.raises(PartialLoraError, match=rf"method\.name={name}: expected one of adalora, .*vera"):
+            methods.named(name)
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_qwen", "tiny_convnext"])
+@pytest.mark.parametrize("high", [0.95, 0.5])
+def test_controls_train_as_many_parameters_as_partial(name: str, high: float) -> None:
+    reference, setting = adapted("partial", name, high=high)
+    expected = counted(reference, setting)
+    assert expected["adapter_trainable"] == setting.budget()
+    for method in CONTROLS:
+        own = counted(*adapted(method, name, high=high))
+        assert own["head"] == expected["head"], method
+        tolerance = 0.01 if method == "low_rank" else 0.0
+        assert own["adapter_trainable"] == pytest.approx(setting.budget(), rel=tolerance, abs=0), method
+
+
+@pytest.mark.parametrize("method", MASKED)
+def test_controls_of_single_entries_train_as_many_parameters(method: str) -> None:
+    for granularity in ({"granularity": "element"}, {"granularity": "element", "count": "bernoulli"}):
+        reference, setting = adapted("partial", "tiny_vit", **granularity)
+        own, expected = (
+            counted(model, setting)["adapter_trainable"]
+            for model in (adapted(method, "tiny_vit", **granularity)[0], reference)
+        )
+        assert setting.budget() == expected
+        random = granularity.get("count") == "bernoulli" and method != "flow"
+        assert own == pytest.approx(expected, rel=0.06 if random else 0, abs=0)
+
+
+def test_controls_without_masks_train_as_many_parameters_as_bernoulli_has_drawn() -> None:
+    drawn = {"granularity": "element", "count": "bernoulli", "high": 0.5}
+    reference, setting = adapted("partial", "tiny_vit", **drawn)
+    expected, planned = (
+        counted(reference, setting)["adapter_trainable"],
+        kept_parameters(*setting.units(), setting.sparsity),
+    )
+    assert expected != planned
+    assert counted(*adapted("random_weights", "tiny_vit", **drawn))["adapter_trainable"] == expected
+    own = counted(*adapted("low_rank", "tiny_vit", **drawn))["adapter_trainable"]
+    assert own == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.13, 0.5])
+def test_controls_meet_a_budget_on_the_default_model(share: float) -> None:
+    chosen = settings("vit_s14")
+    empty = models.empty(architecture=chosen["architecture"], model_args=chosen["model_args"], num_labels=10)
+    setting = setting_of("vit_s14", empty, rank=16, alpha=16.0)
+    sparsity = {
+        module: {axis: 1 - share * (1 - value) * 2 for axis, value in axes.items()}
+        for module, axes in drawn_sparsity(setting.shapes, 1, 0.9).items()
+    }
+    sparsity = {module: {axis: max(0.0, value) for axis, value in axes.items()} for module, axes in sparsity.items()}
+    for method in ("uniform", "shuffled", "inverted", "low_rank"):
+        fresh = models.empty(architecture=chosen["architecture"], model_args=chosen["model_args"], num_labels=10)
+        setting = setting_of("vit_s14", fresh, rank=16, alpha=16.0, sparsity=sparsity)
+        own = counted(methods.named(method)(fresh, setting), setting)["adapter_trainable"]
+        assert own == pytest.approx(setting.budget(), rel=0.01), method
+
+
+def test_every_method_starts_from_the_same_head_and_changes_nothing_before_it_trains() -> None:
+    batch, plain = inputs("tiny_vit"), loud(load("tiny_vit"))
+    expected = plain(**batch).logits
+    for method in methods.names():
+        model = loud(load("tiny_vit"))
+        own = methods.named(method)(model, setting_of("tiny_vit", model)).eval()
+        torch.testing.assert_close(own(**batch).logits, expected, msg=method, rtol=1e-4, atol=1e-4)
+
+
+def test_uniform_keeps_the_same_share_everywhere() -> None:
+    model, setting = adapted("uniform", "tiny_vit")
+    masks = module_masks(model)
+    shares = {axis: [getattr(each, axis).density for each in masks.values()] for axis in ("rows", "columns")}
+    narrowest = min(min(shape) for shape in setting.shapes.values())
+    assert np.ptp(shares["rows"] + shares["columns"]) <= 1.5 / narrowest
+    assert np.ptp([each for axes in setting.sparsity.values() for each in axes.values()]) > 0.5
+
+
+def test_shuffled_gives_each_shape_its_own_sparsities_in_an_order_of_the_seed() -> None:
+    shapes = {f"{block}.{name}": shape for block in range(6) for name, shape in {"a": (8, 8), "b": (16, 8)}.items()}
+    shapes["alone"] = (3, 5)
+    sparsity = drawn_sparsity(shapes, 3)
+    found = permuted(sparsity, shapes, 0)
+    assert list(found) == list(sparsity)
+    assert found["alone"] == sparsity["alone"]
+    for shape in set(shapes.values()):
+        alike = [module for module in shapes if shapes[module] == shape]
+        assert sorted(map(str, map(found.get, alike))) == sorted(map(str, map(sparsity.get, alike)))
+    assert found != sparsity
+    assert found == permuted(sparsity, shapes, 0) != permuted(sparsity, shapes, 1)
+    kept, setting = adapted("shuffled", "tiny_vit", seed=2)
+    exact = {
+        module: pytest.approx(axes, abs=0.5 / 32)
+        for module, axes in permuted(setting.sparsity, setting.shapes, 2).items()
+    }
+    assert module_sparsity(kept) == exact
+
+
+def test_inverted_reverses_the_ranks_of_each_axis() -> None:
+    given = dict(zip("abcde", [0.0, 0.9, 0.3, 0.3, 0.6], strict=True))
+    sparsity = {module: {"rows": value, "columns": 0.5} for module, value in given.items()}
+    found = reversed_ranks(sparsity)
+    # In order 0 .3 .3 .6 .9, reversed .9 .6 .3 .3 0; the two that were equal share (.6 + .3) / 2.
+    assert {module: axes["rows"] for module, axes in found.items()} == pytest.approx(
+        {"a": 0.9, "b": 0.0, "c": 0.45, "d": 0.45, "e": 0.3}
+    )
+    assert {axes["columns"] for axes in found.values()} == {0.5}
+    model, setting = adapted("inverted", "tiny_vit")
+    for axis in ("rows", "columns"):
+        before = [axes[axis] for axes in setting.sparsity.values()]
+        after = [axes[axis] for axes in module_sparsity(model).values()]
+        assert np.corrcoef(np.argsort(np.argsort(before)), np.argsort(np.argsort(after)))[0, 1] < -0.9
+
+
+def test_low_rank_holds_alpha_over_rank_and_spreads_ranks_evenly() -> None:
+    model, setting = adapted("low_rank", "tiny_vit")
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
+    assert {layer.scaling["default"] for layer in layers.values()} == {setting.alpha / setting.rank}
+    ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in ranks.items() if r}
+    by_shape = {
+        shape: [ranks[module] for module in ranks if setting.shapes[module] == shape]
+        for shape in setting.shapes.values()
+    }
+    assert all(max(each) - min(each) <= 1 for each in by_shape.values())
+
+
+def test_low_rank_adapts_fewer_modules_where_rank_one_is_too_much_and_says_where_none_fits() -> None:
+    shapes = {f"{block}.{name}": shape for block in range(12) for name, shape in {"a": (24, 8), "b": (8, 40)}.items()}
+    few = ranks_within(320, shapes, 0)
+    assert set(few.values()) == {0, 1}
+    spent = {seed: ranks_within(320, shapes, seed) for seed in range(3)}
+    for ranks in spent.values():
+        assert 317 <= sum(rank * sum(shapes[module]) for module, rank in ranks.items()) <= 323
+    assert spent[0] == few
+    assert spent[0] != spent[1]
+    with pytest.raises(PartialLoraError, match=r"not applicable: no ranks .* within 1 % of 20 trainable parameters"):
+        ranks_within(20, shapes, 0)
+    model = load("tiny_vit")
+    nothing = {module: {"rows": 0.99, "columns": 0.99} for module in setting_of("tiny_vit", model).shapes}
+    setting = setting_of("tiny_vit", model, sparsity=nothing)
+    with pytest.raises(PartialLoraError, match="method=low_rank: not applicable"):
+        methods.named("low_rank")(model, setting)
+
+
+def trained_a_step(model: PeftModel, batch: dict) -> None:
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.05)
+    model(**batch).logits.square().sum().backward()
+    optimizer.step()
+
+
+def test_random_weights_change_as_many_entries_of_w_as_partial_has_parameters() -> None:
+    model, setting = adapted("random_weights", "tiny_vit")
+    trained_a_step(model, inputs("tiny_vit"))
+    for name, layer in model.get_base_model().named_modules():
+        if name in setting.shapes:
+            changed = layer.get_delta_weight("default").to_dense()
+            one = {name: setting.shapes[name]}
+            kept = sum(
+                round((1 - share) * size) or 1
+                for share, size in zip(setting.sparsity[name].values(), one[name], strict=True)
+            )
+            assert abs(int((changed != 0).sum()) - setting.rank * kept) <= 2 * setting.rank  # halves round either way
+    assert (
+        sum(layer.shira_weight["default"].numel() for layer in model.modules() if hasattr(layer, "shira_weight"))
+        == setting.budget()
+    )
+
+
+def test_random_weights_are_saved_as_plain_shira(tmp_path: Path) -> None:
+    model, _ = adapted("random_weights", "tiny_vit")
+    batch = inputs("tiny_vit")
+    trained_a_step(model, batch)
+    expected = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load("tiny_vit"), tmp_path).eval()
+    torch.testing.assert_close(plain(**batch).logits, expected)
+    again, _ = adapted("random_weights", "tiny_vit")
+    assert not torch.allclose(again.eval()(**batch).logits, expected)
+    again.load_adapter(tmp_path, "default", is_trainable=True)  # as Trainer loads the best checkpoint
+    torch.testing.assert_close(again.eval()(**batch).logits, expected)
+    one, other = (adapted("random_weights", "tiny_vit", mask_seed=seed)[0] for seed in (0, 1))
+    places = [
+        next(layer for layer in each.modules() if hasattr(layer, "shira_indices")).shira_indices["default"]
+        for each in (model, one, other)
+    ]
+    assert torch.equal(places[0], places[1])
+    assert not torch.equal(places[0], places[2])
+
+
+def test_random_weights_need_as_many_weights() -> None:
+    with pytest.raises(PartialLoraError, match=r"method=random_weights: not applicable: .* has .* weights, expected"):
+        adapted("random_weights", "tiny_vit", rank=64, alpha=64.0, high=0.05)
+
+
+def test_probe_needs_a_head() -> None:
+    with pytest.raises(PartialLoraError, match="method=probe: the model has no new head"):
+        adapted("probe", "tiny_llama")
+    model, setting = adapted("probe", "tiny_vit")
+    assert counted(model, setting)["adapter_trainable"] == 0
+    assert isinstance(model.get_base_model().timm_model.head, nn.Module)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "lorafa", "full", "probe"])
+def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path) -> None:
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        composed = config.resolve(compose("config", ["model=tiny_vit", f"method={method}", "method.projections=16"]))
+    foretold = outline(composed).counts
+    model, setting = adapted(method, "tiny_vit", rank=16, alpha=16.0)
+    dense = dense_parameters(setting.shapes, 16)
+    own = parameters.measured(model, setting.head, dense=dense)
+    heads = {"head": 32 * 10 + 10, "base": own["base"]}  # ten digits in place of three classes
+    assert {key: foretold[key] for key in own} == own | heads
+    model.save_pretrained(tmp_path)
+    held = sum(value.nbytes for value in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert foretold["adapter_bytes"] == held + 4 * 7 * 33

@@ -1,0 +1,139 @@
+"""Runs of methods that train in ways of their own: what they end with, what they cost, that it can be used again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from finished_runs import SHORT, cache, image_run, override, photographs, picture_files, trained
+from method_settings import adapted
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from partial_lora.report import runs
+from partial_lora.runs import formats, results
+from partial_lora.runs.inference import Predictor
+
+OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank")
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """On the pictures, with the calibration of Partial-LoRA's."""
+    known = f"calibration.file={image_run().directory / results.CALIBRATION}"
+    rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
+    rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
+    given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")
+    return (*given, override(picture_files()))
+
+
+@functools.cache
+def run_of(method: str):
+    return trained(f"of-{method}", *settings_of(method))
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_run_is_loaded_again_as_it_was_evaluated(method: str, tmp_path: Path) -> None:
+    run = run_of(method)
+    said = pandas.read_parquet(run.directory / results.PREDICTIONS)
+    again = Predictor(run, device="cpu").predict(photographs(tmp_path), batch_size=8)
+    assert [each.label for each in again] == said["prediction_name"].tolist()
+    np.testing.assert_allclose([each.score for each in again], said["score"], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_it_merges_into_the_weights_and_loads_by_plain_peft(method: str) -> None:
+    run = run_of(method)
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    own = formats.adapted_model(run)
+    with torch.no_grad():
+        expected = own(**batch).logits
+        plain = PeftModel.from_pretrained(formats.base_model(run), str(run.adapter)).eval()
+        merged = copy.deepcopy(own).merge_and_unload(safe_merge=True).eval()
+        frozen = formats.base_model(run)(**batch).logits
+        torch.testing.assert_close(plain(**batch).logits, expected)
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+    assert (frozen - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("method", [*OWN, "partial"])
+def test_every_run_says_what_it_costs(method: str) -> None:
+    run = image_run() if method == "partial" else run_of(method)
+    cost, parameters = run.result["cost"], run.result["parameters"]
+    assert cost.keys() == {"adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes"}
+    assert cost["adapter_bytes"] == (run.adapter / "adapter_model.safetensors").stat().st_size
+    moments = 4 if method == "adalora" else 2  # the allocator's own averages, too, of all but the head
+    expected = 4 * (moments * parameters["adapter_trainable"] + 2 * parameters["head"])
+    assert expected <= cost["optimizer_bytes"] <= expected + 4 * 200  # and a step count for each tensor
+    assert cost["step_seconds"] > 0
+    assert cost["saved_activation_bytes"] > 32 * 17 * 32 * 4  # one layer's inputs: pictures, tokens, width, bytes
+
+
+def test_with_a_frozen_fewer_activations_are_kept() -> None:
+    kept = {method: run_of(method).result["cost"]["saved_activation_bytes"] for method in ("lorafa", "dora", "full")}
+    assert kept["lorafa"] < kept["dora"]
+
+
+def test_the_frozen_factor_of_lorafa_stays_as_it_was_drawn() -> None:
+    run = run_of("lorafa")
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    fresh, _ = adapted("lorafa", "tiny_vit")
+    assert all(not weight.requires_grad for name, weight in fresh.named_parameters() if ".lora_A." in name)
+    dense = run.result["parameters"]["adapter_dense"]
+    widths = sum(value.numel() for name, value in saved.items() if ".lora_B." in name)
+    assert run.result["parameters"]["adapter_trainable"] == widths < dense
+    assert any(value.abs().max() > 0 for name, value in saved.items() if ".lora_B." in name)
+
+
+def test_adalora_ends_with_the_ranks_it_was_to_leave() -> None:
+    run = run_of("adalora")
+    said, saved = run.result["parameters"], load_file(run.adapter / "adapter_model.safetensors")
+    left = sum(int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E"))
+    assert said["ranks"] == left
+    assert said["target_ranks"] == 12 * 16
+    assert left <= said["target_ranks"]
+    assert said["adapter_final"] < said["adapter_trainable"]
+    ranks = [int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E")]
+    assert len(set(ranks)) > 1  # they were given to the modules unevenly
+    row = runs.run_of(run.result, run.directory).row
+    assert row["adapter_parameters"] == said["adapter_final"]  # tables have what is left
+
+
+def test_two_processes_share_the_penalty_of_adalora_and_choose_the_ranks_of_one(tmp_path: Path) -> None:
+    given = (*SHORT, *settings_of("adalora"), "trainer.num_processes=2", f"results_dir={tmp_path}")
+    done = subprocess.run(
+        [sys.executable, "-m", "partial_lora", "train", *given],
+        env=os.environ | {"PARTIAL_LORA_CACHE": cache(), "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/*/*/*/*/result.json")
+    one, two = run_of("adalora").result, json.loads(path.read_text())
+    losses, shared = ([entry["loss"] for entry in of["history"] if "loss" in entry] for of in (one, two))
+    assert shared == pytest.approx(losses, abs=1e-4)
+    for split in ("train", "validation", "test"):
+        assert two["metrics"][split]["loss"] == pytest.approx(one["metrics"][split]["loss"], abs=1e-4)
+    assert two["parameters"] == one["parameters"]
+
+
+def test_full_trains_every_weight_and_its_file_is_the_model() -> None:
+    run = run_of("full")
+    parameters = run.result["parameters"]
+    assert parameters["base"] == 0
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    assert sum(value.numel() for value in saved.values()) >= parameters["adapter_trainable"] + parameters["head"]
+    frozen = dict(formats.base_model(run).named_parameters())
+    moved = [
+        name for name, value in saved.items() if not torch.equal(value, frozen[name.removeprefix("base_model.model.")])
+    ]
+    assert len(moved) == len(saved)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+from configured import load
+from scored_models import Named, tiny_vit
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.models.targets import target_names
+
+
+def test_targets_are_matched_as_peft_matches_them():
+    model = Named(tiny_vit())
+    assert target_names(model, ["attn.proj"]) == [f"vit.blocks.{block}.attn.proj" for block in range(3)]
+    assert target_names(model, r".*\.1\.mlp\.fc[12]") == ["vit.blocks.1.mlp.fc1", "vit.blocks.1.mlp.fc2"]
+    for targets in (["q_proj"], ["attn.proj", "q_proj"]):
+        with pytest.raises(PartialLoraError, match=r"target_modules: no module of Named matches 'q_proj'"):
+            target_names(model, targets)
+    with pytest.raises(PartialLoraError, match=r"target_modules=q_proj: no module of Named matches"):
+        target_names(model, "q_proj")
+    with pytest.raises(PartialLoraError, match=r"vit.patch_embed.proj is a Conv2d, expected nn.Linear"):
+        target_names(model, ["proj"])
+
+
+def test_what_trains_whole_is_passed_over():
+    model = load("tiny_deberta")
+    names = target_names(model, r".*dense", head="classifier", new_modules=["pooler"])
+    layers = [f"deberta.encoder.layer.{layer}" for layer in range(3)]
+    kinds = ("attention.output", "intermediate", "output")
+    assert names == [f"{layer}.{kind}.dense" for layer in layers for kind in kinds]
+    assert "pooler.dense" in target_names(model, r".*dense", head="classifier")
+    assert target_names(model, r".*(dense|classifier)", head="classifier", new_modules=["pooler"]) == names

@@ -1,0 +1,133 @@
+"""What a run leaves behind is whole or absent, and a directory has one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partial_lora import sealed
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import results, running
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from partial_lora.results import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    sealed.write_json(path, {"status": "running"})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        sealed.write_json(path, {"status": "finished"})
+    assert json.loads(path.read_text()) == {"status": "running"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_json_refuses_what_it_has_no_word_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        sealed.write_json(tmp_path / "result.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+def finished(directory: Path) -> Path:
+    (directory / "adapter").mkdir(parents=True)
+    for name in FILES:
+        (directory / name).write_text("")
+    sealed.write_json(directory / "result.json", {"status": "finished"})
+    return directory
+
+
+def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert results.is_finished(run)
+    whole = (run / "result.json").read_text()
+    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"status": "running"})):
+        (run / "result.json").write_text(broken)
+        assert not results.is_finished(run), broken
+    (run / "result.json").write_text(whole)
+    for name in FILES:
+        (run / name).rename(run / "elsewhere")
+        assert not results.is_finished(run), name
+        (run / "elsewhere").rename(run / name)
+    sealed.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    assert not results.is_finished(run)  # it promises a calibration.json
+    (run / "calibration.json").write_text("{}")
+    assert results.is_finished(run)
+
+
+def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "predictions.parquet").write_text("rows")
+    record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
+    sealed.write_json(run / "result.json", record)
+    assert results.is_recorded(run)
+    assert not results.is_finished(run)
+    others = ({"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
+    for other in others:
+        sealed.write_json(run / "result.json", record | other)
+        assert not results.is_recorded(run), other
+    sealed.write_json(run / "result.json", record)
+    (run / "predictions.parquet").unlink()
+    assert not results.is_recorded(run)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_kept_records_are_not_run_again_where_that_is_asked_for(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+    monkeypatch.setattr(running.launch, "launch", lambda *given, finished, **others: asked.update(finished=finished))
+    monkeypatch.setattr(running, "directory", lambda settings, stage: tmp_path)
+    sealed.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    (tmp_path / "predictions.parquet").write_text("")
+    for stage in ("train", "calibrate"):
+        running.run({"keep_records": keep}, stage, shown=False)
+        assert asked["finished"](tmp_path) is (keep and stage == "train")
+
+
+def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    with results.locked(run):
+        results.prepare(run, anew=True)
+        assert [entry.name for entry in run.iterdir()] == [results.LOCK]
+
+
+def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(PartialLoraError, match=f"in use by pid {holder.pid} on "), results.locked(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with results.locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / results.LOCK).read_text()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(PartialLoraError, match="results_dir: cannot write to"),
+        results.locked(tmp_path / "file" / "run"),
+    ):
+        pass

@@ -1,0 +1,342 @@
+"""Sweeps: by which launcher runs are started, what is told of them, how they are stopped, what is done again."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import command, environment, here
+from hydra.core.config_store import ConfigStore
+from rich.console import Console
+
+from partial_lora import cli
+from partial_lora.runs import config, plan, results, schema, summing
+from partial_lora.runs.ledger import Ledger
+
+TINY = ("model=tiny_vit", "trainer.max_steps=8", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.3")
+RATES = "trainer.learning_rate=0.01,0.05,1e30"  # the last one diverges
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+LONG = ("train", "-m", "model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.epochs=200", "seed=0,1,2")
+
+
+def started(place: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "partial_lora", *arguments],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def records(place: Path, results_dir: str = "results") -> dict[float, dict]:
+    """The records of the runs by their learning rates."""
+    found = [json.loads(path.read_text()) for path in place.glob(f"{results_dir}/runs/*/*/*/*/result.json")]
+    return {result["config"]["trainer"]["learning_rate"]: result for result in found}
+
+
+def statuses(out: str) -> dict[str, str]:
+    """How each run of a printed table ended."""
+    table = out[out.index(" run ") :]
+    return dict(re.findall(r"^ (\S+=\S+) +(finished|skipped|failed|refused|interrupted|not started) ", table, re.M))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.fixture(scope="module")
+def swept(place: Path) -> subprocess.CompletedProcess:
+    """Three runs, two at a time, of which one fails."""
+    return command(place, "train", "-m", *TINY, RATES, *JOBLIB)
+
+
+def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
+    assert swept.returncode == 1
+    assert {rate: result["status"] for rate, result in records(place).items()} == {
+        0.01: "finished",
+        0.05: "finished",
+        1e30: "failed",
+    }
+    assert statuses(swept.stdout) == {
+        "trainer.learning_rate=0.01": "finished",
+        "trainer.learning_rate=0.05": "finished",
+        "trainer.learning_rate=1e+30": "failed",
+    }
+    accuracy = records(place)[0.05]["metrics"]["test"]["accuracy"]
+    assert re.search(rf"^ trainer\.learning_rate=0\.05 .* {accuracy:.4f} ", swept.stdout, re.M)
+    assert "3 runs: 2 finished, 1 failed; the same command again does what is missing" in swept.stdout
+    (line,) = swept.stderr.strip().splitlines()
+    assert line.startswith("partial-lora: job 2: trainer.learning_rate=1e+30: failed: the loss is not finite")
+
+
+def test_runs_side_by_side_share_a_calibration(place: Path, swept) -> None:
+    assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
+    assert records(place)[0.01]["sparsity"] == records(place)[0.05]["sparsity"]
+
+
+def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
+    assert {path.name for path in place.iterdir()} == {"results", "cache"}
+    assert "multirun.yaml" in {path.name for path in (place / "results" / "sweep").iterdir()}
+    assert not list((place / "results" / "sweep").glob(".jobs-*"))
+
+
+def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Path, swept) -> None:
+    before = records(place)
+    again = command(place, "train", "-m", *TINY, RATES, "hydra/launcher=submitit_local")
+    assert again.returncode == 1
+    assert list(statuses(again.stdout).values()) == ["skipped", "skipped", "failed"]
+    after = records(place)
+    assert after[0.01] == before[0.01]
+    assert after[0.05] == before[0.05]
+    assert (before[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
+    assert {path.name for path in place.iterdir()} == {"results", "cache"}
+    assert (place / "results" / "sweep" / ".submitit").is_dir()
+
+
+def test_a_sampler_goes_by_the_primary_metric_on_validation(place: Path, swept) -> None:
+    sampler = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2")
+    done = here(place, "train", "-m", *TINY, RATES.removesuffix(",1e30"), *sampler)
+    assert done.returncode == 0, done.stderr
+    assert list(statuses(done.stdout).values()) == ["skipped", "skipped"]
+    validation = [records(place)[rate]["metrics"]["validation"]["accuracy"] for rate in (0.01, 0.05)]
+    best = yaml.safe_load((place / "results" / "sweep" / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(validation)  # the sweeper minimises unless told otherwise
+    assert f"best on validation: {best['best_value']:.4f} with trainer.learning_rate=" in done.stdout
+    assert "direction=minimize seeks the worst accuracy; expected maximize" in done.stderr
+
+
+@pytest.mark.parametrize("allowed", [0.0, 1.0])
+def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, allowed: float) -> None:
+    sampler = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1")
+    more = ("hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
+    rates = "trainer.learning_rate=0.05,-1"  # the second is refused once it is chosen
+    done = here(place, "train", "-m", *TINY, rates, *sampler, *more, f"hydra.sweeper.max_failure_rate={allowed}")
+    assert done.returncode == 2
+    assert "trainer.learning_rate=-1.0: expected a number above 0" in done.stdout
+    found = re.search(r"^(\d) runs?: (.*);", done.stdout, re.M)
+    assert (found[1] == "6") == (allowed == 1.0)
+    assert ("ended the sweep since a run failed" in done.stderr) == (allowed == 0.0)
+    assert ("best on validation" in done.stdout) == (allowed == 1.0)
+    assert "beware" not in done.stderr
+
+
+def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path) -> None:
+    done = command(place, "calibrate", "-m", *TINY, "seed=0,1", *JOBLIB)  # a calibration does not depend on the seed
+    assert done.returncode == 0, done.stderr
+    assert sorted(statuses(done.stdout).values()) == ["finished", "skipped"]
+    (calibrated,) = place.glob("results/calibrations/*/*/*/result.json")
+    joint = json.loads(calibrated.read_text())["calibration"]["joint"]
+    assert done.stdout.count(f"{joint:.4f}") == 4  # of each as it ends, and in the table
+
+
+def workers(results_dir: Path) -> list[int]:
+    """The workers, on this machine, of runs under a results directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "partial_lora.worker" in words and any(word.startswith(str(results_dir.resolve())) for word in words):
+            found.append(int(process.name))
+    return found
+
+
+def under_way(place: Path, results_dir: str) -> subprocess.Popen:
+    """A sweep of which two runs have their workers."""
+    running = started(place, *LONG, *JOBLIB, f"results_dir={results_dir}")
+    deadline = time.monotonic() + 120
+    locks = f"{results_dir}/runs/*/*/*/*/.lock"  # which name a worker before it is another program than its parent
+    while sum("worker" in lock.read_text() for lock in place.glob(locks)) < 2 or len(workers(place / results_dir)) < 2:
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: signal.Signals) -> None:
+    name = f"stopped_{number.name}"
+    running = under_way(place, name)
+    if number == signal.SIGINT:  # as a terminal sends it: to the launcher's processes, too
+        os.killpg(running.pid, number)
+    else:
+        running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert workers(place / name) == []
+    assert statuses(out) == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "not started"}
+    assert len(list(place.glob(f"{name}/runs/*/*/*/*"))) == 2
+    assert "Traceback" not in err
+    assert not list((place / name / "sweep").glob(".jobs-*"))
+
+
+def test_when_a_launcher_gives_up_no_worker_is_left_behind(place: Path) -> None:
+    running = under_way(place, "given_up")
+    holder = next(iter(place.glob("given_up/runs/*/*/*/*/.lock"))).read_text()
+    os.kill(int(re.match(r"pid (\d+)", holder)[1]), signal.SIGKILL)  # the process of a job, not its worker
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert workers(place / "given_up") == []
+    assert statuses(out) == {"seed=0": "failed", "seed=1": "failed", "seed=2": "not started"}
+    assert "hydra/launcher=joblib hydra/sweeper=basic: TerminatedWorkerError" in err
+
+
+def test_ray_runs_jobs_too(place: Path, swept) -> None:
+    pytest.importorskip("ray", reason="ray is large and not among what tests need: pip install 'partial-lora[ray]'")
+    cluster = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
+    done = command(place, "train", "-m", *TINY, "trainer.learning_rate=0.01,0.02", "hydra/launcher=ray", *cluster)
+    assert done.returncode == 0, done.stderr
+    assert list(statuses(done.stdout).values()) == ["skipped", "finished"]
+    assert records(place)[0.02]["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hydra/launcher=foo"], "hydra/launcher=foo: no such file in the group; expected one of basic, joblib"),
+        (["hydra/sweeper=foo"], "hydra/sweeper=foo: no such file in the group; expected one of basic, optuna"),
+        (["hydra.launcher=joblib"], "hydra.launcher=joblib: expected hydra/launcher=joblib, with a slash"),
+        (["hydra.launcher.n_jobs=2"], "hydra.launcher.n_jobs: no such key; `partial-lora train --cfg hydra`"),
+        ([*JOBLIB, "method.rank=4,0"], "method.rank=0: expected at least 1"),
+        (["method.rank=interval(2,4)"], "method.rank=interval(2,4): an interval has no end of values"),
+        (["hydra/sweeper=optuna", "method.rank=range(0,4)"], "method.rank=0: expected at least 1"),
+        (["hydra/sweeper=optuna", "seed=interval(2,8)"], "seed: Value '5.0' of type 'float' could not be converted"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert cli.main(["train", "-m", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.strip().splitlines()
+    assert line.startswith(f"partial-lora: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_sampler_cannot_do_is_said_before_it_starts(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert cli.main(["calibrate", "-m", "hydra/sweeper=optuna", "calibration.threshold=0.5,0.9"]) == 2
+    assert cli.main(["info", "-m", "hydra/launcher=joblib", "model=tiny_vit"]) == 2
+    calibrating, counting = capsys.readouterr().err.strip().splitlines()
+    assert "hydra/sweeper=optuna: calibrate has no validation metric" in calibrating
+    assert "hydra/launcher=joblib: expected basic" in counting
+    assert list(tmp_path.iterdir()) == []
+
+
+def planned(*arguments: str) -> plan.Plan:
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    return plan.plan(arguments, config.conf_dir(), config.resolve)
+
+
+def test_a_plan_holds_every_combination_in_hydras_order() -> None:
+    found = planned("-m", "method=lora,partial", "seed=range(2)", "model=tiny_vit", *JOBLIB)
+    expected = ["method=lora seed=0", "method=lora seed=1", "method=partial seed=0", "method=partial seed=1"]
+    assert [found.name(overrides) for overrides, _ in found.runs] == expected
+    assert [(each["method"]["name"], each["seed"]) for _, each in found.runs] == [
+        ("lora", 0),
+        ("lora", 1),
+        ("partial", 0),
+        ("partial", 1),
+    ]
+    assert (found.launcher, found.is_sampled, found.sweep_dir) == ("joblib", False, Path("results/sweep"))
+    assert not planned("model=tiny_vit").is_sweep
+    assert planned("model=tiny_vit", "hydra.mode=MULTIRUN").is_sweep
+
+
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /hydra/sweeper: optuna
+hydra:
+  sweeper:
+    storage: sqlite:///study.db
+    params:
+      seed: choice(3,4)
+      method.rank: choice(4,8)
+"""
+
+
+def test_of_what_a_sampler_may_choose_one_example_is_checked(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "search.yaml").write_text(EXPERIMENT)
+    space = (
+        "trainer.learning_rate=tag(log,interval(0.0001,0.01))",
+        "calibration.seed=int(interval(2,8))",
+        "method.rank=2",
+    )
+    found = planned("-m", "--config-dir", "conf", "experiment=search", *space)
+    ((_, settings),) = found.runs
+    assert settings["trainer"]["learning_rate"] == pytest.approx(0.001)
+    assert (settings["method"]["rank"], settings["calibration"]["seed"], settings["seed"]) == (2, 5, 3)
+    assert (found.is_sampled, found.direction) == (True, "minimize")
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]  # no study was made
+
+
+def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
+    ledger = Ledger.opened(tmp_path / "sweep")
+    assert ledger.asked() == []
+    ledger.ask(signal.SIGINT)
+    ledger.ask(signal.SIGTERM)
+    assert ledger.asked() == [signal.SIGINT, signal.SIGTERM]
+    ledger.write(10, status="running")
+    ledger.write(2, status="running")
+    ledger.write(10, status="finished")
+    assert list(ledger.entries().items()) == [(2, {"status": "running"}), (10, {"status": "finished"})]
+    ledger.close()
+    assert ledger.asked() == [signal.SIGTERM]
+
+
+def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path) -> None:
+    ledger, run = Ledger.opened(tmp_path / "sweep"), tmp_path / "run"
+    assert not ledger.is_under_way(run)
+    with ledger.claimed(run) as before:
+        assert not before
+        with results.locked(run):
+            assert not ledger.is_orphaned(run)
+    assert not ledger.is_under_way(run)
+    with results.locked(run):
+        assert ledger.is_under_way(run)
+        assert ledger.is_orphaned(run)
+    with ledger.claimed(run) as before:
+        assert before
+
+
+def test_the_table_says_of_every_run_what_became_of_it() -> None:
+    entries = {
+        0: {"status": "finished", "code": 0, "overrides": ["a=0"], "seconds": 3.04, "metric": "test f1", "test": 0.5},
+        1: {"status": "skipped", "code": 0, "overrides": ["a=1"], "seconds": 0.1, "metric": "test f1", "test": 0.25},
+        2: {"status": "refused", "code": 2, "overrides": ["a=2"], "seconds": 0.1, "reason": "in use by [pid 7]"},
+        3: {"status": "running", "code": 0, "overrides": ["a=3"]},
+    }
+    names = {number: f"a={number}" for number in range(5)}
+    found = summing.rows(entries, names, [])
+    assert [row.code for row in found] == [0, 0, 2, 1, 1]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summing.table(found))
+    lines = [line.split() for line in console.file.getvalue().splitlines() if "a=" in line]
+    assert lines[0] == ["a=0", "finished", "3.0", "0.5000"]
+    assert lines[1] == ["a=1", "skipped", "–", "0.2500"]
+    assert lines[2] == ["a=2", "refused", "0.1", "–", "in", "use", "by", "[pid", "7]"]
+    assert lines[3][:2] == ["a=3", "failed"]
+    assert lines[4] == ["a=4", "not", "started", "–", "–"]
+    stopped = summing.rows(entries, names, [signal.SIGTERM])
+    assert [row.code for row in stopped] == [0, 0, 2, 143, 0]
+    assert summing.counted(stopped).startswith(
+        "5 runs: 1 finished, 1 skipped (finished before), 1 refused, 1 interrupted, 1 not started"
+    )

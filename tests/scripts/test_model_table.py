@@ -1,0 +1,23 @@
+"""The committed tables of models are what the code counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import model_table
+
+from partial_lora.runs import config
+
+COMMITTED = Path(__file__).parents[2] / "results" / "models"
+
+
+def test_every_model_is_in_the_tables_with_the_numbers_that_are_counted_now() -> None:
+    names = {file.stem for file in (config.conf_dir() / "model").glob("*.yaml")}
+    kept = json.loads((COMMITTED / "models.json").read_text())
+    assert kept.keys() == names
+    assert kept == model_table.found()
+    assert (COMMITTED / "models.md").read_text() == model_table.page(kept)

@@ -1,0 +1,87 @@
+"""The scripts for a cluster: shell that parses, and commands whose settings compose and go together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partial_lora.runs import cluster, config
+from partial_lora.runs.composition import compose
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# What Slurm would have on its nodes, and a partial-lora that notes its arguments.
+STUBS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": "echo node0; echo node1",
+    "partial-lora": f'exec {sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"',
+}
+
+
+@pytest.fixture
+def called(tmp_path: Path):
+    """What a script calls partial-lora with, on a node of a job."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def call(script: str, *arguments: str, **job: object) -> list[str]:
+        own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[0-1]"}
+        own |= {f"SLURM_{name.upper()}": str(value) for name, value in job.items()}
+        command = ["bash", "-u", str(SCRIPTS / script), *arguments]
+        done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return call
+
+
+def settings_of(arguments: list[str], where: Path, monkeypatch) -> dict:
+    """The settings that the arguments compose to."""
+    monkeypatch.chdir(where)
+    monkeypatch.setattr(sys, "argv", ["partial-lora"])
+    found = []
+    assert arguments[0] == "train"
+    assert compose("train", arguments[1:], lambda settings: found.append(settings) or 0) == 0
+    (settings,) = found
+    return settings
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_parses(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_job_array_is_a_sweep_of_runs_that_share_a_calibration(called, tmp_path: Path, monkeypatch) -> None:
+    runs = [
+        settings_of(called("slurm_sweep.sh", "results_dir=here", array_task_id=task), tmp_path, monkeypatch)
+        for task in range(9)
+    ]
+    assert {(run["calibration"].pop("threshold"), run.pop("seed")) for run in runs} == {
+        (threshold, seed) for threshold in (0.7, 0.8, 0.9) for seed in (0, 1, 2)
+    }
+    assert all(run == runs[0] for run in runs)  # in all else
+    assert runs[0]["results_dir"] == "here"
+
+
+def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
+    nodes = [
+        settings_of(called("slurm_fsdp_llama3_1_8b.sh", "seed=3", nodeid=node), tmp_path, monkeypatch)
+        for node in range(2)
+    ]
+    assert len({config.run_directory(settings) for settings in nodes}) == 1
+    first, second = (cluster.cluster_of(settings) for settings in nodes)
+    assert (first.processes, first.here, first.machines, first.kind) == (16, 8, 2, "fsdp")
+    assert (first.rank, second.rank) == (0, 1)
+    assert first.address == second.address == "node0"
+    assert nodes[1]["seed"] == 3
+
+
+def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch) -> None:
+    settings = settings_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
+    assert (settings["model"]["name"], settings["model"]["quantization"]) == ("qwen2_5_14b", "nf4")
+    assert cluster.cluster_of(settings | {"trainer": settings["trainer"] | {"num_processes": 1}}).kind == "ddp"

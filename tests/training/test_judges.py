@@ -1,0 +1,190 @@
+"""What selects and what reports, for options and for texts: against one sequence at a time, without padding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny_causal import llama, merging_tokenizer
+
+from partial_lora.calibration.peers import Alone
+from partial_lora.tasks import CausalTransform, Task
+from partial_lora.training import fit, judges, losses
+
+TOKENIZER = merging_tokenizer()
+CACHE_BYTES = 2**20
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def choices(count: int, first: int) -> Dataset:
+    """Questions with two or three options of unlike lengths, the right one at a place that moves."""
+    rows = []
+    for number in range(first, first + count):
+        options = [f" {number} is a bird", " the robin", " four and four"][: 2 + number % 2]
+        prompt = f"Question: what is {number}? Answer:"
+        rows.append({"prompts": [prompt] * len(options), "options": options, "label": number % len(options)})
+    return Dataset.from_list(rows)
+
+
+def exchanges(count: int, first: int) -> Dataset:
+    numbers = range(first, first + count)
+    return Dataset.from_dict(
+        {"prompt": [f"what is {n}?" for n in numbers], "response": [f"{n} is a bird" for n in numbers]}
+    )
+
+
+def task(kind: str, metrics: tuple[str, ...]) -> Task:
+    rows = {"choice": choices, "generation": exchanges}[kind]
+    splits = {"train": rows(12, 0), "validation": rows(7, 50), "test": rows(5, 80)}
+    return Task(name="mine", modality="text", labels=(), metrics=metrics, kind=kind, **splits)
+
+
+def trained(judge: judges.Judge, directory: Path):
+    model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    trainer = fit.trainer(
+        model,
+        versions={},
+        train=judge.train(),
+        validation=judge.validation(),
+        collate=judge.transform.collate,
+        loss=judge.loss,
+        reduce=judge.reduce,
+        measure=judge.measure,
+        selects=judge.selects,
+        length_grouped=True,
+        reads_tokens=True,
+        directory=directory,
+        device="cpu",
+        precision="no",
+        world_size=1,
+        seed=0,
+        epochs=2.0,
+        max_steps=None,
+        save_steps=None,
+        batch_size=4,
+        eval_batch_size=3,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        warmup=0.0,
+        max_grad_norm=1.0,
+    )
+    trainer.train()
+    return trainer
+
+
+@torch.no_grad()
+def literal(model, prompt: str, answer: str, ends: bool = False) -> tuple[float, int]:
+    """The log likelihood of an answer after a prompt, token by token, and the number of its tokens."""
+    context = TOKENIZER(prompt)["input_ids"]
+    whole = TOKENIZER(prompt + answer)["input_ids"] + ([TOKENIZER.eos_token_id] if ends else [])
+    chances = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    asked = range(len(context), len(whole))
+    return sum(float(chances[place - 1, whole[place]]) for place in asked), len(asked)
+
+
+def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
+    chosen = task("choice", ("accuracy", "accuracy_norm"))
+    judge = judges.ByOptions(chosen, CausalTransform(TOKENIZER, 64, kind="choice"), CACHE_BYTES)
+    trainer = trained(judge, tmp_path / "run")
+    model = trainer.model.eval()
+    for split in ("validation", "test"):
+        found = judge.judged(judges.predicts(trainer), model, split)
+        right, normed, told, tokens = [], [], 0.0, 0
+        for row in getattr(chosen, split):
+            said = [literal(model, *pair) for pair in zip(row["prompts"], row["options"], strict=True)]
+            sums = np.array([total for total, _ in said])
+            lengths = np.array([len(option.strip()) for option in row["options"]])
+            right.append(sums.argmax() == row["label"])
+            normed.append((sums / lengths).argmax() == row["label"])
+            told, tokens = told + said[row["label"]][0], tokens + said[row["label"]][1]
+        assert found.metrics["primary"] == judge.selects == "accuracy"
+        assert found.metrics["accuracy"] == pytest.approx(np.mean(right))
+        assert found.metrics["accuracy_norm"] == pytest.approx(np.mean(normed))
+        assert found.metrics["loss"] == pytest.approx(-told / tokens, rel=1e-4)
+        assert (found.predictions["prediction"] == found.predictions["label"]).tolist() == right
+    selected = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert max(selected) == judge.judged(judges.predicts(trainer), model, "validation").metrics["accuracy"]
+
+
+def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_path: Path) -> None:
+    chosen = task("generation", ("rouge_l", "exact_match"))
+    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
+    judge = judges.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    trainer = trained(judge, tmp_path / "run")
+    predict = judges.predicts(trainer)
+    validation, test = (judge.judged(predict, trainer.model, split) for split in ("validation", "test"))
+    told = [literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in chosen.validation]
+    perplexity = math.exp(-sum(total for total, _ in told) / sum(count for _, count in told))
+    assert validation.metrics == {
+        "primary": "perplexity",
+        "perplexity": pytest.approx(perplexity, rel=1e-4),
+        "loss": pytest.approx(math.log(perplexity), rel=1e-4),
+    }
+    logged = [entry["eval_perplexity"] for entry in trainer.state.log_history if "eval_perplexity" in entry]
+    assert min(logged) == pytest.approx(perplexity, rel=1e-6)  # the smallest one is what was selected
+    assert test.metrics["primary"] == "rouge_l"
+    assert test.metrics["rouge_l"] == pytest.approx(test.predictions["rouge_l"].mean())
+    assert test.predictions["label"].tolist() == list(chosen.test["response"])
+    for prompt, written in zip(chosen.test["prompt"], test.predictions["prediction"], strict=True):
+        alone = judge.transform.of_inputs([prompt])
+        tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
+        assert TOKENIZER.decode(tokens, skip_special_tokens=True).strip() == written
+
+
+class Two:
+    """One of two processes; the other one's share is computed by whoever asks."""
+
+    def __init__(self, rank: int, shares: dict) -> None:
+        self.rank, self.size, self._shares = rank, 2, shares
+
+    def gather(self, value):
+        self._shares[self.rank] = value
+        return [self._shares.get(0, []), self._shares.get(1, [])]
+
+
+def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
+    chosen = task("generation", ("rouge_l",))
+    model, prompts = llama(TOKENIZER), list(chosen.test["prompt"])
+    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
+
+    def written(peers) -> list[str]:
+        judge = judges.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
+        return judge._written(model, prompts)
+
+    shares: dict = {}
+    with pytest.raises(IndexError):  # the other share is not there yet
+        written(Two(1, shares))
+    assert written(Two(0, shares)) == written(Alone())
+    assert len(set(written(Alone()))) > 1
+
+
+def test_the_loss_of_tokens_is_a_mean_over_those_asked_for_however_a_step_is_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 6, 9, generator=generator), torch.randint(0, 9, (4, 6), generator=generator)
+    labels[:, :3] = -100
+    labels[1, 4:] = -100
+    asked = int((labels[:, 1:] != -100).sum())
+
+    class Output:
+        def __init__(self, part: torch.Tensor) -> None:
+            self.logits = part
+
+    terms = [
+        torch.nn.functional.cross_entropy(logits[row, place - 1], labels[row, place])
+        for row in range(4)
+        for place in range(1, 6)
+        if labels[row, place] != -100
+    ]
+    literal_mean = torch.stack(terms).mean()
+    parts = [losses.loss_of_tokens(Output(logits[part]), labels[part], asked) for part in (slice(0, 1), slice(1, 4))]
+    assert torch.allclose(sum(parts), literal_mean)
+    assert torch.allclose(losses.loss_of_tokens(Output(logits), labels), literal_mean)

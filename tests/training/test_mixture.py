@@ -1,0 +1,516 @@
+"""Several tasks in one run: each member alone, from the settings to the scores, is the twin of its part."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+from finished_runs import trained
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from rich.console import Console
+from test_judges import choices, exchanges, literal
+from test_judges import trained as trained_by
+from tiny_causal import merging_tokenizer
+from torch.nn import functional as F
+
+from partial_lora import tasks as tasks_of
+from partial_lora.calibration import fewshot, slices
+from partial_lora.calibration.heads import features, fitted_head, fitted_heads
+from partial_lora.calibration.peers import Alone
+from partial_lora.calibration.scoring import MEASURES, FewShotScore
+from partial_lora.errors import PartialLoraError
+from partial_lora.report import closing
+from partial_lora.runs import config, evaluate_run, formats, loading, results, schema
+from partial_lora.tasks import Task
+from partial_lora.training import judges, losses, mixture_judge
+
+WORDS = ["fine", "poor", "warm", "cold", "long", "odd"]
+DIGITS = "{path: 'bundled:digits'}"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def settings(*overrides: str) -> dict:
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return config.resolve(compose("config", list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Reviews of two classes, 100 rows, and questions of three, pairs of texts, 60 rows."""
+    folder = tmp_path_factory.mktemp("tables")
+    reviews = [{"review": f"{WORDS[n % 2]} film {n}", "label": ["good", "bad"][n % 2]} for n in range(100)]
+    questions = [{"a": f"{WORDS[n % 3]} {n}", "b": "is it", "label": "xyz"[n % 3]} for n in range(60)]
+    for name, rows in (("reviews", reviews), ("questions", questions)):
+        pandas.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
+    return {name: str(folder / f"{name}.parquet") for name in ("reviews", "questions")}
+
+
+def members(tables: dict[str, str], *names: str) -> list[str]:
+    """The overrides of a mixture of tables."""
+    own = {
+        "reviews": "{modality: text, path: files, metrics: [matthews, accuracy]}",
+        "questions": "{modality: text, path: files, text_columns: [a, b]}",
+    }
+    files = ",".join(f"{name}: '{tables[name]}'" for name in names)
+    listed = ",".join(f"{name}: {own[name]}" for name in names)
+    return ["task=mixture", f"task.members={{{listed}}}", f"task.data_files={{{files}}}", "model=tiny_bert"]
+
+
+def mixture(chosen: dict) -> tasks_of.Mixture:
+    return loading.task_of(chosen, mixtures=True)
+
+
+def alone(chosen: dict, name: str) -> dict:
+    """The settings of a member's own run."""
+    return chosen | {"task": chosen["task"]["members"][name]}
+
+
+# Settings
+
+
+def test_members_by_name_have_the_settings_of_their_group_files(tables) -> None:
+    files = f"{{sst2: {tables['reviews']}, cola: {{train: {tables['reviews']}, test: {tables['reviews']}}}}}"
+    given = ("model=tiny_bert", f"task.data_files={files}", "task.train_samples=7")
+    found = settings("task=mixture", "task.members=[sst2,cola]", *given)
+    for name in ("sst2", "cola"):
+        expected = settings(f"task={name}", "model=tiny_bert", "task.train_samples=7")["task"]
+        assert found["task"]["members"][name] | {"data_files": None} == expected
+    assert found["task"]["members"]["sst2"]["data_files"] == tables["reviews"]
+    assert found["task"]["members"]["cola"]["data_files"]["test"] == tables["reviews"]
+    assert (found["task"]["modality"], found["task"]["kind"], found["task"]["classes"]) == ("text", "label", 4)
+    assert config.with_defaults(found) == found
+
+
+def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Path) -> None:
+    given = members(tables, "reviews", "questions")
+    same = Path(tmp_path / "copy.parquet")
+    same.write_bytes(Path(tables["reviews"]).read_bytes())
+    elsewhere = [override.replace(tables["reviews"], str(same)) for override in given]
+    first = config.run_id(settings(*given))
+    assert first == config.run_id(settings(*elsewhere)) == config.run_id(settings(*given, "task.cache_bytes=1"))
+    others = [
+        settings(*members(tables, "questions", "reviews")),
+        settings(*members(tables, "reviews")),
+        settings(*given, "task.mixing=equal"),
+        settings(*[override.replace("text_columns: [a, b]", "text_columns: [a]") for override in given]),
+        settings(*[override.replace(tables["reviews"], tables["questions"]) for override in given]),
+    ]
+    assert len({first, *map(config.run_id, others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], r"task\.members=None: expected the names of tasks"),
+        (["task.members=[sst2,nowhere]"], r"task\.members=nowhere: expected names out of "),
+        (["task.members=[sst2,sst2]"], r"every name once"),
+        (["task.members=[sst2,digits]"], r"one modality: sst2 is of text, digits of image"),
+        (["task.members=[sst2,piqa]"], r"one kind: sst2 is of label, piqa of choice"),
+        (["task.members=[sst2,stsb]"], r"task\.members=stsb: expected tasks of classes"),
+        (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size: no such key"),
+        (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b: expected a, or nothing"),
+        (["task.members={a: {modality: text}}"], r"task\.members\.a\.path: expected a value"),
+        (["task.members={a: {path: files, classes: two}}"], r"task\.members\.a\.classes: .*two"),
+        (["task.members={a: {path: files, modality: sound}}"], r"task\.members, a: task\.modality=sound"),
+        (["task.members={a: {path: members, members: [sst2]}}"], r"expected tasks that are no mixtures"),
+        (["task.members=[sst2]", "task.data_files=/"], r"task\.data_files=/: expected files by member"),
+        (["task.members=[sst2]", "task.data_files={mrpc: /}"], r"expected files by member, \{sst2: \{train"),
+        (["task.members=[sst2]", "task.data_files={sst2: /nowhere}"], r"sst2: task\.data_files=/nowhere"),
+        (["task.members=[sst2]", "task.label_column=x"], r"task\.label_column=x: .* each member's own"),
+        (["task.members=[sst2]", "task.mixing=some"], r"task\.mixing=some: expected proportional or equal"),
+        (["task.members=[sst2]", "calibration.score=f1"], r"calibration\.score=f1: expected one of .*, for a mixture"),
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], said: str) -> None:
+    with pytest.raises(PartialLoraError, match=said) as refusal:
+        settings("task=mixture", *overrides)
+    assert "\n" not in str(refusal.value)
+
+
+def test_members_of_a_single_task_are_refused() -> None:
+    with pytest.raises(PartialLoraError, match=r"task\.members=\['sst2'\]: expected .* for task=mixture alone"):
+        settings("task=cola", "task.members=[sst2]")
+
+
+def test_numbers_that_only_the_rows_show_and_other_commands_are_refused(tables, tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.parquet"
+    pandas.DataFrame({"text": WORDS * 9, "label": np.arange(54) / 7}).to_parquet(numbers)
+    own = f"{{modality: text, path: files, data_files: '{numbers}'}}"
+    chosen = settings("task=mixture", f"task.members={{numbers: {own}}}", "model=tiny_bert")
+    with pytest.raises(PartialLoraError, match=r"task\.members: the labels of numbers are real numbers"):
+        mixture(chosen)
+    with pytest.raises(PartialLoraError, match=r"take one of its members, reviews, questions"):
+        loading.task_of(settings(*members(tables, "reviews", "questions")))
+
+
+# Rows
+
+
+def test_rows_are_the_members_rows_and_labels_count_on(tables) -> None:
+    chosen = settings(*members(tables, "reviews", "questions"))
+    mixed = mixture(chosen)
+    assert mixed.labels == ("reviews/bad", "reviews/good", "questions/x", "questions/y", "questions/z")
+    assert mixed.class_names == ("bad", "good", "x", "y", "z")
+    assert mixed.sizes == (2, 3)
+    own = [loading.task_of(alone(chosen, name)) for name in ("reviews", "questions")]
+    for split in tasks_of.SPLITS:
+        rows = getattr(mixed, split)
+        expected = [(n, label + 2 * n) for n, each in enumerate(own) for label in getattr(each, split)["label"]]
+        assert list(zip(rows["member"], rows["label"], strict=True)) == expected
+        shuffled = rows.select(np.random.default_rng(0).permutation(len(rows))[:20])
+        for number, each in enumerate(own):
+            places = [r for m, r in zip(shuffled["member"], shuffled["row"], strict=True) if m == number]
+            assert mixed.rows_of(number, shuffled).to_list() == getattr(each, split).select(places).to_list()
+
+
+def test_equal_mixing_trains_on_as_many_rows_of_each_and_tests_on_all(tables) -> None:
+    given = members(tables, "reviews", "questions")
+    whole = mixture(settings(*given))
+    assert [np.bincount(getattr(whole, split)["member"]).tolist() for split in tasks_of.SPLITS] == [
+        [72, 43],
+        [8, 5],
+        [20, 12],
+    ]
+    equal, again, other = (
+        mixture(settings(*given, "task.mixing=equal", f"task.split_seed={seed}")) for seed in (0, 0, 1)
+    )
+    assert np.bincount(equal.train["member"]).tolist() == [43, 43]
+    assert np.bincount(equal.train["label"]).tolist()[:2] in ([21, 22], [22, 21])  # the same share of every class
+    assert equal.test.to_list() == whole.test.to_list()
+    assert equal.members[0].train.to_list() == again.members[0].train.to_list()
+    assert equal.members[0].train.to_list() != other.members[0].train.to_list()
+
+
+def test_prepared_rows_and_batches_are_those_of_the_members(tables) -> None:
+    chosen = settings(*members(tables, "reviews", "questions"))
+    mixed = mixture(chosen)
+    transform = loading.transform_of(chosen, mixed)
+    joined = transform.prepare(mixed.train, cache_bytes=2**20)
+    twins = []
+    for number, name in enumerate(("reviews", "questions")):
+        own = loading.task_of(alone(chosen, name)).train
+        prepared = loading.transform_of(alone(chosen, name)).prepare(own, cache_bytes=2**20)
+        twins += [row | {"label": row["label"] + 2 * number} for row in prepared.to_list()]
+    assert [joined[place] for place in range(len(joined))] == twins
+    assert joined["length"] == [row["length"] for row in twins]
+    order = np.random.default_rng(0).permutation(len(joined)).tolist()
+    assert joined.__getitems__(order) == [twins[place] for place in order]
+    rows = mixed.train.select(range(60, 90))
+    seen = transform.batches(rows, 8)
+    assert [len(batch["labels"]) for batch in seen] == [8, 4, 8, 8, 2]  # no batch has rows of two members
+    assert torch.cat([batch["labels"] for batch in seen]).tolist() == rows["label"]
+    for batch, place in zip(seen, (60, 68, 72, 80, 88), strict=True):
+        literal = transform.collate(twins[place : place + len(batch["labels"])])
+        assert all(torch.equal(batch[key], literal[key]) for key in batch)
+
+
+@pytest.mark.parametrize("changes", [{}, {"share": 0.0}, {"share": 0.0, "max_samples": 5}])
+def test_draws_are_each_members_own(tables, changes: dict) -> None:
+    chosen = settings(*members(tables, "reviews", "questions"))
+    chosen["calibration"] |= changes
+    found = loading.draws_of(chosen, mixture(chosen).train)
+    fit, scored, warnings = [], [], []
+    for name, start in (("reviews", 0), ("questions", 72)):
+        own = loading.draws_of(alone(chosen, name), loading.task_of(alone(chosen, name)).train)
+        fit += (own.fit + start).tolist()
+        scored += (own.scored + start).tolist()
+        warnings += [f"{name}: {words}" for words in own.warnings]
+    assert (found.fit.tolist(), found.scored.tolist()) == (fit, scored)
+    assert len(found.warnings) == len(warnings)
+
+
+# Loss, head and score: each example within its member's outputs
+
+
+def logits_and_labels(rows: int = 40, sizes: tuple[int, ...] = (2, 3, 4)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    total = sum(sizes)
+    logits = 3 * torch.randn(rows, total, generator=generator)
+    return logits, torch.randint(0, total, (rows,), generator=generator)
+
+
+def parts(labels: torch.Tensor, sizes: tuple[int, ...]):
+    start = 0
+    for size in sizes:
+        yield (labels >= start) & (labels < start + size), slice(start, start + size), start
+        start += size
+
+
+SIZES = (2, 3, 4)
+
+
+def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
+    logits, labels = logits_and_labels()
+    logits.requires_grad_()
+    loss = losses.loss_of_batch_within(SIZES)
+    found = loss(SimpleNamespace(logits=logits), labels, 100)
+    expected = sum(
+        F.cross_entropy(logits[own, columns], labels[own] - start, reduction="sum")
+        for own, columns, start in parts(labels, SIZES)
+    )
+    assert torch.allclose(found, expected / 100)
+    assert torch.allclose(loss(SimpleNamespace(logits=logits), labels), expected / len(labels))
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    (literal,) = torch.autograd.grad(expected / 100, logits)
+    assert torch.allclose(gradient, literal, atol=1e-7)
+    one = losses.loss_of_batch_within((9,))(SimpleNamespace(logits=logits), labels)
+    assert torch.equal(one, losses.loss_of_batch(SimpleNamespace(logits=logits), labels))
+
+
+def test_the_few_shot_head_is_the_members_heads_side_by_side() -> None:
+    _, labels = logits_and_labels(200)
+    inputs = np.random.default_rng(0).standard_normal((200, 6)) + labels.numpy()[:, None] % 3
+    weight, bias = fitted_heads(inputs, labels.numpy(), SIZES)
+    for own, columns, start in parts(labels, SIZES):
+        expected = fitted_head(inputs[own.numpy()], labels[own].numpy() - start, columns.stop - start)
+        assert np.array_equal(weight[columns], expected[0])
+        assert np.array_equal(bias[columns], expected[1])
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+def test_an_example_is_scored_within_its_member_and_guessed_there(measure: str) -> None:
+    logits, labels = logits_and_labels()
+    rubric, batch = slices.Within(MEASURES[measure](), SIZES), {"labels": labels}
+    values, sureness, chance = (torch.empty(len(labels), dtype=torch.float64) for _ in range(3))
+    plain = MEASURES[measure]()
+    for own, columns, start in parts(labels, SIZES):
+        of_member = {"labels": labels[own] - start}
+        values[own] = plain.values(logits[own, columns], of_member)
+        sureness[own] = plain.sureness(logits[own, columns], of_member).double()
+        chance[own] = plain.chance([of_member])
+    assert torch.allclose(rubric.values(logits, batch), values)
+    assert torch.allclose(rubric.sureness(logits, batch).double(), sureness)
+    halves = [{"labels": labels[:15]}, {"labels": labels[15:]}]
+    assert rubric.chance(halves) == pytest.approx(float(chance.mean()))
+    assert not rubric.values(logits.fill_(float("nan")), batch).isfinite().any()
+
+
+def said(model, batch: dict, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The logits of a head of our own on what enters the model's."""
+    entering = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    model(**{key: value for key, value in batch.items() if key != "labels"})
+    hook.remove()
+    return entering[0] @ weight.T + bias
+
+
+def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
+    chosen = settings(*members(tables, "reviews", "questions"), "calibration.share=0", "calibration.shots=6")
+    mixed = mixture(chosen)
+    transform = loading.transform_of(chosen, mixed)
+    torch.manual_seed(0)
+    model = loading.model_of(chosen["model"], mixed.labels, mixed.class_names)
+    assert list(model.config.id2label.values()) == list(mixed.labels)
+    draws = loading.draws_of(chosen, mixed.train)
+    asked = {"modules": ["bert.encoder.layer.0.output.dense"], "draws": draws, "head": "classifier", "seed": 0}
+    scores = fewshot.importance_few_shot(
+        model, mixed.train, transform, measure="snip", options={}, sizes=mixed.sizes, **asked
+    )
+    found = fewshot.calibrate_few_shot(
+        model,
+        mixed.train,
+        transform,
+        scores=scores,
+        importance={},
+        architecture={},
+        rank=2,
+        granularity="rows_columns",
+        head="classifier",
+        blocks="bert.encoder.layer",
+        threshold=0.9,
+        budget=None,
+        drawn={},
+        seed=0,
+        levels=0.3,
+        max_sparsity=0.3,
+        search="scan",
+        draws=draws,
+        sizes=mixed.sizes,
+        score=loading.calibration_score(chosen, mixed),
+    )
+    fit, scored = (transform.batches(mixed.train.select(rows), 99) for rows in (draws.fit, draws.scored))
+    right, gradients = [], 0.0
+    matrix = model.get_submodule(asked["modules"][0]).weight
+    for of_fit, of_scored, size, start in zip(fit, scored, (2, 3), (0, 2), strict=True):
+        entering, labels = features(model, "classifier", [of_fit])
+        weight, bias = map(torch.from_numpy, fitted_head(entering, labels - start, size))
+        right += (said(model, of_scored, weight, bias).argmax(-1) == of_scored["labels"] - start).tolist()
+        loss = F.cross_entropy(said(model, of_fit, weight, bias), of_fit["labels"] - start, reduction="sum")
+        gradients = gradients + torch.autograd.grad(loss / len(draws.fit), matrix)[0]
+    assert found.baseline == pytest.approx(np.mean(right))
+    assert 0.3 < np.mean(right) < 1
+    entries = (matrix * gradients).abs().double()
+    assert torch.allclose(scores[asked["modules"][0]][0], entries.sum(1), rtol=1e-3, atol=0)
+
+
+# Whole runs
+
+
+def test_a_mixture_of_one_is_that_task(tables) -> None:
+    short = ("calibration.max_sparsity=0.2", "calibration.levels=0.1", "model.target_modules=[query,output.dense]")
+    reviews = ("task=text_table", f"task.data_files='{tables['reviews']}'", "model=tiny_bert")
+    single = trained("one-alone", *reviews, "task.metrics=[matthews,accuracy]", "calibration.score=accuracy", *short)
+    mixed = trained("one-mixture", *members(tables, "reviews"), *short)
+    assert [entry.get("loss") for entry in single.result["history"]] == [
+        entry.get("loss") for entry in mixed.result["history"]
+    ]
+    assert single.result["sparsity"] == mixed.result["sparsity"]
+    assert single.result["calibration"]["baseline"] == mixed.result["calibration"]["baseline"]
+    for split in ("validation", "test"):
+        own, joint = single.result["metrics"][split], mixed.result["metrics"][split]
+        assert (joint["primary"], joint["average"], joint["loss"]) == ("average", own["matthews"], own["loss"])
+        for name in ("matthews", "accuracy", "loss"):
+            assert joint[f"reviews/{name}"] == own[name]
+    own, joint = (pandas.read_parquet(run.directory / results.PREDICTIONS) for run in (single, mixed))
+    assert joint.drop(columns="member").equals(own)
+    assert set(joint["member"]) == {"reviews"}
+
+
+def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head() -> None:
+    given = ("task.train_samples=400", "task.test_samples=60", "method=lora", "trainer.max_steps=80")
+    given += ("trainer.save_steps=20",)
+    run = trained(
+        "digits-twice", "task=mixture", f"task.members={{a: {DIGITS}, b.c: {DIGITS}}}", "model=tiny_vit", *given
+    )
+    assert run.labels() == [f"{name}/{digit}" for name in ("a", "b.c") for digit in range(10)]
+    test = run.result["metrics"]["test"]
+    model, own = formats.adapted_model(run), run.settings | {"task": run.settings["task"]["members"]["a"]}
+    (batch,) = loading.transform_of(own).batches(loading.task_of(own).test, 60)
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"]).logits
+    frame = pandas.read_parquet(run.directory / results.PREDICTIONS)
+    assert frame["member"].tolist() == ["a"] * 60 + ["b.c"] * 60
+    for place, name in enumerate(("a", "b.c")):  # the same rows, by two heads
+        alone_of = logits[:, 10 * place : 10 * place + 10]
+        accuracy = float((alone_of.argmax(-1) == batch["labels"]).float().mean())
+        assert test[f"{name}/accuracy"] == pytest.approx(accuracy)
+        assert test[f"{name}/loss"] == pytest.approx(float(F.cross_entropy(alone_of, batch["labels"])), rel=1e-4)
+        part = frame[frame["member"] == name]
+        assert part["prediction"].nunique() > 1
+        assert part["index"].tolist() == list(range(60))
+        assert part["prediction_name"].tolist() == [str(int(digit)) for digit in alone_of.argmax(-1)]
+    assert test["average"] == pytest.approx((test["a/accuracy"] + test["b.c/accuracy"]) / 2)
+    assert test["a/loss"] != test["b.c/loss"]
+    measured = [entry["eval_average"] for entry in run.result["history"] if "eval_average" in entry]
+    assert max(measured) == run.result["metrics"]["validation"]["average"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(closing.summary(run.result, run.directory / "seed0"))
+    assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
+    with pytest.raises(PartialLoraError, match=r"the run is of several tasks, .* choose --member a or b\.c$"):
+        evaluate_run.evaluate_run(run)
+
+
+def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
+    chosen = settings("model=tiny_clip")["model"]
+    names, labels = ["cat", "dog", "cat"], ["a/cat", "a/dog", "b/cat"]
+    model = loading.model_of(chosen, labels, names)
+    head, single = model.get_submodule(chosen["head"]), loading.model_of(chosen, names[:2])
+    assert torch.equal(head.weight[[0, 1]], single.get_submodule(chosen["head"]).weight)
+    assert torch.equal(head.weight[2], head.weight[0])
+    assert list(model.config.id2label.values()) == labels
+    assert model.config.num_labels == 3
+
+
+# Options and texts
+
+
+def of_kind(kind: str, metrics: tuple[str, ...]) -> tasks_of.Mixture:
+    rows = {"choice": choices, "generation": exchanges}[kind]
+    made = [
+        Task(
+            name=name,
+            modality="text",
+            labels=(),
+            metrics=metrics,
+            kind=kind,
+            train=of_split(rows(12, first), "train"),
+            validation=of_split(rows(count, first + 50), "validation"),
+            test=of_split(rows(count, first + 70), "test"),
+        )
+        for name, first, count in (("a", 0, 5), ("b", 20, 3))
+    ]
+    return tasks_of.mixed("mixture", made, mixing="proportional", seed=0)
+
+
+def of_split(rows: Dataset, split: str) -> Dataset:
+    return Dataset.from_list(rows.to_list(), split=split)
+
+
+def judge_and_transform(mixed: tasks_of.Mixture):
+    tokenizer = merging_tokenizer()
+    each = [tasks_of.CausalTransform(tokenizer, 64, kind=mixed.kind) for _ in mixed.members]
+    transform = tasks_of.MixtureTransform(each, mixed)
+    own = {"cache_bytes": 2**20, "stop": [], "max_new_tokens": 6, "answer": None}
+    chosen = {"task": {"members": {"a": own, "b": own}}, "trainer": {"eval_batch_size": 4}}
+    judge = mixture_judge.judge_of(mixed, transform, chosen, Alone())
+    judge.transform = transform
+    return judge, transform
+
+
+def test_questions_of_several_sets_are_judged_by_set(tmp_path: Path) -> None:
+    mixed = of_kind("choice", ("accuracy", "accuracy_norm"))
+    judge, transform = judge_and_transform(mixed)
+    trainer = trained_by(judge, tmp_path / "run")
+    model = trainer.model.eval()
+    for split in ("validation", "test"):
+        found = judge.judged(judges.predicts(trainer), model, split)
+        scores = []
+        for member in mixed.members:
+            right = [
+                np.argmax([literal(model, *pair)[0] for pair in zip(row["prompts"], row["options"], strict=True)])
+                == row["label"]
+                for row in getattr(member, split)
+            ]
+            scores.append(np.mean(right))
+            assert found.metrics[f"{member.name}/accuracy"] == pytest.approx(scores[-1])
+            part = found.predictions[found.predictions["member"] == member.name]
+            assert (part["prediction"] == part["label"]).tolist() == right
+        assert found.metrics["primary"] == judge.selects == "average"
+        assert found.metrics["average"] == pytest.approx(np.mean(scores))
+    logged = [entry["eval_average"] for entry in trainer.state.log_history if "eval_average" in entry]
+    assert max(logged) == judge.judged(judges.predicts(trainer), model, "validation").metrics["average"]
+    assert scores[0] != scores[1]
+    score = FewShotScore(model, transform.batches(mixed.test, 8), "options")
+    assert score(model) == pytest.approx((5 * scores[0] + 3 * scores[1]) / 8)
+
+
+def test_texts_of_several_sets_are_selected_by_their_mean_perplexity(tmp_path: Path) -> None:
+    mixed = of_kind("generation", ("rouge_l", "perplexity"))
+    judge, _ = judge_and_transform(mixed)
+    trainer = trained_by(judge, tmp_path / "run")
+    validation, test = (judge.judged(judges.predicts(trainer), trainer.model, s) for s in ("validation", "test"))
+    each = []
+    for member in mixed.members:
+        told = [
+            literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in member.validation
+        ]
+        each.append(float(np.exp(-sum(total for total, _ in told) / sum(count for _, count in told))))
+        assert validation.metrics[f"{member.name}/perplexity"] == pytest.approx(each[-1], rel=1e-4)
+        part = test.predictions[test.predictions["member"] == member.name]
+        assert test.metrics[f"{member.name}/rouge_l"] == pytest.approx(part["rouge_l"].mean())
+    assert validation.metrics["primary"] == judge.selects == "perplexity"
+    assert validation.metrics["perplexity"] == pytest.approx(np.mean(each), rel=1e-4)
+    logged = [entry["eval_perplexity"] for entry in trainer.state.log_history if "eval_perplexity" in entry]
+    assert min(logged) == pytest.approx(validation.metrics["perplexity"], rel=1e-6)
+    assert test.metrics["primary"] == "average"
+    assert test.metrics["average"] == pytest.approx(test.predictions.groupby("member")["rouge_l"].mean().mean())
+
+
+def test_main_metrics_that_cannot_be_averaged_are_refused() -> None:
+    mixed = of_kind("generation", ("rouge_l", "perplexity"))
+    second = dataclasses.replace(mixed.members[1], metrics=("perplexity",))
+    with pytest.raises(PartialLoraError, match=r"task\.members: expected first metrics .* 'b': 'perplexity'"):
+        judge_and_transform(dataclasses.replace(mixed, members=(mixed.members[0], second)))

@@ -1,0 +1,296 @@
+"""A training that was ended goes on as if it had not been, bit for bit, and only from a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from test_fit import TINY, trained_state, trainer
+from transformers import TrainerCallback
+
+from partial_lora import models
+from partial_lora.adapter import PartialLoraConfig
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import results
+from partial_lora.training import checkpoints, resuming
+
+VERSIONS = {"torch": torch.__version__}
+SETTINGS = {"epochs": 4.0, "save_steps": 2, "max_steps": 12, "learning_rate": 0.05, "count": 41}  # 5 steps an epoch
+
+
+class EndedError(Exception):
+    """Whatever ends a process."""
+
+
+class EndAfter(TrainerCallback):
+    def __init__(self, step: int, saved: bool = False) -> None:
+        self._step, self._saved = step, saved
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self._step and not self._saved:
+            raise EndedError
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self._step:
+            raise EndedError
+
+
+def model(method: type = PartialLoraConfig, **changes: object) -> PeftModel:
+    """A tiny model with dropout, so that going on needs the random state, too."""
+    torch.manual_seed(0)
+    settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
+    loaded = models.load(model_args=TINY, labels=["a", "b", "c"], **settings)
+    own = {"sparsity": 0.5, "mask_seed": 0} if method is PartialLoraConfig else {}
+    own |= {"r": 2, "target_modules": ["attn.qkv"], "lora_dropout": 0.3, "modules_to_save": ["timm_model.head"]}
+    return get_peft_model(loaded, method(**own | changes))
+
+
+def measured(training) -> list[dict]:
+    """The history without what a clock says."""
+    clock = ("runtime", "second", "flos")
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in clock)}
+        for entry in training.state.log_history
+        if "train_loss" not in entry
+    ]
+
+
+SHAPE = checkpoints.shape_of(model())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory):
+    training = trainer(model(), tmp_path_factory.mktemp("unbroken"), **SETTINGS)
+    training.train()
+    return training
+
+
+def ended_after(step: int, directory: Path, **changes: object) -> None:
+    training = trainer(model(), directory, **SETTINGS | changes)
+    training.add_callback(EndAfter(step))
+    with pytest.raises(EndedError):
+        training.train()
+
+
+ENDS = [((1,), False, None), ((5,), False, 4), ((3, 6, 11), False, 10), ((12,), False, 10), ((4, 12), True, 12)]
+
+
+@pytest.mark.parametrize(("steps", "saved", "goes_on_from"), ENDS)
+def test_what_goes_on_ends_as_what_was_never_ended(unbroken, tmp_path: Path, steps, saved, goes_on_from) -> None:
+    folder = tmp_path / results.CHECKPOINTS
+    for step in steps:
+        training = trainer(model(), tmp_path, **SETTINGS)
+        training.add_callback(EndAfter(step, saved))
+        with pytest.raises(EndedError):
+            training.train(checkpoints.resumable(folder, VERSIONS, SHAPE))
+    found = checkpoints.resumable(folder, VERSIONS, SHAPE)
+    assert (found and checkpoints.step_of(found)) == goes_on_from
+    training = trainer(model(), tmp_path, **SETTINGS)
+    training.train(found)
+    assert measured(training) == measured(unbroken)
+    assert training.mean_loss == unbroken.mean_loss
+    expected = trained_state(unbroken.model)
+    assert all(torch.equal(value, expected[name]) for name, value in trained_state(training.model).items())
+
+
+def test_the_mean_loss_is_that_of_all_steps(unbroken) -> None:
+    logged = [entry for entry in unbroken.state.log_history if "loss" in entry]
+    steps = [0, *(entry["step"] for entry in logged)]
+    total = sum(entry["loss"] * (entry["step"] - before) for entry, before in zip(logged, steps, strict=False))
+    assert unbroken.mean_loss == pytest.approx(total / 12, rel=1e-6)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path: Path) -> None:
+    ended_after(3, tmp_path)
+    adapted, (folder,) = model(), (tmp_path / results.CHECKPOINTS).iterdir()
+    with safe_open(folder / checkpoints.TRAINABLE, "pt") as file:
+        names = file.keys()
+        held = {name: file.get_tensor(name).numel() for name in names}
+    trains = {name: value.numel() for name, value in adapted.named_parameters() if value.requires_grad}
+    assert held == trains
+    dense = sum(value.numel() for name, value in model(LoraConfig).named_parameters() if value.requires_grad)
+    assert sum(held.values()) < dense
+
+
+def ended_with_two(directory: Path) -> Path:
+    """Checkpoints of steps 2 and 4, of which neither has to do with the other's being best."""
+    ended_after(5, directory, save_total_limit=3)
+    folder = directory / results.CHECKPOINTS
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+)
+@pytest.mark.parametrize("cut", [None, 0.5])
+def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(tmp_path: Path, caplog, file: str, cut) -> None:
+    folder = ended_with_two(tmp_path)
+    broken = folder / "checkpoint-4" / file
+    whole = broken.read_bytes()
+    broken.unlink() if cut is None else broken.write_bytes(whole[: int(len(whole) * cut)])
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.resumable(folder, VERSIONS, SHAPE)
+    assert file in caplog.text
+    assert found is None or found.name == "checkpoint-2"
+    assert (folder / "checkpoint-4.broken").is_dir()
+
+
+def test_trainable_parameters_that_were_changed_are_not_gone_on_from(tmp_path: Path) -> None:
+    folder = ended_with_two(tmp_path)
+    file = folder / "checkpoint-4" / checkpoints.TRAINABLE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert checkpoints.resumable(folder, VERSIONS, SHAPE) in (None, folder / "checkpoint-2")
+
+
+def test_other_versions_of_the_libraries_begin_anew(tmp_path: Path, caplog) -> None:
+    folder = ended_with_two(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.resumable(folder, {"torch": "0.4"}, SHAPE) is None
+    assert f"computed by torch {torch.__version__}, this is 0.4" in caplog.text
+
+
+def test_what_may_end_best_has_to_be_there_still(tmp_path: Path, caplog) -> None:
+    folder = ended_with_two(tmp_path)
+    (best,) = {checkpoints._best_step(folder / "checkpoint-4")}
+    assert best in (2, 4)
+    broken = folder / f"checkpoint-{best}" / checkpoints.TRAINABLE
+    broken.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.resumable(folder, VERSIONS, SHAPE)
+    assert found is None or best == 4  # from step 2 alone, and only if what is broken is not needed
+    assert f"checkpoint-{best}" in caplog.text
+
+
+def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    training = trainer(model(), tmp_path, **SETTINGS)
+    written = []
+
+    def fails_at_the_second(building: Path, final: Path) -> None:
+        written.append(final)
+        if len(written) == 2:
+            monkeypatch.setattr(os, "fsync", full)
+        sealed(building, final)
+
+    sealed = resuming.seal
+    monkeypatch.setattr(resuming, "seal", fails_at_the_second)
+    with pytest.raises(
+        PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"
+    ):
+        training.train()
+    monkeypatch.undo()
+    folder = tmp_path / results.CHECKPOINTS
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}  # older ones go once the new one is whole
+    assert checkpoints.resumable(folder, VERSIONS, SHAPE).name == "checkpoint-2"
+
+
+def test_checkpoints_beside_the_best_are_as_many_as_were_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 10, 12):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+    checkpoints.rotate(folder, best=4, limit=2)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "checkpoint-10", "checkpoint-12"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_path: Path, number) -> None:
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    training = trainer(model(), tmp_path, **SETTINGS)
+    training.add_callback(Ask())
+    with pytest.raises(SystemExit) as ended:
+        training.train()
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
+    assert checkpoints.step_of(found) == 3  # no step at which one was due
+    training = trainer(model(), tmp_path, **SETTINGS)
+    training.train(found)
+    expected = trained_state(unbroken.model)
+    assert all(torch.equal(value, expected[name]) for name, value in trained_state(training.model).items())
+    assert training.mean_loss == unbroken.mean_loss
+
+
+def by_epoch(directory: Path):
+    """A training that looks at validation, and saves, after every epoch of five steps."""
+    return trainer(model(), directory, epochs=3.0, learning_rate=0.05, count=41)
+
+
+class Ask(TrainerCallback):
+    """Asks to stop in a step, and again while what comes of that is saved, as a parent that reminds does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self._step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [3, 5, 8, 15])
+def test_a_stop_within_epochs_changes_nothing_of_what_follows(tmp_path: Path, monkeypatch, step: int) -> None:
+    expected = by_epoch(tmp_path / "unbroken")
+    expected.train()
+    training = by_epoch(tmp_path)
+    training.add_callback(Ask(step))
+    sealed = resuming.seal
+
+    def reminded(building: Path, final: Path) -> None:
+        if final.name == f"checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        sealed(building, final)
+
+    monkeypatch.setattr(resuming, "seal", reminded)
+    with pytest.raises(SystemExit):
+        training.train()
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
+    assert checkpoints.step_of(found) == step
+    training = by_epoch(tmp_path)
+    training.train(found)
+    of_validation = [[entry for entry in measured(each) if "eval_loss" in entry] for each in (training, expected)]
+    assert of_validation[0] == of_validation[1]
+    assert [entry["step"] for entry in of_validation[0]] == [5, 10, 15]
+    assert training.state.best_global_step == expected.state.best_global_step
+    kept = trained_state(expected.model)
+    assert all(torch.equal(value, kept[name]) for name, value in trained_state(training.model).items())
+
+
+def test_a_checkpoint_of_other_masks_is_not_gone_on_from(tmp_path: Path, caplog) -> None:
+    folder = ended_with_two(tmp_path)
+    other = checkpoints.shape_of(model(mask_seed=1))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.resumable(folder, VERSIONS, other) is None
+    assert "under other masks" in caplog.text
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.get_base_model().timm_model.norm.weight[0] = float("nan")
+
+    training = trainer(model(), tmp_path, **SETTINGS | {"save_total_limit": 9})
+    training.add_callback(Poison())
+    with pytest.raises(PartialLoraError, match=r"not finite at step 5 with learning rate 0\.0"):
+        training.train()
+    found = checkpoints.resumable(tmp_path / results.CHECKPOINTS, VERSIONS, SHAPE)
+    assert checkpoints.step_of(found) == 4
+    with safe_open(found / checkpoints.TRAINABLE, "pt") as file:
+        names = file.keys()
+        assert all(torch.isfinite(file.get_tensor(name)).all() for name in names)

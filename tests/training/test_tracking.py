@@ -1,0 +1,303 @@
+"""Trackers know what a run measured, go on with a run that was ended, and never end one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_config import settings
+from test_fit import trainer
+from test_resuming import SETTINGS, SHAPE, VERSIONS, EndAfter, EndedError, model
+from transformers.integrations.integration_utils import rewrite_logs
+
+from partial_lora import sealed
+from partial_lora.errors import PartialLoraError
+from partial_lora.redaction import HIDDEN
+from partial_lora.runs import results, trainer_schema
+from partial_lora.training import checkpoints, trackers
+from partial_lora.training.tracking import Tracking
+
+MEASURED = {
+    "test": {"primary": "accuracy", "accuracy": 0.75, "members": {"cola": {"f1": 0.5}}},
+    "parameters": {"head": 9},
+}
+SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
+
+
+def run_directory(place: Path) -> Path:
+    directory = place / "runs" / "digits" / "tiny" / "partial-01234567" / "seed0"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def tracking(place: Path, *names: str) -> Tracking:
+    parameters = {"task.name": "digits", "task.metrics": ["accuracy"], "model.weights": f"https://host/?token={SECRET}"}
+    parameters |= {f"model.key{number}": number for number in range(150)}  # more than one request takes
+    return Tracking(names, directory=run_directory(place), results_dir=place, parameters=parameters)
+
+
+def stored(place: Path) -> Run:
+    """The one run of MLflow's local store."""
+    client = MlflowClient((place / "mlruns").as_uri())
+    (experiment,) = (each for each in client.search_experiments() if each.name == "partial-lora")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def in_mlflow(place: Path) -> dict[str, dict[int, float]]:
+    client, run = MlflowClient((place / "mlruns").as_uri()), stored(place)
+    found = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: {each.step: each.value for each in points} for name, points in found.items()}
+
+
+def in_tensorboard(place: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(run_directory(place) / "tensorboard"))
+    events.Reload()
+    return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def said(history: list[dict]) -> dict[str, dict[int, float]]:
+    """A history as trackers should have it: by metric and step."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in history:
+        for name, value in rewrite_logs({key: value for key, value in entry.items() if key != "step"}).items():
+            found.setdefault(name, {})[entry["step"]] = value
+    return found
+
+
+def without_clock(points: Mapping[str, dict]) -> dict[str, dict]:
+    return {name: of for name, of in points.items() if not any(word in name for word in ("second", "runtime", "flos"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment():
+    """What trackers are told by way of the environment ends with these tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def ended_twice(tmp_path_factory: pytest.TempPathFactory):
+    """A training that was ended after its 3rd and its 7th step, with a checkpoint every 2, and then finished."""
+    place = tmp_path_factory.mktemp("tracked")
+    checkpointed = run_directory(place) / results.CHECKPOINTS
+    names, status = ("tensorboard", "mlflow"), []
+    for step in (3, 7, None):
+        told = tracking(place, *names)
+        training = trainer(model(), run_directory(place), **SETTINGS, callbacks=[told])
+        resumed = checkpoints.resumable(checkpointed, VERSIONS, SHAPE)
+        if step is None:
+            with told:
+                training.train(resumed)
+            status.append(stored(place).info.status)
+            told.finish(MEASURED, training.state.global_step)
+        else:
+            training.add_callback(EndAfter(step))
+            with pytest.raises(EndedError), told:
+                training.train(resumed)
+            sealed.write_json(run_directory(place) / results.RESULT, {"status": "failed"})
+            results.prepare(run_directory(place), anew=False)
+        status.append(stored(place).info.status)
+    return SimpleNamespace(place=place, history=training.state.log_history, status=status)
+
+
+def test_trackers_hold_the_history_and_what_the_run_came_to(ended_twice) -> None:
+    expected = without_clock(said(ended_twice.history))
+    assert max(expected["train/loss"]) == SETTINGS["max_steps"]
+    assert len(expected["eval/accuracy"]) == SETTINGS["max_steps"] / SETTINGS["save_steps"]
+    last = {SETTINGS["max_steps"]: 0.75}
+    for found in (in_mlflow(ended_twice.place), in_tensorboard(ended_twice.place)):
+        assert found.pop("test/accuracy") == last
+        assert set(found.pop("test/members/cola/f1").values()) == {0.5}
+        assert set(found.pop("parameters/head").values()) == {9.0}
+        found = without_clock(found)
+        assert found.keys() == expected.keys()
+        for name, points in expected.items():
+            assert found[name] == pytest.approx(points, rel=1e-6), name
+
+
+def test_a_run_that_goes_on_is_one_run_of_each_tracker(ended_twice) -> None:
+    run = stored(ended_twice.place)
+    assert run.info.run_name == "digits/tiny/partial-01234567/seed0"
+    assert ended_twice.status == ["FAILED", "FAILED", "RUNNING", "FINISHED"]
+    assert json.loads((run_directory(ended_twice.place) / results.TRACKERS).read_text())["mlflow"] == run.info.run_id
+    events = EventAccumulator(str(run_directory(ended_twice.place) / "tensorboard"))
+    events.Reload()
+    steps = [each.step for each in events.Scalars("train/loss")]
+    assert steps == sorted(set(steps))  # what came after the checkpoint is not there twice
+
+
+def test_parameters_are_the_settings_without_their_credentials(ended_twice) -> None:
+    parameters = stored(ended_twice.place).data.params
+    assert parameters["task.name"] == "digits"
+    assert parameters["task.metrics"] == "['accuracy']"
+    assert parameters["model.key149"] == "149"
+    assert parameters["model.weights"] == f"https://host/?token={HIDDEN}"
+    files = [path for path in ended_twice.place.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_run_that_is_done_anew_is_another_one(tmp_path: Path) -> None:
+    tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 3)
+    first = stored(tmp_path).info.run_id
+    results.prepare(run_directory(tmp_path), anew=True)
+    MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
+    tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 4)
+    assert stored(tmp_path).info.run_id != first
+    assert in_tensorboard(tmp_path)["test/accuracy"] == in_mlflow(tmp_path)["test/accuracy"] == {4: 0.75}
+
+
+def test_a_store_that_has_lost_the_run_gets_a_new_one(tmp_path: Path) -> None:
+    told = tracking(tmp_path, "mlflow")
+    told.finish({}, 1)
+    first = stored(tmp_path).info.run_id
+    MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
+    for path in (tmp_path / "mlruns").glob(f"*/{first}"):
+        path.rename(tmp_path / "elsewhere")
+    tracking(tmp_path, "mlflow").finish(MEASURED, 5)
+    assert stored(tmp_path).info.run_id != first
+    assert in_mlflow(tmp_path)["test/accuracy"] == {5: 0.75}
+
+
+class StandIn(ModuleType):
+    """A tracker's package whose functions do what a test wants, and are remembered."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.asked: list[tuple[str, dict]] = []
+        self.fails: set[str] = set()
+
+    def act(self, what: str, **given: object) -> StandIn:
+        self.asked.append((what, given))
+        if what in self.fails or given.get("mode", "online") + " " + what in self.fails:
+            raise ConnectionError(f"no network for {SECRET}")
+        return self
+
+    def init(self, project: str | None = None, name: str | None = None, **given: object) -> StandIn:
+        return self.act("init", project=project, name=name, **given)
+
+    def log(self, metrics: dict, **given: object) -> None:
+        self.act("log", metrics=metrics, **given)
+
+    def finish(self, **given: object) -> None:
+        self.act("finish", **given)
+
+    def define_metric(self, *names: object, **given: object) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    def Settings(self, **given: object) -> dict:  # noqa: N802
+        return given
+
+    def given(self, what: str) -> list[dict]:
+        return [given for name, given in self.asked if name == what]
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def stand_in(request, monkeypatch) -> StandIn:
+    module = StandIn(request.param)
+    monkeypatch.setitem(sys.modules, request.param, module)
+    return module
+
+
+def test_a_run_is_described_told_and_ended(stand_in: StandIn, tmp_path: Path) -> None:
+    for failing in (True, False):
+        told = tracking(tmp_path, stand_in.__name__)
+        told.on_train_begin(None, SimpleNamespace(global_step=0), None)
+        told.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 0.5, "what": "words"})
+        if failing:
+            with pytest.raises(EndedError), told:
+                raise EndedError
+    told.finish(MEASURED, 2)
+    first, second = stand_in.given("init")
+    assert (first["project"], first["name"]) == ("partial-lora", "digits/tiny/partial-01234567/seed0")
+    assert first["config"]["model.weights"] == f"https://host/?token={HIDDEN}"
+    assert first.get("id") == second.get("id")
+    assert second["resume"] == "allow"
+    logged = [each["metrics"] for each in stand_in.given("log")]
+    assert logged[0]["train/loss"] == 0.5
+    assert "train/what" not in logged[0]
+    assert logged[-1]["test/accuracy"] == 0.75
+    assert len(stand_in.given("finish")) == 2
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_tracker_that_raises_is_named_once_and_ends_nothing(stand_in, tmp_path, caplog, fails: str) -> None:
+    stand_in.fails = {fails}
+    told = tracking(tmp_path, stand_in.__name__, "tensorboard")
+    with caplog.at_level(logging.WARNING), told:
+        told.on_train_begin(None, SimpleNamespace(global_step=0), None)
+        for step in (1, 2):
+            told.on_log(None, SimpleNamespace(global_step=step), None, logs={"loss": 1 / step})
+        told.finish(MEASURED, 2)
+    assert in_tensorboard(tmp_path)["train/loss"] == {1: 1.0, 2: 0.5}  # the other one goes on
+    assert in_tensorboard(tmp_path)["test/accuracy"] == {2: 0.75}
+    left_out = f"{stand_in.__name__} is left out from now on (ConnectionError: no network for {HIDDEN})"
+    assert caplog.text.count("left out from now on") == caplog.text.count(left_out) == 1
+    assert len(stand_in.given("log")) == {"init": 0, "log": 1, "finish": 3}[fails]
+
+
+def test_without_a_network_wandb_keeps_the_run_in_files(tmp_path: Path, monkeypatch, caplog) -> None:
+    module = StandIn("wandb")
+    module.fails = {"online init"}
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    tracking(tmp_path, "wandb").finish(MEASURED, 2)
+    refused, kept = module.given("init")
+    assert kept == refused | {"mode": "offline"}
+    assert [each["metrics"]["test/accuracy"] for each in module.given("log")] == [0.75]
+    assert "wandb sync" in caplog.text
+
+
+def test_an_unreachable_server_of_mlflow_ends_nothing(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking(tmp_path, "mlflow").finish(MEASURED, 2)
+    assert "mlflow is left out from now on" in caplog.text
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_wandb_offline_for_real(tmp_path: Path, monkeypatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (extra `trackers`)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracking(tmp_path, "wandb").finish(MEASURED, 2)
+    wandb.teardown()  # its service may still be writing
+    (kept,) = (run_directory(tmp_path) / "wandb").glob("offline-run-*/*.wandb")
+    assert b"test/accuracy" in kept.read_bytes()
+    assert SECRET.encode() not in kept.read_bytes()
+
+
+def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed (extra `trackers`)")
+    tracking(tmp_path, "trackio").finish(MEASURED, 2)
+    (kept,) = (tmp_path / "trackio").glob("*.db")
+    assert b"test/accuracy" in b"".join(path.read_bytes() for path in kept.parent.iterdir())
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
+    assert set(trainer_schema._TRACKERS) == set(trackers.TRACKERS)
+    installed = settings("trainer.report_to=[tensorboard,mlflow]")
+    assert installed["trainer"]["report_to"] == ["tensorboard", "mlflow"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
+    expected = r"^trainer\.report_to=\['tensorboard', 'wandb'\]: expected .* `pip install wandb`"
+    with pytest.raises(PartialLoraError, match=expected):
+        settings("trainer.report_to=[tensorboard,wandb]")
+    with pytest.raises(PartialLoraError, match="expected some of tensorboard, mlflow, wandb, trackio"):
+        settings("trainer.report_to=[comet]")
+
+
+def test_a_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "left_by_a_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not trainer_schema._installed("left_by_a_tracker")
