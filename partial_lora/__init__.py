@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_lora.adapter import PartialLoraConfig, PartialLoraModel, load_compact, warm_start, write_compact
-    from partial_lora.calibration.calibration import Calibration, calibrate
+    from partial_lora.calibration.calibrate import calibrate
+    from partial_lora.calibration.result import Calibration
     from partial_lora.errors import PartialLoraError
 
 # Resolved on first use, so that `partial-lora --help` does not import torch.
 _PUBLIC = {
-    "Calibration": "calibration.calibration_file",
+    "Calibration": "calibration.result",
     "PartialLoraConfig": "adapter",
     "PartialLoraError": "errors",
     "PartialLoraModel": "adapter",
-    "calibrate": "calibration.calibration",
+    "calibrate": "calibration.calibrate",
     "load_compact": "adapter",
     "warm_start": "adapter",
     "write_compact": "adapter",

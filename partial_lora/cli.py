@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.redaction import redact_output
-from partial_lora.runs import remote_code, running
-from partial_lora.runs.composition import USAGE_ERROR, compose
+from partial_lora.files import redact_output
+from partial_lora.runs import launch
+from partial_lora.runs.compose import USAGE_ERROR, compose
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[], int]) -> int:
     """Return the exit code of a command, whose wrong inputs become one line, and whose output shows no credentials."""
     redact_output()
-    remote_code.refuse()
+    launch.refuse_hub_code()
     try:
         return command()
     except PartialLoraError as error:
@@ -120,23 +120,23 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _train(settings: dict) -> int:
-    return running.code(running.run(settings, "train"))
+    return launch.code(launch.run(settings, "train"))
 
 
 def _calibrate(settings: dict) -> int:
-    return running.code(running.run(settings, "calibrate"))
+    return launch.code(launch.run(settings, "calibrate"))
 
 
 def _info(settings: dict) -> int:
     from rich.console import Console
 
-    from partial_lora.runs.outline import outline
-    from partial_lora.runs.trainer_schema import at_once
-    from partial_lora.training import parameters
+    from partial_lora.runs.info import outline
+    from partial_lora.runs.schema import at_once
+    from partial_lora.training import cost
 
     found = outline(settings)
     console = Console()
-    console.print(parameters.table(found.counts, found.memory))
+    console.print(cost.table(found.counts, found.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}.get(
         found.outputs, f"the head is for {found.outputs} classes"
     )

@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, schema
-from partial_lora.runs.asked_task import asked_task
-from partial_lora.runs.composition import composition_error, refuse_group_lists
-from partial_lora.runs.finished import finished_run
+from partial_lora.runs.compose import composition_error, refuse_group_lists
+from partial_lora.runs.finished import asked_task, finished_run
 
 if TYPE_CHECKING:
-    from partial_lora.runs.evaluate_run import Evaluation
+    from partial_lora.runs.evaluate import Evaluation
 
 _TRAINER = ("device", "eval_batch_size")  # what may be told beside the task
 
 
-def main(arguments: Sequence[str]) -> int:
+def evaluate(arguments: Sequence[str]) -> int:
     """Evaluate what the arguments ask for, say how it went and where it is kept; gives the exit code.
 
     Raises PartialLoraError for a run that is none, a key that is not one of the task's, and labels of other names.
     """
-    parsed = _parser().parse_intermixed_args(list(arguments))
+    parsed = _evaluate_parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
     of_another = _names_a_task(parsed.overrides)
     known = asked_task(run, parsed.member, of_another=of_another)
@@ -40,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from partial_lora.runs.evaluate_run import evaluate_run
+    from partial_lora.runs.evaluate import evaluate_run
 
-    with _bar() as advance:
+    with _evaluate_bar() as advance:
         done = evaluate_run(
             run,
             task=asked["task"],
@@ -156,7 +155,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
             raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {others}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora evaluate",
         description="A finished run on another split or task. Without KEY=VALUE it is the run's own task. The labels "
@@ -175,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def _evaluate_bar() -> Iterator[Callable[[int, int], None]]:
     """How far the evaluation is, on a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None

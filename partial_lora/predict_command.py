@@ -15,26 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import inputs
-from partial_lora.runs.asked_task import asked_task
-from partial_lora.runs.finished import FinishedRun, finished_run
-from partial_lora.runs.inputs import Input, Inputs
+from partial_lora.runs import predict as inputs
+from partial_lora.runs.finished import FinishedRun, asked_task, finished_run
+from partial_lora.runs.predict import Input, Inputs
 
 if TYPE_CHECKING:
-    from partial_lora.runs.inference import Prediction, Predictor
+    from partial_lora.runs.predict import Prediction, Predictor
 
 _WIDEST = 32  # columns that a label is padded to, at most
 _QUOTED = 80  # characters of a line that an error repeats
 _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, end a line or cannot be written
 
 
-def main(arguments: Sequence[str]) -> int:
+def predict(arguments: Sequence[str]) -> int:
     """Predict what the arguments name and print it, batch by batch.
 
     Gives 0, or 1 where an input could not be predicted: it is named on stderr, and the others go on. Raises
     PartialLoraError for a run or an argument that is none. A reader that has seen enough (`| head`) ends it quietly.
     """
-    parsed = _parser().parse_intermixed_args(list(arguments))
+    parsed = _predict_parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
     task = asked_task(run, parsed.member).settings["task"]
     if parsed.max_new_tokens and task["kind"] != "generation":
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora predict",
         description="What a finished run says of images or texts it has not seen. An INPUT is an image file, a folder "
@@ -101,7 +100,7 @@ def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int
     readable = _readable_line(parsed.top_k or 1, predictor.labels)
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else readable
     failed = False
-    with _bar(given.total) as advance:
+    with _predict_bar(given.total) as advance:
         while batch := list(islice(given.stream, size)):
             lines = []
             for each, outcome in zip(batch, _outcomes(predictor, batch), strict=True):
@@ -120,7 +119,7 @@ def _predictor(run: FinishedRun, device: str, max_new_tokens: int | None, member
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from partial_lora.runs.inference import Predictor
+    from partial_lora.runs.predict import Predictor
 
     return Predictor(run, device=device, max_new_tokens=max_new_tokens, member=member)
 
@@ -179,7 +178,7 @@ def _write(lines: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar(total: int | None) -> Iterator[Callable[[int], None]]:
+def _predict_bar(total: int | None) -> Iterator[Callable[[int], None]]:
     """How far the stream is, on a terminal, unless that is where the predictions go, which say it themselves."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         yield lambda count: None

@@ -8,29 +8,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from partial_lora.report import (
-    comparison_files,
-    comparison_table,
-    gallery,
-    method_comparison,
-    page,
-    report,
-    runs,
-    selection,
-)
-from partial_lora.report.marking import best
-from partial_lora.report.predicted import Predictions
-from partial_lora.runs.results import RESULT
+from partial_lora.report import figures as gallery
+from partial_lora.report import page, records
+from partial_lora.report import tables as comparison_files
+from partial_lora.report.records import Predictions
+from partial_lora.report.statistics import best
+from partial_lora.runs.directory import RESULT
 
 
-def main(arguments: Sequence[str]) -> int:
+def report(arguments: Sequence[str]) -> int:
     """Write the report of a folder of results; gives 0, or 1 where something had to be left out, which is named."""
     arguments = list(arguments)
-    asked = _parser().parse_args(arguments)
+    asked = _report_parser().parse_args(arguments)
     if (asked.results_dir / RESULT).is_file():
-        _tell(None, [], [page.write_run(runs.one(asked.results_dir), examples=asked.examples)])
+        _tell(None, [], [page.write_run(records.one(asked.results_dir), examples=asked.examples)])
         return 0
-    found, problems = runs.read(asked.results_dir)
+    found, problems = records.read(asked.results_dir)
     for problem in problems:
         print(f"partial-lora: {problem}", file=sys.stderr)
     command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(asked.results_dir)])])
@@ -39,34 +32,37 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(
-    asked: argparse.Namespace, found: Sequence[runs.Run], problems: Sequence[str], command: str
+    asked: argparse.Namespace, found: Sequence[records.Run], problems: Sequence[str], command: str
 ) -> Sequence[str]:
     """Write and show everything; gives what should have been compared and could not be."""
     place, predictions = asked.results_dir, Predictions(asked.results_dir)
-    by = selection.keys(found, asked.by) if asked.by else []
-    found = selection.where(found, asked.where)
-    frame = runs.table(found)
+    by = records.keys(found, asked.by) if asked.by else []
+    found = records.where(found, asked.where)
+    frame = records.table(found)
     for key in by:
-        frame[key] = [selection.value_of(run, key) for run in found]
-    folders = report.group(frame)
-    grouped = report.group(frame, by) if by else folders
+        frame[key] = [records.value_of(run, key) for run in found]
+    folders = records.group(frame)
+    grouped = records.group(frame, by) if by else folders
     marked = set() if by or frame.empty else best(folders, predictions)
     how = {"by": by, "spread": asked.spread, "marked": marked}
-    written = report.write(frame, place, command=command, problems=problems, **how)
-    compared = comparison_table.table(found, predictions)
-    written += comparison_files.write(compared, place, command=command)
-    figures = gallery.draw(found, folders, compared.rows, predictions, place)
-    tables = {"Results": (report.readable(grouped, **how), report.notes(grouped, **how))}
+    written = comparison_files.write(frame, place, command=command, problems=problems, **how)
+    compared = comparison_files.table(found, predictions)
+    written += comparison_files.write_comparison(compared, place, command=command)
+    figures = gallery.draw_gallery(found, folders, compared.rows, predictions, place)
+    tables = {"Results": (comparison_files.readable(grouped, **how), comparison_files.notes(grouped, **how))}
     if compared.known:
-        tables["Differences from partial"] = comparison_files.readable(compared.rows), comparison_files.notes(compared)
-    written += method_comparison.write(found, place)
+        tables["Differences from partial"] = (
+            comparison_files.readable_comparison(compared.rows),
+            comparison_files.comparison_notes(compared),
+        )
+    written += comparison_files.write_method_comparison(found, place)
     written.append(
         page.write(
             place,
             found=found,
             tables=tables,
             command=command,
-            origin=report.origin(frame),
+            origin=comparison_files.origin(frame),
             problems=problems,
             uncompared=compared.uncompared,
             figures=figures + gallery.analyses(place),
@@ -78,7 +74,7 @@ def _report(
     said = [f"not compared: {each}" for each in compared.uncompared]
     said += [f"comparison: {remark}" for remark in compared.remarks]
     said += [f"figure {each.files[0].stem}: {each.cut}" for each in figures if each.cut]
-    _tell(report.on_screen(frame, by=by, spread=asked.spread), said, written)
+    _tell(comparison_files.on_screen(frame, by=by, spread=asked.spread), said, written)
     return compared.problems
 
 
@@ -92,7 +88,7 @@ def _tell(tables: object, said: Sequence[str], written: Sequence[Path]) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
         description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
@@ -112,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
     parser.add_argument(
         "--spread",
-        choices=report.SPREADS,
-        default=report.SPREADS[0],
+        choices=comparison_files.SPREADS,
+        default=comparison_files.SPREADS[0],
         help="what follows ±: the standard deviation over runs, or half the 95 %% interval of their mean",
     )
     parser.add_argument(

@@ -14,21 +14,24 @@ from statistics import fmean
 from peft import PeftModel
 from transformers import set_seed
 
-from partial_lora import methods, models, sealed
+from partial_lora import files, methods, models
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration.budget import dense_parameters
-from partial_lora.calibration.fewshot import halves_few_shot
+from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
 from partial_lora.models.targets import target_names
-from partial_lora.report import calibration_figures, figures, page
-from partial_lora.runs import calibrating, loading, results
+from partial_lora.report import figures, page
+from partial_lora.runs import build
+from partial_lora.runs import directory as results
+from partial_lora.runs.build import named
+from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.identity import flatten
-from partial_lora.runs.loading import named
-from partial_lora.runs.record import finite, timed
-from partial_lora.training import checkpoints, evaluation, fit, fsdp, judges, mixture_judge, parameters
+from partial_lora.training import checkpoints, fsdp, metrics, objectives
+from partial_lora.training import cost as parameters
+from partial_lora.training import trainer as fit
 from partial_lora.training.cost import Cost, file_bytes
-from partial_lora.training.tracking import Tracking
-from partial_lora.training.world import join
+from partial_lora.training.distributed import join
+from partial_lora.training.trackers import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +51,14 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     record["device"] = world.device
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = loading.task_of(settings, mixtures=True)
-    transform = loading.transform_of(settings, task)
+    task = build.task_of(settings, mixtures=True)
+    transform = build.transform_of(settings, task)
     record["labels"] = list(task.labels)
-    judge = mixture_judge.judge_of(task, transform, settings, world)
+    judge = objectives.task_judge(task, transform, settings, world)
     if stage == "train":  # what cannot be read is found before anything is paid for
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
     set_seed(seed)
-    model = loading.model_of(settings["model"], task.labels, task.class_names).to(world.device)
+    model = build.model_of(settings["model"], task.labels, task.class_names).to(world.device)
     method = methods.named(settings["method"]["name"])
     calibrated = methods.is_calibrated(method) or stage == "calibrate"
     # What is calibrated are weights; codes of 4 or 8 bits come back for training.
@@ -67,28 +70,26 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         calibration, scores = None, None
         if calibrated:
             with timed(record, "calibrate"):
-                draws = loading.draws_of(settings, task.train)
+                draws = build.draws_of(settings, task.train)
                 # One process measures importance for all of them, to the bit; what it decides on is then shared out.
-                scores = of_first(
-                    world, lambda: calibrating.importance(settings, task, transform, model, targets, draws)
-                )
-                given, asked = (model, task.train, transform), calibrating.asked(settings, task, scores, draws, world)
-                known = calibrating.before(directory / results.CALIBRATION, targets, world)
-                calibration = known or calibrating.calibration(settings["calibration"]["file"], given, asked)
+                scores = of_first(world, lambda: build.importance(settings, task, transform, model, targets, draws))
+                given, asked = (model, task.train, transform), build.asked(settings, task, scores, draws, world)
+                known = build.before(directory / results.CALIBRATION, targets, world)
+                calibration = known or build.calibration(settings["calibration"]["file"], given, asked)
             agreement = {}
             if settings["calibration"]["reliability"]:
                 with timed(record, "reliability"):
                     agreement["reliability"] = halves_few_shot(*given, **asked)
-                calibration = calibrating.doubted(calibration, agreement["reliability"])
+                calibration = build.doubted(calibration, agreement["reliability"])
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
-                sealed.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
+                files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             if world.is_main:
-                calibration_figures.draw(record, calibration.modules, directory)
+                figures.draw_calibration(record, calibration.modules, directory)
             return
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
@@ -157,7 +158,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"), tracking:
-        predict = judges.predicts(trainer)
+        predict = objectives.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
     record["metrics"] |= {split: finite(each.metrics) for split, each in judged.items()}
@@ -166,9 +167,9 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     # Records.
     _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
     if world.is_main:
-        evaluation.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+        metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
-        calibration_figures.draw(record, calibration.modules if calibration else None, directory)
+        figures.draw_calibration(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
         page.leave(record, directory, task.test)
     measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}

@@ -13,11 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.redaction import redact_output, redacted
-from partial_lora.runs import failures, handover, record, remote_code, results
-from partial_lora.sealed import settle
+from partial_lora.files import redact_output, redacted, settle
+from partial_lora.runs import directory as handover
+from partial_lora.runs import launch
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -32,13 +32,13 @@ def work(directory: Path, stage: str) -> int:
         signal.signal(number, _exit)
     settings = handover.taken(directory)
     is_main = os.environ.get("RANK", "0") == "0"
-    entry = record.new(settings)
-    earlier = results.read_result(directory, results.EARLIER)
+    entry = handover.new(settings)
+    earlier = handover.read_result(directory, handover.EARLIER)
     if earlier is not None:
-        record.carry_on(entry, earlier)
+        handover.carry_on(entry, earlier)
     try:
         if is_main:
-            sealed.write_json(directory / results.RESULT, entry)
+            files.write_json(directory / handover.RESULT, entry)
         from transformers.utils import logging as transformers_logging
 
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
@@ -47,23 +47,23 @@ def work(directory: Path, stage: str) -> int:
         run(settings, directory, entry, stage)
         if is_main:
             settle(directory)  # before the record says that it is there
-        entry |= {"status": "finished", "files": results.files(directory)}
+        entry |= {"status": "finished", "files": handover.files(directory)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
         entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            failures.report(entry["error"])
+            launch.report(entry["error"])
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", entry["error"])
     finally:
         if is_main:
-            sealed.write_json(directory / results.RESULT, entry)
+            files.write_json(directory / handover.RESULT, entry)
     if entry["status"] != "finished":
         return 1
     if is_main:
-        results.remove_checkpoints(directory)  # once the record says that nobody needs them
+        handover.remove_checkpoints(directory)  # once the record says that nobody needs them
     return 0
 
 
@@ -76,7 +76,7 @@ def _in_one_line(error: BaseException) -> str:
         own = str(error).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
         return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return results.INTERRUPTED
+        return handover.INTERRUPTED
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     if arguments.log:
         _write_to(arguments.log)
     redact_output()  # before any library takes hold of the streams
-    remote_code.refuse()
+    launch.refuse_hub_code()
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)

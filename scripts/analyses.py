@@ -42,15 +42,18 @@ import transformers
 from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
-from partial_lora import cli, models, sealed, tasks
-from partial_lora.calibration import budget, calibration, fewshot, heads, peers, reliability, scoring, stability
+from partial_lora import cli, files, models, tasks
+from partial_lora.calibration import budget, few_shot, peers, reliability, result
+from partial_lora.calibration import calibrate as calibration
+from partial_lora.calibration import score as scoring
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 from partial_lora.models import targets
 from partial_lora.report import figures
-from partial_lora.runs import calibrating, composition, config, loading, record, results
-from partial_lora.tasks import label_noise
-from partial_lora.training import world
+from partial_lora.runs import build, compose, config
+from partial_lora.runs import directory as record
+from partial_lora.tasks import splits as label_noise
+from partial_lora.training import distributed
 
 AXES = ("rows", "columns")
 
@@ -64,19 +67,19 @@ class Subject:
 
     def __init__(self, settings: dict) -> None:
         self.settings = settings
-        self.device = world.join(settings["trainer"]["device"]).device
-        self.task = loading.task_of(settings)
-        self.transform = loading.transform_of(settings)
+        self.device = distributed.join(settings["trainer"]["device"]).device
+        self.task = build.task_of(settings)
+        self.transform = build.transform_of(settings)
         transformers.set_seed(settings["seed"])
-        self.model = loading.model_of(settings["model"], self.task.labels).to(self.device)
+        self.model = build.model_of(settings["model"], self.task.labels).to(self.device)
         with models.dequantised(self.model, values=False):
-            keys = loading.named(settings["model"], "target_modules", "head", "new_modules")
+            keys = build.named(settings["model"], "target_modules", "head", "new_modules")
             modules = targets.target_linears(self.model, **keys)
             self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
 
     def draws(self, **changes: int) -> tasks.Draws:
         """Draw the examples to fit and to score on; `changes` are of shots and seed."""
-        return loading.draws_of(self.settings, self.task.train, **changes)
+        return build.draws_of(self.settings, self.task.train, **changes)
 
     def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[datasets.Dataset, tasks.Draws]:
         """Return the examples of both draws with a share of each draw's labels wrong, and the draws among them."""
@@ -93,7 +96,7 @@ class Subject:
         """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
         settings = self.settings | {"importance": self.settings["importance"] | {"name": measure}}
         with models.dequantised(self.model):
-            return calibrating.importance(settings, self.task, self.transform, self.model, list(self.shapes), draws)
+            return build.importance(settings, self.task, self.transform, self.model, list(self.shapes), draws)
 
     def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
         """Return the Calibration of these draws, from the cache where it is there.
@@ -104,17 +107,15 @@ class Subject:
         task = self.task if train is None else replace(self.task, train=train)
         with models.dequantised(self.model):
             question = self._question(settings, task, draws)
-            return fewshot.calibrate_few_shot(self.model, task.train, self.transform, **question)
+            return few_shot.calibrate_few_shot(self.model, task.train, self.transform, **question)
 
-    def calibrate_counted(
-        self, draws: tasks.Draws, search: str
-    ) -> tuple[calibration.Calibration, scoring.FewShotScore]:
+    def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[result.Calibration, scoring.FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
-        fit, scored = (fewshot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
+        fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         keys = ("rank", "granularity", "threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
         with models.dequantised(self.model):
             question = self._question(self.settings, self.task, draws)
-            with heads.scored_head(self.model, question["head"], fit, question["new_head"]):
+            with few_shot.scored_head(self.model, question["head"], fit, question["new_head"]):
                 score = scoring.FewShotScore(
                     self.model, scored, *(question[key] for key in ("score", "blocks", "memory"))
                 )
@@ -125,15 +126,15 @@ class Subject:
                     importance=question["scores"],
                     search=search,
                     above_chance=question["chance"] == "majority",
-                    **loading.named(question, *keys),
+                    **build.named(question, *keys),
                 )
         return calibrated, score
 
     def _question(self, settings: dict, task: tasks.Task, draws: tasks.Draws) -> dict:
-        scores = calibrating.importance(settings, task, self.transform, self.model, list(self.shapes), draws)
-        return calibrating.asked(settings, task, scores, draws, peers.Alone())
+        scores = build.importance(settings, task, self.transform, self.model, list(self.shapes), draws)
+        return build.asked(settings, task, scores, draws, peers.Alone())
 
-    def record(self, calibrated: calibration.Calibration) -> dict:
+    def record(self, calibrated: result.Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
         rank, granularity = self.settings["method"]["rank"], self.settings["mask"]["granularity"]
         units = budget.masked_units(self.shapes, rank, granularity)
@@ -225,7 +226,7 @@ def agreement_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
         for first, second in dict.fromkeys((line["first"], line["second"]) for line in part["comparisons"]):
             pair = [line for line in part["comparisons"] if (line["first"], line["second"]) == (first, second)]
             cut = [line for line in pair if line["kept"] < line["size"]]
-            jaccard, chance = (stability.mean_of([line[key] for line in cut]) for key in ("jaccard", "chance"))
+            jaccard, chance = (reliability.mean_of([line[key] for line in cut]) for key in ("jaccard", "chance"))
             line = {"first": first, "second": second, "n": len(cut), "whole": len(pair) - len(cut)}
             line |= {"jaccard": jaccard, "chance": chance}
             summary[point].append(line | {"beyond_chance": (jaccard - chance) / (1 - chance) if cut else None})
@@ -385,9 +386,9 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
             "shots": shots,
             "noise": noise,
             "seeds": len(own),
-            "examples": stability.mean_of([part["examples"] for part in own]),
-            "between_seeds": stability.mean_difference(stability.every_two([part["sparsity"] for part in own])),
-            "to_reference": stability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
+            "examples": reliability.mean_of([part["examples"] for part in own]),
+            "between_seeds": reliability.mean_difference(reliability.every_two([part["sparsity"] for part in own])),
+            "to_reference": reliability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
             **{key: moments(part[key] for part in own) for key in ("density", "baseline", "joint")},
             **{key: moments(part["cost"][key] for part in own) for key in ("evaluations", "seconds")},
         }
@@ -553,7 +554,7 @@ ANALYSES = {
 def moments(values: Iterable[float | None]) -> dict:
     """Return the mean and the standard deviation of the values that are not None."""
     values = list(values)
-    return {"mean": stability.mean_of(values), "deviation": stability.deviation_of(values)}
+    return {"mean": reliability.mean_of(values), "deviation": reliability.deviation_of(values)}
 
 
 def title(text: str, analysis: Mapping) -> str:
@@ -576,7 +577,7 @@ def markdown(analysis: Mapping) -> str:
 
 # From a command line to files
 
-VERSION = [1, fewshot.VERSION]  # of what a part holds; parts of another version are done again
+VERSION = [1, few_shot.VERSION]  # of what a part holds; parts of another version are done again
 DEFAULTS = {
     "measures": ["svd", "snip", "imp", "magnitude", "activation"],
     "calibrated": True,
@@ -670,7 +671,7 @@ def analyse(what: str, settings: dict, command: str) -> int:
     folder = directory(settings, what)
     path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
     print(f"analyse {what} {folder}")
-    with results.locked(folder), logged(folder / "analysis.log"):
+    with record.locked(folder), logged(folder / "analysis.log"):
         analysis = None if settings["overwrite"] else load(path, what)
         if analysis is None:
             origin = record.new(settings)
@@ -685,12 +686,12 @@ def analyse(what: str, settings: dict, command: str) -> int:
                 if not done:
                     analysis["device"] = subject().device
                     analysis["parts"][name] = part(subject())
-                    sealed.write_json(path, analysis)
+                    files.write_json(path, analysis)
                 seconds = "done before" if done else f"{time.perf_counter() - began:,.1f} s"
                 print(f"{position}/{len(parts)} {name}: {seconds}", flush=True)
             analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
-            sealed.write_json(path, analysis)
-        sealed.write_atomic(folder / "table.md", markdown(analysis))
+            files.write_json(path, analysis)
+        files.write_atomic(folder / "table.md", markdown(analysis))
         with matplotlib.rc_context(STYLE):
             figure = ANALYSES[what].figure(analysis)
             for suffix in (".png", ".svg"):
@@ -733,7 +734,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # nothing is left half written
         words = shlex.join(["python", "scripts/analyses.py", *arguments])
         work = lambda settings: analyse(what, settings | {"analysis": options}, words)  # noqa: E731
-        return composition.compose(f"analyses {what}", rest, work)
+        return compose.compose(f"analyses {what}", rest, work)
 
     return cli.guarded(command)
 

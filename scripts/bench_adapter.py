@@ -29,8 +29,8 @@ import torch
 from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
 
 from partial_lora.adapter import module_masks
-from partial_lora.runs import record
-from partial_lora.sealed import write_atomic, write_json
+from partial_lora.files import write_atomic, write_json
+from partial_lora.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,7 +176,7 @@ def kept_entries(model: torch.nn.Module) -> int:
 
 def describe_machine(malloc: list[str]) -> dict:
     """Where and with what the numbers were made."""
-    made = record.new({"seed": SEED})
+    made = directory.new({"seed": SEED})
     return {
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),

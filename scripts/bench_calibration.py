@@ -25,15 +25,14 @@ from bench_adapter import ROOT, describe_machine
 from torch import nn
 from transformers import set_seed
 
-from partial_lora.calibration.calibration import calibrate, sparsity_levels
-from partial_lora.calibration.calibration_file import Sparsity
-from partial_lora.calibration.fewshot import batches_of, importance_few_shot
-from partial_lora.calibration.heads import few_shot_head
-from partial_lora.calibration.scoring import FewShotScore
+from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
+from partial_lora.calibration.score import FewShotScore
+from partial_lora.calibration.search import Sparsity, sparsity_levels
+from partial_lora.files import write_atomic, write_json
 from partial_lora.models.targets import target_names
-from partial_lora.runs import loading
-from partial_lora.runs.composition import compose
-from partial_lora.sealed import write_atomic, write_json
+from partial_lora.runs import build
+from partial_lora.runs.compose import compose
 
 _ALL = 10**6
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
@@ -54,11 +53,11 @@ class Question:
 
     def __init__(self, settings: Mapping) -> None:
         model, chosen = settings["model"], settings["calibration"]
-        task, transform = loading.task_of(settings), loading.transform_of(settings)
+        task, transform = build.task_of(settings), build.transform_of(settings)
         set_seed(settings["seed"])
-        self.model = loading.model_of(model, task.labels)
+        self.model = build.model_of(model, task.labels)
         self.blocks, self.head = model["blocks"], model["head"]
-        draws = loading.draws_of(settings, task.train)
+        draws = build.draws_of(settings, task.train)
         self.fit, self.scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
         self.search = {name: chosen[name] for name in ("threshold", "levels", "max_sparsity")}
         self.importance = importance_few_shot(

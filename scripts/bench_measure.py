@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_lora.adapter.compact import write_compact
-from partial_lora.training.activations import Storages, alive, kept_by_forward, storages, tensors_in, total
+from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
 
 STAGES = ("forward", "backward", "optimizer")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from evidence.dynamics import DYNAMICS, measure, read_dynamics
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import runs, selection
-from partial_lora.runs import remote_code
+from partial_lora.report import records
+from partial_lora.runs import launch
 from partial_lora.runs.finished import finished_run
 
 FIGURES = ("fig3", "fig7")
@@ -30,7 +30,7 @@ def chosen(place: Path, where: list[str], figure: str | None) -> list[Path]:
     """The directories of runs to measure: the one named, or those under a results directory."""
     if not (place / "runs").is_dir():
         return [place]
-    directories = [run.directory for run in selection.where(runs.read(place)[0], where)]
+    directories = [run.directory for run in records.where(records.read(place)[0], where)]
     if figure is None:
         return directories
     from evidence.figures import measured_runs  # and matplotlib
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    remote_code.refuse()
+    launch.refuse_hub_code()
     missing = False
     try:
         each = [chosen(place, options.where, options.figure) for place in options.places]

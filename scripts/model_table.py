@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from partial_lora.files import write_atomic, write_json
 from partial_lora.runs import config
-from partial_lora.runs.composition import compose
-from partial_lora.runs.outline import outline
-from partial_lora.sealed import write_atomic, write_json
+from partial_lora.runs.compose import compose
+from partial_lora.runs.info import outline
 
 FOLDER = Path("results/models")
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise

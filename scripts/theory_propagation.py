@@ -30,10 +30,10 @@ from theory import BLUE, GREEN, GREY, LEGEND, ORANGE, plain
 from torch import Tensor, nn
 
 from partial_lora import models
+from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
 from partial_lora.report.figures import save
 from partial_lora.runs.config import conf_dir
-from partial_lora.sealed import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, DENSITY, SEED = 16, 0.13, 0

@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import fmean
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.rate_settings import KEY, differing, key_in, key_of, named, settings_of, unevenness, word
-from partial_lora.runs.results import read_result
-from partial_lora.runs.tuning import load, save
+from partial_lora.runs.directory import read_result
+from partial_lora.runs.rates import KEY, differing, key_in, key_of, load, named, save, settings_of, unevenness, word
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 FEWEST = 4  # learning rates of a search

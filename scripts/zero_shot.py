@@ -19,10 +19,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from torch.utils.data import DataLoader
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.calibration.peers import Alone
-from partial_lora.runs import config, loading, schema
-from partial_lora.training import judges
+from partial_lora.runs import build, config, schema
+from partial_lora.training import objectives
 
 OUT = Path("results/causal/zero_shot.json")
 LITERAL = 100  # questions of each set
@@ -35,11 +35,11 @@ def settings_of(task: str, file: str) -> dict:
         return config.resolve(compose("config", overrides))
 
 
-def scored(settings: dict, model: torch.nn.Module) -> tuple[judges.Judged, object]:
+def scored(settings: dict, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
     """What this package says of the test split, and the tokenizer that it reads with."""
-    task = loading.task_of(settings)
-    transform = loading.transform_of(settings, task)
-    judge = judges.judge_of(task, transform, settings, Alone())
+    task = build.task_of(settings)
+    transform = build.transform_of(settings, task)
+    judge = objectives.judge_of(task, transform, settings, Alone())
 
     def predict(rows):
         kept = []
@@ -55,7 +55,7 @@ def scored(settings: dict, model: torch.nn.Module) -> tuple[judges.Judged, objec
 @torch.inference_mode()
 def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
     """The same of the first questions, without anything of this package but the texts."""
-    rows = loading.task_of(settings).test.select(range(LITERAL))
+    rows = build.task_of(settings).test.select(range(LITERAL))
     chosen, chosen_by_length, right = [], [], []
     for row in rows:
         sums, lengths = [], []
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     for argument in arguments:
         task, _, file = argument.partition("=")
         settings = settings_of(task, file)
-        model = loading.model_of(settings["model"], (), ()).eval()
+        model = build.model_of(settings["model"], (), ()).eval()
         found, tokenizer = scored(settings, model)
         loop = literally(settings, model, tokenizer)
         own = found.predictions.iloc[:LITERAL]
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
             },
         }
         OUT.parent.mkdir(parents=True, exist_ok=True)
-        sealed.write_json(OUT, records)
+        files.write_json(OUT, records)
         print(task, json.dumps(records[task], indent=1))
 
 

@@ -26,7 +26,7 @@ import torch
 
 import partial_lora.train  # noqa: F401  what a worker imports: once, for all of them
 from partial_lora import cli, worker
-from partial_lora.runs import processes
+from partial_lora.runs import launch
 
 WORKER = ["-m", "partial_lora.worker"]
 
@@ -69,7 +69,7 @@ def here(
         with (
             mock.patch.dict(os.environ, environment(place, **changes), clear=True),
             mock.patch.object(sys, "argv", list(sys.argv)),
-            mock.patch.object(processes, "subprocess", own),
+            mock.patch.object(launch, "subprocess", own),
             mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),  # read as they were imported
             mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
             contextlib.redirect_stdout(out),
@@ -124,7 +124,7 @@ class Forked:
 
 def _work(words: list[str], log: int, variables: dict[str, str], first: Callable[[], object]) -> None:
     """Be a worker: what `python -m partial_lora.worker` does, in a process that this one's tests have been in."""
-    for number in processes.STOPPING:
+    for number in launch.STOPPING:
         signal.signal(number, signal.SIG_DFL)  # of what its parent does about them it knows nothing
     os.setsid()
     os.environ.clear()

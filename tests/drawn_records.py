@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from partial_lora.report import calibration_figures
+from partial_lora.report import figures
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -68,4 +68,4 @@ def drawn_curves(result, path):
     first = dict(list(result["sparsity"].items())[: len(KINDS)])
     result = result | {"sparsity": first}
     result = result | {"calibration": {"baseline": 0.87, "joint": 0.4, "threshold": 0.9}}
-    return calibration_figures.curves(result, curves_of(result), path)
+    return figures.draw_curves(result, curves_of(result), path)

@@ -15,8 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from PIL import Image
 
-from partial_lora import sealed, train
-from partial_lora.runs import config, finished, record, results, schema
+from partial_lora import files as sealed
+from partial_lora import train
+from partial_lora.runs import config, finished, schema
+from partial_lora.runs import directory as record
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
@@ -37,12 +39,12 @@ def trained(name: str, *overrides: str) -> finished.FinishedRun:
     ConfigStore.instance().store(name="schema", node=schema.Config)
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         settings = config.resolve(compose("config", [*SHORT, *overrides]))
-    (directory / results.CONFIG).write_text(json.dumps(settings))
+    (directory / record.CONFIG).write_text(json.dumps(settings))
     entry = record.new(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARTIAL_LORA_CACHE", cache())
         train.run(settings, directory, entry, "train")
-    sealed.write_json(directory / results.RESULT, entry | {"status": "finished"})
+    sealed.write_json(directory / record.RESULT, entry | {"status": "finished"})
     return finished.finished_run(directory)
 
 

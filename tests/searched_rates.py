@@ -8,7 +8,7 @@ import functools
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from partial_lora.runs import config, record, schema
+from partial_lora.runs import config, directory, schema
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -29,7 +29,7 @@ def run(rate: float, worth: float | None, *overrides: str, loss: float = 1.0, se
     settings = copy.deepcopy(known(*overrides)) | {"seed": seed}
     settings["trainer"]["learning_rate"] = rate
     calibrated = settings["method"]["name"] in ("partial", "uniform")
-    entry = record.new(settings) | {"calibration": {"threshold": 0.9} if calibrated else None}
+    entry = directory.new(settings) | {"calibration": {"threshold": 0.9} if calibrated else None}
     if worth is None:
         return entry | {"status": "failed", "error": "the loss is not finite at step 3 with learning rate 0.03: lower"}
     validation = {"primary": "accuracy", "accuracy": worth, "loss": loss}

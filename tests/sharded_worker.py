@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from partial_lora import models
-from partial_lora.adapter import PartialLoraConfig
-from partial_lora.runs import results
-from partial_lora.training import checkpoints, fit, fsdp, losses, world
+from partial_lora.adapter import PartialLoraConfig, factor
+from partial_lora.runs import directory
+from partial_lora.training import checkpoints, distributed, fsdp, objectives
+from partial_lora.training import trainer as fit
 
 WORLD = 2
 STEPS = 6
@@ -57,7 +58,7 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
         collate=lambda some: default_data_collator(
             [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
         ),
-        loss=losses.loss_of_batch,
+        loss=objectives.loss_of_batch,
         measure=lambda said: {"accuracy": time.monotonic()},  # the last checkpoint is the best
         selects="accuracy",
         device="cpu",
@@ -88,11 +89,11 @@ class Break(TrainerCallback):
 def main(rank: int, folder: Path, port: int) -> None:
     """One of the processes."""
     ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", world.EXPECTED), str(WORLD))
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXPECTED), str(WORLD))
     os.environ.update({**ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     torch.set_num_threads(1)
     assert fsdp.ask("fsdp")
-    own = world.join("cpu")
+    own = distributed.join("cpu")
     model = adapted()
     fsdp.name_blocks(model, "timm_model.blocks")
     training = trainer(model, folder / "broken", processes=WORLD, sharded=True)
@@ -101,8 +102,8 @@ def main(rank: int, folder: Path, port: int) -> None:
     own.gather(None)
     kept = fsdp.optimizer_values(training.optimizer)
     moments = [value for entry in training.optimizer.state_dict()["state"].values() for value in entry.values()]
-    assert any(fsdp.is_sharded(value) for value in moments)
-    checkpoint = folder / "broken" / results.CHECKPOINTS / f"checkpoint-{HALF}"
+    assert any(factor.is_sharded(value) for value in moments)
+    checkpoint = folder / "broken" / directory.CHECKPOINTS / f"checkpoint-{HALF}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     assert len(saved) == sum(parameter.requires_grad for parameter in training.model.parameters())
     for place, entry in saved.items():
@@ -113,8 +114,8 @@ def main(rank: int, folder: Path, port: int) -> None:
     early = trainer(adapted(), folder / "early", processes=WORLD, sharded=True)
     early.compute_metrics = lambda said: {"accuracy": next(worse)}
     early.train()
-    first = load_file(folder / "early" / results.CHECKPOINTS / f"checkpoint-{HALF}" / checkpoints.TRAINABLE)
-    last = load_file(folder / "early" / results.CHECKPOINTS / f"checkpoint-{STEPS}" / checkpoints.TRAINABLE)
+    first = load_file(folder / "early" / directory.CHECKPOINTS / f"checkpoint-{HALF}" / checkpoints.TRAINABLE)
+    last = load_file(folder / "early" / directory.CHECKPOINTS / f"checkpoint-{STEPS}" / checkpoints.TRAINABLE)
     fsdp.let_go(early.model)
     left = checkpoints.trainable(early.model)
     assert all(torch.equal(value, first[name]) for name, value in left.items())

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import cache
-from partial_lora.cache import cache_dir, verified_folder
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.sealed import MARKER, fault, file_sha256
+from partial_lora.files import MARKER, cache_dir, fault, file_sha256, verified_folder
 
 
 def build_two_files(folder: Path) -> None:
@@ -52,7 +51,7 @@ def test_entry_is_built_once_and_nothing_is_left_beside_it(tmp_path):
 
 def test_whole_entry_is_used_without_writing_anything(tmp_path, monkeypatch):
     entry = verified_folder(tmp_path / "entry", build_two_files)
-    monkeypatch.setattr(cache, "alone", never)  # a read-only cache could not hold a lock either
+    monkeypatch.setattr(files, "alone", never)  # a read-only cache could not hold a lock either
     verified_folder(entry, never)
 
 
@@ -124,7 +123,7 @@ def test_killed_build_leaves_no_entry_and_its_remains_are_cleared(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from partial_lora.cache import verified_folder
+        from partial_lora.files import verified_folder
 
         def build(folder):
             (folder / "weights.bin").write_bytes(b"half")
@@ -145,7 +144,7 @@ def test_processes_at_once_build_once_and_all_get_the_whole_entry(tmp_path):
     script = """
         import sys, time
         from pathlib import Path
-        from partial_lora.cache import verified_folder
+        from partial_lora.files import verified_folder
 
         entry, log, go = map(Path, sys.argv[1:])
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from partial_lora.redaction import HIDDEN, redact_output, redacted
+from partial_lora.files import HIDDEN, redact_output, redacted
 
 SECRET = "correct.horse/battery+staple"
 

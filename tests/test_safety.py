@@ -22,8 +22,8 @@ from test_bundled import make_wheel
 
 import partial_lora
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import bundled, tokenizer, wheel
-from partial_lora.models.tokenizers import byte_tokenizer
+from partial_lora.models import bundled, tokenizer
+from partial_lora.models.texts import byte_tokenizer
 from partial_lora.runs import config
 
 PACKAGE = Path(partial_lora.__file__).parent
@@ -113,7 +113,7 @@ def test_code_that_comes_with_a_model_never_runs(hostile: Path, monkeypatch, mod
 
 def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('it ran')\n")
-    program = "from partial_lora import remote_code; remote_code.refuse()\n"
+    program = "from partial_lora.runs.launch import refuse_hub_code; refuse_hub_code()\n"
     program += "import importlib.util as u, os; print(u.find_spec('kernels'), os.environ['USE_HUB_KERNELS'])\n"
     program += (
         "import logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING))\n"
@@ -135,7 +135,7 @@ def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
 @pytest.mark.parametrize("member", ["../outside", "/outside", "inside/../../outside", "", "inside/.."])
 def test_no_file_outside_an_archive_can_be_asked_of_it(member: str) -> None:
     with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0: expected the name of a file inside it"):
-        wheel.Wheel(project="tiny-focus", version="1.0", size=1, sha256="0" * 64, members={member: "0" * 64})
+        bundled.Wheel(project="tiny-focus", version="1.0", size=1, sha256="0" * 64, members={member: "0" * 64})
 
 
 def test_a_hostile_wheel_writes_nothing_but_what_is_asked_of_it(tmp_path: Path, monkeypatch) -> None:
@@ -149,7 +149,7 @@ def test_a_hostile_wheel_writes_nothing_but_what_is_asked_of_it(tmp_path: Path, 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(cache))
-    pin = wheel.Wheel(
+    pin = bundled.Wheel(
         project="tiny-focus",
         version="1.0",
         size=file.stat().st_size,

@@ -20,9 +20,9 @@ from test_tracking import in_mlflow, said, without_clock
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.redaction import HIDDEN
+from partial_lora.files import HIDDEN
 from partial_lora.runs import config
-from partial_lora.tasks import hub
+from partial_lora.tasks import sources
 
 SECRET = "correct-horse-battery-staple"  # without the shape of a token: only the environment says what it is
 TINY = ("model=tiny_vit", "method=lora", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.device=cpu")
@@ -111,7 +111,7 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
 
 
 def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch) -> None:
-    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(sources, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     with pytest.raises(PartialLoraError, match=r"^task=own: cannot fetch no/such-rows from the model hub \(.*refused"):
         tasks.load(name="own", path="no/such-rows", modality="image")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from partial_lora.models import timm
+from partial_lora.models import images
 
 TINY = {
     "name": "tiny_vit",
@@ -21,7 +21,7 @@ HEAD = "timm_model.head"
 
 
 def load(**changes: object) -> TimmWrapperForImageClassification:
-    return timm.load(**{**TINY, **changes})
+    return images.load_timm(**{**TINY, **changes})
 
 
 def pretrained(folder: Path) -> Path:

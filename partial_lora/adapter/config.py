@@ -2,31 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.card import complete_card
-from partial_lora.adapter.options import refuse_options
-from partial_lora.adapter.saved_file import check_values
 from partial_lora.adapter.selection import (
+    AXES,
     Geometry,
     ModuleMasks,
     check_counts,
     given_masks,
     random_masks,
+    read_sparsity,
     read_values,
     top_masks,
 )
-from partial_lora.adapter.sparsity import AXES, read_sparsity
 from partial_lora.errors import PartialLoraError
+
+# --- Which options of LoRA go with masks: an allow-list over every field of LoraConfig.
+
+PASSED = frozenset(
+    {
+        # What is adapted, and what trains beside it.
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
+        # How each adapter is sized, scaled, drawn and run.
+        *("r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
+        *("inference_mode", "runtime_config"),
+        # What the adapter says of itself.
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    }
+)
+
+REFUSED = {
+    "use_dora": "its magnitudes are trained densely",
+    "rank_pattern": "every module has one rank, which is what other readers of the adapter expect",
+    "lora_bias": "it would train entries that no mask covers",
+    "target_parameters": "only linear layers and convolutions are masked, not single parameters",
+    "layer_replication": "two modules would share one name, and their masks",
+    "use_qalora": "it pools the columns that a mask tells apart",
+    "qalora_group_size": "it belongs to use_qalora",
+    "use_bdlora": "its factors are block diagonal",
+    "velora_config": "it replaces the backward pass",
+    "alora_invocation_tokens": "it replaces the forward pass",
+    "arrow_config": "it replaces the forward pass",
+    "kasa_config": "it changes the base weights and trains singular values densely",
+    "monteclora_config": "it samples dense factors",
+    "megatron_config": "its layers are split over devices",
+    "megatron_core": "it belongs to megatron_config",
+    "loftq_config": "it belongs to an initialisation that fits dense factors to the base weights",
+    "eva_config": "it belongs to an initialisation that fits dense factors to data",
+    "corda_config": "it belongs to an initialisation that fits dense factors to data",
+    "lora_ga_config": "it belongs to an initialisation that fits dense factors to gradients",
+}
+"""What the masked form cannot hold, and why. Each must have its default."""
+
+
+def refuse_options(config: LoraConfig) -> None:
+    """Raise PartialLoraError, naming the option, if ``config`` sets one of LoRA's that does not go with masks.
+
+    An option of a PEFT that is more recent than this list is refused too, unless it has its default.
+    """
+    for option in fields(LoraConfig):
+        value = getattr(config, option.name)
+        if option.name in PASSED or _is_default(option, value):
+            continue
+        reason = REFUSED.get(option.name, "this version of partial-lora does not know the option")
+        raise PartialLoraError(f"{option.name}={value!r} does not go with Partial-LoRA: {reason}.")
+    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+        raise PartialLoraError(
+            f"init_lora_weights={config.init_lora_weights!r} does not go with Partial-LoRA: its values depend on each"
+            " other, so that no part of them can be left out; use True, 'gaussian' or False."
+        )
+    for name in ("target_modules", "exclude_modules"):
+        _refuse_pattern(name, getattr(config, name))
+    if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
+        raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
+
+
+def _refuse_pattern(name: str, given: object) -> None:
+    """Raise PartialLoraError for a text that is no regular expression, which a single text is."""
+    try:
+        re.compile(given if isinstance(given, str) else "")
+    except re.error as error:
+        raise PartialLoraError(f"{name} is {given!r}: expected names or a regular expression ({error}).") from None
+
+
+def _is_default(option: Field, value: object) -> bool:
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    return value is default or (isinstance(value, type(default)) and value == default)
+
+
+# --- The values of a saved adapter: there for every module that its masks are for, before a model is touched.
+
+
+def check_values(folder: Path, modules: Collection[str]) -> None:
+    """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
+
+    PEFT only warns of the second, and of the first says so after it has changed the model. Reads the file's header
+    alone; a folder without such a file is PEFT's to judge. Raises PartialLoraError, naming the file and the module.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            keys = {key.replace("_orig_mod.", "").removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PartialLoraError(f"{path} is broken or truncated ({error}): copy it again.") from None
+    for module in modules:
+        for factor in ("lora_A", "lora_B"):
+            if f"{module}.{factor}.weight" not in keys:
+                raise PartialLoraError(f"{path} has no {factor} of {module}, which its masks are for: copy it again.")
+
+
+# --- The model card of a saved adapter: what PEFT writes into README.md, and how a masked adapter is loaded.
+
+FILE_NAME = "README.md"
+TAGS = ("lora", "partial-lora")
+HEADING = "## Partial-LoRA"
+VERSIONS = "### Framework versions"  # PEFT's last section
+
+USAGE = """{heading}
+
+Of each low-rank factor, only some rows and columns (or single entries) were trained; the others are zero, and
+`partial_lora.json` says which. So this is an ordinary LoRA adapter, and PEFT alone loads it:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, {adapter})
+```
+
+To train the same entries further, load it with its masks, by the package partial-lora:
+
+```python
+from partial_lora import PartialLoraConfig
+from peft import PeftModel
+
+config = PartialLoraConfig.from_pretrained({adapter})
+model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_trainable=True)
+```
+"""
+
+
+def complete_card(folder: Path) -> None:
+    """Add our tags, and once a section on loading, to the card that PEFT has just written of the adapter in ``folder``.
+
+    PEFT's card of an adapter with a name of its own lies in the folder above. Everything else in the card stays as it
+    is. Where there is no card of PEFT's (a README.md whose library_name is peft), none is written.
+    """
+    for path, adapter in (
+        (folder / FILE_NAME, '"path/or/hub-id"'),
+        (folder.parent / FILE_NAME, f'"path/or/hub-id", subfolder="{folder.name}"'),
+    ):
+        if path.is_file():
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+            if card.data.get("library_name") == "peft":
+                _complete(card, adapter)
+                card.save(path)
+            return
+
+
+def _complete(card: ModelCard, adapter: str) -> None:
+    card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
+    lines = card.text.splitlines()
+    if HEADING not in lines:
+        at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
+        section = USAGE.format(heading=HEADING, adapter=adapter)
+        card.text = "\n".join([*lines[:at], *section.splitlines(), "", *lines[at:]])
 
 
 class _PeftType(str):

@@ -7,16 +7,125 @@ column (kept × 1): optimizers and schedules that tell weights from biases by th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional as F
 
-from partial_lora.adapter.sharding import entry_like, gathered, sharded_like, whole
-from partial_lora.adapter.view import DenseView
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
+
+# --- The dense form of a masked factor, as code outside sees it: to be read, never written.
+
+
+class DenseView(Tensor):
+    """A tensor computed from the kept entries of a factor; writing into it, or into a view of it, raises.
+
+    Much code knows a factor as ``layer.lora_A[name].weight`` and changes it by writing there. Written values would be
+    lost without a word, since the next reader computes the tensor anew. Everything that is computed from it, and every
+    copy, is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if _writes(func.__name__, args, kwargs or {}):
+            raise PartialLoraError(
+                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
+                " this would be lost: load a state dict, or do it to `kept`, which is the parameter."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
+            return result.as_subclass(cls)  # .data, .detach(), a slice: a way to write all the same
+        return result
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        """Pickled, and saved by torch.save, it is an ordinary tensor: what reads it may not know this class."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_IN_PLACE = {
+    "__set__",
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
+}
+
+
+def _writes(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether a function of torch called ``name`` changes the view among its arguments."""
+    if isinstance(kwargs.get("out"), DenseView):
+        return True
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place and bool(args) and isinstance(args[0], DenseView)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+# --- Parameters that FSDP2 or ZeRO has spread over processes: whole where someone looks, in parts where they are ke
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one all of it, which its processes have to ask for together."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not _emptied(tensor):
+        return tensor
+    with gathered(tensor):
+        return tensor.detach().clone()
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Inside, a parameter that ZeRO's stage 3 has emptied is whole; what process 0 writes into it stays."""
+    if not _emptied(parameter):
+        yield
+        return
+    import deepspeed  # where there is such a parameter, there is DeepSpeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+def _emptied(parameter: Tensor) -> bool:
+    """Whether ZeRO's stage 3 keeps the values elsewhere for now."""
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a process holds only its part of the parameter."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def numel(parameter: Tensor) -> int:
+    """The number of entries of the whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor spread over the processes as ``parameter`` is, if it is."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def entry_like(parameter: Tensor, dense: Tensor) -> Tensor:
+    """The state-dict entry that stands for ``parameter``, made from the whole ``dense`` tensor.
+
+    On the meta device it only plans what is to be loaded where, and accelerate reads the mesh off every entry of such a
+    plan; with values, an ordinary tensor is what everyone who saves can write.
+    """
+    if not isinstance(parameter, DTensor) or not dense.is_meta:
+        return dense
+    mesh = parameter.device_mesh
+    return DTensor.from_local(dense, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
 
 GATHER_DENSITY = 0.5
 """Up to this density, gathering the kept features beats matrix products with the zero-filled factor."""

@@ -13,12 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
+from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
-from partial_lora.adapter.geometry import geometry
 from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
-from partial_lora.adapter.sharding import numel
+from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 

@@ -2,16 +2,112 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
 
-from partial_lora.adapter.sparsity import AXES, Sparsity, assign_sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, kept_count
+
+# --- The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and ax
+
+AXES = ("rows", "columns")
+
+Sparsity = float | dict[str, dict[str, float]]
+"""One sparsity for every row and column, or {module name or pattern: {"rows": s, "columns": s}}."""
+
+
+def read_sparsity(sparsity: float | Mapping | str | PathLike) -> Sparsity:
+    """The sparsity setting in its one canonical form, whatever form the user gave it in.
+
+    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
+    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
+    """
+    if isinstance(sparsity, (str, PathLike)):
+        return _calibrated_sparsity(Path(sparsity))
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
+        return {str(module): _both_axes(module, value) for module, value in sparsity.items()}
+    return _share(sparsity, "sparsity")
+
+
+def _calibrated_sparsity(path: Path) -> Sparsity:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        found = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
+    except OSError as error:
+        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise PartialLoraError(
+            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
+        ) from None
+    try:
+        return read_sparsity(found)
+    except PartialLoraError as error:
+        raise PartialLoraError(f"{path}: {error}") from None
+
+
+def _both_axes(module: str, value: object) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        share = _share(value, f"sparsity[{module!r}]")
+        return dict.fromkeys(AXES, share)
+    if set(value) != set(AXES):
+        raise PartialLoraError(f"sparsity[{module!r}] has {sorted(map(str, value))}: expected rows and columns.")
+    return {axis: _share(value[axis], f"sparsity[{module!r}][{axis!r}]") for axis in AXES}
+
+
+def _share(value: object, key: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
+    return float(value)
+
+
+def assign_sparsity(sparsity: Sparsity, modules: list[str]) -> dict[str, dict[str, float]]:
+    """One {"rows": s, "columns": s} for each of ``modules``, in their order.
+
+    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
+    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
+    without a module.
+    """
+    if not isinstance(sparsity, dict):
+        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
+    chosen = {module: _entry_of(module, sparsity) for module in modules}
+    for module, entry in chosen.items():
+        if entry is None:
+            raise PartialLoraError(
+                f"sparsity has no entry for the target module {module}: add one, or do not target it."
+            )
+    for entry in sparsity:
+        if entry not in chosen and not any(_matches(entry, module) for module in modules):
+            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
+    return {module: sparsity[entry] for module, entry in chosen.items()}
+
+
+def _entry_of(module: str, sparsity: Mapping) -> str | None:
+    if module in sparsity:
+        return module
+    return next((entry for entry in sparsity if _matches(entry, module)), None)
+
+
+def _matches(entry: str, module: str) -> bool:
+    try:
+        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
+    except re.error:
+        raise PartialLoraError(
+            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
+        ) from None
+
 
 Values = dict[str, dict[str, np.ndarray]]
 """Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
@@ -173,3 +269,48 @@ def check_counts(masks: Mapping[str, ModuleMasks], sparsity: Sparsity) -> None:
                     f"indices[{module!r}][{axis!r}] keeps {len(mask.kept)} of {mask.size}, but its sparsity"
                     f" {shares[axis]} keeps {kept_count(mask.size, shares[axis])}: give one of the two."
                 )
+
+
+# --- Which base layers a masked adapter fits on, and the shapes of its factors there.
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
+    """The shapes of W, A and B for the base ``layer`` called ``name`` (or PEFT's layer around it).
+
+    Linear layers, quantised ones and transformers' Conv1D included, have W (out × in). Of a convolution, rows are
+    output channels and columns input channels. Raises PartialLoraError for a layer that masks do not fit.
+    """
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if isinstance(layer, _CONVOLUTIONS):
+        return _convolution(name, layer, rank)
+    inputs, outputs = (None, None) if isinstance(layer, _UNFIT) else _get_in_out_features(layer)
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
+        raise PartialLoraError(
+            f"target module {name} is a {type(layer).__name__}: only linear layers and convolutions are masked, name"
+            " the targets so that it does not match."
+        )
+    return Geometry(shape=(outputs, inputs), a=(rank, inputs), b=(outputs, rank))
+
+
+# An embedding looks rows of A up instead of multiplying, and attention's projections are one tensor without modules.
+_UNFIT = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+
+
+def _convolution(name: str, layer: nn.modules.conv._ConvNd, rank: int) -> Geometry:
+    for option, plain in (("dilation", 1), ("padding_mode", "zeros"), ("transposed", False)):
+        value = getattr(layer, option)
+        if value != plain and set(value if isinstance(value, tuple) else ()) != {plain}:
+            raise PartialLoraError(
+                f"target module {name} is a convolution with {option}={value}, which PEFT's LoRA leaves out: name the"
+                " targets so that it does not match."
+            )
+    if rank % layer.groups:
+        raise PartialLoraError(
+            f"target module {name} is a convolution in {layer.groups} groups, which rank {rank} is not a multiple of:"
+            " choose another rank or name the targets so that it does not match."
+        )
+    shape = (layer.out_channels, layer.in_channels)
+    a = (rank, layer.in_channels, *layer.kernel_size)
+    return Geometry(shape=shape, a=a, b=(layer.out_channels, rank // layer.groups, *(1 for _ in layer.kernel_size)))

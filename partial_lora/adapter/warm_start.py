@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
+from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.model import module_masks
-from partial_lora.adapter.options import refuse_options
 from partial_lora.errors import PartialLoraError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from partial_lora.calibration.points import AXES, Sparsity
+from partial_lora.calibration.search import AXES, Sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 

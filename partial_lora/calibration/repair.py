@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from partial_lora.calibration.budget import Shapes
-from partial_lora.calibration.points import AXES, BOTH, Levels, Sparsity, both_axes
+from partial_lora.calibration.search import AXES, BOTH, Levels, Sparsity, both_axes
 from partial_lora.masks import kept_count
 
 Joint = Callable[[Sparsity], float | None]

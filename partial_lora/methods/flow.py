@@ -7,11 +7,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.points import AXES
+from partial_lora.calibration.search import AXES
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, random_keys
 from partial_lora.methods.setting import Setting, calibrated
-from partial_lora.models.consecutive import chains
+from partial_lora.models.targets import chains
 
 
 @calibrated

@@ -54,3 +54,16 @@ def _tie(base: nn.Module, name: str, first: str) -> None:
 def _copied(name: str) -> str:
     part, _, rest = name.partition(".")
     return f"{part}.modules_to_save.default.{rest}"
+
+
+# --- The floor: nothing but a head.
+
+
+def probe(model: nn.Module, setting: Setting) -> PeftModel:
+    """The head alone: an adapter that adapts no module, so that it is saved and loaded like the others.
+
+    Raises PartialLoraError for a model without a new head, of which nothing would train.
+    """
+    if setting.head is None:
+        raise PartialLoraError("method=probe: the model has no new head, so that nothing would train; choose another")
+    return get_peft_model(model, LoraConfig(**setting.lora() | {"target_modules": DUMMY_TARGET_MODULES}))

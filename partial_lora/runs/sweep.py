@@ -2,26 +2,317 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import results, summing
-from partial_lora.runs.job import Job, JobFailedError, this_process
-from partial_lora.runs.ledger import Ledger
-from partial_lora.runs.plan import Plan
+from partial_lora.files import redact_output
+from partial_lora.runs import directory as results
+from partial_lora.runs import launch
+from partial_lora.runs.compose import Plan
+
+# --- What becomes of a sweep's jobs, told through files: jobs run in other processes, perhaps on other machines.
+
+_SETTLE = 0.2  # seconds between two looks at a lock
+_STOP = "stop"
+_OWN: set[Path] = set()  # what this process has claimed
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The entries of one sweep's jobs, by their numbers."""
+
+    folder: Path
+
+    @classmethod
+    def opened(cls, sweep_dir: Path) -> Ledger:
+        """A new ledger beside what Hydra writes of a sweep. Raises PartialLoraError where nothing can be written."""
+        try:
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+            return cls(Path(tempfile.mkdtemp(prefix=".jobs-", dir=sweep_dir)).resolve())
+        except OSError as error:
+            said = f"cannot write to {sweep_dir}: {error.strerror}; set it to a folder that can be written"
+            raise PartialLoraError(f"results_dir: {said}") from error
+
+    def close(self) -> None:
+        """Remove the folder: what has not started never will."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, job: int, **entry: object) -> None:
+        """Say how it stands with a job: its status, the overrides it is of, and whatever else there is to tell."""
+        sealed.write_json(self.folder / f"{job}.json", entry)
+
+    def entries(self) -> dict[int, dict]:
+        """What the jobs have said so far, in the order of their numbers."""
+        files = {int(path.stem): path for path in self.folder.glob("[0-9]*.json")}
+        return {job: json.loads(files[job].read_text(encoding="utf-8")) for job in sorted(files)}
+
+    def ask(self, number: int) -> None:
+        """Have every job stop, as a signal of that number would; asked a second time they are killed."""
+        with open(self.folder / _STOP, "a", encoding="utf-8") as file:
+            file.write(f"{number}\n")
+
+    def asked(self) -> list[int]:
+        """The numbers of the signals that the jobs are to take for received, in their order."""
+        try:
+            return [int(line) for line in (self.folder / _STOP).read_text(encoding="utf-8").split()]
+        except FileNotFoundError:
+            return [] if self.folder.is_dir() else [signal.SIGTERM]
+
+    @contextmanager
+    def claimed(self, directory: Path) -> Iterator[bool]:
+        """Have a run's directory to oneself among the jobs of this sweep; gives whether one of them had it before.
+
+        Of jobs that are the same run one works and the others wait, unless they are asked to stop. The kernel ends a
+        claim with the process that has it.
+        """
+        with open(self._claim(directory), "a+", encoding="utf-8") as file:
+            while not _taken(file.fileno()) and not self.asked():
+                time.sleep(_SETTLE)
+            file.seek(0)
+            before = bool(file.read())
+            _OWN.add(Path(file.name))
+            try:
+                yield before
+            finally:
+                _OWN.discard(Path(file.name))
+            file.write("had\n")
+
+    def is_under_way(self, directory: Path) -> bool:
+        """True while a job in another process works in a run's directory, or a worker whose job has died."""
+        if self._claim(directory) in _OWN:  # who asks is it: to wait for oneself would be without end
+            return False
+        return _is_held(self._claim(directory)) or _is_held(directory / results.LOCK)
+
+    def is_orphaned(self, directory: Path) -> bool:
+        """True where a worker is all that is left of a job."""
+        return not _is_held(self._claim(directory)) and _is_held(directory / results.LOCK)
+
+    def _claim(self, directory: Path) -> Path:
+        return self.folder / f"{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]}.claim"
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return not _taken(file.fileno())
+    except FileNotFoundError:
+        return False
+
+
+# --- One job of a sweep: what Hydra's launchers call, in this process or, pickled, in another one.
+
+
+class JobFailedError(PartialLoraError):
+    """What a sampler is told of a run that did not finish."""
+
+
+def this_process() -> tuple[str, int]:
+    """What tells this process from all others, on every machine."""
+    return socket.gethostname(), os.getpid()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Does a run with a composed config, and leaves an entry about it in the sweep's ledger.
+
+    Args:
+        stage: "train" or "calibrate".
+        resolve: what checks a composed config (`config.resolve`).
+        ledger: of the sweep.
+        parent: the process of the sweep (`this_process`); jobs elsewhere are silent.
+        sampled: a sampler chooses the jobs. It is given the validation metric, and an exception for a run that failed,
+            to make of it what it does; a sweep over given combinations goes on instead.
+    """
+
+    stage: str
+    resolve: Callable[[object], dict]
+    ledger: Ledger
+    parent: tuple[str, int]
+    sampled: bool
+
+    def __call__(self, composed) -> float | None:
+        """The primary metric on validation, or None where nothing was trained."""
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra, here = HydraConfig.get(), self.parent == this_process()
+        if not here:
+            redact_output()
+            launch.refuse_hub_code()
+            _leave_the_terminal()
+            os.chdir(hydra.runtime.cwd)
+        number, entry = hydra.job.num, {"overrides": list(hydra.overrides.task), "begun": time.time()}
+        if self.ledger.asked():
+            return None
+        try:
+            settings = self.resolve(composed)
+            entry |= {"directory": str(launch.directory(settings, self.stage).resolve())}
+            found = self._run(number, settings, entry, here)
+        except PartialLoraError as error:
+            found = {"status": "refused", "code": 2, "reason": str(error)}
+            if here:
+                print(f"partial-lora: {error}", file=sys.stderr)
+        except Exception as error:  # no other job is to hear of it
+            traceback.print_exc()
+            found = {"status": "failed", "code": 1, "reason": f"{type(error).__name__}: {error}"}
+        if found is None:
+            return None
+        self.ledger.write(number, **entry, **found, seconds=time.time() - entry["begun"])
+        if here and found["status"] == "interrupted":
+            raise SystemExit(found["code"])
+        if self.sampled and found["code"]:
+            raise JobFailedError(found["reason"])
+        return found.get("validation")
+
+    def _run(self, number: int, settings: dict, entry: dict, here: bool) -> dict | None:
+        """How the run ended, and its metrics; None where it did not start, since the sweep is stopping."""
+        with self.ledger.claimed(Path(entry["directory"])) as had_before:
+            if self.ledger.asked():
+                return None
+            self.ledger.write(number, **entry, status="running", code=0)
+            if self.ledger.asked():  # whoever stops a sweep asks first and then looks at what is running
+                return {"status": "not started", "code": 0}
+            if had_before:  # by another job of this sweep, which has overwritten what was there
+                settings = settings | {"overwrite": False}
+            outcome = launch.run(settings, self.stage, shown=here, asked=self.ledger.asked)
+        found = {"status": outcome.status, "code": launch.code(outcome)}
+        if found["code"]:
+            interrupted = outcome.status == "interrupted"
+            return found | {"reason": outcome.message if interrupted else launch.reason(outcome)}
+        return found | _metrics(results.read_result(outcome.directory))
+
+
+def _metrics(result: dict) -> dict:
+    """What a table and a sampler want to know of a finished run or calibration."""
+    if not result["metrics"]:
+        return {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}
+    test, validation = result["metrics"]["test"], result["metrics"]["validation"]
+    return {
+        "metric": f"test {test['primary']}",
+        "test": test[test["primary"]],
+        "validation": validation[validation["primary"]],
+    }
+
+
+def _leave_the_terminal() -> None:
+    """Have Ctrl-C reach the sweep alone, which then asks its jobs: once, and those that have not begun, too."""
+    with suppress(PermissionError):  # the launcher has started a session for it
+        os.setpgid(0, 0)
+
+
+# --- What became of the runs of a sweep, as a table.
+
+_NONE = "–"  # for what does not apply
+_LOST = "its process was ended before it could say why"
+_LONGEST = 160  # characters of a reason in a table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its name, how it ended, its exit code, and what there is to tell of it."""
+
+    name: str
+    status: str
+    code: int
+    seconds: float | None = None
+    metric: str = ""
+    test: float | None = None
+    reason: str = ""
+
+
+def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], asked: Sequence[int]) -> list[Row]:
+    """A row for every run.
+
+    entries: what the jobs say, by their numbers. names: of all runs there should be, by their jobs' numbers. asked: the
+    signals that stopped the sweep.
+    """
+    return [_row(name, entries.get(number), asked) for number, name in names.items()]
+
+
+def _row(name: str, entry: Mapping | None, asked: Sequence[int]) -> Row:
+    if entry is None:
+        return Row(name, "not started", 0 if asked else 1)
+    name = name or entry.get("directory") or " ".join(entry["overrides"])
+    if entry["status"] == "running":  # its job did not live to say more
+        stopped = f"interrupted by {signal.Signals(asked[0]).name}; run the command again to redo it" if asked else ""
+        return (
+            Row(name, "interrupted", 128 + asked[0], reason=stopped) if asked else Row(name, "failed", 1, reason=_LOST)
+        )
+    skipped = entry["status"] == "skipped"
+    seconds = None if skipped else entry.get("seconds")
+    metric, test, reason = entry.get("metric", ""), entry.get("test"), entry.get("reason", "")
+    return Row(name, entry["status"], entry["code"], seconds, metric, test, reason)
+
+
+def summary_lines(entry: Mapping) -> str:
+    """An entry in a few words."""
+    if entry["status"] == "running":
+        return "started"
+    if entry.get("test") is not None:
+        return f"{entry['status']}, {entry['metric']} {entry['test']:.4f}"
+    return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
+
+
+def table(found: Sequence[Row]) -> Table:
+    """The rows as they are printed; long reasons, said in full when they came up, are cut short."""
+    metrics = {row.metric for row in found if row.metric}
+    one = metrics.pop() if len(metrics) == 1 else None
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    drawn.add_column("run", overflow="fold")
+    drawn.add_column("status", no_wrap=True)
+    drawn.add_column("seconds", justify="right", no_wrap=True)
+    drawn.add_column(one or "score", justify="right")
+    if told := any(row.reason for row in found):
+        drawn.add_column("why", overflow="fold")
+    for row in found:
+        seconds = _NONE if row.seconds is None else f"{row.seconds:,.1f}"
+        test = _NONE if row.test is None else f"{row.test:.4f}" if one else f"{row.metric} {row.test:.4f}"
+        reason = textwrap.shorten(row.reason, _LONGEST, placeholder=" …")
+        drawn.add_row(Text(row.name), row.status, seconds, test, *([Text(reason)] if told else []))
+    return drawn
+
+
+def counted(found: Sequence[Row]) -> str:
+    """How many runs ended in which way."""
+    counts = Counter("skipped (finished before)" if row.status == "skipped" else row.status for row in found)
+    runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    missing = any(row.code or row.status == "not started" for row in found)
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{runs}: {told}" + ("; the same command again does what is missing" if missing else "")
+
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.3  # seconds between two looks at what the jobs say
@@ -51,9 +342,9 @@ def sweep(plan: Plan, stage: str, resolve: Callable[[object], dict], hydra: Call
     names = {number: plan.name(entry["overrides"]) for number, entry in entries.items()}
     if not plan.is_sampled:
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
-    found = summing.rows(entries, names, asked)
-    console.print(summing.table(found))
-    console.print(summing.counted(found), highlight=False, soft_wrap=True)
+    found = rows(entries, names, asked)
+    console.print(table(found))
+    console.print(counted(found), highlight=False, soft_wrap=True)
     if plan.is_sampled:
         _tell_best(plan, begun, console)
     if trouble:
@@ -177,7 +468,7 @@ def _tell(ledger: Ledger, plan: Plan, console: Console, ended: threading.Event) 
             if said.get(number) == entry["status"]:
                 continue
             said[number] = entry["status"]
-            line = f"job {number}: {plan.name(entry['overrides'])}: {summing.said(entry)}"
+            line = f"job {number}: {plan.name(entry['overrides'])}: {summary_lines(entry)}"
             if entry["code"]:
                 print(f"partial-lora: {line}", file=sys.stderr)
             else:

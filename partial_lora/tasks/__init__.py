@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from partial_lora.tasks.answers import final_number
-    from partial_lora.tasks.causal import CausalTransform
-    from partial_lora.tasks.draws import Draws, drawn_from, few_shot_draws
     from partial_lora.tasks.images import ImageTransform
     from partial_lora.tasks.mixture import Joined, Mixture, MixtureTransform, member_draws, mixed
+    from partial_lora.tasks.prompts import CausalTransform
+    from partial_lora.tasks.questions import final_number
+    from partial_lora.tasks.splits import Draws, drawn_from, few_shot_draws
     from partial_lora.tasks.task import SETTINGS, SPLITS, Task, load
     from partial_lora.tasks.texts import TextTransform
 
 # Resolved on first use, so that a report can read the rows of a task without torch.
 _PLACES = {
-    "answers": ("final_number",),
-    "causal": ("CausalTransform",),
-    "draws": ("Draws", "drawn_from", "few_shot_draws"),
     "images": ("ImageTransform",),
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mixed"),
+    "prompts": ("CausalTransform",),
+    "questions": ("final_number",),
+    "splits": ("Draws", "drawn_from", "few_shot_draws"),
     "task": ("SETTINGS", "SPLITS", "Task", "load"),
     "texts": ("TextTransform",),
 }

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.hub import first_line
-from partial_lora.tasks.prepared import kept
+from partial_lora.tasks.sources import first_line
+from partial_lora.tasks.texts import kept
 
 # What the decoders of Pillow raise for a file that is none of theirs, is cut short, or is said to be far too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import splits
-from partial_lora.tasks.causal import CausalTransform
-from partial_lora.tasks.draws import Draws, drawn_from, few_shot_draws
+from partial_lora.tasks.prompts import CausalTransform
+from partial_lora.tasks.splits import Draws, drawn_from, few_shot_draws
 from partial_lora.tasks.task import SPLITS, Task, Transform
 
 Batches = list[dict[str, Tensor]]

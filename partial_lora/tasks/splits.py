@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.hub import first_line
-from partial_lora.tasks.strata import in_turn, shuffled
+from partial_lora.tasks.sources import first_line
+
+# --- Orders of rows whose beginnings all have the classes in their proportions.
+
+
+def shuffled(labels: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+    """The rows of every class, in an order drawn at random."""
+    return [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+
+
+def in_turn(classes: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows in an order of which the first n hold, for any n, every class in proportion.
+
+    The j-th of a class of m rows has its turn at j / m, so every class is met at the start: none has a whole row more
+    than its share of n, and none is left out unless there are more classes than n.
+    """
+    turns = np.concatenate([np.arange(len(rows)) / max(1, len(rows)) for rows in classes])
+    return np.concatenate(classes)[np.argsort(turns, kind="stable")]
+
 
 _FEW = 10  # classes that a message lists
 
@@ -76,3 +95,169 @@ def _single(rows: Dataset, whole: Dataset, least: int, taken: Sequence[str]) -> 
     cuts = "two cuts, test and validation, need" if least > 2 else "a cut needs"
     mend = "add some, leave it out, or give a file for every split"
     return f"class {listed} {having}; {cuts} at least {least} rows of a class: {mend}"
+
+
+# --- The few-shot draws that calibration sees.
+
+LEAST = 128  # rows of a set that is a share of all
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Two disjoint sets of training rows, as ascending indices.
+
+    `fit` is what heads and gradients are fitted on, `scored` is what decides which sparsity passes. `warnings` says in
+    words which classes are too small for what was asked.
+    """
+
+    fit: np.ndarray
+    scored: np.ndarray
+    warnings: tuple[str, ...] = ()
+
+
+def drawn_from(rows: Dataset) -> np.ndarray:
+    """What draws of a task's rows are stratified by: their labels, or nothing where they have none (real zeros)."""
+    return np.asarray(rows["label"]) if "label" in rows.column_names else np.zeros(len(rows))
+
+
+def few_shot_draws(
+    labels: Sequence[int] | Sequence[float],
+    *,
+    seed: int,
+    shots: int | None = None,
+    max_samples: int | None = None,
+    share: float | None = None,
+) -> Draws:
+    """Draw rows for each of the two sets, the same ones for a seed.
+
+    With `share`, each set is that share of the rows, at least 128 of them and at most half, which a warning says; every
+    class has its part of it. Labels that are real numbers have no classes: rows are drawn from all of them alike, as
+    many as the share or `shots` says, 128 at least.
+
+    With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
+    in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
+    class. `max_samples` bounds each set, by going round the classes until it is full.
+
+    Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
+    """
+    labels = np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.floating):
+        return _real(len(labels), seed, shots, max_samples, share)
+    if share is not None:
+        asked = max(LEAST, round(share * len(labels)))
+        return _shares(labels, seed, asked, f"calibration.share={share}", max_samples)
+    return _shots(labels, seed, shots, max_samples)
+
+
+def _real(rows: int, seed: int, shots: int | None, max_samples: int | None, share: float | None) -> Draws:
+    """Two sets of rows whose labels are real numbers: of one class, as it were."""
+    if share is not None:
+        asked, key = round(share * rows), f"calibration.share={share}"
+    else:
+        asked, key = shots or 0, "a regression" if shots is None else f"calibration.shots={shots}"
+    if asked < LEAST:
+        key += f" (at least {LEAST} rows where labels are real numbers)"
+    if rows < 2:
+        raise PartialLoraError(f"{key}: {rows} training rows, expected at least one to fit and one to score; add rows")
+    draws = _shares(np.zeros(rows, dtype=np.int64), seed, max(LEAST, asked), key, max_samples)
+    logger.info("%s: %d rows for each draw", key, len(draws.fit))
+    return draws
+
+
+def _shares(labels: np.ndarray, seed: int, asked: int, key: str, max_samples: int | None) -> Draws:
+    """Two sets of equal size, whose rows of a class are every other one of it: they never meet, and are alike.
+
+    asked: rows of each set. key: the setting that asked for them, for messages.
+    """
+    asked = asked if max_samples is None else min(asked, max_samples)
+    count = min(asked, len(labels) // 2)
+    classes = shuffled(labels, np.random.default_rng(seed))
+    if count < len(classes):
+        bound = "calibration.max_samples" if count == max_samples else "calibration.share"
+        raise PartialLoraError(
+            f"{key}: {count} rows for each of the two draws, expected at least one for each of {len(classes)} classes; "
+            + ("add rows" if len(labels) // 2 < len(classes) else f"raise {bound}")
+        )
+    fit, scored = in_turn([rows[::2] for rows in classes]), in_turn([rows[1::2] for rows in classes])
+    warnings = []
+    if count < asked:
+        warnings.append(f"{key}: {count} rows for each draw, half of the training rows, in place of {asked}")
+    single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
+    if single:
+        warnings.append(f"{key}: a single training example, fitted on and never scored: class {_few(single)}")
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))
+
+
+def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -> Draws:
+    classes = np.unique(labels)
+    if max_samples is not None and max_samples < len(classes):
+        raise PartialLoraError(
+            f"calibration.max_samples={max_samples}: expected at least one for each of {len(classes)} classes"
+        )
+    generator = np.random.default_rng(seed)
+    fit, scored, small, single = [], [], [], []
+    for label in classes:
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        count = min(shots, (len(rows) + 1) // 2) if len(rows) > 1 else 0
+        scored.append(rows[:count])
+        fit.append(rows[count : count + shots])
+        if len(rows) < 2 * shots:
+            (small if count else single).append(str(label))
+    if not any(map(len, scored)):
+        raise PartialLoraError(
+            f"calibration.shots={shots}: no class has 2 training examples, one to fit and one to score; add rows"
+        )
+    warnings = []
+    if small:
+        warnings.append(
+            f"calibration.shots={shots}: used whole, half to fit and half to score, since smaller: class {_few(small)}"
+        )
+    if single:
+        warnings.append(
+            f"calibration.shots={shots}: a single training example, fitted on and never scored: class {_few(single)}"
+        )
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
+
+
+def _few(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:
+    """At most `limit` rows, one of each class in turn."""
+    turns = [rows[turn] for turn in range(max(map(len, classes))) for rows in classes if turn < len(rows)]
+    return np.sort(np.asarray(turns[:limit], dtype=np.int64))
+
+
+# --- Training rows some of which say another class than their own, as carelessly labelled data do.
+
+
+def mislabelled(rows: Dataset, share: float, seed: int | Sequence[int], name: str) -> Dataset:
+    """The rows with that share of their labels, to the nearest row, replaced by another class at random.
+
+    The rows that a smaller share has wrong are among those of a larger one, with the same wrong labels. Raises
+    PartialLoraError for a share outside [0, 1], for labels that are real numbers, and for a single class.
+    """
+    if share == 0:
+        return rows
+    label = rows.features["label"]
+    classes = len(getattr(label, "names", ()))
+    if not 0 < share <= 1:
+        raise PartialLoraError(f"task.label_noise={share}: expected a share in [0, 1]")
+    if classes < 2:
+        have = "a single class" if classes else "real numbers"
+        raise PartialLoraError(f"task.label_noise={share}: {name} has {have} as labels, expected two classes or more")
+    labels = np.array(rows["label"], dtype=np.int64)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    steps = generator.integers(1, classes, len(labels))  # 1 to classes - 1 classes on: never the same one
+    wrong = order[: int(share * len(labels) + 0.5)]
+    labels[wrong] = (labels[wrong] + steps[wrong]) % classes
+    return rows.remove_columns("label").add_column("label", labels.tolist(), feature=label)

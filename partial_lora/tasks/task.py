@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import choices, columns, exchanges, files, labels, sources, splits
-from partial_lora.tasks.label_noise import mislabelled
+from partial_lora.tasks import questions, sources, splits
+from partial_lora.tasks.splits import mislabelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,15 +155,15 @@ def load(
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
     names: tuple[str, ...] = ()
     if kind == "choice":
-        found = choices.read(found, name, format, prompt_columns, option_columns, answer_column)
+        found = questions.read_choices(found, name, format, prompt_columns, option_columns, answer_column)
     elif kind == "generation":
-        found = exchanges.read(found, name, format, prompt_columns, response_column, answer)
+        found = questions.read_exchanges(found, name, format, prompt_columns, response_column, answer)
     else:
         for split, place in places.items():
-            file = files.file_of(data_files, place)
+            file = sources.file_of(data_files, place)
             by_name = (image_column, text_columns, label_column)
-            found[split] = columns.chosen(found[split], name, split, modality, *by_name, file)
-        names, found = labels.read(found, name, regression)
+            found[split] = sources.chosen(found[split], name, split, modality, *by_name, file)
+        names, found = sources.read_labels(found, name, regression)
     whole, least, taken = found["train"], len(SPLITS) - len(found) + 1, []
     if "test" not in found:
         found["train"], found["test"] = splits.cut(whole, _TEST_SHARE, split_seed, name, least=least)

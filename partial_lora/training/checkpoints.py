@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.sharding import sharded_like, whole
-from partial_lora.sealed import fault
+from partial_lora.adapter.factor import sharded_like, whole
+from partial_lora.files import fault
 
 TRAINABLE = "trainable.safetensors"
 _PROGRESS = "progress.json"

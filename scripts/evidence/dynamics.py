@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.runs import Run
-from partial_lora.runs import results
+from partial_lora.report.records import Run
+from partial_lora.runs import directory as results
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
     from partial_lora.runs.finished import FinishedRun
-    from partial_lora.runs.inference import RunModel
+    from partial_lora.runs.predict import RunModel
 
 DYNAMICS = "dynamics.json"
 VERSION = 1
@@ -108,31 +108,31 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     from torch.utils.data import DataLoader
 
     from partial_lora.calibration.peers import Alone
-    from partial_lora.runs import evaluate_run, formats, loading
-    from partial_lora.runs.inference import RunModel
-    from partial_lora.training import judges
+    from partial_lora.runs import build, evaluate, export
+    from partial_lora.runs.predict import RunModel
+    from partial_lora.training import objectives
 
     blocks = run.settings["model"]["blocks"]
     if blocks is None:
         raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
     if run.settings["task"].get("members"):
         raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
-    evaluate_run.check_files(run)
-    task = loading.task_of(run.settings)
+    evaluate.check_files(run)
+    task = build.task_of(run.settings)
     task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
     trained = RunModel(run, device)
-    transform = loading.transform_of(run.settings)
-    judge = judges.judge_of(task, transform, run.settings, Alone())
+    transform = build.transform_of(run.settings)
+    judge = objectives.judge_of(task, transform, run.settings, Alone())
     size = run.settings["trainer"]["eval_batch_size"]
 
     def batches(rows: Dataset) -> DataLoader:
         return DataLoader(rows, batch_size=size, collate_fn=transform.collate)
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate_run.said_of(trained, batches(rows), judge.reduce, lambda done, total: None)
+        return evaluate.said_of(trained, batches(rows), judge.reduce, lambda done, total: None)
 
     metrics = {split: judge.judged(predict, trained.model, split).metrics for split in ("train", "test")}
-    frozen = formats.base_model(run).to(trained.device).eval()
+    frozen = export.base_model(run).to(trained.device).eval()
     test = transform.prepare(task.test, cache_bytes=run.settings["task"]["cache_bytes"])
     content = {
         "version": VERSION,
@@ -144,7 +144,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
         },
         "device": trained.device,
     }
-    sealed.write_json(run.directory / DYNAMICS, content)
+    files.write_json(run.directory / DYNAMICS, content)
     return content
 
 

@@ -32,13 +32,9 @@ from matplotlib.ticker import (
 from evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
 from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, settled, usual
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.figures import save
-from partial_lora.report.grouping import half_interval
-from partial_lora.report.places import AXES, grid
-from partial_lora.report.report_panels import COLOURS, MARKERS, MOST, heat, legend, look, panels, plain
-from partial_lora.report.runs import NONE, Run
-from partial_lora.report.series import band
-from partial_lora.sealed import write_atomic
+from partial_lora.files import write_atomic
+from partial_lora.report.figures import COLOURS, MARKERS, MOST, band, heat, legend, look, panels, plain, save
+from partial_lora.report.records import AXES, NONE, Run, grid, half_interval
 from partial_lora.tasks.metrics import SHARES
 
 PLACE = ["task", "model", "metric"]

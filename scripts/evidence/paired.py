@@ -17,9 +17,8 @@ from scipy.special import ndtri, stdtrit
 
 from evidence.runs import Outcome
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.comparison import MARGIN, Comparison, compared, per_example, resampled, verdict
-from partial_lora.report.grouping import point_order
-from partial_lora.report.runs import NONE
+from partial_lora.report.records import NONE, point_order
+from partial_lora.report.statistics import MARGIN, Comparison, compared, per_example, resampled, verdict
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"

@@ -12,9 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.conditions import conditions, of_method
-from partial_lora.report.predicted import Predictions
-from partial_lora.report.runs import NONE, Run, number, read
+from partial_lora.report.records import NONE, Predictions, Run, conditions, number, of_method, read
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first

@@ -49,14 +49,12 @@ from evidence.runs import (
     missing,
     planned,
 )
-from partial_lora.report.closing import cell, measured, percent
-from partial_lora.report.comparison import MARGIN
-from partial_lora.report.grouping import half_interval, point_order
-from partial_lora.report.report import origin
-from partial_lora.report.retest import reliability
-from partial_lora.report.runs import NONE, number
-from partial_lora.runs.results import read_result
-from partial_lora.sealed import write_atomic
+from partial_lora.files import write_atomic
+from partial_lora.report.records import NONE, half_interval, number, point_order
+from partial_lora.report.statistics import MARGIN, reliability
+from partial_lora.report.summary import cell, measured, percent
+from partial_lora.report.tables import origin
+from partial_lora.runs.directory import read_result
 from partial_lora.tasks.metrics import SHARES
 
 ABOUT = {  # the title of each table, and the claim of the paper that it tests

@@ -20,7 +20,8 @@ from peft import (
 )
 from peft.tuners.lora import BdLoraConfig
 
-from partial_lora.adapter import PartialLoraConfig, options, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, trainable_parameters
+from partial_lora.adapter import config as options
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.errors import PartialLoraError
 

@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
-from partial_lora.adapter.geometry import geometry
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks
+from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, kept_count
 

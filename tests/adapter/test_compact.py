@@ -33,7 +33,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
-from partial_lora.adapter.compact_file import FILE_NAME
+from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.errors import PartialLoraError
 

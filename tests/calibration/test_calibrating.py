@@ -14,11 +14,13 @@ from hydra.core.config_store import ConfigStore
 from sklearn import metrics
 
 from partial_lora import Calibration, models, progress, tasks, train
-from partial_lora.calibration import fewshot, heads
+from partial_lora.calibration import few_shot
+from partial_lora.calibration import score as scoring
 from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import calibrating, config, record, schema
+from partial_lora.runs import build, config, schema
+from partial_lora.runs import directory as record
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3")
 
@@ -51,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
     monkeypatch.setattr(progress, "_last", {})
-    monkeypatch.setattr(train.calibration_figures, "draw", lambda *arguments: None)
+    monkeypatch.setattr(train.figures, "draw_calibration", lambda *arguments: None)
     return Place(tmp_path)
 
 
@@ -67,7 +69,7 @@ def literal_scores(seed: int = 3, shots: int = 4) -> dict[str, float]:
     torch.manual_seed(chosen["seed"])
     of_model = ("name", "weights", "architecture", "model_args", "image_size")
     model = models.load(labels=list(task.labels), **{name: chosen["model"][name] for name in of_model}).eval()
-    with heads.few_shot_head(model, chosen["model"]["head"], fit):
+    with few_shot.few_shot_head(model, chosen["model"]["head"], fit):
         logits, labels = model(pixel_values=scored[0]["pixel_values"]).logits, scored[0]["labels"]
     predictions = logits.argmax(-1)
     return {
@@ -134,7 +136,7 @@ def test_a_variant_is_what_it_promises(place: Place, overrides: list[str], holds
 def test_memory_changes_nothing_that_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = []
 
-    class Watched(fewshot.FewShotScore):
+    class Watched(scoring.FewShotScore):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             scores.append(self)
@@ -144,7 +146,7 @@ def test_memory_changes_nothing_that_is_found(place: Place, monkeypatch: pytest.
             self.most = max(getattr(self, "most", 0), self.bytes)
             return found
 
-    monkeypatch.setattr(fewshot, "FewShotScore", Watched)
+    monkeypatch.setattr(few_shot, "FewShotScore", Watched)
     _, none = place.calibrate("calibration.memory=0")
     assert scores[0].most == 0
     (place.folder / "cache" / "calibrations").rename(place.folder / "kept")
@@ -193,15 +195,15 @@ def test_a_file_is_used_as_it_is_whatever_stands_beside_it(place: Place) -> None
 
 def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    calibrate = fewshot.calibrate_few_shot
+    calibrate = few_shot.calibrate_few_shot
 
     def watched(model, rows, transform, *, draws, **settings):
         found = calibrate(model, rows, transform, draws=draws, **settings)
         asked.append((draws, found, settings))
         return found
 
-    monkeypatch.setattr(fewshot, "calibrate_few_shot", watched)
-    monkeypatch.setattr(calibrating, "calibrate_few_shot", watched)
+    monkeypatch.setattr(few_shot, "calibrate_few_shot", watched)
+    monkeypatch.setattr(build, "calibrate_few_shot", watched)
     directory, entry = place.calibrate("calibration.reliability=true")
     (whole, found, how), (first, one, how_one), (second, other, _) = asked
     assert not set(first.scored) & set(second.scored)
@@ -229,6 +231,6 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 
 def test_reliability_needs_two_examples(place: Place) -> None:
     with pytest.raises(PartialLoraError, match="split-half: expected at least 2 scored examples"):
-        fewshot.halves_few_shot(
+        few_shot.halves_few_shot(
             None, Dataset.from_dict({"label": [0, 1]}), None, draws=tasks.Draws(fit=[0], scored=[1]), seed=0
         )  # fmt: skip

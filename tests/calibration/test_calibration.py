@@ -10,7 +10,7 @@ from torch import nn
 
 from partial_lora import calibrate
 from partial_lora.calibration.budget import kept_parameters
-from partial_lora.calibration.calibration import bisect, passes, scan, sparsity_levels
+from partial_lora.calibration.search import bisect, passes, scan, sparsity_levels
 
 BLOCKS = "vit.blocks"
 LEVELS = [round(0.05 * number, 2) for number in range(1, 20)]

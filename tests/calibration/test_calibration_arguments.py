@@ -6,8 +6,8 @@ import pytest
 from scored_models import TARGETS, Counted
 
 from partial_lora import PartialLoraError, calibrate
-from partial_lora.calibration.calibration import target_names
 from partial_lora.calibration.importance import svd
+from partial_lora.models.targets import target_names
 
 
 def test_importance_by_name_by_function_or_given(model, batches):

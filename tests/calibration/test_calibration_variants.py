@@ -13,10 +13,8 @@ from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration.budget import kept_parameters
-from partial_lora.calibration.calibration import bisect, passes, scan
-from partial_lora.calibration.points import digest_of
-from partial_lora.calibration.scoring import FewShotScore
-from partial_lora.calibration.search import line, passes_at_most, threshold_of
+from partial_lora.calibration.score import FewShotScore
+from partial_lora.calibration.search import bisect, digest_of, line, passes, passes_at_most, scan, threshold_of
 
 BLOCKS = "vit.blocks"
 

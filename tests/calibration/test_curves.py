@@ -7,7 +7,7 @@ import torch
 from scored_models import TARGETS, Counted
 
 from partial_lora import calibrate
-from partial_lora.calibration.scoring import FewShotAccuracy
+from partial_lora.calibration.score import FewShotAccuracy
 
 BLOCKS = "vit.blocks"
 

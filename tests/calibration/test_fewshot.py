@@ -11,9 +11,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from partial_lora import models, tasks
-from partial_lora.calibration import leverage
-from partial_lora.calibration.fewshot import importance_few_shot
-from partial_lora.calibration.heads import features, few_shot_head, fitted_head, scored_head
+from partial_lora.calibration import importance
+from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot, scored_head
 from partial_lora.errors import PartialLoraError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -192,5 +191,5 @@ def test_measures_of_the_weights_alone_look_at_no_example(digits) -> None:
     found = importance_few_shot(
         model, task.train, transform, measure="svd", options={"k": 3, "energy": 0.9}, **settings
     )
-    rows, _ = leverage.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
+    rows, _ = importance.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
     assert torch.equal(found[TARGETS[0]][0], rows.cpu())

@@ -9,7 +9,7 @@ import pytest
 from scored_models import TARGETS, Counted
 
 from partial_lora import Calibration, calibrate
-from partial_lora.calibration.findings import findings
+from partial_lora.calibration.result import findings
 
 GRID = [0.2, 0.4, 0.6, 0.8]
 USUAL = {"baseline": 0.9, "threshold": 0.9, "chance": 0.1, "above_chance": False, "joint": 0.85, "size": 160}

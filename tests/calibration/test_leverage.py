@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from partial_lora.calibration import leverage
+from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 
 SHAPES = [(24, 24), (40, 16), (16, 40)]
@@ -31,7 +31,7 @@ def leverage_scores(matrix: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("k", [1, 5])
 def test_svd_scores_are_leverage_scores(shape, k):
     matrix = weight(shape)
-    rows, columns = leverage.svd(matrix, k=k)
+    rows, columns = importance.svd(matrix, k=k)
     expected_rows, expected_columns = leverage_scores(matrix, k)
     np.testing.assert_allclose(rows, expected_rows, atol=1e-9)
     np.testing.assert_allclose(columns, expected_columns, atol=1e-9)
@@ -43,38 +43,38 @@ def test_svd_takes_the_smallest_k_that_holds_the_energy(shape, energy):
     matrix = weight(shape)
     squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
     k = next(k for k in range(1, len(squares) + 1) if squares[:k].sum() >= energy * squares.sum())
-    rows, columns = leverage.svd(matrix, energy=energy)
+    rows, columns = importance.svd(matrix, energy=energy)
     assert float(rows.sum()) == pytest.approx(k)
     assert float(columns.sum()) == pytest.approx(k)
 
 
 def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
-    rows, columns = leverage.svd(weight((12, 12)), energy=1.0)
+    rows, columns = importance.svd(weight((12, 12)), energy=1.0)
     np.testing.assert_allclose(rows, 1, atol=1e-6)
     np.testing.assert_allclose(columns, 1, atol=1e-6)
 
 
 def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
     matrix = torch.outer(torch.arange(1.0, 7.0), torch.tensor([3.0, 0.0, 4.0]))
-    rows, columns = leverage.svd(matrix)
+    rows, columns = importance.svd(matrix)
     np.testing.assert_allclose(columns, [9 / 25, 0, 16 / 25], atol=1e-12)
     assert float(rows.sum()) == pytest.approx(1)
     for k in (0, 2, 4):
         with pytest.raises(PartialLoraError, match=rf"importance.k={k}: .*blocks.0.fc \(6, 3\)"):
-            leverage.svd(matrix, k=k, module="blocks.0.fc")
+            importance.svd(matrix, k=k, module="blocks.0.fc")
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_weight_without_a_spectrum_is_refused(bad):
     with pytest.raises(PartialLoraError, match=r"blocks.0.fc is zero or not finite"):
-        leverage.svd(torch.full((4, 6), bad), module="blocks.0.fc")
+        importance.svd(torch.full((4, 6), bad), module="blocks.0.fc")
 
 
 def test_the_scores_follow_their_rows_and_ignore_the_scale():
     matrix = weight((40, 16))
-    rows, columns = leverage.svd(matrix)
+    rows, columns = importance.svd(matrix)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    moved_rows, same_columns = leverage.svd(1e-18 * matrix[order])
+    moved_rows, same_columns = importance.svd(1e-18 * matrix[order])
     torch.testing.assert_close(moved_rows, rows[order], atol=1e-6, rtol=0)
     torch.testing.assert_close(same_columns, columns, atol=1e-6, rtol=0)
 
@@ -82,9 +82,9 @@ def test_the_scores_follow_their_rows_and_ignore_the_scale():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [16, 400])
 def test_a_weight_in_half_precision_scores_as_the_numbers_it_holds(dtype, size, monkeypatch):
-    monkeypatch.setattr(leverage, "EXACT_SIZE", 100)
+    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
     matrix = structured((500, size), "power").to(dtype)
-    for half, whole in zip(leverage.svd(matrix, k=4), leverage.svd(matrix.double(), k=4), strict=True):
+    for half, whole in zip(importance.svd(matrix, k=4), importance.svd(matrix.double(), k=4), strict=True):
         torch.testing.assert_close(half, whole, atol=1e-5, rtol=0)
 
 
@@ -114,11 +114,11 @@ def structured(shape: tuple[int, int], spectrum: str, seed: int = 0, local: bool
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The subspace starts as narrow as these weights are small."""
-    monkeypatch.setattr(leverage, "FIRST_WIDTH", 16)
+    monkeypatch.setattr(importance, "FIRST_WIDTH", 16)
 
 
 def randomized(matrix: torch.Tensor, seed: int = 0, k: int | None = None, energy: float = 0.9):
-    return leverage.randomized(matrix, torch.Generator().manual_seed(seed), k=k, energy=energy)
+    return importance.randomized(matrix, torch.Generator().manual_seed(seed), k=k, energy=energy)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -127,7 +127,7 @@ def randomized(matrix: torch.Tensor, seed: int = 0, k: int | None = None, energy
 def test_randomized_scores_are_within_a_thousandth_or_it_gives_way(spectrum, asked, local):
     for seed in range(2):
         matrix = structured((420, 320), spectrum, seed, local)
-        found, expected = randomized(matrix, seed, **asked), leverage.exact(matrix, **asked)
+        found, expected = randomized(matrix, seed, **asked), importance.exact(matrix, **asked)
         if found is not None:
             for some, exact in zip(found, expected, strict=True):
                 assert float((some - exact).abs().max()) < 1e-3
@@ -173,34 +173,34 @@ def test_randomized_gives_way_where_rounding_decides_k(nudge):
 
 def test_a_weight_of_many_rows_is_taken_in_parts():
     matrix = weight((9000, 20))
-    gram = leverage._lower_gram(matrix, width=7)
+    gram = importance._lower_gram(matrix, width=7)
     torch.testing.assert_close(gram.tril(), (matrix.double().T @ matrix.double()).tril())
     left, _, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    rows, columns = leverage.exact(matrix, k=3)
+    rows, columns = importance.exact(matrix, k=3)
     np.testing.assert_allclose(rows, np.square(left[:, :3]).sum(1), atol=1e-12)
     np.testing.assert_allclose(columns, np.square(right[:3]).sum(0), atol=1e-9)
 
 
 def test_only_a_large_weight_is_randomized(monkeypatch):
     matrix = structured((320, 420)[::-1], "power").T  # wide, so its rows are the short side
-    exact = leverage.svd(matrix, k=9)
-    monkeypatch.setattr(leverage, "EXACT_SIZE", 319)
-    found = leverage.svd(matrix, module="m", seed=1, k=9)
+    exact = importance.svd(matrix, k=9)
+    monkeypatch.setattr(importance, "EXACT_SIZE", 319)
+    found = importance.svd(matrix, module="m", seed=1, k=9)
     assert not torch.equal(found[0], exact[0])
     for some, expected in zip(found, exact, strict=True):
         assert some.dtype == torch.float64
         assert float((some - expected).abs().max()) < 1e-3
-    assert torch.equal(leverage.svd(matrix, module="m", seed=1, k=9)[0], found[0])
-    assert not torch.equal(leverage.svd(matrix, module="m", seed=2, k=9)[0], found[0])
-    assert not torch.equal(leverage.svd(matrix, module="n", seed=1, k=9)[0], found[0])
+    assert torch.equal(importance.svd(matrix, module="m", seed=1, k=9)[0], found[0])
+    assert not torch.equal(importance.svd(matrix, module="m", seed=2, k=9)[0], found[0])
+    assert not torch.equal(importance.svd(matrix, module="n", seed=1, k=9)[0], found[0])
     flat = structured((420, 320), "flat")
-    assert torch.equal(leverage.svd(flat)[0], leverage.exact(flat)[0])
+    assert torch.equal(importance.svd(flat)[0], importance.exact(flat)[0])
     with pytest.raises(PartialLoraError, match=r"importance.k=20: .* \(420, 320\)"):
-        leverage.svd(torch.outer(flat[:, 0], flat[0]), k=20)
+        importance.svd(torch.outer(flat[:, 0], flat[0]), k=20)
 
 
 def test_the_random_start_leaves_the_random_state_alone(monkeypatch):
-    monkeypatch.setattr(leverage, "EXACT_SIZE", 100)
+    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
     before = torch.get_rng_state()
-    leverage.svd(structured((420, 320), "power"), k=9)
+    importance.svd(structured((420, 320), "power"), k=9)
     assert torch.equal(torch.get_rng_state(), before)

@@ -11,7 +11,7 @@ import torch.distributed
 from scored_models import Counted, Named, scored_draw, tiny_vit
 
 from partial_lora import PartialLoraError, calibrate
-from partial_lora.calibration.scoring import FewShotAccuracy
+from partial_lora.calibration.score import FewShotAccuracy
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
 VARIANTS = {

@@ -10,7 +10,7 @@ import torch
 from test_saliency import Perceptron, assert_same, draw
 from torch.nn import functional
 
-from partial_lora.calibration import importance, pruning, saliency
+from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 
 
@@ -38,7 +38,7 @@ class Watched:
     def __call__(self, model, batch):
         self.weights.append({name: module.weight.detach().clone() for name, module in self.modules.items()})
         self.batches.append(batch)
-        return saliency.task_loss(model, batch)
+        return importance.task_loss(model, batch)
 
 
 def norm(entries):
@@ -160,7 +160,7 @@ def test_examples_are_mixed_and_each_is_seen_before_any_comes_again(perceptron, 
 
 def test_batches_of_other_lengths_stay_whole():
     batches = [{"input_ids": torch.full((2, length), length)} for length in (3, 4, 5)]
-    shuffled = pruning._shuffled(batches, torch.Generator().manual_seed(0))
+    shuffled = importance._shuffled(batches, torch.Generator().manual_seed(0))
     assert sorted(batch["input_ids"].shape[1] for batch in shuffled) == [3, 4, 5]
 
 

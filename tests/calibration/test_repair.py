@@ -9,9 +9,8 @@ import pytest
 from scored_models import Counted, full_accuracy, with_zeroed
 
 from partial_lora import calibrate
-from partial_lora.calibration.calibration import passes
-from partial_lora.calibration.points import both_axes
 from partial_lora.calibration.repair import relaxations, repaired
+from partial_lora.calibration.search import both_axes, passes
 from partial_lora.masks import kept_count
 
 GRID = [0.2, 0.4, 0.6, 0.8]

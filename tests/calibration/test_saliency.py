@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from partial_lora.calibration import importance, saliency
+from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.targets import target_linears
 
@@ -142,7 +142,7 @@ def test_signs_within_an_entry_cancel_before_the_absolute_value_is_taken(percept
 
 
 def test_a_loss_twice_as_large_doubles_snip(perceptron, modules):
-    double = lambda model, batch: 2 * saliency.task_loss(model, batch)  # noqa: E731
+    double = lambda model, batch: 2 * importance.task_loss(model, batch)  # noqa: E731
     expected = {
         name: (2 * rows, 2 * cols) for name, (rows, cols) in scores("snip", perceptron, modules, draw()).items()
     }
@@ -172,7 +172,7 @@ def test_the_model_is_given_back_bit_for_bit(name, fails, perceptron, modules):
         calls.append(1)
         if fails and len(calls) > 2:
             raise KeyboardInterrupt
-        return saliency.task_loss(model, batch)
+        return importance.task_loss(model, batch)
 
     random_state = torch.get_rng_state()
     if fails:
@@ -291,8 +291,8 @@ def test_what_the_mask_of_an_encoder_says_is_not_said_of_the_decoder():
 def test_tokens_are_left_out_only_where_there_is_one_row_a_token():
     entering, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
     kept = entering[mask.bool()]
-    assert torch.equal(saliency.counted(entering, mask), kept)
-    assert torch.equal(saliency.counted(entering.flatten(0, 1), mask), kept)
-    assert torch.equal(saliency.counted(entering, None), entering.flatten(0, 1))
-    assert torch.equal(saliency.counted(entering[:, 0], mask), entering[:, 0])  # a pooled token
-    assert len(saliency.counted(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens
+    assert torch.equal(importance.counted(entering, mask), kept)
+    assert torch.equal(importance.counted(entering.flatten(0, 1), mask), kept)
+    assert torch.equal(importance.counted(entering, None), entering.flatten(0, 1))
+    assert torch.equal(importance.counted(entering[:, 0], mask), entering[:, 0])  # a pooled token
+    assert len(importance.counted(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens

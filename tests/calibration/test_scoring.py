@@ -6,7 +6,7 @@ import pytest
 import torch
 from scored_models import Altered, full_accuracy, linears
 
-from partial_lora.calibration.scoring import BoundedScore, FewShotAccuracy
+from partial_lora.calibration.score import BoundedScore, FewShotAccuracy
 from partial_lora.errors import PartialLoraError
 
 BLOCKS = "vit.blocks"

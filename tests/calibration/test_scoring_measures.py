@@ -12,7 +12,7 @@ from scored_models import Altered, linears, random_model, word_batches
 from sklearn import metrics
 from torch import nn
 
-from partial_lora.calibration.scoring import BoundedScore, FewShotScore
+from partial_lora.calibration.score import BoundedScore, FewShotScore
 from partial_lora.errors import PartialLoraError
 
 BERT, LLAMA = "bert.encoder.layer", "model.layers"

@@ -8,7 +8,7 @@ from scored_models import Altered, linears
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from partial_lora.calibration.scoring import FewShotAccuracy
+from partial_lora.calibration.score import FewShotAccuracy
 from partial_lora.errors import PartialLoraError
 
 

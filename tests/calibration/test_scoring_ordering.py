@@ -6,9 +6,7 @@ import pytest
 import torch
 from scored_models import scored_draw
 
-from partial_lora.calibration.ordering import arranged, batch_sizes, enough, next_batch
-from partial_lora.calibration.rubric import Correctness, Tally
-from partial_lora.calibration.scoring import FewShotScore
+from partial_lora.calibration.score import Correctness, FewShotScore, Tally, arranged, batch_sizes, enough, next_batch
 
 
 def undecided_at(needed, size):

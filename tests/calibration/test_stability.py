@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_reliability import pearson, sparsities
 
-from partial_lora.calibration.stability import deviation_of, difference, every_two, mean_difference, mean_of
+from partial_lora.calibration.reliability import deviation_of, difference, every_two, mean_difference, mean_of
 
 
 def test_a_difference_sees_a_shift_that_a_correlation_does_not() -> None:

@@ -15,7 +15,7 @@ from partial_lora.adapter import module_masks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 from partial_lora.methods.flow import spread
-from partial_lora.models.consecutive import chains
+from partial_lora.models.targets import chains
 
 BLOCKS = {  # chains of one block, first to second
     "tiny_vit": {("mlp.fc1", "mlp.fc2"), ("attn.qkv", "attn.proj")},

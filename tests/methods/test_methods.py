@@ -19,26 +19,23 @@ from partial_lora import methods, models
 from partial_lora.adapter import module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.inverted import reversed_ranks
-from partial_lora.methods.low_rank import ranks_within
-from partial_lora.methods.shuffled import permuted
+from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
 from partial_lora.runs import config, schema
-from partial_lora.runs.outline import outline
-from partial_lora.training import parameters
+from partial_lora.runs.info import outline
+from partial_lora.training import cost
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted")
 MASKED = ("uniform", "shuffled", "inverted", "flow")
 
 
 def counted(model: PeftModel, setting) -> dict:
-    return parameters.measured(model, setting.head, new_modules=setting.new_modules)
+    return cost.measured(model, setting.head, new_modules=setting.new_modules)
 
 
 def test_every_file_of_the_group_names_a_function_and_every_function_has_a_file() -> None:
     assert methods.names() == sorted(path.stem for path in (config.conf_dir() / "method").glob("*.yaml"))
     for name in methods.names():
-        method = methods.named(name)
-        assert (method.__name__, Path(method.__code__.co_filename).stem) == (name, name)
+        assert methods.named(name).__name__ == name
     for name in ("setting", "foreseen", "nothing", "named", "__init__"):
         with pytest.raises(PartialLoraError, match=rf"method\.name={name}: expected one of adalora, .*vera"):
             methods.named(name)
@@ -251,7 +248,7 @@ def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path
     foretold = outline(composed).counts
     model, setting = adapted(method, "tiny_vit", rank=16, alpha=16.0)
     dense = dense_parameters(setting.shapes, 16)
-    own = parameters.measured(model, setting.head, dense=dense)
+    own = cost.measured(model, setting.head, dense=dense)
     heads = {"head": 32 * 10 + 10, "base": own["base"]}  # ten digits in place of three classes
     assert {key: foretold[key] for key in own} == own | heads
     model.save_pretrained(tmp_path)

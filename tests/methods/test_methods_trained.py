@@ -19,16 +19,16 @@ from method_settings import adapted
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from partial_lora.report import runs
-from partial_lora.runs import formats, results
-from partial_lora.runs.inference import Predictor
+from partial_lora.report import records
+from partial_lora.runs import directory, export
+from partial_lora.runs.predict import Predictor
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank")
 
 
 def settings_of(method: str) -> tuple[str, ...]:
     """On the pictures, with the calibration of Partial-LoRA's."""
-    known = f"calibration.file={image_run().directory / results.CALIBRATION}"
+    known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")
@@ -43,7 +43,7 @@ def run_of(method: str):
 @pytest.mark.parametrize("method", OWN)
 def test_a_run_is_loaded_again_as_it_was_evaluated(method: str, tmp_path: Path) -> None:
     run = run_of(method)
-    said = pandas.read_parquet(run.directory / results.PREDICTIONS)
+    said = pandas.read_parquet(run.directory / directory.PREDICTIONS)
     again = Predictor(run, device="cpu").predict(photographs(tmp_path), batch_size=8)
     assert [each.label for each in again] == said["prediction_name"].tolist()
     np.testing.assert_allclose([each.score for each in again], said["score"], atol=1e-4)
@@ -53,12 +53,12 @@ def test_a_run_is_loaded_again_as_it_was_evaluated(method: str, tmp_path: Path) 
 def test_it_merges_into_the_weights_and_loads_by_plain_peft(method: str) -> None:
     run = run_of(method)
     batch = {"pixel_values": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
-    own = formats.adapted_model(run)
+    own = export.adapted_model(run)
     with torch.no_grad():
         expected = own(**batch).logits
-        plain = PeftModel.from_pretrained(formats.base_model(run), str(run.adapter)).eval()
+        plain = PeftModel.from_pretrained(export.base_model(run), str(run.adapter)).eval()
         merged = copy.deepcopy(own).merge_and_unload(safe_merge=True).eval()
-        frozen = formats.base_model(run)(**batch).logits
+        frozen = export.base_model(run)(**batch).logits
         torch.testing.assert_close(plain(**batch).logits, expected)
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-3, atol=1e-3)
     assert (frozen - expected).abs().max() > 0.05
@@ -103,7 +103,7 @@ def test_adalora_ends_with_the_ranks_it_was_to_leave() -> None:
     assert said["adapter_final"] < said["adapter_trainable"]
     ranks = [int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E")]
     assert len(set(ranks)) > 1  # they were given to the modules unevenly
-    row = runs.run_of(run.result, run.directory).row
+    row = records.run_of(run.result, run.directory).row
     assert row["adapter_parameters"] == said["adapter_final"]  # tables have what is left
 
 
@@ -132,7 +132,7 @@ def test_full_trains_every_weight_and_its_file_is_the_model() -> None:
     assert parameters["base"] == 0
     saved = load_file(run.adapter / "adapter_model.safetensors")
     assert sum(value.numel() for value in saved.values()) >= parameters["adapter_trainable"] + parameters["head"]
-    frozen = dict(formats.base_model(run).named_parameters())
+    frozen = dict(export.base_model(run).named_parameters())
     moved = [
         name for name, value in saved.items() if not torch.equal(value, frozen[name.removeprefix("base_model.model.")])
     ]

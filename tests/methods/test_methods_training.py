@@ -18,8 +18,8 @@ from transformers import TrainerControl, TrainerState
 
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.adalora import Allocate, penalty
-from partial_lora.methods.entries import _FilledUp
+from partial_lora.methods.controls import _FilledUp
+from partial_lora.methods.peft import Allocate, penalty
 from partial_lora.methods.setting import Training
 from partial_lora.training.cost import Cost, optimizer_bytes
 

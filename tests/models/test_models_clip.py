@@ -20,7 +20,7 @@ from transformers import (
 
 from partial_lora import models
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import clip
+from partial_lora.models import images as clip
 
 PROMPTS = ["a photo of a {}.", "a drawing of many {} on a table"]
 ARGS = settings("tiny_clip")["model_args"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertModel, DebertaV
 
 from partial_lora import models
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import encoder
+from partial_lora.models import texts
 
 BERT, DEBERTA = settings("tiny_bert")["model_args"], settings("tiny_deberta")["model_args"]
 
@@ -46,7 +46,7 @@ def test_an_encoder_alone_fills_the_classifier_around_it(bert):
     with torch.no_grad():
         expected = model.classifier(alone(**batch).pooler_output)
         assert torch.equal(model(**batch).logits, expected)
-    assert encoder.head_name(model) == "classifier"
+    assert texts.head_name(model) == "classifier"
 
 
 def test_head_alone_comes_of_the_callers_generator(bert, deberta):

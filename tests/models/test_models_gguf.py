@@ -18,8 +18,8 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from partial_lora import models
-from partial_lora.models import bundled, wheel
-from partial_lora.models.gguf import write_folder
+from partial_lora.models import bundled
+from partial_lora.models.bundled import write_folder
 
 # of the weights in the wheel as transformers reads them, which the answers below are of
 SMOLLM2_135M = "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9"
@@ -161,7 +161,7 @@ def test_wheel_is_fetched_and_converted_once(written, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    pin = wheel.Wheel(
+    pin = bundled.Wheel(
         project="tiny-words",
         version="1.0",
         size=file.stat().st_size,
@@ -170,7 +170,7 @@ def test_wheel_is_fetched_and_converted_once(written, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(bundled.MODELS, "tiny", bundled.Bundled(pin, write_folder))
     assert models.tokenizer(name="tiny", weights="bundled:tiny", family="causal").eos_token == "<|im_end|>"
-    monkeypatch.setattr(wheel.subprocess, "Popen", None)  # nothing is fetched again
+    monkeypatch.setattr(bundled.subprocess, "Popen", None)  # nothing is fetched again
     model = load("smollm2_135m", weights="bundled:tiny", model_args=SIZE | {"vocab_size": len(WORDS)})
     assert torch.equal(model.model.norm.weight, expected.model.norm.weight)
     assert model.name_or_path == str(bundled.location("tiny"))

@@ -13,7 +13,7 @@ from transformers import BertTokenizer
 
 from partial_lora import models
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import tokenizers
+from partial_lora.models import texts
 
 TEXTS = ["the owl sleeps by day", "the cat and the dog sleep by night", "a day and a night", "owls, cats and dogs"]
 
@@ -24,7 +24,7 @@ def tokenizer(weights: object):
 
 def test_random_weights_read_bytes():
     built = tokenizer("random")
-    assert len(built) == tokenizers.VOCABULARY == 260 < 300
+    assert len(built) == texts.VOCABULARY == 260 < 300
     read = built(["ab", "é!"], padding=True, return_tensors="pt")
     assert set(read) == {"input_ids", "token_type_ids", "attention_mask"}
     cls, sep, pad = built.cls_token_id, built.sep_token_id, built.pad_token_id
@@ -44,7 +44,7 @@ def test_random_weights_read_bytes():
 def test_random_models_have_room_for_it(name):
     read = tokenizer("random")(TEXTS, TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
     assert load(name)(**read).logits.shape == (4, 3)
-    assert settings(name)["model_args"]["vocab_size"] == tokenizers.VOCABULARY
+    assert settings(name)["model_args"]["vocab_size"] == texts.VOCABULARY
     assert settings(name)["model_args"]["max_position_embeddings"] >= 128  # the schema's max_length
 
 
@@ -99,7 +99,7 @@ def test_padding_is_the_end_of_a_text_where_nothing_else_is(tmp_path):
     """Llama's tokenizers have no token for it; one that has keeps its own."""
     for own, expected in ((None, "[SEP]"), ("[MASK]", "[MASK]")):
         load("tiny_llama").save_pretrained(tmp_path)
-        built = tokenizers.byte_tokenizer()
+        built = texts.byte_tokenizer()
         built.pad_token = own
         built.save_pretrained(tmp_path)
         read = models.tokenizer(name="tiny", weights=str(tmp_path), family="causal")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from test_report import record
 
-from partial_lora.report import closing
+from partial_lora.report import summary
 
 SHAPES = {"blocks.0.qkv": [1152, 384], "blocks.1.qkv": [1152, 384]}
 SPARSITY = {"blocks.0.qkv": {"rows": 0.25, "columns": 0.4}, "blocks.1.qkv": {"rows": 0.0, "columns": 0.95}}
@@ -34,7 +34,7 @@ def cells(text, start):
 
 
 def test_every_module_is_a_line_with_what_is_kept_of_it():
-    text = drawn(closing.calibration_summary(calibration(), "results/calibrations/0a1b"))
+    text = drawn(summary.calibration_summary(calibration(), "results/calibrations/0a1b"))
     kept = [
         16 * (math.floor((1 - s["rows"]) * 1152 + 0.5) + math.floor((1 - s["columns"]) * 384 + 0.5))
         for s in SPARSITY.values()
@@ -48,7 +48,7 @@ def test_single_entries_are_counted_one_by_one():
     result = calibration()
     result["config"]["mask"] = {"granularity": "element"}
     result["config"]["method"]["rank"] = 3
-    text = drawn(closing.module_table(result))
+    text = drawn(summary.module_table(result))
     entries = math.floor(0.75 * 3 * 1152 + 0.5) + math.floor(0.6 * 3 * 384 + 0.5)
     assert cells(text, "blocks.0.qkv")[-1] == f"{entries:,}"
 
@@ -61,7 +61,7 @@ def test_long_names_and_long_warnings_fit_100_columns_and_lose_nothing(name):
     result = calibration(warnings=[warning, "no reduction"])
     result["sparsity"] = {f"{name[:-1]}{index}": axes for index, axes in enumerate(SPARSITY.values())}
     result["shapes"] = {module: [14336, 14336] for module in result["sparsity"]}
-    text = drawn(closing.calibration_summary(result, "results/calibrations/0a1b"))
+    text = drawn(summary.calibration_summary(result, "results/calibrations/0a1b"))
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "14336 × 14336" in text
     said = " ".join(line.split("│")[-2].strip() for line in text.splitlines() if line.startswith("│"))
@@ -72,7 +72,7 @@ def test_long_names_and_long_warnings_fit_100_columns_and_lose_nothing(name):
 def test_a_record_from_before_shapes_were_kept_is_shown_without():
     result = calibration()
     del result["shapes"]
-    text = drawn(closing.calibration_summary(result, "somewhere"))
+    text = drawn(summary.calibration_summary(result, "somewhere"))
     assert cells(text, "blocks.0.qkv") == ["blocks.0.qkv", "qkv", "–", "0.250", "0.400", "–"]
 
 
@@ -95,21 +95,21 @@ def test_a_record_from_before_shapes_were_kept_is_shown_without():
 )
 def test_what_was_asked_for_is_said_in_words(changes, said):
     result = copy.deepcopy(calibration(**changes))
-    text = drawn(closing.calibration_summary(result, "somewhere"), width=200)
+    text = drawn(summary.calibration_summary(result, "somewhere"), width=200)
     assert said in text
 
 
 def test_what_reliability_took_is_told_apart():
     result = calibration()
     result["seconds"] |= {"reliability": 12.5}
-    assert "calibrate 60.0 · reliability 12.5" in drawn(closing.calibration_summary(result, "somewhere"))
+    assert "calibrate 60.0 · reliability 12.5" in drawn(summary.calibration_summary(result, "somewhere"))
 
 
 def test_a_run_repeats_the_warnings_of_its_calibration():
     result = record()
-    assert "beware" not in drawn(closing.summary(result, "runs/seed0"))
+    assert "beware" not in drawn(summary.summary(result, "runs/seed0"))
     result["calibration"]["warnings"] = ["poorly suited model"]
-    assert "poorly suited model" in drawn(closing.summary(result, "runs/seed0"))
+    assert "poorly suited model" in drawn(summary.summary(result, "runs/seed0"))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,6 @@ def test_a_run_repeats_the_warnings_of_its_calibration():
     [("accuracy", 0.838, "83.80 %"), ("mse", 8.8619, "8.8619"), ("pearson", -0.2395, "-0.2395")],
 )
 def test_only_shares_are_percentages(metric, value, said):
-    text = drawn(closing.summary(record(metrics={"test": {"primary": metric, metric: value}}), "results/0a1b/seed0"))
+    text = drawn(summary.summary(record(metrics={"test": {"primary": metric, metric: value}}), "results/0a1b/seed0"))
     assert f"test {metric}" in text
     assert said in text

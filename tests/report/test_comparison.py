@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import comparison
-from partial_lora.report.comparison import compared, per_example, resampled, verdict
+from partial_lora.report import statistics
+from partial_lora.report.statistics import compared, per_example, resampled, verdict
 
 
 def frame(label, prediction, **columns) -> pd.DataFrame:
@@ -52,7 +52,7 @@ def test_draws_come_up_as_often_as_in_the_literal_bootstrap(differences) -> None
 def test_draws_in_parts_are_those_made_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     differences = np.random.default_rng(0).normal(size=(3, 40))
     whole = resampled(differences, np.random.default_rng(1), 50)
-    monkeypatch.setattr(comparison, "_COUNTS_AT_ONCE", at_once * 40)
+    monkeypatch.setattr(statistics, "_COUNTS_AT_ONCE", at_once * 40)
     assert resampled(differences, np.random.default_rng(1), 50) == pytest.approx(whole, rel=1e-12)
 
 

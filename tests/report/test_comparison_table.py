@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from partial_lora import sealed
-from partial_lora.report import comparison_files, comparison_table, runs
-from partial_lora.report.predicted import Predictions
-from partial_lora.runs import results
+from partial_lora import files
+from partial_lora.report import records, tables
+from partial_lora.report.records import Predictions
+from partial_lora.runs import directory
 
 LABEL = np.arange(200) % 4
 
@@ -72,9 +72,9 @@ def leave(
     name = f"{method}-{budget}-{named}".replace(".", "")
     folder = place / "runs" / "digits" / "vit" / name / f"seed{seed}"
     folder.mkdir(parents=True)
-    sealed.write_json(folder / results.RESULT, record)
+    files.write_json(folder / directory.RESULT, record)
     said = np.where(np.arange(200) < wrong, (LABEL + 1) % 4, LABEL)
-    pd.DataFrame({"label": LABEL, "prediction": said}).to_parquet(folder / results.PREDICTIONS)
+    pd.DataFrame({"label": LABEL, "prediction": said}).to_parquet(folder / directory.PREDICTIONS)
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compared(place: Path) -> comparison_table.Differences:
-    return comparison_table.table(runs.read(place)[0], Predictions(place))
+def compared(place: Path) -> tables.Differences:
+    return tables.table(records.read(place)[0], Predictions(place))
 
 
 def rows_and_problems(place: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -123,7 +123,7 @@ def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
 
 
 def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path) -> None:
-    written = comparison_files.write(compared(place), place, command="partial-lora report x")
+    written = tables.write_comparison(compared(place), place, command="partial-lora report x")
     text, numbers = (path.read_text() for path in written)
     assert text.startswith("    partial-lora report x\n")
     assert "matches: it is above −1 point" in text
@@ -140,13 +140,13 @@ def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path)
 
 def test_nothing_is_written_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     leave(tmp_path, "lora", wrong=1)
-    assert comparison_files.write(compared(tmp_path), tmp_path, command="x") == []
+    assert tables.write_comparison(compared(tmp_path), tmp_path, command="x") == []
     leave(tmp_path, "partial", wrong=1)
-    assert len(comparison_files.write(compared(tmp_path), tmp_path, command="x")) == 2
+    assert len(tables.write_comparison(compared(tmp_path), tmp_path, command="x")) == 2
 
 
 def test_what_cannot_be_compared_is_said(place: Path) -> None:
-    (place / "runs/digits/vit/uniform-013-/seed1" / results.PREDICTIONS).unlink()
+    (place / "runs/digits/vit/uniform-013-/seed1" / directory.PREDICTIONS).unlink()
     leave(place, "targeted", wrong=3, seed=4)
     found, problems = rows_and_problems(place)
     assert len(problems) == 2
@@ -172,11 +172,11 @@ def test_what_was_trained_otherwise_is_named_once_and_not_compared(place: Path) 
 def test_problems_alone_replace_an_earlier_comparison(tmp_path: Path) -> None:
     leave(tmp_path, "partial", wrong=20)
     leave(tmp_path, "lora", wrong=20)
-    assert len(comparison_files.write(compared(tmp_path), tmp_path, command="x")) == 2
+    assert len(tables.write_comparison(compared(tmp_path), tmp_path, command="x")) == 2
     (tmp_path / "runs/digits/vit/lora-None-").rename(tmp_path / "runs/digits/vit/lora-of-yesterday")
-    record = tmp_path / "runs/digits/vit/lora-of-yesterday/seed0" / results.RESULT
+    record = tmp_path / "runs/digits/vit/lora-of-yesterday/seed0" / directory.RESULT
     record.write_text(record.read_text().replace('"learning_rate"', '"batch_size": 512, "learning_rate"'))
-    (written,) = comparison_files.write(compared(tmp_path), tmp_path, command="x")
+    (written,) = tables.write_comparison(compared(tmp_path), tmp_path, command="x")
     assert "trainer.batch_size 512 against 32" in written.read_text()
     assert "|" not in written.read_text()
     assert not (tmp_path / "report" / "comparison.csv").exists()
@@ -191,7 +191,7 @@ def test_several_references_are_each_compared_with_up_to_three(tmp_path: Path) -
     found, problems = rows_and_problems(tmp_path)
     assert problems == []
     assert found.groupby("reference").size().tolist() == [4, 4, 4]
-    shown = comparison_files.readable(found)
+    shown = tables.readable_comparison(found)
     assert (shown["id"] == shown["against"]).sum() == 3
     assert shown["verdict"].tolist().count("reference") == 3
     leave(tmp_path, "partial", wrong=20, settings={"learning_rate": 0.4})
@@ -212,7 +212,7 @@ def test_of_many_references_the_one_nearest_to_the_schema_is_taken(tmp_path: Pat
     assert len(found.rows) == 5
     (remark,) = found.remarks
     assert remark.startswith("runs/digits/vit/partial-None-: compared with, of 4")
-    assert f"{remark}." in comparison_files.notes(found)
+    assert f"{remark}." in tables.comparison_notes(found)
 
 
 def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_pa
 def test_what_is_not_compared_by_examples_is_remarked(tmp_path: Path, config: dict, metric: str, said: str) -> None:
     for method in ("partial", "lora"):
         leave(tmp_path, method, wrong=20)
-    for file in tmp_path.rglob(results.RESULT):
+    for file in tmp_path.rglob(directory.RESULT):
         record = json.loads(file.read_text())
         record["config"]["task"] |= config
         record["metrics"]["test"] = {"primary": metric, metric: 3.0}
@@ -264,15 +264,15 @@ def test_seeds_that_only_one_has_and_a_single_pair_are_said(tmp_path: Path) -> N
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed + 2)
     found = compared(tmp_path)
-    shown = comparison_files.readable(found.rows).set_index("method")
+    shown = tables.readable_comparison(found.rows).set_index("method")
     assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
     assert shown.loc["partial", "n"] == "3"
-    notes = " ".join(comparison_files.notes(found))
+    notes = " ".join(tables.comparison_notes(found))
     assert "n counts seeds: 1 of 3" in notes
     assert "one seed has an interval over examples alone" in notes
     for seed in (0, 1):
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    notes = " ".join(comparison_files.notes(compared(tmp_path)))
+    notes = " ".join(tables.comparison_notes(compared(tmp_path)))
     assert "1 of 3" in notes  # 3 of 5 by now
     assert "one seed" not in notes
 
@@ -281,28 +281,28 @@ def test_predictions_of_seeds_that_only_one_has_are_not_needed(tmp_path: Path) -
     for seed in range(3):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed) if seed < 2 else None
-    (lost,) = tmp_path.glob(f"runs/*/*/partial*/seed2/{results.PREDICTIONS}")
+    (lost,) = tmp_path.glob(f"runs/*/*/partial*/seed2/{directory.PREDICTIONS}")
     lost.unlink()
     found = compared(tmp_path)
     assert found.problems == ()
     assert found.rows.set_index("method").loc["lora", "pairs"] == 2
-    assert "reference has more seeds than a row" in " ".join(comparison_files.notes(found))
+    assert "reference has more seeds than a row" in " ".join(tables.comparison_notes(found))
 
 
 def test_records_without_predictions_are_no_problem_but_said(place: Path) -> None:
-    for file in place.rglob(results.PREDICTIONS):
+    for file in place.rglob(directory.PREDICTIONS):
         file.unlink()
     found = compared(place)
     assert (found.problems, found.known) == ((), False)
     assert found.remarks == ("none of these runs has kept its predictions",)
-    others = [run for run in runs.read(place)[0] if run.row["method"] != "partial"]
-    assert comparison_table.table(others, Predictions(place)).remarks == ("none of these runs is of partial",)
-    assert comparison_table.table(others[:1], Predictions(place)).remarks == ()
+    others = [run for run in records.read(place)[0] if run.row["method"] != "partial"]
+    assert tables.table(others, Predictions(place)).remarks == ("none of these runs is of partial",)
+    assert tables.table(others[:1], Predictions(place)).remarks == ()
 
 
 def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path: Path) -> None:
     leave(tmp_path, "lora", wrong=5)
-    (file,) = tmp_path.rglob(results.PREDICTIONS)
+    (file,) = tmp_path.rglob(directory.PREDICTIONS)
     frame = pd.read_parquet(file)
     frame.assign(logits=[[0.0, 1.0]] * len(frame)).to_parquet(file)
     known, group = Predictions(tmp_path), str(file.parents[1].relative_to(tmp_path))

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from partial_lora.report.conditions import conditions, differences, digest
-from partial_lora.runs import rate_settings
+from partial_lora.report.records import conditions, differences, digest
+from partial_lora.runs import rates
 
 SETTINGS = {
     "task": {"name": "digits", "train_samples": 200},
@@ -97,7 +97,7 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not() -> None:
     )
     assert conditions(of(first))["task.data_files.train"] == "cifar10/train.parquet"
     assert digest(conditions(of(first))) == digest(conditions(of(second))) != digest(conditions(of(other)))
-    searched = [rate_settings.settings_of(each, None)["task.data_files.train"] for each in (first, second, other)]
+    searched = [rates.settings_of(each, None)["task.data_files.train"] for each in (first, second, other)]
     assert searched == ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
 
 

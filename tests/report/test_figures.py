@@ -6,7 +6,7 @@ import pytest
 from drawn_records import drawn_curves, kept_figures, record
 from matplotlib.image import imread
 
-from partial_lora.report import calibration_figures, figures
+from partial_lora.report import figures
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_training_loss_alone(tmp_path):
     assert figures.training_curve(result, tmp_path / "training.png").is_file()
 
 
-@pytest.mark.parametrize("draw", [calibration_figures.sparsity_by_depth, drawn_curves, figures.training_curve])
+@pytest.mark.parametrize("draw", [figures.sparsity_by_depth, drawn_curves, figures.training_curve])
 def test_files_are_images_whole_and_the_same_twice(tmp_path, draw):
     first, second = draw(record(), tmp_path / "a.png"), draw(record(), tmp_path / "b.png")
     assert first.read_bytes() == second.read_bytes()

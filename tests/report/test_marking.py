@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from test_comparison_table import LABEL, leave
 
-from partial_lora.report import grouping, marking, report, runs
-from partial_lora.report.predicted import Predictions
-from partial_lora.runs import results
+from partial_lora.report import records, statistics, tables
+from partial_lora.report.records import Predictions
+from partial_lora.runs import directory
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def place(tmp_path):
 
 
 def marked(place):
-    table = grouping.group(runs.collect(place)[0])
-    return table.loc[sorted(marking.best(table, Predictions(place))), "method"].tolist()
+    table = records.group(records.collect(place)[0])
+    return table.loc[sorted(statistics.best(table, Predictions(place))), "method"].tolist()
 
 
 def written(place):
     """The table, with its best rows marked."""
-    frame = runs.collect(place)[0]
-    best = marking.best(grouping.group(frame), Predictions(place))
-    return report.write(frame, place, command="x", marked=best)[0].read_text()
+    frame = records.collect(place)[0]
+    best = statistics.best(records.group(frame), Predictions(place))
+    return tables.write(frame, place, command="x", marked=best)[0].read_text()
 
 
 def test_only_what_holds_is_marked(place):
@@ -46,7 +46,7 @@ def test_only_what_holds_is_marked(place):
 
 def test_without_predictions_or_beside_nothing_none_is_marked(place):
     for folder in place.glob("runs/*/*/targeted*/seed1"):
-        (folder / results.PREDICTIONS).unlink()
+        (folder / directory.PREDICTIONS).unlink()
     assert marked(place) == []
     text = written(place)
     assert "**" not in text
@@ -56,7 +56,7 @@ def test_without_predictions_or_beside_nothing_none_is_marked(place):
 def test_predictions_of_other_examples_are_no_proof(place):
     (folder,) = place.glob("runs/*/*/targeted*/seed1")
     said = np.zeros(100, int)
-    pd.DataFrame({"label": LABEL[:100], "prediction": said}).to_parquet(folder / results.PREDICTIONS)
+    pd.DataFrame({"label": LABEL[:100], "prediction": said}).to_parquet(folder / directory.PREDICTIONS)
     assert marked(place) == []
 
 

@@ -6,7 +6,7 @@ import json
 
 from test_report import place, record
 
-from partial_lora.report import method_comparison, runs
+from partial_lora.report import records, tables
 
 # What method_comparison/processing.py of PEFT takes out of a file, and the type it casts a column to.
 TRAIN = {
@@ -31,7 +31,7 @@ HISTORY = [
 def written(tmp_path, *results):
     for result in results:
         place(tmp_path, result)
-    folders = method_comparison.write(runs.read(tmp_path)[0], tmp_path)
+    folders = tables.write_method_comparison(records.read(tmp_path)[0], tmp_path)
     return {file.name: json.loads(file.read_text()) for folder in folders for file in folder.iterdir()}
 
 
@@ -67,7 +67,7 @@ def test_how_it_was_trained_is_what_the_run_did(tmp_path):
     own, other = trained["partial-lora-partial"], trained["partial-lora-lorafa"]
     assert (own["use_amp"], own["optimizer_type"], own["lr_scheduler"]) == (False, "AdamW", "cosine")
     assert (other["use_amp"], other["optimizer_type"]) == (True, "lora-fa")
-    names = [method_comparison.shaped(run)["run_info"]["experiment_name"] for run in runs.read(tmp_path)[0]]
+    names = [tables.shaped(run)["run_info"]["experiment_name"] for run in records.read(tmp_path)[0]]
     assert "partial-lora-partial-element/vit_s14-ffffffff-seed0" in names
 
 
@@ -79,9 +79,9 @@ def test_only_adapters_measured_by_accuracy_are_written_and_old_files_go(tmp_pat
         "partial-lora-partial--vit_s14-0a1b2c3d-seed0.json",
     ]
     assert names["partial-lora-full--vit_s14-0a1b2c3d-seed0.json"]["run_info"]["peft_config"] is None
-    stale = tmp_path / "report" / method_comparison.FOLDER / "digits" / "stale.json"
+    stale = tmp_path / "report" / tables.FOLDER / "digits" / "stale.json"
     stale.write_text("{}")
-    method_comparison.write(runs.read(tmp_path)[0], tmp_path)
+    tables.write_method_comparison(records.read(tmp_path)[0], tmp_path)
     assert not stale.exists()
 
 
@@ -89,5 +89,5 @@ def test_the_adapters_own_settings_are_taken_where_they_are(tmp_path):
     folder = place(tmp_path, record("dora")) / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
-    (run,) = runs.read(tmp_path)[0]
-    assert method_comparison.shaped(run)["run_info"]["peft_config"] == {"peft_type": "LORA", "use_dora": True}
+    (run,) = records.read(tmp_path)[0]
+    assert tables.shaped(run)["run_info"]["peft_config"] == {"peft_type": "LORA", "use_dora": True}

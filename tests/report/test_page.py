@@ -15,7 +15,7 @@ from test_comparison_table import leave
 from test_report import budget, place, record
 
 from partial_lora import report_command
-from partial_lora.report import page, runs
+from partial_lora.report import page, records
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -57,7 +57,7 @@ def reported(tmp_path_factory):
     place(folder, budget(record("uniform", accuracy=1.0), 0.13))
     place(folder, record("probe", model="<b>&amp;", accuracy=0.08))
     place(folder, record("probe", seed=5, status="failed", error="<script>alert(1)</script>"))
-    assert report_command.main([str(folder)]) == 1
+    assert report_command.report([str(folder)]) == 1
     return folder / "report" / "index.html"
 
 
@@ -66,7 +66,7 @@ def test_the_same_records_give_the_same_bytes(reported):
         return {file: file.read_bytes() for file in reported.parent.rglob("*") if file.is_file()}
 
     before = content()
-    assert report_command.main([str(reported.parents[1])]) == 1
+    assert report_command.report([str(reported.parents[1])]) == 1
     assert content() == before
 
 
@@ -76,14 +76,14 @@ def test_what_could_not_be_compared_or_drawn_is_said_and_ends_nothing(tmp_path, 
         leave(tmp_path, "lora", wrong=20, seed=seed, settings={"epochs": 50.0})
     (broken,) = tmp_path.glob("runs/*/*/lora*/seed1/predictions.parquet")
     pq.write_table(pa.table({"label": [0], "prediction": [0], "label_name": ["a"], "logits": [1.0]}), broken)
-    assert report_command.main([str(tmp_path)]) == 0
+    assert report_command.report([str(tmp_path)]) == 0
     said = "lora-None-500: trained under other conditions than partial at threshold 0.9: trainer.epochs 50 against 5"
     assert f"not compared: runs/digits/vit/{said}" in capsys.readouterr().out
     text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
     assert "Not compared" in text
     assert said in text
     broken.with_name("predictions.parquet").rename(broken.parents[1] / "seed0" / "predictions.parquet")
-    assert report_command.main([str(tmp_path)]) == 0
+    assert report_command.report([str(tmp_path)]) == 0
     text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
     assert "hardest examples cannot be told from predictions.parquet" in text
 
@@ -138,7 +138,7 @@ def test_a_run_leaves_a_page_with_its_own_test_images():
     assert "Calibration curves" in text
     assert "every level of every module passes" in text  # what its calibration warns of
     (run.directory / page.PAGE).unlink()
-    assert report_command.main([str(run.directory), "--examples", "2"]) == 0
+    assert report_command.report([str(run.directory), "--examples", "2"]) == 0
     again = Elements((run.directory / page.PAGE).read_text(encoding="utf-8"))
     assert len([each for each in again.all("img") if each["src"].startswith("data:image/webp")]) == 2
 
@@ -201,7 +201,7 @@ def test_numbers_of_several_seeds_are_means_and_their_warnings_are_told_once(tmp
         of_seed["sparsity"] = {"blocks.0.qkv": {"rows": rows, "columns": 0.5}}
         of_seed["calibration"] |= {"joint": 0.4 + seed / 10, "warnings": ["of both", f"of seed {seed}"]}
         place(tmp_path, of_seed)
-    both = runs.read(tmp_path)[0]
+    both = records.read(tmp_path)[0]
     ((section,), (alone,)) = page.sections([both], 0), page.sections([both[:1]], 0)
     assert section["facts"]["adapter, trainable"] == "700 (70.00 % of the dense adapter), mean of 2 seeds"
     assert section["facts"]["adapter on disk"] == "3 KB, mean of 2 seeds"
@@ -213,7 +213,7 @@ def test_numbers_of_several_seeds_are_means_and_their_warnings_are_told_once(tmp
 
 
 def test_seeds_of_a_folder_share_its_settings(reported):
-    found, _ = runs.read(reported.parents[1])
+    found, _ = records.read(reported.parents[1])
     made = page.sections([[run] for run in found if run.row["method"] in ("lora", "uniform")], 0)
     assert made[0]["own"]["method.name"] == "lora"
     assert "trainer.learning_rate" in made[0]["shared"]

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import report
+from partial_lora.report import records, summary, tables
 
 
 def record(method="partial", *, seed=0, accuracy=0.9861, task="digits", model="vit_s14", **changes):
@@ -85,12 +85,12 @@ def test_a_calibration_out_of_a_file_brings_its_own_operating_point(tmp_path):
     result["config"]["calibration"]["file"] = "calibration.json"
     result["calibration"] |= {"threshold": 0.5, "budget": None}
     place(tmp_path, result)
-    assert report.collect(tmp_path)[0]["operating_point"].tolist() == ["threshold 0.5"]
+    assert records.collect(tmp_path)[0]["operating_point"].tolist() == ["threshold 0.5"]
 
 
 def test_a_finished_run_is_a_row(tmp_path):
     place(tmp_path, record())
-    frame, problems = report.collect(tmp_path)
+    frame, problems = records.collect(tmp_path)
     assert problems == []
     (row,) = frame.to_dict("records")
     expected = {
@@ -163,7 +163,7 @@ def test_what_is_no_finished_run_is_named_and_left_out(tmp_path, content, reason
     (directory / "result.json").unlink()
     if content is not None:
         (directory / "result.json").write_bytes(content.encode() if isinstance(content, str) else content)
-    frame, problems = report.collect(tmp_path)
+    frame, problems = records.collect(tmp_path)
     assert frame["seed"].tolist() == [0]
     (problem,) = problems
     assert problem.startswith("runs/digits/vit_s14/partial-0a1b2c3d/seed3/result.json: ")
@@ -176,25 +176,25 @@ def test_masks_of_single_entries_are_another_method(tmp_path):
         result = record(method)
         result["config"]["mask"] = {"granularity": masks}
         place(tmp_path, result, id=masks)
-    shown = report.readable(report.group(report.collect(tmp_path)[0]))
+    shown = tables.readable(records.group(records.collect(tmp_path)[0]))
     assert shown["method"].tolist() == ["lora", "partial", "partial (element)"]
     assert "id" not in shown
-    assert "partial (element) · vit_s14" in drawn(report.summary(result, "runs/seed0"))
+    assert "partial (element) · vit_s14" in drawn(summary.summary(result, "runs/seed0"))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(PartialLoraError, match="expected runs in"):
-        report.collect(tmp_path)
+        records.collect(tmp_path)
     with pytest.raises(PartialLoraError, match="expected runs in"):
-        report.collect(tmp_path / "absent")
+        records.collect(tmp_path / "absent")
 
 
 def test_no_finished_run_is_refused_and_writes_nothing(tmp_path):
     place(tmp_path, record(status="running"))
-    frame, problems = report.collect(tmp_path)
+    frame, problems = records.collect(tmp_path)
     assert len(problems) == 1
     with pytest.raises(PartialLoraError, match="at least one finished run"):
-        report.write(frame, tmp_path, command="partial-lora report")
+        tables.write(frame, tmp_path, command="partial-lora report")
     assert not (tmp_path / "report").exists()
 
 
@@ -203,13 +203,13 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
     for seed, accuracy in enumerate(accuracies):
         place(tmp_path, record(seed=seed, accuracy=accuracy))
     place(tmp_path, record(seed=0, accuracy=0.5), id="ffffffff")
-    table = report.group(report.collect(tmp_path)[0])
+    table = records.group(records.collect(tmp_path)[0])
     assert table["n"].tolist() == [3, 1]
     assert table["seeds"].tolist() == ["0 1 2", "0"]
     assert table["test_mean"][0] == pytest.approx(statistics.mean(accuracies))
     assert table["test_std"][0] == pytest.approx(statistics.stdev(accuracies))
     assert pd.isna(table["test_std"][1])
-    shown = report.readable(table)
+    shown = tables.readable(table)
     assert shown["test accuracy (%)"].tolist() == ["98.58 ± 0.63", "50.00"]
     assert shown["id"].tolist() == ["0a1b2c3d", "ffffffff"]  # else the two rows could not be told apart
 
@@ -218,9 +218,9 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
 def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
     for seed, precision in enumerate(("no", "no", "bf16")):
         place(tmp_path, record(seed=seed, accuracy=0.9 + seed / 100, mixed_precision=precision))
-    table = report.group(report.collect(tmp_path)[0], by)
+    table = records.group(records.collect(tmp_path)[0], by)
     assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
-    shown = report.readable(table, by=by)
+    shown = tables.readable(table, by=by)
     assert set(shown["precision"]) == {"fp32", "bf16"}
 
 
@@ -239,7 +239,7 @@ def test_rows_are_in_order_of_task_model_point_method(tmp_path):
     ]
     for result, id in runs:
         place(tmp_path, result, id=id)
-    shown = report.readable(report.group(report.collect(tmp_path)[0]))
+    shown = tables.readable(records.group(records.collect(tmp_path)[0]))
     assert list(shown[["task", "model", "operating point", "method"]].itertuples(index=False, name=None)) == [
         ("cifar10", "tiny_vit", "–", "probe"),
         ("cifar10", "vit_s14", "–", "probe"),
@@ -257,7 +257,7 @@ def test_rows_are_in_order_of_task_model_point_method(tmp_path):
 
 def test_what_does_not_apply_is_a_dash(tmp_path):
     place(tmp_path, record("probe"))
-    (shown,) = report.readable(report.group(report.collect(tmp_path)[0])).to_dict("records")
+    (shown,) = tables.readable(records.group(records.collect(tmp_path)[0])).to_dict("records")
     assert shown["adapter parameters"] == "0"
     for column in ("operating point", "share of dense", "sparsity", "calibrate (s)"):
         assert shown[column] == "–"
@@ -269,14 +269,14 @@ def test_a_reused_calibration_costs_nothing_and_says_so(tmp_path):
     place(tmp_path, record(seed=0))
     place(tmp_path, record(seed=1, calibration=cached, seconds=seconds))
     place(tmp_path, record("targeted", seed=0, calibration=cached, seconds=seconds))
-    shown = report.readable(report.group(report.collect(tmp_path)[0]))
+    shown = tables.readable(records.group(records.collect(tmp_path)[0]))
     assert shown["calibrate (s)"].tolist() == ["60.0", "reused"]
 
 
 def test_metrics_of_several_names_have_their_own_column(tmp_path):
     place(tmp_path, record())
     place(tmp_path, record(task="cola", metrics={"test": {"primary": "matthews", "matthews": 0.61}}))
-    shown = report.readable(report.group(report.collect(tmp_path)[0]))
+    shown = tables.readable(records.group(records.collect(tmp_path)[0]))
     assert shown["metric"].tolist() == ["matthews", "accuracy"]
     assert shown["test"].tolist() == ["0.6100", "98.61 %"]
 
@@ -286,9 +286,9 @@ def test_three_files_begin_with_their_command(tmp_path):
         place(tmp_path, record(seed=seed, accuracy=0.98 + 0.01 * seed))
     place(tmp_path, record("lora"))
     place(tmp_path, record("probe", status="failed", error="no_space left"))
-    frame, problems = report.collect(tmp_path)
+    frame, problems = records.collect(tmp_path)
     command = "partial-lora report results/first"
-    markdown, table, latex = report.write(frame, tmp_path, command=command, problems=problems)
+    markdown, table, latex = tables.write(frame, tmp_path, command=command, problems=problems)
     assert [path.relative_to(tmp_path).as_posix() for path in (markdown, table, latex)] == [
         "report/table.md",
         "report/table.csv",
@@ -321,16 +321,16 @@ def test_three_files_begin_with_their_command(tmp_path):
 
 def test_a_command_of_two_lines_stays_a_comment(tmp_path):
     place(tmp_path, record())
-    frame, _ = report.collect(tmp_path)
-    _, table, latex = report.write(frame, tmp_path, command="partial-lora \\\n  report")
+    frame, _ = records.collect(tmp_path)
+    _, table, latex = tables.write(frame, tmp_path, command="partial-lora \\\n  report")
     assert pd.read_csv(table, comment="#")["n"].tolist() == [1]
     assert all(line.startswith(("%", "\\")) or "&" in line for line in latex.read_text().splitlines())
 
 
 def test_a_tuned_table_has_no_warning(tmp_path):
     place(tmp_path, record(tuning="grid of 3"))
-    frame, _ = report.collect(tmp_path)
-    text = report.write(frame, tmp_path, command="partial-lora report")[0].read_text(encoding="utf-8")
+    frame, _ = records.collect(tmp_path)
+    text = tables.write(frame, tmp_path, command="partial-lora report")[0].read_text(encoding="utf-8")
     assert "grid of 3" in text
     assert "Untuned" not in text
 
@@ -347,7 +347,7 @@ def test_the_table_on_screen_fits_100_columns(tmp_path):
     place(tmp_path, record("lora", task="cifar10"))
     place(tmp_path, budget(record("partial"), 250_000))
     place(tmp_path, budget(record("partial"), 250_000), id="ffffffff")
-    text = drawn(report.on_screen(report.collect(tmp_path)[0]))
+    text = drawn(tables.on_screen(records.collect(tmp_path)[0]))
     for part in ("cifar10, vit_s14", "digits, vit_s14", "98.50 ± 0.71", "budget 250,000", "ffffffff", "random_weights"):
         assert part in text
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -355,7 +355,7 @@ def test_the_table_on_screen_fits_100_columns(tmp_path):
 
 
 def test_summary_of_a_run(tmp_path):
-    text = drawn(report.summary(record(), "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0"))
+    text = drawn(summary.summary(record(), "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0"))
     for part in (
         "98.61 %",
         "700 of 1,000",
@@ -372,21 +372,21 @@ def test_summary_of_a_run(tmp_path):
 
 
 def test_summary_of_a_run_without_calibration_or_adapter():
-    text = drawn(report.summary(record("probe"), "runs/seed0"))
+    text = drawn(summary.summary(record("probe"), "runs/seed0"))
     assert "calibrate –" in text
     assert "threshold" not in text
 
 
 def test_summary_folds_a_long_path_into_100_columns():
     path = "/".join(["a-long-folder-name"] * 12) + "/seed0"
-    text = drawn(report.summary(record(), path))
+    text = drawn(summary.summary(record(), path))
     assert all(len(line) <= 100 for line in text.splitlines())
     assert path in "".join(line.strip("│┃ ").split("│")[-1].strip() for line in text.splitlines())
 
 
 def test_summary_of_a_calibration():
     result = record(metrics={}, parameters={})
-    text = drawn(report.calibration_summary(result, "results/calibrations/0a1b"))
+    text = drawn(summary.calibration_summary(result, "results/calibrations/0a1b"))
     for part in (
         "rows 0.300 · columns 0.450 over 2 modules",
         "0.8688 intact · 0.4000 with all",
@@ -395,11 +395,11 @@ def test_summary_of_a_calibration():
     ):
         assert part in text
     result["calibration"]["cached"] = True
-    assert "(reused)" in drawn(report.calibration_summary(result, "results/calibrations/0a1b"))
+    assert "(reused)" in drawn(summary.calibration_summary(result, "results/calibrations/0a1b"))
 
 
 def test_report_needs_no_torch():
     task = "{'task': {'name': 'digits', 'path': 'bundled:digits'}}"
-    code = "import sys, partial_lora.report_command, partial_lora.figures; from partial_lora import hardest;"
-    code += f"rows = hardest.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
+    code = "import sys, partial_lora.report_command; from partial_lora.report import page;"
+    code += f"rows = page.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

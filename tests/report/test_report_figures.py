@@ -11,9 +11,9 @@ from matplotlib.image import imread
 from test_comparison_table import leave
 from test_report import budget, place, record
 
-from partial_lora.report import comparison_table, gallery, grouping, report_figures, report_maps, report_panels, runs
-from partial_lora.report.predicted import Predictions
-from partial_lora.report.report_panels import look
+from partial_lora.report import figures, records, tables
+from partial_lora.report.figures import look
+from partial_lora.report.records import Predictions
 
 
 @pytest.fixture
@@ -24,35 +24,35 @@ def found(tmp_path):
     place(tmp_path, record("lora", accuracy=0.96, history=history))
     place(tmp_path, budget(record("uniform", accuracy=0.80), 0.13))
     place(tmp_path, record("lora", task="cifar10", accuracy=0.7))
-    return runs.read(tmp_path)[0]
+    return records.read(tmp_path)[0]
 
 
 def test_every_method_has_a_marker_of_its_own():
-    looks = {method: look(method, "–") for method in report_panels._LOOKS}
+    looks = {method: look(method, "–") for method in figures._PANEL_LOOKS}
     assert len({each.marker for each in looks.values()}) == len(looks)
     assert look("partial", "threshold 0.9").filled != look("partial", "budget 0.13").filled
     assert look("partial", "threshold 0.9").linestyle != look("partial", "budget 0.13").linestyle
-    assert look("a_method_of_ones_own", "–").marker in report_panels.MARKERS
-    entries = {method: look(f"{method} (element)", "–") for method in report_panels._LOOKS}
+    assert look("a_method_of_ones_own", "–").marker in figures.MARKERS
+    entries = {method: look(f"{method} (element)", "–") for method in figures._PANEL_LOOKS}
     assert len({each.marker for each in (*looks.values(), *entries.values())}) == 2 * len(looks)
     assert all(entries[method].color == looks[method].color for method in looks)
 
 
 def test_a_figure_says_of_how_many_places_it_draws_some(tmp_path):
-    for number in range(report_panels.MOST + 2):
+    for number in range(figures.MOST + 2):
         place(tmp_path, record(task=f"task{number:02}"))
-    found = runs.read(tmp_path)[0]
-    table = grouping.group(runs.table(found))
-    for drawing in (report_figures.pareto(table), report_figures.methods(table, runs.table(found))):
-        assert len([axes for axes in drawing.figure.axes if axes.get_visible()]) == report_panels.MOST
+    found = records.read(tmp_path)[0]
+    table = records.group(records.table(found))
+    for drawing in (figures.pareto(table), figures.methods(table, records.table(found))):
+        assert len([axes for axes in drawing.figure.axes if axes.get_visible()]) == figures.MOST
         assert drawing.cut == "9 of 11 places are drawn; --where chooses others."
-    assert report_maps.sparsity(found).cut == "5 of 11 calibrations are drawn; --where chooses others."
-    assert report_figures.pareto(table.head(3)).cut == ""
+    assert figures.sparsity(found).cut == "5 of 11 calibrations are drawn; --where chooses others."
+    assert figures.pareto(table.head(3)).cut == ""
 
 
 def test_points_of_the_front_are_means_at_their_sizes(found):
-    frame = runs.table(found)
-    figure = report_figures.pareto(grouping.group(frame)).figure
+    frame = records.table(found)
+    figure = figures.pareto(records.group(frame)).figure
     cifar, digits = figure.axes
     assert [axes.get_title(loc="left") for axes in (cifar, digits)] == ["cifar10, vit_s14", "digits, vit_s14"]
     points = {
@@ -65,8 +65,8 @@ def test_points_of_the_front_are_means_at_their_sizes(found):
 
 
 def test_every_method_is_a_row_with_its_interval(found):
-    frame = runs.table(found)
-    figure = report_figures.methods(grouping.group(frame), frame).figure
+    frame = records.table(found)
+    figure = figures.methods(records.group(frame), frame).figure
     digits = figure.axes[1]
     assert [text.get_text() for text in digits.get_yticklabels()] == [
         "lora",
@@ -79,17 +79,17 @@ def test_every_method_is_a_row_with_its_interval(found):
 
 
 def test_what_is_cut_says_so(tmp_path):
-    for number in range(report_figures._MOST_ROWS + 2):
+    for number in range(figures._MOST_ROWS + 2):
         place(tmp_path, record(accuracy=0.9), id=f"{number:02}")
-    frame = runs.table(runs.read(tmp_path)[0])
-    (axes,) = report_figures.methods(grouping.group(frame), frame).figure.axes
-    assert axes.get_title(loc="left").endswith(f"({report_figures._MOST_ROWS} of {report_figures._MOST_ROWS + 2})")
-    assert len({text.get_text() for text in axes.get_yticklabels()}) == report_figures._MOST_ROWS
+    frame = records.table(records.read(tmp_path)[0])
+    (axes,) = figures.methods(records.group(frame), frame).figure.axes
+    assert axes.get_title(loc="left").endswith(f"({figures._MOST_ROWS} of {figures._MOST_ROWS + 2})")
+    assert len({text.get_text() for text in axes.get_yticklabels()}) == figures._MOST_ROWS
 
 
 def test_lists_are_as_high_as_their_rows_and_fill_the_shorter_column():
     lengths = (2, 20, 3, 4)
-    figure, drawn = report_panels.lists(lengths, wide=4.6)
+    figure, drawn = figures.lists(lengths, wide=4.6)
     figure.draw_without_rendering()
     boxes = [axes.get_position() for axes in drawn]
     left, right = boxes[0].x0, boxes[1].x0
@@ -104,7 +104,7 @@ def test_bands_reach_over_seeds_and_axes_share_their_steps(tmp_path):
     for seed in (0, 1):
         history = [{"step": step, "loss": step + seed} for step in (1, 5, 9)] + [{"step": 9, "eval_accuracy": 0.5}]
         place(tmp_path, record(seed=seed, history=history))
-    above, below = report_figures.training(runs.read(tmp_path)[0]).figure.axes
+    above, below = figures.training(records.read(tmp_path)[0]).figure.axes
     assert above.lines[0].get_xydata().tolist() == [[1, 1.5], [5, 5.5], [9, 9.5]]
     (extent,) = [band.get_paths()[0].get_extents() for band in above.collections]
     assert (extent.y0, extent.y1) == (1, 10)
@@ -115,26 +115,26 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     for seed in (0, 1):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    compared = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
-    (axes,) = report_figures.differences(compared).figure.axes
+    compared = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
+    (axes,) = figures.differences(compared).figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["lora: worse"]
     assert any(line.get_xydata().tolist() == [[pytest.approx(-0.2), 0]] for line in axes.lines)
-    assert report_figures.differences(compared.assign(difference=np.nan)) is None
+    assert figures.differences(compared.assign(difference=np.nan)) is None
 
 
 def test_only_a_metric_with_a_margin_has_the_strip_that_matches(tmp_path):
     for method, wrong in (("partial", 20), ("lora", 60)):
         for seed in (0, 1):
             leave(tmp_path, method, wrong=wrong, seed=seed)
-    compared = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
+    compared = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
     strips = [
-        len(report_figures.differences(compared.assign(metric=metric)).figure.axes[0].patches)
+        len(figures.differences(compared.assign(metric=metric)).figure.axes[0].patches)
         for metric in ("accuracy", "mse")
     ]
     assert strips == [1, 0]
-    assert "hatched" in gallery._matching(compared)
-    assert "hatched" not in gallery._matching(compared.assign(metric="mse"))
-    assert "below zero is better" in gallery._matching(compared.assign(metric="mse"))
+    assert "hatched" in figures._matching(compared)
+    assert "hatched" not in figures._matching(compared.assign(metric="mse"))
+    assert "below zero is better" in figures._matching(compared.assign(metric="mse"))
 
 
 @pytest.mark.parametrize(("far", "said"), [(-0.2, "◂ -20.0"), (0.2, "+20.0 ▸")])
@@ -142,12 +142,12 @@ def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(
     for method, wrong in (("partial", 100), ("lora", 102), ("targeted", 97), ("uniform", 99), ("probe", 100)):
         for seed in (0, 1):
             leave(tmp_path, method, wrong=wrong, seed=seed)
-    rows = comparison_table.table(runs.read(tmp_path)[0], Predictions(tmp_path)).rows
-    close = report_figures.differences(rows).figure.axes[0]
+    rows = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
+    close = figures.differences(rows).figure.axes[0]
     assert not close.texts
     last = rows["method"] == "probe"
     rows.loc[last, ["difference", "low", "high"]] = far, far - 0.01, far + 0.01
-    (axes,) = report_figures.differences(rows).figure.axes
+    (axes,) = figures.differences(rows).figure.axes
     assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [
         (said, [text.get_text() for text in axes.get_yticklabels()].index("probe: " + rows.loc[last, "verdict"].item()))
     ]
@@ -162,13 +162,13 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     modules = calibrated()[1]
     runs_of = [run for run in found if run.row["method"] == "partial"]
     (runs_of[0].directory / "calibration.json").write_text(json.dumps({"baseline": 0.87, "modules": modules}))
-    frame = runs.table(found)
+    frame = records.table(found)
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
     predictions = Predictions(tmp_path)
-    compared = comparison_table.table(found, predictions).rows
-    drawn = gallery.draw(found, grouping.group(frame), compared, predictions, tmp_path)
+    compared = tables.table(found, predictions).rows
+    drawn = figures.draw_gallery(found, records.group(frame), compared, predictions, tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
     assert not old.exists()
@@ -179,6 +179,6 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
 
 
 def test_sparsities_stand_in_their_cells(found):
-    figure = report_maps.sparsity(found).figure
+    figure = figures.sparsity(found).figure
     said = [text.get_text() for axes in figure.axes[:2] for text in axes.texts]
     assert said == ["20", "40", "40", "50"]

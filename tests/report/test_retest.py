@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from partial_lora.report.retest import reliability
+from partial_lora.report.statistics import reliability
 
 SPARSITIES = (
     {"a": {"rows": 0.1, "columns": 0.5}, "b": {"rows": 0.9, "columns": 0.3}},

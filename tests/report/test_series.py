@@ -7,24 +7,24 @@ import pytest
 from test_comparison_table import leave
 from test_report import budget, place, record
 
-from partial_lora.report import grouping, runs, series
-from partial_lora.report.predicted import Predictions
+from partial_lora.report import figures, records
+from partial_lora.report.records import Predictions
 
 
 def test_the_front_is_what_nothing_beats_at_its_size():
     points = [(10, 0.5), (100, 0.4), (100, 0.7), (50, 0.5), (1000, 0.9), (2000, 0.9)]
-    assert series.front(points, "accuracy") == [(10, 0.5), (100, 0.7), (1000, 0.9)]
-    assert series.front(points, "mse") == [(10, 0.5), (100, 0.4)]
+    assert figures.front(points, "accuracy") == [(10, 0.5), (100, 0.7), (1000, 0.9)]
+    assert figures.front(points, "mse") == [(10, 0.5), (100, 0.4)]
 
 
 def test_a_band_is_over_the_steps_that_all_seeds_have():
     one = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 9.0}]
     other = [{"step": 2, "loss": 3.0}, {"step": 3, "loss": 0.0}]
-    assert series.band([one, other], "loss") == [(2, 2.0, 1.0, 3.0)]
-    assert series.band([one, []], "loss") == [(1, 2.0, 2.0, 2.0), (2, 1.0, 1.0, 1.0)]
-    assert series.band([[], []], "loss") == []
+    assert figures.band([one, other], "loss") == [(2, 2.0, 1.0, 3.0)]
+    assert figures.band([one, []], "loss") == [(1, 2.0, 2.0, 2.0), (2, 1.0, 1.0, 1.0)]
+    assert figures.band([[], []], "loss") == []
     broken = [{"step": 2, "loss": None}, {"step": 3, "loss": float("nan")}, {"step": 4, "loss": 1.0}]
-    assert series.band([broken], "loss") == [(4, 1.0, 1.0, 1.0)]
+    assert figures.band([broken], "loss") == [(4, 1.0, 1.0, 1.0)]
 
 
 def test_a_map_is_of_partial_and_a_mean_over_its_seeds(tmp_path):
@@ -33,7 +33,7 @@ def test_a_map_is_of_partial_and_a_mean_over_its_seeds(tmp_path):
         place(tmp_path, record(seed=seed, sparsity={"blocks.0.qkv": {"rows": rows, "columns": 0.4}}))
     place(tmp_path, record("uniform", sparsity={"blocks.0.qkv": {"rows": 0.9, "columns": 0.9}}))
     place(tmp_path, record("lora", sparsity=sparse))
-    (found,) = series.maps(runs.read(tmp_path)[0]).values()
+    (found,) = figures.maps(records.read(tmp_path)[0]).values()
     assert found["blocks.0.qkv"] == pytest.approx({"rows": 0.3, "columns": 0.4})
 
 
@@ -44,7 +44,7 @@ def test_calibrations_of_a_model_are_correlated(tmp_path):
     place(tmp_path, record(sparsity=rising))
     place(tmp_path, record(task="cifar10", sparsity=falling))
     place(tmp_path, record(task="rte", model="tiny", sparsity=rising))
-    ((model, (names, matrix)),) = series.sparsity_agreement(runs.read(tmp_path)[0]).items()
+    ((model, (names, matrix)),) = figures.sparsity_agreement(records.read(tmp_path)[0]).items()
     assert model == "vit_s14"
     assert len(names) == 2
     assert matrix == pytest.approx(np.array([[1, -1], [-1, 1]]))
@@ -55,12 +55,12 @@ def test_agreement_of_predictions_is_over_common_seeds(tmp_path):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=50, seed=seed + 1)
     leave(tmp_path, "probe", wrong=0, seed=7)
-    table = grouping.group(runs.collect(tmp_path)[0])
+    table = records.group(records.collect(tmp_path)[0])
     order = table["method"].tolist()
-    matrix = series.prediction_agreement(table, Predictions(tmp_path))
+    matrix = figures.prediction_agreement(table, Predictions(tmp_path))
     assert matrix[order.index("partial"), order.index("lora")] == pytest.approx(1 - 30 / 200)
     assert np.isnan(matrix[order.index("partial"), order.index("probe")])
-    assert series.prediction_agreement(table.head(1), Predictions(tmp_path)) is None
+    assert figures.prediction_agreement(table.head(1), Predictions(tmp_path)) is None
 
 
 def test_curves_of_a_kind_are_medians_of_what_is_known():
@@ -71,7 +71,7 @@ def test_curves_of_a_kind_are_medians_of_what_is_known():
         }
         for block, score in enumerate((0.7, 0.8, 0.95))
     }
-    assert series.kind_curves(modules) == {("qkv", "rows"): [(0.5, 0.8, 0.8), (0.6, 0.1, 0.3)]}
+    assert figures.kind_curves(modules) == {("qkv", "rows"): [(0.5, 0.8, 0.8), (0.6, 0.1, 0.3)]}
 
 
 def test_one_calibration_of_each_kind_is_read(tmp_path):
@@ -84,7 +84,7 @@ def test_one_calibration_of_each_kind_is_read(tmp_path):
     foreign = tmp_path / "calibrations" / "sst2" / "minilm" / "svd-1"
     foreign.mkdir(parents=True)
     (foreign / "calibration.json").write_text('{"baseline": 0.6, "modules": {"a": [1]}}')
-    found = series.calibrations(runs.read(tmp_path)[0], tmp_path)
+    found = figures.calibrations(records.read(tmp_path)[0], tmp_path)
     assert {title: content["baseline"] for title, content in found.items()} == {
         "digits, vit_s14, –": 0.5,
         "rte, minilm, svd": 0.6,
@@ -93,9 +93,9 @@ def test_one_calibration_of_each_kind_is_read(tmp_path):
 
 def test_validation_falls_back_to_its_loss():
     result = {"metrics": {"test": {"primary": "rouge_l"}}, "history": [{"step": 1, "eval_loss": 1.0}]}
-    assert series.selected(result) == "loss"
+    assert figures.selected(result) == "loss"
     result["history"].append({"step": 2, "eval_rouge_l": 0.1})
-    assert series.selected(result) == "rouge_l"
+    assert figures.selected(result) == "rouge_l"
 
 
 def test_nothing_is_read_of_broken_predictions(tmp_path):
@@ -103,5 +103,5 @@ def test_nothing_is_read_of_broken_predictions(tmp_path):
     leave(tmp_path, "lora", wrong=20)
     for file in tmp_path.rglob("predictions.parquet"):
         file.write_bytes(b"no parquet")
-    table = grouping.group(runs.collect(tmp_path)[0])
-    assert series.prediction_agreement(table, Predictions(tmp_path)) is None
+    table = records.group(records.collect(tmp_path)[0])
+    assert figures.prediction_agreement(table, Predictions(tmp_path)) is None

@@ -20,10 +20,9 @@ from scipy.special import softmax
 from partial_lora import evaluate_command, predict_command
 from partial_lora import tasks as tasks_of
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import export, formats, loading
-from partial_lora.runs.asked_task import asked_task
-from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.inference import Predictor
+from partial_lora.runs import build, export
+from partial_lora.runs.finished import FinishedRun, asked_task
+from partial_lora.runs.predict import Predictor
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ def said(capsys) -> Callable[..., list[dict]]:
 
     def do(run: FinishedRun, *arguments: str) -> list[dict]:
         capsys.readouterr()  # what its training said, where this is the first that asks for it
-        assert predict_command.main([str(run.directory), "--device", "cpu", "--json", *arguments]) == 0
+        assert predict_command.predict([str(run.directory), "--device", "cpu", "--json", *arguments]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return [json.loads(line) for line in out.splitlines()]
@@ -49,7 +48,7 @@ def said(capsys) -> Callable[..., list[dict]]:
 def evaluated(capsys) -> Callable[..., dict]:
     def do(run: FinishedRun, *arguments: str) -> dict:
         capsys.readouterr()
-        assert evaluate_command.main([str(run.directory), "--json", *arguments]) == 0
+        assert evaluate_command.evaluate([str(run.directory), "--json", *arguments]) == 0
         return json.loads(capsys.readouterr().out)
 
     return do
@@ -63,7 +62,7 @@ def recorded(run: FinishedRun, member: str) -> pandas.DataFrame:
 
 def rows_of(run: FinishedRun, member: str) -> tasks_of.Task:
     """A member's rows, as its group of settings names them."""
-    return loading.task_of(run.settings | {"task": run.settings["task"]["members"][member]})
+    return build.task_of(run.settings | {"task": run.settings["task"]["members"][member]})
 
 
 def classes_agree(found: list[dict], run: FinishedRun, member: str, labels: list[str]) -> None:
@@ -92,7 +91,7 @@ def test_texts_and_pairs_are_answered_each_by_its_member_s_head(said) -> None:
     assert [each["input"] for each in found] == lines
     classes_agree(found, run, "colours", ["blue", "green", "red"])
     with pytest.raises(PartialLoraError, match="expected two texts with a tab between them"):
-        predict_command.main([str(run.directory), "--member", "colours", "one text"])
+        predict_command.predict([str(run.directory), "--member", "colours", "one text"])
 
 
 def test_images_are_answered_by_either_head(said, tmp_path: Path) -> None:
@@ -248,4 +247,4 @@ def test_a_causal_mixture_is_merged_and_proven(tmp_path: Path) -> None:
     done = export.export(run, "merged", tmp_path / "merged", check=True)
     assert "transformers alone: logits differ by at most" in done.proof
     assert (done.folder / "tokenizer.json").is_file()
-    assert "input_ids" in formats._inputs(mixed_runs.text_mixture())  # as texts of its first member
+    assert "input_ids" in export._inputs(mixed_runs.text_mixture())  # as texts of its first member

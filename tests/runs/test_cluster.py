@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import accelerate_file, cluster
-from partial_lora.runs.trainer_schema import TrainerConfig
+from partial_lora.runs import launch, schema
+from partial_lora.runs.schema import TrainerConfig
 
 WORKER = ["-m", "partial_lora.worker", "somewhere"]
 
@@ -35,44 +35,44 @@ def flags(command: list[str]) -> dict[str, str]:
 
 
 def test_one_process_needs_no_launcher() -> None:
-    found = cluster.cluster_of(settings())
-    assert found == cluster.Cluster(processes=1)
-    assert cluster.command(found, WORKER)[1:] == WORKER
+    found = launch.cluster_of(settings())
+    assert found == launch.Cluster(processes=1)
+    assert launch.command(found, WORKER)[1:] == WORKER
 
 
 def test_every_machine_has_as_many_processes_and_knows_where_to_meet() -> None:
     address = {"main_process_ip": "10.0.0.1", "main_process_port": 1234}
-    found = cluster.cluster_of(settings(num_machines=2, machine_rank=1, num_processes=6, batch_size=6, **address))
+    found = launch.cluster_of(settings(num_machines=2, machine_rank=1, num_processes=6, batch_size=6, **address))
     assert (found.processes, found.here, found.rank) == (6, 3, 1)
-    said = flags(cluster.command(found, WORKER))
+    said = flags(launch.command(found, WORKER))
     assert {"--num_processes": "6", "--num_machines": "2", "--machine_rank": "1"}.items() <= said.items()
     assert {"--main_process_ip": "10.0.0.1", "--main_process_port": "1234"}.items() <= said.items()
-    assert cluster.cluster_of(settings(num_machines=2, main_process_ip="10.0.0.1")).processes == 2  # one CPU on each
+    assert launch.cluster_of(settings(num_machines=2, main_process_ip="10.0.0.1")).processes == 2  # one CPU on each
 
 
 def test_processes_of_one_machine_meet_where_nobody_else_does() -> None:
-    found = cluster.cluster_of(settings(num_processes=2))
-    assert flags(cluster.command(found, WORKER))["--main_process_port"] == "0"
+    found = launch.cluster_of(settings(num_processes=2))
+    assert flags(launch.command(found, WORKER))["--main_process_port"] == "0"
 
 
 def test_a_file_says_what_the_keys_do_not(tmp_path: Path) -> None:
     said = {"num_processes": 4, "num_machines": 2, "machine_rank": 1, "main_process_ip": "a", "main_process_port": 5}
     named = {"accelerate_config": file(tmp_path, **said)}
-    found = cluster.cluster_of(settings(**named))
+    found = launch.cluster_of(settings(**named))
     assert (found.processes, found.machines, found.rank, found.address, found.port) == (4, 2, 1, "a", 5)
-    found = cluster.cluster_of(settings(**named, num_processes=8, main_process_ip="b"))
+    found = launch.cluster_of(settings(**named, num_processes=8, main_process_ip="b"))
     assert (found.processes, found.machines, found.rank, found.address, found.port) == (8, 2, 1, "b", 5)
 
 
 def test_a_file_says_how_a_model_is_shared_out(tmp_path: Path) -> None:
     given = file(tmp_path, distributed_type="FSDP", fsdp_config={"fsdp_version": 2}, num_processes=2)
-    found = cluster.cluster_of(settings(accelerate_config=given))
+    found = launch.cluster_of(settings(accelerate_config=given))
     assert found.kind == "fsdp"
-    command = cluster.command(found, WORKER)
+    command = launch.command(found, WORKER)
     assert "--multi_gpu" not in command  # accelerate would then not look at what kind the file says
     assert flags(command)["--config_file"] == given
-    plain = cluster.cluster_of(settings(accelerate_config=file(tmp_path, num_processes=2)))
-    assert "--multi_gpu" in cluster.command(plain, WORKER)
+    plain = launch.cluster_of(settings(accelerate_config=file(tmp_path, num_processes=2)))
+    assert "--multi_gpu" in launch.command(plain, WORKER)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_p
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config={path}: ") as refused:
-        accelerate_file.read(path)
+        schema.read(path)
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -110,7 +110,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_p
 )
 def test_what_cannot_be_shared_out_is_refused(given: dict, quantization: str | None, said: str) -> None:
     with pytest.raises(PartialLoraError, match=said):
-        cluster.cluster_of(settings(quantization, **given))
+        launch.cluster_of(settings(quantization, **given))
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,18 @@ def test_what_cannot_be_shared_out_is_refused(given: dict, quantization: str | N
 )
 def test_keys_and_a_file_that_do_not_go_together_are_refused(content, given, said, tmp_path: Path) -> None:
     with pytest.raises(PartialLoraError, match=said):
-        cluster.cluster_of(settings(accelerate_config=file(tmp_path, **content), **given))
+        launch.cluster_of(settings(accelerate_config=file(tmp_path, **content), **given))
 
 
 def test_workers_have_their_share_of_this_machines_threads(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
-    assert cluster.environment(cluster.Cluster(processes=4, machines=2))["OMP_NUM_THREADS"] == "4"
-    on_cpu = cluster.cluster_of(settings(accelerate_config=file(tmp_path, use_cpu=True)))
-    assert cluster.environment(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""
+    assert launch.cluster_environment(launch.Cluster(processes=4, machines=2))["OMP_NUM_THREADS"] == "4"
+    on_cpu = launch.cluster_of(settings(accelerate_config=file(tmp_path, use_cpu=True)))
+    assert launch.cluster_environment(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:
-    monkeypatch.setattr(cluster, "_accelerators", lambda on_cpu: 3)
+    monkeypatch.setattr(launch, "_accelerators", lambda on_cpu: 3)
     with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32: expected a multiple of 3, of 3 processes"):
-        cluster.cluster_of(settings())
+        launch.cluster_of(settings())

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import config, loading, schema
+from partial_lora.runs import build, config, schema
 
 
 def settings(*overrides: str) -> dict:
@@ -181,7 +181,7 @@ def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment:
     given = (f"experiment={experiment}", "trainer.tuned=null")
     first, second = (settings(*given, f"seed={seed}") for seed in (0, 1))
     assert config.run_directory(first).parent == config.run_directory(second).parent
-    assert [loading.calibration_seed(each) for each in (first, second)] == [0, 1]
+    assert [build.calibration_seed(each) for each in (first, second)] == [0, 1]
     assert config.calibration_directory(first) != config.calibration_directory(second)  # which have no folder of a seed
     assert config.run_id(first) != config.run_id(settings(*given, "seed=0", "calibration.seed=0"))
 

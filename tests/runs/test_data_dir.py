@@ -74,9 +74,9 @@ def test_a_task_without_training_rows_there_is_refused_by_name(folder: Path, ove
 
 
 def test_a_preset_is_recorded_and_no_setting(tmp_path: Path) -> None:
-    from partial_lora.runs import record
+    from partial_lora.runs import directory
 
     chosen = settings("preset=paper", "trainer.tuned=null", "task=digits")
-    assert record.new(chosen)["preset"] == "paper"
-    assert record.new(settings())["preset"] is None
+    assert directory.new(chosen)["preset"] == "paper"
+    assert directory.new(settings())["preset"] is None
     assert config.run_id(chosen) == config.run_id({**chosen, "preset": None})

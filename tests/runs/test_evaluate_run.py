@@ -16,7 +16,9 @@ from finished_runs import files, override, pictures
 
 from partial_lora import evaluate_command
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import config, evaluate_run, finished, results
+from partial_lora.runs import config, finished
+from partial_lora.runs import directory as results
+from partial_lora.runs import evaluate as evaluate_run
 from partial_lora.runs.finished import FinishedRun
 
 
@@ -36,7 +38,7 @@ def evaluate(run, capsys):
     """A command line to what --json says."""
 
     def do(*arguments: str, directory: Path = run.directory) -> dict:
-        assert evaluate_command.main([str(directory), "--json", *arguments]) == 0
+        assert evaluate_command.evaluate([str(directory), "--json", *arguments]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return json.loads(out)
@@ -50,7 +52,7 @@ def predictions(folder: Path | str) -> pandas.DataFrame:
 
 def refused(run: FinishedRun, *arguments: str) -> str:
     with pytest.raises(PartialLoraError) as error:
-        evaluate_command.main([str(run.directory), *arguments])
+        evaluate_command.evaluate([str(run.directory), *arguments])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -164,7 +166,7 @@ def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> N
 
 
 def test_a_person_reads_a_table(run, capsys) -> None:
-    assert evaluate_command.main([str(run.directory)]) == 0
+    assert evaluate_command.evaluate([str(run.directory)]) == 0
     out = capsys.readouterr().out
     assert f"{run.result['metrics']['test']['accuracy']:.4f}" in out
     assert "21 examples" in out

@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
-from partial_lora import cli, sealed, tasks, train
+from partial_lora import cli, files, tasks, train
 from partial_lora.errors import PartialLoraError, ProofError
-from partial_lora.runs import config, export, finished, formats, proof, record, results, schema
-from partial_lora.runs.saved_model import save_model
+from partial_lora.runs import config, export, finished, schema
+from partial_lora.runs import directory as record
+from partial_lora.runs.export import save_model
 
 TINY = ("model=tiny_vit", "trainer.max_steps=3", "trainer.device=cpu", "calibration.shots=4")
 RUNS = {
@@ -58,10 +59,10 @@ def trained_run(directory: Path, *overrides: str) -> finished.FinishedRun:
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         settings = config.resolve(compose("config", [*TINY, "trainer.learning_rate=0.05", *overrides]))
     directory.mkdir()
-    (directory / results.CONFIG).write_text(json.dumps(settings))
+    (directory / record.CONFIG).write_text(json.dumps(settings))
     entry = record.new(settings)
     train.run(settings, directory, entry, "train")
-    sealed.write_json(directory / results.RESULT, entry | {"status": "finished"})
+    files.write_json(directory / record.RESULT, entry | {"status": "finished"})
     return finished.finished_run(directory)
 
 
@@ -78,7 +79,7 @@ def own(runs):
     def compute(name: str):
         inputs = images(3)["pixel_values"]
         with torch.no_grad():
-            return inputs, formats.adapted_model(runs[name])(inputs).logits
+            return inputs, export.adapted_model(runs[name])(inputs).logits
 
     return compute
 
@@ -110,7 +111,7 @@ def test_peft_is_an_ordinary_adapter_of_the_run(runs, own, tmp_path, name):
             assert tensors.pop(f"{module}.lora_A.weight").shape[0] == 16
             assert tensors.pop(f"{module}.lora_B.weight").shape[1] == 16
     assert tensors.keys() == {f"base_model.model.timm_model.head.{each}" for each in ("weight", "bias")}
-    plain = peft.PeftModel.from_pretrained(formats.base_model(runs[name]), str(done.folder))
+    plain = peft.PeftModel.from_pretrained(export.base_model(runs[name]), str(done.folder))
     assert type(plain.base_model) is peft.LoraModel
     inputs, expected = own(name)
     close(logits(plain, {"pixel_values": inputs}), expected)
@@ -120,7 +121,7 @@ def test_peft_is_an_ordinary_adapter_of_the_run(runs, own, tmp_path, name):
 def test_compact_is_the_run_bit_for_bit(runs, tmp_path, name):
     done = export.export(runs[name], "compact", tmp_path / "out", check=True)
     assert "26 tensors equal bit for bit" in done.proof
-    parameters = json.loads((runs[name].directory / results.RESULT).read_text())["parameters"]
+    parameters = json.loads((runs[name].directory / record.RESULT).read_text())["parameters"]
     kept = parameters["adapter_trainable"] + parameters["head"]
     # Of `targeted`, rank 16: each index stands for 16 kept values.
     indices = parameters["adapter_trainable"] // 16 if name == "targeted" else 0
@@ -198,13 +199,13 @@ def in_this_process(inputs, *, model: Path, adapter: Path | None = None, library
 
 
 def spoilt_export_fails(run, out: Path, monkeypatch: pytest.MonkeyPatch, to: str, spoil, said: str) -> None:
-    write = formats.WRITE[to]
+    write = export.WRITE[to]
 
     def spoilt(run, folder):
         write(run, folder)
         spoil(folder)
 
-    monkeypatch.setitem(formats.WRITE, to, spoilt)
+    monkeypatch.setitem(export.WRITE, to, spoilt)
     with pytest.raises(ProofError, match=said) as error:
         export.export(run, to, out, check=True)
     assert "\n" not in str(error.value)
@@ -228,7 +229,7 @@ def spoilt_export_fails(run, out: Path, monkeypatch: pytest.MonkeyPatch, to: str
     ],
 )
 def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(run, tmp_path, monkeypatch, to, spoil, said):
-    monkeypatch.setattr(formats, "logits_elsewhere", in_this_process)
+    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
     spoilt_export_fails(run, tmp_path / "out", monkeypatch, to, spoil, said)
 
 
@@ -238,18 +239,18 @@ def test_an_adapter_that_plain_peft_warns_of_does_not_pass_the_check(run, tmp_pa
 
 
 def test_the_clean_interpreter_cannot_import_this_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "_SCRIPT", proof._SCRIPT.replace("job = ", "import partial_lora.adapter\njob = "))
+    monkeypatch.setattr(export, "_SCRIPT", export._SCRIPT.replace("job = ", "import partial_lora.adapter\njob = "))
     with pytest.raises(ProofError, match=r"a clean interpreter cannot use it .*partial_lora.*not a package"):
-        proof.logits_elsewhere({"x": torch.zeros(1)}, model=tmp_path)
+        export.logits_elsewhere({"x": torch.zeros(1)}, model=tmp_path)
 
 
 def test_a_compact_export_with_another_bit_does_not_pass_the_check(run, runs, tmp_path, monkeypatch):
-    write = formats.write_compact
+    write = export.write_compact
 
     def rounded(model, folder):
         return write(model, folder, dtype=torch.bfloat16)
 
-    monkeypatch.setattr(formats, "write_compact", rounded)
+    monkeypatch.setattr(export, "write_compact", rounded)
     with pytest.raises(ProofError, match=r"lora_A\.weight is not that of the run after loading"):
         export.export(run, "compact", tmp_path / "out", check=True)
     assert nothing_left(tmp_path / "out")
@@ -261,7 +262,7 @@ def test_a_merged_language_model_is_one_of_transformers(tmp_path):
     save_model(model.merge_and_unload(), tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens()), expected)
-    close(proof.logits_elsewhere({"input_ids": tokens()["input_ids"]}, model=tmp_path), expected)
+    close(export.logits_elsewhere({"input_ids": tokens()["input_ids"]}, model=tmp_path), expected)
 
 
 def test_a_merged_model_of_transformers_own_loads_by_its_auto_class(tmp_path):
@@ -328,7 +329,7 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch, when):
         (folder / "half.safetensors").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(getattr(formats, when), "compact", interrupted)
+    monkeypatch.setitem(getattr(export, when), "compact", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export.export(run, "compact", tmp_path / "out", check=True)
     assert nothing_left(tmp_path / "out")
@@ -355,7 +356,7 @@ def test_an_export_that_fails_at_the_last_step_leaves_the_one_before(run, tmp_pa
 
 def change_result(**changes):
     def change(directory: Path) -> None:
-        path = directory / results.RESULT
+        path = directory / record.RESULT
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return change
@@ -429,7 +430,7 @@ def test_a_run_that_cannot_be_exported_is_one_line(run, tmp_path, capsys, monkey
 
 
 def test_a_class_that_no_row_has_is_called_by_its_index(run):
-    path = run.directory / results.PREDICTIONS
+    path = run.directory / record.PREDICTIONS
     frame = pandas.read_parquet(path)
     frame[(frame["label"] != 7) & (frame["prediction"] != 7)].to_parquet(path)
     assert run.labels() == [str(index) for index in range(10)]

@@ -10,9 +10,9 @@ import torch
 from finished_runs import cache, choice_run, generation_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from partial_lora.runs import export, formats
+from partial_lora.runs import export
 from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.inference import Predictor
+from partial_lora.runs.predict import Predictor
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +58,12 @@ def test_a_quantised_base_is_merged_with_the_values_that_its_weights_stand_for(t
     export.export(run, "merged", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
-    inputs = formats._inputs(run)
-    own = formats._logits(formats.adapted_model(run), inputs)  # in four bits, as it runs
+    inputs = export._inputs(run)
+    own = export._logits(export.adapted_model(run), inputs)  # in four bits, as it runs
     apart = {
-        "merged": formats._logits(merged, inputs) - own,
-        "not quantised": formats._logits(formats.adapted_model(choice_run()), inputs) - own,
-        "without the adapter": formats._logits(formats.base_model(run), inputs) - own,
+        "merged": export._logits(merged, inputs) - own,
+        "not quantised": export._logits(export.adapted_model(choice_run()), inputs) - own,
+        "without the adapter": export._logits(export.base_model(run), inputs) - own,
     }
     far = {name: float(difference.abs().max()) for name, difference in apart.items()}
     assert far["merged"] < 1e-5 < 1e-3 < min(far["not quantised"], far["without the adapter"])

@@ -8,53 +8,52 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import sealed
-from partial_lora.runs import failures, launch, results
-from partial_lora.runs.cluster import Cluster
-from partial_lora.runs.failures import Failure
+from partial_lora import files
+from partial_lora.runs import directory, launch
+from partial_lora.runs.launch import Cluster, Failure
 
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(launch.VARIABLE, str(tmp_path))
     return tmp_path
 
 
 def say(monkeypatch, rank: int, reason: str, second: float) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(time, "time", lambda: second)
-    failures.report(reason)
+    launch.report(reason)
 
 
 def test_the_first_to_fail_is_the_cause(told: Path, monkeypatch) -> None:
     say(monkeypatch, 0, "a connection was closed", 101.0)
     say(monkeypatch, 1, "out of memory", 100.5)
-    failures.report_exits({0: (1, 101), 1: (1, 100)})
-    assert failures.first(told) == failures.Failure(1, "out of memory")
+    launch.report_exits({0: (1, 101), 1: (1, 100)})
+    assert launch.first(told) == launch.Failure(1, "out of memory")
 
 
 def test_a_process_that_was_killed_is_the_cause_of_what_its_peers_say(told: Path, monkeypatch) -> None:
     say(monkeypatch, 0, "a connection was closed", 100.2)
-    failures.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
-    assert failures.first(told) == failures.Failure(1, "was ended by SIGKILL", said=False)
+    launch.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
+    assert launch.first(told) == launch.Failure(1, "was ended by SIGKILL", said=False)
 
 
 @pytest.mark.parametrize("code", [-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL])
 def test_what_the_launcher_ends_after_a_failure_is_not_its_cause(told: Path, monkeypatch, code: int) -> None:
     say(monkeypatch, 0, "diverged", 100.2)
-    failures.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
-    assert failures.first(told) == failures.Failure(0, "diverged")
+    launch.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
+    assert launch.first(told) == launch.Failure(0, "diverged")
 
 
 def test_a_process_that_leaves_without_a_word_is_named(told: Path) -> None:
-    failures.report_exits({1: (3, 100)})
-    assert failures.first(told) == failures.Failure(1, "ended with code 3 and did not say why", said=False)
+    launch.report_exits({1: (3, 100)})
+    assert launch.first(told) == launch.Failure(1, "ended with code 3 and did not say why", said=False)
 
 
 def test_nobody_said_anything(told: Path, monkeypatch) -> None:
-    assert failures.first(told) is None
-    monkeypatch.delenv(failures.VARIABLE)
-    failures.report("nobody listens")
+    assert launch.first(told) is None
+    monkeypatch.delenv(launch.VARIABLE)
+    launch.report("nobody listens")
     assert list(told.iterdir()) == []
 
 
@@ -72,11 +71,11 @@ def test_nobody_said_anything(told: Path, monkeypatch) -> None:
     ],
 )
 def test_the_record_of_a_run_says_what_it_failed_of(status, failure, recorded, tmp_path: Path) -> None:
-    (tmp_path / results.CONFIG).write_text("seed: 3\n")
+    (tmp_path / directory.CONFIG).write_text("seed: 3\n")
     if status is not None:
         own = {"error": "its own account"} if status == "failed" else {}
-        sealed.write_json(tmp_path / results.RESULT, {"status": status, "seed": 3, **own})
+        files.write_json(tmp_path / directory.RESULT, {"status": status, "seed": 3, **own})
     launch._blame(tmp_path, failure, Cluster(processes=2), -signal.SIGKILL)
-    result = results.read_result(tmp_path)
+    result = directory.read_result(tmp_path)
     assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
     assert result.get("error") == recorded

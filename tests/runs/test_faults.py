@@ -23,11 +23,11 @@ import pytest
 import torch
 from commands import command, environment, here
 
-from partial_lora.calibration import calibration
+from partial_lora.calibration import calibrate as calibration
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import results
+from partial_lora.files import fault
+from partial_lora.runs import directory as results
 from partial_lora.runs.finished import finished_run
-from partial_lora.sealed import fault
 
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4")
 SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")

@@ -17,11 +17,11 @@ from scipy.special import softmax
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.models.tokenizers import byte_tokenizer
-from partial_lora.runs import answering, inference
+from partial_lora.models.texts import byte_tokenizer
+from partial_lora.runs import predict
 from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.inference import Predictor, RunModel
-from partial_lora.tasks import choices, formats
+from partial_lora.runs.predict import Predictor, RunModel
+from partial_lora.tasks import questions as choices
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_device_that_is_not_there_is_refused(run, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PartialLoraError, match="device=cuda: torch finds no CUDA device"):
         Predictor(run, device="cuda")
-    assert inference._device("auto") == "cpu"
+    assert predict._device("auto") == "cpu"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
@@ -247,15 +247,15 @@ def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
     arc = {"question": "what is red?", "choices": {"text": ["a rose", "coal"], "label": ["A", "B"]}, "answerKey": "A"}
     wino = {"sentence": "The cup fits not the box as the _ is too big.", "option1": "cup", "option2": "box"}
     cases = (
-        (formats.arc(arc), None, ("Question: what is red?\nAnswer:", ["a rose", "coal"])),
-        (formats.winogrande(wino | {"answer": 1}), "winogrande", (wino["sentence"], ["cup", "box"])),
+        (choices.arc(arc), None, ("Question: what is red?\nAnswer:", ["a rose", "coal"])),
+        (choices.winogrande(wino | {"answer": 1}), "winogrande", (wino["sentence"], ["cup", "box"])),
     )
     for choice, layout, question in cases:
         row = {"prompts": [choice.prompts], "options": [choice.options], "label": [0]}
-        expected = transform.options(datasets.Dataset.from_dict(row, features=choices.FEATURES), cache_bytes=0)
-        (found,) = answering.rows_of(transform, layout, [question])
+        expected = transform.options(datasets.Dataset.from_dict(row, features=choices.CHOICE_FEATURES), cache_bytes=0)
+        (found,) = predict.rows_of(transform, layout, [question])
         assert found == expected.to_list()
-    (found,) = answering.rows_of(transform, "winogrande", [("no place for a name", ["cup", "box"])])
+    (found,) = predict.rows_of(transform, "winogrande", [("no place for a name", ["cup", "box"])])
     assert "expected a _ in the prompt" in str(found)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import inputs
-from partial_lora.runs.inputs import Input
+from partial_lora.runs import predict
+from partial_lora.runs.predict import Input
 
 
 def read(
     *arguments: str, modality: str = "text", pairs: bool = False, kind: str = "label", stdin: bytes = b""
-) -> inputs.Inputs:
-    return inputs.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
+) -> predict.Inputs:
+    return predict.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
 
 
 def refused(*arguments: str, **how: object) -> str:
@@ -145,6 +145,6 @@ def test_lines_are_read_as_they_are_asked_for() -> None:
             return b"again\n"
 
     endless = Endless()
-    found = inputs.read(["first", "-"], modality="text", pairs=False, stdin=endless)
+    found = predict.read(["first", "-"], modality="text", pairs=False, stdin=endless)
     assert [each.given for each in itertools.islice(found.stream, 4)] == ["first", "again", "again", "again"]
     assert endless.asked == 3

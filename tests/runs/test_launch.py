@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import sealed
-from partial_lora.runs import launch, ledger, processes, record
+from partial_lora import files
+from partial_lora.runs import directory, launch, sweep
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,14 @@ from partial_lora.runs import launch, ledger, processes, record
     ],
 )
 def test_how_a_run_ended_is_what_its_record_says_of_it(tmp_path: Path, record: dict, status: str) -> None:
-    sealed.write_json(tmp_path / "result.json", record)
+    files.write_json(tmp_path / "result.json", record)
     assert launch._outcome(tmp_path, 143).status == status
 
 
 def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with processes._stopping():
+        with launch._stopping():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -39,11 +39,11 @@ def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
 
 
 def test_who_has_a_run_does_not_wait_for_itself(tmp_path: Path) -> None:
-    own = ledger.Ledger.opened(tmp_path)
-    other = ledger.Ledger(own.folder)
+    own = sweep.Ledger.opened(tmp_path)
+    other = sweep.Ledger(own.folder)
     with own.claimed(tmp_path / "run"):
         assert not own.is_under_way(tmp_path / "run")
-    script = "import sys, time; from pathlib import Path; from partial_lora.ledger import Ledger\n"
+    script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
     script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen(
         [sys.executable, "-c", script, str(own.folder), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
@@ -57,7 +57,7 @@ def test_who_has_a_run_does_not_wait_for_itself(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_none_is_none_in_a_record() -> None:
-    assert record.finite([{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]) == [
+    assert directory.finite([{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]) == [
         {"grad_norm": None, "loss": 0.5},
         [None, "x"],
     ]

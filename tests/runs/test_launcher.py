@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from partial_lora.runs import cluster, failures
+from partial_lora.runs import launch
 
 WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
 
 
 def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Popen:
     """Two workers, started as a run's are."""
-    shared = cluster.Cluster(processes=2, **changes)
-    command = cluster.command(shared, [str(WORKER), str(folder), str(seconds)])
-    told = {failures.VARIABLE: str(folder / "told"), **cluster.environment(shared)}
+    shared = launch.Cluster(processes=2, **changes)
+    command = launch.command(shared, [str(WORKER), str(folder), str(seconds)])
+    told = {launch.VARIABLE: str(folder / "told"), **launch.cluster_environment(shared)}
     (folder / "told").mkdir()
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | told, start_new_session=True)
@@ -54,7 +54,7 @@ def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_p
         time.sleep(0.5)
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert said(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
-    assert failures.first(tmp_path / "told") is None
+    assert launch.first(tmp_path / "told") is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import loading
+from partial_lora.runs import build
 from partial_lora.runs.schema import ModelConfig
 
 
@@ -28,17 +28,17 @@ def in_dtype(batch: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
 def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
     given = {"model": model_settings(model), "task": {"name": "mine", "modality": task}}
     with pytest.raises(PartialLoraError, match=rf"model={model} reads .*, and task=mine has {task}s") as refusal:
-        loading.check_modality(given)
+        build.check_modality(given)
     assert "\n" not in str(refusal.value)
 
 
 def test_texts_longer_than_a_model_has_positions_for_are_refused() -> None:
     chosen = model_settings("tiny_bert")
     longest = chosen["model_args"]["max_position_embeddings"]
-    loading.model_of(chosen | {"max_length": longest}, ["a", "b"])
+    build.model_of(chosen | {"max_length": longest}, ["a", "b"])
     with pytest.raises(PartialLoraError, match=rf"max_length={longest + 1}: expected at most {longest}, the positions"):
-        loading.model_of(chosen | {"max_length": longest + 1}, ["a", "b"])
-    relative = loading.model_of(model_settings("tiny_deberta") | {"max_length": 10 * longest}, ["a", "b"])
+        build.model_of(chosen | {"max_length": longest + 1}, ["a", "b"])
+    relative = build.model_of(model_settings("tiny_deberta") | {"max_length": 10 * longest}, ["a", "b"])
     tokens = torch.randint(3, 250, (1, 2 * longest))
     assert relative(input_ids=tokens).logits.shape == (1, 2)
 
@@ -53,14 +53,14 @@ def test_texts_longer_than_a_model_has_positions_for_are_refused() -> None:
 )
 def test_texts_are_drawn_by_share_unless_that_is_nothing(modality: str, share: float, drawn: dict) -> None:
     chosen = {"shots": 4, "share": share, "max_samples": 9, "seed": 0}
-    assert loading.drawn_by({"calibration": chosen, "task": {"modality": modality}}) == drawn
+    assert build.drawn_by({"calibration": chosen, "task": {"modality": modality}}) == drawn
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["tiny_deberta", "tiny_vit"])
 def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dtype: str) -> None:
     chosen = model_settings(name) | {"dtype": dtype}
-    model = loading.model_of(chosen, ["a", "b"])
+    model = build.model_of(chosen, ["a", "b"])
     frozen = target_linears(model, chosen["target_modules"], chosen["head"], chosen["new_modules"])
     assert {module.weight.dtype for module in frozen.values()} == {getattr(torch, dtype)}
     setting = methods.Setting(
@@ -83,6 +83,6 @@ def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dt
 
 def test_a_head_that_does_not_give_the_logits_is_refused() -> None:
     with pytest.raises(PartialLoraError, match=r"model\.head=timm_model\.norm: expected timm_model\.head, which gives"):
-        loading.model_of(model_settings("tiny_vit") | {"head": "timm_model.norm"}, ["a", "b"])
+        build.model_of(model_settings("tiny_vit") | {"head": "timm_model.norm"}, ["a", "b"])
     with pytest.raises(PartialLoraError, match=r"model\.new_modules: .* has no module of the name pool"):
-        loading.model_of(model_settings("tiny_vit") | {"new_modules": ["pool"]}, ["a", "b"])
+        build.model_of(model_settings("tiny_vit") | {"new_modules": ["pool"]}, ["a", "b"])

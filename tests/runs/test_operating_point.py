@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from partial_lora.runs import operating_point
+from partial_lora.runs import rates
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,10 @@ from partial_lora.runs import operating_point
     ],
 )
 def test_the_nearest_operating_point(point: str, others: list[str], expected: str | None) -> None:
-    assert operating_point.nearest(point, others) == expected
+    assert rates.nearest(point, others) == expected
 
 
 def test_a_point_in_words() -> None:
-    assert operating_point.said({"threshold": 0.9}) == "threshold 0.9"
-    assert operating_point.said({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"
-    assert operating_point.said({"threshold": 0.9, "budget": 153344.0}) == "budget 153,344"  # to the last parameter
+    assert rates.said({"threshold": 0.9}) == "threshold 0.9"
+    assert rates.said({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"
+    assert rates.said({"threshold": 0.9, "budget": 153344.0}) == "budget 153,344"  # to the last parameter

@@ -15,7 +15,7 @@ import torch
 
 from partial_lora import cli, predict_command
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.inference import Prediction, Predictor
+from partial_lora.runs.predict import Prediction, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def predict(run, photos, capsys):
     """A command line to its exit code, its lines and what it said on stderr."""
 
     def do(*arguments: str, directory: str = run) -> tuple[int, list[str], str]:
-        code = predict_command.main([directory, "--device", "cpu", *arguments])
+        code = predict_command.predict([directory, "--device", "cpu", *arguments])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err
 
@@ -154,20 +154,20 @@ def test_a_wrong_input_is_refused_before_the_model_is_there(run, monkeypatch, ar
     monkeypatch.setattr(predict_command, "_predictor", lambda *given: pytest.fail("the model was loaded"))
     monkeypatch.setattr(sys, "stdin", Stdin([]))
     with pytest.raises(PartialLoraError) as error:
-        predict_command.main([run, *arguments])
+        predict_command.predict([run, *arguments])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path) -> None:
     with pytest.raises(PartialLoraError, match="no such directory"):
-        predict_command.main([str(tmp_path / "none"), "a text"])
+        predict_command.predict([str(tmp_path / "none"), "a text"])
 
 
 @pytest.mark.parametrize("option", [["--top-k", "0"], ["--batch-size", "-1"], ["--batch-size", "many"]])
 def test_a_number_out_of_range_is_refused_by_name(run, capsys, option) -> None:
     with pytest.raises(SystemExit) as ended:
-        predict_command.main([run, "x", *option])
+        predict_command.predict([run, "x", *option])
     assert ended.value.code == 2
     assert f"argument {option[0]}: expected a whole number of at least 1, not {option[1]!r}" in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(photos, run, monkeypatch,
     with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         patch.setattr(sys, "stdin", Stdin(endless, lambda: asked.append(1)))
-        assert predict_command.main([run, "--device", "cpu", "--batch-size", "2", "-"]) == 0
+        assert predict_command.predict([run, "--device", "cpu", "--batch-size", "2", "-"]) == 0
         closed.flush()  # as the interpreter does at its end
     assert len(asked) == 2
     assert capfd.readouterr().err == ""
@@ -237,7 +237,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(photos, run, monkeypatch,
 def test_an_interruption_leaves_what_was_printed(photos, run, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin([photos[0], photos[1], photos[2], KeyboardInterrupt()]))
     with pytest.raises(KeyboardInterrupt):
-        predict_command.main([run, "--device", "cpu", "--batch-size", "2", "-"])
+        predict_command.predict([run, "--device", "cpu", "--batch-size", "2", "-"])
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -257,7 +257,7 @@ def test_progress_is_for_a_terminal_and_goes_to_stderr(photos, folder, predict, 
 def test_the_device_is_the_one_that_was_asked_for(run, photos, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PartialLoraError, match="torch finds no CUDA device"):
-        predict_command.main([run, photos[0], "--device", "cuda"])
+        predict_command.predict([run, photos[0], "--device", "cuda"])
 
 
 # Texts
@@ -327,4 +327,4 @@ def test_line_breaks_that_were_written_are_shown_as_they_are_written_down() -> N
 @pytest.mark.parametrize("of", [finished_runs.image_run, finished_runs.choice_run])
 def test_the_length_of_a_text_is_for_runs_that_write_some(of) -> None:
     with pytest.raises(PartialLoraError, match="--max-new-tokens: the run's model writes no texts"):
-        predict_command.main([str(of().directory), "a", "--max-new-tokens", "3"])
+        predict_command.predict([str(of().directory), "a", "--max-new-tokens", "3"])

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import results, running
+from partial_lora.runs import directory as results
+from partial_lora.runs import launch
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from partial_lora.results import locked
+from partial_lora.runs.directory import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -26,21 +27,21 @@ with locked(Path(sys.argv[1])):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    sealed.write_json(path, {"status": "running"})
+    files.write_json(path, {"status": "running"})
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        sealed.write_json(path, {"status": "finished"})
+        files.write_json(path, {"status": "finished"})
     assert json.loads(path.read_text()) == {"status": "running"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_json_refuses_what_it_has_no_word_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        sealed.write_json(tmp_path / "result.json", {"loss": float("nan")})
+        files.write_json(tmp_path / "result.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,7 +52,7 @@ def finished(directory: Path) -> Path:
     (directory / "adapter").mkdir(parents=True)
     for name in FILES:
         (directory / name).write_text("")
-    sealed.write_json(directory / "result.json", {"status": "finished"})
+    files.write_json(directory / "result.json", {"status": "finished"})
     return directory
 
 
@@ -67,7 +68,7 @@ def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
         (run / name).rename(run / "elsewhere")
         assert not results.is_finished(run), name
         (run / "elsewhere").rename(run / name)
-    sealed.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
     assert not results.is_finished(run)  # it promises a calibration.json
     (run / "calibration.json").write_text("{}")
     assert results.is_finished(run)
@@ -78,14 +79,14 @@ def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(
     run.mkdir()
     (run / "predictions.parquet").write_text("rows")
     record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
-    sealed.write_json(run / "result.json", record)
+    files.write_json(run / "result.json", record)
     assert results.is_recorded(run)
     assert not results.is_finished(run)
     others = ({"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
     for other in others:
-        sealed.write_json(run / "result.json", record | other)
+        files.write_json(run / "result.json", record | other)
         assert not results.is_recorded(run), other
-    sealed.write_json(run / "result.json", record)
+    files.write_json(run / "result.json", record)
     (run / "predictions.parquet").unlink()
     assert not results.is_recorded(run)
 
@@ -95,12 +96,12 @@ def test_kept_records_are_not_run_again_where_that_is_asked_for(
     keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {}
-    monkeypatch.setattr(running.launch, "launch", lambda *given, finished, **others: asked.update(finished=finished))
-    monkeypatch.setattr(running, "directory", lambda settings, stage: tmp_path)
-    sealed.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    monkeypatch.setattr(launch, "launch", lambda *given, finished, **others: asked.update(finished=finished))
+    monkeypatch.setattr(launch, "directory", lambda settings, stage: tmp_path)
+    files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
     (tmp_path / "predictions.parquet").write_text("")
     for stage in ("train", "calibrate"):
-        running.run({"keep_records": keep}, stage, shown=False)
+        launch.run({"keep_records": keep}, stage, shown=False)
         assert asked["finished"](tmp_path) is (keep and stage == "train")
 
 

@@ -19,8 +19,8 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from partial_lora import cli
-from partial_lora.runs import config, plan, results, schema, summing
-from partial_lora.runs.ledger import Ledger
+from partial_lora.runs import compose, config, directory, schema, sweep
+from partial_lora.runs.sweep import Ledger
 
 TINY = ("model=tiny_vit", "trainer.max_steps=8", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.3")
 RATES = "trainer.learning_rate=0.01,0.05,1e30"  # the last one diverges
@@ -239,9 +239,9 @@ def test_what_a_sampler_cannot_do_is_said_before_it_starts(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def planned(*arguments: str) -> plan.Plan:
+def planned(*arguments: str) -> compose.Plan:
     ConfigStore.instance().store(name="schema", node=schema.Config)
-    return plan.plan(arguments, config.conf_dir(), config.resolve)
+    return compose.plan(arguments, config.conf_dir(), config.resolve)
 
 
 def test_a_plan_holds_every_combination_in_hydras_order() -> None:
@@ -307,10 +307,10 @@ def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path)
     assert not ledger.is_under_way(run)
     with ledger.claimed(run) as before:
         assert not before
-        with results.locked(run):
+        with directory.locked(run):
             assert not ledger.is_orphaned(run)
     assert not ledger.is_under_way(run)
-    with results.locked(run):
+    with directory.locked(run):
         assert ledger.is_under_way(run)
         assert ledger.is_orphaned(run)
     with ledger.claimed(run) as before:
@@ -325,18 +325,18 @@ def test_the_table_says_of_every_run_what_became_of_it() -> None:
         3: {"status": "running", "code": 0, "overrides": ["a=3"]},
     }
     names = {number: f"a={number}" for number in range(5)}
-    found = summing.rows(entries, names, [])
+    found = sweep.rows(entries, names, [])
     assert [row.code for row in found] == [0, 0, 2, 1, 1]
     console = Console(file=io.StringIO(), width=120)
-    console.print(summing.table(found))
+    console.print(sweep.table(found))
     lines = [line.split() for line in console.file.getvalue().splitlines() if "a=" in line]
     assert lines[0] == ["a=0", "finished", "3.0", "0.5000"]
     assert lines[1] == ["a=1", "skipped", "–", "0.2500"]
     assert lines[2] == ["a=2", "refused", "0.1", "–", "in", "use", "by", "[pid", "7]"]
     assert lines[3][:2] == ["a=3", "failed"]
     assert lines[4] == ["a=4", "not", "started", "–", "–"]
-    stopped = summing.rows(entries, names, [signal.SIGTERM])
+    stopped = sweep.rows(entries, names, [signal.SIGTERM])
     assert [row.code for row in stopped] == [0, 0, 2, 143, 0]
-    assert summing.counted(stopped).startswith(
+    assert sweep.counted(stopped).startswith(
         "5 runs: 1 finished, 1 skipped (finished before), 1 refused, 1 interrupted, 1 not started"
     )

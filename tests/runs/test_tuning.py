@@ -10,9 +10,10 @@ import pytest
 import tune
 from searched_rates import RATES, composed, run, search
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import config, record, tuning
+from partial_lora.runs import config, directory
+from partial_lora.runs import rates as tuning
 
 
 @functools.cache
@@ -48,8 +49,8 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
         assert settings["trainer"]["learning_rate"] == rate
         plain = composed("model=tiny_vit", f"trainer.learning_rate={rate}", *overrides.split())
         assert config.run_id(settings) != config.run_id(plain)  # they say of themselves how they got it
-        assert record.new(settings)["tuning"] == "tuned"
-        assert record.new(plain)["tuning"] == "untuned"
+        assert directory.new(settings)["tuning"] == "tuned"
+        assert directory.new(plain)["tuning"] == "untuned"
     for overrides, lacking in {
         "method=dora": "method=dora",
         "mask=element": "method=partial, masks=element, operating_point=threshold 0.9",
@@ -82,7 +83,7 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
 def test_a_run_says_where_its_rate_was_found_if_not_for_such_a_run(file: Path, overrides, rate, where) -> None:
     settings = composed("model=tiny_vit", f"trainer.tuned={file}", *overrides.split())
     assert settings["trainer"]["learning_rate"] == rate
-    assert record.new(settings)["tuning"] == where
+    assert directory.new(settings)["tuning"] == where
     again = copy.deepcopy(settings)
     again["trainer"]["tuned_elsewhere"] = None
     assert config.run_id(again) != config.run_id(settings)  # found for it later, the same rate is another fact
@@ -109,7 +110,7 @@ def test_another_tasks_rates_stand_in_where_that_is_asked_for(file: Path, overri
         composed(*given)
     settings = composed(*given, "trainer.tuned_on=digits")
     assert settings["trainer"]["learning_rate"] == rate
-    assert record.new(settings)["tuning"] == where
+    assert directory.new(settings)["tuning"] == where
     with pytest.raises(PartialLoraError, match=r"trainer\.tuned=.* task=cifar10"):
         composed(*given, "trainer.tuned_on=gtsrb")
 
@@ -119,21 +120,21 @@ def test_a_task_with_rates_of_its_own_needs_none_to_stand_in(file: Path) -> None
     given = ("model=tiny_vit", f"trainer.tuned={file}", "trainer.tuned_on=digits")
     own, none = composed(*given, "task=cifar10"), composed(*given)
     assert (own["trainer"]["learning_rate"], none["trainer"]["learning_rate"]) == (1e-3, 1e-2)
-    assert {record.new(each)["tuning"] for each in (own, none)} == {"tuned"}
+    assert {directory.new(each)["tuning"] for each in (own, none)} == {"tuned"}
     assert config.run_id(none) == config.run_id(composed(*given[:2]))  # what might have stood in changes nothing
 
 
 def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.json"
     content = {"version": 1, "threshold": 0.42, "budget": 0.13, "axes": "separate", "scope": "independent"}
-    sealed.write_json(calibration, content)
+    files.write_json(calibration, content)
     given = ("model=tiny_vit", f"trainer.tuned={file}", f"calibration.file={calibration}")
     settings = composed(*given)
     assert settings["trainer"]["learning_rate"] == 3e-2  # of budget 0.13, though the settings have threshold 0.9
-    assert record.new(settings)["tuning"] == "tuned"
-    sealed.write_json(calibration, content | {"axes": "joint", "budget": 0.2})
-    assert record.new(composed(*given))["tuning"] == "tuned elsewhere (budget 0.13, calibration.axes=separate)"
-    sealed.write_json(calibration, {})
+    assert directory.new(settings)["tuning"] == "tuned"
+    files.write_json(calibration, content | {"axes": "joint", "budget": 0.2})
+    assert directory.new(composed(*given))["tuning"] == "tuned elsewhere (budget 0.13, calibration.axes=separate)"
+    files.write_json(calibration, {})
     with pytest.raises(PartialLoraError, match=r"calibration\.file=.*calibration\.json"):
         composed(*given)
     assert composed(*given, "method=lora")["trainer"]["learning_rate"] == 3e-3  # which reads no such file

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from partial_lora.runs.config import _ELSEWHERE, no_such_key
 from partial_lora.runs.identity import defaults
-from partial_lora.runs.unknown_key import _ELSEWHERE, no_such_key
 
 
 @pytest.mark.parametrize(

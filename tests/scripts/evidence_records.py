@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from evidence.dynamics import DYNAMICS, VERSION
 
-from partial_lora import sealed
-from partial_lora.runs import results
+from partial_lora import files
+from partial_lora.runs import directory
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
@@ -118,11 +118,11 @@ def leave(
     name = f"{method}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     folder = place.joinpath("runs", config["task"]["name"], model, name, f"seed{seed}")
     folder.mkdir(parents=True)
-    sealed.write_json(folder / results.RESULT, record)
+    files.write_json(folder / directory.RESULT, record)
     if test is None:
-        frame.to_parquet(folder / results.PREDICTIONS)
+        frame.to_parquet(folder / directory.PREDICTIONS)
     if measured:
-        sealed.write_json(folder / DYNAMICS, {"version": VERSION} | measured)
+        files.write_json(folder / DYNAMICS, {"version": VERSION} | measured)
     return folder
 
 

@@ -17,15 +17,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from partial_lora import cli, tasks, train
-from partial_lora.calibration.calibration import calibrate
-from partial_lora.calibration.fewshot import batches_of
-from partial_lora.calibration.heads import few_shot_head
+from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.importance import scores_of
-from partial_lora.calibration.reliability import reliability, split_half
-from partial_lora.calibration.stability import difference
+from partial_lora.calibration.reliability import difference, reliability, split_half
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
-from partial_lora.runs import config, record, schema
+from partial_lora.runs import config, directory, schema
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
 TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")
@@ -315,7 +313,7 @@ def test_a_pass_over_questions_runs_a_row_for_every_option() -> None:
 @pytest.mark.parametrize("quantization", ["null", "nf4"])
 def test_what_a_run_has_calibrated_is_kept_for_an_analysis(tmp_path: Path, quantization: str) -> None:
     chosen, subject = of_causal("choice_table", *questions(), f"model.quantization={quantization}")
-    entry = record.new(chosen)
+    entry = directory.new(chosen)
     train.run(chosen, tmp_path, entry, "calibrate")
     found = subject.calibrate(subject.draws())
     assert found.cached

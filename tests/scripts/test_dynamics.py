@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import runs
-from partial_lora.runs import formats
+from partial_lora.report import records
+from partial_lora.runs import export
 from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.inference import RunModel
+from partial_lora.runs.predict import RunModel
 
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:
@@ -77,7 +77,7 @@ def test_a_trained_run_is_measured_on_the_rows_it_has_seen_and_not_seen(monkeypa
     trained = RunModel(run, "cpu")
     batch = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.zeros(6, dtype=torch.long)}
     with trained.model.disable_adapter():
-        still = drift(formats.base_model(run).eval(), trained, [batch], "timm_model.blocks")
+        still = drift(export.base_model(run).eval(), trained, [batch], "timm_model.blocks")
     assert list(still.values()) == pytest.approx([1, 1, 1], abs=1e-9)
 
 
@@ -142,7 +142,7 @@ def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: 
 
     def cells() -> list[dynamics.Cell]:
         found: dict[tuple, dict] = {}
-        for run in runs.read(tmp_path)[0]:
+        for run in records.read(tmp_path)[0]:
             found.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
         return [(task, cell) for (task, _), cell in sorted(found.items())]
 

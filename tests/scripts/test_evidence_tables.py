@@ -18,7 +18,7 @@ from evidence_records import EXAMPLES, leave
 from scipy import stats
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.comparison import compared
+from partial_lora.report.statistics import compared
 
 BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
 CHOICE = {"task__kind": "choice", "task__modality": "text"}

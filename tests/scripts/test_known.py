@@ -10,7 +10,7 @@ import pytest
 from scored_models import Counted
 
 from partial_lora import Calibration, PartialLoraError, calibrate
-from partial_lora.calibration.scoring import FewShotAccuracy
+from partial_lora.calibration.score import FewShotAccuracy
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)

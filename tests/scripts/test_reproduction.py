@@ -17,8 +17,9 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from partial_lora.runs import config, plan, rate_settings, schema, tuning
-from partial_lora.runs.operating_point import NO_POINT
+from partial_lora.runs import compose, config, schema
+from partial_lora.runs import rates as rate_settings
+from partial_lora.runs.rates import NO_POINT
 
 ROOT = config.conf_dir().parent
 NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]
@@ -48,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         for preset, file in RATES.items():
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            tuning.save(Path(file), [each for words in searches(preset) for each in entries(words, preset)])
+            rate_settings.save(Path(file), [each for words in searches(preset) for each in entries(words, preset)])
     finally:
         os.chdir(before)
     return folder
@@ -103,18 +104,18 @@ def composed(words: tuple[str, ...]):
 
     ConfigStore.instance().store(name="schema", node=schema.Config)
     flags = get_args_parser().parse_args(list(words))
-    hydra = plan._hydra(flags, config.conf_dir())
+    hydra = compose._hydra_of_plan(flags, config.conf_dir())
     overrides = list(flags.overrides)
     master = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
 
     @cache
     def settings(combination: tuple[str, ...]) -> dict:
         run = hydra.config_loader.load_sweep_config(master, list(combination))
-        found = plan._checked([(combination, run)], config.resolve)
+        found = compose._checked([(combination, run)], config.resolve)
         assert not found.refused, (words, found.refused)
         return found.runs[0][1]
 
-    return [tuple(each) for each in plan._combinations(plan._given(master, hydra.config_loader))], settings
+    return [tuple(each) for each in compose._combinations(compose._given(master, hydra.config_loader))], settings
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
@@ -163,7 +164,7 @@ def searched_with(rates: list[dict], target: str, preset: str) -> set[tuple[str,
     commands.cache_clear()
     try:
         if rates:
-            tuning.save(file, rates)
+            rate_settings.save(file, rates)
         return {words for words in trainings(target, preset) if "experiment=tune" in words}
     finally:
         kept.rename(file)
@@ -196,7 +197,7 @@ def test_a_table_searches_for_the_rates_of_its_own_runs_alone(place: Path, prese
 @pytest.mark.parametrize("rated", [(), ("lora",), ("lora", "partial")])
 def test_a_task_of_which_not_every_method_has_a_rate_is_searched(place: Path, rated: tuple[str, ...]) -> None:
     """As after `make tune`, which searches on digits alone, or after a search that ended early."""
-    whole = tuning.load(Path(RATES["cpu"]))
+    whole = rate_settings.load(Path(RATES["cpu"]))
     known = [entry for entry in whole if entry["task"] != "gtsrb" or entry["method"] in rated]
     found = searched_with(known, "runs-table1", "cpu")
     assert {word for words in found for word in words if word.startswith("task=")} == {"task=gtsrb"}
@@ -234,6 +235,6 @@ def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
         assert len(lines) == 4
         for words in lines:
             _, _, rest = analyses.parse(words)
-            found = plan.plan(rest, config.conf_dir(), config.resolve)
+            found = compose.plan(rest, config.conf_dir(), config.resolve)
             assert not found.refused
             assert [settings["results_dir"] for _, settings in found.runs] == [results]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora.runs import cluster, config
-from partial_lora.runs.composition import compose
+from partial_lora.runs import config, launch
+from partial_lora.runs.compose import compose
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # What Slurm would have on its nodes, and a partial-lora that notes its arguments.
@@ -74,7 +74,7 @@ def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
         for node in range(2)
     ]
     assert len({config.run_directory(settings) for settings in nodes}) == 1
-    first, second = (cluster.cluster_of(settings) for settings in nodes)
+    first, second = (launch.cluster_of(settings) for settings in nodes)
     assert (first.processes, first.here, first.machines, first.kind) == (16, 8, 2, "fsdp")
     assert (first.rank, second.rank) == (0, 1)
     assert first.address == second.address == "node0"
@@ -84,4 +84,4 @@ def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
 def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch) -> None:
     settings = settings_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
     assert (settings["model"]["name"], settings["model"]["quantization"]) == ("qwen2_5_14b", "nf4")
-    assert cluster.cluster_of(settings | {"trainer": settings["trainer"] | {"num_processes": 1}}).kind == "ddp"
+    assert launch.cluster_of(settings | {"trainer": settings["trainer"] | {"num_processes": 1}}).kind == "ddp"

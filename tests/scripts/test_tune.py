@@ -10,10 +10,11 @@ import pytest
 import tune
 from searched_rates import RATES, known, run, search
 
-from partial_lora import sealed
+from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import runs
-from partial_lora.runs import config, results, tuning
+from partial_lora.report import records as runs
+from partial_lora.runs import config, directory
+from partial_lora.runs import rates as tuning
 from partial_lora.tasks import metrics
 
 
@@ -27,7 +28,7 @@ def write(folder: Path, records: list[dict]) -> str:
     for record in records:
         place = folder / config.run_directory(record["config"])
         place.mkdir(parents=True)
-        sealed.write_json(place / results.RESULT, record)
+        files.write_json(place / directory.RESULT, record)
     return str(folder / "results")
 
 
@@ -127,7 +128,7 @@ def test_what_is_not_calibrated_has_neither_masks_nor_points() -> None:
 
 def test_a_search_with_a_calibration_file_is_at_its_point(tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.json"
-    sealed.write_json(calibration, {"threshold": 0.42, "budget": 0.13})
+    files.write_json(calibration, {"threshold": 0.42, "budget": 0.13})
     records = search([0.5, 0.6, 0.9, 0.8], f"calibration.file={calibration}")
     for record in records:
         record["calibration"] = {"threshold": 0.42, "budget": 0.13, "axes": "joint", "search": "scan"}

@@ -8,7 +8,7 @@ import pytest
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.label_noise import mislabelled
+from partial_lora.tasks.splits import mislabelled
 
 
 def digits(**changes: float) -> tasks.Task:

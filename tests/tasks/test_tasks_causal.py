@@ -10,9 +10,9 @@ import torch
 from tiny_causal import bytes_tokenizer, merging_tokenizer
 
 from partial_lora import tasks
-from partial_lora.calibration.likelihood import Loss, OptionLikelihood
+from partial_lora.calibration.score import Loss, OptionLikelihood
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import choices, exchanges
+from partial_lora.tasks import questions as choices
 
 BOUND = 2**20
 QUESTIONS = [
@@ -34,12 +34,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def questions(given: list = QUESTIONS) -> datasets.Dataset:
     data = {"prompts": [[prompt] * len(options) for prompt, options, _ in given]}
     data |= {"options": [options for _, options, _ in given], "label": [label for *_, label in given]}
-    return datasets.Dataset.from_dict(data, features=choices.FEATURES, split=datasets.NamedSplit("train"))
+    return datasets.Dataset.from_dict(data, features=choices.CHOICE_FEATURES, split=datasets.NamedSplit("train"))
 
 
 def exchanged(*pairs: tuple[str, str]) -> datasets.Dataset:
     data = {"prompt": [prompt for prompt, _ in pairs], "response": [response for _, response in pairs]}
-    return datasets.Dataset.from_dict(data, features=exchanges.FEATURES, split=datasets.NamedSplit("train"))
+    return datasets.Dataset.from_dict(data, features=choices.EXCHANGE_FEATURES, split=datasets.NamedSplit("train"))
 
 
 def literal(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

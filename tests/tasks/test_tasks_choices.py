@@ -13,7 +13,7 @@ import pytest
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.formats import CHOICES, EXCHANGES
+from partial_lora.tasks.questions import CHOICES, EXCHANGES
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 SOCIAL = {"answerA": "left", "answerB": "right", "answerC": "up", "label": "3"}

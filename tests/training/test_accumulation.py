@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, default_data_collator
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.training import evaluation, fit, losses, options
+from partial_lora.training import metrics, objectives
+from partial_lora.training import trainer as fit
 
 BATCH, ROWS = 8, 44  # 44 rows are five batches and half of one
 ADAPTED = {"tiny_bert": ["query", "dense"], "tiny_llama": ["q_proj", "down_proj"], "tiny_vit": ["attn.qkv", "mlp.fc1"]}
@@ -59,12 +60,12 @@ def trainer(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         collate=lambda some: default_data_collator(
             [{key: value for key, value in row.items() if key != "length"} for row in some]
         ),
-        loss=losses.loss_of_tokens if causal else losses.loss_of_batch,
-        reduce=options.log_likelihoods if causal else None,
+        loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
+        reduce=metrics.log_likelihoods if causal else None,
         measure=lambda said: (
             {"perplexity": float(np.exp(-said.predictions[:, 0].sum() / said.predictions[:, 1].sum()))}
             if causal
-            else evaluation.metrics_of(("accuracy",), said.predictions, np.asarray(said.label_ids))
+            else metrics.metrics_of(("accuracy",), said.predictions, np.asarray(said.label_ids))
         ),
         selects="perplexity" if causal else "accuracy",
         device="cpu",

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics
 
-from partial_lora.training import evaluation
+from partial_lora.training import metrics as evaluation
 
 LOGITS = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0], [0.0, 1.0]])
 CLASSES = np.array([0, 1, 1, 1, 0])

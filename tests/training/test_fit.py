@@ -18,8 +18,10 @@ from transformers import default_data_collator
 
 from partial_lora import methods, models
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import results
-from partial_lora.training import checkpoints, evaluation, fit, losses, resuming
+from partial_lora.runs import directory as results
+from partial_lora.training import checkpoints, objectives
+from partial_lora.training import metrics as evaluation
+from partial_lora.training import trainer as fit
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 BATCH = 8
@@ -77,7 +79,7 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
         validation=rows(12, real, size),
         directory=directory,
         collate=collate,
-        loss=losses.loss_of_batch,
+        loss=objectives.loss_of_batch,
         measure=lambda said: evaluation.metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),
         selects=metrics[0],
         device="cpu",
@@ -198,9 +200,9 @@ def test_parts_of_a_step_add_up_to_the_mean_over_its_examples(real: bool) -> Non
     labels = torch.randn(7, generator=generator) if real else torch.arange(7) % 3
     literal = nn.functional.mse_loss(logits[:, 0], labels) if real else nn.functional.cross_entropy(logits, labels)
     parts = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]  # uneven, as accumulation and processes may be
-    total = sum(losses.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
+    total = sum(objectives.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
     assert torch.allclose(total, literal)
-    assert torch.allclose(losses.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
+    assert torch.allclose(objectives.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
 
 
 def test_texts_of_like_length_share_a_batch_in_an_order_that_seed_and_epoch_decide() -> None:
@@ -274,7 +276,7 @@ def test_texts_are_in_the_order_of_the_epoch_whatever_stands_between(adapted, tm
     training = trainer(adapted, tmp_path, count=24, length_grouped=True)
     training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
     sampler = training._get_train_sampler()
-    monkeypatch.setattr(resuming.ResumingTrainer, "_run_epoch", lambda self, **settings: None)
+    monkeypatch.setattr(fit.ResumingTrainer, "_run_epoch", lambda self, **settings: None)
     training._run_epoch(epoch=2)
     own = fit.ByLength(BATCH, list(range(24)), 0, 24)
     own.set_epoch(2)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sharded_worker import STEPS
 
 from partial_lora import models
-from partial_lora.runs import results
+from partial_lora.runs import directory
 from partial_lora.training import checkpoints, fsdp
 
 
@@ -60,7 +60,7 @@ def test_the_adapter_is_saved_whole_for_plain_peft(found, alone) -> None:
 
 def test_a_checkpoint_in_parts_is_one_that_a_single_process_goes_on_from(found, alone) -> None:
     training = sharded_worker.trainer(sharded_worker.adapted(seed=3), found[0] / "early", processes=1, sharded=False)
-    training.train(found[0] / "early" / results.CHECKPOINTS / f"checkpoint-{sharded_worker.HALF}")
+    training.train(found[0] / "early" / directory.CHECKPOINTS / f"checkpoint-{sharded_worker.HALF}")
     for name, value in checkpoints.trainable(training.model).items():
         torch.testing.assert_close(value, alone["values"][name], atol=1e-5, rtol=0)
 

@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tiny_causal import bytes_tokenizer, llama, merging_tokenizer
 
 from partial_lora import tasks
-from partial_lora.training.generation import exact_match, generate, rouge_l
+from partial_lora.training.metrics import exact_match, generate, rouge_l
 
 PROMPTS = [
     "two",

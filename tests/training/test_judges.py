@@ -14,7 +14,8 @@ from tiny_causal import llama, merging_tokenizer
 
 from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
-from partial_lora.training import fit, judges, losses
+from partial_lora.training import objectives
+from partial_lora.training import trainer as fit
 
 TOKENIZER = merging_tokenizer()
 CACHE_BYTES = 2**20
@@ -48,7 +49,7 @@ def task(kind: str, metrics: tuple[str, ...]) -> Task:
     return Task(name="mine", modality="text", labels=(), metrics=metrics, kind=kind, **splits)
 
 
-def trained(judge: judges.Judge, directory: Path):
+def trained(judge: objectives.Judge, directory: Path):
     model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     trainer = fit.trainer(
         model,
@@ -93,11 +94,11 @@ def literal(model, prompt: str, answer: str, ends: bool = False) -> tuple[float,
 
 def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
     chosen = task("choice", ("accuracy", "accuracy_norm"))
-    judge = judges.ByOptions(chosen, CausalTransform(TOKENIZER, 64, kind="choice"), CACHE_BYTES)
+    judge = objectives.ByOptions(chosen, CausalTransform(TOKENIZER, 64, kind="choice"), CACHE_BYTES)
     trainer = trained(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):
-        found = judge.judged(judges.predicts(trainer), model, split)
+        found = judge.judged(objectives.predicts(trainer), model, split)
         right, normed, told, tokens = [], [], 0.0, 0
         for row in getattr(chosen, split):
             said = [literal(model, *pair) for pair in zip(row["prompts"], row["options"], strict=True)]
@@ -112,15 +113,15 @@ def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> N
         assert found.metrics["loss"] == pytest.approx(-told / tokens, rel=1e-4)
         assert (found.predictions["prediction"] == found.predictions["label"]).tolist() == right
     selected = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    assert max(selected) == judge.judged(judges.predicts(trainer), model, "validation").metrics["accuracy"]
+    assert max(selected) == judge.judged(objectives.predicts(trainer), model, "validation").metrics["accuracy"]
 
 
 def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_path: Path) -> None:
     chosen = task("generation", ("rouge_l", "exact_match"))
     writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
-    judge = judges.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
     trainer = trained(judge, tmp_path / "run")
-    predict = judges.predicts(trainer)
+    predict = objectives.predicts(trainer)
     validation, test = (judge.judged(predict, trainer.model, split) for split in ("validation", "test"))
     told = [literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in chosen.validation]
     perplexity = math.exp(-sum(total for total, _ in told) / sum(count for _, count in told))
@@ -157,7 +158,7 @@ def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
     writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
 
     def written(peers) -> list[str]:
-        judge = judges.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
+        judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
         return judge._written(model, prompts)
 
     shares: dict = {}
@@ -185,6 +186,8 @@ def test_the_loss_of_tokens_is_a_mean_over_those_asked_for_however_a_step_is_cut
         if labels[row, place] != -100
     ]
     literal_mean = torch.stack(terms).mean()
-    parts = [losses.loss_of_tokens(Output(logits[part]), labels[part], asked) for part in (slice(0, 1), slice(1, 4))]
+    parts = [
+        objectives.loss_of_tokens(Output(logits[part]), labels[part], asked) for part in (slice(0, 1), slice(1, 4))
+    ]
     assert torch.allclose(sum(parts), literal_mean)
-    assert torch.allclose(losses.loss_of_tokens(Output(logits), labels), literal_mean)
+    assert torch.allclose(objectives.loss_of_tokens(Output(logits), labels), literal_mean)

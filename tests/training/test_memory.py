@@ -13,7 +13,7 @@ from torch import nn
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.training import memory, parameters
+from partial_lora.training import cost
 
 GEOMETRY = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 300}
 BATCH, LENGTH, RANK = 3, 24, 4
@@ -28,8 +28,8 @@ def described(name: str, sparsity: float, targets: list[str] | None = None) -> t
     chosen = settings(name)
     model = models.empty(family="causal", architecture=chosen["architecture"], model_args=model_args(name))
     adapted = {"target_modules": targets or chosen["target_modules"], "head": None}
-    shapes = parameters.target_shapes(model, **adapted)
-    return model, shapes, parameters.describe(model, **adapted, rank=RANK, sparsity=sparsity)
+    shapes = cost.target_shapes(model, **adapted)
+    return model, shapes, cost.describe(model, **adapted, rank=RANK, sparsity=sparsity)
 
 
 def held(model: nn.Module) -> int:
@@ -52,7 +52,7 @@ def held(model: nn.Module) -> int:
 def test_frozen_weights_take_the_bytes_that_are_counted(name, dtype, quantization):
     model = load(name, model_args=model_args(name), dtype=dtype, quantization=quantization)
     outline = models.empty(family="causal", architecture=settings(name)["architecture"], model_args=model_args(name))
-    assert memory.weight_bytes(outline, dtype, quantization) == held(model)
+    assert cost.weight_bytes(outline, dtype, quantization) == held(model)
 
 
 def kept(
@@ -115,7 +115,7 @@ CASES = [
 def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsity, dtype, quantization, few):
     targets = ["q_proj", "v_proj"] if few else settings(name)["target_modules"]
     model, shapes, counts = described(name, sparsity, targets)
-    found = memory.activations(
+    found = cost.activations(
         model.config,
         shapes,
         rank=RANK,
@@ -134,10 +134,10 @@ def estimate(name: str, *, outline: nn.Module | None = None, sparsity: float = 0
     chosen = settings(name)
     model = outline or models.empty(**{key: chosen[key] for key in ("family", "architecture", "model_args")})
     adapted = {"target_modules": chosen["target_modules"], "head": None}
-    shapes = parameters.target_shapes(model, **adapted)
-    counts = parameters.describe(model, **adapted, rank=16, sparsity=sparsity)
+    shapes = cost.target_shapes(model, **adapted)
+    counts = cost.describe(model, **adapted, rank=16, sparsity=sparsity)
     asked = {"shapes": shapes, "counts": counts, "rank": 16, "batch_size": 4, "length": 512}
-    return memory.peak_memory(model, **(asked | changes))
+    return cost.peak_memory(model, **(asked | changes))
 
 
 def test_peak_is_the_sum_of_its_parts_and_counts_each_once():
@@ -170,10 +170,10 @@ def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
     """Where log-probabilities are small, the most is kept when a block has been computed again."""
     outline, shapes, _ = described("tiny_llama", 0.0)
     one = {"rank": RANK, "density": 1.0, "size": 4, "quantization": None, "batch_size": 1, "length": 10}
-    found = memory.activations(outline.config, shapes, **one)
+    found = cost.activations(outline.config, shapes, **one)
     assert found.block > found.after + found.gradient
     assert found.peak_checkpointed == found.blocks * found.entering + found.block + found.logits
-    many = memory.activations(
+    many = cost.activations(
         outline.config.__class__(**(outline.config.to_dict() | {"vocab_size": 10**5})), shapes, **one
     )
     assert many.peak_checkpointed == many.blocks * many.entering + many.after + many.logits + many.gradient
@@ -182,5 +182,5 @@ def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
 def test_model_of_another_kind_is_refused_in_one_line():
     outline = models.empty(architecture="vit_tiny_patch16_224", num_labels=2)
     with pytest.raises(PartialLoraError, match=r"memory of its activations is not known") as caught:
-        memory.activations(outline.config, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
+        cost.activations(outline.config, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
     assert "\n" not in str(caught.value)

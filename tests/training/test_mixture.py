@@ -22,15 +22,16 @@ from tiny_causal import merging_tokenizer
 from torch.nn import functional as F
 
 from partial_lora import tasks as tasks_of
-from partial_lora.calibration import fewshot, slices
-from partial_lora.calibration.heads import features, fitted_head, fitted_heads
+from partial_lora.calibration import few_shot
+from partial_lora.calibration import score as slices
+from partial_lora.calibration.few_shot import features, fitted_head, fitted_heads
 from partial_lora.calibration.peers import Alone
-from partial_lora.calibration.scoring import MEASURES, FewShotScore
+from partial_lora.calibration.score import MEASURES, FewShotScore
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import closing
-from partial_lora.runs import config, evaluate_run, formats, loading, results, schema
+from partial_lora.report import summary
+from partial_lora.runs import build, config, directory, evaluate, export, schema
 from partial_lora.tasks import Task
-from partial_lora.training import judges, losses, mixture_judge
+from partial_lora.training import objectives
 
 WORDS = ["fine", "poor", "warm", "cold", "long", "odd"]
 DIGITS = "{path: 'bundled:digits'}"
@@ -70,7 +71,7 @@ def members(tables: dict[str, str], *names: str) -> list[str]:
 
 
 def mixture(chosen: dict) -> tasks_of.Mixture:
-    return loading.task_of(chosen, mixtures=True)
+    return build.task_of(chosen, mixtures=True)
 
 
 def alone(chosen: dict, name: str) -> dict:
@@ -153,7 +154,7 @@ def test_numbers_that_only_the_rows_show_and_other_commands_are_refused(tables, 
     with pytest.raises(PartialLoraError, match=r"task\.members: the labels of numbers are real numbers"):
         mixture(chosen)
     with pytest.raises(PartialLoraError, match=r"take one of its members, reviews, questions"):
-        loading.task_of(settings(*members(tables, "reviews", "questions")))
+        build.task_of(settings(*members(tables, "reviews", "questions")))
 
 
 # Rows
@@ -165,7 +166,7 @@ def test_rows_are_the_members_rows_and_labels_count_on(tables) -> None:
     assert mixed.labels == ("reviews/bad", "reviews/good", "questions/x", "questions/y", "questions/z")
     assert mixed.class_names == ("bad", "good", "x", "y", "z")
     assert mixed.sizes == (2, 3)
-    own = [loading.task_of(alone(chosen, name)) for name in ("reviews", "questions")]
+    own = [build.task_of(alone(chosen, name)) for name in ("reviews", "questions")]
     for split in tasks_of.SPLITS:
         rows = getattr(mixed, split)
         expected = [(n, label + 2 * n) for n, each in enumerate(own) for label in getattr(each, split)["label"]]
@@ -197,12 +198,12 @@ def test_equal_mixing_trains_on_as_many_rows_of_each_and_tests_on_all(tables) ->
 def test_prepared_rows_and_batches_are_those_of_the_members(tables) -> None:
     chosen = settings(*members(tables, "reviews", "questions"))
     mixed = mixture(chosen)
-    transform = loading.transform_of(chosen, mixed)
+    transform = build.transform_of(chosen, mixed)
     joined = transform.prepare(mixed.train, cache_bytes=2**20)
     twins = []
     for number, name in enumerate(("reviews", "questions")):
-        own = loading.task_of(alone(chosen, name)).train
-        prepared = loading.transform_of(alone(chosen, name)).prepare(own, cache_bytes=2**20)
+        own = build.task_of(alone(chosen, name)).train
+        prepared = build.transform_of(alone(chosen, name)).prepare(own, cache_bytes=2**20)
         twins += [row | {"label": row["label"] + 2 * number} for row in prepared.to_list()]
     assert [joined[place] for place in range(len(joined))] == twins
     assert joined["length"] == [row["length"] for row in twins]
@@ -221,10 +222,10 @@ def test_prepared_rows_and_batches_are_those_of_the_members(tables) -> None:
 def test_draws_are_each_members_own(tables, changes: dict) -> None:
     chosen = settings(*members(tables, "reviews", "questions"))
     chosen["calibration"] |= changes
-    found = loading.draws_of(chosen, mixture(chosen).train)
+    found = build.draws_of(chosen, mixture(chosen).train)
     fit, scored, warnings = [], [], []
     for name, start in (("reviews", 0), ("questions", 72)):
-        own = loading.draws_of(alone(chosen, name), loading.task_of(alone(chosen, name)).train)
+        own = build.draws_of(alone(chosen, name), build.task_of(alone(chosen, name)).train)
         fit += (own.fit + start).tolist()
         scored += (own.scored + start).tolist()
         warnings += [f"{name}: {words}" for words in own.warnings]
@@ -255,7 +256,7 @@ SIZES = (2, 3, 4)
 def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
     logits, labels = logits_and_labels()
     logits.requires_grad_()
-    loss = losses.loss_of_batch_within(SIZES)
+    loss = objectives.loss_of_batch_within(SIZES)
     found = loss(SimpleNamespace(logits=logits), labels, 100)
     expected = sum(
         F.cross_entropy(logits[own, columns], labels[own] - start, reduction="sum")
@@ -266,8 +267,8 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
     (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
     (literal,) = torch.autograd.grad(expected / 100, logits)
     assert torch.allclose(gradient, literal, atol=1e-7)
-    one = losses.loss_of_batch_within((9,))(SimpleNamespace(logits=logits), labels)
-    assert torch.equal(one, losses.loss_of_batch(SimpleNamespace(logits=logits), labels))
+    one = objectives.loss_of_batch_within((9,))(SimpleNamespace(logits=logits), labels)
+    assert torch.equal(one, objectives.loss_of_batch(SimpleNamespace(logits=logits), labels))
 
 
 def test_the_few_shot_head_is_the_members_heads_side_by_side() -> None:
@@ -310,16 +311,16 @@ def said(model, batch: dict, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     chosen = settings(*members(tables, "reviews", "questions"), "calibration.share=0", "calibration.shots=6")
     mixed = mixture(chosen)
-    transform = loading.transform_of(chosen, mixed)
+    transform = build.transform_of(chosen, mixed)
     torch.manual_seed(0)
-    model = loading.model_of(chosen["model"], mixed.labels, mixed.class_names)
+    model = build.model_of(chosen["model"], mixed.labels, mixed.class_names)
     assert list(model.config.id2label.values()) == list(mixed.labels)
-    draws = loading.draws_of(chosen, mixed.train)
+    draws = build.draws_of(chosen, mixed.train)
     asked = {"modules": ["bert.encoder.layer.0.output.dense"], "draws": draws, "head": "classifier", "seed": 0}
-    scores = fewshot.importance_few_shot(
+    scores = few_shot.importance_few_shot(
         model, mixed.train, transform, measure="snip", options={}, sizes=mixed.sizes, **asked
     )
-    found = fewshot.calibrate_few_shot(
+    found = few_shot.calibrate_few_shot(
         model,
         mixed.train,
         transform,
@@ -339,7 +340,7 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
         search="scan",
         draws=draws,
         sizes=mixed.sizes,
-        score=loading.calibration_score(chosen, mixed),
+        score=build.calibration_score(chosen, mixed),
     )
     fit, scored = (transform.batches(mixed.train.select(rows), 99) for rows in (draws.fit, draws.scored))
     right, gradients = [], 0.0
@@ -374,7 +375,7 @@ def test_a_mixture_of_one_is_that_task(tables) -> None:
         assert (joint["primary"], joint["average"], joint["loss"]) == ("average", own["matthews"], own["loss"])
         for name in ("matthews", "accuracy", "loss"):
             assert joint[f"reviews/{name}"] == own[name]
-    own, joint = (pandas.read_parquet(run.directory / results.PREDICTIONS) for run in (single, mixed))
+    own, joint = (pandas.read_parquet(run.directory / directory.PREDICTIONS) for run in (single, mixed))
     assert joint.drop(columns="member").equals(own)
     assert set(joint["member"]) == {"reviews"}
 
@@ -387,11 +388,11 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     )
     assert run.labels() == [f"{name}/{digit}" for name in ("a", "b.c") for digit in range(10)]
     test = run.result["metrics"]["test"]
-    model, own = formats.adapted_model(run), run.settings | {"task": run.settings["task"]["members"]["a"]}
-    (batch,) = loading.transform_of(own).batches(loading.task_of(own).test, 60)
+    model, own = export.adapted_model(run), run.settings | {"task": run.settings["task"]["members"]["a"]}
+    (batch,) = build.transform_of(own).batches(build.task_of(own).test, 60)
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits
-    frame = pandas.read_parquet(run.directory / results.PREDICTIONS)
+    frame = pandas.read_parquet(run.directory / directory.PREDICTIONS)
     assert frame["member"].tolist() == ["a"] * 60 + ["b.c"] * 60
     for place, name in enumerate(("a", "b.c")):  # the same rows, by two heads
         alone_of = logits[:, 10 * place : 10 * place + 10]
@@ -407,17 +408,17 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     measured = [entry["eval_average"] for entry in run.result["history"] if "eval_average" in entry]
     assert max(measured) == run.result["metrics"]["validation"]["average"]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(closing.summary(run.result, run.directory / "seed0"))
+    console.print(summary.summary(run.result, run.directory / "seed0"))
     assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
     with pytest.raises(PartialLoraError, match=r"the run is of several tasks, .* choose --member a or b\.c$"):
-        evaluate_run.evaluate_run(run)
+        evaluate.evaluate_run(run)
 
 
 def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
     chosen = settings("model=tiny_clip")["model"]
     names, labels = ["cat", "dog", "cat"], ["a/cat", "a/dog", "b/cat"]
-    model = loading.model_of(chosen, labels, names)
-    head, single = model.get_submodule(chosen["head"]), loading.model_of(chosen, names[:2])
+    model = build.model_of(chosen, labels, names)
+    head, single = model.get_submodule(chosen["head"]), build.model_of(chosen, names[:2])
     assert torch.equal(head.weight[[0, 1]], single.get_submodule(chosen["head"]).weight)
     assert torch.equal(head.weight[2], head.weight[0])
     assert list(model.config.id2label.values()) == labels
@@ -455,7 +456,7 @@ def judge_and_transform(mixed: tasks_of.Mixture):
     transform = tasks_of.MixtureTransform(each, mixed)
     own = {"cache_bytes": 2**20, "stop": [], "max_new_tokens": 6, "answer": None}
     chosen = {"task": {"members": {"a": own, "b": own}}, "trainer": {"eval_batch_size": 4}}
-    judge = mixture_judge.judge_of(mixed, transform, chosen, Alone())
+    judge = objectives.task_judge(mixed, transform, chosen, Alone())
     judge.transform = transform
     return judge, transform
 
@@ -466,7 +467,7 @@ def test_questions_of_several_sets_are_judged_by_set(tmp_path: Path) -> None:
     trainer = trained_by(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):
-        found = judge.judged(judges.predicts(trainer), model, split)
+        found = judge.judged(objectives.predicts(trainer), model, split)
         scores = []
         for member in mixed.members:
             right = [
@@ -481,7 +482,7 @@ def test_questions_of_several_sets_are_judged_by_set(tmp_path: Path) -> None:
         assert found.metrics["primary"] == judge.selects == "average"
         assert found.metrics["average"] == pytest.approx(np.mean(scores))
     logged = [entry["eval_average"] for entry in trainer.state.log_history if "eval_average" in entry]
-    assert max(logged) == judge.judged(judges.predicts(trainer), model, "validation").metrics["average"]
+    assert max(logged) == judge.judged(objectives.predicts(trainer), model, "validation").metrics["average"]
     assert scores[0] != scores[1]
     score = FewShotScore(model, transform.batches(mixed.test, 8), "options")
     assert score(model) == pytest.approx((5 * scores[0] + 3 * scores[1]) / 8)
@@ -491,7 +492,7 @@ def test_texts_of_several_sets_are_selected_by_their_mean_perplexity(tmp_path: P
     mixed = of_kind("generation", ("rouge_l", "perplexity"))
     judge, _ = judge_and_transform(mixed)
     trainer = trained_by(judge, tmp_path / "run")
-    validation, test = (judge.judged(judges.predicts(trainer), trainer.model, s) for s in ("validation", "test"))
+    validation, test = (judge.judged(objectives.predicts(trainer), trainer.model, s) for s in ("validation", "test"))
     each = []
     for member in mixed.members:
         told = [

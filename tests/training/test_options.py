@@ -10,9 +10,9 @@ from tiny_causal import llama, merging_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from partial_lora import tasks
-from partial_lora.calibration.likelihood import OptionLikelihood
-from partial_lora.tasks import choices
-from partial_lora.training.options import log_likelihoods, option_metrics, predictions
+from partial_lora.calibration.score import OptionLikelihood
+from partial_lora.tasks import questions
+from partial_lora.training.metrics import log_likelihoods, option_metrics, predictions
 
 PROMPTS = ["Question: which of these is a bird?\nAnswer:", "the man", "two and two is", "the end\nthe start"]
 OPTIONS = [
@@ -27,7 +27,7 @@ LABELS = [0, 0, 1, 1]
 def rows() -> datasets.Dataset:
     prompts = [[prompt] * len(options) for prompt, options in zip(PROMPTS, OPTIONS, strict=True)]
     data = {"prompts": prompts, "options": OPTIONS, "label": LABELS}
-    return datasets.Dataset.from_dict(data, features=choices.FEATURES)
+    return datasets.Dataset.from_dict(data, features=questions.CHOICE_FEATURES)
 
 
 @torch.no_grad()

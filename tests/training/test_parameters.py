@@ -15,7 +15,7 @@ from torch import nn
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.training import parameters
+from partial_lora.training import cost
 
 
 class Block(nn.Module):
@@ -58,22 +58,22 @@ def adapted(**options):
 
 
 def test_adapter_parameters_by_hand():
-    assert parameters.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
+    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
     sparsity = {"a": {"rows": 0.9, "columns": 0.5}, "b": {"rows": 0.0, "columns": 0.8}}
     # a keeps 3 rows and 5 columns, b 10 rows and 2 columns
-    assert parameters.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
+    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
 
 
 def test_adapter_parameters_count_what_the_masks_keep():
     for share in (0.05, 0.33, 0.87, 0.999):
         count = sum(4 * (kept_count(m, share) + kept_count(n, share)) for m, n in SHAPES.values())
-        assert parameters.adapter_parameters(SHAPES, 4, share)["trainable"] == count
+        assert cost.adapter_parameters(SHAPES, 4, share)["trainable"] == count
 
 
 def test_single_entries_are_counted_alike():
     for share in (0.0, 0.33, 0.87, 0.999):
         count = sum(kept_count(4 * m, share) + kept_count(4 * n, share) for m, n in SHAPES.values())
-        assert parameters.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == count
+        assert cost.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == count
 
 
 @pytest.mark.parametrize("change", [{"blocks.0.qkv": None}, {"blocks.7.qkv": {"rows": 0.5, "columns": 0.5}}])
@@ -81,32 +81,32 @@ def test_a_sparsity_for_other_modules_is_refused_by_name(change):
     sparsity = {name: {"rows": 0.5, "columns": 0.5} for name in SHAPES} | change
     sparsity = {name: each for name, each in sparsity.items() if each}
     with pytest.raises(PartialLoraError, match=next(iter(change)).replace(".", r"\.")):
-        parameters.adapter_parameters(SHAPES, 4, sparsity)
+        cost.adapter_parameters(SHAPES, 4, sparsity)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, r"blocks\.\d\.(qkv|proj)", ("qkv", "0.proj", "1.proj")])
 def test_target_shapes_are_the_modules_peft_adapts(targets):
     names = {name.removesuffix(".lora_A") for name, _ in adapted().get_base_model().named_modules() if "lora_A" in name}
-    shapes = parameters.target_shapes(Model(), targets, "head")
+    shapes = cost.target_shapes(Model(), targets, "head")
     assert shapes == SHAPES
     assert set(shapes) == {name for name in names if not name.endswith("default")}
 
 
 def test_the_head_is_never_a_target():
-    assert "head" not in parameters.target_shapes(Model(), ["qkv", "head"], "head")
+    assert "head" not in cost.target_shapes(Model(), ["qkv", "head"], "head")
 
 
 @pytest.mark.parametrize(("targets", "named"), [(["proj"], "patch.proj is a Conv2d"), (["fc9"], "fc9")])
 def test_targets_that_cannot_be_adapted_are_refused_by_name(targets, named):
     with pytest.raises(PartialLoraError, match=named):
-        parameters.target_shapes(Model(), targets, "head")
+        cost.target_shapes(Model(), targets, "head")
 
 
 def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
     with torch.device("meta"):
         outline = Model()
-    described = parameters.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
-    found = parameters.measured(adapted(), "head")
+    described = cost.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+    found = cost.measured(adapted(), "head")
     assert found == {
         "base": BASE,
         "adapter_dense": DENSE,
@@ -120,7 +120,7 @@ def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
 
 def test_describe_masked():
     sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
-    described = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     trainable = 2 * 3 * ((3 + 5) + (1 + 5))
     assert described["adapter_trainable"] == trainable
     assert described["adapter_sparsity"] == pytest.approx(1 - trainable / DENSE)
@@ -131,7 +131,7 @@ def test_describe_masked():
 
 def test_predicted_bytes_are_those_of_peft_and_adamw(tmp_path):
     model = adapted()
-    described = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.nbytes for tensor in saved.values()) == described["adapter_bytes"]
@@ -145,17 +145,17 @@ def test_predicted_bytes_are_those_of_peft_and_adamw(tmp_path):
 
 
 def test_a_probe_has_no_adapter():
-    described = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=None)
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=None)
     probe = adapted(target_modules=DUMMY_TARGET_MODULES)
     expected = {"base": BASE, "adapter_dense": 0, "adapter_trainable": 0, "head": HEAD, "adapter_sparsity": None}
-    assert parameters.measured(probe, "head") == expected
+    assert cost.measured(probe, "head") == expected
     assert {key: described[key] for key in expected} == expected
 
 
 def test_measured_without_peft():
     model = Model().requires_grad_(False)
     model.head.requires_grad_(True)
-    found = parameters.measured(model, "head")
+    found = cost.measured(model, "head")
     assert (found["base"], found["head"], found["adapter_dense"]) == (BASE, HEAD, 0)
 
 
@@ -177,7 +177,7 @@ def test_measured_counts_the_entries_that_exist_not_the_config():
     layer = model.get_base_model().blocks[0].qkv
     layer.lora_B["default"] = Kept(layer.lora_B["default"].weight.data, 6, 0)
     layer.lora_A["default"] = Kept(layer.lora_A["default"].weight.data, 4, 1)
-    found = parameters.measured(model, "head")
+    found = cost.measured(model, "head")
     removed = 3 * (24 + 6)
     assert (found["adapter_dense"], found["adapter_trainable"]) == (DENSE, DENSE - removed)
     assert found["adapter_sparsity"] == pytest.approx(removed / DENSE)
@@ -187,8 +187,8 @@ def test_measured_on_a_masked_adapter_is_what_was_described():
     sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
     options = {"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]}
     model = get_peft_model(Model(), PartialLoraConfig(**options, sparsity=sparsity, mask_seed=0))
-    described = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
-    found = parameters.measured(model, "head")
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    found = cost.measured(model, "head")
     assert found == {key: described[key] for key in found}
 
 
@@ -197,33 +197,33 @@ def test_measured_counts_only_what_trains():
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    assert parameters.measured(model, "head")["adapter_trainable"] == 2 * 3 * (30 + 10)
+    assert cost.measured(model, "head")["adapter_trainable"] == 2 * 3 * (30 + 10)
 
 
 def test_a_second_adapter_is_neither_base_nor_counted():
     model = adapted(target_modules=["qkv"])
-    before = parameters.measured(model, "head")
+    before = cost.measured(model, "head")
     model.add_adapter("other", LoraConfig(r=5, target_modules=TARGETS, modules_to_save=["head"]))
-    assert parameters.measured(model, "head") == before
+    assert cost.measured(model, "head") == before
 
 
 def test_a_stray_trainable_parameter_is_named():
     model = adapted()
     model.get_base_model().patch.proj.bias.requires_grad_(True)
     with pytest.raises(PartialLoraError, match=r"patch\.proj\.bias trains"):
-        parameters.measured(model, "head")
+        cost.measured(model, "head")
 
 
 def test_a_head_that_is_not_there_is_named():
     with pytest.raises(PartialLoraError, match=r"model\.head=classifier"):
-        parameters.measured(Model(), "classifier")
+        cost.measured(Model(), "classifier")
 
 
 @pytest.mark.parametrize("sparsity", [0.87, None])
 def test_table_says_the_numbers_within_80_columns(sparsity):
-    info = parameters.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    info = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     console = Console(file=io.StringIO(), width=80)
-    console.print(parameters.table(info))
+    console.print(cost.table(info))
     text = console.file.getvalue()
     assert f"{info['base']:,}" in text
     assert f"{info['adapter_dense']:,}" in text
@@ -236,4 +236,4 @@ def test_table_says_the_numbers_within_80_columns(sparsity):
     [(0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), (3 << 19, "1.5 MiB"), (5 << 40, "5,120.0 GiB")],
 )
 def test_sizes(count, text):
-    assert parameters._size(count) == text
+    assert cost._size(count) == text

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from test_fit import TINY, trained_state, trainer
 from transformers import TrainerCallback
 
-from partial_lora import models
+from partial_lora import files, models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import results
-from partial_lora.training import checkpoints, resuming
+from partial_lora.runs import directory as results
+from partial_lora.training import checkpoints
+from partial_lora.training import trainer as resuming
 
 VERSIONS = {"torch": torch.__version__}
 SETTINGS = {"epochs": 4.0, "save_steps": 2, "max_steps": 12, "learning_rate": 0.05, "count": 41}  # 5 steps an epoch
@@ -183,7 +184,7 @@ def test_a_half_written_checkpoint_leaves_no_trace(tmp_path: Path, monkeypatch: 
             monkeypatch.setattr(os, "fsync", full)
         sealed(building, final)
 
-    sealed = resuming.seal
+    sealed = files.seal
     monkeypatch.setattr(resuming, "seal", fails_at_the_second)
     with pytest.raises(
         PartialLoraError, match=r"checkpoint-4 cannot be written \(No space left on device\): make room"
@@ -248,7 +249,7 @@ def test_a_stop_within_epochs_changes_nothing_of_what_follows(tmp_path: Path, mo
     expected.train()
     training = by_epoch(tmp_path)
     training.add_callback(Ask(step))
-    sealed = resuming.seal
+    sealed = files.seal
 
     def reminded(building: Path, final: Path) -> None:
         if final.name == f"checkpoint-{step}":

@@ -19,12 +19,13 @@ from test_fit import trainer
 from test_resuming import SETTINGS, SHAPE, VERSIONS, EndAfter, EndedError, model
 from transformers.integrations.integration_utils import rewrite_logs
 
-from partial_lora import sealed
+from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
-from partial_lora.redaction import HIDDEN
-from partial_lora.runs import results, trainer_schema
+from partial_lora.files import HIDDEN
+from partial_lora.runs import directory as results
+from partial_lora.runs import schema
 from partial_lora.training import checkpoints, trackers
-from partial_lora.training.tracking import Tracking
+from partial_lora.training.trackers import Tracking
 
 MEASURED = {
     "test": {"primary": "accuracy", "accuracy": 0.75, "members": {"cola": {"f1": 0.5}}},
@@ -286,7 +287,7 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
-    assert set(trainer_schema._TRACKERS) == set(trackers.TRACKERS)
+    assert set(schema._TRACKERS) == set(trackers.TRACKERS)
     installed = settings("trainer.report_to=[tensorboard,mlflow]")
     assert installed["trainer"]["report_to"] == ["tensorboard", "mlflow"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
@@ -300,4 +301,4 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeyp
 def test_a_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "left_by_a_tracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not trainer_schema._installed("left_by_a_tracker")
+    assert not schema._installed("left_by_a_tracker")

@@ -1,0 +1,290 @@
+"""Calibration on a handful of a task's examples: the two draws, the head fitted on one, the score on the other.
+
+The model's head is new, as a rule, so calibration scores it with one that is fitted on the fit draw (heads.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import Tensor, nn
+
+from partial_lora import progress
+from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.importance import NEEDS_DATA, data_scores, scores_of
+from partial_lora.calibration.peers import Alone, Peers, of_first
+from partial_lora.calibration.reliability import reliability, split_half
+from partial_lora.calibration.result import Calibration
+from partial_lora.calibration.score import MEMORY, FewShotScore, mean_loss_within, starts
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import cache_dir
+from partial_lora.models import weights_digest
+from partial_lora.tasks import Draws, drawn_from
+from partial_lora.tasks.mixture import training_batches
+from partial_lora.tasks.task import Transform
+
+# --- The head a frozen model is scored with before any training.
+
+_ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
+
+Batch = dict[str, Tensor]
+
+
+@torch.no_grad()
+def features(model: nn.Module, head: str, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """What enters the head for every example (N, d), and the labels (N,)."""
+    entering: list[Tensor] = []
+    hook = model.get_submodule(head).register_forward_pre_hook(
+        lambda module, inputs: entering.append(inputs[0].float())
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    finally:
+        hook.remove()
+        model.train(training)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return torch.cat(entering).cpu().numpy(), labels.numpy()
+
+
+def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (outputs, d) and bias (outputs,) of a linear model of the labels (N,) on features (N, d).
+
+    Classes: a multinomial logistic regression with C = 1; one without an example gets a zero row and a bias that no
+    other logit falls below. Real numbers: a ridge regression with a penalty of 1.
+    """
+    if np.issubdtype(labels.dtype, np.floating):
+        ridge = Ridge(alpha=1.0).fit(inputs, labels)
+        return ridge.coef_.reshape(1, -1).astype(np.float32), np.float32(ridge.intercept_).reshape(1)
+    if len(np.unique(labels)) < 2:
+        raise PartialLoraError(
+            f"calibration: every example to fit a head on is of one class ({int(labels[0])}), expected two or more"
+        )
+    regression = LogisticRegression(C=1.0, max_iter=_ITERATIONS).fit(inputs, labels)
+    coefficients, intercepts = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # scikit-learn keeps the one logit of the second class against the first
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercepts = np.concatenate([-intercepts / 2, intercepts / 2])
+    weight = np.zeros((outputs, inputs.shape[1]), dtype=np.float32)
+    bias = np.full(outputs, -1e4, dtype=np.float32)
+    weight[regression.classes_], bias[regression.classes_] = coefficients, intercepts
+    return weight, bias
+
+
+def fitted_heads(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias of several tasks' heads side by side, each fitted on its own task's examples (`slices`)."""
+    fitted = []
+    for start, size in zip(starts(sizes), sizes, strict=True):
+        own = (labels >= start) & (labels < start + size)
+        fitted.append(fitted_head(inputs[own], labels[own] - start, size))
+    weights, biases = zip(*fitted, strict=True)
+    return np.concatenate(weights), np.concatenate(biases)
+
+
+def scored_head(
+    model: nn.Module,
+    head: str,
+    batches: Sequence[Batch],
+    new: bool,
+    peers: Peers | None = None,
+    sizes: Sequence[int] = (),
+) -> AbstractContextManager:
+    """The head that the model is scored with: one fitted on `batches` in place of a new one, else its own."""
+    return few_shot_head(model, head, batches, peers, sizes) if new else nullcontext()
+
+
+@contextmanager
+def few_shot_head(
+    model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None, sizes: Sequence[int] = ()
+) -> Iterator[None]:
+    """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
+
+    peers: the processes that all need the very same head; the first one fits it. sizes: as of `fitted_heads`, where it
+    is the heads of several tasks.
+    """
+    layer = model.get_submodule(head)
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
+        raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
+    own = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def fitted() -> tuple[np.ndarray, np.ndarray]:
+        seen = features(model, head, batches)
+        return fitted_heads(*seen, sizes) if sizes else fitted_head(*seen, layer.out_features)
+
+    weight, bias = of_first(peers or Alone(), fitted)
+    try:
+        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+        yield
+    finally:
+        layer.load_state_dict(own)
+
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
+_BATCH = 32
+
+Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
+
+
+def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:
+    """A draw as the model sees it."""
+    return transform.batches(train.select(rows), _BATCH)
+
+
+def importance_few_shot(
+    model: nn.Module,
+    train: Dataset,
+    transform: Transform,
+    *,
+    measure: str,
+    modules: Sequence[str],
+    draws: Draws,
+    head: str | None,
+    seed: int,
+    options: Mapping,
+    new_head: bool = True,
+    sizes: Sequence[int] = (),
+) -> Scores:
+    """Importance of every row and column of the modules, by a measure's name.
+
+    A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
+    that one is not new; any other sees the weights alone. sizes: of a mixture, how many classes each member has.
+    """
+    targets = {name: model.get_submodule(name) for name in modules}
+    if measure not in NEEDS_DATA:
+        return {
+            name: scores_of(name, module.weight, measure, seed=seed, options=options)
+            for name, module in targets.items()
+        }
+    fit = training_batches(train.select(draws.fit), transform, _BATCH)
+    loss = mean_loss_within(sizes) if sizes else None
+    with scored_head(model, head, fit, new_head, sizes=sizes):
+        return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
+
+
+def calibrate_few_shot(
+    model: nn.Module,
+    train: Dataset,
+    transform: Transform,
+    *,
+    scores: Scores,
+    importance: Mapping[str, object],
+    architecture: Mapping[str, object],
+    rank: int,
+    granularity: str,
+    head: str | None,
+    blocks: str | None,
+    threshold: float,
+    budget: float | None,
+    drawn: Mapping[str, object],
+    seed: int,
+    levels: float,
+    max_sparsity: float,
+    search: str,
+    axes: str = "separate",
+    scope: str = "independent",
+    repair: bool = False,
+    chance: str = "ignore",
+    score: str = "accuracy",
+    memory: int = MEMORY,
+    draws: Draws,
+    new_head: bool = True,
+    sizes: Sequence[int] = (),
+    peers: Peers | None = None,
+    stage: str = "calibrate",
+) -> Calibration:
+    """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
+
+    Args:
+        train: the training rows that both draws come from.
+        scores: importance of rows and columns by module; `importance` says how it was measured.
+        architecture: what, beside its weights, decides what the model computes.
+        head: the module that is fitted on the fit draw, where it is new; left as it was found.
+        drawn: in words of settings, how the two draws were made; recorded, no more.
+        chance: "majority" where the threshold is of what the score is above that of always the largest class.
+        score: what is left of the model, a name of `scoring.MEASURES`. memory: bytes it may keep.
+        sizes: of a mixture, how many classes each member has, whose heads are fitted and scored each by itself.
+        stage: what progress is told of.
+        peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
+        draws: the two draws of `train`.
+        The others as in `calibration.calibrate`.
+    """
+    fit, scored = (batches_of(train, rows, transform) for rows in (draws.fit, draws.scored))
+    decides = {
+        "version": VERSION,
+        "architecture": dict(architecture),
+        "importance": dict(importance),
+        "modules": sorted(scores),
+        "levels": levels,
+        "max_sparsity": max_sparsity,
+        "search": search,
+    }
+    if score != "accuracy":  # which calibrations were of before there was another
+        decides["score"] = {"f1": "f1, of the second class where there are two"}.get(score, score)
+    if sizes:
+        decides["sizes"] = list(sizes)
+    key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)
+    with scored_head(model, head, fit, new_head, peers, sizes):
+        return calibrate(
+            model,
+            FewShotScore(model, scored, score, blocks, memory, sizes),
+            target_modules=list(scores),
+            importance=dict(scores),
+            threshold=threshold,
+            budget=budget,
+            rank=rank,
+            granularity=granularity,
+            search=search,
+            levels=levels,
+            max_sparsity=max_sparsity,
+            seed=seed,
+            settings=decides | dict(drawn) | {"seed": seed, "key": key},
+            store=cache_dir() / "calibrations" / f"{key}.json",
+            axes=axes,
+            scope=scope,
+            repair=repair,
+            above_chance=chance == "majority",
+            peers=peers,
+            progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
+        )
+
+
+def halves_few_shot(
+    model: nn.Module, train: Dataset, transform: Transform, *, draws: Draws, seed: int, **asked: Any
+) -> dict:
+    """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
+
+    Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
+    """
+    labels = drawn_from(train)[draws.scored]
+    found = []
+    for number, half in enumerate(split_half(labels, seed), start=1):
+        logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
+        part, stage = Draws(draws.fit, draws.scored[half]), f"half {number}"
+        asked_of = {"draws": part, "seed": seed, "stage": stage}
+        found.append(calibrate_few_shot(model, train, transform, **asked_of, **asked).sparsity)
+    return reliability(*found)
+
+
+def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:
+    """Names everything a score depends on: the weights, the two draws as the model sees them, and the settings."""
+    digest = hashlib.sha256(weights.encode())
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode())
+            digest.update(batch[name].contiguous().numpy().tobytes())
+    digest.update(json.dumps(decides, sort_keys=True).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,295 @@
+"""Folders that are whole or not there: a marker, written last, lists every file with its size and SHA-256.
+
+A folder takes its name after its marker is on disk, so whatever ended the writing half-way leaves nothing that looks
+like a whole one; and a file that was cut short, changed, lost or added later no longer agrees with the marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from partial_lora.errors import PartialLoraError
+
+MARKER = "complete.json"
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex; the file is never held in memory whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def settle(folder: Path) -> None:
+    """Let everything in a folder reach the disk, whatever wrote it."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _sync(path)
+
+
+def seal(building: Path, folder: Path) -> None:
+    """Mark what lies in `building` as whole and give it the name `folder`, all of it on disk before the name is."""
+    for name in _files(building):
+        _sync(building / name)
+    _write_marker(building)
+    os.rename(building, folder)
+    _sync(folder.parent)
+
+
+def fault(folder: Path) -> str | None:
+    """What keeps a folder from being a whole entry, naming the file; None where nothing does."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MARKER} is missing or cannot be read"
+    for name in sorted(set(_files(folder)) - set(expected)):
+        return f"{name} is not one of its files"
+    for name, (size, sha256) in expected.items():
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if file_sha256(folder / name) != sha256:
+                return f"the SHA-256 of {name} is not {sha256}"
+        except OSError as error:
+            return f"{name} cannot be read, {error.strerror}"
+    return None
+
+
+def _write_marker(folder: Path) -> None:
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in _files(folder)
+    }
+    with open(folder / MARKER, "w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> list[str]:
+    """Names, relative to the folder, of all its files but the marker."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in names if name != MARKER)
+
+
+def _sync(path: Path) -> None:
+    """Let a file's content, or a folder's names, reach the disk before what is written next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part.
+
+    The content reaches the disk under a temporary name before the file takes its own.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # and the name
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write plain data as indented JSON, atomically; refuses NaN, which JSON has no word for."""
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+# --- One process at a time, where several may want to make the same thing.
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def alone(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the right to make `path`; waits for whoever holds it, and says so.
+
+    purpose: what is done to it, a verb for the log. The lock is a file beside it, whose folder is made if need be; the
+    kernel frees it when its holder dies. Raises OSError where it cannot be written.
+    """
+    import fcntl  # a system without it can still load and save adapters
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: another process is about to %s it; waiting", path, purpose)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- What is fetched or computed once and used by every later run: whole and verified, or built again.
+
+_BUILDING = ".building-"  # part of the name of a folder that is not an entry yet
+
+
+def cache_dir() -> Path:
+    """The folder of all entries: $PARTIAL_LORA_CACHE, else $XDG_CACHE_HOME/partial-lora, else ~/.cache/partial-lora."""
+    own = os.environ.get("PARTIAL_LORA_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser().absolute() if shared else Path.home() / ".cache") / "partial-lora"
+
+
+def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
+    """The folder at `path` with exactly the files that `build` once wrote; built first where it is absent or broken.
+
+    `build(folder)` fills an empty folder, which gets its name only when it is whole. What is broken is logged by name
+    and removed. Two processes that ask at once build it once: the second waits. A whole entry is only read, so a cache
+    that others filled may be read-only. Raises PartialLoraError where the cache cannot be written.
+    """
+    if path.exists() and fault(path) is None:
+        return path
+    try:
+        with alone(path, "build"):
+            if path.exists():  # another process may have built it while this one waited
+                broken = fault(path)
+                if broken is None:
+                    return path
+                logger.warning("%s in the cache is broken (%s): it is removed and built again", path, broken)
+                _remove(path)
+            _build(path, build)
+    except OSError as error:
+        raise PartialLoraError(
+            f"cache {cache_dir()}: cannot store {path.name} ({error.strerror or error}); make room there or set "
+            "PARTIAL_LORA_CACHE to a folder that can be written"
+        ) from error
+    return path
+
+
+def _build(path: Path, build: Callable[[Path], None]) -> None:
+    for abandoned in path.parent.glob(f".{path.name}{_BUILDING}*"):  # its builder held the lock, so it is gone
+        _remove(abandoned)
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}{_BUILDING}", dir=path.parent))
+    try:
+        build(building)
+        for file in building.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # a cache may be shared; mkdtemp lets only its maker in
+        building.chmod(0o755)
+        seal(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# --- Credentials kept out of what is written and printed: each is replaced by a mark wherever it stands in a text.
+
+HIDDEN = "[hidden]"
+_SHORTEST = 8  # characters of a variable's value: a shorter one is found in harmless text, too
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|PASSWORD|PASSWD|CREDENTIALS?)$|(^|_)SECRETS?(_|$)", re.IGNORECASE
+)
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI and others
+    r"|wandb_v[0-9]+_[A-Za-z0-9_]{16,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
+    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
+    r")"
+)
+_USER_IN_URL = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]+@", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"(?P<before>[?&;](?:[\w.-]*[-_.])?(?:token|key|apikey|password|passwd|secret|signature|sig|credential)=)"
+    r"[^\s&#;'\"]+",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"(?P<before>\bBearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+
+
+def redacted(content: Any) -> Any:
+    """A text without credentials, or plain data (mappings, lists) whose texts are all so; anything else as it is."""
+    if isinstance(content, str):
+        return _without_secrets(content)
+    if isinstance(content, Mapping):
+        return {redacted(key): redacted(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [redacted(value) for value in content]
+    return content
+
+
+def redact_output() -> None:
+    """Hide credentials in all that this process prints from now on, logs and tracebacks among it.
+
+    What the terminal's encoding has no character for is printed as an escape, and ends nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        if stream is not None and not isinstance(stream, _Redacting):
+            setattr(sys, name, _Redacting(stream))
+
+
+def _without_secrets(text: str) -> str:
+    for value in _secrets():
+        text = text.replace(value, HIDDEN)
+    text = _TOKEN.sub(HIDDEN, text)
+    text = _USER_IN_URL.sub(rf"\g<before>{HIDDEN}@", text)
+    for pattern in (_PARAMETER, _BEARER):
+        text = pattern.sub(rf"\g<before>{HIDDEN}", text)
+    return text
+
+
+def _secrets() -> list[str]:
+    """Values of this process's variables that are secret by their name; one that holds another comes before it."""
+    found = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
+    return sorted(found, key=len, reverse=True)
+
+
+class _Redacting:
+    """A stream that hides credentials in what is written to it, and is in all else the one beneath."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_without_secrets(text))
+        return len(text)
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

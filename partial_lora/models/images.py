@@ -1,0 +1,317 @@
+"""Any of timm's image models as transformers' TimmWrapper, which PEFT and Trainer both take.
+
+Names in such a model start with `timm_model.`. Everything but the head is pre-trained; the head is new for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import texts as tokenizers
+from partial_lora.models import weights as heads
+from partial_lora.models.fetch import RANDOM, folder_of, name_after
+from partial_lora.models.weights import check_architecture, own_generator, pretrained, quiet
+
+
+def load_timm(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    labels: Sequence[str],
+    image_size: int,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> TimmWrapperForImageClassification:
+    """The pre-trained model with a new head for `labels`, on the CPU, in evaluation mode.
+
+    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. Random weights are
+    the same in every run, as pre-trained ones are. The head is drawn from torch's global generator as the caller left
+    it, and building the rest moves that generator nowhere. attn_implementation: sdpa for torch's fused attention, eager
+    for the formula; None leaves it to timm. Raises PartialLoraError where the weights cannot be had, where they leave
+    a parameter unfilled, and where images of `image_size` pixels do not fit.
+    """
+    classes = heads.outputs(labels, name)
+    model = headless(
+        name=name,
+        weights=weights,
+        architecture=architecture,
+        model_args=model_args,
+        classes=classes,
+        image_size=image_size,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    heads.draw(model.get_submodule(head_name(model)), std=model.config.initializer_range)
+    return model.eval()
+
+
+def headless(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    classes: dict[str, object],
+    image_size: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+) -> TimmWrapperForImageClassification:
+    """The pre-trained model with a head whose numbers mean nothing yet; the caller's generator is left as it was.
+
+    classes: what `heads.outputs` says of them; the others as in `load`.
+    """
+    shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=classes["num_labels"])
+    check_image_size(shapes, name=name, image_size=image_size)  # before anything is downloaded
+    _set_attention(shapes, attn_implementation)
+    with own_generator():
+        if weights == RANDOM:
+            config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **classes)
+            model = TimmWrapperForImageClassification(config).to(dtype)
+        else:
+            folder = folder_of(weights, name)
+            with quiet():
+                config = TimmWrapperConfig.from_pretrained(folder, **classes)
+            check_architecture(architecture, config.architecture, weights)
+            vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
+            config.model_args = {**(config.model_args or {}), **model_args}
+            model = pretrained(
+                TimmWrapperForImageClassification.from_pretrained,
+                folder,
+                config,
+                name=name,
+                weights=weights,
+                dtype=dtype,
+                may_be_new=lambda model, key: key.startswith(f"{head_name(model)}."),
+            )
+            name_after(model, weights)
+    _set_attention(model, attn_implementation)
+    return model
+
+
+def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmWrapperForImageClassification:
+    """The model's shapes on the meta device: no weights, no memory, no download.
+
+    Raises PartialLoraError for an architecture or an argument that timm does not know.
+    """
+    try:
+        config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), num_labels=num_labels)
+        with torch.device("meta"):
+            return TimmWrapperForImageClassification(config)
+    except ImportError as error:
+        raise PartialLoraError(
+            f"model.architecture={architecture}: timm has no such model; `timm.list_models()` lists what it has"
+        ) from error
+    except TypeError as error:
+        raise PartialLoraError(
+            f"model.model_args={model_args}: {architecture} takes none of that name ({error})"
+        ) from error
+    except (ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
+
+
+def check_image_size(model: TimmWrapperForImageClassification, *, name: str, image_size: int) -> None:
+    """Raise PartialLoraError where images of `image_size` pixels do not fit the model's grid of patches."""
+    patches = getattr(model.timm_model, "patch_embed", None)
+    patch_size, native_size = getattr(patches, "patch_size", None), getattr(patches, "img_size", None)
+    if patch_size is None:  # a convolutional network has no grid to fit
+        return
+    if getattr(patches, "strict_img_size", True) and native_size and image_size != native_size[0]:
+        raise PartialLoraError(
+            f"model.image_size={image_size}: model={name} takes images of {native_size[0]} pixels only, unless "
+            "model.model_args has dynamic_img_size: true"
+        )
+    if image_size % patch_size[0] and not getattr(patches, "dynamic_img_pad", False):
+        raise PartialLoraError(
+            f"model.image_size={image_size}: expected a multiple of {patch_size[0]}, the patch size of model={name}"
+        )
+
+
+def head_name(model: TimmWrapperForImageClassification) -> str:
+    """The full name of the one linear layer that gives the logits."""
+    classifier = model.timm_model.get_classifier()
+    for name, module in model.named_modules():
+        if module is classifier and isinstance(module, nn.Linear):
+            return name
+    kind = type(classifier).__name__
+    raise PartialLoraError(
+        f"model.architecture={model.config.architecture}: expected one linear classifier, not {kind}"
+    )
+
+
+def _set_attention(model: TimmWrapperForImageClassification, implementation: str | None) -> None:
+    """Choose how attention is computed; timm asks each attention module, and transformers' switch does not reach it."""
+    if implementation is None:
+        return
+    attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    if implementation not in ("eager", "sdpa") or not attentions:
+        has = "takes eager or sdpa" if attentions else "has no attention to choose; set it to null"
+        raise PartialLoraError(f"model.attn_implementation={implementation}: {model.config.architecture} {has}")
+    for module in attentions:
+        module.fused_attn = implementation == "sdpa"
+
+
+# --- The image tower of CLIP as a classifier whose head is CLIP's zero-shot classifier.
+
+PROMPTS = ("a photo of a {}.",)
+_BATCH = 64  # descriptions that are embedded at once
+
+empty_clip = empty_timm
+
+
+def load_clip(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    labels: Sequence[str],
+    image_size: int,
+    text_weights: str | None,
+    text_args: dict | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> TimmWrapperForImageClassification:
+    """CLIP's image tower with the zero-shot head for `labels`; no number in it is drawn from the caller's generator.
+
+    weights: the image tower, in timm's format. text_weights: the CLIP it belongs to, in transformers' format (text
+    tower, projections, tokenizer): a repository of the hub, a folder, or random with the geometry `text_args`.
+    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `timm.load` does, for labels that
+    are no names, and where the two are not of one CLIP.
+    """
+    if not labels:
+        raise PartialLoraError(f"model={name}: a zero-shot head needs classes with names, and the task has none")
+    classes = heads.outputs(labels, name)
+    descriptions = described(labels, prompts)
+    model = headless(
+        name=name,
+        weights=weights,
+        architecture=architecture,
+        model_args=model_args,
+        classes=classes,
+        image_size=image_size,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    head = model.get_submodule(head_name(model))
+    clip, tokenizer = _clip(text_weights, text_args or {}, name=name, width=head.in_features)
+    projection = clip.visual_projection.weight.detach()
+    if projection.shape[1] != head.in_features:
+        raise PartialLoraError(
+            f"model.text_weights={text_weights}: projects images of width {projection.shape[1]}, "
+            f"model.architecture={architecture} has {head.in_features}; both must be of one CLIP"
+        )
+    texts = embedded(clip, tokenizer, descriptions)
+    scale = clip.logit_scale.detach().exp() / typical_length(projection, _last_norm(model))
+    with torch.no_grad():
+        head.weight.copy_(scale * texts @ projection)
+        head.bias.zero_()
+    return model.eval()
+
+
+def described(labels: Sequence[str], prompts: Sequence[str]) -> list[list[str]]:
+    """The descriptions of each class: every prompt with its name, underscores read as spaces."""
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise PartialLoraError(f"model.prompts: expected {{}} once, for the name of a class, in {prompt!r}")
+    if not prompts:
+        raise PartialLoraError("model.prompts=[]: expected at least one, such as 'a photo of a {}.'")
+    return [[prompt.replace("{}", label.replace("_", " ")) for prompt in prompts] for label in labels]
+
+
+@torch.no_grad()
+def embedded(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, descriptions: Sequence[Sequence[str]]) -> Tensor:
+    """One unit vector (d,) for each class: its descriptions' unit vectors averaged, made a unit vector again."""
+    texts = [text for of_class in descriptions for text in of_class]
+    longest, rows = clip.config.text_config.max_position_embeddings, []
+    for start in range(0, len(texts), _BATCH):
+        words = tokenizer(
+            texts[start : start + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        found = clip.get_text_features(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+        rows.append(nn.functional.normalize(found.pooler_output, dim=-1))
+    means = torch.cat(rows).reshape(len(descriptions), -1, rows[0].shape[1]).mean(1)
+    return nn.functional.normalize(means, dim=-1)
+
+
+def typical_length(projection: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """How long P x is for the x that leave a layer norm: the root mean square, were their coordinates uncorrelated.
+
+    Dividing by it leaves logits about as large as CLIP's own, scale times cosine, which is what training starts from.
+    """
+    weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+    return ((projection @ bias).square().sum() + (projection * weight).square().sum()).sqrt()
+
+
+def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
+    """The layer norm whose output the head reads."""
+    inner = model.timm_model
+    for norm in (getattr(inner, "fc_norm", None), getattr(inner, "norm", None)):
+        if isinstance(norm, nn.LayerNorm):
+            return norm
+    raise PartialLoraError(
+        f"model.architecture={model.config.architecture}: expected CLIP's vision transformer, with a layer norm last"
+    )
+
+
+def _clip(
+    text_weights: str | None, text_args: dict, *, name: str, width: int
+) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """A whole CLIP in fp32 with its tokenizer; `width` is of the image features that a random one projects."""
+    if text_weights is None:
+        raise PartialLoraError(f"model.text_weights=null: model={name} needs CLIP's text tower for its head")
+    if text_weights == RANDOM:
+        return _random_clip(text_args, width), tokenizers.byte_tokenizer()
+    if text_args:
+        raise PartialLoraError(f"model.text_args={text_args}: of text_weights=random only; {text_weights} has its own")
+    folder = folder_of(text_weights, name, text=True)
+    try:
+        config = CLIPConfig.from_pretrained(folder)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({reason})") from error
+    check_architecture("clip", config.model_type, text_weights)
+    clip = pretrained(
+        CLIPModel.from_pretrained,
+        folder,
+        config,
+        name=name,
+        weights=text_weights,
+        dtype=torch.float32,
+        may_be_new=lambda model, key: False,
+        pickled=True,
+    )
+    return clip.eval(), tokenizers.tokenizer_in(folder, name=name, weights=text_weights)
+
+
+def _random_clip(text_args: dict, width: int) -> CLIPModel:
+    """A CLIP with the same random weights in every run; of its own image tower nothing but the projection is used."""
+    tokenizer = tokenizers.byte_tokenizer()
+    text = {"vocab_size": tokenizers.VOCABULARY, "eos_token_id": tokenizer.sep_token_id, **text_args}
+    shortest = {"hidden_size": width, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
+    try:
+        config = CLIPConfig(
+            text_config={**text, "bos_token_id": tokenizer.cls_token_id, "pad_token_id": tokenizer.pad_token_id},
+            vision_config=shortest,
+            projection_dim=text_args.get("projection_dim", width),
+        )
+        with heads.own_generator():
+            return CLIPModel(config).eval()
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PartialLoraError(f"model.text_args={text_args}: no geometry of CLIP's text tower ({reason})") from error

@@ -1,0 +1,240 @@
+"""Text encoders (BERT, DeBERTa and their like) as transformers' classifiers of sequences.
+
+The head is new for every task. A class may have more that no pre-training has filled, DeBERTa's pooler for one: it
+starts from the same numbers in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import quantization
+from partial_lora.models import weights as heads
+from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
+from partial_lora.models.weights import Geometry, pretrained, quiet
+
+# --- From text to the numbers a text model reads: the tokenizer that belongs to a model's weights.
+
+_SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
+VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
+
+
+def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrainedTokenizerBase:
+    """The tokenizer beside a text model's weights; for random ones, one token for each byte.
+
+    Padding is one of its tokens: where it has none of its own, as Llama's, the one that ends a text, which is masked
+    out. `weights` and `family` as in `models.load`. Raises PartialLoraError where there is none that can be read.
+    """
+    if weights == RANDOM:
+        return byte_tokenizer()
+    causal = family == "causal"
+    instead = OFFLINE_CAUSAL_MODEL if causal else OFFLINE_TEXT_MODEL
+    folder = folder_of(weights, name, text=True, pickles=not causal, instead=instead)
+    found = tokenizer_in(folder, name=name, weights=weights)
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def tokenizer_in(folder, *, name: str, weights: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder."""
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({reason})") from error
+    if len(found) <= len(found.all_special_tokens):  # transformers makes an empty one where the files are missing
+        raise PartialLoraError(
+            f"model={name}: {weights} has no tokenizer; expected tokenizer.json, vocab.txt or spm.model"
+        )
+    return found
+
+
+def check_room(vocabulary: int) -> None:
+    """Raise PartialLoraError where a model of random weights has fewer tokens than the tokenizer that goes with it."""
+    if vocabulary < VOCABULARY:
+        raise PartialLoraError(
+            f"model.model_args.vocab_size={vocabulary}: expected at least {VOCABULARY}, the tokens of weights=random"
+        )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, between [CLS] and [SEP] as BERT has its words: all that random weights can make use of."""
+    symbols = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    built = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, symbols.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names = dict(zip(("pad_token", "cls_token", "mask_token", "sep_token"), _SPECIAL, strict=True))
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, model_input_names=inputs, bos_token="[CLS]", eos_token="[SEP]", **names
+    )
+
+
+def load_encoder(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    labels: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in evaluation mode.
+
+    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
+    drawn from torch's global generator; building the rest moves that generator nowhere. Raises PartialLoraError where
+    the weights cannot be had, are of another geometry than `model_args` says, or leave the encoder unfilled.
+    """
+    geometry = _encoder_geometry(architecture, model_args, heads.outputs(labels, name))
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    geometry.empty()  # refuses what cannot be before anything is downloaded
+    if attn_implementation is not None:
+        geometry.check_attention(attn_implementation)
+    with heads.own_generator():
+        if weights == RANDOM:
+            config = geometry.config()
+            check_room(config.vocab_size)
+            model = AutoModelForSequenceClassification.from_config(config, **options).to(dtype)
+        else:
+            folder = folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL)
+            model = pretrained(
+                AutoModelForSequenceClassification.from_pretrained,
+                folder,
+                geometry.config_in(folder, weights),
+                name=name,
+                weights=weights,
+                dtype=dtype,
+                may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}."),
+                pickled=True,
+                **options,
+            )
+            name_after(model, weights)
+    heads.draw(model.get_submodule(head_name(model)), std=model.config.initializer_range)
+    # Else the loss, and with it the gradient, is multiplied by the steps of accumulation and by the processes.
+    model.accepts_loss_kwargs = False
+    return model.eval()
+
+
+def empty_encoder(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
+    """The model's shapes on the meta device: no weights, no memory, no download.
+
+    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
+    """
+    return _encoder_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """The full name of the linear layer that gives the logits: the last one after the encoder."""
+    after = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(f"{model.base_model_prefix}.")
+    ]
+    if not after:
+        raise PartialLoraError(f"model.architecture={model.config.model_type}: expected a linear layer as its head")
+    return after[-1]
+
+
+def _encoder_geometry(architecture: str, model_args: dict, outputs: dict) -> Geometry:
+    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, outputs)
+
+
+# --- Causal language models (Llama, Qwen and their like): nothing is new for a task, and every weight is loaded.
+
+
+def load_causal(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    quantized: str | None = None,
+) -> PreTrainedModel:
+    """The pre-trained model in evaluation mode, on the CPU; a quantised one where transformers puts it (a GPU, if any).
+
+    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
+    random. `quantized` is nf4 or int8: the linear layers but the last are; all else is of `dtype`, as are products.
+    torch's global generator is left where it was. Raises PartialLoraError where the weights cannot be had, are of
+    another geometry than `model_args` says, leave a part unfilled, or cannot be quantised here.
+    """
+    geometry = _causal_geometry(architecture, model_args)
+    options: dict[str, object] = {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+        geometry.check_attention(attn_implementation)
+    if quantized is not None:
+        options["quantization_config"] = quantization.settings_of(quantized, dtype)
+    geometry.empty()  # refuses what cannot be before anything is downloaded
+    with heads.own_generator():
+        if weights == RANDOM:
+            model = _random(geometry, dtype, options)
+        else:
+            folder = folder_of(weights, name, text=True, pickles=False, instead=OFFLINE_CAUSAL_MODEL)
+            model = _loaded(folder, geometry, name, weights, dtype, options)
+            name_after(model, weights)
+    if quantized is not None:
+        quantization.keep_gradients(model)
+    return model.eval()
+
+
+def empty_causal(*, architecture: str, model_args: dict, num_labels: int | None = None) -> PreTrainedModel:
+    """The model's shapes on the meta device: no weights, no memory, no download. `num_labels` changes nothing.
+
+    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
+    """
+    return _causal_geometry(architecture, model_args).empty()
+
+
+def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
+    return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
+
+
+def _loaded(
+    folder: Path, geometry: Geometry, name: str, weights: str, dtype: torch.dtype, options: dict
+) -> PreTrainedModel:
+    return pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        geometry.config_in(folder, weights),
+        name=name,
+        weights=weights,
+        dtype=dtype,
+        may_be_new=lambda model, key: False,
+        **options,
+    )
+
+
+def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:
+    config = geometry.config()
+    check_room(config.vocab_size)
+    attention = {key: value for key, value in options.items() if key == "attn_implementation"}
+    model = AutoModelForCausalLM.from_config(config, **attention)
+    if "quantization_config" not in options:
+        return model.to(dtype)
+    with quiet():  # transformers quantises what it loads, so the drawn weights are given to it as if they were stored
+        return type(model).from_pretrained(
+            None, config=geometry.config(), state_dict=model.state_dict(), dtype=dtype, **options
+        )

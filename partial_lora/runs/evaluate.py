@@ -1,0 +1,208 @@
+"""A finished run on another split or another task that it can answer; what the run recorded stays as it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from partial_lora import files as sealed
+from partial_lora.calibration.peers import Alone
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import build, config, directory
+from partial_lora.runs.finished import AskedTask, FinishedRun, asked_task
+from partial_lora.runs.predict import RunModel
+from partial_lora.tasks import Task
+from partial_lora.training import metrics as evaluation
+from partial_lora.training import objectives
+
+SPLITS = ("test", "validation", "train")
+FOLDER = "evaluations"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run did on a split: the folder that has it all, and the record there."""
+
+    folder: Path
+    record: dict
+
+
+def evaluate_run(
+    run: FinishedRun,
+    *,
+    task: Mapping | None = None,
+    member: str | None = None,
+    split: str = "test",
+    device: str = "auto",
+    batch_size: int | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
+
+    Args:
+        task: the settings of a task, all of its keys; None is the run's own. Its labels are matched by name; a causal
+            model, which has none, chooses options or writes texts, whichever the task asks for.
+        member: of a mixture, the task whose head and labels are meant, and which is asked where `task` is None.
+        batch_size: None takes the run's own.
+        advance: told how many rows of how many are done.
+
+    The metrics are those of the task that is asked about. A second call for the same writes the same files again.
+    Raises PartialLoraError where the task's labels or inputs are not those of the run.
+    """
+    start = time.perf_counter()
+    known = asked_task(run, member, of_another=task is not None and not task.get("members"))
+    asked = known.settings | {"task": dict(task or known.settings["task"])}
+    if asked["task"]["modality"] != run.settings["task"]["modality"]:
+        raise PartialLoraError(
+            f"task={asked['task']['name']} has {asked['task']['modality']}s, and the run's model reads "
+            f"{run.settings['task']['modality']}s: choose another task"
+        )
+    is_own = asked["task"] == known.settings["task"]
+    if _source(asked["task"], split) in {_source(known.settings["task"], each) for each in SPLITS}:
+        check_files(run)
+    size = batch_size or run.settings["trainer"]["eval_batch_size"]
+    asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
+    other = _own_rows(run, known.member) if is_own and known.member else build.task_of(asked)
+    places = _places(run, known.labels, other, is_own=is_own) if other.kind == "label" else None
+    model = RunModel(run, device)
+    transform = build.transform_of(asked)
+    judge = objectives.judge_of(other, transform, asked, Alone())
+
+    def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
+        return said_of(model, batches, judge.reduce, advance)
+
+    if other.kind == "label":
+        rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
+        found = _of_labels(*predict(rows), other, places, known)
+    else:
+        found = judge.judged(predict, model.model, split)
+    names = dict.fromkeys(filter(None, [known.member, asked["task"]["name"]]))
+    folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{config.run_id({'task': asked['task']})}"
+    record = {
+        **({"member": known.member} if known.member else {}),
+        "task": asked["task"],
+        "split": split,
+        "examples": len(getattr(other, split)),
+        "labels": known.labels,
+        "metrics": _finite(found.metrics),
+        "device": model.device,
+        "mixed_precision": model.precision,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    _write(folder, record, found.predictions)
+    return Evaluation(folder, record)
+
+
+def _own_rows(run: FinishedRun, member: str) -> Task:
+    """The rows that a mixture was trained and judged on, of one of its members."""
+    names = list(run.settings["task"]["members"])
+    return build.task_of(run.settings, mixtures=True).members[names.index(member)]
+
+
+def _source(task: Mapping, split: str) -> str | None:
+    """What a split's rows are read from, or cut from: its own file, else that of the training rows, else a data set."""
+    files = task["data_files"]
+    if isinstance(files, Mapping):
+        return files.get(split) or files.get("train")
+    return files or task["path"]
+
+
+def check_files(run: FinishedRun) -> None:
+    """Raises PartialLoraError where the run's files have changed: what is cut from them would be other rows.
+
+    A run's folder is named by an id of its settings and of what its files hold; one that was renamed says nothing.
+    """
+    name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
+    try:
+        changed = name == run.method and config.run_id(run.settings) != identifier
+    except FileNotFoundError:  # which whoever reads them says
+        return
+    if changed:
+        raise PartialLoraError(
+            f"task.data_files={run.settings['task']['data_files']}: not the rows that the run was trained on, so that "
+            "its splits would be others; expected the files as they were, or to evaluate it on rows it has not seen, "
+            "task.data_files.test=FILE"
+        )
+
+
+def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> np.ndarray | None:
+    """Where each of the task's labels is among the run's; None for a regression.
+
+    The run's own labels are in their places, even where a record of an earlier version does not name all of them.
+    """
+    asked = list(task.labels)
+    if bool(known) != bool(asked):
+        kinds = {True: "labels", False: "numbers"}
+        raise PartialLoraError(
+            f"task={task.name} has {kinds[bool(asked)]}, and the run predicts {kinds[bool(known)]}: choose another task"
+        )
+    if not known:
+        return None
+    if is_own and "labels" not in run.result and len(known) == len(asked):
+        return np.arange(len(known))
+    unknown, missing = _names(set(asked) - set(known)), _names(set(known) - set(asked))
+    if unknown or missing:
+        said = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)
+        raise PartialLoraError(f"task={task.name}: expected the labels of the run, but {' and '.join(said)}")
+    return np.array([known.index(label) for label in asked])
+
+
+def _names(labels: set[str], most: int = 10) -> str:
+    names = sorted(labels)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def said_of(
+    model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A model's logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
+    kept, references, done = [], [], 0
+    for batch in batches:
+        kept.append(model.logits(batch, reduce))
+        references.append(batch["labels"].numpy() if reduce is None else np.empty(0))
+        done += len(kept[-1])
+        advance(done, len(batches.dataset))
+    return np.concatenate(kept), np.concatenate(references)
+
+
+def _of_labels(
+    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, known: AskedTask
+) -> objectives.Judged:
+    if known.outputs is not None:
+        logits = logits[:, known.outputs]
+    if places is not None:
+        references = places[references]
+    return objectives.Judged(
+        evaluation.split_metrics(task.metrics, logits, references),
+        evaluation.predictions_of(logits, references, known.labels),
+    )
+
+
+def _finite(metrics: Mapping) -> dict:
+    """None for what is no number, such as a correlation with labels that are all the same: JSON has no word for it."""
+    return {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
+    """evaluation.json goes first and comes last: where it is, the predictions beside it are its own.
+
+    There are none of the texts of a split that was judged by their likelihood alone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / EVALUATION).unlink(missing_ok=True)
+        if len(predictions):
+            evaluation.write_predictions(folder / directory.PREDICTIONS, predictions)
+        sealed.write_json(folder / EVALUATION, record)
+    except OSError as error:
+        raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

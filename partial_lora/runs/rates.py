@@ -1,0 +1,292 @@
+"""The file of learning rates that searches have found on validation, and what a run takes from it.
+
+It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
+{rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
+tuned (scripts/tune.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
+equals; null stands for a rate at which training failed, and for a loss that an older file did not keep. `settings`
+are those that matter to the rate (rate_settings.py), of all its runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import redacted, write_json
+from partial_lora.runs import identity
+
+# --- Where on the curve of accuracy against size an adapter is put, in words: "threshold 0.9", "budget 0.13", or "–
+
+NO_POINT = "–"  # of a method that is not calibrated
+
+
+def said(calibration: Mapping) -> str:
+    """The point of {"threshold", "budget"}: the budget's where there is one, a share or a count of parameters."""
+    key = "threshold" if calibration.get("budget") is None else "budget"
+    value = calibration[key]
+    return f"{key} {value:g}" if value <= 1 else f"{key} {value:,.0f}"
+
+
+def nearest(point: str, others: Iterable[str]) -> str | None:
+    """The nearest of other points of the same kind; of two as near the one that keeps more. None where there is none.
+
+    Thresholds are as far apart as their difference, budgets as their ratio. A threshold, a share and a count of
+    parameters say nothing of each other before calibration.
+    """
+    kind, value = _parted(point)
+    alike = [(other, found) for other in others if (found := _parted(other))[0] == kind]
+
+    def distance(other: tuple[str, tuple[str, float]]) -> tuple[float, float]:
+        found = other[1][1]
+        apart = abs(found - value) if kind == "threshold" else abs(math.log(found / value))
+        return round(apart, 9), -found  # 0.7 and 0.9 are as far from 0.8, but not in binary
+
+    return min(alike, key=distance)[0] if alike else None
+
+
+def _parted(point: str) -> tuple[str, float]:
+    """Its kind (threshold, share or count) and value."""
+    name, _, number = point.partition(" ")
+    value = float(number.replace(",", "") or "nan")
+    return ("count" if value > 1 else "share") if name == "budget" else name, value
+
+
+# --- What a learning rate is found for: the key that has one of its own, and the settings that it was found with.
+
+KEY = ("task", "model", "method", "masks", "operating_point")
+_LENGTH = ("epochs", "max_steps", "batch_size")  # of the trainer: how long it trains
+_CALIBRATED = ("importance.", "calibration.", "mask.")  # keys that only a calibrated method reads
+_IN_FILE = ("axes", "scope", "search", "levels", "max_sparsity")  # keys of calibration that a calibration.json has, too
+
+# What a run computes from, too, though it says nothing of whether a rate suits the run: what the key has, the rate
+# itself, seeds, what is measured and not trained, and how the same numbers are computed.
+_APART = {
+    "task.name",
+    "model.name",
+    "method.name",
+    "mask.granularity",
+    "calibration.threshold",
+    "calibration.budget",
+    "calibration.file",
+    "trainer.learning_rate",
+    "trainer.tuned",
+    "trainer.tuned_elsewhere",
+    "calibration.seed",
+    "mask.seed",
+    "calibration.reliability",
+    "task.test_samples",
+    "trainer.eval_batch_size",
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+}
+
+
+def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
+    """What has a learning rate of its own (`KEY`), by the settings of a run.
+
+    calibration: what was found, read only where it is that of a calibration.file, which has its own threshold and
+    budget. None for a method that is not calibrated: it has neither masks nor an operating point.
+    """
+    names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
+    if calibration is None:
+        return (*names, NO_POINT, NO_POINT)
+    asked = settings["calibration"]
+    return (*names, settings["mask"]["granularity"], said(asked if asked.get("file") is None else calibration))
+
+
+def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any]:
+    """The settings of a run that matter to its learning rate, by full key: how long it trains, and what is no default.
+
+    calibration: as for `key_of`. A method that is not calibrated has none of calibration and masks; a calibration.file
+    has those that it says of itself, which is not on how many examples it was made.
+    """
+    shown = redacted(settings)  # as a record has them
+    if calibration is not None and shown["calibration"].get("file") is not None:
+        shown = {**shown, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
+    names = shown["task"].get("members") or ()
+    found = {
+        key: identity.wherever(identity.plain(key, names), value)
+        for key, value in identity.computed_from(shown).items()
+        if identity.plain(key, names) not in _APART and not (calibration is None and key.startswith(_CALIBRATED))
+    }
+    length = {f"trainer.{name}": shown["trainer"].get(name) for name in _LENGTH}
+    return length | dict(sorted(found.items()))
+
+
+def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
+    """Where `settings_of` two runs differ: key and both values; how long they train comes first."""
+    names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
+    standard = identity.defaults() if own != other else {}
+    for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
+        default = standard.get(identity.plain(key, names))
+        values = own.get(key, default), other.get(key, default)
+        if values[0] != values[1]:
+            found.append((key, *values))
+    return found
+
+
+def unevenness(entries: Iterable[Mapping]) -> str | None:
+    """How the first two entries of a task and model differ that were not searched for alike; None where all were.
+
+    Alike is: as many learning rates, the same seeds, as long, and the same task.
+    """
+    first: dict[tuple, Mapping] = {}
+    for entry in entries:
+        other = first.setdefault(key_in(entry)[:2], entry)
+        tried = (f"{len(each['tried'])} learning rates" for each in (other, entry))
+        seeds = (f"seeds {word(each['seeds'])}" for each in (other, entry))
+        budget = (
+            (f"{key}={word(own)}", f"{key}={word(others)}")
+            for key, own, others in differing(other["settings"], entry["settings"])
+            if _is_length(key) or key.startswith("task.")
+        )
+        for own, others in (tried, seeds, *budget):
+            if own != others:
+                pair = f"{named(key_in(other))} was tuned with {own}, {named(key_in(entry))} with {others}"
+                return f"{pair}: a search must be the same for all"
+    return None
+
+
+def _is_length(key: str) -> bool:
+    return key.removeprefix("trainer.") in _LENGTH
+
+
+def key_in(entry: Mapping) -> tuple[str, ...]:
+    """The key of an entry of a file of learning rates."""
+    return tuple(entry[name] for name in KEY)
+
+
+def named(key: tuple[str, ...]) -> str:
+    """A key, as messages have it."""
+    task, model, method, *where = key
+    applies = [each for each in where if each != NO_POINT]
+    return f"{task}, {model}, {method}" + (f" ({', '.join(applies)})" if applies else "")
+
+
+def word(value: object) -> str:
+    """The value of a setting, as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(word, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+VERSION = 2
+_NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
+_SHOWN = 3  # settings that are named where a rate was found with others
+
+
+def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str, Any]:
+    """What the trainer of a run takes from a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
+
+    The rate is that of the same task, model, method, masks and operating point, or of the nearest point that was
+    searched (`operating_point.nearest`); a method that is not calibrated has one for all masks and points. stand_in: a
+    task whose rates are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at
+    which other point, on which other task and with which other settings it was found. Raises PartialLoraError, naming
+    the file, where it has none.
+    """
+    entries = {key_in(entry): entry for entry in load(Path(file))}
+    calibration, wanted = None, key_of(settings, None)  # of a method that is not calibrated
+    key = _nearest(wanted, entries, stand_in)
+    if key is None or key[0] != wanted[0]:
+        of_file = _calibration(settings)
+        as_calibrated = key_of(settings, of_file)
+        found = _nearest(as_calibrated, entries, stand_in)
+        if key is None or (found is not None and found[0] == wanted[0]):
+            calibration, wanted, key = of_file, as_calibrated, found
+    if key is None:
+        missing = ", ".join(f"{name}={value}" for name, value in zip(KEY, wanted, strict=True))
+        raise PartialLoraError(
+            f"trainer.tuned={file}: no learning rate for {missing}; search for one with experiment=tune and "
+            "scripts/tune.py, or take another task's with trainer.tuned_on"
+        )
+    found = entries[key]
+    differences = differing(settings_of(settings, calibration), found["settings"])
+    on, at = (None if key[part] == wanted[part] else key[part] for part in (0, -1))
+    others = [
+        f"{name}={word(value)}"
+        for name, _, value in differences
+        if on is None or not name.startswith("task.")  # other rows are what makes it another task
+    ]
+    return {"learning_rate": found["learning_rate"], "tuned_elsewhere": _words(on, at, others)}
+
+
+def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
+    """The key of the entry of that task, or else of the one that stands in, at the operating point that is nearest."""
+    for task in (wanted[0], stand_in):
+        key = (task, *wanted[1:])
+        if key in entries:
+            return key
+        point = nearest(key[-1], (other[-1] for other in entries if other[:-1] == key[:-1]))
+        if point is not None:
+            return (*key[:-1], point)
+    return None
+
+
+def load(file: Path) -> list[dict]:
+    """The entries of a file; raises PartialLoraError, naming it, where it is none."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        version, entries = content["version"], content["entries"]
+        whole = version != VERSION or all(_is_whole(entry) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
+    if version != VERSION:
+        expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
+        raise PartialLoraError(f"trainer.tuned={file}: {expected}")
+    if not whole:
+        raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
+    return entries
+
+
+def save(file: Path, entries: Iterable[Mapping]) -> None:
+    """Write entries, in an order of their own; those of a file that is there stay where they are of something else.
+
+    Raises PartialLoraError, and leaves the file as it is, where one that stays was not searched for as the others of
+    its task and model.
+    """
+    kept = {key_in(entry): entry for entry in load(file)} if Path(file).is_file() else {}
+    kept |= {key_in(entry): dict(entry) for entry in entries}
+    uneven = unevenness(kept.values())
+    if uneven is not None:
+        raise PartialLoraError(
+            f"{file}: {uneven}; write to another file (--out), or remove the old entry from this one"
+        )
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"version": VERSION, "entries": [kept[key] for key in sorted(kept)]})
+
+
+def _is_whole(entry: Mapping) -> bool:
+    named = all(name in entry for name in _NEEDED)
+    return named and isinstance(entry["settings"], dict) and float(entry["learning_rate"]) > 0
+
+
+def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
+    """On which task and where a rate was found, if elsewhere than where it is used; of many settings the first.
+
+    A part of what tells a run from others (identity.py): in other words it would be another run.
+    """
+    if others:
+        more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+        place = [*([f"task={on}"] if on else []), *([at] if at else [])]
+        return f"tuned elsewhere ({', '.join([*place, *others[:_SHOWN], *more])})"
+    place = [*([f"on {on}"] if on else []), *([f"at {at}"] if at else [])]
+    return " ".join(["tuned", *place]) if place else None
+
+
+def _calibration(settings: Mapping) -> dict:
+    """What the calibration.file of the settings says; nothing where they name none, and all is still to be found."""
+    file = settings["calibration"].get("file")
+    if file is None:
+        return {}
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        said(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PartialLoraError(f"calibration.file={file}: no calibration.json that says its threshold") from error
+    return content

@@ -1,0 +1,545 @@
+"""Training of the kept entries and the head, by transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch import Tensor, distributed, nn
+from torch.utils.data import RandomSampler, get_worker_info
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from partial_lora import progress
+from partial_lora.adapter.factor import whole
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import seal
+from partial_lora.runs import directory as results
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.training import checkpoints, fsdp
+
+# --- A Trainer that can be ended at any moment and goes on, in another process, as if it had not been.
+
+
+class ResumingTrainer(Trainer):
+    """Trainer with checkpoints that are whole or absent, and hold what trains alone (checkpoints.py).
+
+    versions: of the libraries that compute. keep: how many checkpoints are kept beside the best one.
+    """
+
+    def __init__(self, *, versions: Mapping[str, str], keep: int, **settings) -> None:
+        super().__init__(**settings)
+        self._versions, self._keep = dict(versions), keep
+        self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._earlier, self._began = 0.0, time.perf_counter()
+        self._place = Path(self.args.output_dir)
+
+    @property
+    def mean_loss(self) -> float:
+        """The loss of this process over all steps, whichever attempt made them."""
+        return self._losses.item() / max(self.state.global_step, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since training was first begun, those between attempts apart."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def train(self, resume_from_checkpoint: Path | None = None):
+        """Train; from a checkpoint (`checkpoints.resumable`) where there is one."""
+        self._began = time.perf_counter()
+        return super().train(resume_from_checkpoint and str(resume_from_checkpoint))
+
+    def _run_epoch(self, **settings):
+        """An epoch, or what is left of it: nothing after the last step, at which Trainer would make another one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
+    def training_step(self, *arguments, **settings):
+        loss = super().training_step(*arguments, **settings)
+        self._losses += loss
+        return loss
+
+    def _get_output_dir(self, trial):
+        return str(self._place)
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint under another name, sealed, and only then under its own; older ones go after that."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._place = final.with_name(".saving")
+        try:
+            with _told(final):
+                super()._save_checkpoint(model, trial)
+                self._seal(self._place / final.name, final)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._place, ignore_errors=True)
+            self._place = final.parent
+
+    def _seal(self, building: Path, final: Path) -> None:
+        self._name_best()
+        losses = self.accelerator.gather(self._losses).reshape(-1).tolist()
+        self.accelerator.wait_for_everyone()  # every process has written its own random state
+        if self.args.should_save:
+            self.state.save_to_json(str(building / checkpoints.STATE))
+            masks = checkpoints.shape_of(self.model)
+            checkpoints.Progress(losses, self.seconds, self._versions, masks).save(building)
+            if final.exists():  # of an attempt that went on from an earlier one; it goes once this one is there
+                final.rename(self._place / "replaced")
+            seal(building, final)
+            checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self) -> None:
+        """Trainer's state names a folder, which is not where it was while it was being written."""
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = best and os.path.join(self.args.output_dir, f"checkpoint-{best}")
+
+    def _save(self, output_dir=None, state_dict=None):
+        checkpoints.save_trainable(self.model, Path(output_dir), writes=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoints.load_trainable(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        checkpoints.load_trainable(self.model, Path(self.state.best_model_checkpoint))
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
+        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        self._losses.zero_()
+        if resume_from_checkpoint is not None:
+            before = checkpoints.Progress.load(Path(resume_from_checkpoint))
+            own = self.args.process_index
+            alike = len(before.losses) == self.args.world_size
+            self._losses += before.losses[own] if alike else sum(before.losses) / len(before.losses)
+            self._earlier = before.seconds
+            self._name_best()
+        return done
+
+
+@contextmanager
+def _told(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint that cannot be written ends the run in one line that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    except RuntimeError as error:  # torch.save's own, which has no errno
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+    else:
+        return
+    raise PartialLoraError(
+        f"{checkpoint} cannot be written ({reason}): make room there and run the command again, it goes on from "
+        "the last checkpoint"
+    )
+
+
+# --- What happens beside training: progress is told, and a run that is to end, or whose loss is no number, is ended
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(TrainerCallback):
+    """Tells the parent which step training or evaluation is at, and the log what Trainer measured."""
+
+    def __init__(self) -> None:
+        self._stage, self._batches = "evaluate", 0
+        self._began, self._tokens = 0.0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._stage = "validate"
+        self._began, self._tokens = time.monotonic(), state.num_input_tokens_seen
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stage = "evaluate"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        detail = {} if loss is None else {"loss": loss}
+        if state.num_input_tokens_seen > self._tokens:
+            detail["tokens_per_second"] = self._rate(state.num_input_tokens_seen)
+        progress.emit("train", state.global_step, state.max_steps, **detail)
+
+    def _rate(self, seen: int) -> float:
+        """Tokens a second since training began, looks at validation and checkpoints included."""
+        return (seen - self._tokens) / max(time.monotonic() - self._began, 1e-9)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self._batches += 1
+        progress.emit(self._stage, self._batches, len(eval_dataloader))
+        if self._batches == len(eval_dataloader):
+            self._batches = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
+
+    In fp16 such a step is routine, and skipped by the gradient scaler; there only a loss that is not finite ends it.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            self._stop(state.global_step, logs.get("learning_rate", args.learning_rate))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.fp16:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
+            self._stop(state.global_step + 1, optimizer.param_groups[0]["lr"])
+
+    def _stop(self, step: int, learning_rate: float) -> None:
+        raise PartialLoraError(
+            f"the loss is not finite at step {step} with learning rate {learning_rate:.3g}: "
+            "lower trainer.learning_rate, or set trainer.mixed_precision=no"
+        )
+
+
+class LogAtSave(TrainerCallback):
+    """Logs the loss wherever a checkpoint is made: what is not logged by then is lost to whoever goes on from it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training after the step it is at, with a checkpoint, once a signal asks for that.
+
+    In the last step of an epoch whose end has a look at validation, that comes first: who goes on begins with the next
+    epoch. Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would have
+    without this, and the last checkpoint is whole; but nothing disturbs the checkpoint of a stop. Several processes
+    stop after the same step.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._stepping, self._stopped, self._amid_epoch = False, False, False
+        self._before: dict[int, object] = {}
+        self._group = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
+        self._before = {number: signal.signal(number, self._hear) for number in self._SIGNALS}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._stepping = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._asked():
+            control.should_training_stop = self._stopped = True
+            self._amid_epoch = not float(state.epoch).is_integer()
+            control.should_save = control.should_save or self._amid_epoch or args.save_strategy != "epoch"
+        self._stepping = not (control.should_evaluate or control.should_save)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._stopped and self._amid_epoch:  # Trainer takes this for the end of an epoch
+            control.should_evaluate = control.should_save = control.should_log = False
+        self._stepping = self._stepping and not (control.should_evaluate or control.should_save)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._stopped:
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self._stopped:  # the parent reminds
+            return
+        self.received = number
+        if not self._stepping:
+            self._before[number](number, frame)
+
+    def _asked(self) -> bool:
+        """Whether any process has been asked to stop."""
+        if self._group is None:
+            return self.received is not None
+        flag = torch.tensor([self.received is not None], dtype=torch.int32)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
+# --- The order in which texts are trained on.
+
+
+class ByLength(LengthGroupedSampler):
+    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one.
+
+    count: how many of the rows an epoch has; None stands for all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, count: int | None = None) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed, self._count = seed, len(lengths) if count is None else count
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self._count)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+# --- The processes that load data for a training.
+
+_MOST_WORKERS = 8  # for one accelerator
+
+
+def loading_processes(requested: int | None, device: str, world_size: int) -> int:
+    """How many processes load data for this one: none on a CPU, which they would only compete for."""
+    if requested is not None:
+        return requested
+    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
+
+
+@dataclass
+class Undisturbed:
+    """Makes batches as `collate` does; in a process of its own, whatever asks the run to stop.
+
+    Schedulers that end a job signal every process of it. One that loads data would die of that, and its training with
+    it, before that has made its checkpoint; once that has ended it ends, too.
+    """
+
+    collate: Callable[[Sequence], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence) -> dict[str, Tensor]:
+        if get_worker_info() is not None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+        return self.collate(rows)
+
+
+SETTINGS = (  # of the trainer group, as `trainer` takes them
+    "epochs",
+    "max_steps",
+    "save_steps",
+    "save_total_limit",
+    "batch_size",
+    "eval_batch_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup",
+    "max_grad_norm",
+    "num_workers",
+    "gradient_accumulation_steps",
+)
+
+
+class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
+    """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
+
+    The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several
+    processes, which share a short batch unevenly, would compute something else than one, and so would several parts of
+    a step. Evaluation leaves none out.
+    """
+
+    def __init__(self, *, length_grouped: bool, final_after: Callable[[int], int], **settings) -> None:
+        super().__init__(**settings)
+        self._length_grouped = length_grouped
+        self._final_after = final_after
+
+    @property
+    def _batch_size(self) -> int:
+        """The examples of one optimizer step."""
+        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    def get_train_dataloader(self):
+        self.args.dataloader_drop_last = len(self.train_dataset) >= self._batch_size
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Texts of like length together, in batches of all processes: what one process alone would have drawn.
+
+        Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
+        """
+        count = len(self.train_dataset)
+        if self.args.gradient_accumulation_steps > 1:  # or the last parts of an epoch would be a step that lacks some
+            count -= count % self._batch_size
+        if not self._length_grouped:
+            return RandomSampler(self.train_dataset, num_samples=count)
+        self._by_length = ByLength(self._batch_size, list(self.train_dataset["length"]), self.args.data_seed, count)
+        return self._by_length
+
+    def _run_epoch(self, **settings):
+        if self._length_grouped:  # behind what shares out batches and skips some, it does not hear of the epoch
+            self._by_length.set_epoch(settings["epoch"])
+        super()._run_epoch(**settings)
+
+    def _determine_best_metric(self, metrics, trial):
+        """Of checkpoints that select equally well, the one with the least loss.
+
+        With few validation rows many are equal, and the first of them is one that has hardly been trained. One in which
+        the method has not come to its final size is none to choose; the last always has, and is measured.
+        """
+        if self.state.global_step < self._final_after(self.state.max_steps):
+            return False
+        state, value = self.state, metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
+            state.best_global_step = state.global_step
+            return True
+        return super()._determine_best_metric(metrics, trial)
+
+
+def mixed_precision(requested: str, device: str) -> str:
+    """Return the number format that training computes in: "no" (fp32), "bf16" or "fp16".
+
+    "auto" is bf16 on an accelerator that computes it natively, and fp32 on every processor: a result must not depend on
+    which one it is (docs/measured.md says what bf16 changes there).
+    """
+    if requested != "auto":
+        return requested
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "no"
+
+
+def trainer(
+    model: nn.Module,
+    *,
+    train: Dataset,
+    validation: Dataset,
+    collate: Callable[[Sequence], dict[str, Tensor]],
+    loss: Callable[..., Tensor],
+    measure: Callable[[EvalPrediction], dict[str, float]],
+    selects: str,
+    directory: Path,
+    device: str,
+    precision: str,
+    world_size: int,
+    seed: int,
+    epochs: float,
+    max_steps: int | None,
+    save_steps: int | None,
+    versions: Mapping[str, str],
+    batch_size: int,
+    eval_batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    max_grad_norm: float,
+    num_workers: int | None = None,
+    save_total_limit: int = 1,
+    length_grouped: bool = False,
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    reads_tokens: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    gradient_accumulation_steps: int = 1,
+    sharded: bool = False,
+    final_after: Callable[[int], int] = lambda steps: 0,
+) -> ResumingTrainer:
+    """A Trainer whose `train()` ends with the checkpoint that did best on validation.
+
+    AdamW without decay of biases and norms, a cosine schedule after linear warm-up, gradients clipped to
+    `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and the parts that each
+    computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every
+    `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same `versions` of
+    libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of equals the loss;
+    none before step `final_after(steps)` is chosen. `collate` makes a batch of rows, `loss` its loss, and
+    `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows have a column
+    `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that progress tells
+    how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
+    """
+    parts = world_size * gradient_accumulation_steps
+    times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
+    if batch_size % parts:
+        raise PartialLoraError(
+            f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator"
+            f"{times}; set it or trainer.num_processes"
+        )
+    if parts > 1 and len(train) < batch_size:  # which they would share unevenly
+        raise PartialLoraError(
+            f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
+            f"processes{times} share each batch"
+        )
+    steps_per_epoch = max(1, len(train) // batch_size)
+    total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
+    # A short run still needs one look at validation, at its end.
+    strategy = "epoch" if save_steps is None and max_steps is None else "steps"
+    steps = min(save_steps or steps_per_epoch, total_steps)
+    arguments = TrainingArguments(
+        output_dir=str(directory / results.CHECKPOINTS),
+        use_cpu=device == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=epochs,
+        max_steps=max_steps or -1,
+        per_device_train_batch_size=batch_size // parts,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        per_device_eval_batch_size=eval_batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup,  # below 1, a share of the steps
+        max_grad_norm=max_grad_norm,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=steps,
+        save_steps=steps,
+        load_best_model_at_end=True,
+        metric_for_best_model=selects,
+        greater_is_better=selects not in LOWER_IS_BETTER,
+        include_num_input_tokens_seen="non_padding" if reads_tokens else "no",
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=loading_processes(num_workers, device, world_size),
+        dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+    if sharded and device == "cpu":
+        fsdp.allow_on_cpu()
+    fit = _Trainer(
+        versions=versions,
+        keep=save_total_limit,
+        length_grouped=length_grouped,
+        final_after=final_after,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=Undisturbed(collate),
+        compute_loss_func=loss,
+        compute_metrics=measure,
+        preprocess_logits_for_metrics=reduce,
+        callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
+    )
+    if sharded:
+        fsdp.reduce_in_float32(fit)
+    for own in (PrinterCallback, ProgressCallback):
+        fit.remove_callback(own)
+    return fit
