@@ -83,9 +83,9 @@ def encode(compact: Compact) -> bytes:
     config, masks = compact.config, compact.masks
     shares = assign_sparsity(config.sparsity, list(masks)) if config.count == "bernoulli" else None
     modules = {}
-    for name, geometry in compact.geometries.items():
+    for name, shape in compact.geometries.items():
         both = [getattr(masks[name], axis) for axis in AXES]
-        modules[name] = [geometry.b, geometry.a, *(len(mask.kept) for mask in both), _digest(masks[name])]
+        modules[name] = [shape.b, shape.a, *(len(mask.kept) for mask in both), _digest(masks[name])]
         modules[name] += [shares[name][axis] for axis in AXES] if shares else []
     header = {
         "config": _settings(config, list(masks)),

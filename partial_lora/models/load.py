@@ -54,8 +54,8 @@ def load(
     """A pre-trained model with a head for `labels` (none: one real number), on the CPU, in evaluation mode.
 
     The settings are those of the config's `model`; `load_timm`, `load_clip`, `load_encoder` and `load_causal` say
-    what they mean for each family; a causal model has no head, and no use for labels. All weights, the head's too, are of
-    `dtype`, but those that `quantization` is for. Raises PartialLoraError, in one line, where the model
+    what they mean for each family; a causal model has no head, and no use for labels. All weights, the head's too,
+    are of `dtype`, but those that `quantization` is for. Raises PartialLoraError, in one line, where the model
     cannot be had as asked.
     """
     _check(family)

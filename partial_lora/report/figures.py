@@ -215,9 +215,9 @@ def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(5.5, wide * len(columns)), max(filled)), layout="constrained")
     drawn: dict[int, Axes] = {}
     grid = figure.add_gridspec(1, len(columns))
-    for place, (column, full) in enumerate(zip(columns, filled, strict=True)):
+    for index, (column, full) in enumerate(zip(columns, filled, strict=True)):
         ratios = [*(heights[each] for each in column), max(max(filled) - full, 1e-3)]
-        inner = grid[place].subgridspec(len(ratios), 1, height_ratios=ratios)
+        inner = grid[index].subgridspec(len(ratios), 1, height_ratios=ratios)
         drawn |= {number: figure.add_subplot(inner[row]) for row, number in enumerate(column)}
     return figure, [drawn[number] for number in range(len(lengths))]
 
@@ -506,12 +506,12 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
         axes.axvline(0, color="0.3", linewidth=1)
         if metric not in LOWER_IS_BETTER:  # where nothing matches
             axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
-        for place, row in enumerate(part.itertuples()):
+        for height, row in enumerate(part.itertuples()):
             marker, filled = _VERDICTS.get(row.verdict, _NO_VERDICT)
             color = look(row.method, row.operating_point).color
             ends = [[row.difference - row.low], [row.high - row.difference]]
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
-            axes.errorbar(row.difference, place, xerr=ends, marker=marker, linestyle="", **style)
+            axes.errorbar(row.difference, height, xerr=ends, marker=marker, linestyle="", **style)
         _reach(axes, part)
         again = part["method"].duplicated(keep=False)
         ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
@@ -532,13 +532,13 @@ def _reach(axes: Axes, part: pd.DataFrame) -> None:
     room = 0.06 * (near["high"].max() - min(0, near["low"].min()))
     left, right = min(0, near["low"].min()) - room, max(0, near["high"].max()) + room
     axes.set_xlim(left, right)
-    for place, (row, is_far) in enumerate(zip(part.itertuples(), far, strict=True)):
+    for height, (row, is_far) in enumerate(zip(part.itertuples(), far, strict=True)):
         if is_far:
             on_left = row.difference < 0
             value = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
             said = f"◂ {value}" if on_left else f"{value} ▸"
             color, side = look(row.method, row.operating_point).color, "left" if on_left else "right"
-            axes.text(left if on_left else right, place, said, color=color, ha=side, va="center", fontsize=8)
+            axes.text(left if on_left else right, height, said, color=color, ha=side, va="center", fontsize=8)
 
 
 def training(found: Sequence[Run]) -> Drawing | None:
@@ -666,10 +666,10 @@ def sparsity(found: Sequence[Run]) -> Drawing | None:
     deepest, most = max(len(depths) for _, depths, _ in grids), max(len(kinds) for kinds, _, _ in grids)
     wide = max(3.2, min(0.4 * deepest, 10) + 0.9)
     figure, drawn = panels(2 * len(shown), wide=wide, high=0.27 * most + 1.0, across=2)
-    for line, ((key, _), (kinds, depths, cells)) in enumerate(zip(shown, grids, strict=True)):
+    for index, ((key, _), (kinds, depths, cells)) in enumerate(zip(shown, grids, strict=True)):
         task, model, measure, point = key
         for side, (axis, said) in enumerate(_AXES.items()):
-            axes = drawn[2 * line + side]
+            axes = drawn[2 * index + side]
             form = ".0f" if len(depths) <= _MOST_NUMBERED else ""
             _map(axes, 100 * cells[axis], form)
             axes.set_yticks(range(len(kinds)), kinds if side == 0 else [""] * len(kinds))
@@ -678,7 +678,7 @@ def sparsity(found: Sequence[Run]) -> Drawing | None:
             axes.set_xticks(ticks, [".".join(map(str, depths[index])) or "–" for index in ticks])
             above = f"{task}, {model}\n{measure}, {point}: " if side == 0 else "\n"
             axes.set_title(above + said, fontsize=9, loc="left")
-        if line == len(shown) - 1:
+        if index == len(shown) - 1:
             for axes in drawn[-2:]:
                 axes.set_xlabel("depth (block)", fontsize=9)
     figure.suptitle("Sparsity in percent: the darker, the less is kept", fontsize=10)

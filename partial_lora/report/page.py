@@ -70,10 +70,10 @@ def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False)
         f'<text x="{_LEFT}" y="{_HIGH - 4}">{left:,.0f}</text>',
         f'<text x="{_WIDE - 8}" y="{_HIGH - 4}" text-anchor="end">{right:,.0f} steps</text>',
     ]
-    for number, line in enumerate(line for line in lines.values() if line):
+    for index, line in enumerate(line for line in lines.values() if line):
         placed = [at(*point) for point in line]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        dash = _DASHES[(number + number // 6) % len(_DASHES)]  # where colours come again, another dash
+        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # where colours come again, another dash
         parts.append(f'<polyline class="line{number % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
         parts += [f'<circle class="line{number % 6}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="2.5"/>']
     return Markup("".join([*parts, "</svg>"]))
