@@ -92,7 +92,7 @@ def hostile(tmp_path: Path) -> Path:
     (folder / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "it_ran")))
     own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": [None, "evil.Tokenizer"]}
     for name in ("config.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text())
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
         (folder / name).write_text(json.dumps(content | {"auto_map": own}))
     return folder
 
@@ -100,7 +100,7 @@ def hostile(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model_type", ["llama", "of_its_own"])
 def test_code_that_comes_with_a_model_never_runs(hostile: Path, monkeypatch, model_type: str) -> None:
     monkeypatch.setattr("builtins.input", lambda *asked: "y")  # transformers would ask, and wait for an answer
-    content = json.loads((hostile / "config.json").read_text())
+    content = json.loads((hostile / "config.json").read_text(encoding="utf-8"))
     (hostile / "config.json").write_text(json.dumps(content | {"model_type": model_type}))
     for read in (
         lambda: configured.load("tiny_llama", weights=str(hostile)),
@@ -204,7 +204,10 @@ def test_every_bundled_file_is_pinned_by_its_hash() -> None:
 def test_every_data_set_of_the_hub_is_pinned_to_a_commit() -> None:
     import yaml
 
-    read = {file.stem: yaml.safe_load(file.read_text()) for file in (config.conf_dir() / "task").glob("*.yaml")}
+    read = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in (config.conf_dir() / "task").glob("*.yaml")
+    }
     on_the_hub = {name: task for name, task in read.items() if "/" in task["path"]}
     assert len(on_the_hub) > 20
     assert [name for name, task in on_the_hub.items() if len(str(task.get("revision"))) != 40] == []

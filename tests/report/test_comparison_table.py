@@ -124,7 +124,7 @@ def test_each_is_compared_with_the_reference_at_its_point(place: Path) -> None:
 
 def test_the_table_is_written_with_its_command_intervals_and_margin(place: Path) -> None:
     written = tables.write_comparison(compared(place), place, command="partial-lora report x")
-    text, numbers = (path.read_text() for path in written)
+    text, numbers = (path.read_text(encoding="utf-8") for path in written)
     assert text.startswith("    partial-lora report x\n")
     assert "matches: it is above −1 point" in text
     (row,) = [line for line in text.splitlines() if "| uniform" in line]
@@ -175,10 +175,12 @@ def test_problems_alone_replace_an_earlier_comparison(tmp_path: Path) -> None:
     assert len(tables.write_comparison(compared(tmp_path), tmp_path, command="x")) == 2
     (tmp_path / "runs/digits/vit/lora-None-").rename(tmp_path / "runs/digits/vit/lora-of-yesterday")
     record = tmp_path / "runs/digits/vit/lora-of-yesterday/seed0" / directory.RESULT
-    record.write_text(record.read_text().replace('"learning_rate"', '"batch_size": 512, "learning_rate"'))
+    record.write_text(
+        record.read_text(encoding="utf-8").replace('"learning_rate"', '"batch_size": 512, "learning_rate"')
+    )
     (written,) = tables.write_comparison(compared(tmp_path), tmp_path, command="x")
-    assert "trainer.batch_size 512 against 32" in written.read_text()
-    assert "|" not in written.read_text()
+    assert "trainer.batch_size 512 against 32" in written.read_text(encoding="utf-8")
+    assert "|" not in written.read_text(encoding="utf-8")
     assert not (tmp_path / "report" / "comparison.csv").exists()
 
 
@@ -240,7 +242,7 @@ def test_what_is_not_compared_by_examples_is_remarked(tmp_path: Path, config: di
     for method in ("partial", "lora"):
         leave(tmp_path, method, wrong=20)
     for file in tmp_path.rglob(directory.RESULT):
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         record["config"]["task"] |= config
         record["metrics"]["test"] = {"primary": metric, metric: 3.0}
         file.write_text(json.dumps(record))

@@ -31,7 +31,7 @@ def written(place):
     """The table, with its best rows marked."""
     frame = records.collect(place)[0]
     best = statistics.best(records.group(frame), Predictions(place))
-    return tables.write(frame, place, command="x", marked=best)[0].read_text()
+    return tables.write(frame, place, command="x", marked=best)[0].read_text(encoding="utf-8")
 
 
 def test_only_what_holds_is_marked(place):
@@ -40,7 +40,7 @@ def test_only_what_holds_is_marked(place):
     assert "**95.00 ± 0.00**" in text
     assert text.count("**") == 2
     assert "Bold: better than every other" in text
-    assert r"\textbf{95.00 $\pm$ 0.00}" in (place / "report" / "table.tex").read_text()
+    assert r"\textbf{95.00 $\pm$ 0.00}" in (place / "report" / "table.tex").read_text(encoding="utf-8")
     assert pd.read_csv(place / "report" / "table.csv", comment="#")["best"].sum() == 1
 
 

@@ -175,7 +175,7 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     for each in drawn:
         assert [file.suffix for file in each.files] == [".png", ".svg"]
         assert min(imread(each.files[0]).shape[:2]) > 200
-        assert each.files[1].read_text().rstrip().endswith("</svg>")
+        assert each.files[1].read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
 
 def test_sparsities_stand_in_their_cells(found):

@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder) -> dict:
-    return json.loads((folder / "adapter.json").read_text())
+    return json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_files(result):
 
 
 def test_the_page_has_each_table(folder, result):
-    page = (folder / "adapter.md").read_text()
+    page = (folder / "adapter.md").read_text(encoding="utf-8")
     titles = [line for line in page.splitlines() if line.startswith("#")]
     assert titles == [
         "# The adapter against dense LoRA",
@@ -185,10 +185,10 @@ def test_an_interrupted_run_goes_on_where_it_was(run, measured, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run("--ranks", "2", "4")
     assert not (tmp_path / "adapter.json").exists()
-    part = json.loads((tmp_path / "parts" / "vit_b16-r2.json").read_text())
+    part = json.loads((tmp_path / "parts" / "vit_b16-r2.json").read_text(encoding="utf-8"))
     run("--ranks", "2", "4")
     assert measured == [2, 4, 4]
-    cells = json.loads((tmp_path / "adapter.json").read_text())["cells"]
+    cells = json.loads((tmp_path / "adapter.json").read_text(encoding="utf-8"))["cells"]
     assert cells[0]["variants"] == part["cell"]["variants"]
     assert not (tmp_path / "parts").exists()
 
@@ -364,10 +364,10 @@ def test_own_operations_are_calls_beyond_those_of_the_floor():
 
 def test_a_profile_says_what_an_adapter_adds(run):
     folder = run("--profile", "--ranks", "2")
-    (found,) = json.loads((folder / "profile.json").read_text())["profiles"]
+    (found,) = json.loads((folder / "profile.json").read_text(encoding="utf-8"))["profiles"]
     assert set(found["own"]) == set(found["same"]) == {"floor", "short_floor", "lora", "rows_columns"}
     assert sum(found["own"]["short_floor"].values()) == 0
     assert found["own"]["rows_columns"]["aten::index_select"] > 0
-    page = (folder / "profile.md").read_text()
+    page = (folder / "profile.md").read_text(encoding="utf-8")
     assert "## A tiny ViT, 2 images of 32 px a step, rank 2" in page
     assert "| own operations, together " in page

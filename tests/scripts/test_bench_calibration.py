@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(run):
-    return json.loads((run[0] / "calibration.json").read_text())
+    return json.loads((run[0] / "calibration.json").read_text(encoding="utf-8"))
 
 
 def test_a_stopped_run_goes_on_where_it_was(run, result):
@@ -126,7 +126,7 @@ def test_how_it_judges():
 
 
 def test_the_page_says_all_of_it(run, result):
-    page = (run[0] / "calibration.md").read_text()
+    page = (run[0] / "calibration.md").read_text(encoding="utf-8")
     titles = [line for line in page.splitlines() if line.startswith("#")]
     assert titles[1:] == ["## Aims", "## Measured", "## Sparsities", "## How it was measured", "## Where"]
     assert f"{result['literal']['sample_blocks']:,}" in page

@@ -219,9 +219,9 @@ def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_pa
     said = []
     png, svg, csv = figures.make("fig1", tmp_path, say=said.append)
     assert min(imread(png).shape[:2]) > 200
-    assert svg.read_text().rstrip().endswith("</svg>")
+    assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert csv.parent == tmp_path / "figures"
-    first, *notes = [line for line in csv.read_text().splitlines() if line.startswith("#")]
+    first, *notes = [line for line in csv.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert first == f"# python scripts/reproduce.py fig1 --results {tmp_path}"
     assert {note.removeprefix("# ") for note in notes} <= set(said)
     assert any("trainer.epochs" in line for line in said)

@@ -298,16 +298,16 @@ def test_costs_are_of_the_task_with_most_methods_and_of_the_benchmark(made: dict
 def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
     assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
     folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {place}"
-    page = (folder / "table1.md").read_text()
+    page = (folder / "table1.md").read_text(encoding="utf-8")
     assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
     assert "- missing: flowers17: no runs; make reproduce-table1" in page
     numbers = pd.read_csv(folder / "table1.csv", comment="#")
     assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
-    written = (folder / "table4.tex").read_text()
+    written = (folder / "table4.tex").read_text(encoding="utf-8")
     assert written.startswith(f"% {command.replace('table1', 'table4')}\n")
     assert r"95.00 $\pm$ 0.00 \%" in written
     assert "−" not in written.split("\n", 2)[2]
-    claims = (folder / "claims.md").read_text()
+    claims = (folder / "claims.md").read_text(encoding="utf-8")
     assert all(each.found in claims and each.where in claims for table in made.values() for each in table.verdicts)
     printed = capsys.readouterr().out
     assert f"wrote {folder / 'table4.csv'}" in printed

@@ -17,7 +17,7 @@ COMMITTED = Path(__file__).parents[2] / "results" / "models"
 
 def test_every_model_is_in_the_tables_with_the_numbers_that_are_counted_now() -> None:
     names = {file.stem for file in (config.conf_dir() / "model").glob("*.yaml")}
-    kept = json.loads((COMMITTED / "models.json").read_text())
+    kept = json.loads((COMMITTED / "models.json").read_text(encoding="utf-8"))
     assert kept.keys() == names
     assert kept == model_table.found()
-    assert (COMMITTED / "models.md").read_text() == model_table.page(kept)
+    assert (COMMITTED / "models.md").read_text(encoding="utf-8") == model_table.page(kept)

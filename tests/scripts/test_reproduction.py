@@ -133,7 +133,7 @@ def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> Non
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(name: str, preset: str) -> None:
-    header = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    header = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
     said = {case: int(count) for case, count in re.findall(r"(cpu|without DATA|paper) (\d+)[,.]", header)}
     assert set(said) == {"cpu", "without DATA", "paper"}
     counted = {preset: 0, "without DATA": 0}
