@@ -131,8 +131,8 @@ def _info(settings: dict) -> int:
     from rich.console import Console
 
     from partial_lora.runs.info import outline
-    from partial_lora.runs.schema import at_once
     from partial_lora.training import cost
+    from partial_lora.training.config import TrainerConfig
 
     found = outline(settings)
     console = Console()
@@ -142,8 +142,8 @@ def _info(settings: dict) -> int:
     )
     said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
     if found.memory:
-        trainer, length = settings["trainer"], settings["model"]["max_length"]
-        said += f"; memory is for {at_once(trainer)} sequences of {length} tokens at once, and an estimate"
+        sequences, length = TrainerConfig(**settings["trainer"]).local_batch_size, settings["model"]["max_length"]
+        said += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
     console.print(said, highlight=False, soft_wrap=True)
     return 0
 

@@ -1,6 +1,8 @@
-"""The exceptions a user is meant to read."""
+"""The exceptions a user is meant to read, and the checks of a setting's range that raise them."""
 
 from __future__ import annotations
+
+import math
 
 
 class PartialLoraError(Exception):
@@ -13,3 +15,19 @@ class PartialLoraError(Exception):
 
 class ProofError(PartialLoraError):
     """A check that was asked for failed: what was made does not do what it should."""
+
+
+def require(holds: bool, key: str, value: object, expected: str) -> None:
+    """Raise PartialLoraError, `key=value: expected ...`, where a condition does not hold."""
+    if not holds:
+        raise PartialLoraError(f"{key}={value}: expected {expected}")
+
+
+def positive(key: str, value: float) -> None:
+    """Raise PartialLoraError for a value that is no finite number above 0."""
+    require(0 < value < math.inf, key, value, "a number above 0")
+
+
+def one_of(key: str, value: object, *known: str) -> None:
+    """Raise PartialLoraError for a value that is none of a few words."""
+    require(value in known, key, value, " or ".join(map(str, known)))

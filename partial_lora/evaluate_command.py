@@ -91,6 +91,7 @@ def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
             for key in sorted(OmegaConf.missing_keys(found[group])):
                 raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
             OmegaConf.to_object(found[group])  # runs every __post_init__
+        config.check_files(OmegaConf.to_object(found["task"]))
         asked = {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise PartialLoraError(composition_error(error, list(overrides))) from error

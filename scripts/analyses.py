@@ -112,21 +112,19 @@ class Subject:
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[result.Calibration, scoring.FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
-        keys = ("rank", "granularity", "threshold", "budget", "levels", "max_sparsity", "axes", "scope", "repair")
         with models.dequantised(self.model):
             question = self._question(self.settings, self.task, draws)
             with few_shot.scored_head(self.model, question["head"], fit, question["new_head"]):
-                score = scoring.FewShotScore(
-                    self.model, scored, *(question[key] for key in ("score", "blocks", "memory"))
-                )
+                config = question["config"]
+                score = scoring.FewShotScore(self.model, scored, config.score, question["blocks"], config.memory)
                 calibrated = calibration.calibrate(
                     self.model,
                     score,
+                    config,
                     target_modules=list(self.shapes),
                     importance=question["scores"],
                     search=search,
-                    above_chance=question["chance"] == "majority",
-                    **build.named(question, *keys),
+                    **build.named(question, "rank", "granularity"),
                 )
         return calibrated, score
 

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import set_seed
 
 from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import Sparsity, sparsity_levels
@@ -64,12 +65,11 @@ class Question:
             self.model,
             task.train,
             transform,
-            measure="svd",
+            ImportanceConfig(**settings["importance"] | {"name": "svd"}),
             modules=target_names(self.model, model["target_modules"], head=self.head),
             draws=draws,
             head=self.head,
             seed=chosen["seed"],
-            options={name: settings["importance"][name] for name in ("k", "energy")},
         )
 
     def measured(self, side: str, modules: Sequence[str]) -> dict:

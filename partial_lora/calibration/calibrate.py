@@ -12,13 +12,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 from torch import nn
 
 from partial_lora.calibration import budget as budgets
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.curves import Curves, Store
 from partial_lora.calibration.importance import Importance, Scores, name_of, scores_of
 from partial_lora.calibration.peers import Alone, Peers, gathered, of_first
@@ -29,7 +30,6 @@ from partial_lora.calibration.search import (
     AXES,
     BOTH,
     CURVE_AXES,
-    SCOPES,
     SEARCHES,
     Levels,
     Sparsity,
@@ -147,50 +147,30 @@ class _Told:
 
 _SAME = ("search", "axes", "scope", "levels", "max_sparsity")  # what the points of two calibrations have to share
 
-RECORDED = ("budget", "axes", "scope", "levels", "max_sparsity", "chance", "above_chance")  # in the result, as asked
+RECORDED = ("budget", "axes", "scope", "levels", "max_sparsity")  # in the result, as they were set
 
 
 @dataclass(frozen=True)
 class Question:
-    """The arguments of `calibrate` that decide its result, given the curves.
+    """What decides a calibration's result, given the curves: its settings, and what guessing scores.
 
-    Raises PartialLoraError, naming the argument, for one that is out of range or does not go with another.
+    Raises PartialLoraError for a `chance` that is no finite number, and where the settings need one and it is None.
     """
 
-    threshold: float
-    budget: float | None
-    search: str
-    levels: float
-    max_sparsity: float
-    axes: str
-    scope: str
-    repair: bool
+    config: CalibrationConfig
     chance: float | None
-    above_chance: bool
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise PartialLoraError(f"calibration.threshold={self.threshold}: expected a share in (0, 1]")
-        for name, allowed in (("search", SEARCHES), ("axes", CURVE_AXES), ("scope", SCOPES)):
-            if getattr(self, name) not in allowed:
-                raise PartialLoraError(
-                    f"calibration.{name}={getattr(self, name)}: expected one of {', '.join(allowed)}"
-                )
-        if not 0 < self.levels < 1:
-            raise PartialLoraError(f"calibration.levels={self.levels}: expected the step between two levels, in (0, 1)")
-        if not 0 <= self.max_sparsity < 1:
-            raise PartialLoraError(f"calibration.max_sparsity={self.max_sparsity}: expected a share in [0, 1)")
-        if self.repair and self.budget is not None:
-            raise PartialLoraError(
-                f"calibration.repair=true: gives parameters back, which calibration.budget={self.budget:g} has fixed; "
-                "set one of them"
-            )
         if self.above_chance and self.chance is None:
             raise PartialLoraError(
                 "calibration.chance=majority: this score does not say what guessing scores: give it, or set ignore"
             )
         if self.chance is not None and not math.isfinite(self.chance):
             raise PartialLoraError(f"calibration.chance={self.chance}: expected what guessing scores, a finite number")
+
+    @property
+    def above_chance(self) -> bool:
+        return self.config.chance == "majority"
 
     @property
     def guessing(self) -> float | None:
@@ -205,18 +185,19 @@ class Question:
 
     def named(self, count: int | None, rank: int, granularity: str) -> str:
         """This question among those of one store; what is as it always was is not mentioned."""
-        point: dict = {"threshold": self.threshold}
+        config = self.config
+        point: dict = {"threshold": config.threshold}
         if count is not None:
             point = {"budget": count, "rank": rank, "chance": self.chance}
             if granularity != "rows_columns":
                 point["granularity"] = granularity
-        grid = {"levels": self.levels, "max_sparsity": self.max_sparsity}
+        grid = {"levels": config.levels, "max_sparsity": config.max_sparsity}
         variants = {
             name: value
             for name, value, usual in (
-                ("axes", self.axes, "separate"),
-                ("scope", self.scope, "independent"),
-                ("repair", [rank, granularity] if self.repair else None, None),
+                ("axes", config.axes, "separate"),
+                ("scope", config.scope, "independent"),
+                ("repair", [rank, granularity] if config.repair else None, None),
                 ("above_chance", self.guessing, None),
             )
             if value != usual
@@ -226,9 +207,10 @@ class Question:
     def agrees_with(self, known: Calibration, modules: Sequence[str]) -> None:
         """Raises PartialLoraError, in one line, where an earlier calibration was asked of other points."""
         for name in _SAME:
-            if getattr(known, name) != getattr(self, name):
+            expected = getattr(self.config, name)
+            if getattr(known, name) != expected:
                 raise PartialLoraError(
-                    f"known: its {name} is {getattr(known, name)}, expected {getattr(self, name)}; "
+                    f"known: its {name} is {getattr(known, name)}, expected {expected}; "
                     "give a calibration that was asked the same"
                 )
         if list(known.modules) != list(modules):
@@ -262,28 +244,21 @@ logger = logging.getLogger(__name__)
 def calibrate(
     model: nn.Module,
     score: Score,
+    config: CalibrationConfig | None = None,
     *,
     target_modules: str | Sequence[str],
     importance: Importance = "svd",
-    threshold: float = 0.9,
-    budget: float | None = None,
+    importance_options: Mapping | None = None,
     rank: int = 16,
     granularity: str = "rows_columns",
-    search: str = "scan",
-    levels: float = 0.05,
-    max_sparsity: float = 0.95,
-    axes: str = "separate",
-    scope: str = "independent",
-    repair: bool = False,
     chance: float | None = None,
-    above_chance: bool = False,
-    importance_options: Mapping | None = None,
-    seed: int = 0,
+    above_chance: bool | None = None,
     settings: Mapping | None = None,
     known: Calibration | None = None,
     store: Path | None = None,
     peers: Peers | None = None,
     progress: Callable[..., None] | None = None,
+    **changes: object,
 ) -> Calibration:
     """Find one sparsity for each module and axis from the frozen model (Algorithm 1).
 
@@ -291,20 +266,22 @@ def calibrate(
         model: the frozen model; altered while it is scored, and given back bit for bit.
         score: `score(model) -> float`, larger = better; one with `bounds` (scoring.py) saves most of the work.
         target_modules: as in PEFT: a list of names or suffixes, or one regular expression. Linear layers only.
+        config: the settings, by default those of CalibrationConfig; `changes`, by keyword, go before them:
+            threshold: share of the baseline score that must be left.
+            budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count. Met to
+                within 1 %, in every scope; in a cumulative one each threshold tried has curves of its own to pay for.
+            search: "scan", the level before the first failure; or "bisect", an approximation: curves are not monotone.
+            levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
+            axes: "separate"; or "joint", one level zeroes that share of rows and of columns, so both have one curve.
+            scope: "independent", all other modules intact; "cumulative" and "cumulative_backward", what was chosen
+                before stays zeroed, from the first module to the last or from the last to the first.
+            repair: relax sparsities until the score with all of them at once is enough, too (repair.py).
+            seed: passed to the measure.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
-        threshold: share of the baseline score that must be left.
-        budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count. Met to
-            within 1 %, in every scope; in a cumulative one each threshold tried has curves of its own to pay for.
-        rank, granularity: of the adapter that spends them; "element" where single entries of A and B are masked.
-        search: "scan", the level before the first failure; or "bisect", an approximation: curves are not monotone.
-        levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
-        axes: "separate"; or "joint", one level zeroes that share of rows and of columns, so both have one curve.
-        scope: "independent", all other modules intact; "cumulative" and "cumulative_backward", what was chosen before
-            stays zeroed, from the first module to the last or from the last to the first.
-        repair: relax sparsities until the score with all of them at once is enough, too (repair.py).
+        importance_options: passed to the measure.
+        rank, granularity: of the adapter that spends a budget; "element" where single entries of A and B are masked.
         chance: what guessing scores, by default what `score.chance` says; a budget never follows a threshold below it.
-        above_chance: apply the threshold to what the baseline is above chance.
-        importance_options, seed: passed to the measure.
+        above_chance: apply the threshold to what the baseline is above chance: `config.chance`, "majority" or "ignore".
         settings: plain data that goes into the result as it is.
         known: an earlier result for the same model and score; what its curves decide is not evaluated again.
         store: a JSON file of the curves found so far, kept up to date. Its name must stand for the model, the score and
@@ -320,22 +297,27 @@ def calibrate(
     """
     began = time.perf_counter()
     peers = peers or Alone()
+    if above_chance is not None:
+        changes["chance"] = "majority" if above_chance else "ignore"
+    config = replace(config or CalibrationConfig(), **changes)
+    threshold, budget = config.threshold, config.budget
     chance = getattr(score, "chance", None) if chance is None else chance
-    chance = None if chance is None else float(chance)
-    asked = Question(threshold, budget, search, levels, max_sparsity, axes, scope, repair, chance, above_chance)
+    asked = Question(config, None if chance is None else float(chance))
     modules = target_linears(model, target_modules)
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
     count = None if budget is None else budgets.parameter_count(budget, *units)
-    grid = sparsity_levels(levels, max_sparsity)
+    grid = sparsity_levels(config.levels, config.max_sparsity)
     if known is not None:
         asked.agrees_with(known, list(modules))
 
     @cache
     def scores(module: str) -> Scores:
-        return scores_of(module, modules[module].weight, importance, seed=seed, options=importance_options or {})
+        return scores_of(
+            module, modules[module].weight, importance, seed=config.seed or 0, options=importance_options or {}
+        )
 
-    question = {"importance": name_of(importance), "search": search, "shapes": shapes}
+    question = {"importance": name_of(importance), "search": config.search, "shapes": shapes}
     cost = []  # (evaluations, seconds) of every process
     with Store.shared(store, question, peers) as kept, frozen(model):
         request = asked.named(count, rank, granularity)
@@ -364,7 +346,9 @@ def calibrate(
             cost = gathered(peers, paid)
     result = Calibration(
         **kept.results[request],
-        **{name: getattr(asked, name) for name in RECORDED},
+        **{name: getattr(config, name) for name in RECORDED},
+        chance=asked.chance,
+        above_chance=asked.above_chance,
         evaluations=sum(evaluations for evaluations, _ in cost),
         seconds=max((seconds for _, seconds in cost), default=time.perf_counter() - began),
         cached=cached,
@@ -403,10 +387,10 @@ class _Steps:
 
         def find(module: str, axis: str) -> float:
             survives = partial(self.curves.survives, module, axis, passes=partial(self.enough, at=at))
-            return SEARCHES[self.asked.search](survives, self.grid)
+            return SEARCHES[self.asked.config.search](survives, self.grid)
 
-        how = {"scope": self.asked.scope, "peers": self.peers, "progress": self.progress}
-        return chosen(self.curves, self.modules, CURVE_AXES[self.asked.axes], find, **how)
+        how = {"scope": self.asked.config.scope, "peers": self.peers, "progress": self.progress}
+        return chosen(self.curves, self.modules, CURVE_AXES[self.asked.config.axes], find, **how)
 
     def spending(self, count: int) -> tuple[float, Sparsity]:
         """The threshold, and the sparsity of its levels, at which `count` parameters are left."""
@@ -417,7 +401,7 @@ class _Steps:
         """The result: the score with all zeroed at once, repaired if that was asked for, and every module's entry."""
         found = self.levels_at(threshold)
         joint, zeroed, mended = self.curves.joint(sparsity), sparsity, None
-        if self.asked.repair:
+        if self.asked.config.repair:
             before, mended = self.curves.evaluations, {"joint_before": joint, "threshold": threshold}
             enough = partial(self.enough, at=threshold)
             asking = {"own": self.curves.exact, "joint": self.curves.joint, "enough": enough}
@@ -428,10 +412,10 @@ class _Steps:
             "baseline": self.baseline,
             "joint": joint,
             "threshold": threshold,
-            "search": self.asked.search,
+            "search": self.asked.config.search,
             "scaled": sparsity != both_axes(found),
             "repaired": mended,
-            "modules": _entries(self.kept, found, zeroed, self.asked.scope),
+            "modules": _entries(self.kept, found, zeroed, self.asked.config.scope),
         }
 
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from partial_lora import progress
 from partial_lora.calibration.calibrate import calibrate
-from partial_lora.calibration.importance import NEEDS_DATA, data_scores, scores_of
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.importance import NEEDS_DATA, OPTIONS, data_scores, scores_of
 from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.score import MEMORY, FewShotScore, mean_loss_within, starts
+from partial_lora.calibration.score import FewShotScore, mean_loss_within, starts
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
@@ -148,21 +149,21 @@ def importance_few_shot(
     model: nn.Module,
     train: Dataset,
     transform: Transform,
+    config: ImportanceConfig,
     *,
-    measure: str,
     modules: Sequence[str],
     draws: Draws,
     head: str | None,
     seed: int,
-    options: Mapping,
     new_head: bool = True,
     sizes: Sequence[int] = (),
 ) -> Scores:
-    """Importance of every row and column of the modules, by a measure's name.
+    """Importance of every row and column of the modules, by the measure that `config` names.
 
     A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
     that one is not new; any other sees the weights alone. sizes: of a mixture, how many classes each member has.
     """
+    measure, options = config.name, options_of(config)
     targets = {name: model.get_submodule(name) for name in modules}
     if measure not in NEEDS_DATA:
         return {
@@ -175,32 +176,26 @@ def importance_few_shot(
         return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
 
 
+def options_of(config: ImportanceConfig) -> dict[str, object]:
+    """Return the keys that the measure of these settings takes."""
+    return {name: getattr(config, name) for name in OPTIONS[config.name]}
+
+
 def calibrate_few_shot(
     model: nn.Module,
     train: Dataset,
     transform: Transform,
+    config: CalibrationConfig,
     *,
+    importance: ImportanceConfig,
     scores: Scores,
-    importance: Mapping[str, object],
+    draws: Draws,
+    drawn: Mapping[str, object],
     architecture: Mapping[str, object],
     rank: int,
     granularity: str,
     head: str | None,
     blocks: str | None,
-    threshold: float,
-    budget: float | None,
-    drawn: Mapping[str, object],
-    seed: int,
-    levels: float,
-    max_sparsity: float,
-    search: str,
-    axes: str = "separate",
-    scope: str = "independent",
-    repair: bool = False,
-    chance: str = "ignore",
-    score: str = "accuracy",
-    memory: int = MEMORY,
-    draws: Draws,
     new_head: bool = True,
     sizes: Sequence[int] = (),
     peers: Peers | None = None,
@@ -210,60 +205,49 @@ def calibrate_few_shot(
 
     Args:
         train: the training rows that both draws come from.
+        config: the settings; `score` and `seed` are what "auto" and null stand for.
         scores: importance of rows and columns by module; `importance` says how it was measured.
+        draws: the two draws of `train`; `drawn`, recorded and no more, are the settings they were made with.
         architecture: what, beside its weights, decides what the model computes.
         head: the module that is fitted on the fit draw, where it is new; left as it was found.
-        drawn: in words of settings, how the two draws were made; recorded, no more.
-        chance: "majority" where the threshold is of what the score is above that of always the largest class.
-        score: what is left of the model, a name of `scoring.MEASURES`. memory: bytes it may keep.
         sizes: of a mixture, how many classes each member has, whose heads are fitted and scored each by itself.
         stage: what progress is told of.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
-        draws: the two draws of `train`.
         The others as in `calibration.calibrate`.
     """
     fit, scored = (batches_of(train, rows, transform) for rows in (draws.fit, draws.scored))
     decides = {
         "version": VERSION,
         "architecture": dict(architecture),
-        "importance": dict(importance),
+        "importance": {"seed": config.seed, "name": importance.name} | options_of(importance),
         "modules": sorted(scores),
-        "levels": levels,
-        "max_sparsity": max_sparsity,
-        "search": search,
+        "levels": config.levels,
+        "max_sparsity": config.max_sparsity,
+        "search": config.search,
     }
-    if score != "accuracy":  # which calibrations were of before there was another
-        decides["score"] = {"f1": "f1, of the second class where there are two"}.get(score, score)
+    if config.score != "accuracy":  # which calibrations were of before there was another
+        decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
     if sizes:
         decides["sizes"] = list(sizes)
     key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)
     with scored_head(model, head, fit, new_head, peers, sizes):
         return calibrate(
             model,
-            FewShotScore(model, scored, score, blocks, memory, sizes),
+            FewShotScore(model, scored, config.score, blocks, config.memory, sizes),
+            config,
             target_modules=list(scores),
             importance=dict(scores),
-            threshold=threshold,
-            budget=budget,
             rank=rank,
             granularity=granularity,
-            search=search,
-            levels=levels,
-            max_sparsity=max_sparsity,
-            seed=seed,
-            settings=decides | dict(drawn) | {"seed": seed, "key": key},
+            settings=decides | dict(drawn) | {"seed": config.seed, "key": key},
             store=cache_dir() / "calibrations" / f"{key}.json",
-            axes=axes,
-            scope=scope,
-            repair=repair,
-            above_chance=chance == "majority",
             peers=peers,
             progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
         )
 
 
 def halves_few_shot(
-    model: nn.Module, train: Dataset, transform: Transform, *, draws: Draws, seed: int, **asked: Any
+    model: nn.Module, train: Dataset, transform: Transform, config: CalibrationConfig, *, draws: Draws, **given: Any
 ) -> dict:
     """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
 
@@ -271,11 +255,11 @@ def halves_few_shot(
     """
     labels = drawn_from(train)[draws.scored]
     found = []
-    for number, half in enumerate(split_half(labels, seed), start=1):
+    for number, half in enumerate(split_half(labels, config.seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
         part, stage = Draws(draws.fit, draws.scored[half]), f"half {number}"
-        asked_of = {"draws": part, "seed": seed, "stage": stage}
-        found.append(calibrate_few_shot(model, train, transform, **asked_of, **asked).sparsity)
+        half_found = calibrate_few_shot(model, train, transform, config, draws=part, stage=stage, **given)
+        found.append(half_found.sparsity)
     return reliability(*found)
 
 

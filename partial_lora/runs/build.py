@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
-from partial_lora.calibration.importance import OPTIONS
 from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
@@ -191,18 +191,15 @@ def importance(
     draws: tasks.Draws,
 ) -> methods.Scores:
     """Importance of every row and column of the modules that are to be adapted."""
-    measure, head = settings["importance"]["name"], settings["model"]["head"]
-    options = named(settings["importance"], *OPTIONS[measure])
     return importance_few_shot(
         model,
         task.train,
         transform,
-        measure=measure,
+        ImportanceConfig(**settings["importance"]),
         modules=targets,
         draws=draws,
-        head=head,
+        head=settings["model"]["head"],
         seed=calibration_seed(settings),
-        options=options,
         new_head=has_new_head(settings["model"]),
         sizes=task.sizes,
     )
@@ -210,24 +207,20 @@ def importance(
 
 def asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
     """What is asked of the few-shot draws (`calibrate_few_shot`)."""
-    chosen, measure = settings["calibration"], settings["importance"]["name"]
-    seed = calibration_seed(settings)
+    found = {"seed": calibration_seed(settings), "score": calibration_score(settings, task)}
     return {
-        "seed": seed,
+        "config": CalibrationConfig(**settings["calibration"] | found),
         "scores": scores,
         "draws": draws,
         "peers": peers,
         "rank": settings["method"]["rank"],
         "granularity": settings["mask"]["granularity"],
-        "importance": {"seed": seed} | named(settings["importance"], "name", *OPTIONS[measure]),
+        "importance": ImportanceConfig(**settings["importance"]),
         "architecture": named(settings["model"], "architecture", "model_args"),
         "new_head": has_new_head(settings["model"]),
         "sizes": task.sizes,
         "drawn": drawn_by(settings),
-        "score": calibration_score(settings, task),
         **named(settings["model"], "head", "blocks"),
-        **named(chosen, "threshold", "budget", "levels", "max_sparsity", "search"),
-        **named(chosen, "axes", "scope", "repair", "chance", "memory"),
     }
 
 

@@ -7,18 +7,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import file_sha256
 from partial_lora.runs import identity
 from partial_lora.runs.identity import defaults
 from partial_lora.runs.rates import tuned
-from partial_lora.runs.schema import Config, TaskConfig, plain_name, require
+from partial_lora.runs.schema import Config, TaskConfig, plain_name, read
+from partial_lora.training.config import TRACKERS
 
 # --- The members of a mixture: their settings out of group files, and what a mixture is by what they are.
 
@@ -80,7 +82,7 @@ def _checked(name: str, own: Mapping) -> dict:
         merged = OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own))
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise PartialLoraError(f"task.members.{name}.{key}: expected a value")
-        OmegaConf.to_object(merged)  # runs its __post_init__
+        check_files(OmegaConf.to_object(merged))  # after its __post_init__
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise PartialLoraError(f"task.members.{name}.{error.full_key}: {reason}") from error
@@ -207,11 +209,46 @@ def resolve(composed: DictConfig) -> dict:
         name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
         if name not in known:
             raise PartialLoraError(f"{group}.name={name}: expected one of {', '.join(known)}")
-    OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
+    _check_surroundings(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed)))
     settings = with_files(with_members(OmegaConf.to_container(composed, resolve=True), conf_dir() / "task"))
     if settings["trainer"]["tuned"] is not None:  # before the run has its id, which is of the rate
         settings["trainer"] |= tuned(settings["trainer"]["tuned"], settings, settings["trainer"]["tuned_on"])
     return settings
+
+
+def _check_surroundings(config: Config) -> None:
+    """Raise PartialLoraError, by its key, for a file, folder or package that a run names and that is not there."""
+    trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
+    known = calibration is None or Path(calibration).is_file()
+    require(known, "calibration.file", calibration, "an existing calibration.json")
+    known = trainer.tuned is None or Path(trainer.tuned).is_file()
+    require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
+    where = trainer.tuned_elsewhere
+    require(where is None, "trainer.tuned_elsewhere", where, "null: a run notes there how trainer.tuned was found")
+    missing = [TRACKERS[name] for name in trainer.report_to if not _installed(name)]
+    to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
+    require(not missing, "trainer.report_to", trainer.report_to, to_do)
+    if trainer.accelerate_config is not None:
+        read(trainer.accelerate_config)  # and runs.launch checks what comes of it and the keys beside it
+    known = data_dir is None or Path(data_dir).is_dir()
+    require(known, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
+    check_files(config.task)
+
+
+def check_files(task: TaskConfig) -> None:
+    """Raise PartialLoraError for a file of a task's rows that is not there; those of a mixture are its members'."""
+    files = task.data_files
+    if files is None or task.path == "members":
+        return
+    for key, path in files.items() if isinstance(files, Mapping) else [(None, files)]:
+        name = f"task.data_files.{key}" if key else "task.data_files"
+        require(Path(str(path)).exists(), name, path, "an existing file or folder")
+
+
+def _installed(module: str) -> bool:
+    """Return whether a package can be imported; a mere folder of that name, as wandb leaves behind, is none."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:

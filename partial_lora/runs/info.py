@@ -11,8 +11,8 @@ from partial_lora import methods, models
 from partial_lora.calibration.budget import dense_parameters, masked_units
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.runs.build import check_modality, named
-from partial_lora.runs.schema import at_once
 from partial_lora.training import cost
+from partial_lora.training.config import TrainerConfig
 from partial_lora.training.cost import peak_memory
 
 
@@ -71,7 +71,7 @@ def _memory(settings: Mapping, empty: PreTrainedModel, shapes: Mapping, counts: 
         "shapes": shapes,
         "counts": counts,
         "rank": settings["method"]["rank"],
-        "batch_size": at_once(settings["trainer"]),
+        "batch_size": TrainerConfig(**settings["trainer"]).local_batch_size,
         "length": settings["model"]["max_length"],
     }
     return {

@@ -24,11 +24,11 @@ from pathlib import Path
 import yaml
 
 from partial_lora import files, progress
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import redacted
 from partial_lora.runs import config, schema
 from partial_lora.runs import directory as handover
-from partial_lora.runs.schema import TrainerConfig, require
+from partial_lora.training.config import TrainerConfig
 
 # --- Which of several processes failed first, and of what: each leaves word, and whoever started them reads it.
 

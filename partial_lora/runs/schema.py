@@ -7,138 +7,24 @@ values equal to them: a new key then leaves the ids of old runs alone.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 from omegaconf import MISSING
 
-from partial_lora.errors import PartialLoraError
-
-# --- What a value of a setting has to be, said by its key where it is not.
-
-
-def require(holds: bool, key: str, value: object, expected: str) -> None:
-    """Raises PartialLoraError, `key=value: expected ...`, where a condition does not hold."""
-    if not holds:
-        raise PartialLoraError(f"{key}={value}: expected {expected}")
-
-
-def positive(key: str, value: float) -> None:
-    """A finite number above 0."""
-    require(0 < value < math.inf, key, value, "a number above 0")
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.errors import PartialLoraError, one_of, positive, require
+from partial_lora.training.config import TrainerConfig
 
 
 def plain_name(key: str, value: str) -> None:
     """A name that may become a folder's; a missing one is refused where settings are resolved."""
     plain = re.fullmatch(r"\w[\w.-]*", value) is not None
     require(plain or value == MISSING, key, value, "letters, digits, dots, dashes, underscores")
-
-
-def one_of(key: str, value: object, *known: str) -> None:
-    """One of a few words."""
-    require(value in known, key, value, " or ".join(map(str, known)))
-
-
-# --- The settings that decide how sparse an adapter is: importance, calibration and mask.
-
-_OPTIONS = ("options", "options_per_token")  # scores of multiple choice: the summed or the mean log likelihood
-
-
-@dataclass
-class ImportanceConfig:
-    """What makes a row or column important; a measure takes those of the keys that are its own (importance.OPTIONS)."""
-
-    name: str = "svd"
-    k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
-    energy: float = 0.9  # svd: share of the squared spectrum
-    rounds: int = 3  # imp: how often it prunes
-    fraction: float = 0.2  # imp: share of the rows and columns left that a round prunes
-    steps: int = 10  # imp: optimizer steps before each pruning
-    learning_rate: float = 1e-5  # imp: of those steps
-
-    def __post_init__(self) -> None:
-        require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
-        require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
-        require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
-        require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
-        require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
-        positive("importance.learning_rate", self.learning_rate)
-
-
-@dataclass
-class CalibrationConfig:
-    """How the sparsity of each module and axis is found on a handful of examples."""
-
-    threshold: float = 0.9
-    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
-    shots: int = 16
-    share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
-    max_samples: Optional[int] = None
-    seed: Optional[int] = 0  # of the few-shot draws and of measures that draw; null: the run's seed
-    file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
-    levels: float = 0.05
-    max_sparsity: float = 0.95
-    axes: str = "separate"  # joint: one level zeroes that share of rows and of columns together
-    scope: str = "independent"  # cumulative: what was chosen before, front to back (or backward), stays zeroed
-    search: str = "scan"  # bisect: an approximation, since curves are not monotone
-    repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
-    chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
-    score: str = "auto"  # what is left of the model; auto: the task's primary metric
-    reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
-    memory: int = 2**31  # bytes that may be kept between passes; changes no result
-
-    def __post_init__(self) -> None:
-        require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
-        if self.budget is not None:
-            whole = self.budget <= 1 or float(self.budget).is_integer()
-            require(
-                0 < self.budget < math.inf and whole,
-                "calibration.budget",
-                self.budget,
-                "a share in (0, 1] or a whole count of trainable parameters",
-            )
-        require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
-        require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
-        drawn_by = self.seed is None or self.seed >= 0
-        require(drawn_by, "calibration.seed", self.seed, "0 or more, or null for the run's seed")
-        require(
-            self.max_samples is None or self.max_samples >= 1, "calibration.max_samples", self.max_samples, "at least 1"
-        )
-        require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
-        require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
-        require(
-            self.file is None or Path(self.file).is_file(),
-            "calibration.file",
-            self.file,
-            "an existing calibration.json",
-        )
-        one_of("calibration.search", self.search, "scan", "bisect")
-        one_of("calibration.axes", self.axes, "separate", "joint")
-        one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
-        one_of("calibration.chance", self.chance, "ignore", "majority")
-        one_of(
-            "calibration.score",
-            self.score,
-            "auto",
-            "accuracy",
-            "f1",
-            "matthews",
-            "pearson",
-            "spearman",
-            "loss",
-            *_OPTIONS,
-        )
-        require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
-        fixed = f"false: calibration.budget={self.budget} has fixed the parameters that a repair would give back"
-        require(not (self.repair and self.budget is not None), "calibration.repair", self.repair, fixed)
-        given = "false: a calibration.file is used as it is, and its draws are not at hand"
-        require(not (self.reliability and self.file), "calibration.reliability", self.reliability, given)
 
 
 @dataclass
@@ -190,97 +76,6 @@ def read(file: str | Path) -> dict:
         version = (content.get("fsdp_config") or {}).get("fsdp_version", 1)
         require(str(version) == "2", f"{KEY}: fsdp_version", version, "2")
     return content
-
-
-# --- What training can be told: how long and how fast, on which machines, and what is kept of it.
-
-_TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
-
-
-def at_once(trainer: Mapping) -> int:
-    """How many examples a process computes at once, of the settings of the trainer group."""
-    return max(1, trainer["batch_size"] // ((trainer["num_processes"] or 1) * trainer["gradient_accumulation_steps"]))
-
-
-@dataclass
-class TrainerConfig:
-    """How long, how fast and on what the kept entries and the head train."""
-
-    epochs: float = 5.0
-    max_steps: Optional[int] = None  # in place of epochs
-    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
-    save_total_limit: int = 1  # checkpoints kept beside the best one
-    batch_size: int = 32  # of one optimizer step, over all processes and accumulation steps
-    gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
-    eval_batch_size: int = 64
-    learning_rate: float = 1e-3
-    tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
-    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
-    tuned_elsewhere: Optional[str] = None  # found, never set: where that rate was searched for, if not for such a run
-    weight_decay: float = 0.01
-    warmup: float = 0.1  # share of the steps
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, fp32 on CPUs; no: fp32
-    device: str = "auto"
-    num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
-    num_machines: int = 1
-    machine_rank: int = 0  # of this one; 0 has the run's directory
-    main_process_ip: Optional[str] = None  # of machine 0
-    main_process_port: int = 29500
-    accelerate_config: Optional[str] = None  # a file of `accelerate config`; the keys above go before what it says
-    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
-    strategy: str = "ddp"  # fsdp: parameters, gradients and optimizer state shared out over the processes
-    report_to: list[str] = field(default_factory=list)  # trackers, beside the local history
-
-    def __post_init__(self) -> None:
-        positive("trainer.epochs", self.epochs)
-        counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
-        for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
-        positive("trainer.learning_rate", self.learning_rate)
-        known = self.tuned is None or Path(self.tuned).is_file()
-        require(known, "trainer.tuned", self.tuned, "a file that scripts/tune.py makes")
-        where = self.tuned_elsewhere
-        require(where is None, "trainer.tuned_elsewhere", where, "null: a run says there how trainer.tuned was found")
-        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
-        positive("trainer.max_grad_norm", self.max_grad_norm)
-        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
-        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
-        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
-        one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
-        processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
-        parts = processes * steps
-        shared = f"a multiple of {parts}: trainer.num_processes={processes}"
-        shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
-        require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
-        trackers = set(self.report_to) <= set(_TRACKERS)
-        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(_TRACKERS)}")
-        missing = [_TRACKERS[name] for name in self.report_to if not _installed(name)]
-        to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
-        require(not missing, "trainer.report_to", self.report_to, to_do)
-        if self.accelerate_config is not None:
-            read(self.accelerate_config)  # and `cluster` checks what comes of both
-        else:
-            self._check_machines()
-
-    def _check_machines(self) -> None:
-        machines = self.num_machines
-        expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
-        require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
-        require(0 < self.main_process_port < 2**16, "trainer.main_process_port", self.main_process_port, "a port")
-        if machines > 1:
-            address = self.main_process_ip
-            require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")
-            expected = f"a multiple of trainer.num_machines={machines}: all processes of all machines"
-            require((self.num_processes or 0) % machines == 0, "trainer.num_processes", self.num_processes, expected)
-
-
-def _installed(module: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name, as wandb leaves behind, is none."""
-    found = find_spec(module)
-    return found is not None and found.origin is not None
 
 
 _METRICS = {  # that a task of each kind may have; the first of a task's selects
@@ -410,20 +205,11 @@ class TaskConfig:
         noise = self.label_noise
         require(0 <= noise <= 1, "task.label_noise", noise, "a share in [0, 1]")
         require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
-        if self.data_files is not None and not is_mixture:  # of a mixture they are checked by member
-            _check_files(self.data_files)
-
-
-def _check_files(data_files: Any) -> None:
-    if isinstance(data_files, str):
-        require(Path(data_files).exists(), "task.data_files", data_files, "an existing file or folder")
-        return
-    splits = set(data_files) if isinstance(data_files, Mapping) else set()
-    valid = "train" in splits and splits <= {"train", "validation", "test"}
-    expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
-    require(valid, "task.data_files", data_files, expected)
-    for split, path in data_files.items():
-        require(Path(str(path)).exists(), f"task.data_files.{split}", path, "an existing file or folder")
+        if isinstance(self.data_files, Mapping) and not is_mixture:  # of a mixture they are by member
+            splits = set(self.data_files)
+            valid = "train" in splits and splits <= {"train", "validation", "test"}
+            expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
+            require(valid, "task.data_files", self.data_files, expected)
 
 
 @dataclass
@@ -463,7 +249,5 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
-        known = self.data_dir is None or Path(self.data_dir).is_dir()
-        require(known, "data_dir", self.data_dir, "a folder of NAME/{train,validation,test}.parquet")
         if self.method.name == "targeted":  # importance is of rows and columns
             one_of("mask.granularity", self.mask.granularity, "rows_columns")

@@ -17,6 +17,7 @@ from partial_lora import Calibration, models, progress, tasks, train
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
 from partial_lora.calibration.budget import kept_parameters
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, config, schema
@@ -197,8 +198,8 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
     asked = []
     calibrate = few_shot.calibrate_few_shot
 
-    def watched(model, rows, transform, *, draws, **settings):
-        found = calibrate(model, rows, transform, draws=draws, **settings)
+    def watched(model, rows, transform, config, *, draws, **settings):
+        found = calibrate(model, rows, transform, config, draws=draws, **settings)
         asked.append((draws, found, settings))
         return found
 
@@ -232,5 +233,9 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 def test_reliability_needs_two_examples(place: Place) -> None:
     with pytest.raises(PartialLoraError, match="split-half: expected at least 2 scored examples"):
         few_shot.halves_few_shot(
-            None, Dataset.from_dict({"label": [0, 1]}), None, draws=tasks.Draws(fit=[0], scored=[1]), seed=0
-        )  # fmt: skip
+            None,
+            Dataset.from_dict({"label": [0, 1]}),
+            None,
+            CalibrationConfig(),
+            draws=tasks.Draws(fit=[0], scored=[1]),
+        )

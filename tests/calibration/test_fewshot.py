@@ -12,6 +12,7 @@ from torch import nn
 
 from partial_lora import models, tasks
 from partial_lora.calibration import importance
+from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot, scored_head
 from partial_lora.errors import PartialLoraError
 
@@ -154,7 +155,8 @@ def same(first: dict, second: dict) -> bool:
 def test_importance_sees_the_fit_draw_and_never_the_scored_one(digits, measure: str, options: dict) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
-    settings = {"measure": measure, "modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0, "options": options}
+    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
+    settings["config"] = ImportanceConfig(measure, **options)
     model = ten_classes()
     own = {key: value.clone() for key, value in model.state_dict().items()}
     scores = importance_few_shot(model, task.train, transform, **settings)
@@ -168,8 +170,8 @@ def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
     model = ten_classes()
-    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0, "options": {}}
-    scores = importance_few_shot(model, task.train, transform, measure="snip", **settings)
+    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
+    scores = importance_few_shot(model, task.train, transform, ImportanceConfig("snip"), **settings)
     fit = transform.batches(task.train.select(draws.fit), 30)
     layer = model.get_submodule(HEAD)
     weight, bias = fitted_head(*features(model, HEAD, fit), outputs=10)
@@ -188,8 +190,6 @@ def test_measures_of_the_weights_alone_look_at_no_example(digits) -> None:
     draws = tasks.Draws(fit=np.empty(0, dtype=np.int64), scored=np.empty(0, dtype=np.int64))
     settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
     model = ten_classes()
-    found = importance_few_shot(
-        model, task.train, transform, measure="svd", options={"k": 3, "energy": 0.9}, **settings
-    )
+    found = importance_few_shot(model, task.train, transform, ImportanceConfig("svd", k=3), **settings)
     rows, _ = importance.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
     assert torch.equal(found[TARGETS[0]][0], rows.cpu())

@@ -88,7 +88,7 @@ def test_a_file_says_how_a_model_is_shared_out(tmp_path: Path) -> None:
 )
 def test_a_file_that_no_run_can_follow_is_refused(content: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config: {said}"):
-        TrainerConfig(accelerate_config=file(tmp_path, **content))
+        schema.read(file(tmp_path, **content))
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"", b"- 1\n", b"num_processes: 2\n", None])

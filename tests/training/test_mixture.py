@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from partial_lora import tasks as tasks_of
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as slices
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head, fitted_heads
 from partial_lora.calibration.peers import Alone
 from partial_lora.calibration.score import MEASURES, FewShotScore
@@ -318,29 +319,23 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     draws = build.draws_of(chosen, mixed.train)
     asked = {"modules": ["bert.encoder.layer.0.output.dense"], "draws": draws, "head": "classifier", "seed": 0}
     scores = few_shot.importance_few_shot(
-        model, mixed.train, transform, measure="snip", options={}, sizes=mixed.sizes, **asked
+        model, mixed.train, transform, ImportanceConfig("snip"), sizes=mixed.sizes, **asked
     )
     found = few_shot.calibrate_few_shot(
         model,
         mixed.train,
         transform,
+        CalibrationConfig(levels=0.3, max_sparsity=0.3, score=build.calibration_score(chosen, mixed)),
         scores=scores,
-        importance={},
+        importance=ImportanceConfig("snip"),
         architecture={},
         rank=2,
         granularity="rows_columns",
         head="classifier",
         blocks="bert.encoder.layer",
-        threshold=0.9,
-        budget=None,
         drawn={},
-        seed=0,
-        levels=0.3,
-        max_sparsity=0.3,
-        search="scan",
         draws=draws,
         sizes=mixed.sizes,
-        score=build.calibration_score(chosen, mixed),
     )
     fit, scored = (transform.batches(mixed.train.select(rows), 99) for rows in (draws.fit, draws.scored))
     right, gradients = [], 0.0

@@ -22,9 +22,10 @@ from transformers.integrations.integration_utils import rewrite_logs
 from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import HIDDEN
+from partial_lora.runs import config
 from partial_lora.runs import directory as results
-from partial_lora.runs import schema
 from partial_lora.training import checkpoints, trackers
+from partial_lora.training import config as training_config
 from partial_lora.training.trackers import Tracking
 
 MEASURED = {
@@ -287,7 +288,7 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
-    assert set(schema._TRACKERS) == set(trackers.TRACKERS)
+    assert set(training_config.TRACKERS) == set(trackers.TRACKERS)
     installed = settings("trainer.report_to=[tensorboard,mlflow]")
     assert installed["trainer"]["report_to"] == ["tensorboard", "mlflow"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
@@ -301,4 +302,4 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeyp
 def test_a_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "left_by_a_tracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not schema._installed("left_by_a_tracker")
+    assert not config._installed("left_by_a_tracker")

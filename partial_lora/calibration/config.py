@@ -1,0 +1,79 @@
+"""The settings of calibration and importance: every key, its default and its range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+from partial_lora.errors import one_of, positive, require
+
+_SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
+
+
+@dataclass
+class ImportanceConfig:
+    """What makes a row or column important; a measure takes those of the keys that are its own (importance.OPTIONS)."""
+
+    name: str = "svd"
+    k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
+    energy: float = 0.9  # svd: share of the squared spectrum
+    rounds: int = 3  # imp: how often it prunes
+    fraction: float = 0.2  # imp: share of the rows and columns left that a round prunes
+    steps: int = 10  # imp: optimizer steps before each pruning
+    learning_rate: float = 1e-5  # imp: of those steps
+
+    def __post_init__(self) -> None:
+        require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
+        require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
+        require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
+        require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
+        require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
+        positive("importance.learning_rate", self.learning_rate)
+
+
+@dataclass
+class CalibrationConfig:
+    """How the sparsity of each module and axis is chosen on a handful of examples."""
+
+    threshold: float = 0.9
+    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
+    shots: int = 16
+    share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
+    max_samples: Optional[int] = None
+    seed: Optional[int] = 0  # of the few-shot draws and of measures that draw; null: the run's seed
+    file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
+    levels: float = 0.05
+    max_sparsity: float = 0.95
+    axes: str = "separate"  # joint: one level zeroes that share of rows and of columns together
+    scope: str = "independent"  # cumulative: what was chosen before, front to back (or backward), stays zeroed
+    search: str = "scan"  # bisect: an approximation, since curves are not monotone
+    repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
+    chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
+    score: str = "auto"  # what is left of the model; auto: the task's primary metric
+    reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
+    memory: int = 2**31  # bytes that may be kept between passes; changes no result
+
+    def __post_init__(self) -> None:
+        require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
+        budget = self.budget
+        whole = budget is None or (0 < budget < math.inf and (budget <= 1 or float(budget).is_integer()))
+        require(whole, "calibration.budget", budget, "a share in (0, 1] or a whole count of trainable parameters")
+        require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
+        require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
+        seeded = self.seed is None or self.seed >= 0
+        require(seeded, "calibration.seed", self.seed, "0 or more, or null for the run's seed")
+        most = self.max_samples
+        require(most is None or most >= 1, "calibration.max_samples", most, "at least 1")
+        require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
+        require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
+        one_of("calibration.search", self.search, "scan", "bisect")
+        one_of("calibration.axes", self.axes, "separate", "joint")
+        one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
+        one_of("calibration.chance", self.chance, "ignore", "majority")
+        one_of("calibration.score", self.score, *_SCORES)
+        require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
+        fixed = f"false: calibration.budget={budget} has fixed the parameters that a repair would give back"
+        require(not (self.repair and budget is not None), "calibration.repair", self.repair, fixed)
+        used = "false: a calibration.file is used as it is, and its draws are not at hand"
+        require(not (self.reliability and self.file), "calibration.reliability", self.reliability, used)

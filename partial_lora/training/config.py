@@ -1,0 +1,82 @@
+"""The settings of training: every key, its default and its range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional
+
+from partial_lora.errors import one_of, positive, require
+
+TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how fast and on what the kept entries and the head train."""
+
+    epochs: float = 5.0
+    max_steps: Optional[int] = None  # in place of epochs
+    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
+    save_total_limit: int = 1  # checkpoints kept beside the best one
+    batch_size: int = 32  # of one optimizer step, over all processes and accumulation steps
+    gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
+    eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
+    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
+    tuned_elsewhere: Optional[str] = None  # never set by hand: where that rate was searched for, if not for such a run
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, fp32 on CPUs; no: fp32
+    device: str = "auto"
+    num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
+    num_machines: int = 1
+    machine_rank: int = 0  # of this one; 0 has the run's directory
+    main_process_ip: Optional[str] = None  # of machine 0
+    main_process_port: int = 29500
+    accelerate_config: Optional[str] = None  # a file of `accelerate config`; the keys above go before what it says
+    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
+    strategy: str = "ddp"  # fsdp: parameters, gradients and optimizer state shared out over the processes
+    report_to: list[str] = field(default_factory=list)  # trackers, beside the local history
+
+    @property
+    def local_batch_size(self) -> int:
+        """The examples that a process computes at once."""
+        return max(1, self.batch_size // ((self.num_processes or 1) * self.gradient_accumulation_steps))
+
+    def __post_init__(self) -> None:
+        positive("trainer.epochs", self.epochs)
+        counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
+        for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
+        positive("trainer.learning_rate", self.learning_rate)
+        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        positive("trainer.max_grad_norm", self.max_grad_norm)
+        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
+        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
+        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
+        processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
+        parts = processes * steps
+        shared = f"a multiple of {parts}: trainer.num_processes={processes}"
+        shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
+        require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
+        trackers = set(self.report_to) <= set(TRACKERS)
+        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
+        if self.accelerate_config is None:  # what comes of such a file and these keys is checked where a run starts
+            self._check_machines()
+
+    def _check_machines(self) -> None:
+        machines = self.num_machines
+        expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
+        require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
+        require(0 < self.main_process_port < 2**16, "trainer.main_process_port", self.main_process_port, "a port")
+        if machines > 1:
+            address = self.main_process_ip
+            require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")
+            expected = f"a multiple of trainer.num_machines={machines}: all processes of all machines"
+            require((self.num_processes or 0) % machines == 0, "trainer.num_processes", self.num_processes, expected)
