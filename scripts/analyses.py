@@ -47,15 +47,13 @@ from partial_lora.calibration import budget, few_shot, peers, reliability, resul
 from partial_lora.calibration import calibrate as calibration
 from partial_lora.calibration import score as scoring
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask
+from partial_lora.masks import AXES, Mask
 from partial_lora.models import targets
 from partial_lora.report import figures
 from partial_lora.runs import build, compose, config
 from partial_lora.runs import directory as record
 from partial_lora.tasks import splits as label_noise
 from partial_lora.training import distributed
-
-AXES = ("rows", "columns")
 
 
 class Subject:

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import TOLERANCE, Shapes, scaled
-from partial_lora.calibration.search import AXES
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import random_keys
-from partial_lora.methods.setting import Setting, Sparsity, calibrated
+from partial_lora.masks import AXES, Sparsity, random_keys
+from partial_lora.methods.setting import Setting, calibrated
 
 _MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their proportional share
 

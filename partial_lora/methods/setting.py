@@ -12,10 +12,8 @@ from transformers import TrainerCallback
 
 from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.search import AXES
-from partial_lora.masks import Mask
+from partial_lora.masks import AXES, Mask, Sparsity
 
-Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]
 
 

@@ -20,6 +20,7 @@ from pyarrow.parquet import ParquetFile
 from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import identity
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
 from partial_lora.runs.rates import NO_POINT, said
@@ -97,10 +98,6 @@ def _word(value: object) -> str:
 
 
 # --- Where a module is in a model: its kind and its place in depth, read off its name.
-
-AXES = ("rows", "columns")
-
-Sparsity = Mapping[str, Mapping[str, float]]
 
 
 def place(module: str) -> tuple[str, tuple[int, ...]]:
