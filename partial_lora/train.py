@@ -59,7 +59,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
     set_seed(seed)
     model = build.model_of(settings["model"], task.labels, task.class_names).to(world.device)
-    method = methods.named(settings["method"]["name"])
+    method = methods.get(settings["method"]["name"])
     calibrated = methods.is_calibrated(method) or stage == "calibrate"
     # What is calibrated are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated):
@@ -154,7 +154,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
-    record["parameters"] |= aids.said()
+    record["parameters"] |= aids.summary()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"), tracking:
