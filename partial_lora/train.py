@@ -25,7 +25,6 @@ from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.build import named
 from partial_lora.runs.directory import finite, timed
-from partial_lora.runs.identity import flatten
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training import cost as parameters
 from partial_lora.training import trainer as fit
@@ -123,7 +122,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         settings["trainer"]["report_to"] if world.is_main else [],
         directory=directory,
         results_dir=Path(settings["results_dir"]),
-        parameters=flatten(settings),
+        parameters=files.flatten(settings),
     )
     trainer = fit.trainer(
         adapted,

@@ -8,7 +8,7 @@ from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, random_keys
+from partial_lora.masks import Mask, random_keys
 from partial_lora.methods.setting import Setting, calibrated
 from partial_lora.models.targets import chains
 
