@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
             stage = None if arguments[0] == "info" else arguments[0]  # Hydra's grammar, not argparse's:
             return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], stage=stage)
-        if arguments and arguments[0] in _MODULES:
-            return import_module(f"partial_lora.{_MODULES[arguments[0]]}").main(arguments[1:])
+        if arguments and arguments[0] in ("evaluate", "predict", "report"):  # each has a parser of its own
+            return getattr(import_module(f"partial_lora.{arguments[0]}_command"), arguments[0])(arguments[1:])
         return _parsed(arguments)
 
     return guarded(command)
@@ -148,9 +148,4 @@ def _info(settings: dict) -> int:
     return 0
 
 
-_MODULES = {  # of commands that have a parser of their own
-    "evaluate": "evaluate_command",
-    "predict": "predict_command",
-    "report": "report_command",
-}
 _COMMANDS: dict[str, Callable[[dict], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import math
+=======
+from collections.abc import Sequence
+>>>>>>> main
 
 
 class PartialLoraError(Exception):
@@ -11,6 +15,11 @@ class PartialLoraError(Exception):
     The message names the key, file or module, what was expected and what to do. The command line prints it without a
     traceback and exits with a code other than 0.
     """
+
+
+def shortlist(names: Sequence[str], most: int = 10) -> str:
+    """Return the first few names for a message, and how many more there are: "a, b and 7 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class ProofError(PartialLoraError):

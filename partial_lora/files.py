@@ -124,28 +124,58 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Return nested plain data as one mapping, each value by its full key ("trainer.epochs")."""
+    flat = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 # --- One process at a time, where several may want to make the same thing.
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def alone(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the right to make `path`; waits for whoever holds it, and says so.
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file and return True; return False where another process holds it, unless told to wait.
 
-    purpose: what is done to it, a verb for the log. The lock is a file beside it, whose folder is made if need be; the
-    kernel frees it when its holder dies. Raises OSError where it cannot be written.
+    The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks nobody.
     """
     import fcntl  # a system without it can still load and save adapters
 
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return True while another process holds the lock of a file; of one that does not exist nobody does."""
+    try:
+        with open(path, "rb") as file:
+            return not lock(file.fileno())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def alone(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the right to make `path`; waits for whoever holds it, and logs that.
+
+    purpose: what is done to it, a verb for the log. The lock is a file beside it, whose folder is made if need be.
+    Raises OSError where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(descriptor):
             logger.info("%s: another process is about to %s it; waiting", path, purpose)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
+
+AXES = ("rows", "columns")
+
+Sparsity = Mapping[str, Mapping[str, float]]
+"""The share removed of each module and axis: {module: {"rows": s, "columns": s}}."""
 
 
 def kept_count(size: int, sparsity: float) -> int:

@@ -1,4 +1,4 @@
-"""How far a run is, told by the worker to whoever started it.
+"""Progress of a run, from its worker to its parent, and requests to stop, which go the other way as signals.
 
 A worker may outlive its parent and may write from inside libraries that own the terminal, so progress does not go
 through a pipe or a terminal bar: it is one JSON object a line, appended to a file that the parent reads.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "PARTIAL_LORA_PROGRESS"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the signals that ask a process to stop
 _INTERVAL = 0.1  # seconds between two events of one stage; a bar drawn more often than that looks the same
 
 _last: dict[str, float] = {}
@@ -55,3 +59,19 @@ class Reader:
                     break  # half a line: the rest comes with the next look
                 self._position = file.tell()
                 yield json.loads(line)
+
+
+@contextmanager
+def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
+    """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def leave(number: int, frame: object) -> None:
+    """End the process at a signal by way of an exception, so that nothing is left half-written."""
+    sys.exit(128 + number)

@@ -25,7 +25,6 @@ from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.build import named
 from partial_lora.runs.directory import finite, timed
-from partial_lora.runs.identity import flatten
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training import cost as parameters
 from partial_lora.training import trainer as fit
@@ -59,7 +58,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
     set_seed(seed)
     model = build.model_of(settings["model"], task.labels, task.class_names).to(world.device)
-    method = methods.named(settings["method"]["name"])
+    method = methods.get(settings["method"]["name"])
     calibrated = methods.is_calibrated(method) or stage == "calibrate"
     # What is calibrated are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated):
@@ -123,7 +122,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         settings["trainer"]["report_to"] if world.is_main else [],
         directory=directory,
         results_dir=Path(settings["results_dir"]),
-        parameters=flatten(settings),
+        parameters=files.flatten(settings),
     )
     trainer = fit.trainer(
         adapted,
@@ -154,7 +153,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         trainer.train(resumed)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
-    record["parameters"] |= aids.said()
+    record["parameters"] |= aids.summary()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.
     with timed(record, "evaluate"), tracking:

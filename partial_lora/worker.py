@@ -16,6 +16,7 @@ from pathlib import Path
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redact_output, redacted, settle
+from partial_lora.progress import STOPPING, leave
 from partial_lora.runs import directory as handover
 from partial_lora.runs import launch
 
@@ -29,7 +30,7 @@ def work(directory: Path, stage: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit)
+        signal.signal(number, leave)
     settings = handover.taken(directory)
     is_main = os.environ.get("RANK", "0") == "0"
     entry = handover.new(settings)
@@ -49,7 +50,7 @@ def work(directory: Path, stage: str) -> int:
             settle(directory)  # before the record says that it is there
         entry |= {"status": "finished", "files": handover.files(directory)}
     except BaseException as error:  # whatever ended the run, its record says so
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
         entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -65,10 +66,6 @@ def work(directory: Path, stage: str) -> int:
     if is_main:
         handover.remove_checkpoints(directory)  # once the record says that nobody needs them
     return 0
-
-
-def _exit(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -43,19 +43,17 @@ from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
 from partial_lora import cli, files, models, tasks
-from partial_lora.calibration import budget, few_shot, peers, reliability, result
-from partial_lora.calibration import calibrate as calibration
-from partial_lora.calibration import score as scoring
+from partial_lora.calibration import budget, few_shot, peers, reliability
+from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.result import Calibration
+from partial_lora.calibration.score import FewShotScore
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask
-from partial_lora.models import targets
+from partial_lora.masks import AXES, Mask
+from partial_lora.models.targets import target_linears
 from partial_lora.report import figures
-from partial_lora.runs import build, compose, config
-from partial_lora.runs import directory as record
-from partial_lora.tasks import splits as label_noise
-from partial_lora.training import distributed
-
-AXES = ("rows", "columns")
+from partial_lora.runs import build, compose, config, directory
+from partial_lora.tasks.splits import mislabelled
+from partial_lora.training.distributed import join
 
 
 class Subject:
@@ -67,14 +65,14 @@ class Subject:
 
     def __init__(self, settings: dict) -> None:
         self.settings = settings
-        self.device = distributed.join(settings["trainer"]["device"]).device
+        self.device = join(settings["trainer"]["device"]).device
         self.task = build.task_of(settings)
         self.transform = build.transform_of(settings)
         transformers.set_seed(settings["seed"])
         self.model = build.model_of(settings["model"], self.task.labels).to(self.device)
         with models.dequantised(self.model, values=False):
             keys = build.named(settings["model"], "target_modules", "head", "new_modules")
-            modules = targets.target_linears(self.model, **keys)
+            modules = target_linears(self.model, **keys)
             self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
 
     def draws(self, **changes: int) -> tasks.Draws:
@@ -86,7 +84,7 @@ class Subject:
         if len(self.task.labels) < 2:
             raise PartialLoraError(f"analysis.noise={share}: expected 2 classes or more, found {self.task.labels}")
         fit, scored = (
-            label_noise.mislabelled(self.task.train.select(rows), share, [seed, draw], self.settings["task"]["name"])
+            mislabelled(self.task.train.select(rows), share, [seed, draw], self.settings["task"]["name"])
             for draw, rows in enumerate((draws.fit, draws.scored))
         )
         fit_rows, scored_rows = np.split(np.arange(len(fit) + len(scored)), [len(fit)])
@@ -109,15 +107,15 @@ class Subject:
             question = self._question(settings, task, draws)
             return few_shot.calibrate_few_shot(self.model, task.train, self.transform, **question)
 
-    def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[result.Calibration, scoring.FewShotScore]:
+    def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         with models.dequantised(self.model):
             question = self._question(self.settings, self.task, draws)
             with few_shot.scored_head(self.model, question["head"], fit, question["new_head"]):
                 config = question["config"]
-                score = scoring.FewShotScore(self.model, scored, config.score, question["blocks"], config.memory)
-                calibrated = calibration.calibrate(
+                score = FewShotScore(self.model, scored, config.score, question["blocks"], config.memory)
+                calibrated = calibrate(
                     self.model,
                     score,
                     config,
@@ -132,7 +130,7 @@ class Subject:
         scores = build.importance(settings, task, self.transform, self.model, list(self.shapes), draws)
         return build.asked(settings, task, scores, draws, peers.Alone())
 
-    def record(self, calibrated: result.Calibration) -> dict:
+    def record(self, calibrated: Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
         rank, granularity = self.settings["method"]["rank"], self.settings["mask"]["granularity"]
         units = budget.masked_units(self.shapes, rank, granularity)
@@ -647,7 +645,7 @@ def _refuse(message: str) -> None:
     raise PartialLoraError(message)
 
 
-def directory(settings: Mapping, what: str) -> Path:
+def folder_of(settings: Mapping, what: str) -> Path:
     """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
 
     The id is over the run's, and over the options that differ from their defaults.
@@ -666,13 +664,13 @@ def analyse(what: str, settings: dict, command: str) -> int:
     """
     if settings["calibration"]["file"]:
         raise PartialLoraError("calibration.file: an analysis calibrates itself, on draws that differ; leave it out")
-    folder = directory(settings, what)
+    folder = folder_of(settings, what)
     path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
     print(f"analyse {what} {folder}")
-    with record.locked(folder), logged(folder / "analysis.log"):
+    with directory.locked(folder), logged(folder / "analysis.log"):
         analysis = None if settings["overwrite"] else load(path, what)
         if analysis is None:
-            origin = record.new(settings)
+            origin = directory.new(settings)
             analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
             analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")} | {"parts": {}}
         if analysis["status"] == "finished":

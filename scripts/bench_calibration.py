@@ -29,8 +29,9 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import Sparsity, sparsity_levels
+from partial_lora.calibration.search import sparsity_levels
 from partial_lora.files import write_atomic, write_json
+from partial_lora.masks import Sparsity
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs.compose import compose

@@ -25,7 +25,7 @@ import huggingface_hub
 import torch
 
 import partial_lora.train  # noqa: F401  what a worker imports: once, for all of them
-from partial_lora import cli, worker
+from partial_lora import cli, progress, worker
 from partial_lora.runs import launch
 
 WORKER = ["-m", "partial_lora.worker"]
@@ -124,7 +124,7 @@ class Forked:
 
 def _work(words: list[str], log: int, variables: dict[str, str], first: Callable[[], object]) -> None:
     """Be a worker: what `python -m partial_lora.worker` does, in a process that this one's tests have been in."""
-    for number in launch.STOPPING:
+    for number in progress.STOPPING:
         signal.signal(number, signal.SIG_DFL)  # of what its parent does about them it knows nothing
     os.setsid()
     os.environ.clear()

@@ -29,9 +29,10 @@ from partial_lora.adapter.config import PartialLoraConfig
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import PartialLoraModel, module_masks
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, assign_sparsity, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, assign_sparsity, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.masks import AXES
 
 # --- The file of a compact adapter, from values to bytes and back, every part of it checked.
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
 from partial_lora.adapter.selection import (
-    AXES,
     Geometry,
     ModuleMasks,
     check_counts,
@@ -28,6 +27,7 @@ from partial_lora.adapter.selection import (
     top_masks,
 )
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AXES
 
 # --- Which options of LoRA go with masks: an allow-list over every field of LoraConfig.
 

@@ -16,9 +16,9 @@ from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask
+from partial_lora.masks import AXES, Mask
 
 
 class PartialLoraModel(LoraModel):

@@ -17,17 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask, kept_count
+from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 
 # --- The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and ax
 
-AXES = ("rows", "columns")
 
-Sparsity = float | dict[str, dict[str, float]]
-"""One sparsity for every row and column, or {module name or pattern: {"rows": s, "columns": s}}."""
-
-
-def read_sparsity(sparsity: float | Mapping | str | PathLike) -> Sparsity:
+def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
     """The sparsity setting in its one canonical form, whatever form the user gave it in.
 
     Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
@@ -42,7 +37,7 @@ def read_sparsity(sparsity: float | Mapping | str | PathLike) -> Sparsity:
     return _share(sparsity, "sparsity")
 
 
-def _calibrated_sparsity(path: Path) -> Sparsity:
+def _calibrated_sparsity(path: Path) -> float | Sparsity:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
         found = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
@@ -73,7 +68,7 @@ def _share(value: object, key: str) -> float:
     return float(value)
 
 
-def assign_sparsity(sparsity: Sparsity, modules: list[str]) -> dict[str, dict[str, float]]:
+def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
     """One {"rows": s, "columns": s} for each of ``modules``, in their order.
 
     A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
@@ -157,7 +152,7 @@ class ModuleMasks:
 
 
 def random_masks(
-    geometries: Mapping[str, Geometry], sparsity: Sparsity, *, granularity: str, count: str, mask_seed: int
+    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, *, granularity: str, count: str, mask_seed: int
 ) -> dict[str, ModuleMasks]:
     """Random masks for modules of the given ``geometries`` {module: geometry}: the selection "random"."""
     shares = assign_sparsity(sparsity, list(geometries))
@@ -220,7 +215,7 @@ def _numbers(values: object, key: str) -> np.ndarray:
 
 
 def top_masks(
-    geometries: Mapping[str, Geometry], sparsity: Sparsity, scores: Values, *, granularity: str
+    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, scores: Values, *, granularity: str
 ) -> dict[str, ModuleMasks]:
     """Masks that keep what has the highest of ``scores``, as much of it as ``sparsity`` says: the selection "top"."""
     _same_modules(geometries, scores, "scores")
@@ -259,7 +254,7 @@ def _same_modules(geometries: Mapping[str, Geometry], values: Values, key: str) 
             raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
 
 
-def check_counts(masks: Mapping[str, ModuleMasks], sparsity: Sparsity) -> None:
+def check_counts(masks: Mapping[str, ModuleMasks], sparsity: float | Sparsity) -> None:
     """Refuse given masks that keep another number than ``sparsity`` says."""
     for module, shares in assign_sparsity(sparsity, list(masks)).items():
         for axis in AXES:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, assign_sparsity
+from partial_lora.adapter.selection import Geometry, ModuleMasks, assign_sparsity
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
-from partial_lora.masks import Mask, kept_count
+from partial_lora.masks import AXES, Mask, kept_count
 
 if TYPE_CHECKING:
     from partial_lora.adapter.config import PartialLoraConfig

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from partial_lora.calibration.search import AXES, Sparsity
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import kept_count
+from partial_lora.masks import AXES, Sparsity, kept_count
 
 TOLERANCE = 0.01  # share of a budget that may stay unused
 _NARROW = 1e-6  # thresholds closer than this are one threshold

@@ -6,7 +6,7 @@ sparsities share is the model's, what they do not share is chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
 
@@ -14,8 +14,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from partial_lora.errors import PartialLoraError
-
-Sparsity = Mapping[str, Mapping[str, float]]
+from partial_lora.masks import Sparsity
 
 WEAK = 0.5  # below it sparsities are more chance than model
 _FEWEST = 3  # through two points there is always a line

@@ -10,8 +10,8 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from partial_lora.calibration.budget import Shapes
-from partial_lora.calibration.search import AXES, BOTH, Levels, Sparsity, both_axes
-from partial_lora.masks import kept_count
+from partial_lora.calibration.search import BOTH, Levels, both_axes
+from partial_lora.masks import AXES, Sparsity, kept_count
 
 Joint = Callable[[Sparsity], float | None]
 Own = Callable[[str, str, float], float]  # module, axis, level -> the score with that alone zeroed

@@ -23,7 +23,7 @@ from partial_lora.calibration.search import (
     sparsity_levels,
     walk,
 )
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
 
 # --- What the numbers of a calibration say that nobody has asked: sentences for whoever is about to rely on it.
@@ -91,7 +91,7 @@ def _of_points(modules: Mapping[str, Mapping[str, Mapping]]) -> list[str]:
     ]
     if not broken:
         return []
-    return [f"the score is not a number with part of {_some(broken)} zeroed; that counts as a failure"]
+    return [f"the score is not a number with part of {shortlist(broken, _NAMED)} zeroed; that counts as a failure"]
 
 
 def _of_levels(levels: Sparsity, grid: Sequence[float]) -> list[str]:
@@ -104,7 +104,7 @@ def _of_levels(levels: Sparsity, grid: Sequence[float]) -> list[str]:
         return ["no reduction: no module can lose anything, the sign of a poorly suited model"]
     if never:
         what = "modules never fail" if len(never) > 1 else "module never fails"
-        return [f"{len(never)} {what}, even at sparsity {grid[-1]:g}: {_some(never)}"]
+        return [f"{len(never)} {what}, even at sparsity {grid[-1]:g}: {shortlist(never, _NAMED)}"]
     return []
 
 
@@ -123,12 +123,6 @@ def _of_joint(
     elif budget or needed == float("inf"):  # nobody asked for this line, or nothing can reach it
         return []
     return [f"the joint score, with all sparsities at once, is {joint:.3g}, {where}: {remedy}"]
-
-
-def _some(modules: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(modules) - _NAMED
-    return ", ".join(modules[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 VERSION = 1

@@ -7,15 +7,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from partial_lora.masks import AXES, Sparsity
+
 # --- Points of calibration curves as plain data: what is known of a score at each level of sparsity.
 
-AXES = ("rows", "columns")
 BOTH = "joint"  # one level zeroes that share of the rows and of the columns
 CURVE_AXES = {"separate": AXES, "joint": (BOTH,)}  # calibration.axes: the curves of a module
 
 Bounds = tuple[float, float]
 Curve = dict[float, Bounds]
-Sparsity = dict[str, dict[str, float]]  # {module: {"rows": s, "columns": s}}
 Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)

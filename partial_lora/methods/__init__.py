@@ -1,70 +1,64 @@
-"""The methods that are compared: each takes the frozen model and gives it back with what it trains.
+"""The methods that are compared: each takes the frozen model and returns it with what it trains.
 
-Every method trains the task's head; they differ in what else they train. A new one is one function, its name in
-`_MODULES`, and one file in conf/method. A method that trains in a way of its own has a second function beside it,
-`train_NAME`.
+Every method trains the task's head; they differ in what else they train. A new one is one function in `METHODS` and one
+file in conf/method. A method that trains in a way of its own has a second function, in `_TRAININGS`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 from peft import PeftModel
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training, foreseen_sparsity, is_calibrated
+from partial_lora.methods import controls, flow, full, partial, peft
+from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training, expected_sparsity, is_calibrated
 
 __all__ = [
+    "METHODS",
     "Method",
     "Scores",
     "Setting",
     "Sparsity",
     "Training",
-    "foreseen_sparsity",
+    "expected_sparsity",
+    "get",
     "is_calibrated",
-    "named",
-    "names",
     "training",
 ]
 
-
-# Each method is a function of this name in this module; a module is loaded when one of its methods is asked for.
-_MODULES = {
-    "partial": ("partial", "targeted"),
-    "controls": ("uniform", "shuffled", "inverted", "low_rank", "random_weights"),
-    "flow": ("flow",),
-    "peft": ("lora", "dora", "vera", "adalora", "lorafa"),
-    "full": ("full", "probe"),
+METHODS: dict[str, Method] = {
+    "partial": partial.partial,
+    "targeted": partial.targeted,
+    "flow": flow.flow,
+    "uniform": controls.uniform,
+    "shuffled": controls.shuffled,
+    "inverted": controls.inverted,
+    "low_rank": controls.low_rank,
+    "random_weights": controls.random_weights,
+    "lora": peft.lora,
+    "dora": peft.dora,
+    "vera": peft.vera,
+    "adalora": peft.adalora,
+    "lorafa": peft.lorafa,
+    "full": full.full,
+    "probe": full.probe,
 }
-_MODULE_OF = {method: module for module, methods in _MODULES.items() for method in methods}
+_TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa}
 
 
-def named(name: str) -> Method:
-    """Return the method that conf/method/NAME.yaml names; raises PartialLoraError for a name that there is none of."""
-    if name not in _MODULE_OF:
-        raise PartialLoraError(f"method.name={name}: expected one of {', '.join(names())}")
-    return getattr(_module(name), name)
-
-
-def names() -> list[str]:
-    """Every method there is, in the order of the alphabet."""
-    return sorted(_MODULE_OF)
+def get(name: str) -> Method:
+    """Return the method that conf/method/NAME.yaml names; raises PartialLoraError for an unknown name."""
+    if name not in METHODS:
+        raise PartialLoraError(f"method.name={name}: expected one of {', '.join(sorted(METHODS))}")
+    return METHODS[name]
 
 
 def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
-    """How what the method has made of a model is trained, where that takes more than AdamW on a loss.
+    """Return what the method adds to AdamW on the task's loss, for the model that it has adapted.
 
-    Such a method has a function train_NAME beside its own. Raises PartialLoraError where that needs whole parameters
-    and they are shared out over the processes.
+    Raises PartialLoraError where that needs whole parameters and they are sharded.
     """
-    of_its_own = getattr(_module(name), f"train_{name}", None)
-    if of_its_own is None:
+    if name not in _TRAININGS:
         return Training()
     if sharded:
         raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
-    return of_its_own(adapted)
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"{__name__}.{_MODULE_OF[name]}")
+    return _TRAININGS[name](adapted)

@@ -1,10 +1,10 @@
-"""A control: a smaller dense adapter in place of a sparse one."""
+"""Controls of the size of Partial-LoRA: each keeps its trainable parameters and takes away one of its choices."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 
 import numpy as np
@@ -17,10 +17,76 @@ from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import TOLERANCE, Shapes, scaled
-from partial_lora.calibration.search import AXES
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import random_keys
-from partial_lora.methods.setting import Setting, Sparsity, calibrated
+from partial_lora.masks import AXES, Sparsity, random_keys
+from partial_lora.methods.setting import Setting, calibrated
+
+# --- Other sparsities of the modules, at the same parameters in all.
+
+
+@calibrated
+def uniform(model: nn.Module, setting: Setting) -> PeftModel:
+    """Control: one sparsity for every module and axis. Does it matter how much each module keeps?
+
+    Modules of one shape gain a row or column at the same sparsity; where the budget does not reach for all of them, the
+    first in the model's order have one more.
+    """
+    equal = {module: dict.fromkeys(AXES, 0.5) for module in setting.sparsity}  # any one sparsity: it is scaled
+    return _masked_at_budget(model, setting, equal)
+
+
+@calibrated
+def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
+    """Control: the sparsities of `partial`, permuted among modules of one shape. Does it matter which has which?"""
+    return _masked_at_budget(model, setting, permuted(setting.sparsity, setting.shapes, setting.mask_seed))
+
+
+@calibrated
+def inverted(model: nn.Module, setting: Setting) -> PeftModel:
+    """Control: the densities of `partial` in reverse order over the modules.
+
+    The modules keep most that calibration lets keep least.
+    """
+    return _masked_at_budget(model, setting, reversed_ranks(setting.sparsity))
+
+
+def _masked_at_budget(model: nn.Module, setting: Setting, sparsity: Sparsity) -> PeftModel:
+    at_budget = scaled(sparsity, *setting.units(), setting.budget())
+    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=at_budget))
+
+
+def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping[str, float]]:
+    """Return the sparsities of both axes in a random order, drawn by the seed, among modules of one shape (out, in).
+
+    A module that is the only one of its shape keeps its own, and any other may: one of its shape, on average.
+    """
+    dealt = {}
+    for shape in dict.fromkeys(shapes[module] for module in sparsity):
+        group = [module for module in sparsity if shapes[module] == shape]
+        keys = random_keys(len(group), mask_seed=seed, module=f"{shape[0]}x{shape[1]}", axis="modules")
+        dealt |= {module: sparsity[group[other]] for module, other in zip(group, np.argsort(keys), strict=True)}
+    return {module: dealt[module] for module in sparsity}
+
+
+def reversed_ranks(sparsity: Sparsity) -> dict[str, dict[str, float]]:
+    """Give, on each axis, the highest of all sparsities to the module that has the lowest, and so on.
+
+    Modules that were equal stay equal: they share the mean of what their ranks would get.
+    """
+    swapped: dict[str, dict[str, float]] = {module: {} for module in sparsity}
+    for axis in AXES:
+        values = np.array([axes[axis] for axes in sparsity.values()])
+        order = np.argsort(values, kind="stable")
+        reverse = np.empty_like(values)
+        reverse[order] = values[order][::-1]
+        for value in np.unique(values):
+            reverse[values == value] = reverse[values == value].mean()
+        for module, share in zip(sparsity, reverse, strict=True):
+            swapped[module][axis] = float(share)
+    return swapped
+
+
+# --- A smaller dense adapter in place of a sparse one.
 
 _MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their proportional share
 
@@ -36,8 +102,8 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
     scaling, usual = setting.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
-    exact = {module: f"^{re.escape(module)}" for module in adapted}  # as PEFT matches patterns: the end of a name
-    unusual = {exact[module]: rank for module, rank in adapted.items() if rank != usual}
+    # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
+    unusual = {f"^{re.escape(module)}": rank for module, rank in adapted.items() if rank != usual}
     config = LoraConfig(
         **setting.lora()
         | {
@@ -52,7 +118,7 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
-    """A rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget within 1 %.
+    """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget ± 1 %.
 
     Every size out + in has close to its proportional share of rank units, and modules of one size differ by at most
     one; which have the one more is drawn by the seed.
@@ -65,6 +131,9 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
     def missed(units: tuple[int, ...]) -> int:
         return abs(budget - sum(size * count for size, count in zip(groups, units, strict=True)))
 
+    def distance(units: tuple[int, ...]) -> float:
+        return sum(abs(count - share) for count, share in zip(units, shares, strict=True))
+
     choices = [sorted({max(0, round(share) + move) for move in _MOVES}) for share in shares]
     within = [units for units in product(*choices) if missed(units) <= TOLERANCE * budget and any(units)]
     if not within:
@@ -72,8 +141,7 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
             f"method=low_rank: not applicable: no ranks give a dense adapter within 1 % of {budget:,} trainable "
             f"parameters; one rank of a module has at least {min(groups):,}"
         )
-    apart = {units: sum(abs(count - share) for count, share in zip(units, shares, strict=True)) for units in within}
-    chosen = min(within, key=lambda units: (round(apart[units], 6), missed(units)))
+    chosen = min(within, key=lambda units: (round(distance(units), 6), missed(units)))
     ranks = {}
     for group, count in zip(groups.values(), chosen, strict=True):
         keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")
@@ -82,87 +150,20 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
     return {module: ranks[module] for module in shapes}
 
 
-# --- A control: does it matter how much each module keeps?
-
-
-@calibrated
-def uniform(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: one sparsity for every module and axis, with the trainable parameters of `partial`.
-
-    Modules of one shape gain a row or column at the same sparsity; where the budget does not reach for all of them, the
-    first in the model's order have one more.
-    """
-    alike = {module: dict.fromkeys(AXES, 0.5) for module in setting.sparsity}  # any one sparsity: it is scaled
-    sparsity = scaled(alike, *setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=sparsity))
-
-
-# --- A control: does it matter which module keeps how much?
-
-
-@calibrated
-def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: the sparsities of `partial`, dealt out again among modules of the same shape, at its parameters."""
-    given = permuted(setting.sparsity, setting.shapes, setting.mask_seed)
-    sparsity = scaled(given, *setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=sparsity))
-
-
-def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping[str, float]]:
-    """The sparsities of both axes in a random order, drawn by the seed, among modules of the same shape (out, in).
-
-    A module that is the only one of its shape keeps its own, and any other may: one of its shape, on average.
-    """
-    found = {}
-    for shape in dict.fromkeys(shapes[module] for module in sparsity):
-        alike = [module for module in sparsity if shapes[module] == shape]
-        keys = random_keys(len(alike), mask_seed=seed, module=f"{shape[0]}x{shape[1]}", axis="modules")
-        found |= {module: sparsity[alike[other]] for module, other in zip(alike, np.argsort(keys), strict=True)}
-    return {module: found[module] for module in sparsity}
-
-
-# --- A control: what if the modules keep most that calibration lets keep least?
-
-
-@calibrated
-def inverted(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: the densities of `partial` in reverse order over the modules, scaled to its trainable parameters."""
-    sparsity = scaled(reversed_ranks(setting.sparsity), *setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=sparsity))
-
-
-def reversed_ranks(sparsity: Sparsity) -> dict[str, dict[str, float]]:
-    """On each axis, the highest of all modules' sparsities for the module that has the lowest, and so on.
-
-    Modules that were equal stay equal: they share the mean of what their ranks would get.
-    """
-    found: dict[str, dict[str, float]] = {module: {} for module in sparsity}
-    for axis in AXES:
-        values = np.array([axes[axis] for axes in sparsity.values()])
-        order = np.argsort(values, kind="stable")
-        given = np.empty_like(values)
-        given[order] = values[order][::-1]
-        for value in np.unique(values):
-            given[values == value] = given[values == value].mean()
-        for module, share in zip(sparsity, given, strict=True):
-            found[module][axis] = float(share)
-    return found
-
-
-# --- Single entries of W itself as the adapter: PEFT's SHiRA (arXiv 2406.13175), with a number of entries for each
+# --- Random entries of W itself in place of a low-rank adapter: PEFT's SHiRA (arXiv 2406.13175).
 
 _ADAPTER = "default"
 
 
-def train_entries(
-    model: nn.Module, counts: Mapping[str, int], *, seed: int, modules_to_save: Sequence[str] | None = None
-) -> PeftModel:
-    """The model with `counts` {module's full name: number} of entries of W that train, drawn by the seed, from zero.
+@calibrated
+def random_weights(model: nn.Module, setting: Setting) -> PeftModel:
+    """Control: random entries of W itself train, in every module as many as `partial` has parameters there.
 
-    Raises PartialLoraError for a module that has too few entries.
+    SHiRA has rank * (out + in) entries in every module; here each has a number of its own. There is no alpha and no
+    dropout. Raises PartialLoraError, "not applicable", where a module has too few weights.
     """
-    modules = {module: model.get_submodule(module) for module in counts}
-    shapes = {module: (linear.out_features, linear.in_features) for module, linear in modules.items()}
+    counts = setting.counts()
+    shapes = {module: setting.shapes[module] for module in counts}
     rank = max(-(-count // sum(shapes[module])) for module, count in counts.items())
     for module, (m, n) in shapes.items():
         if rank * (m + n) > m * n:
@@ -170,72 +171,59 @@ def train_entries(
                 f"method=random_weights: not applicable: {module} has {m * n:,} weights, expected at least "
                 f"{rank * (m + n):,}; lower method.rank or calibration.budget"
             )
-    config = ShiraConfig(r=rank, target_modules=list(counts), modules_to_save=modules_to_save)
-    config.mask_fn = _first  # which ones is decided below
+    config = ShiraConfig(r=rank, target_modules=list(counts), modules_to_save=setting.whole() or None)
+    config.mask_fn = _first_entries  # `_draw_entries` replaces them
     adapted = get_peft_model(model, config)
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, ShiraLayer):
-            _keep(layer, counts[name], seed=seed, module=name)
+            _draw_entries(layer, counts[name], seed=setting.mask_seed, module=name)
     return adapted
 
 
-def _first(base: nn.Module, r: int, **more) -> Tensor:
-    """As many entries of W as SHiRA has for r."""
+def _first_entries(base: nn.Module, r: int, **more) -> Tensor:
+    """Return a mask of as many entries of W as SHiRA has for r."""
     m, n = base.out_features, base.in_features
     mask = torch.zeros(m * n, dtype=torch.bool)
     mask[: r * (m + n)] = True
     return mask.view(m, n)
 
 
-def _keep(layer: Linear, count: int, *, seed: int, module: str) -> None:
-    """Leave `count` random entries of a layer's to train; those that the file is filled up with come after them."""
-    room, width = layer.shira_weight[_ADAPTER].numel(), layer.in_features
+def _draw_entries(layer: Linear, count: int, *, seed: int, module: str) -> None:
+    """Leave `count` random entries of a layer to train; those that pad the saved file come after them."""
+    weight, width = layer.shira_weight[_ADAPTER], layer.in_features
     (drawn,) = random_keys(1, mask_seed=seed, module=module, axis="entries")
-    places = np.random.default_rng(int(drawn)).choice(layer.out_features * width, room, replace=False)
+    places = np.random.default_rng(int(drawn)).choice(layer.out_features * width, weight.numel(), replace=False)
     indices = torch.from_numpy(np.stack([places // width, places % width])).to(torch.int32)
-    held = layer.shira_weight[_ADAPTER]
-    layer.shira_indices[_ADAPTER] = indices.to(held.device)
-    layer.shira_weight = _FilledUp({_ADAPTER: nn.Parameter(held.data[:count].clone())}, room)
-    layer.__class__ = _Entries
+    layer.shira_indices[_ADAPTER] = indices.to(weight.device)
+    layer.shira_weight = PaddedEntries({_ADAPTER: nn.Parameter(weight.data[:count].clone())}, weight.numel())
+    layer.__class__ = _EntriesLinear
 
 
-class _Entries(Linear):
+class _EntriesLinear(Linear):
     """PEFT's layer, of which the first entries exist."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change of W (out, in), sparse."""
+        """Return the change of W (out, in), sparse."""
         values = self.shira_weight[adapter]
         indices = self.shira_indices[adapter].to(values.device)[:, : len(values)]
         shape = (self.out_features, self.in_features)
         return torch.sparse_coo_tensor(indices, values * self.scaling[adapter], shape, check_invariants=False)
 
 
-class _FilledUp(nn.ParameterDict):
-    """The values of entries, which are `room` of them in a state dict; those that do not exist are zero there."""
+class PaddedEntries(nn.ParameterDict):
+    """The values of entries, padded in a state dict with zeros to the `length` that plain SHiRA expects."""
 
-    def __init__(self, values: Mapping[str, nn.Parameter], room: int) -> None:
+    def __init__(self, values: Mapping[str, nn.Parameter], length: int) -> None:
         super().__init__(values)
-        self._room = room
+        self._length = length
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, values in self.items():
-            destination[prefix + name] = F.pad(destination[prefix + name], (0, self._room - len(values)))
+            destination[prefix + name] = F.pad(destination[prefix + name], (0, self._length - len(values)))
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *given) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
         for name, values in self.items():
             if prefix + name in state_dict:
                 state_dict[prefix + name] = state_dict[prefix + name][: len(values)]
-        super()._load_from_state_dict(state_dict, prefix, *given)
-
-
-# --- A control: is a low-rank adapter any better than random entries of the weights themselves?
-
-
-@calibrated
-def random_weights(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: random entries of W itself train, in every module as many as `partial` has parameters there.
-
-    There is no alpha and no dropout. Raises PartialLoraError, "not applicable", where a module has too few weights.
-    """
-    return train_entries(model, setting.counts(), seed=setting.mask_seed, modules_to_save=setting.whole() or None)
+        super()._load_from_state_dict(state_dict, prefix, *others)

@@ -1,4 +1,4 @@
-"""The paper's ablation: does it help that what one module's adapter writes, the next one's reads?"""
+"""The paper's flow ablation: Partial-LoRA whose masks let the signal of one module's adapter reach the next one's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.search import AXES
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, random_keys
 from partial_lora.methods.setting import Setting, calibrated
@@ -25,15 +24,16 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
     """
     masks = setting.masks()
     if setting.granularity == "rows_columns":
-        found = chains(model, setting.shapes)
-        if not found:
+        pairs = chains(model, setting.shapes)
+        if not pairs:
             raise PartialLoraError("method=flow: not applicable: no module of model.target_modules feeds another")
-        for chain in found:
+        for chain in pairs:
             read = chain.rows[masks[chain.second]["columns"].kept]
-            rows, keys = masks[chain.first]["rows"], _keys(setting, chain.first, "rows")
+            rows = masks[chain.first]["rows"]
+            keys = random_keys(rows.size, mask_seed=setting.mask_seed, module=chain.first, axis="rows")
             masks[chain.first]["rows"] = meeting(rows, read, feeding=chain.rows, keys=keys)
     else:
-        masks = {module: _without_gaps(module, axes, setting) for module, axes in masks.items()}
+        masks = {module: _without_gaps(axes, setting.rank, setting.mask_seed, module) for module, axes in masks.items()}
     indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
     config = PartialLoraConfig(
         **setting.lora(),
@@ -46,7 +46,7 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarray) -> Mask:
-    """As many rows as `rows` keeps, among them all that are `read`, those of the lowest keys filling up.
+    """Return a mask of as many rows as `rows` keeps: all that are `read`, and those of the lowest keys.
 
     `feeding` are the rows that the next module can read; the others (queries and keys beside the values) keep what they
     have where there are too few rows for all that are read.
@@ -64,7 +64,7 @@ def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarr
 
 
 def spread(count: int, groups: np.ndarray, keys: np.ndarray, order: np.ndarray) -> Mask:
-    """`count` entries of the lowest keys (size,), the lowest of each group (size,) before all others.
+    """Return a mask of `count` entries of the lowest keys (size,), the lowest of each group (size,) before all others.
 
     Where there are fewer entries than groups, the groups that come first in `order` have one.
     """
@@ -75,20 +75,14 @@ def spread(count: int, groups: np.ndarray, keys: np.ndarray, order: np.ndarray) 
     return Mask(len(keys), np.sort(np.lexsort((keys, turn))[:count]))
 
 
-def _without_gaps(module: str, axes: dict[str, Mask], setting: Setting) -> dict[str, Mask]:
-    """The masks of B (out × rank) and A (rank × in), flat, with an entry for every unit of the rank."""
-    rank = setting.rank
-    order = np.argsort(random_keys(rank, mask_seed=setting.mask_seed, module=module, axis="units"))
-    units = {
-        "rows": np.arange(axes["rows"].size) % rank,
-        "columns": np.arange(axes["columns"].size) // (axes["columns"].size // rank),
-    }
+def _without_gaps(axes: dict[str, Mask], rank: int, seed: int, module: str) -> dict[str, Mask]:
+    """Return masks of B (out × rank) and A (rank × in), flat, with an entry for every unit of the rank."""
+    rows, columns = axes["rows"].size, axes["columns"].size
+    units = {"rows": np.arange(rows) % rank, "columns": np.arange(columns) // (columns // rank)}
+    order = np.argsort(random_keys(rank, mask_seed=seed, module=module, axis="units"))
     return {
-        axis: spread(len(mask.kept), units[axis], _keys(setting, module, axis, mask.size), order)
+        axis: spread(
+            len(mask.kept), units[axis], random_keys(mask.size, mask_seed=seed, module=module, axis=axis), order
+        )
         for axis, mask in axes.items()
     }
-
-
-def _keys(setting: Setting, module: str, axis: str, size: int | None = None) -> np.ndarray:
-    size = setting.shapes[module][AXES.index(axis)] if size is None else size
-    return random_keys(size, mask_seed=setting.mask_seed, module=module, axis=axis)

@@ -1,4 +1,4 @@
-"""Partial-LoRA."""
+"""Partial-LoRA, and the paper's other method, Targeted-LoRA."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.calibration.search import AXES
 from partial_lora.masks import Mask
 from partial_lora.methods.setting import Setting, calibrated
 
@@ -13,20 +14,19 @@ from partial_lora.methods.setting import Setting, calibrated
 @calibrated
 def partial(model: nn.Module, setting: Setting) -> PeftModel:
     """Partial-LoRA: the calibrated number of rows and columns of each module, drawn at random."""
-    config = PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity))
-    return get_peft_model(model, config)
-
-
-# --- Targeted-LoRA, the paper's other method.
+    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity)))
 
 
 @calibrated
 def targeted(model: nn.Module, setting: Setting) -> PeftModel:
     """Targeted-LoRA: the calibrated number of rows and columns of each module, the most important ones."""
-    indices = {}
-    for module, axes in setting.sparsity.items():
-        scores = dict(zip(("rows", "columns"), setting.scores[module], strict=True))
-        indices[module] = {axis: Mask.top(scores[axis].cpu().numpy(), axes[axis]).kept.tolist() for axis in scores}
+    indices = {
+        module: {
+            axis: Mask.top(scores.cpu().numpy(), sparsity[axis]).kept.tolist()
+            for axis, scores in zip(AXES, setting.scores[module], strict=True)
+        }
+        for module, sparsity in setting.sparsity.items()
+    }
     config = PartialLoraConfig(
         **setting.lora(), sparsity=dict(setting.sparsity), selection="top", indices=indices, mask_seed=setting.mask_seed
     )

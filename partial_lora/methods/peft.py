@@ -1,4 +1,4 @@
-"""The reference: LoRA as it is."""
+"""PEFT's own methods: LoRA as it is, DoRA, VeRA, AdaLoRA and LoRA-FA, the last two with what they add to training."""
 
 from __future__ import annotations
 
@@ -18,36 +18,57 @@ from partial_lora.methods.setting import Setting, Training
 
 
 def lora(model: nn.Module, setting: Setting) -> PeftModel:
-    """Dense LoRA, PEFT's own."""
+    """Dense LoRA (Hu et al. 2021, arXiv 2106.09685), the reference."""
     return get_peft_model(model, LoraConfig(**setting.lora()))
+
+
+def dora(model: nn.Module, setting: Setting) -> PeftModel:
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): dense LoRA of each row's direction, and a trained length for it."""
+    return get_peft_model(model, LoraConfig(**setting.lora(), use_dora=True))
+
+
+def vera(model: nn.Module, setting: Setting) -> PeftModel:
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): modules share two frozen random matrices, scaled by own vectors.
+
+    The rank is `setting.projections`; modules smaller than the largest use a part of the matrices. They are in the
+    adapter's file, so that it loads everywhere as it was. There is no alpha: the vectors have its part.
+    """
+    config = VeraConfig(
+        r=setting.projections,
+        target_modules=list(setting.target_modules),
+        vera_dropout=setting.dropout,
+        projection_prng_key=setting.mask_seed,
+        modules_to_save=setting.whole() or None,
+    )
+    return get_peft_model(model, config)
 
 
 # --- AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
 
 # Of the steps: ranks are whole for the first tenth, and as they will stay for the last three.
-_WHOLE, _FINAL = 0.1, 0.3
+_WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.3
 _LEAST_STEPS = 4  # so that each of the three phases has one
-_WIDER = 1.5  # how much higher the rank is at first, as in the paper (12 for 8)
-_SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of every weight
-_REGULARISED = 0.5  # PEFT's weight of the penalty that keeps A and B orthogonal
+_INITIAL_RANK = 1.5  # times the final one, as in the paper (12 for 8)
+_STATE = ("exp_avg_ipt", "exp_avg_unc")  # of the allocator, for every weight
+_PENALTY_WEIGHT = 0.5  # PEFT's weight of the penalty that keeps A and B orthogonal
 
 
 def adalora(model: nn.Module, setting: Setting) -> PeftModel:
-    """AdaLoRA, PEFT's own: starts at 1.5 times the rank, and keeps the ranks that matter until the mean is `rank`.
+    """AdaLoRA: starts at 1.5 times the rank, and prunes the ranks that matter least until the mean is `rank`.
 
     A rank that is left has the scaling alpha / rank of LoRA.
     """
-    first = max(setting.rank + 1, round(_WIDER * setting.rank))
-    with warnings.catch_warnings():  # that r is not used
+    initial = max(setting.rank + 1, round(_INITIAL_RANK * setting.rank))
+    with warnings.catch_warnings():  # PEFT warns that r is not used
         warnings.simplefilter("ignore")
         config = AdaLoraConfig(
-            **setting.lora() | {"lora_alpha": setting.alpha * first / setting.rank},
+            **setting.lora() | {"lora_alpha": setting.alpha * initial / setting.rank},
             target_r=setting.rank,
-            init_r=first,
+            init_r=initial,
             total_step=_LEAST_STEPS,  # until training knows how many there are
             tinit=1,
             tfinal=1,
-            orth_reg_weight=_REGULARISED,
+            orth_reg_weight=_PENALTY_WEIGHT,
         )
     adapted = get_peft_model(model, config)
     for layer in _layers(adapted):
@@ -56,28 +77,28 @@ def adalora(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def train_adalora(adapted: PeftModel) -> Training:
-    """The allocator is called until ranks are final, and the loss has the penalty that the method asks for."""
+    """Call the allocator until ranks are final, and add to the loss the penalty of the method."""
     return Training(
         callbacks=[Allocate(adapted)],
-        penalty=lambda: penalty(adapted),
-        final_after=lambda steps: steps - _last(steps) + 1,
-        said=lambda: budget(adapted),
+        penalty=lambda: orthogonality_penalty(adapted),
+        final_after=lambda steps: steps - _final_steps(steps) + 1,
+        summary=lambda: rank_counts(adapted),
     )
 
 
 class Allocate(TrainerCallback):
-    """Has PEFT's allocator choose which ranks of which modules go on, at every optimizer step until the last ones.
+    """Let PEFT's allocator choose which ranks of which modules go on, at every optimizer step until the last ones.
 
-    The smoothed importance of every weight, which its choice is made by, lies in the optimizer's state and so in every
-    checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; ranks that have
-    gone are zeros here. A step that the gradient scaler of fp16 skipped, its gradients being no numbers, tells the
-    allocator nothing; the choice that is final is made at its step nevertheless.
+    The smoothed importance of every weight, by which it chooses, lies in the optimizer's state and so in every
+    checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; pruned ranks are
+    zeros here. A step that the gradient scaler of fp16 skipped, its gradients being no numbers, is not shown to the
+    allocator; the final choice is made at its step nevertheless.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
         self._tuner: AdaLoraModel = adapted.base_model
         self._ranks = [layer.lora_E["default"] for layer in _layers(adapted)]
-        self._gone: list[Tensor] = []
+        self._pruned: list[Tensor] = []
 
     @property
     def _config(self) -> AdaLoraConfig:
@@ -93,24 +114,24 @@ class Allocate(TrainerCallback):
         if steps < _LEAST_STEPS:
             raise PartialLoraError(f"method=adalora: expected at least {_LEAST_STEPS} optimizer steps, got {steps}")
         config.total_step = steps
-        config.tinit, config.tfinal = max(1, int(_WHOLE * steps)), _last(steps)
+        config.tinit, config.tfinal = max(1, int(_WARMUP_SHARE * steps)), _final_steps(steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step > self._final and not self._gone:  # once, of this attempt
-            self._gone = [rank == 0 for rank in self._ranks]
+        if state.global_step > self._final and not self._pruned:  # once, of this attempt
+            self._pruned = [rank == 0 for rank in self._ranks]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step > self._final:  # Adam moves what is zero, too
             with torch.no_grad():
-                for rank, gone in zip(self._ranks, self._gone, strict=True):
-                    rank.masked_fill_(gone, 0.0)
+                for rank, pruned in zip(self._ranks, self._pruned, strict=True):
+                    rank.masked_fill_(pruned, 0.0)
         elif state.global_step == self._final or not getattr(optimizer, "step_was_skipped", False):
             self._allocate(state.global_step, optimizer)
 
     def _allocate(self, step: int, optimizer: Optimizer) -> None:
         allocator = self._tuner.rankallocator
         weights = {name: weight for name, weight in self._tuner.model.named_parameters() if weight.requires_grad}
-        self._remember(allocator, weights, optimizer)
+        self._restore(allocator, weights, optimizer)
         if step == self._final and not allocator.exp_avg_ipt:
             raise PartialLoraError(
                 f"method=adalora: none of the first {step + 1} steps had finite gradients to choose ranks by: set "
@@ -119,34 +140,34 @@ class Allocate(TrainerCallback):
         self._tuner.update_and_allocate(step)
         for name, weight in weights.items():
             if name in allocator.exp_avg_ipt:
-                optimizer.state[weight] |= {key: getattr(allocator, key)[name] for key in _SMOOTHED}
+                optimizer.state[weight] |= {key: getattr(allocator, key)[name] for key in _STATE}
         self._config.rank_pattern = None
 
-    def _remember(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Give an allocator that has just been made what one before the interruption knew."""
+    def _restore(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Restore the state of an allocator that has just been made, after an interruption, from the optimizer's."""
         for name, weight in weights.items():
-            if name not in allocator.ipt and _SMOOTHED[0] in optimizer.state.get(weight, ()):
+            if name not in allocator.ipt and _STATE[0] in optimizer.state.get(weight, ()):
                 allocator.ipt[name] = torch.zeros_like(weight)
-                for key in _SMOOTHED:
+                for key in _STATE:
                     getattr(allocator, key)[name] = optimizer.state[weight][key]
 
 
-def _last(steps: int) -> int:
-    """How many steps, of so many, train with the ranks that are final."""
-    return max(1, int(_FINAL * steps))
+def _final_steps(steps: int) -> int:
+    """Return the number of steps, at the end of so many, that train with the final ranks."""
+    return max(1, int(_FINAL_SHARE * steps))
 
 
-def penalty(adapted: PeftModel) -> Tensor:
-    """How far the factors are from orthogonal, ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ averaged, weighted as PEFT does."""
-    found = []
+def orthogonality_penalty(adapted: PeftModel) -> Tensor:
+    """Return the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over all modules, weighted as PEFT does."""
+    norms = []
     for layer in _layers(adapted):
-        for product in (layer.lora_A["default"], layer.lora_B["default"].T):
-            found.append(torch.linalg.norm(product @ product.T - torch.eye(len(product), device=product.device)))
-    return _REGULARISED * torch.stack(found).mean()
+        for factor in (layer.lora_A["default"], layer.lora_B["default"].T):
+            norms.append(torch.linalg.norm(factor @ factor.T - torch.eye(len(factor), device=factor.device)))
+    return _PENALTY_WEIGHT * torch.stack(norms).mean()
 
 
-def budget(adapted: PeftModel) -> dict[str, int]:
-    """What the allocator has left: ranks of all modules together, their parameters, and how many it was to leave."""
+def rank_counts(adapted: PeftModel) -> dict[str, int]:
+    """Count the ranks that the allocator was to leave and those it has left, and the parameters of these."""
     ranks = [(layer, int((layer.lora_E["default"] != 0).sum())) for layer in _layers(adapted)]
     return {
         "target_ranks": adapted.base_model.rankallocator.target_bgt,
@@ -159,38 +180,11 @@ def _layers(adapted: PeftModel) -> list[AdaLoraLayer]:
     return [layer for layer in adapted.modules() if isinstance(layer, AdaLoraLayer)]
 
 
-# --- DoRA (Liu et al. 2024, arXiv 2402.09353).
-
-
-def dora(model: nn.Module, setting: Setting) -> PeftModel:
-    """DoRA, PEFT's own: dense LoRA of the direction of every row of W, and a trained length for each."""
-    return get_peft_model(model, LoraConfig(**setting.lora(), use_dora=True))
-
-
-# --- VeRA (Kopiczko et al. 2023, arXiv 2310.11454).
-
-
-def vera(model: nn.Module, setting: Setting) -> PeftModel:
-    """VeRA, PEFT's own: all modules share two frozen random matrices, and each trains two vectors that scale them.
-
-    The rank is `setting.projections`; modules smaller than the largest use a part of the matrices. They are in the
-    adapter's file, so that it loads everywhere as it was. There is no alpha: the vectors have its part.
-    """
-    config = VeraConfig(
-        r=setting.projections,
-        target_modules=list(setting.target_modules),
-        vera_dropout=setting.dropout,
-        projection_prng_key=setting.mask_seed,
-        modules_to_save=setting.whole() or None,
-    )
-    return get_peft_model(model, config)
-
-
 # --- LoRA-FA (Zhang et al. 2023, arXiv 2308.03303).
 
 
 def lorafa(model: nn.Module, setting: Setting) -> PeftModel:
-    """LoRA with A frozen as it was drawn; B alone trains, so that of a module's inputs only A x is kept."""
+    """LoRA with A frozen as it was drawn: B alone trains, and the backward pass needs A x in place of x."""
     adapted = get_peft_model(model, LoraConfig(**setting.lora()))
     for name, parameter in adapted.named_parameters():
         if ".lora_A." in name:
@@ -199,12 +193,12 @@ def lorafa(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def train_lorafa(adapted: PeftModel) -> Training:
-    """AdamW as for every method, on the gradient of B that brings B A closest to where the gradient of W would."""
+    """Train as every method, on the gradient of B that brings B A closest to where the gradient of W would."""
     return Training(callbacks=[Project(adapted)])
 
 
 class Project(TrainerCallback):
-    """Before every optimizer step, makes of the gradient G of B the one that is closest to W's, G (A Aᵀ)⁻¹ / scaling².
+    """Replace the gradient G of B, before every optimizer step, by the closest to W's, G (A Aᵀ)⁻¹ / scaling².
 
     PEFT's LoraFAOptimizer does so inside an AdamW of its own, which has another eps, decays biases, and rounds the
     product to bfloat16 wherever that can be computed; here training differs in nothing else from other methods'.

@@ -1,4 +1,4 @@
-"""What a method is given, what it is, and what it may add to training."""
+"""The setting of a method, what a method is, and what it may add to training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from transformers import TrainerCallback
 
 from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.search import AXES
-from partial_lora.masks import Mask
+from partial_lora.masks import AXES, Mask, Sparsity
 
-Sparsity = Mapping[str, Mapping[str, float]]
 Scores = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may use.
+    """Everything that a method may use.
 
     `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, and `scores` the importance it chose by,
     {module: (rows, columns)}; both are None for a method that is not calibrated. `shapes` are those of W (out, in) of
@@ -44,11 +42,11 @@ class Setting:
     projections: int = 256
 
     def whole(self) -> list[str]:
-        """The names of what trains whole beside the adapter."""
+        """Return the names of the modules that train whole beside the adapter."""
         return [*([] if self.head is None else [self.head]), *self.new_modules]
 
     def lora(self) -> dict:
-        """The arguments that every low-rank adapter here shares."""
+        """Return the arguments that every low-rank adapter here shares."""
         return {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -58,15 +56,15 @@ class Setting:
         }
 
     def masked(self) -> dict:
-        """The arguments that every adapter with random masks shares."""
+        """Return the arguments that every adapter with random masks shares."""
         return self.lora() | {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
 
     def units(self) -> tuple[Shapes, int]:
-        """What masks count: {module: (units of B, units of A)}, and the parameters of a unit."""
+        """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""
         return masked_units(self.shapes, self.rank, self.granularity)
 
     def masks(self) -> dict[str, dict[str, Mask]]:
-        """The random masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
+        """Draw the masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
         sizes, _ = self.units()
         draw = Mask.bernoulli if self.count == "bernoulli" else Mask.random
         return {
@@ -78,7 +76,7 @@ class Setting:
         }
 
     def counts(self) -> dict[str, int]:
-        """The trainable parameters of `partial` in every module; how many entries Bernoulli keeps, its draw decides."""
+        """Count the trainable parameters of `partial` in every module; of Bernoulli masks on the masks themselves."""
         sizes, parameters = self.units()
         if self.count == "bernoulli":
             kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
@@ -89,7 +87,7 @@ class Setting:
         }
 
     def budget(self) -> int:
-        """The trainable parameters of `partial`, which its controls are to have, too; the head is not counted.
+        """Count the trainable parameters of `partial`, without the head: its controls have as many.
 
         A control that draws Bernoulli masks of its own has them in expectation.
         """
@@ -100,54 +98,52 @@ Method = Callable[[nn.Module, Setting], PeftModel]
 
 
 def calibrated(method: Method) -> Method:
-    """Marks a method whose sparsities, or whose number of parameters, come from calibration."""
+    """Mark a method whose sparsities, or whose number of parameters, come from calibration."""
     method.calibrated = True
     return method
 
 
 def is_calibrated(method: Method) -> bool:
-    """True where the method uses what calibration finds."""
+    """Return True where the method uses the result of a calibration."""
     return getattr(method, "calibrated", False)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a method adds to training.
+    """Additions of a method to training.
 
-    callbacks: of Trainer. penalty: what is added to the loss of every optimizer step. final_after: how many steps, of a
-    training of so many, it takes until the adapter has the size it ends with; no earlier checkpoint may be chosen as
-    the best. said: what the method has to say once it has trained, for result.json.
+    callbacks: of Trainer. penalty: added to the loss of every optimizer step. final_after: from the number of steps of
+    a training to the number after which the adapter has its final size; no earlier checkpoint may be chosen as the
+    best. summary: entries for `parameters` in result.json, once the method has trained.
     """
 
     callbacks: Sequence[TrainerCallback] = ()
     penalty: Callable[[], Tensor] | None = None
     final_after: Callable[[int], int] = lambda steps: 0
-    said: Callable[[], dict] = dict
+    summary: Callable[[], dict] = dict
 
     def loss(self, loss: Callable[..., Tensor], parts: int = 1) -> Callable[..., Tensor]:
-        """A loss with the penalty in it, while gradients are wanted; `parts` share an optimizer step, and it."""
+        """Return the loss with the penalty added while gradients are computed, shared by the `parts` of a step."""
         penalty = self.penalty
         if penalty is None:
             return loss
 
-        def penalised(*given, **more) -> Tensor:
-            found = loss(*given, **more)
-            return found + penalty() / parts if found.requires_grad else found
+        def penalised(*args, **kwargs) -> Tensor:
+            value = loss(*args, **kwargs)
+            return value + penalty() / parts if value.requires_grad else value
 
         return penalised
 
 
-# --- How sparse an adapter will be, as far as that is known before it is made.
-
 _PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
 
 
-def foreseen_sparsity(
+def expected_sparsity(
     shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
 ) -> tuple[float | Sparsity, str]:
-    """The sparsity of a calibrated method, as far as it is known before any calibration, and how it is known.
+    """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
 
-    Its controls have as many parameters, whatever they do with them.
+    The controls of the method have as many parameters.
     """
     if calibration["file"]:
         return Calibration.load(Path(calibration["file"])).sparsity, f"sparsities of {calibration['file']}"

@@ -27,8 +27,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
 from partial_lora.files import write_atomic
+from partial_lora.masks import AXES
 from partial_lora.report import records
-from partial_lora.report.records import AXES, NONE, Predictions, Run, grid, method_of, place, without_common_start
+from partial_lora.report.records import NONE, Predictions, Run, grid, method_of, place, without_common_start
 from partial_lora.report.statistics import MARGIN
 from partial_lora.report.summary import measured
 from partial_lora.runs.directory import CALIBRATION
@@ -810,8 +811,6 @@ _MARKED = {"linestyle": "", "markeredgecolor": "black", "zorder": 3, "clip_on": 
 _CELL = 0.52  # inches, wide enough for two digits
 _MOST_LABELLED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_PANELS = 12  # positions in depth whose curves are drawn
-
-Sparsity = Mapping[str, Mapping[str, float]]
 
 
 def draw_calibration(result: Mapping, modules: Mapping[str, Mapping] | None, directory: Path) -> list[Path]:

@@ -25,8 +25,9 @@ from pyarrow.parquet import ParquetFile
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.masks import AXES
 from partial_lora.report.figures import Shown, points, selected
-from partial_lora.report.records import AXES, NONE, Run, grid, number, run_of
+from partial_lora.report.records import NONE, Run, grid, number, run_of
 from partial_lora.report.summary import measured, percent
 from partial_lora.runs.directory import PREDICTIONS
 from partial_lora.tasks.metrics import SHARES

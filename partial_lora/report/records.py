@@ -20,6 +20,8 @@ from pyarrow.parquet import ParquetFile
 from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import flatten
+from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import identity
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
 from partial_lora.runs.rates import NO_POINT, said
@@ -67,7 +69,7 @@ def _changed(settings: Mapping) -> Iterator[tuple[str, str, object]]:
     standard, names = _defaults(), list(settings["task"].get("members") or ())
     if names:
         yield "task.members", "task.members", names
-    for key, value in identity.flatten(settings).items():
+    for key, value in flatten(settings).items():
         plain = identity.plain(key, names)
         if plain not in identity.NOT_SETTINGS and value != standard.get(plain):
             yield key, plain, identity.wherever(plain, value)
@@ -97,10 +99,6 @@ def _word(value: object) -> str:
 
 
 # --- Where a module is in a model: its kind and its place in depth, read off its name.
-
-AXES = ("rows", "columns")
-
-Sparsity = Mapping[str, Mapping[str, float]]
 
 
 def place(module: str) -> tuple[str, tuple[int, ...]]:
@@ -561,21 +559,13 @@ def _plain(value: object) -> str:
 def _check(found: Sequence[Run], key: str, option: str) -> None:
     if key in _WORDS or any(value_of(run, key) != NONE for run in found) or any(_has(run, key) for run in found):
         return
-    known = sorted({*_WORDS, *(name for run in found for name in _settings(run.record["config"]))})
+    known = sorted({*_WORDS, *(name for run in found for name in flatten(run.record["config"]))})
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or list(_WORDS[:4])
     raise PartialLoraError(f"{option} {key}: no run has such a key; perhaps {', '.join(near)}")
 
 
 def _has(run: Run, key: str) -> bool:
-    return key in set(_settings(run.record["config"]))
-
-
-def _settings(config: Mapping, before: str = "") -> list[str]:
-    """The dotted names of all settings."""
-    names = []
-    for key, value in config.items():
-        names += _settings(value, f"{before}{key}.") if isinstance(value, Mapping) else [f"{before}{key}"]
-    return names
+    return key in flatten(run.record["config"])
 
 
 # --- What runs predicted, for those who compare them: every file is read once, and of it no more than is compared.

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from partial_lora.calibration.budget import kept_parameters, masked_units
-from partial_lora.report.records import AXES, NONE, method_of, number, operating_point, place, row, without_common_start
+from partial_lora.masks import AXES
+from partial_lora.report.records import NONE, method_of, number, operating_point, place, row, without_common_start
 from partial_lora.tasks.metrics import SHARES
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic
+from partial_lora.files import flatten, write_atomic
 from partial_lora.report.records import (
     NONE,
     Predictions,
@@ -39,7 +39,7 @@ from partial_lora.report.records import (
 from partial_lora.report.statistics import MARGIN, compared, reliability
 from partial_lora.report.summary import calibration_summary, cell, measured, percent, summary
 from partial_lora.runs.directory import ADAPTER
-from partial_lora.runs.identity import defaults, flatten
+from partial_lora.runs.identity import defaults
 from partial_lora.tasks.metrics import SHARES
 
 _UNTUNED = (

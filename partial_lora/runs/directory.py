@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import redacted
+from partial_lora.files import lock, redacted
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -133,11 +132,11 @@ def remove_checkpoints(directory: Path) -> None:
     (directory / EARLIER).unlink(missing_ok=True)
 
 
-def name_holder(lock: int, worker: int | None = None) -> None:
+def name_holder(descriptor: int, worker: int | None = None) -> None:
     """Write into a held lock who holds it: this process, and the worker that holds it on should this one die."""
     whose = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{whose}\n".encode(), 0)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{whose}\n".encode(), 0)
 
 
 @contextmanager
@@ -155,11 +154,9 @@ def locked(directory: Path) -> Iterator[int]:
             f"results_dir: cannot write to {directory}: {error.strerror}; set it to a folder that can be written"
         ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(descriptor):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it") from error
+            raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
         name_holder(descriptor)
         yield descriptor
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from partial_lora.files import flatten
 from partial_lora.runs.schema import Config
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), how its
@@ -75,14 +76,3 @@ def wherever(key: str, value: Any) -> Any:
 def defaults() -> dict[str, Any]:
     """The schema's defaults, each by its full key."""
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
-
-
-def flatten(settings: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Settings in one mapping, each by its full key."""
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -40,9 +40,9 @@ def outline(settings: Mapping) -> Outline:
     empty = models.empty(**named(model, "family", "architecture", "model_args"), num_labels=outputs or 2)
     shapes = cost.target_shapes(empty, **named(model, "target_modules", "head", "new_modules"))
     known = named(model, "target_modules", "head", "new_modules")
-    if methods.is_calibrated(methods.named(method["name"])):
+    if methods.is_calibrated(methods.get(method["name"])):
         units = masked_units(shapes, method["rank"], granularity)
-        sparsity, said = methods.foreseen_sparsity(*units, settings["calibration"])
+        sparsity, said = methods.expected_sparsity(*units, settings["calibration"])
         counts = cost.describe(empty, **known, rank=method["rank"], sparsity=sparsity, granularity=granularity)
     else:
         setting = methods.Setting(
@@ -58,7 +58,7 @@ def outline(settings: Mapping) -> Outline:
 
 def _made(empty: PreTrainedModel, method: str, setting: methods.Setting) -> dict[str, int | float | None]:
     """The counts of a method that depends on no calibration: of the adapter that it makes of the empty model."""
-    adapted = methods.named(method)(empty, setting)
+    adapted = methods.get(method)(empty, setting)
     dense = dense_parameters(setting.shapes, setting.rank)
     return cost.foretold(adapted, setting.head, new_modules=setting.new_modules, dense=dense)
 

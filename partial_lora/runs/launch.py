@@ -100,7 +100,6 @@ def _read(path: Path) -> dict:
 
 # --- A process that is started, watched, told to stop and waited for.
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.2  # seconds between two looks at a worker
 _REMIND = 5.0  # seconds between two requests to stop
 
@@ -191,13 +190,9 @@ class _Stop:
 @contextmanager
 def _stopping() -> Iterator[_Stop]:
     stop = _Stop()
-    heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}  # nohup is to be heeded
-    try:
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup is to be heeded
+    with progress.handling(stop, [number for number in progress.STOPPING if number not in ignored]):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- The processes of one run: how many there are, on which machines, and the command that starts those of this one
@@ -319,7 +314,7 @@ def _accelerators(on_cpu: bool) -> int:
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
-_ASKED_TO_STOP = [128 + number for number in STOPPING]
+_ASKED_TO_STOP = [128 + number for number in progress.STOPPING]
 _RECORD = 40.0  # seconds that the record of a run which has ended may take to say so
 
 

@@ -11,11 +11,8 @@ import signal
 import sys
 
 from partial_lora.files import redacted
+from partial_lora.progress import STOPPING
 from partial_lora.runs import launch as failures
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-_STOPPED = {128 + number for number in _STOPPING}
 
 
 def main() -> None:
@@ -26,12 +23,12 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def stop(number: int, frame: object) -> None:
-        for each in _STOPPING:
+        for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
         # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills who is left then.
         raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
 
-    for number in _STOPPING:
+    for number in STOPPING:
         signal.signal(number, stop)
     try:
         launch.main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,6 +31,7 @@ from rich.text import Text
 from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redact_output
+from partial_lora.progress import STOPPING, handling
 from partial_lora.runs import directory as results
 from partial_lora.runs import launch
 from partial_lora.runs.compose import Plan
@@ -92,7 +92,7 @@ class Ledger:
         claim with the process that has it.
         """
         with open(self._claim(directory), "a+", encoding="utf-8") as file:
-            while not _taken(file.fileno()) and not self.asked():
+            while not sealed.lock(file.fileno()) and not self.asked():
                 time.sleep(_SETTLE)
             file.seek(0)
             before = bool(file.read())
@@ -107,30 +107,14 @@ class Ledger:
         """True while a job in another process works in a run's directory, or a worker whose job has died."""
         if self._claim(directory) in _OWN:  # who asks is it: to wait for oneself would be without end
             return False
-        return _is_held(self._claim(directory)) or _is_held(directory / results.LOCK)
+        return sealed.is_locked(self._claim(directory)) or sealed.is_locked(directory / results.LOCK)
 
     def is_orphaned(self, directory: Path) -> bool:
         """True where a worker is all that is left of a job."""
-        return not _is_held(self._claim(directory)) and _is_held(directory / results.LOCK)
+        return not sealed.is_locked(self._claim(directory)) and sealed.is_locked(directory / results.LOCK)
 
     def _claim(self, directory: Path) -> Path:
         return self.folder / f"{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]}.claim"
-
-
-def _taken(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return not _taken(file.fileno())
-    except FileNotFoundError:
-        return False
 
 
 # --- One job of a sweep: what Hydra's launchers call, in this process or, pickled, in another one.
@@ -314,7 +298,6 @@ def counted(found: Sequence[Row]) -> str:
     return f"{runs}: {told}" + ("; the same command again does what is missing" if missing else "")
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.3  # seconds between two looks at what the jobs say
 _PATIENCE = 3  # requests to stop after which jobs that do not are left alone
 
@@ -396,7 +379,7 @@ def _number(stopped: BaseException) -> int:
     if isinstance(stopped, KeyboardInterrupt):
         return signal.SIGINT
     number = stopped.code - 128 if isinstance(stopped.code, int) else 0
-    return number if number in _STOPPING else signal.SIGTERM  # launchers that handle it exit with codes of their own
+    return number if number in STOPPING else signal.SIGTERM  # launchers that handle it exit with codes of their own
 
 
 @contextmanager
@@ -412,12 +395,8 @@ def _stopping(ledger: Ledger) -> Iterator[None]:
         if asked in (1, _PATIENCE):
             raise SystemExit(128 + ledger.asked()[0])
 
-    before = {number: signal.signal(number, stop) for number in _STOPPING}
-    try:
+    with handling(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _settle(ledger: Ledger) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.sources import first_line
 
 # --- Orders of rows whose beginnings all have the classes in their proportions.
@@ -89,8 +89,7 @@ def _single(rows: Dataset, whole: Dataset, least: int, taken: Sequence[str]) -> 
     single = np.flatnonzero(counts == 1)
     if not len(single):
         return ""
-    listed = ", ".join(classes[label] + (f" (of {before[label]})" if taken else "") for label in single[:_FEW])
-    listed += f" and {len(single) - _FEW} more" if len(single) > _FEW else ""
+    listed = shortlist([classes[label] + (f" (of {before[label]})" if taken else "") for label in single], _FEW)
     having = f"has a single row left after {' and '.join(taken)}" if taken else "has a single example"
     cuts = "two cuts, test and validation, need" if least > 2 else "a cut needs"
     mend = "add some, leave it out, or give a file for every split"
@@ -186,7 +185,7 @@ def _shares(labels: np.ndarray, seed: int, asked: int, key: str, max_samples: in
         warnings.append(f"{key}: {count} rows for each draw, half of the training rows, in place of {asked}")
     single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
-        warnings.append(f"{key}: a single training example, fitted on and never scored: class {_few(single)}")
+        warnings.append(f"{key}: a single training example, fitted on and never scored: class {shortlist(single)}")
     for warning in warnings:
         logger.warning("%s", warning)
     return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))
@@ -214,20 +213,17 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
     warnings = []
     if small:
         warnings.append(
-            f"calibration.shots={shots}: used whole, half to fit and half to score, since smaller: class {_few(small)}"
+            f"calibration.shots={shots}: used whole, half to fit and half to score, since smaller: "
+            f"class {shortlist(small)}"
         )
     if single:
         warnings.append(
-            f"calibration.shots={shots}: a single training example, fitted on and never scored: class {_few(single)}"
+            f"calibration.shots={shots}: a single training example, fitted on and never scored: "
+            f"class {shortlist(single)}"
         )
     for warning in warnings:
         logger.warning("%s", warning)
     return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
-
-
-def _few(names: Sequence[str], most: int = 10) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:

@@ -29,18 +29,18 @@ from transformers import PreTrainedModel, TrainerCallback
 from partial_lora.adapter.factor import GATHER_DENSITY
 from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import Sparsity
 from partial_lora.models import size_of
 from partial_lora.models.targets import target_linears
 
 Shapes = Mapping[str, tuple[int, int]]
-Sparsity = float | Mapping[str, Mapping[str, float]]
 
 _FP32 = 4  # bytes of a number in an adapter's file, a gradient or a moment; weights may be narrower, these are not
 _MOMENTS = 2  # AdamW keeps a mean and a mean square of every gradient
 
 
 def adapter_parameters(
-    shapes: Shapes, rank: int, sparsity: Sparsity, granularity: str = "rows_columns"
+    shapes: Shapes, rank: int, sparsity: float | Sparsity, granularity: str = "rows_columns"
 ) -> dict[str, int]:
     """What an adapter of this rank holds before masking (`dense`) and after it (`trainable`).
 
@@ -74,7 +74,7 @@ def describe(
     target_modules: Sequence[str] | str,
     head: str | None,
     rank: int,
-    sparsity: Sparsity | None,
+    sparsity: float | Sparsity | None,
     granularity: str = "rows_columns",
     new_modules: Sequence[str] = (),
 ) -> dict[str, int | float | None]:

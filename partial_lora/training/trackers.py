@@ -20,7 +20,7 @@ from typing import Protocol
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from partial_lora.files import alone, redacted, write_json
+from partial_lora.files import alone, flatten, redacted, write_json
 from partial_lora.runs.directory import TRACKERS as KNOWN
 
 PROJECT = "partial-lora"  # an experiment, as MLflow says
@@ -295,15 +295,10 @@ class Tracking(TrainerCallback):
             self._open.pop(name, None)
 
 
-def _numbers(measured: Mapping[str, object], path: str = "") -> dict[str, float]:
-    """The numbers in plain data, each by the path to it."""
-    found = {}
-    for key, value in measured.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{path}{key}/")
-        elif isinstance(value, Real) and not isinstance(value, bool):
-            found[f"{path}{key}"] = float(value)
-    return found
+def _numbers(measured: Mapping[str, object]) -> dict[str, float]:
+    """Return the numbers in plain data, each by the path to it."""
+    numbers = {key: value for key, value in flatten(measured, "/").items() if isinstance(value, Real)}
+    return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
 
 
 def _read(file: Path) -> dict[str, str]:

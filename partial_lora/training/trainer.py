@@ -232,8 +232,6 @@ class StopOnRequest(TrainerCallback):
     stop after the same step.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
     def __init__(self) -> None:
         self.received: int | None = None
         self._stepping, self._stopped, self._amid_epoch = False, False, False
@@ -243,7 +241,7 @@ class StopOnRequest(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
-        self._before = {number: signal.signal(number, self._hear) for number in self._SIGNALS}
+        self._before = {number: signal.signal(number, self._hear) for number in progress.STOPPING}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._stepping = True
@@ -330,7 +328,7 @@ class Undisturbed:
 
     def __call__(self, rows: Sequence) -> dict[str, Tensor]:
         if get_worker_info() is not None:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in progress.STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         return self.collate(rows)
 

@@ -33,8 +33,9 @@ from evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
 from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, settled, usual
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.masks import AXES
 from partial_lora.report.figures import COLOURS, MARKERS, MOST, band, heat, legend, look, panels, plain, save
-from partial_lora.report.records import AXES, NONE, Run, grid, half_interval
+from partial_lora.report.records import NONE, Run, grid, half_interval
 from partial_lora.tasks.metrics import SHARES
 
 PLACE = ["task", "model", "metric"]

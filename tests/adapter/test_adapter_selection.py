@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
-from partial_lora.adapter.selection import AXES, Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask, kept_count
+from partial_lora.masks import AXES, Mask, kept_count
 
 GRANULARITIES = ("rows_columns", "element")
 

@@ -33,12 +33,12 @@ def counted(model: PeftModel, setting) -> dict:
 
 
 def test_every_file_of_the_group_names_a_function_and_every_function_has_a_file() -> None:
-    assert methods.names() == sorted(path.stem for path in (config.conf_dir() / "method").glob("*.yaml"))
-    for name in methods.names():
-        assert methods.named(name).__name__ == name
-    for name in ("setting", "foreseen", "nothing", "named", "__init__"):
-        with pytest.raises(PartialLoraError, match=rf"method\.name={name}: expected one of adalora, .*vera"):
-            methods.named(name)
+    assert sorted(methods.METHODS) == sorted(path.stem for path in (config.conf_dir() / "method").glob("*.yaml"))
+    for name in methods.METHODS:
+        assert methods.get(name).__name__ == name
+    for name in ("setting", "nothing"):
+        with pytest.raises(PartialLoraError, match=rf"^method\.name={name}: "):
+            methods.get(name)
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_qwen", "tiny_convnext"])
@@ -93,16 +93,16 @@ def test_controls_meet_a_budget_on_the_default_model(share: float) -> None:
     for method in ("uniform", "shuffled", "inverted", "low_rank"):
         fresh = models.empty(architecture=chosen["architecture"], model_args=chosen["model_args"], num_labels=10)
         setting = setting_of("vit_s14", fresh, rank=16, alpha=16.0, sparsity=sparsity)
-        own = counted(methods.named(method)(fresh, setting), setting)["adapter_trainable"]
+        own = counted(methods.get(method)(fresh, setting), setting)["adapter_trainable"]
         assert own == pytest.approx(setting.budget(), rel=0.01), method
 
 
 def test_every_method_starts_from_the_same_head_and_changes_nothing_before_it_trains() -> None:
     batch, plain = inputs("tiny_vit"), loud(load("tiny_vit"))
     expected = plain(**batch).logits
-    for method in methods.names():
+    for method in methods.METHODS:
         model = loud(load("tiny_vit"))
-        own = methods.named(method)(model, setting_of("tiny_vit", model)).eval()
+        own = methods.get(method)(model, setting_of("tiny_vit", model)).eval()
         torch.testing.assert_close(own(**batch).logits, expected, msg=method, rtol=1e-4, atol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_low_rank_adapts_fewer_modules_where_rank_one_is_too_much_and_says_where
     nothing = {module: {"rows": 0.99, "columns": 0.99} for module in setting_of("tiny_vit", model).shapes}
     setting = setting_of("tiny_vit", model, sparsity=nothing)
     with pytest.raises(PartialLoraError, match="method=low_rank: not applicable"):
-        methods.named("low_rank")(model, setting)
+        methods.get("low_rank")(model, setting)
 
 
 def trained_a_step(model: PeftModel, batch: dict) -> None:

@@ -18,8 +18,8 @@ from transformers import TrainerControl, TrainerState
 
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.controls import _FilledUp
-from partial_lora.methods.peft import Allocate, penalty
+from partial_lora.methods.controls import PaddedEntries
+from partial_lora.methods.peft import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
 from partial_lora.training.cost import Cost, optimizer_bytes
 
@@ -39,7 +39,7 @@ def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation()
 @pytest.mark.parametrize("method", ["partial", "lora", "full", "dora"])
 def test_most_methods_add_nothing(method: str) -> None:
     aids = methods.training(method, adapted(method, "tiny_vit")[0])
-    assert (aids.callbacks, aids.penalty, aids.final_after(10), aids.said()) == ((), None, 0, {})
+    assert (aids.callbacks, aids.penalty, aids.final_after(10), aids.summary()) == ((), None, 0, {})
 
 
 def test_what_needs_whole_parameters_is_refused_where_they_are_shared_out() -> None:
@@ -53,7 +53,7 @@ def test_the_penalty_is_the_one_of_peft() -> None:
     model, _ = adapted("adalora", "tiny_vit")
     outputs = model.base_model.forward(**inputs("tiny_vit"), labels=torch.tensor([0, 1, 2, 0]))
     plain = torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 2, 0]))
-    torch.testing.assert_close(outputs.loss - plain, penalty(model))
+    torch.testing.assert_close(outputs.loss - plain, orthogonality_penalty(model))
 
 
 def steps_of_adalora(model, count: int, total: int, *, start: int = 0, optimizer=None):
@@ -100,7 +100,7 @@ def test_a_step_that_the_scaler_skips_tells_the_allocator_nothing(skipped: set[i
     held = [each for state in optimizer.state.values() for each in state.values()]
     assert all(torch.isfinite(each).all() for each in [*held, *values(model).values()])
     assert all(state["step"] == 10 - len(skipped) for state in optimizer.state.values())
-    said = methods.training("adalora", model).said()
+    said = methods.training("adalora", model).summary()
     assert 0 < said["ranks"] <= said["target_ranks"]
 
 
@@ -126,7 +126,7 @@ def test_the_allocator_is_called_at_every_step_and_ends_at_the_budget(monkeypatc
     model, setting = adapted("adalora", "tiny_vit")
     steps_of_adalora(model, 10, 10)
     assert called == list(range(8))  # of the last three steps the first chooses, and the others keep to that
-    said = methods.training("adalora", model).said()
+    said = methods.training("adalora", model).summary()
     layers = [layer for layer in model.modules() if isinstance(layer, AdaLoraLayer)]
     assert said["target_ranks"] == len(layers) * setting.rank
     assert said["ranks"] <= said["target_ranks"] < sum(len(layer.lora_E["default"]) for layer in layers)
@@ -188,14 +188,14 @@ def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:
     model(**inputs("tiny_llama")).logits.square().sum().backward()
     assert embedding.grad is not None
     with pytest.raises(PartialLoraError, match=r"method=full: not applicable: expected float32 weights; set model\.dt"):
-        methods.named("full")(torch.nn.Linear(2, 2).bfloat16(), None)
+        methods.get("full")(torch.nn.Linear(2, 2).bfloat16(), None)
 
 
 def test_what_a_file_is_filled_up_with_does_not_come_back_as_values() -> None:
-    held = _FilledUp({"default": torch.nn.Parameter(torch.tensor([1.0, 2.0]))}, room=5)
+    held = PaddedEntries({"default": torch.nn.Parameter(torch.tensor([1.0, 2.0]))}, length=5)
     state = held.state_dict()
     assert state["default"].tolist() == [1, 2, 0, 0, 0]
-    other = _FilledUp({"default": torch.nn.Parameter(torch.zeros(2))}, room=5)
+    other = PaddedEntries({"default": torch.nn.Parameter(torch.zeros(2))}, length=5)
     other.load_state_dict(state)
     assert other["default"].tolist() == [1, 2]
 

@@ -163,7 +163,7 @@ def test_a_run_of_one_task_has_no_members() -> None:
 def test_a_mixture_is_refused_before_torch_is_there() -> None:
     script = (
         "import sys\nfrom partial_lora import predict_command\nfrom partial_lora.errors import PartialLoraError\n"
-        "try:\n    predict_command.main([sys.argv[1], 'a text'])\n"
+        "try:\n    predict_command.predict([sys.argv[1], 'a text'])\n"
         "except PartialLoraError as error:\n    print(error)\nprint('torch' in sys.modules)\n"
     )
     directory = str(mixed_runs.text_mixture().directory)

@@ -72,7 +72,7 @@ def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dt
         dropout=0.0,
         mask_seed=0,
     )
-    adapted = methods.named("lora")(model, setting)
+    adapted = methods.get("lora")(model, setting)
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     assert trained
     assert {value.dtype for value in trained.values()} == {torch.float32}

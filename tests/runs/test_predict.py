@@ -176,7 +176,7 @@ def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
     script = (
         "import sys\nfrom partial_lora import cli, predict_command\nfrom partial_lora.errors import PartialLoraError\n"
         "for arguments in (['--help'], [sys.argv[1], 'nowhere.png'], ['nowhere', 'x']):\n"
-        "    try:\n        predict_command.main(arguments)\n"
+        "    try:\n        predict_command.predict(arguments)\n"
         "    except (SystemExit, PartialLoraError) as error:\n        print(type(error).__name__)\n"
         "print('torch' in sys.modules)\n"
     )

@@ -310,9 +310,8 @@ def test_a_pass_over_questions_runs_a_row_for_every_option() -> None:
     assert found["examples"] == found["passes"] * scan["scored"]
 
 
-@pytest.mark.parametrize("quantization", ["null", "nf4"])
-def test_what_a_run_has_calibrated_is_kept_for_an_analysis(tmp_path: Path, quantization: str) -> None:
-    chosen, subject = of_causal("choice_table", *questions(), f"model.quantization={quantization}")
+def test_what_a_run_has_calibrated_is_kept_for_an_analysis_of_a_4_bit_model_too(tmp_path: Path) -> None:
+    chosen, subject = of_causal("choice_table", *questions(), "model.quantization=nf4")
     entry = directory.new(chosen)
     train.run(chosen, tmp_path, entry, "calibrate")
     found = subject.calibrate(subject.draws())
@@ -343,7 +342,7 @@ def done(request, place):
 def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None:
     what, folder, analysis = done
     chosen = settings(*FEW[what], f"results_dir={folder.parents[3]}")
-    assert folder == analyses.directory(chosen, what)
+    assert folder == analyses.folder_of(chosen, what)
     assert {entry.name for entry in folder.iterdir()} - {".lock"} == FILES
     assert all((folder / name).stat().st_size for name in FILES - {"analysis.log"})
     assert (analysis["status"], analysis["what"], analysis["config"]) == ("finished", what, chosen)
@@ -425,7 +424,7 @@ def test_parts_that_cannot_be_trusted_are_done_again(tmp_path: Path, monkeypatch
 
 def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
     def named(*overrides: str) -> str:
-        return analyses.directory(settings(*overrides), "cost").name
+        return analyses.folder_of(settings(*overrides), "cost").name
 
     assert named() == "tiny_vit-adf479f2" == named("--splits=5") == named("results_dir=elsewhere", "overwrite=true")
     assert len({named(), named("--splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
@@ -452,7 +451,7 @@ def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
 )
 def test_wrong_words_are_refused_in_one_line(capsys, monkeypatch, tmp_path: Path, arguments: list, key: str) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analyses.results, "locked", None)  # whatever is not refused fails at once
+    monkeypatch.setattr(analyses.directory, "locked", None)  # whatever is not refused fails at once
     assert analyses.main(arguments) == 2
     error = capsys.readouterr().err
     assert key in error

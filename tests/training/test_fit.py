@@ -147,9 +147,9 @@ def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_pa
     training.compute_metrics = getting_worse
     training.train()
     assert training.state.best_global_step == 8  # of ten; the ranks are chosen in the eighth
-    assert aids.said()["ranks"] <= aids.said()["target_ranks"]
+    assert aids.summary()["ranks"] <= aids.summary()["target_ranks"]
     checkpoints.load_trainable(model, tmp_path / results.CHECKPOINTS / "checkpoint-4")
-    assert aids.said()["ranks"] > aids.said()["target_ranks"]
+    assert aids.summary()["ranks"] > aids.summary()["target_ranks"]
 
 
 def test_where_only_the_last_has_it_the_last_is_chosen(adapted: PeftModel, tmp_path: Path) -> None:
