@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import math
-=======
 from collections.abc import Sequence
->>>>>>> main
 
 
 class PartialLoraError(Exception):
