@@ -1,4 +1,4 @@
-"""What a run can be told: every key, its type, its default and its range.
+"""The settings of a run: every key, its type, its default and its range.
 
 The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
 of range are refused by name before anything expensive starts. Defaults never change, because the id of a run leaves out
@@ -22,7 +22,7 @@ from partial_lora.training.config import TrainerConfig
 
 
 def plain_name(key: str, value: str) -> None:
-    """A name that may become a folder's; a missing one is refused where settings are resolved."""
+    """Raise PartialLoraError for a name that cannot be a folder's; a missing one is refused in config.resolve."""
     plain = re.fullmatch(r"\w[\w.-]*", value) is not None
     require(plain or value == MISSING, key, value, "letters, digits, dots, dashes, underscores")
 
@@ -42,14 +42,12 @@ class MaskConfig:
             one_of("mask.count", self.count, "exact")
 
 
-# --- What a file of `accelerate config` says of the processes of a run.
-
 KEY = "trainer.accelerate_config"
 _ALIKE = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU"}  # a whole model in every process
 
 
-def read(file: str | Path) -> dict:
-    """The content of such a file (YAML or JSON), checked as far as a run depends on it.
+def accelerate_file(file: str | Path) -> dict:
+    """Return the content of a file of `accelerate config` (YAML or JSON), checked as far as a run depends on it.
 
     Raises PartialLoraError, in one line that names the key, for a file that cannot be read, is no mapping, says how
     many processes or machines there are in anything but a whole number, or asks for what no run here does.
@@ -148,7 +146,7 @@ class TaskConfig:
 
     name: str = MISSING
     path: str = MISSING  # a hub data set, bundled:NAME (out of a package), files (data_files alone), or members
-    members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; settings once resolved
+    members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; {NAME: TaskConfig} once resolved
     mixing: str = "proportional"  # all training rows of every member; equal: as many of each as the smallest has
     subset: Optional[str] = None  # of the hub data set, where it is several
     revision: Optional[str] = None
@@ -246,6 +244,16 @@ class Config:
     keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
     data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks that name no files of their own
     preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
+
+    @property
+    def calibration_seed(self) -> int:
+        """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
+        return self.seed if self.calibration.seed is None else self.calibration.seed
+
+    @property
+    def mask_seed(self) -> int:
+        """The seed of random masks: their own, or the run's."""
+        return self.seed if self.mask.seed is None else self.mask.seed
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")

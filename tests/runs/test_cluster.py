@@ -88,7 +88,7 @@ def test_a_file_says_how_a_model_is_shared_out(tmp_path: Path) -> None:
 )
 def test_a_file_that_no_run_can_follow_is_refused(content: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config: {said}"):
-        schema.read(file(tmp_path, **content))
+        schema.accelerate_file(file(tmp_path, **content))
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"", b"- 1\n", b"num_processes: 2\n", None])
@@ -97,7 +97,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_p
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config={path}: ") as refused:
-        schema.read(path)
+        schema.accelerate_file(path)
     assert len(str(refused.value).splitlines()) == 1
 
 
