@@ -20,22 +20,10 @@ from torch import Tensor, nn
 from partial_lora.calibration.importance import Scores
 from partial_lora.calibration.peers import Peers, gathered
 from partial_lora.calibration.score import BoundedScore, Score
-from partial_lora.calibration.search import (
-    AXES,
-    BOTH,
-    UNKNOWN,
-    Bounds,
-    Curve,
-    Levels,
-    Sparsity,
-    bounds_of,
-    curve_of,
-    digest_of,
-    listed,
-)
+from partial_lora.calibration.search import BOTH, UNKNOWN, Bounds, Curve, Levels, bounds_of, curve_of, digest_of, listed
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import one_writer, write_json
-from partial_lora.masks import Mask
+from partial_lora.masks import AXES, Mask, Sparsity
 
 # --- What calibration has found so far, kept on disk, so that no point of a curve is evaluated in two runs.
 
