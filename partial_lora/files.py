@@ -1,7 +1,8 @@
-"""Folders that are whole or not there: a marker, written last, lists every file with its size and SHA-256.
+"""Files: whole or absent, one writer at a time, checksums, the cache, and no credentials in what is written.
 
-A folder takes its name after its marker is on disk, so whatever ended the writing half-way leaves nothing that looks
-like a whole one; and a file that was cut short, changed, lost or added later no longer agrees with the marker.
+What is built gets its name by one rename, once all of it is on disk: whatever ends the writing half-way leaves nothing
+that looks whole. A sealed folder also holds a marker that lists its files with their sizes and SHA-256, so that a file
+that was cut short, changed, lost or added later shows.
 """
 
 from __future__ import annotations
@@ -22,99 +23,25 @@ from typing import Any, TextIO
 
 from partial_lora.errors import PartialLoraError
 
+logger = logging.getLogger(__name__)
+
 MARKER = "complete.json"
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex; the file is never held in memory whole."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def settle(folder: Path) -> None:
-    """Let everything in a folder reach the disk, whatever wrote it."""
-    for path in [*folder.rglob("*"), folder]:
-        if not path.is_symlink() and (path.is_file() or path.is_dir()):
-            _sync(path)
-
-
-def seal(building: Path, folder: Path) -> None:
-    """Mark what lies in `building` as whole and give it the name `folder`, all of it on disk before the name is."""
-    for name in _files(building):
-        _sync(building / name)
-    _write_marker(building)
-    os.rename(building, folder)
-    _sync(folder.parent)
-
-
-def fault(folder: Path) -> str | None:
-    """What keeps a folder from being a whole entry, naming the file; None where nothing does."""
-    try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MARKER} is missing or cannot be read"
-    for name in sorted(set(_files(folder)) - set(expected)):
-        return f"{name} is not one of its files"
-    for name, (size, sha256) in expected.items():
-        try:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
-            if file_sha256(folder / name) != sha256:
-                return f"the SHA-256 of {name} is not {sha256}"
-        except OSError as error:
-            return f"{name} cannot be read, {error.strerror}"
-    return None
-
-
-def _write_marker(folder: Path) -> None:
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in _files(folder)
-    }
-    with open(folder / MARKER, "w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of all its files but the marker."""
-    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in names if name != MARKER)
-
-
-def _sync(path: Path) -> None:
-    """Let a file's content, or a folder's names, reach the disk before what is written next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- Whole or absent.
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one, never a part.
-
-    The content reaches the disk under a temporary name before the file takes its own.
-    """
+    """Write a file so that a reader finds the old content or the new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # and the name
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,13 +62,111 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
     return flat
 
 
-# --- One process at a time, where several may want to make the same thing.
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.building-", dir=folder.parent))
+    try:
+        yield beside
+        for path in (beside, *beside.rglob("*")):  # mkdtemp lets only its maker in, and safetensors writes likewise
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        replace_folder(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
-logger = logging.getLogger(__name__)
+
+def replace_folder(built: Path, folder: Path) -> None:
+    """Give the folder `built` the name `folder`, once all of it is on disk; what had that name goes after that."""
+    sync(built)
+    before = built.with_name(f"{built.name}.replaced")
+    shutil.rmtree(before, ignore_errors=True)
+    try:
+        if folder.exists():
+            folder.rename(before)
+        built.rename(folder)
+    except BaseException:
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Let everything in a folder reach the disk, whatever wrote it."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Let a file's content, or a folder's names, reach the disk before what is written next."""
+    if os.name == "nt":
+        return  # Windows syncs only what is open for writing, which a folder cannot be
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- Checksums.
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex; the file is never in memory whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(built: Path, folder: Path) -> None:
+    """Mark what lies in `built` as whole and give it the name `folder`."""
+    _mark(built)
+    replace_folder(built, folder)
+
+
+def _mark(folder: Path) -> None:
+    sizes = {name: {"size": (folder / name).stat().st_size} for name in _files(folder)}
+    entries = {name: size | {"sha256": file_sha256(folder / name)} for name, size in sizes.items()}
+    (folder / MARKER).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+
+
+def fault(folder: Path) -> str | None:
+    """The first difference between a sealed folder and its marker, naming the file; None where it is whole."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MARKER} is missing or cannot be read"
+    for name in sorted(set(_files(folder)) - set(expected)):
+        return f"{name} is not one of its files"
+    for name, (size, sha256) in expected.items():
+        try:
+            measured = (folder / name).stat().st_size
+            if measured != size:
+                return f"{name} has {measured} bytes, not {size}"
+            if file_sha256(folder / name) != sha256:
+                return f"the SHA-256 of {name} is not {sha256}"
+        except OSError as error:
+            return f"{name} cannot be read, {error.strerror}"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    """Names, relative to the folder, of all its files but the marker."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in names if name != MARKER)
+
+
+# --- One writer at a time.
 
 
 def lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock an open file and return True; return False where another process holds it, unless told to wait.
+    """Lock an open file and return True; return False, or wait, where another process holds it.
 
     The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks nobody.
     """
@@ -164,8 +189,8 @@ def is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def alone(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the right to make `path`; waits for whoever holds it, and logs that.
+def one_writer(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the right to make `path`; waits for the process that holds it, and logs that.
 
     purpose: what is done to it, a verb for the log. The lock is a file beside it, whose folder is made if need be.
     Raises OSError where it cannot be written.
@@ -181,9 +206,7 @@ def alone(path: Path, purpose: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-# --- What is fetched or computed once and used by every later run: whole and verified, or built again.
-
-_BUILDING = ".building-"  # part of the name of a folder that is not an entry yet
+# --- The cache: what is fetched or computed once and read by every later run.
 
 
 def cache_dir() -> Path:
@@ -199,20 +222,24 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
     """The folder at `path` with exactly the files that `build` once wrote; built first where it is absent or broken.
 
     `build(folder)` fills an empty folder, which gets its name only when it is whole. What is broken is logged by name
-    and removed. Two processes that ask at once build it once: the second waits. A whole entry is only read, so a cache
-    that others filled may be read-only. Raises PartialLoraError where the cache cannot be written.
+    and removed. Of two processes at once one builds, and the other waits. A whole entry is only read, so a cache that
+    others filled may be read-only. Raises PartialLoraError where the cache cannot be written.
     """
     if path.exists() and fault(path) is None:
         return path
     try:
-        with alone(path, "build"):
+        with one_writer(path, "build"):
             if path.exists():  # another process may have built it while this one waited
                 broken = fault(path)
                 if broken is None:
                     return path
                 logger.warning("%s in the cache is broken (%s): it is removed and built again", path, broken)
-                _remove(path)
-            _build(path, build)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for abandoned in path.parent.glob(f".{path.name}.building-*"):  # its builder held the lock, so it is gone
+                shutil.rmtree(abandoned)
+            with building(path) as folder:
+                build(folder)
+                _mark(folder)
     except OSError as error:
         raise PartialLoraError(
             f"cache {cache_dir()}: cannot store {path.name} ({error.strerror or error}); make room there or set "
@@ -221,60 +248,45 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
-def _build(path: Path, build: Callable[[Path], None]) -> None:
-    for abandoned in path.parent.glob(f".{path.name}{_BUILDING}*"):  # its builder held the lock, so it is gone
-        _remove(abandoned)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}{_BUILDING}", dir=path.parent))
-    try:
-        build(building)
-        for file in building.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # a cache may be shared; mkdtemp lets only its maker in
-        building.chmod(0o755)
-        seal(building, path)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-# --- Credentials kept out of what is written and printed: each is replaced by a mark wherever it stands in a text.
+# --- No credentials in what is written and printed: a mark stands in the place of each.
 
 HIDDEN = "[hidden]"
-_SHORTEST = 8  # characters of a variable's value: a shorter one is found in harmless text, too
+_SHORTEST = 8  # characters of a variable's value: a shorter one stands in harmless text, too
 _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|PASSWORD|PASSWD|CREDENTIALS?)$|(^|_)SECRETS?(_|$)", re.IGNORECASE
 )
-_TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
-    r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI and others
-    r"|wandb_v[0-9]+_[A-Za-z0-9_]{16,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
-    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
-    r")"
+_CREDENTIALS = (  # what stands before one, in the first group, stays
+    re.compile(
+        r"((?<![A-Za-z0-9]))(?:"
+        r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
+        r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI and others
+        r"|wandb_v[0-9]+_[A-Za-z0-9_]{16,}"
+        r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
+        r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
+        r")"
+    ),
+    re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]+(?=@)", re.IGNORECASE),  # a user in a URL
+    re.compile(
+        r"([?&;](?:[\w.-]*[-_.])?(?:token|key|apikey|password|passwd|secret|signature|sig|credential)=)[^\s&#;'\"]+",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(\bBearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
 )
-_USER_IN_URL = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]+@", re.IGNORECASE)
-_PARAMETER = re.compile(
-    r"(?P<before>[?&;](?:[\w.-]*[-_.])?(?:token|key|apikey|password|passwd|secret|signature|sig|credential)=)"
-    r"[^\s&#;'\"]+",
-    re.IGNORECASE,
-)
-_BEARER = re.compile(r"(?P<before>\bBearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
 
 def redacted(content: Any) -> Any:
     """A text without credentials, or plain data (mappings, lists) whose texts are all so; anything else as it is."""
-    if isinstance(content, str):
-        return _without_secrets(content)
     if isinstance(content, Mapping):
         return {redacted(key): redacted(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [redacted(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    secrets = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
+    for value in sorted(secrets, key=len, reverse=True):  # one that holds another goes before it
+        content = content.replace(value, HIDDEN)
+    for pattern in _CREDENTIALS:
+        content = pattern.sub(rf"\1{HIDDEN}", content)
     return content
 
 
@@ -291,22 +303,6 @@ def redact_output() -> None:
             setattr(sys, name, _Redacting(stream))
 
 
-def _without_secrets(text: str) -> str:
-    for value in _secrets():
-        text = text.replace(value, HIDDEN)
-    text = _TOKEN.sub(HIDDEN, text)
-    text = _USER_IN_URL.sub(rf"\g<before>{HIDDEN}@", text)
-    for pattern in (_PARAMETER, _BEARER):
-        text = pattern.sub(rf"\g<before>{HIDDEN}", text)
-    return text
-
-
-def _secrets() -> list[str]:
-    """Values of this process's variables that are secret by their name; one that holds another comes before it."""
-    found = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
-    return sorted(found, key=len, reverse=True)
-
-
 class _Redacting:
     """A stream that hides credentials in what is written to it, and is in all else the one beneath."""
 
@@ -314,7 +310,7 @@ class _Redacting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(_without_secrets(text))
+        self._stream.write(redacted(text))
         return len(text)
 
     def writelines(self, lines) -> None:

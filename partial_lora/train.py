@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -181,8 +180,7 @@ def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:
     state = fsdp.adapter_state(adapted)
     adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
     if is_main:
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
+        files.replace_folder(temporary, directory)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import redact_output, redacted, settle
+from partial_lora.files import redact_output, redacted
 from partial_lora.progress import STOPPING, leave
 from partial_lora.runs import directory as handover
 from partial_lora.runs import launch
@@ -47,7 +47,7 @@ def work(directory: Path, stage: str) -> int:
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
         run(settings, directory, entry, stage)
         if is_main:
-            settle(directory)  # before the record says that it is there
+            files.sync(directory)  # before the record says that it is there
         entry |= {"status": "finished", "files": handover.files(directory)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:

@@ -78,6 +78,6 @@ def batches(model):
 @pytest.fixture
 def score(model, batches):
     """The accuracy on that draw, with reuse of what enters a block."""
-    from partial_lora.calibration.score import FewShotAccuracy
+    from partial_lora.calibration.score import FewShotScore
 
-    return FewShotAccuracy(model, batches, "vit.blocks")
+    return FewShotScore(model, batches, blocks="vit.blocks")

@@ -27,12 +27,10 @@ from partial_lora.calibration.repair import repaired
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import Score, frozen
 from partial_lora.calibration.search import (
-    AXES,
     BOTH,
     CURVE_AXES,
     SEARCHES,
     Levels,
-    Sparsity,
     bisect,
     both_axes,
     curve_of,
@@ -45,6 +43,7 @@ from partial_lora.calibration.search import (
     walk,
 )
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.targets import target_linears, target_names
 
 # --- The sparsity of each module and axis at one threshold, each found alone or after those chosen before it.

@@ -20,22 +20,10 @@ from torch import Tensor, nn
 from partial_lora.calibration.importance import Scores
 from partial_lora.calibration.peers import Peers, gathered
 from partial_lora.calibration.score import BoundedScore, Score
-from partial_lora.calibration.search import (
-    AXES,
-    BOTH,
-    UNKNOWN,
-    Bounds,
-    Curve,
-    Levels,
-    Sparsity,
-    bounds_of,
-    curve_of,
-    digest_of,
-    listed,
-)
+from partial_lora.calibration.search import BOTH, UNKNOWN, Bounds, Curve, Levels, bounds_of, curve_of, digest_of, listed
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import alone, write_json
-from partial_lora.masks import Mask
+from partial_lora.files import one_writer, write_json
+from partial_lora.masks import AXES, Mask, Sparsity
 
 # --- What calibration has found so far, kept on disk, so that no point of a curve is evaluated in two runs.
 
@@ -78,7 +66,7 @@ class Store:
                 own = path if peers.rank == 0 else None
                 if own is not None:
                     with suppress(OSError):  # a store that cannot be written is only read
-                        held.enter_context(alone(Path(own), "calibrate into"))
+                        held.enter_context(one_writer(Path(own), "calibrate into"))
                 opened.append(cls(own, key))
                 return opened[0].content() if peers.size > 1 and peers.rank == 0 else None
 

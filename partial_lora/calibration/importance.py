@@ -1,8 +1,8 @@
-"""How important each row and each column of a pre-trained weight is: larger = keep.
+"""Importance of each row and each column of a pre-trained weight: larger = keep.
 
-A measure is a pure function of one weight W (m, n) that gives row scores (m,) and column scores (n,). Every measure
-takes the full name of the module and a seed, whether it needs them or not, and its own options by name. Measures that
-need examples too are functions of the model, its modules and batches, and give the scores of all modules at once.
+A measure is a pure function of one weight W (m, n) that returns row scores (m,) and column scores (n,). Every measure
+takes the full name of the module and a seed, whether it needs them or not, and its own options by name. A measure that
+needs examples too is a function of the model, its modules and batches, and returns the scores of all modules at once.
 """
 
 from __future__ import annotations
@@ -17,29 +17,58 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
+from partial_lora.calibration.reuse import logits_of
+from partial_lora.calibration.score import frozen
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 
-# --- Leverage scores: how much of the leading singular subspace of a weight lies in each of its rows and columns.
+Scores = tuple[Tensor, Tensor]  # of rows (m,) and of columns (n,)
+Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 
-# Up to here the exact way takes 2 seconds on 2 cores, and the other saves little.
+# Up to here the exact leverage scores take 2 seconds on 2 cores, and the randomized ones save little.
 EXACT_SIZE = 2048
 # For 14336 x 4096, on 2 cores: exact 15 to 19 s; 5 to 9 iterations on n / 8 = 512 dimensions 6 s, on twice as many as
 # long as exact.
 WIDEST = 1 / 8
 FIRST_WIDTH = 128
 ITERATIONS = 12
-# What is still to come in the scores when the iteration stops, by its own estimate. That is up to 4 times too low, as
-# the fast part of the change dies first; 1e-3 is promised.
+# The change still to come when the iteration stops, by its own estimate. That is up to 4 times too low, as the fast
+# part of the change dies first; 1e-3 is promised.
 TOLERANCE = 3e-5
 
-Scores = tuple[Tensor, Tensor]
+logger = logging.getLogger(__name__)
+
+
+# --- Measures of the weight alone
+
+
+def magnitude(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
+    """Return the squared norms of the rows and of the columns: the control that looks at size alone."""
+    squares = weight.detach().double().square()
+    return squares.sum(1), squares.sum(0)
+
+
+def random(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
+    """Return an order drawn at random: the control that looks at nothing.
+
+    The rows (columns) that score highest are those that a random mask of the same seed, module and axis keeps.
+    """
+
+    def draw(size: int, axis: str) -> Tensor:
+        """Score the smallest key `size`, the largest 1: keys have more digits than a float64 holds."""
+        order = np.argsort(random_keys(size, mask_seed=seed, module=module, axis=axis), kind="stable")
+        scores = torch.empty(size, dtype=torch.float64)
+        scores[torch.from_numpy(order)] = torch.arange(size, 0, -1, dtype=torch.float64)
+        return scores
+
+    return draw(weight.shape[0], "rows"), draw(weight.shape[1], "columns")
 
 
 def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None, energy: float = 0.9) -> Scores:
-    """Leverage scores: squared norms of the rows of the k leading left and right singular vectors.
+    """Return leverage scores: squared norms of the rows of the k leading left and right singular vectors.
 
     W ~ P_k L_k Q_k': row i scores |P_k[i, :]|^2, column j scores |Q_k[j, :]|^2, so either sums to k. Without `k`, k is
     the smallest that holds `energy` of the squared spectrum; at full rank every row of a square matrix scores 1.
@@ -55,27 +84,30 @@ def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None
     largest = float(weight.abs().max())
     if not 0 < largest < math.inf:
         raise PartialLoraError(f"importance=svd: {module or 'the weight'} is zero or not finite, so it has no spectrum")
-    if k is not None and not 1 <= k <= weight.shape[1]:
-        raise above_rank(k, module, weight)
     scores = None
-    if weight.shape[1] > EXACT_SIZE:
-        start = int(random_keys(1, mask_seed=seed, module=module, axis="svd")[0])
-        scores = randomized(weight, torch.Generator().manual_seed(start), k=k, energy=energy)
-    scores = exact(weight, k=k, energy=energy) if scores is None else scores
+    if k is None or 1 <= k <= weight.shape[1]:
+        if weight.shape[1] > EXACT_SIZE:
+            start = int(random_keys(1, mask_seed=seed, module=module, axis="svd")[0])
+            scores = randomized(weight, torch.Generator().manual_seed(start), k=k, energy=energy)
+        scores = exact(weight, k=k, energy=energy) if scores is None else scores
     if scores is None:
-        raise above_rank(k, module, weight)
+        raise PartialLoraError(
+            f"importance.k={k}: expected 1 to the rank of {module or 'the weight'} {tuple(weight.shape)}"
+        )
     return scores
 
 
 def exact(weight: Tensor, *, k: int | None = None, energy: float = 0.9) -> Scores | None:
-    """Leverage scores of W (m, n), m >= n, from the eigenvectors of W'W; None for a k above the rank.
+    """Return leverage scores of W (m, n), m >= n, from the eigenvectors of W'W; None for a k above the rank.
 
-    Q_k and L_k from the n x n matrix, then P_k = W Q_k / L_k: tens of times faster than the SVD of W, and in float64
-    the squaring costs no digit that W has.
+    Q_k and L_k come from the n x n matrix, then P_k = W Q_k / L_k: tens of times faster than the SVD of W, and in
+    float64 the squaring costs no digit that W has.
     """
     squares, right = torch.linalg.eigh(_lower_gram(weight))
     squares, right = squares.flip(0).clamp(min=0), right.flip(1)
-    k = leading_rank(squares, energy) if k is None else k
+    if k is None:
+        held = squares.cumsum(0)
+        k = min(int((held < energy * held[-1]).sum()) + 1, len(squares))
     if squares[k - 1] <= 1e-14 * squares[0]:
         return None
     leading = right[:, :k] / squares[:k].sqrt()
@@ -84,7 +116,7 @@ def exact(weight: Tensor, *, k: int | None = None, energy: float = 0.9) -> Score
 
 
 def _lower_gram(weight: Tensor, width: int = 512) -> Tensor:
-    """The lower triangle of W'W in float64, all that eigh reads; few rows of W at a time are held in float64."""
+    """Return the lower triangle of W'W in float64, all that eigh reads, from few rows of W in float64 at a time."""
     size = weight.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
     for part in weight.split(4096):
@@ -94,38 +126,32 @@ def _lower_gram(weight: Tensor, width: int = 512) -> Tensor:
     return gram
 
 
-def leading_rank(squares: Tensor, energy: float) -> int:
-    """The smallest k whose k largest squared singular values (given from large to small) hold `energy` of them all."""
-    held = squares.cumsum(0)
-    return min(int((held < energy * held[-1]).sum()) + 1, len(squares))
-
-
 def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, energy: float) -> Scores | None:
-    """Leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones, or None where the exact way is the better.
+    """Return leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones, or None where exact is the better way.
 
-    Subspace iteration from a random start until the scores settle: how much is still to come is extrapolated from their
+    Subspace iteration from a random start until the scores settle: the change still to come is extrapolated from their
     last two changes, which shrink geometrically. The subspace has twice k dimensions or more, and as many as allowed
     where the scores settle too slowly. Without `k` it grows until half of it holds `energy` of the squared norm of W:
-    what a subspace holds is never more than what as many singular vectors hold, so that much is proven. None where even
-    WIDEST * n dimensions are too few or settle too slowly, and where rounding in float32 could decide k, or which of
-    two directions is the k-th.
+    a subspace never holds more than as many singular vectors do, so that much is proven. None where even WIDEST * n
+    dimensions are too few or settle too slowly, and where rounding in float32 could decide k, or which of two
+    directions is the k-th.
     Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight = (weight / weight.abs().max()).float()
     widest = int(WIDEST * weight.shape[1])
     wanted = energy * float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
-    width = FIRST_WIDTH if k is None else max(FIRST_WIDTH, oversampled(k))
+    width = FIRST_WIDTH if k is None else max(FIRST_WIDTH, _oversampled(k))
     if width > widest:
         return None
     basis = torch.empty(weight.shape[1], 0, device=weight.device)
     while True:
         added = torch.randn(len(basis), width - basis.shape[1], generator=generator).to(weight.device)
-        basis, settling, wider = torch.cat([basis, added], 1), Settling(), widest
+        basis, change, wider = torch.cat([basis, added], 1), _Convergence(), widest
         for step, (left, spectrum, right) in enumerate(_iterate(weight, basis)):
             held = spectrum.square().cumsum(0)
             rank = int((held < wanted).sum()) + 1 if k is None else k
-            if oversampled(rank) > width:
+            if _oversampled(rank) > width:
                 if step < 2:
                     continue
                 if held[-1] + (widest // 2 - width) * spectrum[-1] ** 2 < wanted:
@@ -133,10 +159,10 @@ def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, ene
                 wider = 2 * width
                 break
             scores = left[:, :rank].square().sum(1), right[:, :rank].square().sum(1)
-            settling.see(rank, scores)
-            if settling.hopeless(ITERATIONS - step):
+            change.update(rank, scores)
+            if change.too_slow(ITERATIONS - step):
                 break
-            if settling.done():
+            if change.remaining() <= TOLERANCE:
                 near = k is None and (held[max(rank - 2, 0) : rank] - wanted).abs().min() < 1e-6 * wanted
                 if near or spectrum[rank - 1] - spectrum[rank] < 1e-5 * spectrum[0]:
                     return None
@@ -146,13 +172,13 @@ def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, ene
         basis, width = right, min(wider, widest)
 
 
-def oversampled(k: int) -> int:
-    """Dimensions of the subspace in which k are looked for: they settle as (s_2k / s_k)^2 to the number of steps."""
+def _oversampled(k: int) -> int:
+    """Return the dimensions of the subspace for k directions, which settle as (s_2k / s_k)^2 to the number of steps."""
     return 2 * k + 16
 
 
 def _iterate(weight: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Left vectors (m, l), singular values (l,) and right vectors (n, l) of W seen in ever better subspaces.
+    """Yield left vectors (m, l), singular values (l,) and right vectors (n, l) of W seen in ever better subspaces.
 
     Orthogonal again after either product, or float32 would keep the strongest direction alone.
     """
@@ -163,14 +189,15 @@ def _iterate(weight: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor, Te
         yield left @ inner_left.T.float(), spectrum, basis @ inner_right.float()
 
 
-class Settling:
-    """How far a sequence of scores still has to go, if its changes shrink as the last two did."""
+class _Convergence:
+    """Change that a sequence of scores has still to come, if it shrinks as the last two changes did."""
 
     def __init__(self) -> None:
         self._last: tuple[int, Scores] | None = None
         self._changes: list[float] = []
 
-    def see(self, rank: int, scores: Scores) -> None:
+    def update(self, rank: int, scores: Scores) -> None:
+        """Take the next scores; those of another rank begin a new sequence."""
         if self._last is not None and self._last[0] == rank:
             pairs = zip(scores, self._last[1], strict=True)
             self._changes.append(max(float((one - other).abs().max()) for one, other in pairs))
@@ -178,8 +205,8 @@ class Settling:
             self._changes = []
         self._last = rank, scores
 
-    def left(self, steps: int = 0) -> float:
-        """An estimate of what would still change after so many further steps; infinite where nothing tells."""
+    def remaining(self, steps: int = 0) -> float:
+        """Return an estimate of the change after so many further steps; infinite while there is nothing to go by."""
         if len(self._changes) < 2:
             return math.inf
         before, change = self._changes[-2:]
@@ -188,76 +215,43 @@ class Settling:
         rate = change / before
         return change * rate ** (steps + 1) / (1 - rate) if rate < 1 else math.inf
 
-    def done(self) -> bool:
-        return self.left() <= TOLERANCE
-
-    def hopeless(self, steps: int) -> bool:
-        """Whether so many further steps will not do: said only once the rate can be trusted."""
-        return len(self._changes) > 3 and self.left(steps) > 10 * TOLERANCE
+    def too_slow(self, steps: int) -> bool:
+        """Return True where so many further steps will not do, and enough have been seen to trust the rate."""
+        return len(self._changes) > 3 and self.remaining(steps) > 10 * TOLERANCE
 
 
-def above_rank(k: int | None, module: str, weight: Tensor) -> PartialLoraError:
-    return PartialLoraError(
-        f"importance.k={k}: expected 1 to the rank of {module or 'the weight'} {tuple(weight.shape)}"
-    )
-
-
-# --- Importance that takes examples to see: what the loss, or what enters a module, says about its rows and columns
-
-Batch = dict[str, Tensor]
-Loss = Callable[[nn.Module, Batch], Tensor]
+# --- Measures of the weight and of examples
 
 
 def snip(
     model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], *, loss: Loss, seed: int = 0
 ) -> dict[str, Scores]:
-    """How much the loss hangs on each entry, |W * dL/dW|, summed over the row (column).
+    """Return the connection sensitivity |W * dL/dW|, summed over the row (column).
 
     L is the mean loss of all examples and the absolute value is taken of its gradient, so gradients are first summed
     over the batches: one copy of the modules' weights in float32 is held, and the gradients of one batch. Weights are
-    as pre-trained, where the source draws them anew.
-    Source: SNIP, Lee, Ajanthan and Torr 2019 (arXiv 1810.02340), the connection sensitivity of section 4.1, without its
-    division by the sum of all entries.
-    Raises PartialLoraError for a module that the loss does not depend on.
+    as pre-trained, where the source draws new ones.
+    Source: SNIP, Lee, Ajanthan and Torr 2019 (arXiv 1810.02340), section 4.1, without its division by the sum of all
+    entries. Raises PartialLoraError for a module that the loss does not depend on.
     """
-    gradients = mean_gradients(model, modules, batches, loss)
-    scores = {}
-    for name, gradient in gradients.items():
-        entries = (modules[name].weight.detach().to(gradient.dtype) * gradient).abs()
-        scores[name] = entries.sum(1, dtype=torch.float64), entries.sum(0, dtype=torch.float64)
-    return scores
-
-
-def mean_gradients(
-    model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], loss: Loss
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss of all examples for the weight of each module, in float32 or better."""
-    total = sum(map(examples, batches))
+    total = sum(map(_examples, batches))
     sums: dict[str, Tensor] = {}
-    with lent(model, modules):
+    with differentiable(model, modules):
         for batch in batches:
             for name, gradient in gradients(model, modules, batch, loss).items():
-                share = gradient.to(precise(gradient)) * (examples(batch) / total)
+                share = gradient.to(_precise(gradient)) * (_examples(batch) / total)
                 sums[name] = sums[name].add_(share) if name in sums else share
-    return {name: sums[name] for name in modules}
-
-
-def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, loss: Loss) -> dict[str, Tensor]:
-    """The gradient of the loss of one batch for the weight of each module; for use within `lent`."""
-    with torch.enable_grad():
-        value = loss(model, on_device_of(model, batch))
-        weights = [module.weight for module in modules.values()]
-        found = torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else [None] * len(weights)
-    for name, gradient in zip(modules, found, strict=True):
-        if gradient is None:
-            raise PartialLoraError(f"importance: the loss does not depend on the weight of {name}; leave it out")
-    return dict(zip(modules, found, strict=True))
+    scores = {}
+    for name, module in modules.items():
+        entries = (module.weight.detach().to(sums[name].dtype) * sums[name]).abs()
+        scores[name] = entries.sum(1, dtype=torch.float64), entries.sum(0, dtype=torch.float64)
+    return scores
 
 
 def activation(
     model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], *, loss: Loss, seed: int = 0
 ) -> dict[str, Scores]:
-    """How much each entry carries, |W_ij| * |x_j|, summed over the row (column).
+    """Return |W_ij| * |x_j|, how much each entry carries, summed over the row (column).
 
     |x_j| is the norm of input feature j over all tokens of all examples. Tokens that the batch's attention_mask (batch,
     tokens) leaves out do not count, wherever a module's input has one row a token; in an encoder-decoder, where the
@@ -267,22 +261,21 @@ def activation(
     Raises PartialLoraError for a module that no input reaches.
     """
     squares: dict[str, Tensor] = {}
-    masks: list[Tensor | None] = [None]
+    mask: Tensor | None = None
 
-    def see(module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
-        entering = (args or tuple(kwargs.values()))[0]
-        tokens = counted(entering, masks[0]).float().square().sum(0, dtype=torch.float64)
-        squares[name] = squares.get(name, 0) + tokens
+    def add(module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
+        tokens = real_tokens((args or tuple(kwargs.values()))[0], mask)
+        squares[name] = squares.get(name, 0) + tokens.float().square().sum(0, dtype=torch.float64)
 
     hooks = [
-        module.register_forward_pre_hook(partial(see, name=name), with_kwargs=True) for name, module in modules.items()
+        module.register_forward_pre_hook(partial(add, name=name), with_kwargs=True) for name, module in modules.items()
     ]
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     try:
-        with lent(model), torch.no_grad():
+        with differentiable(model, {}):
             for batch in batches:
-                masks[0] = None if both else batch.get("attention_mask")
-                loss(model, on_device_of(model, batch))
+                mask = None if encoder_decoder else batch.get("attention_mask")
+                loss(model, _on_device_of(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -295,74 +288,12 @@ def activation(
     return scores
 
 
-def counted(entering: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens (tokens, features) of a module's input that no mask leaves out."""
-    flat = entering.detach().reshape(-1, entering.shape[-1])
-    if mask is None or mask.ndim != 2 or entering.shape[:-1] not in (mask.shape, (mask.numel(),)):
+def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the tokens (tokens, features) of a module's input that no mask leaves out."""
+    flat = inputs.detach().reshape(-1, inputs.shape[-1])
+    if mask is None or mask.ndim != 2 or inputs.shape[:-1] not in (mask.shape, (mask.numel(),)):
         return flat
     return flat[mask.flatten().to(flat.device) != 0]
-
-
-def task_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss where it gives one, else the mean cross entropy of its logits (batch, classes)."""
-    known = inspect.signature(model.forward).parameters.values()
-    takes_labels = any(one.name == "labels" or one.kind is inspect.Parameter.VAR_KEYWORD for one in known)
-    output = model(**{name: value for name, value in batch.items() if takes_labels or name != "labels"})
-    own = getattr(output, "loss", None)
-    if own is not None:
-        return own
-    logits, labels = getattr(output, "logits", output), batch.get("labels")
-    if not isinstance(logits, Tensor) or labels is None or labels.is_floating_point() or logits.ndim != 2:
-        raise PartialLoraError(
-            f"importance: {type(model).__name__} gives no loss, and none can be made of what it gives; pass `loss`"
-        )
-    return functional.cross_entropy(logits.float(), labels)
-
-
-@contextmanager
-def lent(model: nn.Module, trained: Mapping[str, nn.Linear] | None = None) -> Iterator[None]:
-    """Dropout off, and gradients for the weights of these modules alone, for as long as the block lasts.
-
-    A classifier of transformers that computes a loss writes down of what type; that is put back too.
-    """
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    flags = [(module, module.training) for module in model.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        for parameter, _ in trains:
-            parameter.requires_grad_(False)
-        for module in (trained or {}).values():
-            module.weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in trains:
-            parameter.requires_grad_(required)
-        for module, training in flags:
-            module.training = training
-        if getattr(config, "problem_type", None) != problem:
-            config.problem_type = problem
-
-
-def examples(batch: Batch) -> int:
-    """How many examples a batch holds."""
-    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
-
-
-def on_device_of(model: nn.Module, batch: Batch) -> Batch:
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def precise(tensor: Tensor) -> torch.dtype:
-    """float32, or the tensor's own type where that is better."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-# --- Iterative magnitude pruning: importance by how long a row or column outlasts the others while the model trains
-
-Kept = dict[str, tuple[Tensor, Tensor]]  # which rows (m,) and columns (n,) of each module are left, as booleans
 
 
 def imp(
@@ -377,7 +308,7 @@ def imp(
     steps: int = 10,
     learning_rate: float = 1e-5,
 ) -> dict[str, Scores]:
-    """The order in which rows and columns fall when the smallest are pruned, round after round.
+    """Return the order in which rows and columns fall when the smallest are pruned, round after round.
 
     A round trains the modules' weights, as far as they are left, for `steps` steps from their pre-trained values;
     prunes `fraction` of the rows and of the columns that are left in each module, those with the smallest norm over
@@ -386,69 +317,64 @@ def imp(
     larger norm wins, and of equals the lower index.
     Rows and columns of all modules are pruned together, so a late round sees all of them small at once.
     Source: Frankle and Carbin 2019 (arXiv 1803.03635), iterative pruning with resetting, by structure in place of by
-    entry; from pre-trained values as Chen et al. 2020 (arXiv 2007.12223) do. Raises PartialLoraError for options out of
-    range and for training that diverges.
+    entry; from pre-trained values as Chen et al. 2020 (arXiv 2007.12223) do. Raises PartialLoraError for training that
+    diverges.
     """
-    _check(rounds, fraction, steps, learning_rate)
     pretrained = {name: module.weight.detach().clone() for name, module in modules.items()}
-    kept: Kept = {
+    # Of rows and of columns: which are left, the last round that each was left in, and its norm in that round.
+    left = {
         name: tuple(torch.ones(size, dtype=torch.bool, device=own.device) for size in own.shape)
         for name, own in pretrained.items()
     }
     lasted = {name: tuple(np.zeros(size) for size in own.shape) for name, own in pretrained.items()}
     norms = {name: tuple(np.zeros(size) for size in own.shape) for name, own in pretrained.items()}
-    order = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     try:
-        with lent(model, modules):
+        with differentiable(model, modules):
             for number in range(rounds):
-                remains = _train(model, modules, pretrained, kept, _steps(batches, steps, order), loss, learning_rate)
-                for name, weight in remains.items():
+                seen = _training_batches(batches, steps, generator)
+                for name, weight in _train(model, modules, pretrained, left, seen, loss, learning_rate).items():
                     for axis in (0, 1):
-                        left = kept[name][axis].cpu().numpy()
-                        size = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
-                        norms[name][axis][left], lasted[name][axis][left] = size[left], number
-                        fallen = order_of(lasted[name][axis], norms[name][axis])[len(left) - left.sum() :]
-                        kept[name][axis][torch.from_numpy(fallen[: _count(left.sum(), fraction)].copy())] = False
+                        own = left[name][axis].cpu().numpy().copy()
+                        norm = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
+                        norms[name][axis][own], lasted[name][axis][own] = norm[own], number
+                        count = min(max(1, math.floor(fraction * own.sum() + 0.5)), own.sum() - 1)  # never the last
+                        candidates = _pruning_order(lasted[name][axis], norms[name][axis])[len(own) - own.sum() :]
+                        left[name][axis][torch.from_numpy(candidates[:count].copy())] = False
     finally:
         for name, module in modules.items():
             module.weight.data.copy_(pretrained[name])
-    return {name: tuple(places(*pair) for pair in zip(lasted[name], norms[name], strict=True)) for name in modules}
+
+    def places(lasted: np.ndarray, norms: np.ndarray) -> Tensor:
+        place = np.empty(len(norms))
+        place[_pruning_order(lasted, norms)] = np.arange(len(norms))
+        return torch.from_numpy(place)
+
+    return {name: tuple(map(places, lasted[name], norms[name])) for name in modules}
 
 
-def order_of(lasted: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Indices from the first to fall to the last: by round, then by norm; of equals the higher index falls first."""
+def _pruning_order(lasted: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Return indices from the first to fall to the last: by round, then by norm; of equals the higher index first."""
     return np.lexsort((-np.arange(len(norms)), norms, lasted))
-
-
-def places(lasted: np.ndarray, norms: np.ndarray) -> Tensor:
-    """The place of each row or column in that order, from 0, as float64."""
-    place = np.empty(len(norms))
-    place[order_of(lasted, norms)] = np.arange(len(norms))
-    return torch.from_numpy(place)
-
-
-def _count(left: int, fraction: float) -> int:
-    """How many of those left fall in a round: at least one, and never the last."""
-    return min(max(1, math.floor(fraction * left + 0.5)), left - 1)
 
 
 def _train(
     model: nn.Module,
     modules: Mapping[str, nn.Linear],
     pretrained: Mapping[str, Tensor],
-    kept: Kept,
+    left: Mapping[str, tuple[Tensor, Tensor]],
     batches: Iterator[Batch],
     loss: Loss,
     learning_rate: float,
 ) -> dict[str, Tensor]:
-    """What the weights become, pruned rows and columns zero throughout; AdamW without decay, on float32 copies.
+    """Return the trained weights, pruned rows and columns zero throughout; AdamW without decay, on float32 copies.
 
     Decay would shrink all rows alike. In bfloat16 itself steps this small would be rounded away.
     """
 
     def pruned(name: str, weight: Tensor) -> Tensor:
-        rows, columns = kept[name]
-        return weight.to(precise(weight)) * rows[:, None] * columns
+        rows, columns = left[name]
+        return weight.to(_precise(weight)) * rows[:, None] * columns
 
     trained = {name: nn.Parameter(pruned(name, own)) for name, own in pretrained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
@@ -464,64 +390,97 @@ def _train(
     return {name: weight.detach() for name, weight in trained.items()}
 
 
-def _steps(batches: Sequence[Batch], steps: int, order: torch.Generator) -> Iterator[Batch]:
-    """A batch a step, every example once before any comes again; shuffled anew each time through."""
+def _training_batches(batches: Sequence[Batch], steps: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield a batch a step, every example once before any comes again, in another order each time through."""
     for step in range(steps):
         if step % len(batches) == 0:
-            shuffled = _shuffled(batches, order)
+            shuffled = _shuffled(batches, generator)
         yield shuffled[step % len(batches)]
 
 
-def _shuffled(batches: Sequence[Batch], order: torch.Generator) -> list[Batch]:
-    """The same examples in batches of the same sizes; whole batches where examples differ in shape.
+def _shuffled(batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+    """Return the same examples in batches of the same sizes; whole batches where examples differ in shape.
 
     Data often comes sorted by class, and a batch of one class teaches nothing.
     """
     shapes = {tuple((name, value.shape[1:]) for name, value in sorted(batch.items())) for batch in batches}
     if len(shapes) > 1:
-        return [batches[index] for index in torch.randperm(len(batches), generator=order)]
+        return [batches[index] for index in torch.randperm(len(batches), generator=generator)]
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    parts = torch.randperm(sum(sizes), generator=order).split(sizes)
+    parts = torch.randperm(sum(sizes), generator=generator).split(sizes)
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return [{name: value[part] for name, value in whole.items()} for part in parts]
 
 
-def _check(rounds: int, fraction: float, steps: int, learning_rate: float) -> None:
-    if rounds < 1:
-        raise PartialLoraError(f"importance.rounds={rounds}: expected at least 1")
-    if not 0 < fraction < 1:
-        raise PartialLoraError(f"importance.fraction={fraction}: expected a share in (0, 1)")
-    if steps < 0:
-        raise PartialLoraError(f"importance.steps={steps}: expected 0 or more")
-    if not 0 < learning_rate < math.inf:
-        raise PartialLoraError(f"importance.learning_rate={learning_rate}: expected a number above 0")
+def task_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's own loss where it computes one, else the mean cross entropy of its logits (batch, classes)."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_labels = any(one.name == "labels" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    output = model(**{name: value for name, value in batch.items() if takes_labels or name != "labels"})
+    own = getattr(output, "loss", None)
+    if own is not None:
+        return own
+    logits, labels = logits_of(output), batch.get("labels")
+    if not isinstance(logits, Tensor) or labels is None or labels.is_floating_point() or logits.ndim != 2:
+        raise PartialLoraError(
+            f"importance: {type(model).__name__} gives no loss, and none can be made of what it gives; pass `loss`"
+        )
+    return F.cross_entropy(logits.float(), labels)
 
 
-logger = logging.getLogger(__name__)
+def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, loss: Loss) -> dict[str, Tensor]:
+    """Return the gradient of the loss of one batch for the weight of each module; for use within `differentiable`."""
+    with torch.enable_grad():
+        value = loss(model, _on_device_of(model, batch))
+        weights = [module.weight for module in modules.values()]
+        by_weight = (
+            torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else [None] * len(weights)
+        )
+    by_module = dict(zip(modules, by_weight, strict=True))
+    for name, gradient in by_module.items():
+        if gradient is None:
+            raise PartialLoraError(f"importance: the loss does not depend on the weight of {name}; leave it out")
+    return by_module
 
 
-def magnitude(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
-    """Squared norms of the rows and of the columns: the control that looks at size alone."""
-    squares = weight.detach().double().square()
-    return squares.sum(1), squares.sum(0)
+@contextmanager
+def differentiable(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """Turn dropout off, and gradients on for the weights of these modules alone, for as long as the block lasts.
 
-
-def random(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
-    """An order drawn at random: the control that looks at nothing.
-
-    The rows (columns) that score highest are those that a random mask of the same seed, module and axis keeps.
+    A classifier of transformers that computes a loss writes down of what type; that is put back too.
     """
-    rows, columns = weight.shape
-    return _drawn(rows, seed, module, "rows"), _drawn(columns, seed, module, "columns")
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with frozen(model):
+        try:
+            for parameter, _ in required:
+                parameter.requires_grad_(False)
+            for module in modules.values():
+                module.weight.requires_grad_(True)
+            yield
+        finally:
+            for parameter, own in required:
+                parameter.requires_grad_(own)
+            if getattr(config, "problem_type", None) != problem:
+                config.problem_type = problem
 
 
-def _drawn(size: int, seed: int, module: str, axis: str) -> Tensor:
-    """size for the smallest key, down to 1 for the largest: keys have more digits than a float64 holds."""
-    order = np.argsort(random_keys(size, mask_seed=seed, module=module, axis=axis), kind="stable")
-    scores = torch.empty(size, dtype=torch.float64)
-    scores[torch.from_numpy(order)] = torch.arange(size, 0, -1, dtype=torch.float64)
-    return scores
+def _examples(batch: Batch) -> int:
+    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
 
+
+def _on_device_of(model: nn.Module, batch: Batch) -> Batch:
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    """Return float32, or the tensor's own type where that is better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# --- Scores by a measure's name
 
 MEASURES: dict[str, Callable[..., Scores]] = {"svd": svd, "magnitude": magnitude, "random": random}
 NEEDS_DATA: dict[str, Callable[..., dict[str, Scores]]] = {"snip": snip, "imp": imp, "activation": activation}
@@ -539,7 +498,7 @@ Importance = str | Callable[..., Scores] | Mapping[str, Scores]
 
 
 def scores_of(module: str, weight: Tensor, importance: Importance, *, seed: int, options: Mapping) -> Scores:
-    """Row scores (m,) and column scores (n,) of a module's weight (m, n), on the CPU.
+    """Return row scores (m,) and column scores (n,) of a module's weight (m, n), on the CPU.
 
     importance: a measure by name or as a function, or the scores themselves, {module: (rows, columns)}. Raises
     PartialLoraError, naming the module, for scores that are missing, of another shape or not finite.
@@ -564,10 +523,10 @@ def data_scores(
     options: Mapping | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Scores]:
-    """Row scores (m,) and column scores (n,) of each module's weight (m, n) by a measure that needs data, on the CPU.
+    """Return the scores of each module's rows (m,) and columns (n,) by a measure that needs data, on the CPU.
 
-    name: a key of NEEDS_DATA. model: with a head for the task; given back bit for bit. modules: those of the model that
-    are scored, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
+    name: a key of NEEDS_DATA. model: with a head for the task; left as it was, bit for bit. modules: those of the model
+    that are scored, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
     loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own, else cross entropy.
     Raises PartialLoraError where there is nothing to score by, and, naming the module, for scores that are not finite.
     """
@@ -575,8 +534,8 @@ def data_scores(
         raise PartialLoraError(f"importance={name}: expected one of {', '.join(NEEDS_DATA)}, which need data")
     if not batches:
         raise PartialLoraError(f"importance={name}: the fit draw is empty, expected at least 1 example")
-    found = NEEDS_DATA[name](model, modules, batches, loss=loss or task_loss, seed=seed, **(options or {}))
-    scores = {module: _checked(module, modules[module].weight, *pair) for module, pair in found.items()}
+    by_module = NEEDS_DATA[name](model, modules, batches, loss=loss or task_loss, seed=seed, **(options or {}))
+    scores = {module: _checked(module, modules[module].weight, *pair) for module, pair in by_module.items()}
     for module, axes in scores.items():
         if any(len(axis) > 1 and (axis == axis[0]).all() for axis in axes):
             logger.warning(
@@ -598,7 +557,7 @@ def _checked(module: str, weight: Tensor, rows: object, columns: object) -> Scor
 
 
 def name_of(importance: Importance) -> str:
-    """What a record says of an importance. Raises PartialLoraError for a name that no weight-only measure has."""
+    """Return the name of an importance in records. Raises PartialLoraError for one that no weight-only measure has."""
     if isinstance(importance, Mapping):
         return "given"
     if callable(importance):

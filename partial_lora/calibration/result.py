@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from partial_lora.calibration.search import (
-    AXES,
     BOTH,
     CURVE_AXES,
     SEARCHES,
     UNKNOWN,
     Levels,
-    Sparsity,
     curve_of,
     line,
     passes,
@@ -25,6 +23,7 @@ from partial_lora.calibration.search import (
 )
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
+from partial_lora.masks import AXES, Sparsity
 
 # --- What the numbers of a calibration say that nobody has asked: sentences for whoever is about to rely on it.
 

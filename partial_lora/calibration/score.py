@@ -1,8 +1,9 @@
-"""What a frozen model is worth on a handful of examples, evaluated again and again with one module altered.
+"""Scores of a frozen model on a handful of examples, evaluated again and again with one module altered.
 
 A score is anything that can be called as `score(model) -> float`, larger = better. A score that also has `bounds` says
 only as much as is needed to decide a question about it, and does not compute again what the altered module cannot have
-changed. Both give the numbers of a full pass: they save time and nothing else.
+changed. Both give the numbers of a full pass: they save time and nothing else. A measure makes the score of what the
+model answers to each example.
 """
 
 from __future__ import annotations
@@ -26,84 +27,90 @@ from torch.nn import functional as F
 from partial_lora.calibration.reuse import Reuse, logits_of
 from partial_lora.errors import PartialLoraError
 
-# --- What counts as a good answer: how a few-shot score is made of what a model says about each example.
-
 Bounds = tuple[float, float]
 Batch = Mapping[str, Tensor]
+Metric = Callable[[np.ndarray, np.ndarray], float]
+Score = Callable[[nn.Module], float]
 
-
-@dataclass
-class Tally:
-    """What has been seen so far: batches by position, units, the sum of their values, and the values where asked."""
-
-    seen: list[int] = field(default_factory=list)
-    units: int = 0
-    total: float = 0.0
-    values: dict[int, Tensor] = field(default_factory=dict)
-
-    def copy(self) -> Tally:
-        """One that can be added to while this one stays."""
-        return Tally(list(self.seen), self.units, self.total, dict(self.values))
-
-    def add(self, batch: int, values: Tensor, keep: bool) -> None:
-        self.seen.append(batch)
-        self.units += len(values)
-        self.total += float(values.sum())
-        if keep:
-            self.values[batch] = values
-
-
-class Rubric(Protocol):
-    """How answers are valued. `lowest`, `highest`: what a unit adds at least and at most; None of a WholeRubric."""
-
-    lowest: float | None
-    highest: float | None
-
-    def check(self, batch: Batch) -> None:
-        """Raise PartialLoraError, in one line, for labels of the wrong kind."""
-
-    def units(self, batch: Batch) -> Tensor:
-        """Which unit each row belongs to, counted from 0 (rows,)."""
-
-    def weight(self, batch: Batch) -> float:
-        """What a batch adds to the number that the sum of all values is divided by."""
-
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """One number for each unit (units,), float64; not finite where what the model says is no number."""
-
-    def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The units that decide soonest have the largest (units,)."""
-
-    def chance(self, batches: Sequence[Batch]) -> float | None:
-        """What guessing scores; None where that means nothing."""
+IGNORED = -100  # the label of a token that does not count, as in transformers
+MEMORY = 2**31
+_NO_INPUTS = ("labels", "items", "answers")
 
 
 @runtime_checkable
-class WholeRubric(Rubric, Protocol):
-    """A rubric whose score is no mean of units, so that it takes them all."""
+class BoundedScore(Protocol):
+    """A score that can stop as soon as a question about it is decided.
 
-    def whole(self, values: Tensor, labels: Tensor) -> float:
-        """The score of all units."""
+    It may also have `settled(module)`, to be called once that module's weights have been altered for good, `chance`,
+    the score of guessing (None where that means nothing), and `size`, the number of examples.
+    """
+
+    def __call__(self, model: nn.Module) -> float: ...
+
+    def bounds(
+        self,
+        model: nn.Module,
+        module: str,
+        undecided: Callable[[float, float], bool],
+        known: Bounds | None = None,
+    ) -> Bounds: ...
 
 
-class Rows:
-    """Every row is a unit of weight 1."""
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off for as long as the block lasts; every module's training flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they change
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
-    def units(self, batch: Batch) -> Tensor:
-        return torch.arange(len(batch["labels"]))
 
-    def weight(self, batch: Batch) -> float:
-        return len(batch["labels"])
+# --- Measures: the value of what a model answers to each example
+
+
+class Measure:
+    """Value of answers: a unit is what is right or wrong by itself, an example here, an item of several options below.
+
+    `lowest` and `highest` are the least and the most that a unit adds to the score.
+    """
+
+    lowest: float | None = None
+    highest: float | None = None
 
     def check(self, batch: Batch) -> None:
+        """Raise PartialLoraError, in one line, for labels of the wrong kind."""
         labels = batch["labels"]
         if labels.ndim != 1 or labels.is_floating_point():
             raise PartialLoraError(
                 f"labels: expected whole numbers (batch,), found {labels.dtype} {list(labels.shape)}"
             )
 
+    def units(self, batch: Batch) -> Tensor:
+        """Return the unit that each row belongs to, counted from 0 (rows,)."""
+        return torch.arange(len(batch["labels"]))
 
-class Correctness(Rows):
+    def weight(self, batch: Batch) -> float:
+        """Return what a batch adds to the number that the sum of all values is divided by."""
+        return len(batch["labels"])
+
+    def values(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return one number for each unit (units,), float64; not finite where the model's answer is no number."""
+        raise NotImplementedError
+
+    def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return a number for each unit (units,), the largest for those that decide soonest."""
+        raise NotImplementedError
+
+    def chance(self, batches: Sequence[Batch]) -> float | None:
+        """Return the score of guessing; None where that means nothing."""
+        raise NotImplementedError
+
+
+class Correctness(Measure):
     """1 for an example whose label has the largest logit, 0 for another; guessing always says the majority class."""
 
     lowest, highest = 0.0, 1.0
@@ -113,42 +120,27 @@ class Correctness(Rows):
         return torch.where(logits.isfinite().all(-1), right, math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The margin: of the examples that are right, those come first that stay right longest."""
+        """Return the margin: of the examples that are right, those come first that stay right longest."""
         labels = batch["labels"][:, None]
         best_other = logits.scatter(1, labels, -math.inf).max(1).values
         return logits.gather(1, labels).squeeze(1) - best_other
 
     def chance(self, batches: Sequence[Batch]) -> float:
-        return float(shares(batches).max())
+        return float(_class_shares(batches).max())
 
 
-def shares(batches: Sequence[Batch]) -> np.ndarray:
-    """The share of every class that occurs (classes,)."""
+def _class_shares(batches: Sequence[Batch]) -> np.ndarray:
+    """Return the share of every class that occurs (classes,)."""
     _, counts = torch.cat([batch["labels"] for batch in batches]).unique(return_counts=True)
     return (counts.double() / counts.sum()).cpu().numpy()
 
 
-def as_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    outputs = logits.squeeze(-1) if logits.ndim == labels.ndim + 1 and logits.shape[-1] == 1 else logits
-    if outputs.shape != labels.shape:
-        raise PartialLoraError(
-            f"labels: real numbers {list(labels.shape)} need outputs of that shape, found {list(logits.shape)}"
-        )
-    return outputs
-
-
-# --- The rubric of a metric that is no mean of examples: F1, Matthews, correlations, or a function of the user's ow
-
-Metric = Callable[[np.ndarray, np.ndarray], float]
-
-
-class Whole(Rows):
+class Whole(Measure):
     """Any function (predictions, labels) -> float, larger = better, of all examples at once, as numpy arrays (N,).
 
-    A prediction is the class with the largest logit or, where labels are real numbers, the model's one output.
+    It is no mean of examples, so it takes them all. A prediction is the class with the largest logit or, where labels
+    are real numbers, the model's one output.
     """
-
-    lowest = highest = None
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
@@ -159,27 +151,37 @@ class Whole(Rows):
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         if batch["labels"].is_floating_point():
-            return as_labels(logits, batch["labels"]).double()
+            return _real_outputs(logits, batch["labels"]).double()
         return torch.where(logits.isfinite().all(-1), logits.argmax(-1).double(), math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.zeros(len(logits))  # all are needed whatever comes first
 
     def whole(self, values: Tensor, labels: Tensor) -> float:
+        """Return the score of all units."""
         predictions = values.cpu().numpy() if labels.is_floating_point() else values.long().cpu().numpy()
         return float(self.metric(predictions, labels.cpu().numpy()))
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
-        """The metric of the majority class for all; of real labels 0 for a correlation, else None."""
+        """Return the metric of the majority class for all; of real labels 0 for a correlation, else None."""
         labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
             return 0.0 if self.metric in (pearson, spearman) else None
-        majority = labels.unique()[shares(batches).argmax()]
+        majority = labels.unique()[_class_shares(batches).argmax()]
         return self.whole(majority.expand(len(labels)).double(), labels)
 
 
+def _real_outputs(logits: Tensor, labels: Tensor) -> Tensor:
+    outputs = logits.squeeze(-1) if logits.ndim == labels.ndim + 1 and logits.shape[-1] == 1 else logits
+    if outputs.shape != labels.shape:
+        raise PartialLoraError(
+            f"labels: real numbers {list(labels.shape)} need outputs of that shape, found {list(logits.shape)}"
+        )
+    return outputs
+
+
 def f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
-    """F1 of the second of two classes, as GLUE has it; of more, averaged over those that occur, each alike (macro).
+    """Return F1 of the second of two classes, as GLUE has it; of more, the mean over those that occur (macro).
 
     classes: how many there are; None for as many as are seen.
     """
@@ -189,17 +191,17 @@ def f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) 
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two or more classes; 0 for a constant."""
+    """Return Matthews' correlation of two or more classes; 0 for a constant."""
     return float(metrics.matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Linear correlation; 0 for a constant, which says nothing of the labels."""
+    """Return the linear correlation; 0 for a constant, which says nothing of the labels."""
     return _correlation(stats.pearsonr, predictions, labels)
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Correlation of the ranks; 0 for a constant."""
+    """Return the correlation of the ranks; 0 for a constant."""
     return _correlation(stats.spearmanr, predictions, labels)
 
 
@@ -209,16 +211,8 @@ def _correlation(function: Callable, predictions: np.ndarray, labels: np.ndarray
     return float(function(predictions, labels).statistic)
 
 
-METRICS: dict[str, Metric] = {"f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
-
-
-# --- Rubrics made of likelihood: the loss of a model, and which of several options a language model finds likelier.
-
-IGNORED = -100  # the label of a token that is not asked for, as in transformers
-
-
-class OptionLikelihood:
-    """1 for an item whose right option the model finds likelier than all its others, 0 for another.
+class OptionLikelihood(Measure):
+    """1 for an item whose right option is likelier than all its others, 0 for another.
 
     A batch holds one row for each option: input_ids, attention_mask and labels (rows, length), the labels those of
     `IGNORED` outside the option; `items` (rows,), the number of the item a row is an option of; `answers` (rows,), True
@@ -255,7 +249,7 @@ class OptionLikelihood:
         return torch.where(margin.isfinite() | (margin == math.inf), (margin > 0).double(), math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """How much likelier the right option is than the best other; infinite where there is no other."""
+        """Return how much likelier the right option is than the best other; infinite where there is no other."""
         log_likelihood = -_token_losses(logits, batch["labels"])
         if self.per_token:
             log_likelihood = log_likelihood / _tokens(batch["labels"]).clamp(min=1)
@@ -266,11 +260,10 @@ class OptionLikelihood:
         return log_likelihood[right] - best_other
 
     def chance(self, batches: Sequence[Batch]) -> float:
-        """Always the position that is right most often, but no less than one of its options at random."""
+        """Return the share of the position that is right most often, but no less than one of its options at random."""
         positions, options = [], []
         for batch in batches:
-            unit = self.units(batch)
-            sizes = torch.bincount(unit)
+            sizes = torch.bincount(self.units(batch))
             first = sizes.cumsum(0) - sizes
             positions.append(batch["answers"].bool().cpu().nonzero().squeeze(1) - first)
             options.append(sizes.double())
@@ -278,20 +271,19 @@ class OptionLikelihood:
         return max(float(shares.max()), float((1 / torch.cat(options)).mean()))
 
 
-class Loss(Rows):
+class Loss(Measure):
     """Minus the mean loss: cross entropy of classes, squared error of real labels, cross entropy of the next tokens.
 
-    Which of them the labels say: whole numbers (batch,), real numbers (batch,) or (batch, outputs), tokens (batch,
-    length) with `IGNORED` where none is asked for; the mean is over examples or over tokens asked for. No loss is below
+    The labels decide between them: whole numbers (batch,), real numbers (batch,) or (batch, outputs), tokens (batch,
+    length) with `IGNORED` where none counts; the mean is over examples or over the tokens that count. No loss is below
     zero, so what has been lost so far is lost, while it takes a whole pass to see that enough is left.
     """
 
     lowest, highest = -math.inf, 0.0
 
     def check(self, batch: Batch) -> None:
-        labels = batch["labels"]
-        if not labels.is_floating_point() and labels.ndim > 1:
-            _check_tokens(labels)
+        if not _per_example(batch["labels"]):
+            _check_tokens(batch["labels"])
 
     def weight(self, batch: Batch) -> float:
         labels = batch["labels"]
@@ -300,24 +292,24 @@ class Loss(Rows):
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]
         if labels.is_floating_point():
-            outputs = as_labels(logits, labels)
+            outputs = _real_outputs(logits, labels)
             return -((outputs - labels).double() ** 2).reshape(len(labels), -1).mean(1)
         if _per_example(labels):
             return -F.cross_entropy(logits.float(), labels, reduction="none").double()
         return -_token_losses(logits, labels)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss of the intact model: what is lost most already is first to pass the line."""
+        """Return the loss of the intact model: what is lost most already is first to pass the line."""
         return -self.values(logits, batch)
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
-        """Minus the entropy of the labels' shares, minus the labels' variance; of tokens None."""
-        labels = torch.cat([batch["labels"] for batch in batches]) if _per_example(batches[0]["labels"]) else None
-        if labels is None:
+        """Return minus the entropy of the labels' shares, minus the labels' variance; of tokens None."""
+        if not _per_example(batches[0]["labels"]):
             return None
+        labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
             return -float(labels.double().var(0, correction=0).mean())
-        return -float(stats.entropy(shares(batches)))
+        return -float(stats.entropy(_class_shares(batches)))
 
 
 def _per_example(labels: Tensor) -> bool:
@@ -328,16 +320,16 @@ def _check_tokens(labels: Tensor) -> None:
     if labels.is_floating_point() or labels.ndim != 2 or labels.shape[1] < 2:
         raise PartialLoraError(f"labels: expected tokens (batch, length), found {labels.dtype} {list(labels.shape)}")
     if not _tokens(labels).any():
-        raise PartialLoraError(f"labels: every token is {IGNORED}: none is asked for")
+        raise PartialLoraError(f"labels: every token is {IGNORED}, expected one that counts")
 
 
 def _tokens(labels: Tensor) -> Tensor:
-    """How many next tokens each row asks for (batch,)."""
+    """Return the number of next tokens that count in each row (batch,)."""
     return (labels[:, 1:] != IGNORED).sum(1)
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross entropy of the tokens each row asks for, every one from those before it (batch,), float64."""
+    """Return the summed cross entropy of each row's tokens that count, each from those before it (batch,), float64."""
     following = labels[:, 1:]
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), following.flatten(), reduction="none", ignore_index=IGNORED
@@ -345,31 +337,42 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.double().view_as(following).sum(1)
 
 
-# --- Heads of several tasks side by side in one linear layer: an example sees the outputs of its own task alone.
+MEASURES: dict[str, Callable[[], Measure]] = {
+    "accuracy": Correctness,
+    "loss": Loss,
+    "options": OptionLikelihood,
+    "options_per_token": lambda: OptionLikelihood(per_token=True),
+    "f1": lambda: Whole(f1),
+    "matthews": lambda: Whole(matthews),
+    "pearson": lambda: Whole(pearson),
+    "spearman": lambda: Whole(spearman),
+}
+
+
+# --- Heads of several tasks side by side in one linear layer: an example sees the outputs of its own task alone
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
-    """The first output of each task."""
+    """Return the first output of each task."""
     return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def owners(sizes: Sequence[int]) -> Tensor:
-    """Whose each output is (outputs,)."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes)))
+def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Return the number of the task that each output belongs to (outputs,)."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes))).to(device)
 
 
 def within(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Logits (N, outputs), in float32, of which a row's other tasks' are so small that softmax makes them 0.
+    """Return logits (N, outputs), in float32, of which those of a row's other tasks are so small that softmax is 0.
 
     They stay finite: what is not is a model that broke down. labels: (N,).
     """
-    of, labels = owners(sizes).to(logits.device), labels.to(logits.device)
-    logits = logits.float()
-    return logits.masked_fill(of != of[labels][:, None], torch.finfo(logits.dtype).min)
+    owners, labels, logits = _owners(sizes, logits.device), labels.to(logits.device), logits.float()
+    return logits.masked_fill(owners != owners[labels][:, None], torch.finfo(logits.dtype).min)
 
 
 def mean_loss_within(sizes: Sequence[int]) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
-    """The mean cross entropy of a batch, each row's over its own task's outputs (`importance.data_scores`)."""
+    """Return the mean cross entropy of a batch, each row's over its own task's outputs (`importance.data_scores`)."""
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
@@ -378,40 +381,54 @@ def mean_loss_within(sizes: Sequence[int]) -> Callable[[nn.Module, Mapping[str, 
     return loss
 
 
-class Within:
-    """A rubric that sees of every example the outputs of its own task alone."""
+class Within(Measure):
+    """A measure that sees of every example the outputs of its own task alone."""
 
-    def __init__(self, rubric: Rubric, sizes: Sequence[int]) -> None:
-        self._rubric, self._sizes = rubric, sizes
-        self.lowest, self.highest = rubric.lowest, rubric.highest
-
-    def check(self, batch: Batch) -> None:
-        self._rubric.check(batch)
-
-    def units(self, batch: Batch) -> Tensor:
-        return self._rubric.units(batch)
-
-    def weight(self, batch: Batch) -> float:
-        return self._rubric.weight(batch)
+    def __init__(self, measure: Measure, sizes: Sequence[int]) -> None:
+        self._measure, self._sizes = measure, sizes
+        self.lowest, self.highest = measure.lowest, measure.highest
+        self.check, self.units, self.weight = measure.check, measure.units, measure.weight
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self._rubric.values(within(logits, batch["labels"], self._sizes), batch)
+        return self._measure.values(within(logits, batch["labels"], self._sizes), batch)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self._rubric.sureness(within(logits, batch["labels"], self._sizes), batch)
+        return self._measure.sureness(within(logits, batch["labels"], self._sizes), batch)
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
-        """What guessing scores within each task, weighed by its examples."""
+        """Return the score of guessing within each task, weighed by its examples."""
         labels = torch.cat([batch["labels"] for batch in batches])
-        of = owners(self._sizes).to(labels.device)[labels]
-        parts = [labels[of == number] for number in of.unique()]
-        found = [self._rubric.chance([{"labels": part}]) for part in parts]
-        if None in found:
+        owners = _owners(self._sizes, labels.device)[labels]
+        parts = [labels[owners == number] for number in owners.unique()]
+        chances = [self._measure.chance([{"labels": part}]) for part in parts]
+        if None in chances:
             return None
-        return sum(chance * len(part) for chance, part in zip(found, parts, strict=True)) / len(labels)
+        return sum(chance * len(part) for chance, part in zip(chances, parts, strict=True)) / len(labels)
 
 
-# --- The order of examples that decides soonest whether a score has survived.
+# --- The order of examples that decides soonest whether a score survives
+
+
+@dataclass
+class Tally:
+    """Batches seen so far, by position; their units, the sum of the units' values, and the values where needed."""
+
+    seen: list[int] = field(default_factory=list)
+    units: int = 0
+    total: float = 0.0
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> Tally:
+        """Return one that can be added to while this one stays."""
+        return Tally(list(self.seen), self.units, self.total, dict(self.values))
+
+    def add(self, batch: int, values: Tensor, keep: bool) -> None:
+        self.seen.append(batch)
+        self.units += len(values)
+        self.total += float(values.sum())
+        if keep:
+            self.values[batch] = values
+
 
 # (Up to this share of the draw, batches of this share of it at most, of that many units at least): small ones where
 # most questions are decided, but what is nearly always seen in as few as can be, since small batches take longer.
@@ -419,8 +436,8 @@ _BATCHES = ((0.6, 0.15, 24), (0.8, 0.1, 16), (1.0, 0.05, 8))
 _LESS_SURE = 1 / 8  # of those less sure are right: by vit_s14 on digits, where 0.06 to 0.2 save as much
 
 
-def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], rubric: Rubric) -> list[Batch]:
-    """The same units, those with the largest `sureness` (units,) first, in batches that get smaller.
+def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Measure) -> list[Batch]:
+    """Return the same units, those with the largest `sureness` (units,) first, in batches that get smaller.
 
     Where inputs are of several lengths, padded together as the caller put them, whole batches change places.
     """
@@ -430,7 +447,7 @@ def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], rubric: Rubri
         return [batches[index] for index in order]
     sizes = [len(part) for part in sureness]
     firsts = [0, *accumulate(sizes)]
-    unit = torch.cat([rubric.units(batch) + first for batch, first in zip(batches, firsts, strict=False)])
+    unit = torch.cat([measure.units(batch) + first for batch, first in zip(batches, firsts, strict=False)])
     by_unit = unit.argsort(stable=True).split(torch.bincount(unit).tolist())  # the rows of each unit
     whole = {name: torch.cat(of_name) for name, of_name in parts.items()}
     chosen = torch.cat(list(sureness)).float().argsort(descending=True, stable=True).split(batch_sizes(sizes))
@@ -439,22 +456,22 @@ def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], rubric: Rubri
 
 
 def batch_sizes(sizes: Sequence[int]) -> list[int]:
-    """As many units in batches that get smaller, none larger than the largest there is."""
-    size, found = sum(sizes), []
+    """Return sizes of batches that get smaller, for as many units in all, none larger than the largest there is."""
+    size, smaller = sum(sizes), []
     for until, share, least in _BATCHES:
         most = min(max(least, math.ceil(share * size)), max(sizes))
-        while sum(found) < until * size:
-            found.append(min(most, size - sum(found)))
-    return found
+        while sum(smaller) < until * size:
+            smaller.append(min(most, size - sum(smaller)))
+    return smaller
 
 
 def enough(undecided: Callable[[float, float], bool], size: int) -> int:
-    """How many of `size` units have to be right to decide a question about their share; size + 1 if none are enough."""
+    """Return how many of `size` units have to be right to decide a question about their share; size + 1 if none do."""
     return bisect_left(range(size + 1), True, key=lambda right: not undecided(right / size, 1.0))
 
 
 def next_batch(sizes: Sequence[int], tally: Tally, needed: int) -> int:
-    """The batch to see next, of batches arranged by sureness, where `needed` units have to be right.
+    """Return the batch to see next, of batches arranged by sureness, where `needed` units have to be right.
 
     First come the one in which this is decided if examples turn wrong in their order, and two that are surer. Where
     they let expect a pass, the surest of the others follow, most of which will be right; else the least sure, most of
@@ -473,59 +490,13 @@ def next_batch(sizes: Sequence[int], tally: Tally, needed: int) -> int:
     return unseen[0] if tally.total + surer + _LESS_SURE * less >= needed else unseen[-1]
 
 
-MEMORY = 2**31
-MEASURES: dict[str, Callable[[], Rubric]] = {
-    "accuracy": Correctness,
-    "loss": Loss,
-    "options": OptionLikelihood,
-    "options_per_token": lambda: OptionLikelihood(per_token=True),
-    **{name: lambda metric=metric: Whole(metric) for name, metric in METRICS.items()},
-}
-_NO_INPUTS = ("labels", "items", "answers")
-
-
-class Score(Protocol):
-    """What a model is worth; larger = better."""
-
-    def __call__(self, model: nn.Module) -> float: ...
-
-
-@runtime_checkable
-class BoundedScore(Protocol):
-    """A score that can stop as soon as a question about it is decided.
-
-    It may also have `settled(module)`, to be called once that module's weights have been altered for good, `chance`,
-    what guessing scores (None where that means nothing), and `size`, the number of examples.
-    """
-
-    def __call__(self, model: nn.Module) -> float: ...
-
-    def bounds(
-        self,
-        model: nn.Module,
-        module: str,
-        undecided: Callable[[float, float], bool],
-        known: Bounds | None = None,
-    ) -> Bounds: ...
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients, for as long as the block lasts; every module's training flag is put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they change
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+# --- The score
 
 
 @dataclass
 class Evaluations:
-    """How much work a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same
-    for each example (one block on one example of a batch)."""
+    """Work that a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same for
+    each example (one block on one example of a batch)."""
 
     passes: int = 0
     examples: int = 0
@@ -534,13 +505,13 @@ class Evaluations:
 
 
 class FewShotScore:
-    """What a model is worth on the scored draw, by any measure.
+    """Score of a model on the scored draw, by any measure.
 
     batches: the scored draw; each holds the model's inputs by name and "labels" (what else "options" needs: see
-    `likelihood.OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of
-    two arrays. blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds
-    the altered module nothing changes. memory: bytes that may be kept for that between passes.
-    sizes: where several tasks' heads are side by side, how many outputs each has (`slices`); of accuracy or loss.
+    `OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of two arrays.
+    blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds the altered
+    module nothing changes. memory: bytes that may be kept for that between passes.
+    sizes: where several tasks' heads are side by side, how many outputs each has; of accuracy or loss.
 
     The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.
 
@@ -556,36 +527,40 @@ class FewShotScore:
         memory: int = MEMORY,
         sizes: Sequence[int] = (),
     ) -> None:
+        if not callable(measure) and measure not in MEASURES:
+            raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(MEASURES)}")
         self.evaluations = Evaluations()
-        self.rubric = Within(_rubric(measure), sizes) if sizes else _rubric(measure)
-        self._batches = list(batches)
-        for batch in self._batches:
-            self.rubric.check(batch)
-        self._sizes = [self._units(batch) for batch in self._batches]
+        self.measure = Whole(measure) if callable(measure) else MEASURES[measure]()
+        if sizes:
+            self.measure = Within(self.measure, sizes)
+        for batch in batches:
+            self.measure.check(batch)
+        self._take(batches)
         self.size = sum(self._sizes)
         if not self._sizes or min(self._sizes) == 0:
             raise PartialLoraError("batches: the scored draw is empty, expected at least 1 example in every batch")
-        self.chance = self.rubric.chance(self._batches)
-        self._weight = sum(self.rubric.weight(batch) for batch in self._batches)
+        self.chance = self.measure.chance(self._batches)
+        self._weight = sum(self.measure.weight(batch) for batch in self._batches)
         self._arranged = False
         self._reuse = Reuse(model, blocks, memory)
         self._stopped: dict[tuple[str, Bounds], Tally | None] = {}  # what had been seen; None if that is ambiguous
 
+    def _take(self, batches: Sequence[Batch]) -> None:
+        self._batches = list(batches)
+        self._sizes = [int(self.measure.units(batch)[-1]) + 1 if len(batch["labels"]) else 0 for batch in self._batches]
+
     @property
     def rows(self) -> int:
-        """How many rows one full pass runs: of a choice one for each option."""
+        """Rows that one full pass runs: of a choice one for each option."""
         return sum(len(batch["labels"]) for batch in self._batches)
 
-    @property
-    def bytes(self) -> int:
-        """The memory that is kept between passes."""
-        return self._reuse.bytes
-
     def __call__(self, model: nn.Module) -> float:
-        """The score by a full pass from the inputs on, whatever was altered."""
+        """Return the score by a full pass from the inputs on, whatever was altered."""
         with frozen(model):
             if not self._arranged:
-                self._arrange(model)
+                logits = [self._logits(model, index, None) for index in range(len(self._batches))]
+                sureness = [self.measure.sureness(*pair).cpu() for pair in zip(logits, self._batches, strict=True)]
+                self._take(arranged(self._batches, sureness, self.measure))
                 self._arranged = True
             self.evaluations.passes += 1
             tally = Tally()
@@ -597,42 +572,42 @@ class FewShotScore:
     def bounds(
         self, model: nn.Module, module: str, undecided: Callable[[float, float], bool], known: Bounds | None = None
     ) -> Bounds:
-        """What is known of the score once `undecided(low, high)` turns False: equal bounds are the score itself.
+        """Return what is known of the score once `undecided(low, high)` turns False: equal bounds are the score itself.
 
         model: as it was at the first pass, or when `settled` was last called, but for the weights of `module`.
         known: bounds that an earlier, cut-short call gave for these very weights; it goes on where that one stopped.
         """
         self.evaluations.passes += 1
-        before = None if known is None else self._stopped.get((module, known))
-        tally = Tally() if before is None else before.copy()
         if known is not None and not undecided(*known):
             return known
-        counted = (self.rubric.lowest, self.rubric.highest) == (0.0, 1.0)
+        before = None if known is None else self._stopped.get((module, known))
+        tally = Tally() if before is None else before.copy()
+        counted = (self.measure.lowest, self.measure.highest) == (0.0, 1.0)
         needed = enough(undecided, self.size) if counted else None
         with frozen(model):
             while len(tally.seen) < len(self._batches) and undecided(*self._bounds(tally)):
                 index = len(tally.seen) if needed is None else next_batch(self._sizes, tally, needed)
                 if not self._see(model, index, module, tally):
                     return math.nan, math.nan
-        found = self._bounds(tally)
-        if found[0] < found[1]:
-            other = self._stopped.get((module, found), tally)
+        low, high = self._bounds(tally)
+        if low < high:
+            other = self._stopped.get((module, (low, high)), tally)
             same = other is not None and set(other.seen) == set(tally.seen)
-            self._stopped[module, found] = tally if same else None
-        return found
+            self._stopped[module, (low, high)] = tally if same else None
+        return low, high
 
     def settled(self, module: str) -> None:
-        """The weights of a module have been altered for good: from now on the model with them is the intact one."""
+        """Take the model as it is, with this module altered for good, for the intact one from now on."""
         self._reuse.settled(module)
 
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
-        """Add what the model says of one batch to a tally; False if it says nothing that is a number."""
-        values = self.rubric.values(self._logits(model, index, module), self._batches[index])
-        tally.add(index, values, keep=isinstance(self.rubric, WholeRubric))
+        """Add the model's answers to one batch to a tally; False if one of them is no number."""
+        values = self.measure.values(self._logits(model, index, module), self._batches[index])
+        tally.add(index, values, keep=isinstance(self.measure, Whole))
         return bool(values.isfinite().all())
 
     def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
-        """The logits of a batch, on the device of its labels, where only `module` differs from the intact model."""
+        """Return the logits of a batch, on the device of its labels; only `module` differs from the intact model."""
         batch = self._batches[index]
         device = next(model.parameters()).device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
@@ -648,48 +623,14 @@ class FewShotScore:
         return logits_of(output).to(batch["labels"].device)
 
     def _bounds(self, tally: Tally) -> Bounds:
-        """What the score is at least and at most, whatever the units are that have not been seen."""
+        """Return the least and the most that the score is, whatever the units are that have not been seen."""
         rest = self.size - tally.units
-        if isinstance(self.rubric, WholeRubric):
+        if isinstance(self.measure, Whole):
             if rest:
                 return -math.inf, math.inf
             values = torch.cat([tally.values[index] for index in range(len(self._batches))])
-            return (self.rubric.whole(values, torch.cat([batch["labels"] for batch in self._batches])),) * 2
+            return (self.measure.whole(values, torch.cat([batch["labels"] for batch in self._batches])),) * 2
         if not rest:
             return (tally.total / self._weight,) * 2
-        low, high = (tally.total + rest * least for least in (self.rubric.lowest, self.rubric.highest))
+        low, high = (tally.total + rest * least for least in (self.measure.lowest, self.measure.highest))
         return low / self._weight, high / self._weight
-
-    def _arrange(self, model: nn.Module) -> None:
-        """Put the examples in the order that decides soonest."""
-        logits = [self._logits(model, index, None) for index in range(len(self._batches))]
-        sureness = [self.rubric.sureness(*pair).cpu() for pair in zip(logits, self._batches, strict=True)]
-        self._batches = arranged(self._batches, sureness, self.rubric)
-        self._sizes = [self._units(batch) for batch in self._batches]
-
-    def _units(self, batch: Batch) -> int:
-        return int(self.rubric.units(batch)[-1]) + 1 if len(batch["labels"]) else 0
-
-
-class FewShotAccuracy(FewShotScore):
-    """The share of the scored draw that a classifier gets right."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[dict[str, Tensor]],
-        blocks: str | None = None,
-        memory: int = MEMORY,
-    ) -> None:
-        super().__init__(model, batches, "accuracy", blocks, memory)
-
-
-def _rubric(measure: str | Metric) -> Rubric:
-    if callable(measure):
-        return Whole(measure)
-    if measure not in MEASURES:
-        raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(MEASURES)}")
-    return MEASURES[measure]()
-
-
-__all__ = ["MEASURES", "BoundedScore", "Bounds", "Evaluations", "FewShotAccuracy", "FewShotScore", "Score", "frozen"]

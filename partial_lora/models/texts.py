@@ -1,12 +1,12 @@
-"""Text encoders (BERT, DeBERTa and their like) as transformers' classifiers of sequences.
+"""Text models of transformers' own classes, encoders and causal language models, and their tokenizers.
 
-The head is new for every task. A class may have more that no pre-training has filled, DeBERTa's pooler for one: it
-starts from the same numbers in every run.
+An encoder's head is new for every task. A class may have more that no pre-training has filled, DeBERTa's pooler for
+one: it starts from the same numbers in every run. A causal model has nothing new, and every weight is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,19 +22,169 @@ from transformers import (
 )
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import quantization
-from partial_lora.models import weights as heads
+from partial_lora.models import quantization as quantizations
 from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
-from partial_lora.models.weights import Geometry, pretrained, quiet
-
-# --- From text to the numbers a text model reads: the tokenizer that belongs to a model's weights.
+from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, one_line, quiet
 
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
+def load_encoder(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    labels: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load the pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in eval mode.
+
+    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
+    drawn from torch's global generator; building the rest moves that generator nowhere. Raises PartialLoraError where
+    the weights cannot be had, are of another geometry than `model_args` says, or leave the encoder unfilled.
+    """
+    model = _load(
+        _encoder_geometry(architecture, model_args, head_config(labels, name)),
+        name,
+        weights,
+        dtype,
+        attn_implementation,
+        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}."),
+        pickles=True,
+        instead=OFFLINE_TEXT_MODEL,
+    )
+    draw_head(model.get_submodule(head_name(model)), std=model.config.initializer_range)
+    # Else the loss, and with it the gradient, is multiplied by the steps of accumulation and by the processes.
+    model.accepts_loss_kwargs = False
+    return model.eval()
+
+
+def load_causal(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """Load the pre-trained model in evaluation mode, on the CPU; a quantised one where transformers puts it.
+
+    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
+    random. `quantization` is nf4 or int8: the linear layers but the last are; all else is of `dtype`, as are products.
+    torch's global generator is left where it was. Raises PartialLoraError where the weights cannot be had, are of
+    another geometry than `model_args` says, leave a part unfilled, or cannot be quantised here.
+    """
+    options = {}
+    if quantization is not None:
+        options["quantization_config"] = quantizations.config(quantization, dtype)
+    model = _load(
+        _causal_geometry(architecture, model_args),
+        name,
+        weights,
+        dtype,
+        attn_implementation,
+        may_be_new=lambda model, key: False,
+        pickles=False,
+        instead=OFFLINE_CAUSAL_MODEL,
+        **options,
+    )
+    if quantization is not None:
+        quantizations.keep_gradients(model)
+    return model.eval()
+
+
+def _load(
+    geometry: Geometry,
+    name: str,
+    weights: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    *,
+    may_be_new: Callable[[PreTrainedModel, str], bool],
+    pickles: bool,
+    instead: str,
+    **options: object,
+) -> PreTrainedModel:
+    geometry.empty()  # refuses the impossible before anything is downloaded
+    if attn_implementation is not None:
+        geometry.check_attention(attn_implementation)
+        options["attn_implementation"] = attn_implementation
+    with fixed_seed():
+        if weights == RANDOM:
+            return _random(geometry, dtype, options)
+        folder = folder_of(weights, name, text=True, pickles=pickles, instead=instead)
+        model = load_weights(
+            geometry.auto,
+            folder,
+            geometry.config_in(folder, weights),
+            name=name,
+            weights=weights,
+            dtype=dtype,
+            may_be_new=may_be_new,
+            pickles=pickles,
+            **options,
+        )
+    name_after(model, weights)
+    return model
+
+
+def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:
+    config = geometry.config()
+    if config.vocab_size < VOCABULARY:
+        raise PartialLoraError(
+            f"model.model_args.vocab_size={config.vocab_size}: expected at least {VOCABULARY}, the tokens of "
+            "weights=random"
+        )
+    attention = {key: value for key, value in options.items() if key == "attn_implementation"}
+    model = geometry.auto.from_config(config, **attention)
+    if "quantization_config" not in options:
+        return model.to(dtype)
+    with quiet():  # transformers quantises what it loads, so the drawn weights are loaded as if they were stored
+        return type(model).from_pretrained(
+            None, config=geometry.config(), state_dict=model.state_dict(), dtype=dtype, **options
+        )
+
+
+def empty_encoder(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
+    """Return the model's shapes on the meta device: no weights, no memory, no download.
+
+    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
+    """
+    return _encoder_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
+
+
+def empty_causal(*, architecture: str, model_args: dict, num_labels: int | None = None) -> PreTrainedModel:
+    """Return the model's shapes as `empty_encoder` does; `num_labels` changes nothing."""
+    return _causal_geometry(architecture, model_args).empty()
+
+
+def _encoder_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
+    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, head)
+
+
+def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
+    return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Return the full name of the linear layer that gives the logits: the last one after the encoder."""
+    after = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(f"{model.base_model_prefix}.")
+    ]
+    if not after:
+        raise PartialLoraError(f"model.architecture={model.config.model_type}: expected a linear layer as its head")
+    return after[-1]
+
+
 def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrainedTokenizerBase:
-    """The tokenizer beside a text model's weights; for random ones, one token for each byte.
+    """Load the tokenizer beside a text model's weights; for random ones, one token for each byte.
 
     Padding is one of its tokens: where it has none of its own, as Llama's, the one that ends a text, which is masked
     out. `weights` and `family` as in `models.load`. Raises PartialLoraError where there is none that can be read.
@@ -44,36 +194,27 @@ def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrained
     causal = family == "causal"
     instead = OFFLINE_CAUSAL_MODEL if causal else OFFLINE_TEXT_MODEL
     folder = folder_of(weights, name, text=True, pickles=not causal, instead=instead)
-    found = tokenizer_in(folder, name=name, weights=weights)
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
-    return found
+    loaded = tokenizer_in(folder, name=name, weights=weights)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
 
 
-def tokenizer_in(folder, *, name: str, weights: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder."""
+def tokenizer_in(folder: Path, *, name: str, weights: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder."""
     try:
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({reason})") from error
-    if len(found) <= len(found.all_special_tokens):  # transformers makes an empty one where the files are missing
+        raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({one_line(error)})") from error
+    if len(loaded) <= len(loaded.all_special_tokens):  # transformers makes an empty one where the files are missing
         raise PartialLoraError(
             f"model={name}: {weights} has no tokenizer; expected tokenizer.json, vocab.txt or spm.model"
         )
-    return found
-
-
-def check_room(vocabulary: int) -> None:
-    """Raise PartialLoraError where a model of random weights has fewer tokens than the tokenizer that goes with it."""
-    if vocabulary < VOCABULARY:
-        raise PartialLoraError(
-            f"model.model_args.vocab_size={vocabulary}: expected at least {VOCABULARY}, the tokens of weights=random"
-        )
+    return loaded
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, between [CLS] and [SEP] as BERT has its words: all that random weights can make use of."""
+    """Build a tokenizer of bytes between [CLS] and [SEP], as BERT has its words, for random weights."""
     symbols = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     built = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,153 +229,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=built, model_input_names=inputs, bos_token="[CLS]", eos_token="[SEP]", **names
     )
-
-
-def load_encoder(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    labels: Sequence[str],
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """The pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in evaluation mode.
-
-    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
-    drawn from torch's global generator; building the rest moves that generator nowhere. Raises PartialLoraError where
-    the weights cannot be had, are of another geometry than `model_args` says, or leave the encoder unfilled.
-    """
-    geometry = _encoder_geometry(architecture, model_args, heads.outputs(labels, name))
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    geometry.empty()  # refuses what cannot be before anything is downloaded
-    if attn_implementation is not None:
-        geometry.check_attention(attn_implementation)
-    with heads.own_generator():
-        if weights == RANDOM:
-            config = geometry.config()
-            check_room(config.vocab_size)
-            model = AutoModelForSequenceClassification.from_config(config, **options).to(dtype)
-        else:
-            folder = folder_of(weights, name, text=True, instead=OFFLINE_TEXT_MODEL)
-            model = pretrained(
-                AutoModelForSequenceClassification.from_pretrained,
-                folder,
-                geometry.config_in(folder, weights),
-                name=name,
-                weights=weights,
-                dtype=dtype,
-                may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}."),
-                pickled=True,
-                **options,
-            )
-            name_after(model, weights)
-    heads.draw(model.get_submodule(head_name(model)), std=model.config.initializer_range)
-    # Else the loss, and with it the gradient, is multiplied by the steps of accumulation and by the processes.
-    model.accepts_loss_kwargs = False
-    return model.eval()
-
-
-def empty_encoder(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
-    """The model's shapes on the meta device: no weights, no memory, no download.
-
-    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
-    """
-    return _encoder_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
-
-
-def head_name(model: PreTrainedModel) -> str:
-    """The full name of the linear layer that gives the logits: the last one after the encoder."""
-    after = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(f"{model.base_model_prefix}.")
-    ]
-    if not after:
-        raise PartialLoraError(f"model.architecture={model.config.model_type}: expected a linear layer as its head")
-    return after[-1]
-
-
-def _encoder_geometry(architecture: str, model_args: dict, outputs: dict) -> Geometry:
-    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, outputs)
-
-
-# --- Causal language models (Llama, Qwen and their like): nothing is new for a task, and every weight is loaded.
-
-
-def load_causal(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    quantized: str | None = None,
-) -> PreTrainedModel:
-    """The pre-trained model in evaluation mode, on the CPU; a quantised one where transformers puts it (a GPU, if any).
-
-    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
-    random. `quantized` is nf4 or int8: the linear layers but the last are; all else is of `dtype`, as are products.
-    torch's global generator is left where it was. Raises PartialLoraError where the weights cannot be had, are of
-    another geometry than `model_args` says, leave a part unfilled, or cannot be quantised here.
-    """
-    geometry = _causal_geometry(architecture, model_args)
-    options: dict[str, object] = {}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-        geometry.check_attention(attn_implementation)
-    if quantized is not None:
-        options["quantization_config"] = quantization.settings_of(quantized, dtype)
-    geometry.empty()  # refuses what cannot be before anything is downloaded
-    with heads.own_generator():
-        if weights == RANDOM:
-            model = _random(geometry, dtype, options)
-        else:
-            folder = folder_of(weights, name, text=True, pickles=False, instead=OFFLINE_CAUSAL_MODEL)
-            model = _loaded(folder, geometry, name, weights, dtype, options)
-            name_after(model, weights)
-    if quantized is not None:
-        quantization.keep_gradients(model)
-    return model.eval()
-
-
-def empty_causal(*, architecture: str, model_args: dict, num_labels: int | None = None) -> PreTrainedModel:
-    """The model's shapes on the meta device: no weights, no memory, no download. `num_labels` changes nothing.
-
-    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
-    """
-    return _causal_geometry(architecture, model_args).empty()
-
-
-def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
-    return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
-
-
-def _loaded(
-    folder: Path, geometry: Geometry, name: str, weights: str, dtype: torch.dtype, options: dict
-) -> PreTrainedModel:
-    return pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        folder,
-        geometry.config_in(folder, weights),
-        name=name,
-        weights=weights,
-        dtype=dtype,
-        may_be_new=lambda model, key: False,
-        **options,
-    )
-
-
-def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:
-    config = geometry.config()
-    check_room(config.vocab_size)
-    attention = {key: value for key, value in options.items() if key == "attn_implementation"}
-    model = AutoModelForCausalLM.from_config(config, **attention)
-    if "quantization_config" not in options:
-        return model.to(dtype)
-    with quiet():  # transformers quantises what it loads, so the drawn weights are given to it as if they were stored
-        return type(model).from_pretrained(
-            None, config=geometry.config(), state_dict=model.state_dict(), dtype=dtype, **options
-        )

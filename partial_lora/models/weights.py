@@ -1,4 +1,4 @@
-"""Weights out of a folder into a model, every one of them accounted for."""
+"""Weights out of a folder into a model, every one of them accounted for; and the new head."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError
 
-_SAFETENSORS = "*.safetensors"
 
-
-def pretrained(
-    build: Callable[..., PreTrainedModel],
+def load_weights(
+    model_class: type,
     folder: Path,
     config: PretrainedConfig,
     *,
@@ -31,30 +29,29 @@ def pretrained(
     weights: str,
     dtype: torch.dtype,
     may_be_new: Callable[[PreTrainedModel, str], bool],
-    pickled: bool = False,
+    pickles: bool = False,
     **options: object,
 ) -> PreTrainedModel:
-    """The model with the folder's weights.
+    """Load a folder's weights into a model of a class that has from_pretrained.
 
-    build: a from_pretrained of transformers. may_be_new: whether the model may have that parameter without any weights,
-    or with other ones than the folder's; all others must be there, in their shape. pickled: take a pickle, read without
-    running any of its code, where there is nothing better. Raises PartialLoraError that names the first problem.
+    may_be_new: True for a parameter that may be missing in the folder, or of another shape there; all others must be
+    there, in their shape. pickles: read a pickle, without running any of its code, where there is no safetensors.
+    Raises PartialLoraError that names the first problem.
     """
     try:
         with quiet():
-            model, report = build(
+            model, report = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                use_safetensors=not pickled or any(folder.glob(_SAFETENSORS)),
+                use_safetensors=not pickles or any(folder.glob("*.safetensors")),
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # the head was made for other classes; the rest is checked below
                 output_loading_info=True,
                 **options,
             )
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({reason[:160]})") from error
+        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({one_line(error)})") from error
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     for problem, keys in (("missing", report["missing_keys"]), ("of another shape", mismatched)):
         unfilled = sorted(key for key in keys if not may_be_new(model, key))
@@ -66,18 +63,18 @@ def pretrained(
     return model
 
 
-def check_architecture(wanted: str, found: str, weights: str) -> None:
+def check_architecture(expected: str, actual: str, weights: str) -> None:
     """Raise PartialLoraError where the weights are of another architecture than the one that is counted."""
-    if found != wanted:
+    if actual != expected:
         raise PartialLoraError(
-            f"model.architecture={wanted}: {weights} is a {found}; set that, so that "
+            f"model.architecture={expected}: {weights} is a {actual}; set that, so that "
             "parameters are counted for the model that trains"
         )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from warning of the new head, and of other classes, which are meant to be new."""
+    """Keep transformers from warning of a head that is meant to be new."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -86,49 +83,65 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-# --- The geometry of one of transformers' own models: built without weights, and compared with what a folder holds.
+@contextmanager
+def fixed_seed() -> Iterator[None]:
+    """Draw from a fixed seed inside the block, and leave torch's global CPU generator as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's message, for an error of our own in one line."""
+    return " ".join(str(error).split())[:160]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What `info` counts by without any download, and what weights must then be of.
+    """Shape of one of transformers' own models: `info` counts by it without a download, and weights must fit it.
 
     Args:
         auto: the class that knows the model's class, such as AutoModelForCausalLM.
-        noun: what such a model is, for messages.
+        noun: for messages, such as "causal language model".
         architecture: transformers' model_type.
         model_args: keys of that type's config.
-        outputs: further keys, those of a new head; {} where there is none.
+        head: further keys, those of a new head; {} where there is none.
     """
 
     auto: type
     noun: str
     architecture: str
     model_args: Mapping[str, object]
-    outputs: Mapping[str, object]
+    head: Mapping[str, object]
 
     def config(self) -> PretrainedConfig:
-        """A config of its own for every call. Raises PartialLoraError for what transformers does not know."""
+        """Return a new config. Raises PartialLoraError for a type or a key that transformers does not know."""
         try:
-            known = AutoConfig.for_model(self.architecture)
+            default = AutoConfig.for_model(self.architecture)
         except ValueError as error:
             raise PartialLoraError(
                 f"model.architecture={self.architecture}: transformers has no such model_type (bert, llama, …)"
             ) from error
-        if type(known) not in self.auto._model_mapping:
+        if type(default) not in self.auto._model_mapping:
             raise PartialLoraError(
                 f"model.architecture={self.architecture}: transformers has no {self.noun} of that type"
             )
         for key in self.model_args:
-            if not hasattr(known, key) and not self._is_read(key, known):
-                raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
+            if not hasattr(default, key):
+                # DeBERTa for one asks its config for keys that the config's class does not list.
+                model_class = self.auto._model_mapping[type(default)]
+                if f'"{key}"' not in inspect.getsource(sys.modules[model_class.__module__]):
+                    raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
         try:
-            return AutoConfig.for_model(self.architecture, **self.model_args, **self.outputs)
+            return AutoConfig.for_model(self.architecture, **self.model_args, **self.head)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise self._impossible(error) from error
 
     def empty(self) -> PreTrainedModel:
-        """The model on the meta device: shapes without weights or memory. Raises as `config`, or where none can be."""
+        """Return the model on the meta device: shapes without weights or memory. Raises as `config`."""
         config = self.config()
         try:
             with torch.device("meta"):
@@ -145,63 +158,51 @@ class Geometry:
         except (ValueError, ImportError) as error:
             raise PartialLoraError(
                 f"model.attn_implementation={implementation}: {config.model_type} cannot be computed so "
-                f"({_one_line(error)}); null leaves it to transformers"
+                f"({one_line(error)}); null leaves it to transformers"
             ) from error
 
     def config_in(self, folder: Path, weights: str) -> PretrainedConfig:
-        """The config beside the weights in a folder; raises PartialLoraError where it is of another geometry."""
+        """Read the config beside the weights in a folder; raises PartialLoraError where it is of another geometry."""
         try:
             with quiet():
-                found = AutoConfig.from_pretrained(folder, trust_remote_code=False, **self.outputs)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **self.head)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise PartialLoraError(
-                f"model.weights={weights}: expected a config.json that transformers knows ({_one_line(error)})"
+                f"model.weights={weights}: expected a config.json that transformers knows ({one_line(error)})"
             ) from error
-        check_architecture(self.architecture, found.model_type, weights)
+        check_architecture(self.architecture, config.model_type, weights)
         counted = self.empty().config
         for key in self.model_args:
-            expected, value = getattr(counted, key, None), getattr(found, key, None)
+            expected, value = getattr(counted, key, None), getattr(config, key, None)
             if value != expected:
                 raise PartialLoraError(
                     f"model.model_args.{key}={expected}: {weights} has {value}; set that, so that parameters are "
                     "counted for the model that trains"
                 )
-        return found
-
-    def _is_read(self, key: str, config: PretrainedConfig) -> bool:
-        """Whether the model asks its config for a key that the config class does not list, as DeBERTa does for some."""
-        model_class = self.auto._model_mapping[type(config)]
-        return f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
+        return config
 
     def _impossible(self, error: Exception) -> PartialLoraError:
         return PartialLoraError(
-            f"model.model_args={dict(self.model_args)}: no geometry of {self.architecture} ({_one_line(error)})"
+            f"model.model_args={dict(self.model_args)}: no geometry of {self.architecture} ({one_line(error)})"
         )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
-
-
-# --- The one part of a model that is new for a task: what it tells apart, and the numbers it starts from.
-
-
-def outputs(labels: Sequence[str], name: str) -> dict[str, object]:
-    """What a config says of a model's outputs: one for each label, or a single real number where there are none."""
+def head_config(labels: Sequence[str], name: str) -> dict[str, object]:
+    """Return the keys of a config for a head: one output for each label, or one real number where there are none."""
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
     if len(labels) < 2:
         raise PartialLoraError(f"model={name}: expected at least two labels to tell apart, got {list(labels)}")
     return {
         "num_labels": len(labels),
-        "problem_type": None,  # which transformers then sees by the labels; the weights may have been for another
+        "problem_type": None,  # transformers then infers it from the labels; the weights may have had another
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }
 
 
-def draw(head: nn.Linear, std: float) -> None:
-    """New numbers from torch's global generator, as transformers draws a new classifier; the same in every dtype."""
+def draw_head(head: nn.Linear, std: float) -> None:
+    """Draw new weights from torch's global generator, as transformers does; the same ones in every dtype."""
     with torch.no_grad():
         head.weight.copy_(nn.init.normal_(torch.empty(head.weight.shape, dtype=torch.float32), std=std))
         if head.bias is not None:
@@ -209,22 +210,10 @@ def draw(head: nn.Linear, std: float) -> None:
 
 
 def in_full_precision(module: nn.Module) -> None:
-    """Weights of a module that trains whole in float32, whatever it is given: steps are too small for 16 bits."""
-    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
-        return
-    module.float().register_forward_pre_hook(_as_float)
+    """Convert a module that trains whole, and its inputs, to float32: steps are too small for 16 bits."""
+    if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
+        module.float().register_forward_pre_hook(_float_inputs)
 
 
-def _as_float(module: nn.Module, inputs: tuple) -> tuple:
+def _float_inputs(module: nn.Module, inputs: tuple) -> tuple:
     return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)
-
-
-@contextmanager
-def own_generator() -> Iterator[None]:
-    """Draw from a fixed seed for a while, and leave torch's global CPU generator as it was."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

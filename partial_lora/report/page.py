@@ -75,8 +75,8 @@ def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False)
         placed = [at(*point) for point in line]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         dash = _DASHES[(index + index // 6) % len(_DASHES)]  # where colours come again, another dash
-        parts.append(f'<polyline class="line{number % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
-        parts += [f'<circle class="line{number % 6}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="2.5"/>']
+        parts.append(f'<polyline class="line{index % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
+        parts += [f'<circle class="line{index % 6}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="2.5"/>']
     return Markup("".join([*parts, "</svg>"]))
 
 

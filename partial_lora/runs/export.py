@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import logging as transformers_logging
 
+from partial_lora import files
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import file_sha256, write_json
@@ -78,13 +78,18 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
     folder = check_target(run, to, out)
     # torch and its kin: only once there is something to write
 
-    with _building(folder) as building:
-        WRITE[to](run, building)
-        proof = _proven(PROVE[to], run, building, folder) if check else None
-        existed = _is_same(building, folder)
-        if folder.is_dir() and any(folder.iterdir()) and not existed:
-            raise _foreign(folder)
-        size = sum(file.stat().st_size for file in building.rglob("*") if file.is_file())
+    try:
+        with files.building(folder) as building:
+            WRITE[to](run, building)
+            proof = _proven(PROVE[to], run, building, folder) if check else None
+            existed = _is_same(building, folder)
+            if folder.is_dir() and any(folder.iterdir()) and not existed:
+                raise _foreign(folder)
+            size = sum(file.stat().st_size for file in building.rglob("*") if file.is_file())
+    except OSError as error:
+        raise PartialLoraError(
+            f"{folder} cannot be written ({error.strerror or error}): choose another --out"
+        ) from error
     return Exported(folder, size, existed, proof)
 
 
@@ -97,41 +102,6 @@ def _proven(prove: Callable[[FinishedRun, Path], str], run: FinishedRun, buildin
 
 def _foreign(folder: Path) -> PartialLoraError:
     return PartialLoraError(f"{folder} holds other files than this export: choose another --out, or remove it")
-
-
-@contextlib.contextmanager
-def _building(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name when the block ends well, and is gone when it does not."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    except OSError as error:
-        raise PartialLoraError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
-    try:
-        yield building
-        building.chmod(0o755)  # mkdtemp lets only its maker in, and safetensors writes likewise
-        for file in building.iterdir():
-            file.chmod(0o644)
-        _put(building, folder)
-    except OSError as error:
-        raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _put(building: Path, folder: Path) -> None:
-    """Give a whole folder its name; one of that name goes once the new one is in its place."""
-    before = building.with_suffix(".old")
-    try:
-        if folder.exists():
-            folder.rename(before)
-        building.rename(folder)
-    except BaseException:
-        if before.exists() and not folder.exists():
-            before.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def _is_same(building: Path, folder: Path) -> bool:

@@ -84,11 +84,8 @@ def _write(name: str, content: dict) -> None:
     if not folder:
         return
     path = Path(folder) / name
-    try:
-        path.with_suffix(".tmp").write_text(json.dumps({"time": time.time(), **content}), encoding="utf-8")
-        path.with_suffix(".tmp").rename(path)
-    except OSError:  # the folder went with whoever would have read it
-        return
+    with suppress(OSError):  # the folder went with whoever would have read it
+        files.write_json(path, {"time": time.time(), **content})
 
 
 def _read(path: Path) -> dict:

@@ -1,28 +1,34 @@
-"""Questions with options: of a known data set, or of a table of the user's own."""
+"""Questions with options, and prompts with responses: of a known data set, or of a table of the user's own."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset, Features, List, Value
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import sources
+from partial_lora.tasks.sources import label_name, row_name
 
-# --- Rows of known data sets as lm-evaluation-harness (0.4.13) puts them to a language model, one function a layout
+Row = Mapping[str, Any]  # a row's columns, without those that have no value
+Formatted = TypeVar("Formatted")
 
-Row = Mapping[str, Any]  # a row's columns; what has no value is not in it
+CHOICE_FEATURES = Features(
+    {"prompts": List(Value("string")), "options": List(Value("string")), "label": Value("int64")}
+)
+COMPLETION_FEATURES = Features({"prompt": Value("string"), "response": Value("string")})
+
+logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
     """One question with its options.
 
-    prompts, options: a text each, the prompts all the same but where the prompt itself is what is chosen. names: what
-    the source calls the options, in their order; answer: which of the names is right.
+    prompts, options: a text each, the prompts all the same unless the prompt itself is what is chosen. names: of the
+    options in the source, in their order; answer: the name of the right one.
     """
 
     prompts: list[str]
@@ -31,16 +37,19 @@ class Choice(NamedTuple):
     answer: object
 
 
-class Exchange(NamedTuple):
-    """A prompt and the response that is asked for."""
+class Completion(NamedTuple):
+    """A prompt and the response to it."""
 
     prompt: str
     response: str
 
 
+# --- Known data sets as lm-evaluation-harness (0.4.13) puts them to a language model, one function a format.
+
+
 def arc(row: Row) -> Choice:
     """ARC (Clark et al. 2018)."""
-    return _asked(f"Question: {row['question']}\nAnswer:", row)
+    return _school_question(f"Question: {row['question']}\nAnswer:", row)
 
 
 def boolq(row: Row) -> Choice:
@@ -59,7 +68,7 @@ def hellaswag(row: Row) -> Choice:
 
 def openbookqa(row: Row) -> Choice:
     """OpenBookQA (Mihaylov et al. 2018): a sentence that one of the options completes, without the facts."""
-    return _asked(row["question"] if "question" in row else row["question_stem"], row)
+    return _school_question(row["question"] if "question" in row else row["question_stem"], row)
 
 
 def piqa(row: Row) -> Choice:
@@ -71,7 +80,7 @@ def piqa(row: Row) -> Choice:
 def social_iqa(row: Row) -> Choice:
     """Social IQa (Sap et al. 2019); rows with `choices` have the context as a part of the question."""
     if "choices" in row:
-        return _asked(f"Q: {row['question']}\nA:", row)
+        return _school_question(f"Q: {row['question']}\nA:", row)
     options = [f" {row[column]}" for column in ("answerA", "answerB", "answerC")]
     return Choice([f"Q: {row['context']} {row['question']}\nA:"] * 3, options, (1, 2, 3), row["label"])
 
@@ -86,13 +95,13 @@ def winogrande(row: Row) -> Choice:
     return Choice(prompts, [f" {after.strip()}"] * 2, (1, 2), row["answer"])
 
 
-def gsm8k(row: Row) -> Exchange:
+def gsm8k(row: Row) -> Completion:
     """GSM8K (Cobbe et al. 2021): a solution in words, whose last line is #### and a number."""
-    return Exchange(f"Question: {row['question']}\nAnswer:", row["answer"])
+    return Completion(f"Question: {row['question']}\nAnswer:", row["answer"])
 
 
-def _asked(prompt: str, row: Row) -> Choice:
-    """A question whose options, as AI2 keeps them, are `choices` with a text and a label each."""
+def _school_question(prompt: str, row: Row) -> Choice:
+    """Format a question whose options, as AI2 has them, are `choices` with a text and a label each."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return Choice([prompt] * len(texts), [f" {text}" for text in texts], labels, row["answerKey"])
 
@@ -111,32 +120,27 @@ CHOICES: dict[str, Callable[[Row], Choice]] = {
     "social_iqa": social_iqa,
     "winogrande": winogrande,
 }
-EXCHANGES: dict[str, Callable[[Row], Exchange]] = {"gsm8k": gsm8k}
-LACKING = {  # a column that a format can do without, and what its rows are then
+COMPLETIONS: dict[str, Callable[[Row], Completion]] = {"gsm8k": gsm8k}
+_OPTIONAL = {  # a column that a format can do without, and a warning
     "boolq": ("passage", "its questions are asked without the passages that answer them, which is harder"),
 }
 
 
-CHOICE_FEATURES = Features(
-    {"prompts": List(Value("string")), "options": List(Value("string")), "label": Value("int64")}
-)
-_READ = "an option's text, its letter (A is the first) or its place (0 is the first)"
-
-logger = logging.getLogger(__name__)
+# --- Splits of rows, formatted.
 
 
-def read_choices(
+def format_choices(
     splits: Mapping[str, Dataset],
     name: str,
-    layout: str | None,
+    format: str | None,
     prompt_columns: Sequence[str],
     option_columns: Sequence[str],
     answer_column: str | None,
 ) -> dict[str, Dataset]:
-    """The rows of every split as `prompts` and `options`, a text for each option, and `label`, the right one's place.
+    """Return the rows of every split as `prompts` and `options`, a text for each option, and `label`, the right one's.
 
     Args:
-        layout: one of `formats.CHOICES`; None for a table, which is read by its columns.
+        format: one of `CHOICES`; None for a table, which is read by its columns.
         prompt_columns: come before the options, a line each.
         option_columns: one column of lists, or a column for each option.
         answer_column: the right option's text, letter or place, in all rows alike.
@@ -144,92 +148,81 @@ def read_choices(
     Raises PartialLoraError, in one line, for a column or an answer that is missing, an answer that is no option, an
     empty option and a question with fewer than two.
     """
-    if layout is not None:
-        found = _of_layout(splits, name, layout)
+    if format is not None:
+        columns = _choices_of_format(splits, name, format)
     else:
-        found = _of_columns(splits, name, prompt_columns, option_columns, answer_column)
+        columns = _choices_of_columns(splits, name, prompt_columns, option_columns, answer_column)
     return {
-        split: Dataset.from_dict(columns, features=CHOICE_FEATURES, split=splits[split].split)
-        for split, columns in found.items()
+        split: Dataset.from_list(
+            [dict(zip(CHOICE_FEATURES, choice, strict=True)) for choice in columns[split]],
+            features=CHOICE_FEATURES,
+            split=rows.split,
+        )
+        for split, rows in splits.items()
     }
 
 
-def _of_layout(splits: Mapping[str, Dataset], name: str, layout: str) -> dict[str, dict[str, list]]:
-    if layout not in CHOICES:
-        raise PartialLoraError(f"task.format={layout}: expected one of {', '.join(CHOICES)}, or null for a table")
-    column, said = LACKING.get(layout, (None, ""))
+def _choices_of_format(splits: Mapping[str, Dataset], name: str, format: str) -> dict[str, list[tuple]]:
+    if format not in CHOICES:
+        raise PartialLoraError(f"task.format={format}: expected one of {', '.join(CHOICES)}, or null for a table")
+    column, warning = _OPTIONAL.get(format, (None, ""))
     if column and column not in splits["train"].column_names:
-        logger.warning("task=%s: there is no column %s: %s", name, column, said)
-    found = {}
+        logger.warning("task=%s: there is no column %s: %s", name, column, warning)
+    labelled = {}
     for split, rows in splits.items():
-        columns = found[split] = _columns()
-        for row, choice in sources.read_given(rows, name, split, CHOICES[layout], f"task.format={layout}"):
-            _check(choice.options, name, split, row)
-            names = [str(each).strip() for each in choice.names]
-            answer = str(choice.answer).strip()
+        labelled[split] = []
+        for row, choice in _formatted(rows, name, split, CHOICES[format], f"task.format={format}"):
+            _check_options(choice.options, name, split, row)
+            names, answer = [str(each).strip() for each in choice.names], str(choice.answer).strip()
             if answer not in names:
-                raise PartialLoraError(_no_option(name, split, row, answer, f"they are called {', '.join(names)}"))
-            _add(columns, choice.prompts, choice.options, names.index(answer))
-    return found
+                raise _no_option(name, split, row, answer, f"they are called {', '.join(names)}")
+            labelled[split].append((choice.prompts, choice.options, names.index(answer)))
+    return labelled
 
 
-def _of_columns(
+def _choices_of_columns(
     splits: Mapping[str, Dataset],
     name: str,
     prompt_columns: Sequence[str],
     option_columns: Sequence[str],
     answer_column: str | None,
-) -> dict[str, dict[str, list]]:
-    def choice_of(row: Mapping[str, Any]) -> Choice:
-        prompt, options = sources.joined(row, prompt_columns), _options(row, option_columns)
-        return Choice([prompt] * len(options), options, (), sources.text_of(row[answer_column]))
+) -> dict[str, list[tuple]]:
+    def choice_of(row: Row) -> Choice:
+        prompt, options = _lines(row, prompt_columns), _options(row, option_columns)
+        return Choice([prompt] * len(options), options, (), _text(row[answer_column]))
 
-    every: list[tuple[str, int, Choice]] = []
+    choices: list[tuple[str, int, Choice]] = []
     for split, rows in splits.items():
-        sources.named(rows, name, "prompt_columns", prompt_columns)
-        sources.named(rows, name, "option_columns", option_columns)
-        sources.named(rows, name, "answer_column", [answer_column] if answer_column else [])
-        kept = rows.select_columns(list(dict.fromkeys([*prompt_columns, *option_columns, answer_column])))
-        for row, choice in sources.read_given(kept, name, split, choice_of, "task.answer_column"):
-            _check(choice.options, name, split, row)
+        _check_columns(rows, name, "prompt_columns", prompt_columns)
+        _check_columns(rows, name, "option_columns", option_columns)
+        _check_columns(rows, name, "answer_column", [answer_column] if answer_column else [])
+        read = rows.select_columns(list(dict.fromkeys([*prompt_columns, *option_columns, answer_column])))
+        for row, choice in _formatted(read, name, split, choice_of, "task.answer_column"):
+            _check_options(choice.options, name, split, row)
             if not choice.prompts[0].strip():
                 columns = ", ".join(prompt_columns)
-                raise PartialLoraError(
-                    f"{sources.place(name, split, row)} has no prompt (task.prompt_columns={columns})"
-                )
-            every.append((split, row, choice))
-    reading = _reading([choice for _, _, choice in every])
-    found = {split: _columns() for split in splits}
-    for split, row, choice in every:
-        label = reading(choice.answer, choice.options)
+                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={columns})")
+            choices.append((split, row, choice))
+
+    # Answers are texts, letters or places, in all rows alike: the first of these that fits most rows.
+    def fitting(parse: Callable[[str, Sequence[str]], int | None]) -> int:
+        return sum(parse(choice.answer, choice.options) is not None for *_, choice in choices)
+
+    parse = max((_by_text, _by_letter, _by_place), key=fitting)
+    labelled = {split: [] for split in splits}
+    for split, row, choice in choices:
+        label = parse(choice.answer, choice.options)
         if label is None:
-            expected = f"task.answer_column={answer_column} has to be {_READ}, in all rows alike"
-            raise PartialLoraError(_no_option(name, split, row, choice.answer, expected))
+            expected = (
+                f"task.answer_column={answer_column} has to be an option's text, its letter (A is the first) or its "
+                "place (0 is the first), in all rows alike"
+            )
+            raise _no_option(name, split, row, choice.answer, expected)
         space = "" if choice.prompts[0][-1].isspace() else " "
-        _add(found[split], choice.prompts, [space + option for option in choice.options], label)
-    if reading is _by_place and not any(0 in columns["label"] for columns in found.values()):
+        labelled[split].append((choice.prompts, [space + option for option in choice.options], label))
+    if parse is _by_place and not any(label == 0 for rows in labelled.values() for *_, label in rows):
         logger.warning("task=%s: no answer in %s is 0, which is the place of the first option", name, answer_column)
-    return found
-
-
-def _options(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    if len(columns) > 1:
-        return [sources.text_of(row.get(column)) for column in columns]
-    values = row[columns[0]]
-    values = values.get("text", values) if isinstance(values, dict) else values
-    return [sources.text_of(value) for value in values] if isinstance(values, list) else [sources.text_of(values)]
-
-
-def _check(options: Sequence[str], name: str, split: str, row: int) -> None:
-    if len(options) < 2:
-        raise PartialLoraError(f"{sources.place(name, split, row)} has {len(options)} options, expected at least two")
-    empty = next((number for number, option in enumerate(options, 1) if not option.strip()), None)
-    if empty:
-        raise PartialLoraError(f"{sources.place(name, split, row)}: its option {empty} of {len(options)} is empty")
-
-
-def _no_option(name: str, split: str, row: int, answer: str, expected: str) -> str:
-    return f"{sources.place(name, split, row)}: the answer {answer!r} is none of its options; {expected}"
+    return labelled
 
 
 def _by_text(answer: str, options: Sequence[str]) -> int | None:
@@ -245,28 +238,111 @@ def _by_place(answer: str, options: Sequence[str]) -> int | None:
     return int(answer) if answer.isdecimal() and int(answer) < len(options) else None
 
 
-def _reading(choices: Sequence[Choice]) -> Callable[[str, Sequence[str]], int | None]:
-    """How answers are written: the first of the ways that makes sense of most rows."""
-
-    def fits(reading: Callable) -> int:
-        return sum(reading(choice.answer, choice.options) is not None for choice in choices)
-
-    return max((_by_text, _by_letter, _by_place), key=fits)
-
-
-def _columns() -> dict[str, list]:
-    return {column: [] for column in CHOICE_FEATURES}
+def _options(row: Row, columns: Sequence[str]) -> list[str]:
+    if len(columns) > 1:
+        return [_text(row.get(column)) for column in columns]
+    values = row[columns[0]]
+    values = values.get("text", values) if isinstance(values, dict) else values
+    return [_text(value) for value in (values if isinstance(values, list) else [values])]
 
 
-def _add(columns: dict[str, list], prompts: list[str], options: list[str], label: int) -> None:
-    columns["prompts"].append(prompts)
-    columns["options"].append(options)
-    columns["label"].append(label)
+def _check_options(options: Sequence[str], name: str, split: str, row: int) -> None:
+    if len(options) < 2:
+        raise PartialLoraError(f"{row_name(name, split, row)} has {len(options)} options, expected at least two")
+    for number, option in enumerate(options, 1):
+        if not option.strip():
+            raise PartialLoraError(f"{row_name(name, split, row)}: its option {number} of {len(options)} is empty")
 
 
-# --- What of a text in words is its answer.
+def _no_option(name: str, split: str, row: int, answer: str, expected: str) -> PartialLoraError:
+    return PartialLoraError(f"{row_name(name, split, row)}: the answer {answer!r} is none of its options; {expected}")
 
-_MARK = "####"  # what GSM8K writes before the answer
+
+def format_completions(
+    splits: Mapping[str, Dataset],
+    name: str,
+    format: str | None,
+    prompt_columns: Sequence[str],
+    response_column: str | None,
+    answer: str | None,
+) -> dict[str, Dataset]:
+    """Return the rows of every split as `prompt` and `response`.
+
+    Args:
+        format: one of `COMPLETIONS`; None for a table, which is read by its columns.
+        prompt_columns: the prompt, a line each.
+        answer: "number" where every response has to come to one.
+
+    Raises PartialLoraError, in one line, for a column, a prompt, a response or the number of one that is missing.
+    """
+    if format is not None and format not in COMPLETIONS:
+        raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
+
+    def completion_of(row: Row) -> Completion:
+        return Completion(_lines(row, prompt_columns), _text(row[response_column]))
+
+    formatted = {}
+    for split, rows in splits.items():
+        if format is None:
+            _check_columns(rows, name, "prompt_columns", prompt_columns)
+            _check_columns(rows, name, "response_column", [response_column] if response_column else [])
+            rows = rows.select_columns(list(dict.fromkeys([*prompt_columns, response_column])))
+        format_row = completion_of if format is None else COMPLETIONS[format]
+        completions = []
+        for row, completion in _formatted(rows, name, split, format_row, f"task.format={format}"):
+            for part, text in completion._asdict().items():
+                if not text.strip():
+                    raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
+            if answer == "number" and final_number(completion.response) is None:
+                raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
+            completions.append(completion._asdict())
+        formatted[split] = Dataset.from_list(completions, features=COMPLETION_FEATURES, split=rows.split)
+    return formatted
+
+
+def _formatted(
+    rows: Dataset, name: str, split: str, format_row: Callable[[Row], Formatted], key: str
+) -> Iterator[tuple[int, Formatted]]:
+    """Yield every row's number, counted from 1, and the row as `format_row` makes it of the columns that have a value.
+
+    key: the setting that chose `format_row`. Raises PartialLoraError for a column that it looked up in vain.
+    """
+    for number, row in enumerate(rows, 1):
+        try:
+            yield number, format_row({column: value for column, value in row.items() if value is not None})
+        except KeyError as error:
+            column = error.args[0]
+            if column in rows.column_names:
+                raise PartialLoraError(f"{row_name(name, split, number)} has no value in its column {column}") from None
+            raise PartialLoraError(
+                f"task={name}: {key} reads a column {column}; the columns of the {split} split are "
+                f"{', '.join(rows.column_names)}"
+            ) from None
+
+
+def _check_columns(rows: Dataset, name: str, key: str, columns: Sequence[str]) -> None:
+    """Raise PartialLoraError unless the setting `key` names columns, all of which are there."""
+    names = ", ".join(rows.column_names)
+    if not columns:
+        raise PartialLoraError(f"task.{key}: {name} needs it, set it to some of the columns {names}")
+    for column in columns:
+        if column not in rows.column_names:
+            raise PartialLoraError(f"task.{key}={column}: {name} has no such column; its columns are {names}")
+
+
+def _text(value: object) -> str:
+    """Return a cell as text, without space around it: 3.0 is 3, and a cell without a value is empty."""
+    return "" if value is None else label_name(value).strip()
+
+
+def _lines(row: Row, columns: Sequence[str]) -> str:
+    """Return the texts of several columns, a line each, without those that are empty."""
+    return "\n".join(label_name(row[column]) for column in columns if _text(row.get(column)))
+
+
+# --- The answer in a response.
+
+_MARK = "####"  # before the answer, in GSM8K
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]%])[-+−])?"  # after a digit or a bracket it is an operator: 16-3 has no number -3
     r"(?:[$€£](?P<inner>[-+−])?)?"
@@ -275,64 +351,15 @@ _NUMBER = re.compile(
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a text comes to: the first one after ####, where that is written, or else its last one.
+    """Return the number that answers: the first one after ####, where that is written, or else the last one.
 
-    Signs, commas between thousands, decimals and a currency's sign are understood: "-$1,234.50" is -1234.50. None of a
+    Signs, commas between thousands, decimals and a currency's sign are understood: "-$1,234.50" is -1234.50. None for a
     text without a number.
     """
     _, mark, after = text.partition(_MARK)
     numbers = list(_NUMBER.finditer(after if mark else text))
     if not numbers:
         return None
-    found = numbers[0 if mark else -1]
-    size = Decimal(found["digits"].replace(",", ""))
-    return -size if (found["sign"] or found["inner"] or "+") in "-−" else size
-
-
-# --- Prompts with the responses to them: of a known data set, or of a table of the user's own.
-
-EXCHANGE_FEATURES = Features({"prompt": Value("string"), "response": Value("string")})
-
-
-def read_exchanges(
-    splits: Mapping[str, Dataset],
-    name: str,
-    layout: str | None,
-    prompt_columns: Sequence[str],
-    response_column: str | None,
-    answer: str | None,
-) -> dict[str, Dataset]:
-    """The rows of every split as `prompt` and `response`.
-
-    Args:
-        layout: one of `formats.EXCHANGES`; None for a table, which is read by its columns.
-        prompt_columns: what the response is to, a line each.
-        answer: "number" where every response has to come to one.
-
-    Raises PartialLoraError, in one line, for a column, a prompt, a response or the number of one that is missing.
-    """
-    if layout is not None and layout not in EXCHANGES:
-        raise PartialLoraError(f"task.format={layout}: expected one of {', '.join(EXCHANGES)}, or null for a table")
-
-    def exchange_of(row: Mapping[str, Any]) -> Exchange:
-        return Exchange(sources.joined(row, prompt_columns), sources.text_of(row[response_column]))
-
-    found = {}
-    for split, rows in splits.items():
-        if layout is None:
-            sources.named(rows, name, "prompt_columns", prompt_columns)
-            sources.named(rows, name, "response_column", [response_column] if response_column else [])
-            rows = rows.select_columns(list(dict.fromkeys([*prompt_columns, response_column])))
-        read_one = exchange_of if layout is None else EXCHANGES[layout]
-        columns: dict[str, list[str]] = {"prompt": [], "response": []}
-        for row, exchange in sources.read_given(rows, name, split, read_one, f"task.format={layout}"):
-            for part, text in zip(columns, exchange, strict=True):
-                if not text.strip():
-                    raise PartialLoraError(f"{sources.place(name, split, row)} has no {part}, its text is empty")
-                columns[part].append(text)
-            if answer == "number" and final_number(exchange.response) is None:
-                raise PartialLoraError(
-                    f"{sources.place(name, split, row)}: its response has no number (task.answer=number)"
-                )
-        found[split] = Dataset.from_dict(columns, features=EXCHANGE_FEATURES, split=rows.split)
-    return found
+    number = numbers[0 if mark else -1]
+    size = Decimal(number["digits"].replace(",", ""))
+    return -size if (number["sign"] or number["inner"] or "+") in "-−" else size

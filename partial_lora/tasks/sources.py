@@ -1,4 +1,4 @@
-"""Where the rows of a task are read from: the user's files, an installed package or the hub."""
+"""Rows of a task, out of the user's files and folders, an installed package or the hub; their columns and labels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -24,40 +22,140 @@ from sklearn.datasets import load_digits
 
 from partial_lora.errors import PartialLoraError
 
-# --- Folders of images with one sub-folder a class.
+FILES = "files"  # the path of a task that is nothing but the user's files
+Label = str | int | float | bool
 
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-_FEW = 10  # folders that a message lists
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}  # by their names
+_TIMEOUT = 10.0  # seconds that the hub may take to answer at all
+_MOST_LISTED = 20  # names in a message
 
 
-def splits(key: str, folder: Path) -> dict[str, Dataset]:
-    """The images of one folder: of its sub-folders train, test and validation (or val), or all of them as train.
+def read(
+    name: str,
+    path: str,
+    subset: str | None,
+    revision: str | None,
+    data_files: Mapping[str, str] | str | None,
+    text_columns: Sequence[str],
+    label_column: str | None,
+    regression: bool | None,
+) -> Mapping[str, Dataset]:
+    """Read the rows of a task by split, as the source has them; files stand in for any other source."""
+    if data_files:
+        return read_files(data_files, text_columns, label_column, regression)
+    if path == FILES:
+        raise PartialLoraError(
+            f"task={name} reads files of yours: set task.data_files={{train: PATH, test: PATH}}, or one PATH that a "
+            "test split is cut from"
+        )
+    return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
 
-    key: of the setting that names the folder, for messages. Raises PartialLoraError for splits without train, which
-    would pass for classes, and for two that are both validation.
+
+def digits() -> Dataset:
+    """Return scikit-learn's digits: 1,797 grey images (8 x 8), the 17 grey levels stretched to 0..255."""
+    bunch = load_digits()
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    data = {"image": list(pixels), "label": bunch.target.tolist()}
+    return Dataset.from_dict(data, features=features, split=NamedSplit("train"))
+
+
+def first_line(error: BaseException) -> str:
+    """Return an exception in one line: its kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+# --- The hub, at a fixed revision.
+
+
+def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> Mapping[str, Dataset]:
+    """Read every split of a data set; what the hub's own cache holds is not downloaded again.
+
+    Args:
+        path: a repository of the hub, or a local folder laid out like one.
+        subset: the part of it that is read, where it has several.
+
+    Raises PartialLoraError, without any wait for a hub that cannot be reached, and names tasks that need no hub.
     """
-    there = sorted(part.name for part in folder.iterdir() if part.is_dir())
-    named = [name for name in there if name in _SPLITS]
-    if "train" not in named:
-        others = [name for name in there if name.lower() in _SPLITS]
-        if others:
-            listed = ", ".join(there[:_FEW]) + (", …" if len(there) > _FEW else "")
+    *owner, repository = path.split("/")
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
+    try:
+        if not Path(path).is_dir() and not cached.is_dir():  # else the library would try to connect for half a minute
+            HfApi().dataset_info(path, revision=revision, timeout=_TIMEOUT)
+        return datasets.load_dataset(path, subset, revision=revision)
+    except (OSError, HTTPError, HFValidationError) as error:
+        missing = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+        reason = "no such data set or revision there, or no access to it" if missing else first_line(error)
+        raise PartialLoraError(
+            f"task={name}: cannot fetch {path} from the model hub ({reason}); without one use the offline default "
+            "model=vit_s14 task=digits, or task.data_files={train: FILE.parquet, test: FILE.parquet}"
+        ) from error
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = first_line(error.__cause__ or error)
+        raise PartialLoraError(f"task={name}: cannot read {path} (task.subset={subset}): {cause}") from error
+
+
+# --- The user's own files: tables, and folders of images.
+
+
+def read_files(
+    data_files: Mapping[str, str] | str,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    regression: bool | None = None,
+) -> dict[str, Dataset]:
+    """Read the rows by split of {train: PATH, test: PATH}, or of one PATH: all of them, or a folder with one a split.
+
+    Args:
+        data_files: a PATH is a parquet, csv, tsv, json or jsonl file, or a folder with one sub-folder a class.
+        text_columns: columns that hold texts, whatever they look like in a csv file.
+        label_column, regression: the column of a csv file that has labels, if not `label`, and whether they are real
+            numbers, for `parse_labels`.
+
+    Raises PartialLoraError that names the file which is missing, empty or of another format than its name says.
+    """
+    table = (text_columns, label_column or "label", regression)
+    if not isinstance(data_files, Mapping):
+        path, key = Path(data_files), "task.data_files"
+        return _split_folders(key, path) if path.is_dir() else {"train": _read_table(key, path, "train", *table)}
+    rows = {}
+    for split, file in data_files.items():
+        key, path = f"task.data_files.{split}", Path(file)
+        rows[split] = _image_folder(key, path, split) if path.is_dir() else _read_table(key, path, split, *table)
+    return rows
+
+
+def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | None:
+    """Return the user's file or folder that a split is read from; None for rows that are none of the user's."""
+    path = data_files.get(split) if isinstance(data_files, Mapping) else data_files
+    return Path(path) if path else None
+
+
+def _split_folders(key: str, folder: Path) -> dict[str, Dataset]:
+    """Read images of a folder: of its sub-folders train, test and validation (or val), or of all as train."""
+    names = sorted(part.name for part in folder.iterdir() if part.is_dir())
+    splits = [name for name in names if name in _FOLDERS]
+    if "train" not in splits:
+        similar = [name for name in names if name.lower() in _FOLDERS]
+        if similar:  # which would pass for classes
             raise PartialLoraError(
-                f"{key}={folder}: it has a folder {others[0]} but none called train, only {listed}; call the one to "
-                "train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
+                f"{key}={folder}: it has a folder {similar[0]} but none called train, only {_listed(names)}; call the "
+                "one to train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
             )
-        return {"train": classes(key, folder, "train")}
-    if {"val", "validation"} <= set(named):
+        return {"train": _image_folder(key, folder, "train")}
+    if {"val", "validation"} <= set(splits):
         raise PartialLoraError(f"{key}={folder}: it has the folders val and validation, expected one of them")
-    return {_SPLITS[name]: classes(key, folder / name, _SPLITS[name]) for name in named}
+    return {_FOLDERS[name]: _image_folder(key, folder / name, _FOLDERS[name]) for name in splits}
 
 
-def classes(key: str, folder: Path, split: str) -> Dataset:
-    """Every image in a sub-folder, at any depth, with the sub-folder's name as its label; in the order of names.
+def _image_folder(key: str, folder: Path, split: str) -> Dataset:
+    """Read every image in a sub-folder, at any depth, with the sub-folder's name as its label; in the order of names.
 
-    Hidden files, and files whose name does not end as an image's does, are left out. Raises PartialLoraError for a
-    folder without such images.
+    Hidden files, and files whose name does not end as an image's does, are left out.
     """
+    # Not by datasets' imagefolder: it takes a class called test for a split, and labels by the innermost folder.
     suffixes = PIL.Image.registered_extensions()
     images, labels = [], []
     for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
@@ -71,89 +169,112 @@ def classes(key: str, folder: Path, split: str) -> Dataset:
     return Dataset.from_dict({"image": images, "label": labels}, features=features, split=NamedSplit(split))
 
 
-# --- Rows of a data set on the hub, at a fixed revision.
-
-_SECONDS = 10.0  # that the hub may take to answer at all
-
-
-def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
-    """Every split of a data set; what the hub's own cache holds is not downloaded again.
-
-    Args:
-        path: a repository of the hub, or a local folder laid out like one.
-        subset: the part of it that is read, where it has several.
-
-    Raises PartialLoraError, without any wait for a hub that cannot be reached, with what needs no hub.
-    """
-    if not Path(path).is_dir() and not _cached(path):
-        _reach(name, path, revision)
+def _read_table(
+    key: str, file: Path, split: str, text_columns: Sequence[str], label_column: str, regression: bool | None
+) -> Dataset:
+    """Read one file; several read together would all get the label names of the first."""
+    suffix = file.suffix.lower()
+    if not file.exists():
+        raise PartialLoraError(f"{key}={file}: no such file")
+    if file.stat().st_size == 0:
+        raise PartialLoraError(f"{key}={file}: the file is empty")
     try:
-        return datasets.load_dataset(path, subset, revision=revision)
-    except (OSError, HTTPError) as error:
-        raise _unreachable(name, path, first_line(error)) from error
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = first_line(error.__cause__ or error)
-        raise PartialLoraError(f"task={name}: cannot read {path} (task.subset={subset}): {cause}") from error
-
-
-def _reach(name: str, path: str, revision: str | None) -> None:
-    """Ask the hub once whether it has a data set; the library would ask for half a minute."""
-    try:
-        HfApi().dataset_info(path, revision=revision, timeout=_SECONDS)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason = "no such data set or revision there, or no access to it"
-        raise _unreachable(name, path, reason) from error
-    except (OSError, HTTPError, HFValidationError) as error:
-        raise _unreachable(name, path, first_line(error)) from error
-
-
-def _cached(path: str) -> bool:
-    """Whether an earlier run left the data set in the library's cache, so that it may do without the hub."""
-    *owner, repository = path.split("/")
-    folder = "___".join([*owner, camelcase_to_snakecase(repository)])
-    return (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
-
-
-def _unreachable(name: str, path: str, reason: str) -> PartialLoraError:
-    return PartialLoraError(
-        f"task={name}: cannot fetch {path} from the model hub ({reason}); without one use the offline default "
-        "model=vit_s14 task=digits, or task.data_files={train: FILE.parquet, test: FILE.parquet}"
+        if suffix in _SEPARATORS:
+            frame = _delimited(file, _SEPARATORS[suffix], text_columns, label_column, regression)
+            return Dataset.from_pandas(frame, preserve_index=False, split=NamedSplit(split))
+        if suffix in (".json", ".jsonl"):
+            return Dataset(_objects(file), split=NamedSplit(split))
+        if suffix in (".parquet", ".pq"):
+            return Dataset.from_parquet(str(file), split=NamedSplit(split))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
+        generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = first_line(error.__cause__ if generated and error.__cause__ else error)
+        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # the home, perhaps
+            raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
+        kind = "parquet" if suffix == ".pq" else suffix[1:]
+        raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
+    raise PartialLoraError(
+        f"{key}={file}: expected a parquet, csv, tsv, json or jsonl file, by the end of its name, or a folder of images"
     )
 
 
-def first_line(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def _delimited(
+    file: Path, separator: str, text_columns: Sequence[str], label_column: str, regression: bool | None
+) -> pd.DataFrame:
+    """Read a csv or tsv file with a header. An empty cell has no value; "NA", "None" and "nan" are words."""
+    # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
+    frame = pd.read_csv(
+        file,
+        sep=separator,
+        dtype=dict.fromkeys([*text_columns, label_column], "str"),
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
+        encoding="utf-8-sig",
+    )
+    if label_column in frame.columns and label_column not in text_columns:
+        cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
+        frame[label_column] = pd.Series(parse_labels(cells, regression), dtype=object)
+    return frame
 
 
-# --- Labels of a csv file, where everything is a text: which of them are numbers.
+def _objects(file: Path) -> pa.Table:
+    """Read a json file that is one list of objects, or a file with one object a line."""
+    # Not by datasets' json builder: texts that look like dates become dates, and it accepts columns of mixed types.
+    text = file.read_text(encoding="utf-8-sig")
+
+    def parse(part: str) -> object:
+        return json.loads(part, parse_constant=lambda _: None)  # NaN is no value
+
+    if text.lstrip().startswith("["):
+        rows = parse(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [parse(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON object") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not every row is an object with named columns")
+    columns = {}
+    for name in dict.fromkeys(column for row in rows for column in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except pa.ArrowException as error:
+            raise ValueError(f"column {name} has values of several types") from error
+    return pa.table(columns)
+
+
+# --- Labels of a csv file, where everything is a text. Not by types that pandas or pyarrow infer: to them 007 and 7, or
+# 1 and 1.0, are one number.
 
 _TRUTHS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
-_PLAIN = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?", re.ASCII)  # what a number is written like that is read back as it was
+_PLAIN = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?", re.ASCII)  # a number that is written back as it was read
 _CODE = re.compile(r"[+-]?0\d", re.ASCII)  # 007
 _UNKNOWN = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)  # among numbers: a missing one; among words: a word
 _WHOLE, _FLOAT = 2**63, 2**53  # from here on, whole numbers do not fit a column, and floats are no longer exact
 
 
-def labels(cells: Sequence[str | None], regression: bool | None) -> list[str | bool | int | float | None]:
-    """What the texts of a column stand for: all true or false, all numbers, or all words, as they are written.
+def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[Label | None]:
+    """Convert the texts of a column, None for an empty cell: all to truths, or all to numbers, or none.
 
-    Numbers where nothing is lost by it: no code has a leading zero, and no two texts of a class are the same number.
-    Fractions may be written as they like (0.5 and 0.50), since they are no classes; so may all numbers where
-    `regression` says that they are real. None is a cell without anything in it, and stays.
+    To numbers where nothing is lost by it: no code has a leading zero, and no two texts of a class are the same number.
+    Fractions may be written in any way (0.5 and 0.50), since they are no classes; so may all numbers where `regression`
+    says that they are real.
     """
     texts = {cell: cell.strip() for cell in cells if cell is not None}
     if texts and texts.keys() <= _TRUTHS.keys():
         return [_TRUTHS.get(cell) for cell in cells]
-    numbers = _numbers(set(texts.values()))
+    numbers = _parse_numbers(set(texts.values()))
     if not numbers or not (regression or _lossless(numbers, regression)):
         return list(cells)
     return [None if cell is None else numbers[texts[cell]] for cell in cells]
 
 
-def _numbers(texts: set[str]) -> dict[str, int | float]:
-    """The numbers that texts are written as, all whole or all floats; none where one is a word, or all are unknown."""
+def _parse_numbers(texts: set[str]) -> dict[str, int | float]:
+    """Convert texts to numbers, all whole or all floats; {} where one is a word, or all are unknown."""
     if not all(_NUMBER.fullmatch(text) or _UNKNOWN.fullmatch(text) for text in texts):
         return {}
     if all(_UNKNOWN.fullmatch(text) for text in texts):
@@ -165,7 +286,7 @@ def _numbers(texts: set[str]) -> dict[str, int | float]:
     return whole if all(abs(number) < _WHOLE for number in whole.values()) else {text: float(text) for text in texts}
 
 
-def _lossless(numbers: dict[str, int | float], regression: bool | None) -> bool:
+def _lossless(numbers: Mapping[str, int | float], regression: bool | None) -> bool:
     known = {text: number for text, number in numbers.items() if not _UNKNOWN.fullmatch(text)}
     if any(_CODE.match(text) for text in known):
         return False
@@ -175,168 +296,10 @@ def _lossless(numbers: dict[str, int | float], regression: bool | None) -> bool:
     return exact and all(map(_PLAIN.fullmatch, known)) and len(set(known.values())) == len(known)
 
 
-# --- Rows of the user's own files: tables, and folders of images.
-
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_KINDS = "parquet, csv, tsv, json or jsonl"
+# --- The columns of a task: inputs and labels, by name or by type.
 
 
-def read_files(
-    data_files: Mapping[str, str] | str,
-    text_columns: Sequence[str] = (),
-    label_column: str | None = None,
-    regression: bool | None = None,
-) -> dict[str, Dataset]:
-    """The rows by split of {train: PATH, test: PATH}, or of one PATH: all of them, or a folder with one a split.
-
-    Args:
-        data_files: a PATH is a parquet, csv, tsv, json or jsonl file, or a folder with one sub-folder a class.
-        text_columns: columns that hold texts, whatever they look like in a csv file.
-        label_column, regression: which column of a csv file has labels, if not `label`, and whether they are real
-            numbers: what they decide is in `written.labels`.
-
-    Raises PartialLoraError that names the file which is missing, empty or something else than its name says.
-    """
-    delimited = partial(
-        _delimited, text_columns=text_columns, label_column=label_column or "label", regression=regression
-    )
-    if not isinstance(data_files, Mapping):
-        path = Path(data_files)
-        if path.is_dir():
-            return splits("task.data_files", path)
-        return {"train": _table("task.data_files", path, "train", delimited)}
-    found = {}
-    for split, file in data_files.items():
-        key, path = f"task.data_files.{split}", Path(file)
-        found[split] = classes(key, path, split) if path.is_dir() else _table(key, path, split, delimited)
-    return found
-
-
-def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | None:
-    """The user's file or folder that a split is read from. None for rows that are none of the user's."""
-    path = data_files.get(split) if isinstance(data_files, Mapping) else data_files
-    return Path(path) if path else None
-
-
-def _table(key: str, file: Path, split: str, delimited: Callable[[Path, str, str], Dataset]) -> Dataset:
-    """The rows of one file; read together, files of one data set would all get the label names of the first."""
-    suffix = file.suffix.lower()
-    if not file.exists():
-        raise PartialLoraError(f"{key}={file}: no such file")
-    if file.stat().st_size == 0:
-        raise PartialLoraError(f"{key}={file}: the file is empty")
-    try:
-        if suffix in _SEPARATORS:
-            return delimited(file, _SEPARATORS[suffix], split)
-        if suffix in (".json", ".jsonl"):
-            return _objects(file, split)
-        if suffix in (".parquet", ".pq"):
-            return Dataset.from_parquet(str(file), split=NamedSplit(split))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
-        generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = first_line(error.__cause__ if generated and error.__cause__ else error)
-        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # the home, perhaps
-            raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
-        kind = "parquet" if suffix == ".pq" else suffix[1:]
-        raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
-    raise PartialLoraError(f"{key}={file}: expected a {_KINDS} file, by the end of its name, or a folder of images")
-
-
-def _delimited(
-    file: Path,
-    separator: str,
-    split: str,
-    *,
-    text_columns: Sequence[str],
-    label_column: str,
-    regression: bool | None,
-) -> Dataset:
-    """A csv or tsv file with a header. An empty cell has no value; "NA", "None" and "nan" are words like others."""
-    dtypes = dict.fromkeys([*text_columns, label_column], "str")
-    frame = pd.read_csv(
-        file, sep=separator, dtype=dtypes, keep_default_na=False, na_values=[""], low_memory=False, encoding="utf-8-sig"
-    )
-    if label_column in frame.columns and label_column not in text_columns:
-        cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
-        frame[label_column] = pd.Series(labels(cells, regression), dtype=object)
-    return Dataset.from_pandas(frame, preserve_index=False, split=NamedSplit(split))
-
-
-def _objects(file: Path, split: str) -> Dataset:
-    """A json file that is one list of objects, or a file with one object a line."""
-    text = file.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        rows = _parsed(text)
-    else:
-        rows = [_object(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not every row is an object with named columns")
-    columns = {}
-    for name in dict.fromkeys(column for row in rows for column in row):
-        try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except pa.ArrowException as error:
-            raise ValueError(f"column {name} has values of several types") from error
-    return Dataset(pa.table(columns), split=NamedSplit(split))
-
-
-def _object(line: str, number: int) -> object:
-    try:
-        return _parsed(line)
-    except ValueError as error:
-        raise ValueError(f"line {number} is no JSON object") from error
-
-
-def _parsed(text: str) -> object:
-    return json.loads(text, parse_constant=lambda _: None)  # NaN is no value
-
-
-# --- Rows that an installed package brings along.
-
-
-def digits() -> Dataset:
-    """scikit-learn's digits: 1,797 grey images (8 x 8), the 17 grey levels stretched to 0..255."""
-    read = load_digits()
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    pixels = np.round(read.images * (255 / 16)).astype(np.uint8)
-    data = {"image": list(pixels), "label": read.target.tolist()}
-    return Dataset.from_dict(data, features=features, split=NamedSplit("train"))
-
-
-FILES = "files"  # the path of a task that is nothing but the user's files
-
-
-def read(
-    name: str,
-    path: str,
-    subset: str | None,
-    revision: str | None,
-    data_files: Mapping[str, str] | str | None,
-    text_columns: Sequence[str],
-    label_column: str | None,
-    regression: bool | None,
-) -> Mapping[str, Dataset]:
-    """The rows of a task by split, as the source has them; files stand in for any other source."""
-    if data_files:
-        return read_files(data_files, text_columns, label_column, regression)
-    if path == FILES:
-        raise PartialLoraError(
-            f"task={name} reads files of yours: set task.data_files={{train: PATH, test: PATH}}, or one PATH that a "
-            "test split is cut from"
-        )
-    if path == "bundled:digits":
-        return {"train": digits()}
-    return read_hub(name, path, subset, revision)
-
-
-# --- The columns of a task: which ones hold inputs and labels, and what of them is missing.
-
-_TEXTS = ("string", "large_string")
-_BYTES = ("binary", "large_binary")
-_NUMBERS = ("int", "uint", "float", "double", "bool")
-
-
-def chosen(
+def select_columns(
     rows: Dataset,
     name: str,
     split: str,
@@ -346,7 +309,7 @@ def chosen(
     label_column: str | None,
     file: Path | None,
 ) -> Dataset:
-    """The rows with their inputs and labels under the names every task has, and nothing else.
+    """Return the rows with their inputs and labels under the names every task has, and nothing else.
 
     file: the user's own that they are read from; paths of images in a table are relative to its folder.
 
@@ -360,51 +323,59 @@ def chosen(
         inputs = {"image": _image_column(rows, place, image_column, label)}
     rows = rows.select_columns([*inputs.values(), label])
     for column in inputs.values():
-        missing = _first_null(rows, column)
-        if missing is not None:
-            raise PartialLoraError(
-                f"task={name}: row {missing + 1} of the {split} split has no {modality} (column {column})"
-            )
+        cells = _arrow_column(rows, column)
+        if cells.null_count:
+            row = cells.is_null().to_pylist().index(True) + 1
+            raise PartialLoraError(f"{row_name(name, split, row)} has no {modality} (column {column})")
     renamed = {column: new for new, column in (inputs | {"label": label}).items() if column != new}
     rows = rows.rename_columns(renamed) if renamed else rows
-    folder = file.absolute().parent if file else None
-    return _pictures(rows, name, split, folder) if modality == "image" else _strings(rows)
+    if modality == "image":
+        return _with_images(rows, name, split, file.absolute().parent if file else None)
+    for column in inputs:
+        if rows.features[column].dtype != "string":  # Arrow has two types of texts
+            rows = rows.cast_column(column, Value("string"))
+    return rows
 
 
-def stored(rows: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as it is stored: images undecoded, missing values as nulls."""
+def row_name(name: str, split: str, row: int) -> str:
+    """Return the name of a row, counted from 1, with which a message about it begins."""
+    return f"task={name}: row {row} of the {split} split"
+
+
+def _arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
+    """Return a column as it is stored: images undecoded, missing values as nulls."""
     return rows.select_columns([column]).with_format("arrow")[:].column(column)
 
 
 def _label_column(rows: Dataset, place: str, column: str | None) -> str:
     if column is not None:
-        return _named(rows, place, "label_column", column, _is_label, "labels")
-    marked = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    if not marked and _is_label(rows.features.get("label")):
+        return _column_of_kind(rows, place, "label_column", column, _is_label, "labels")
+    classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    if not classes and _is_label(rows.features.get("label")):
         return "label"
-    return _only(rows, place, "label_column", marked, "labels")
+    return _only_column(rows, place, "label_column", classes, "labels")
 
 
 def _image_column(rows: Dataset, place: str, column: str | None, label: str) -> str:
     if column is not None:
-        return _named(rows, place, "image_column", column, _may_be_image, "images", label)
+        return _column_of_kind(rows, place, "image_column", column, _may_be_image, "images", label)
     others = {column: feature for column, feature in rows.features.items() if column != label}
     images = [column for column, feature in others.items() if isinstance(feature, Image)]
-    raw = [column for column, feature in others.items() if _is_stored_image(feature)]
+    stored = [column for column, feature in others.items() if _is_stored_image(feature)]
     paths = [column for column, feature in others.items() if _is_text(feature)]
-    return _only(rows, place, "image_column", images or raw or paths, "images")
+    return _only_column(rows, place, "image_column", images or stored or paths, "images")
 
 
 def _text_columns(rows: Dataset, place: str, columns: Sequence[str], label: str) -> list[str]:
     if len(set(columns)) < len(columns):
         raise PartialLoraError(f"task.text_columns={list(columns)}: expected different columns, or one alone")
     if columns:
-        return [_named(rows, place, "text_columns", column, _is_text, "texts", label) for column in columns]
+        return [_column_of_kind(rows, place, "text_columns", column, _is_text, "texts", label) for column in columns]
     texts = [column for column, feature in rows.features.items() if _is_text(feature) and column != label]
-    return [_only(rows, place, "text_columns", texts, "texts")]
+    return [_only_column(rows, place, "text_columns", texts, "texts")]
 
 
-def _named(
+def _column_of_kind(
     rows: Dataset,
     place: str,
     key: str,
@@ -413,136 +384,131 @@ def _named(
     kind: str,
     label: str | None = None,
 ) -> str:
-    """The column, where there is one of that name and kind which is not the one of the labels."""
+    """Return the column that the user named, which is of the right kind and not the one of the labels."""
     if column == label:
         raise PartialLoraError(
             f"task.{key}={column}: {place} has its labels there, expected a column of {kind}; its columns are "
-            f"{_there(rows)}"
+            f"{_types(rows)}"
         )
     if not fits(rows.features.get(column)):
         raise PartialLoraError(
-            f"task.{key}={column}: {place} has no such column of {kind}; its columns are {_there(rows)}"
+            f"task.{key}={column}: {place} has no such column of {kind}; its columns are {_types(rows)}"
         )
     return column
 
 
-def _only(rows: Dataset, place: str, key: str, columns: Sequence[str], kind: str) -> str:
+def _only_column(rows: Dataset, place: str, key: str, columns: Sequence[str], kind: str) -> str:
     if not columns:
         unnamed = ", none called label" if kind == "labels" and "label" not in rows.features else ""
         raise PartialLoraError(
-            f"task.{key}: {place} has no column of {kind}{unnamed}; name one of its columns, {_there(rows)}"
+            f"task.{key}: {place} has no column of {kind}{unnamed}; name one of its columns, {_types(rows)}"
         )
     if len(columns) > 1:
         raise PartialLoraError(
-            f"task.{key}: {place} has {len(columns)} columns of {kind}, name one; its columns are {_there(rows)}"
+            f"task.{key}: {place} has {len(columns)} columns of {kind}, name one; its columns are {_types(rows)}"
         )
     return columns[0]
 
 
-def _there(rows: Dataset) -> dict[str, str]:
+def _types(rows: Dataset) -> dict[str, str]:
     return {
         column: feature.dtype.removeprefix("large_") if isinstance(feature, Value) else type(feature).__name__
         for column, feature in rows.features.items()
     }
 
 
+def _is(feature: object, *types: Callable[[pa.DataType], bool]) -> bool:
+    return isinstance(feature, Value) and any(of_type(feature.pa_type) for of_type in types)
+
+
 def _is_text(feature: object) -> bool:
-    return isinstance(feature, Value) and feature.dtype in _TEXTS
+    return _is(feature, pa.types.is_string, pa.types.is_large_string)
 
 
 def _is_label(feature: object) -> bool:
-    plain = isinstance(feature, Value) and (feature.dtype in (*_TEXTS, "null") or feature.dtype.startswith(_NUMBERS))
-    return isinstance(feature, ClassLabel) or plain
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return isinstance(feature, ClassLabel) or _is_text(feature) or _is(feature, *numbers)
 
 
 def _is_stored_image(feature: object) -> bool:
-    """Whether a column holds files of images: as bytes, or as the library writes images that it knows nothing of."""
+    """Return True for files of images: as bytes, or as the library writes images without its own mark."""
     pair = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    return pair or (isinstance(feature, Value) and feature.dtype in _BYTES)
+    return pair or _is(feature, pa.types.is_binary, pa.types.is_large_binary)
 
 
 def _may_be_image(feature: object) -> bool:
     return isinstance(feature, Image) or _is_stored_image(feature) or _is_text(feature)
 
 
-def _first_null(rows: Dataset, column: str) -> int | None:
-    values = stored(rows, column)
-    return values.is_null().to_pylist().index(True) if values.null_count else None
-
-
-def _strings(rows: Dataset) -> Dataset:
-    """The rows with texts as one type, whichever of Arrow's two they came in."""
-    for column in ("text", "text_pair"):
-        if column in rows.features and rows.features[column].dtype != "string":
-            rows = rows.cast_column(column, Value("string"))
-    return rows
-
-
-def _pictures(rows: Dataset, name: str, split: str, folder: Path | None) -> Dataset:
-    """The rows with `image` as images, whether it held paths, bytes or images; paths are looked up from `folder`."""
-    if _is_text(rows.features["image"]) or _is_stored_image(rows.features["image"]):
+def _with_images(rows: Dataset, name: str, split: str, folder: Path | None) -> Dataset:
+    """Return the rows with `image` as images, out of paths, bytes or images; paths are relative to `folder`."""
+    if not isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image())
-    images = stored(rows, "image")
+    images = _arrow_column(rows, "image")
     if folder is None or not all(chunk.field("bytes").null_count == len(chunk) for chunk in images.chunks):
         return rows
     paths = [os.path.join(folder, image["path"] or "") for image in images.to_pylist()]
     for row, path in enumerate(paths, 1):
         if not os.path.isfile(path):
-            raise PartialLoraError(f"task={name}: row {row} of the {split} split: no such image file, {path}")
+            raise PartialLoraError(f"{row_name(name, split, row)}: no such image file, {path}")
     order = rows.column_names
     rows = rows.remove_columns("image").add_column("image", paths).cast_column("image", Image())
     return rows.select_columns(order)
 
 
-# --- Labels: the classes, found over the training rows, or real numbers.
-
-_FEW_LABELS = 20  # labels that a message lists
-
-Label = str | int | float | bool
+# --- Labels: classes, which the training rows decide, or real numbers.
 
 
-def read_labels(
+def encode_labels(
     splits: dict[str, Dataset], name: str, regression: bool | None
 ) -> tuple[tuple[str, ...], dict[str, Dataset]]:
-    """The names of the classes, and the rows of every split with `label` as their number; no names for real labels.
+    """Return the names of the classes, and the rows with `label` as a class's number; no names for real numbers.
 
     Labels that the source names stay as they are. Others become classes in their order, numbers as numbers, over the
     training rows; but where there are fractions they are real labels, and so are whole numbers, 1.0 as well as 1, where
     `regression` says so.
 
     Raises PartialLoraError that names the split, and the row or the label, for a row without one, for a label that no
-    training row has, and for labels that cannot be what was asked for.
+    training row has, and for labels that do not fit `regression`.
     """
     feature = splits["train"].features["label"]
     if isinstance(feature, ClassLabel):
         if regression:
             raise PartialLoraError(f"task.regression=true: the labels of {name} are classes, expected numbers")
-        return tuple(feature.names), {split: _marked(rows, feature, name, split) for split, rows in splits.items()}
-    values = {split: _plain(rows, name, split) for split, rows in splits.items()}
-    fractions = any(isinstance(label, float) and not label.is_integer() for label in values["train"])
+        return tuple(feature.names), {
+            split: _check_classes(rows, feature.names, name, split)
+            if isinstance(rows.features["label"], ClassLabel)
+            else _numbered(rows, _plain_labels(rows, name, split), feature.names, name, split)
+            for split, rows in splits.items()
+        }
+    labels = {split: _plain_labels(rows, name, split) for split, rows in splits.items()}
+    fractions = any(isinstance(label, float) and not label.is_integer() for label in labels["train"])
     if fractions if regression is None else regression:
-        return (), {split: _real(rows, values[split], name, split) for split, rows in splits.items()}
-    return _found(splits, values, name)
+        for split in splits:
+            for row, label in enumerate(labels[split], 1):
+                if isinstance(label, str | bool):
+                    raise PartialLoraError(
+                        f"{row_name(name, split, row)} has the label {label!r}, expected a number, since this is "
+                        "regression (task.regression)"
+                    )
+        return (), {split: rows.cast_column("label", Value("float32")) for split, rows in splits.items()}
+    names = tuple(label_name(label) for label in sorted(set(labels["train"])))
+    return names, {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
 
 
-def name_of(label: Label) -> str:
-    """A label as the name of a class: 3.0 is the class 3."""
+def label_name(label: Label) -> str:
+    """Return the name of a class: 3.0 is the class 3."""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _marked(rows: Dataset, feature: ClassLabel, name: str, split: str) -> Dataset:
-    """Rows whose source names their labels, the same ones as in the training rows, and has one for each row."""
-    if not isinstance(rows.features["label"], ClassLabel):
-        names = {label: number for number, label in enumerate(feature.names)}
-        return _numbered(rows, _plain(rows, name, split), names, name, split)
-    found = rows.features["label"].names
-    if found != feature.names:
+def _check_classes(rows: Dataset, names: Sequence[str], name: str, split: str) -> Dataset:
+    """Return rows whose source names their labels; raises unless these are the training rows', one for each row."""
+    if rows.features["label"].names != names:
         raise PartialLoraError(
-            f"task={name}: the {split} split has the labels {found}, expected those of the training rows, "
-            f"{feature.names}"
+            f"task={name}: the {split} split has the labels {rows.features['label'].names}, expected those of the "
+            f"training rows, {names}"
         )
-    numbers = stored(rows, "label").to_numpy()
-    unlabelled = np.flatnonzero(~(numbers >= 0))  # the hub's -1, or nothing at all
+    unlabelled = np.flatnonzero(~(_arrow_column(rows, "label").to_numpy() >= 0))  # the hub's -1, or nothing at all
     if len(unlabelled):
         raise PartialLoraError(
             f"task={name}: {len(unlabelled)} rows of the {split} split have no label, the first is row "
@@ -551,94 +517,27 @@ def _marked(rows: Dataset, feature: ClassLabel, name: str, split: str) -> Datase
     return rows
 
 
-def _plain(rows: Dataset, name: str, split: str) -> list[Label]:
-    """Labels as they are written; none may be missing."""
-    labels = stored(rows, "label").to_pylist()
+def _plain_labels(rows: Dataset, name: str, split: str) -> list[Label]:
+    """Return the labels as they are written; raises where one is missing."""
+    labels = _arrow_column(rows, "label").to_pylist()
     for row, label in enumerate(labels, 1):
         if label is None or (isinstance(label, float) and not math.isfinite(label)):
-            raise PartialLoraError(f"task={name}: row {row} of the {split} split has no label, it is {label}")
+            raise PartialLoraError(f"{row_name(name, split, row)} has no label, it is {label}")
     return labels
 
 
-def _real(rows: Dataset, labels: Sequence[Label], name: str, split: str) -> Dataset:
-    wrong = next(((row, label) for row, label in enumerate(labels, 1) if isinstance(label, str | bool)), None)
-    if wrong is not None:
-        raise PartialLoraError(
-            f"task={name}: row {wrong[0]} of the {split} split has the label {wrong[1]!r}, expected a number, since "
-            "this is regression (task.regression)"
-        )
-    return rows.cast_column("label", Value("float32"))
-
-
-def _found(
-    splits: dict[str, Dataset], values: dict[str, list[Label]], name: str
-) -> tuple[tuple[str, ...], dict[str, Dataset]]:
-    names = tuple(name_of(label) for label in sorted(set(values["train"])))
+def _numbered(rows: Dataset, labels: Sequence[Label], names: Sequence[str], name: str, split: str) -> Dataset:
+    """Return the rows with the place of each label's name among those of the training rows."""
     numbers = {label: number for number, label in enumerate(names)}
-    return names, {split: _numbered(rows, values[split], numbers, name, split) for split, rows in splits.items()}
-
-
-def _numbered(rows: Dataset, labels: Sequence[Label], numbers: dict[str, int], name: str, split: str) -> Dataset:
-    """The rows with the numbers of their labels' names."""
-    found = []
     for row, label in enumerate(labels, 1):
-        number = numbers.get(name_of(label))
-        if number is None:
-            listed = ", ".join(list(numbers)[:_FEW_LABELS]) + (", …" if len(numbers) > _FEW_LABELS else "")
+        if label_name(label) not in numbers:
             raise PartialLoraError(
-                f"task={name}: row {row} of the {split} split has the label {name_of(label)}, which no training row "
-                f"has; those there are: {listed}"
+                f"{row_name(name, split, row)} has the label {label_name(label)}, which no training row has; those "
+                f"there are: {_listed(list(numbers))}"
             )
-        found.append(number)
-    return rows.remove_columns("label").add_column("label", found, feature=ClassLabel(names=list(numbers)))
+    column = [numbers[label_name(label)] for label in labels]
+    return rows.remove_columns("label").add_column("label", column, feature=ClassLabel(names=list(numbers)))
 
 
-# --- Rows read one by one, so that what is wrong with one of them can be named.
-
-Read = TypeVar("Read")
-
-
-def place(name: str, split: str, row: int) -> str:
-    """A row in words, counted from 1: how a message about it begins."""
-    return f"task={name}: row {row} of the {split} split"
-
-
-def read_given(
-    rows: Dataset, name: str, split: str, read_one: Callable[[Mapping[str, Any]], Read], known: str
-) -> Iterator[tuple[int, Read]]:
-    """What `read_one` makes of every row, and the row's number; `read_one` is given the columns that have a value.
-
-    known: how a message calls what `read_one` reads. Raises PartialLoraError for a column that it looked up in vain.
-    """
-    for number, row in enumerate(rows, 1):
-        try:
-            yield number, read_one({column: value for column, value in row.items() if value is not None})
-        except KeyError as error:
-            column = error.args[0]
-            if column in rows.column_names:
-                raise PartialLoraError(f"{place(name, split, number)} has no value in its column {column}") from None
-            raise PartialLoraError(
-                f"task={name}: {known} reads a column {column}; the columns of the {split} split are "
-                f"{', '.join(rows.column_names)}"
-            ) from None
-
-
-def named(rows: Dataset, name: str, key: str, columns: Sequence[str]) -> None:
-    """Raise PartialLoraError unless the setting `key` names columns, all of which are there."""
-    there = ", ".join(rows.column_names)
-    if not columns:
-        raise PartialLoraError(f"task.{key}: {name} needs it, set it to some of the columns {there}")
-    for column in columns:
-        if column not in rows.column_names:
-            raise PartialLoraError(f"task.{key}={column}: {name} has no such column; its columns are {there}")
-
-
-def text_of(value: object) -> str:
-    """A cell as text, without space around it; 3.0 is 3, and what has no value is nothing."""
-    return "" if value is None else name_of(value).strip()
-
-
-def joined(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """The texts of several columns, a line each, without those that are empty."""
-    texts = [name_of(row[column]) for column in columns if text_of(row.get(column))]
-    return "\n".join(texts)
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")

@@ -155,15 +155,15 @@ def load(
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
     names: tuple[str, ...] = ()
     if kind == "choice":
-        found = questions.read_choices(found, name, format, prompt_columns, option_columns, answer_column)
+        found = questions.format_choices(found, name, format, prompt_columns, option_columns, answer_column)
     elif kind == "generation":
-        found = questions.read_exchanges(found, name, format, prompt_columns, response_column, answer)
+        found = questions.format_completions(found, name, format, prompt_columns, response_column, answer)
     else:
         for split, place in places.items():
             file = sources.file_of(data_files, place)
             by_name = (image_column, text_columns, label_column)
-            found[split] = sources.chosen(found[split], name, split, modality, *by_name, file)
-        names, found = sources.read_labels(found, name, regression)
+            found[split] = sources.select_columns(found[split], name, split, modality, *by_name, file)
+        names, found = sources.encode_labels(found, name, regression)
     whole, least, taken = found["train"], len(SPLITS) - len(found) + 1, []
     if "test" not in found:
         found["train"], found["test"] = splits.cut(whole, _TEST_SHARE, split_seed, name, least=least)

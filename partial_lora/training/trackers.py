@@ -20,7 +20,7 @@ from typing import Protocol
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from partial_lora.files import alone, flatten, redacted, write_json
+from partial_lora.files import flatten, one_writer, redacted, write_json
 from partial_lora.runs.directory import TRACKERS as KNOWN
 
 PROJECT = "partial-lora"  # an experiment, as MLflow says
@@ -105,7 +105,8 @@ class MLflow:
         self._client = MlflowClient(uri or run.store.as_uri())
         self.known = run.known
         if self.known is None or not self._goes_on():
-            with nullcontext() if uri else alone(run.store / "experiments", "add to"):  # which two at once would both
+            # Two runs at once would both make the experiment.
+            with nullcontext() if uri else one_writer(run.store / "experiments", "add to"):
                 experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
             self.known = self._client.create_run(experiment, run_name=run.name).info.run_id
             self._log_parameters(run.parameters)

@@ -97,9 +97,7 @@ class ResumingTrainer(Trainer):
             self.state.save_to_json(str(building / checkpoints.STATE))
             masks = checkpoints.shape_of(self.model)
             checkpoints.Progress(losses, self.seconds, self._versions, masks).save(building)
-            if final.exists():  # of an attempt that went on from an earlier one; it goes once this one is there
-                final.rename(self._place / "replaced")
-            seal(building, final)
+            seal(building, final)  # in the place of one of an attempt that went on from an earlier one
             checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
         self.accelerator.wait_for_everyone()
 

@@ -15,6 +15,7 @@ from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import bisect, digest_of, line, passes, passes_at_most, scan, threshold_of
+from partial_lora.masks import AXES
 
 BLOCKS = "vit.blocks"
 
@@ -22,7 +23,6 @@ TARGETS = ["attn.qkv", "mlp.fc2"]
 NAMES = [f"vit.blocks.{block}.{target}" for block in range(3) for target in TARGETS]
 LEVELS = [0.2, 0.4, 0.6, 0.8]
 GRID = {"target_modules": TARGETS, "levels": 0.2, "max_sparsity": 0.8}
-AXES = ("rows", "columns")
 
 
 class Twin:

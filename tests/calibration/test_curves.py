@@ -7,7 +7,7 @@ import torch
 from scored_models import TARGETS, Counted
 
 from partial_lora import calibrate
-from partial_lora.calibration.score import FewShotAccuracy
+from partial_lora.calibration.score import FewShotScore
 
 BLOCKS = "vit.blocks"
 
@@ -57,7 +57,7 @@ def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_
 
 def test_another_threshold_evaluates_only_what_is_undecided(model, batches, tmp_path):
     def fresh():
-        return FewShotAccuracy(model, batches, BLOCKS)
+        return FewShotScore(model, batches, blocks=BLOCKS)
 
     alone = {at: calibrate(model, fresh(), target_modules=TARGETS, threshold=at) for at in (0.75, 0.9)}
     store = tmp_path / "curves.json"
@@ -94,7 +94,7 @@ def test_a_broken_store_is_named_and_made_again(model, batches, score, tmp_path,
     store = tmp_path / "curves.json"
     first = calibrate(model, score, target_modules=TARGETS, store=store)
     store.write_text(spoil(store.read_text()))
-    again = calibrate(model, FewShotAccuracy(model, batches, BLOCKS), target_modules=TARGETS, store=store)
+    again = calibrate(model, FewShotScore(model, batches, blocks=BLOCKS), target_modules=TARGETS, store=store)
     assert str(store) in caplog.text
     assert not again.cached
     assert (again.sparsity, again.evaluations) == (first.sparsity, first.evaluations)

@@ -11,7 +11,7 @@ import torch.distributed
 from scored_models import Counted, Named, scored_draw, tiny_vit
 
 from partial_lora import PartialLoraError, calibrate
-from partial_lora.calibration.score import FewShotAccuracy
+from partial_lora.calibration.score import FewShotScore
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
 VARIANTS = {
@@ -68,7 +68,7 @@ def model_and_batches():
 
 def alone(variant, **more):
     model, batches = model_and_batches()
-    return calibrate(model, FewShotAccuracy(model, batches, "vit.blocks"), **GRID, **VARIANTS[variant], **more)
+    return calibrate(model, FewShotScore(model, batches, blocks="vit.blocks"), **GRID, **VARIANTS[variant], **more)
 
 
 def every_variant(peers, folder):
@@ -76,7 +76,7 @@ def every_variant(peers, folder):
     found = {}
     for variant, kind in VARIANTS.items():
         model, batches = model_and_batches()
-        score, told = FewShotAccuracy(model, batches, "vit.blocks"), []
+        score, told = FewShotScore(model, batches, blocks="vit.blocks"), []
         listen = {"progress": lambda *count, told=told, **what: told.append((*count, what))}
         store = folder / f"{variant}.json" if peers.rank == 0 else folder / "other" / f"{variant}.json"
         result = calibrate(model, score, peers=peers, store=store, **GRID, **kind, **listen)

@@ -180,12 +180,3 @@ def test_training_that_diverges_is_said_and_leaves_the_model_alone(perceptron, m
     with pytest.raises(PartialLoraError, match=r"first diverged; lower importance\.learning_rate"):
         imp(perceptron, modules, steps=2, loss=lambda model, batch: model(batch["inputs"]).sum() * math.nan)
     assert torch.equal(perceptron.first.weight, before)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"rounds": 0}, {"fraction": 0.0}, {"fraction": 1.0}, {"steps": -1}, {"learning_rate": 0.0}]
-)
-def test_options_out_of_range_are_refused_by_name(wrong, perceptron, modules):
-    ((name, value),) = wrong.items()
-    with pytest.raises(PartialLoraError, match=f"importance.{name}={value}: expected"):
-        imp(perceptron, modules, **wrong)

@@ -291,8 +291,8 @@ def test_what_the_mask_of_an_encoder_says_is_not_said_of_the_decoder():
 def test_tokens_are_left_out_only_where_there_is_one_row_a_token():
     entering, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
     kept = entering[mask.bool()]
-    assert torch.equal(importance.counted(entering, mask), kept)
-    assert torch.equal(importance.counted(entering.flatten(0, 1), mask), kept)
-    assert torch.equal(importance.counted(entering, None), entering.flatten(0, 1))
-    assert torch.equal(importance.counted(entering[:, 0], mask), entering[:, 0])  # a pooled token
-    assert len(importance.counted(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens
+    assert torch.equal(importance.real_tokens(entering, mask), kept)
+    assert torch.equal(importance.real_tokens(entering.flatten(0, 1), mask), kept)
+    assert torch.equal(importance.real_tokens(entering, None), entering.flatten(0, 1))
+    assert torch.equal(importance.real_tokens(entering[:, 0], mask), entering[:, 0])  # a pooled token
+    assert len(importance.real_tokens(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens

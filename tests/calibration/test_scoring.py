@@ -6,7 +6,7 @@ import pytest
 import torch
 from scored_models import Altered, full_accuracy, linears
 
-from partial_lora.calibration.score import BoundedScore, FewShotAccuracy
+from partial_lora.calibration.score import BoundedScore, FewShotScore
 from partial_lora.errors import PartialLoraError
 
 BLOCKS = "vit.blocks"
@@ -18,7 +18,7 @@ def all_of_it(low, high):
 
 @pytest.mark.parametrize("order", ["as in the model", "backwards", "any"])
 def test_reuse_gives_what_a_full_pass_gives(model, batches, order):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     assert score(model) == full_accuracy(model, batches)
     names = linears(model)
     if order == "backwards":
@@ -38,7 +38,7 @@ def test_reuse_gives_what_a_full_pass_gives(model, batches, order):
 
 
 def test_the_logits_are_those_of_a_full_pass_bit_for_bit(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     for name in linears(model):
         with Altered(model, name), torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_logits_are_those_of_a_full_pass_bit_for_bit(model, batches):
 
 
 def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
-    score = FewShotAccuracy(model, batches)
+    score = FewShotScore(model, batches)
     score(model)
     rows = sum(len(batch["labels"]) for batch in batches)
     assert (score.evaluations.blocks, score.evaluations.sample_blocks) == (
@@ -59,7 +59,7 @@ def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
 
 
 def test_blocks_before_the_altered_one_do_not_run(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     ran = []
     for position, block in enumerate(model.vit.blocks):
@@ -76,7 +76,7 @@ def test_blocks_before_the_altered_one_do_not_run(model, batches):
 
 
 def test_it_stops_once_the_question_is_decided(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     baseline = score(model)
     for asked in (0.3, 0.6, baseline, 0.95):
         for name in linears(model):
@@ -95,7 +95,7 @@ def test_it_stops_once_the_question_is_decided(model, batches):
 
 
 def test_it_goes_on_where_it_stopped(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     name = "vit.blocks.1.attn.qkv"
     with Altered(model, name):
@@ -110,7 +110,7 @@ def test_it_goes_on_where_it_stopped(model, batches):
 
 
 def test_the_surest_come_first_and_what_is_wrong_anyway_last(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     assert [len(batch["labels"]) for batch in score._batches] == [len(batch["labels"]) for batch in batches]
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_model_comes_back_as_it_was(model, batches):
     model.train()
     model.vit.blocks[1].eval()
     flags = {name: module.training for name, module in model.named_modules()}
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
 
@@ -155,7 +155,7 @@ def test_a_forward_of_its_own_is_put_back(model, batches):
     own = block.forward
     block.forward = lambda x: own(x)  # what accelerate's hooks do
     replaced = block.forward
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
     for _ in range(2):
         score.bounds(model, "vit.blocks.1.mlp.fc1", all_of_it)
@@ -163,7 +163,7 @@ def test_a_forward_of_its_own_is_put_back(model, batches):
 
 
 def test_a_score_that_is_no_number_says_so(model, batches):
-    score = FewShotAccuracy(model, batches, BLOCKS)
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     with torch.no_grad():
         model.vit.blocks[1].mlp.fc1.weight[0, 0] = torch.inf
     assert not score.bounds(model, "vit.blocks.1.mlp.fc1", all_of_it)[0] >= 0
@@ -171,15 +171,15 @@ def test_a_score_that_is_no_number_says_so(model, batches):
 
 def test_bad_arguments_are_named(model, batches):
     with pytest.raises(PartialLoraError, match=r"model.blocks=vit.layers: no such module"):
-        FewShotAccuracy(model, batches, "vit.layers")
+        FewShotScore(model, batches, blocks="vit.layers")
     with pytest.raises(
         PartialLoraError, match=r"model.blocks=vit.head: expected a ModuleList or Sequential, found Linear"
     ):
-        FewShotAccuracy(model, batches, "vit.head")
+        FewShotScore(model, batches, blocks="vit.head")
     with pytest.raises(PartialLoraError, match="scored draw is empty"):
-        FewShotAccuracy(model, [])
+        FewShotScore(model, [])
 
 
 def test_only_a_score_with_bounds_is_a_bounded_score(model, batches):
-    assert isinstance(FewShotAccuracy(model, batches), BoundedScore)
+    assert isinstance(FewShotScore(model, batches), BoundedScore)
     assert not isinstance(lambda model: 1.0, BoundedScore)

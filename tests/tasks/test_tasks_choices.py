@@ -13,7 +13,7 @@ import pytest
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.questions import CHOICES, EXCHANGES
+from partial_lora.tasks.questions import CHOICES, COMPLETIONS
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 SOCIAL = {"answerA": "left", "answerB": "right", "answerC": "up", "label": "3"}
@@ -116,7 +116,7 @@ def test_a_solution_in_words_keeps_its_last_line(tmp_path: Path) -> None:
     task = load(tmp_path, rows, kind="generation", format="gsm8k", answer="number")
     assert task.test[0] == {"prompt": "Question: 1+1?\nAnswer:", "response": "It is <<1+1=2>>2.\n#### 2"}
     assert (task.kind, task.labels, task.metrics) == ("generation", (), ("exact_match", "perplexity"))
-    assert set(EXCHANGES) == {"gsm8k"}
+    assert set(COMPLETIONS) == {"gsm8k"}
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv"])

@@ -169,7 +169,7 @@ def test_a_hub_that_is_not_there_is_said_at_once(monkeypatch, tmp_path: Path) ->
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", retried)
-    monkeypatch.setattr("partial_lora.tasks.hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("partial_lora.tasks.sources.HfApi.dataset_info", unreachable)
     with pytest.raises(PartialLoraError, match=r"task=sst2: cannot fetch nyu-mll/glue .*no route to host.*task=digits"):
         load(settings("sst2"))
     (tmp_path / "nyu-mll___glue").mkdir()
