@@ -7,13 +7,15 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redact_output
 from partial_lora.runs import launch
-from partial_lora.runs.compose import USAGE_ERROR, compose
+from partial_lora.runs.compose import USAGE_ERROR, Plan, compose
+from partial_lora.runs.schema import Config
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -24,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         if arguments and arguments[0] in ("train", "calibrate", "info"):
-            stage = None if arguments[0] == "info" else arguments[0]  # Hydra's grammar, not argparse's:
-            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], stage=stage)
+            sweep = None if arguments[0] == "info" else partial(_sweep, arguments[0])
+            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], sweep=sweep)  # Hydra's grammar
         if arguments and arguments[0] in ("evaluate", "predict", "report"):  # each has a parser of its own
             return getattr(import_module(f"partial_lora.{arguments[0]}_command"), arguments[0])(arguments[1:])
         return _parsed(arguments)
@@ -119,22 +121,27 @@ def _leave(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _train(settings: dict) -> int:
-    return launch.code(launch.run(settings, "train"))
+def _train(config: Config) -> int:
+    return launch.code(launch.run(config, "train"))
 
 
-def _calibrate(settings: dict) -> int:
-    return launch.code(launch.run(settings, "calibrate"))
+def _calibrate(config: Config) -> int:
+    return launch.code(launch.run(config, "calibrate"))
 
 
-def _info(settings: dict) -> int:
+def _sweep(stage: str, plan: Plan, hydra: Callable) -> int:
+    from partial_lora.runs.sweep import sweep
+
+    return sweep(plan, stage, hydra)
+
+
+def _info(config: Config) -> int:
     from rich.console import Console
 
     from partial_lora.runs.info import outline
     from partial_lora.training import cost
-    from partial_lora.training.config import TrainerConfig
 
-    found = outline(settings)
+    found = outline(config)
     console = Console()
     console.print(cost.table(found.counts, found.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}.get(
@@ -142,10 +149,10 @@ def _info(settings: dict) -> int:
     )
     said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
     if found.memory:
-        sequences, length = TrainerConfig(**settings["trainer"]).local_batch_size, settings["model"]["max_length"]
+        sequences, length = config.trainer.local_batch_size, config.model.max_length
         said += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
     console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 
-_COMMANDS: dict[str, Callable[[dict], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}
+_COMMANDS: dict[str, Callable[[Config], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}

@@ -15,6 +15,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, schema
 from partial_lora.runs.compose import composition_error, refuse_group_lists
 from partial_lora.runs.finished import asked_task, finished_run
+from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.training.config import TrainerConfig
 
 if TYPE_CHECKING:
     from partial_lora.runs.evaluate import Evaluation
@@ -35,7 +37,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise PartialLoraError(
             f"--member {known.member}: the run's model has no heads, so that another task is asked without it"
         )
-    asked = composed(known.settings, parsed.overrides)
+    task, trainer = composed(known.config, parsed.overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -44,11 +46,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     with _evaluate_bar() as advance:
         done = evaluate_run(
             run,
-            task=asked["task"],
+            task=task,
             member=parsed.member,
             split=parsed.split,
-            device=asked["trainer"]["device"],
-            batch_size=asked["trainer"]["eval_batch_size"],
+            device=trainer.device,
+            batch_size=trainer.eval_batch_size,
             advance=advance,
         )
     if parsed.json:
@@ -58,8 +60,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
-    """The groups `task` and `trainer` of a finished run's settings, changed by Hydra overrides.
+def composed(run: Config, overrides: Sequence[str]) -> tuple[TaskConfig, TrainerConfig]:
+    """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
 
     `task=NAME` takes that group file in place of the run's own task. Raises PartialLoraError, in one line, for any
     other key, and as `config.resolve` does.
@@ -73,13 +75,13 @@ def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
 
     _refuse_others(overrides)
     refuse_group_lists(overrides)
-    trainer = {key: settings["trainer"][key] for key in _TRAINER}
+    trainer = {key: getattr(run.trainer, key) for key in _TRAINER}
     if trainer["device"] == "cuda":  # where it trained; here is perhaps none
         trainer["device"] = "auto"
     kept = {"trainer": trainer}
     if not _names_a_task(overrides):
-        files, overrides = _files(settings["task"]["data_files"], overrides)
-        kept["task"] = settings["task"] | {"data_files": files}
+        files, overrides = _files(run.task.data_files, overrides)
+        kept["task"] = config.plain(run.task) | {"data_files": files}
         _refuse_other_rows(overrides)
     ConfigStore.instance().store(name="schema", node=schema.Config)
     ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **kept})
@@ -90,14 +92,13 @@ def composed(settings: Mapping, overrides: Sequence[str]) -> dict:
         for group in ("task", "trainer"):
             for key in sorted(OmegaConf.missing_keys(found[group])):
                 raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
-            OmegaConf.to_object(found[group])  # runs every __post_init__
-        config.check_files(OmegaConf.to_object(found["task"]))
-        asked = {group: OmegaConf.to_container(found[group], resolve=True) for group in ("task", "trainer")}
+        task, trainer = (OmegaConf.to_object(found[group]) for group in ("task", "trainer"))  # runs __post_init__
+        config.check_files(task)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise PartialLoraError(composition_error(error, list(overrides))) from error
     if "task" in kept:
-        _refuse_a_test_split_cut_anew(settings["task"]["data_files"], asked["task"]["data_files"])
-    return asked
+        _refuse_a_test_split_cut_anew(run.task.data_files, task.data_files)
+    return task, trainer
 
 
 def _names_a_task(overrides: Sequence[str]) -> bool:

@@ -35,14 +35,14 @@ def predict(arguments: Sequence[str]) -> int:
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
-    task = asked_task(run, parsed.member).settings["task"]
-    if parsed.max_new_tokens and task["kind"] != "generation":
-        raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task['name']} has none")
+    task = asked_task(run, parsed.member).config.task
+    if parsed.max_new_tokens and task.kind != "generation":
+        raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task.name} has none")
     given = inputs.read(
         [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
-        modality=task["modality"],
-        pairs=len(task["text_columns"]) == 2,
-        kind=task["kind"],
+        modality=task.modality,
+        pairs=len(task.text_columns) == 2,
+        kind=task.kind,
         stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # there is none where it was closed
     )
     first = next(given.stream, None)  # before torch is there, which takes its time
@@ -96,7 +96,7 @@ def _positive(value: str) -> int:
 
 def _predict(run: FinishedRun, given: Inputs, parsed: argparse.Namespace) -> int:
     predictor = _predictor(run, parsed.device, parsed.max_new_tokens, parsed.member)
-    size = parsed.batch_size or run.settings["trainer"]["eval_batch_size"]
+    size = parsed.batch_size or run.config.trainer.eval_batch_size
     readable = _readable_line(parsed.top_k or 1, predictor.labels)
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else readable
     failed = False

@@ -22,63 +22,62 @@ from partial_lora.models.targets import target_names
 from partial_lora.report import figures, page
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
-from partial_lora.runs.build import named
+from partial_lora.runs.config import plain
 from partial_lora.runs.directory import finite, timed
+from partial_lora.runs.schema import Config
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
-from partial_lora.training import cost as parameters
-from partial_lora.training import trainer as fit
-from partial_lora.training.cost import Cost, file_bytes
+from partial_lora.training.cost import Cost, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.trackers import Tracking
+from partial_lora.training.trainer import build_trainer, mixed_precision
 
 logger = logging.getLogger(__name__)
 
 
-def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
+def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     """Calibrate, mask, train, evaluate and record one run.
 
     Args:
-        settings: resolved settings (`config.resolve`).
+        config: the settings (`config.resolve`).
         directory: the run's directory, held by the parent.
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
-    seed = settings["seed"]
-    sharded = fsdp.ask(settings["trainer"]["strategy"])
-    world = join(settings["trainer"]["device"])
+    sharded = fsdp.ask(config.trainer.strategy)
+    world = join(config.trainer.device)
     record["device"] = world.device
 
     # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = build.task_of(settings, mixtures=True)
-    transform = build.transform_of(settings, task)
+    task = build.task_of(config, mixtures=True)
+    transform = build.transform_of(config.model, config.task, task)
     record["labels"] = list(task.labels)
-    judge = objectives.task_judge(task, transform, settings, world)
+    judge = build.judge_of(config, task, transform, world)
     if stage == "train":  # what cannot be read is found before anything is paid for
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
-    set_seed(seed)
-    model = build.model_of(settings["model"], task.labels, task.class_names).to(world.device)
-    method = methods.get(settings["method"]["name"])
+    set_seed(config.seed)
+    model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
+    method = methods.get(config.method.name)
     calibrated = methods.is_calibrated(method) or stage == "calibrate"
     # What is calibrated are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated):
-        targets = target_names(model, **named(settings["model"], "target_modules", "head", "new_modules"))
+        targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
         calibration, scores = None, None
         if calibrated:
             with timed(record, "calibrate"):
-                draws = build.draws_of(settings, task.train)
+                draws = build.draws_of(config, task.train)
                 # One process measures importance for all of them, to the bit; what it decides on is then shared out.
-                scores = of_first(world, lambda: build.importance(settings, task, transform, model, targets, draws))
-                given, asked = (model, task.train, transform), build.asked(settings, task, scores, draws, world)
-                known = build.before(directory / results.CALIBRATION, targets, world)
-                calibration = known or build.calibration(settings["calibration"]["file"], given, asked)
+                scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
+                arguments = build.few_shot_arguments(config, task, transform, model, scores, draws, world)
+                calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
+                calibration = calibration or build.calibration(config.calibration.file, arguments)
             agreement = {}
-            if settings["calibration"]["reliability"]:
+            if config.calibration.reliability:
                 with timed(record, "reliability"):
-                    agreement["reliability"] = halves_few_shot(*given, **asked)
-                calibration = build.doubted(calibration, agreement["reliability"])
+                    agreement["reliability"] = halves_few_shot(**arguments)
+                calibration = build.with_reliability(calibration, agreement["reliability"])
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = calibration.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
@@ -91,46 +90,37 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
             return
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
-    set_seed(seed)
-    mask_seed = settings["mask"]["seed"]
-    setting = methods.Setting(
-        **named(settings["model"], "target_modules", "head", "new_modules"),
-        **named(settings["method"], "rank", "alpha", "dropout", "projections"),
-        **named(settings["mask"], "granularity", "count"),
-        shapes=shapes,
-        mask_seed=seed if mask_seed is None else mask_seed,
-        sparsity=calibration.sparsity if calibration else None,
-        scores=scores,
-    )
+    set_seed(config.seed)
+    setting = build.setting_of(config, shapes, calibration.sparsity if calibration else None, scores)
     adapted = method(model, setting)
-    record["parameters"] = parameters.measured(
-        adapted, **named(settings["model"], "head", "new_modules"), dense=dense_parameters(shapes, setting.rank)
-    )
+    dense = dense_parameters(shapes, setting.rank)
+    record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
     # Training, on the kept entries and the head.
-    if settings["model"]["gradient_checkpointing"]:
+    if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
-        fsdp.name_blocks(adapted, settings["model"]["blocks"])
-    aids, cost = methods.training(settings["method"]["name"], adapted, sharded=sharded), Cost(adapted)
-    record["mixed_precision"] = fit.mixed_precision(settings["trainer"]["mixed_precision"], world.device)
+        fsdp.name_blocks(adapted, config.model.blocks)
+    aids, cost = methods.training(config.method.name, adapted, sharded=sharded), Cost(adapted)
+    record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # A checkpoint of other libraries, or of another precision, computes something else.
     computed_by = record["versions"] | {"precision": record["mixed_precision"]}
     tracking = Tracking(
-        settings["trainer"]["report_to"] if world.is_main else [],
+        config.trainer.report_to if world.is_main else [],
         directory=directory,
-        results_dir=Path(settings["results_dir"]),
-        parameters=files.flatten(settings),
+        results_dir=Path(config.results_dir),
+        parameters=files.flatten(plain(config)),
     )
-    trainer = fit.trainer(
+    trainer = build_trainer(
         adapted,
+        config.trainer,
         train=rows["train"],
         validation=rows["validation"],
         collate=transform.collate,
         length_grouped=transform.lengths,
         reads_tokens=task.modality == "text",
-        loss=aids.loss(judge.loss, settings["trainer"]["gradient_accumulation_steps"] * world.size),
+        loss=aids.loss(judge.loss, config.trainer.gradient_accumulation_steps * world.size),
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
@@ -138,18 +128,17 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         device=world.device,
         precision=record["mixed_precision"],
         world_size=world.size,
-        seed=seed,
+        seed=config.seed,
         sharded=sharded,
         versions=computed_by,
         callbacks=[tracking, *aids.callbacks, cost],
         final_after=aids.final_after,
-        **named(settings["trainer"], *fit.SETTINGS),
     )
-    shape, kept = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
-    resumed = of_first(world, lambda: checkpoints.resumable(kept, computed_by, shape))
-    record["resumed_from_step"] = resumed and checkpoints.step_of(resumed)
+    shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
+    checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
+    record["resumed_from_step"] = checkpoint and checkpoints.step_of(checkpoint)
     with tracking:
-        trainer.train(resumed)
+        trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()
@@ -170,8 +159,8 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         figures.draw_calibration(record, calibration.modules if calibration else None, directory)
         figures.training_curve(record, directory / "training.png")
         page.leave(record, directory, task.test)
-    measured = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
-    tracking.finish(measured, trainer.state.global_step)
+    final = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
+    tracking.finish(final, trainer.state.global_step)
 
 
 def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:

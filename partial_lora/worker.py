@@ -17,8 +17,8 @@ from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redact_output, redacted
 from partial_lora.progress import STOPPING, leave
+from partial_lora.runs import config, launch
 from partial_lora.runs import directory as handover
-from partial_lora.runs import launch
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -45,7 +45,7 @@ def work(directory: Path, stage: str) -> int:
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
 
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
-        run(settings, directory, entry, stage)
+        run(config.load(settings), directory, entry, stage)
         if is_main:
             files.sync(directory)  # before the record says that it is there
         entry |= {"status": "finished", "files": handover.files(directory)}

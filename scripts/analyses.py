@@ -52,6 +52,7 @@ from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
 from partial_lora.report import figures
 from partial_lora.runs import build, compose, config, directory
+from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import mislabelled
 from partial_lora.training.distributed import join
 
@@ -63,28 +64,27 @@ class Subject:
     in the cache.
     """
 
-    def __init__(self, settings: dict) -> None:
-        self.settings = settings
-        self.device = join(settings["trainer"]["device"]).device
-        self.task = build.task_of(settings)
-        self.transform = build.transform_of(settings)
-        transformers.set_seed(settings["seed"])
-        self.model = build.model_of(settings["model"], self.task.labels).to(self.device)
+    def __init__(self, settings: Mapping) -> None:
+        self.config = config.load(settings)
+        self.device = join(self.config.trainer.device).device
+        self.task = build.task_of(self.config)
+        self.transform = build.transform_of(self.config.model, self.config.task)
+        transformers.set_seed(self.config.seed)
+        self.model = build.model_of(self.config.model, self.task.labels).to(self.device)
         with models.dequantised(self.model, values=False):
-            keys = build.named(settings["model"], "target_modules", "head", "new_modules")
-            modules = target_linears(self.model, **keys)
+            modules = target_linears(self.model, **self.config.model.trained_modules)
             self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
 
     def draws(self, **changes: int) -> tasks.Draws:
         """Draw the examples to fit and to score on; `changes` are of shots and seed."""
-        return build.draws_of(self.settings, self.task.train, **changes)
+        return build.draws_of(self.config, self.task.train, **changes)
 
     def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[datasets.Dataset, tasks.Draws]:
         """Return the examples of both draws with a share of each draw's labels wrong, and the draws among them."""
         if len(self.task.labels) < 2:
             raise PartialLoraError(f"analysis.noise={share}: expected 2 classes or more, found {self.task.labels}")
         fit, scored = (
-            mislabelled(self.task.train.select(rows), share, [seed, draw], self.settings["task"]["name"])
+            mislabelled(self.task.train.select(rows), share, [seed, draw], self.config.task.name)
             for draw, rows in enumerate((draws.fit, draws.scored))
         )
         fit_rows, scored_rows = np.split(np.arange(len(fit) + len(scored)), [len(fit)])
@@ -92,47 +92,47 @@ class Subject:
 
     def importance(self, measure: str, draws: tasks.Draws) -> dict:
         """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
-        settings = self.settings | {"importance": self.settings["importance"] | {"name": measure}}
+        chosen = replace(self.config, importance=replace(self.config.importance, name=measure))
         with models.dequantised(self.model):
-            return build.importance(settings, self.task, self.transform, self.model, list(self.shapes), draws)
+            return build.importance(chosen, self.task, self.transform, self.model, list(self.shapes), draws)
 
     def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
         """Return the Calibration of these draws, from the cache where it is there.
 
         train: the rows that `draws` are of. changes: of shots and seed, what the draws were made with.
         """
-        settings = self.settings | {"calibration": self.settings["calibration"] | changes}
+        chosen = replace(self.config, calibration=replace(self.config.calibration, **changes))
         task = self.task if train is None else replace(self.task, train=train)
         with models.dequantised(self.model):
-            question = self._question(settings, task, draws)
-            return few_shot.calibrate_few_shot(self.model, task.train, self.transform, **question)
+            return few_shot.calibrate_few_shot(**self._arguments(chosen, task, draws))
 
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         with models.dequantised(self.model):
-            question = self._question(self.settings, self.task, draws)
-            with few_shot.scored_head(self.model, question["head"], fit, question["new_head"]):
-                config = question["config"]
-                score = FewShotScore(self.model, scored, config.score, question["blocks"], config.memory)
+            arguments = self._arguments(self.config, self.task, draws)
+            chosen, head, blocks = arguments["config"], self.config.model.head, self.config.model.blocks
+            with few_shot.scored_head(self.model, head, fit, arguments["new_head"]):
+                score = FewShotScore(self.model, scored, chosen.score, blocks, chosen.memory)
                 calibrated = calibrate(
                     self.model,
                     score,
-                    config,
+                    chosen,
                     target_modules=list(self.shapes),
-                    importance=question["scores"],
+                    importance=arguments["scores"],
                     search=search,
-                    **build.named(question, "rank", "granularity"),
+                    rank=self.config.method.rank,
+                    granularity=self.config.mask.granularity,
                 )
         return calibrated, score
 
-    def _question(self, settings: dict, task: tasks.Task, draws: tasks.Draws) -> dict:
-        scores = build.importance(settings, task, self.transform, self.model, list(self.shapes), draws)
-        return build.asked(settings, task, scores, draws, peers.Alone())
+    def _arguments(self, chosen: Config, task: tasks.Task, draws: tasks.Draws) -> dict:
+        scores = build.importance(chosen, task, self.transform, self.model, list(self.shapes), draws)
+        return build.few_shot_arguments(chosen, task, self.transform, self.model, scores, draws, peers.Alone())
 
     def record(self, calibrated: Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
-        rank, granularity = self.settings["method"]["rank"], self.settings["mask"]["granularity"]
+        rank, granularity = self.config.method.rank, self.config.mask.granularity
         units = budget.masked_units(self.shapes, rank, granularity)
         cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
         return {
@@ -455,7 +455,7 @@ def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
     """One part for each search and for each measure."""
 
     def search_cost(search: str, subject: Subject) -> dict:
-        draws, blocks = subject.draws(), subject.settings["model"]["blocks"]
+        draws, blocks = subject.draws(), subject.config.model.blocks
         calibrated, score = subject.calibrate_counted(draws, search)
         counted = {key: getattr(score.evaluations, key) for key in ("passes", "examples", "sample_blocks")}
         return {
@@ -729,7 +729,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # nothing is left half written
         words = shlex.join(["python", "scripts/analyses.py", *arguments])
-        work = lambda settings: analyse(what, settings | {"analysis": options}, words)  # noqa: E731
+
+        def work(composed: Config) -> int:
+            return analyse(what, config.plain(composed) | {"analysis": options}, words)
+
         return compose.compose(f"analyses {what}", rest, work)
 
     return cli.guarded(command)

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import bench_calibration_page as page
@@ -26,7 +26,6 @@ from torch import nn
 from transformers import set_seed
 
 from partial_lora.calibration.calibrate import calibrate
-from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import sparsity_levels
@@ -34,7 +33,9 @@ from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Sparsity
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
-from partial_lora.runs.compose import compose
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain
+from partial_lora.runs.schema import Config
 
 _ALL = 10**6
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
@@ -53,24 +54,24 @@ class Literal:
 class Question:
     """What is calibrated: the model with its few-shot head, the scored draw and the importance of every module."""
 
-    def __init__(self, settings: Mapping) -> None:
-        model, chosen = settings["model"], settings["calibration"]
-        task, transform = build.task_of(settings), build.transform_of(settings)
-        set_seed(settings["seed"])
+    def __init__(self, config: Config) -> None:
+        model, chosen = config.model, config.calibration
+        task, transform = build.task_of(config), build.transform_of(model, config.task)
+        set_seed(config.seed)
         self.model = build.model_of(model, task.labels)
-        self.blocks, self.head = model["blocks"], model["head"]
-        draws = build.draws_of(settings, task.train)
+        self.blocks, self.head = model.blocks, model.head
+        draws = build.draws_of(config, task.train)
         self.fit, self.scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
-        self.search = {name: chosen[name] for name in ("threshold", "levels", "max_sparsity")}
+        self.search = {name: getattr(chosen, name) for name in ("threshold", "levels", "max_sparsity")}
         self.importance = importance_few_shot(
             self.model,
             task.train,
             transform,
-            ImportanceConfig(**settings["importance"] | {"name": "svd"}),
-            modules=target_names(self.model, model["target_modules"], head=self.head),
+            replace(config.importance, name="svd"),
+            modules=target_names(self.model, model.target_modules, head=self.head),
             draws=draws,
             head=self.head,
-            seed=chosen["seed"],
+            seed=chosen.seed,
         )
 
     def measured(self, side: str, modules: Sequence[str]) -> dict:
@@ -120,8 +121,8 @@ def main(argv: Sequence[str]) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     machine = describe_machine(malloc=[])
-    settings = _settings(QUICK if options.quick else [])
-    question = Question(settings)
+    config = composed(*(QUICK if options.quick else []))
+    settings, question = plain(config), Question(config)
     names = list(question.importance)
     some = [names[position] for position in spread(len(names), options.literal)]
     key = {"settings": settings, "threads": options.threads, "sources": _digest(), "versions": machine["versions"]}
@@ -193,12 +194,6 @@ def spread(count: int, wanted: int) -> list[int]:
     if wanted >= count:
         return list(range(count))
     return sorted({min(count - 1, number * count // wanted + number % 4) for number in range(wanted)})
-
-
-def _settings(overrides: list[str]) -> dict:
-    composed: list[dict] = []
-    compose("calibrate", overrides, lambda settings: composed.append(settings) or 0)
-    return composed[0]
 
 
 def _finished(part: Path, key: Mapping) -> dict | None:

@@ -20,22 +20,21 @@ from tabulate import tabulate
 
 from partial_lora.files import write_atomic, write_json
 from partial_lora.runs import config
-from partial_lora.runs.compose import compose
+from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
+from partial_lora.runs.schema import Config
 
 FOLDER = Path("results/models")
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 _MIB, _GIB = 2**20, 2**30
 
 
-def settings_of(model: str) -> dict:
+def config_of(model: str) -> Config:
     """The settings of a run of this model on the user's own data, with a head for two classes."""
-    composed: list[dict] = []
     family = _family(model)
     task = [f"task={_TASKS.get(family, 'image_table')}", "task.classes=2", "calibration.budget=0.13"]
     task += ["trainer.batch_size=4", "model.max_length=512"] if family == "causal" else []
-    compose("info", [f"model={model}", *task], lambda settings: composed.append(settings) or 0)
-    return composed[0]
+    return composed(f"model={model}", *task)
 
 
 def _family(model: str) -> str:
@@ -82,7 +81,7 @@ def memory_table(found: dict[str, dict]) -> str:
 def found() -> dict[str, dict]:
     """The outline of every model."""
     names = sorted(file.stem for file in (config.conf_dir() / "model").glob("*.yaml"))
-    outlines = {name: outline(settings_of(name)) for name in names}
+    outlines = {name: outline(config_of(name)) for name in names}
     return {
         name: {"counts": each.counts, "memory": each.memory, "passes": each.passes} for name, each in outlines.items()
     }

@@ -15,31 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from torch.utils.data import DataLoader
 
 from partial_lora import files
 from partial_lora.calibration.peers import Alone
-from partial_lora.runs import build, config, schema
+from partial_lora.runs import build
+from partial_lora.runs.compose import composed
+from partial_lora.runs.schema import Config
 from partial_lora.training import objectives
 
 OUT = Path("results/causal/zero_shot.json")
 LITERAL = 100  # questions of each set
 
 
-def settings_of(task: str, file: str) -> dict:
+def config_of(task: str, file: str) -> Config:
     """The settings of experiment=causal, with a file of test rows alone."""
-    overrides = ["experiment=causal", f"task={task}", f"task.data_files={{train: {file}, test: {file}}}"]
-    with initialize_config_dir(str(config.conf_dir().resolve()), version_base="1.3"):
-        return config.resolve(compose("config", overrides))
+    return composed("experiment=causal", f"task={task}", f"task.data_files={{train: {file}, test: {file}}}")
 
 
-def scored(settings: dict, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
+def scored(config: Config, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
     """What this package says of the test split, and the tokenizer that it reads with."""
-    task = build.task_of(settings)
-    transform = build.transform_of(settings, task)
-    judge = objectives.judge_of(task, transform, settings, Alone())
+    task = build.task_of(config)
+    transform = build.transform_of(config.model, config.task)
+    judge = build.judge_of(config, task, transform, Alone())
 
     def predict(rows):
         kept = []
@@ -53,9 +51,9 @@ def scored(settings: dict, model: torch.nn.Module) -> tuple[objectives.Judged, o
 
 
 @torch.inference_mode()
-def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
+def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
     """The same of the first questions, without anything of this package but the texts."""
-    rows = build.task_of(settings).test.select(range(LITERAL))
+    rows = build.task_of(config).test.select(range(LITERAL))
     chosen, chosen_by_length, right = [], [], []
     for row in rows:
         sums, lengths = [], []
@@ -74,20 +72,19 @@ def literally(settings: dict, model: torch.nn.Module, tokenizer) -> dict:
 
 def main(arguments: list[str]) -> None:
     """Score every TASK=FILE that is named."""
-    ConfigStore.instance().store(name="schema", node=schema.Config)
     records = json.loads(OUT.read_text()) if OUT.exists() else {}
     for argument in arguments:
         task, _, file = argument.partition("=")
-        settings = settings_of(task, file)
-        model = build.model_of(settings["model"], (), ()).eval()
-        found, tokenizer = scored(settings, model)
-        loop = literally(settings, model, tokenizer)
+        config = config_of(task, file)
+        model = build.model_of(config.model, (), ()).eval()
+        found, tokenizer = scored(config, model)
+        loop = literally(config, model, tokenizer)
         own = found.predictions.iloc[:LITERAL]
         agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
             own["prediction_norm"], loop.pop("chosen_by_length")
         )
         records[task] = {
-            "model": settings["model"]["name"],
+            "model": config.model.name,
             "questions": len(found.predictions),
             "package": {key: found.metrics[key] for key in ("accuracy", "accuracy_norm")},
             "first": {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.result import Calibration
 from partial_lora.masks import AXES, Mask, Sparsity
 
@@ -139,15 +140,15 @@ _PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
 
 
 def expected_sparsity(
-    shapes: Mapping[str, tuple[int, int]], rank: int, calibration: Mapping
+    shapes: Mapping[str, tuple[int, int]], rank: int, calibration: CalibrationConfig
 ) -> tuple[float | Sparsity, str]:
     """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
 
     The controls of the method have as many parameters.
     """
-    if calibration["file"]:
-        return Calibration.load(Path(calibration["file"])).sparsity, f"sparsities of {calibration['file']}"
-    budget, source = calibration["budget"], f"calibration.budget={calibration['budget']}"
+    if calibration.file:
+        return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
+    budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
     if budget is None:
         budget = _PAPER_DENSITY
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"

@@ -189,12 +189,12 @@ def rows_of(settings: Mapping):
     import datasets
 
     from partial_lora import tasks
-    from partial_lora.runs.config import with_defaults
+    from partial_lora.runs.config import load
 
     datasets.disable_progress_bars()
-    chosen = with_defaults(settings)["task"]
     try:
-        return tasks.load(**{name: chosen[name] for name in tasks.SETTINGS}).test
+        chosen = load(settings).task
+        return tasks.load(**{name: getattr(chosen, name) for name in tasks.SETTINGS}).test
     except (PartialLoraError, OSError, ValueError, KeyError):
         return None
 

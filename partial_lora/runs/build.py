@@ -1,4 +1,4 @@
-"""What groups of settings stand for: a task, the way its rows enter the model, and the frozen model itself."""
+"""Settings become what a run works with: a task, the transform of its rows, the frozen model, draws, a judge."""
 
 from __future__ import annotations
 
@@ -6,256 +6,286 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
-from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
 from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import Draws, Task, task
+from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
+from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.task import Transform
+from partial_lora.training import objectives
+
+logger = logging.getLogger(__name__)
 
 _MODALITY = {"timm": "image", "clip": "image", "encoder": "text", "causal": "text"}
 _EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models that read these
 _TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # of what models of a family do
 
 
-def named(settings: Mapping, *names: str) -> dict:
-    """The named arguments that a group of settings gives a function."""
-    return {name: settings[name] for name in names}
+def modality(model: ModelConfig) -> str:
+    """Return what a model reads: "image" or "text"."""
+    return _MODALITY[model.family]
 
 
-def modality(model: Mapping) -> str:
-    """What a model of these settings reads: "image" or "text"."""
-    return _MODALITY[model["family"]]
-
-
-def check_modality(settings: Mapping) -> None:
-    """Raises PartialLoraError where the task's inputs are not what the model reads."""
-    model, task = settings["model"], settings["task"]
-    if modality(model) != task["modality"]:
+def check_modality(model: ModelConfig, task: TaskConfig) -> None:
+    """Raise PartialLoraError where the task's inputs are not what the model reads, or its answers not what it gives."""
+    if modality(model) != task.modality:
         raise PartialLoraError(
-            f"model={model['name']} reads {modality(model)}s, and task={task['name']} has {task['modality']}s: choose "
-            f"another task, such as task={_TASKS.get(model['family'], _TASKS['image'])}, or another model, such as "
-            f"model={_EXAMPLE[task['modality']]}"
+            f"model={model.name} reads {modality(model)}s, and task={task.name} has {task.modality}s: choose another "
+            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
+            f"model={_EXAMPLE[task.modality]}"
         )
-    causal, answers = model["family"] == "causal", task["kind"] != "label"
-    if causal != answers:
+    causal = model.family == "causal"
+    if causal != (task.kind != "label"):
         kinds = "chooses options or writes texts" if causal else "tells labels"
         other = "minilm_l6" if causal else "smollm2_135m"
         raise PartialLoraError(
-            f"model={model['name']} {kinds}, and task={task['name']} is of kind {task['kind']}: choose another task, "
-            f"or a model such as model={other}"
+            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
+            f"model such as model={other}"
         )
 
 
-def task_of(settings: Mapping, *, mixtures: bool = False) -> Task:
-    """The task of a run's settings. Raises PartialLoraError for several in one, unless the caller knows `mixtures`."""
-    check_modality(settings)
-    chosen = settings["task"]
-    if not chosen.get("members"):
-        return tasks.load(**named(chosen, *tasks.SETTINGS))
+def task_of(config: Config, *, mixtures: bool = False) -> Task:
+    """Load the task of a run. Raises PartialLoraError for several in one, unless the caller knows `mixtures`."""
+    chosen = config.task
+    check_modality(config.model, chosen)
+    if not chosen.members:
+        return _load_task(chosen)
     if not mixtures:
         raise PartialLoraError(
-            f"task={chosen['name']}: a mixture can be trained on and calibrated, no more: take one "
-            f"of its members, {', '.join(chosen['members'])}"
+            f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
+            f"of its members, {', '.join(chosen.members)}"
         )
-    members = [tasks.load(**named(member, *tasks.SETTINGS)) for member in chosen["members"].values()]
-    return tasks.mixed(chosen["name"], members, mixing=chosen["mixing"], seed=chosen["split_seed"])
+    members = [_load_task(member) for member in chosen.members.values()]
+    return tasks.mixed(chosen.name, members, mixing=chosen.mixing, seed=chosen.split_seed)
 
 
-def transform_of(settings: Mapping, task: Task | None = None) -> Transform:
-    """How rows of a run's task enter its model. Of a mixture `task` says where the rows are, if any are to be read."""
-    model, chosen = settings["model"], settings["task"]
-    if chosen.get("members"):
-        members = chosen["members"].values()
-        return tasks.MixtureTransform([transform_of({**settings, "task": member}) for member in members], task)
+def _load_task(task: TaskConfig) -> Task:
+    return tasks.load(**{name: getattr(task, name) for name in tasks.SETTINGS})
+
+
+def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = None) -> Transform:
+    """Return how rows of a task enter a model. Of a mixture `task` says where the rows are, if any are to be read."""
+    if chosen.members:
+        members = [transform_of(model, member) for member in chosen.members.values()]
+        return tasks.MixtureTransform(members, task)
     if modality(model) == "image":
-        return tasks.ImageTransform(**named(model, "image_size", "mean", "std", "interpolation"))
-    tokenizer = models.tokenizer(**named(model, "name", "weights", "family"))
-    if chosen["kind"] == "label":
-        return tasks.TextTransform(tokenizer, model["max_length"])
-    chat = chosen["chat_template"]
+        return tasks.ImageTransform(
+            image_size=model.image_size, mean=model.mean, std=model.std, interpolation=model.interpolation
+        )
+    tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
+    if chosen.kind == "label":
+        return tasks.TextTransform(tokenizer, model.max_length)
+    chat = chosen.chat_template
     if chat is None:  # of a benchmark the prompt is part of what is compared
-        chat = chosen["path"] == "files" and tokenizer.chat_template is not None
-    return tasks.CausalTransform(tokenizer, model["max_length"], kind=chosen["kind"], chat=chat)
+        chat = chosen.path == "files" and tokenizer.chat_template is not None
+    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat)
 
 
-def model_of(model: Mapping, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
-    """The frozen model of the settings' group `model` with a head for `labels`, or for one number where none is given.
+def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:
+    """Return the loss and the metrics of a task, or of the members of a mixture."""
+    several = isinstance(task, tasks.Mixture)
+    members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
+    settings = config.task.members.values() if several else [config.task]
+    judges = [
+        objectives.judge_of(
+            member,
+            own,
+            peers,
+            batch_size=config.trainer.eval_batch_size,
+            cache_bytes=chosen.cache_bytes,
+            stop=chosen.stop,
+            max_new_tokens=chosen.max_new_tokens,
+            answer=chosen.answer,
+        )
+        for member, own, chosen in zip(members, transforms, settings, strict=True)
+    ]
+    return objectives.judge_of_members(task, judges) if several else judges[0]
+
+
+def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
+    """Load the frozen model with a head for `labels`, or for one number where there are none.
 
     A head that is new is drawn from torch's global generator as it is. It and the other modules that train whole are in
     float32 whatever `model.dtype` says of the frozen rest. class_names: what CLIP's sentences call the classes, where
     that is not what they are told apart by. Raises PartialLoraError where texts of the settings' length do not fit, and
     for a `head` that does not give the logits.
     """
-    loaded = models.load(labels=list(class_names or labels), **named(model, *models.SETTINGS))
+    settings = {name: getattr(model, name) for name in models.SETTINGS}
+    loaded = models.load(labels=list(class_names or labels), **settings)
     if class_names:
         loaded.config.id2label = dict(enumerate(labels))
         loaded.config.label2id = {label: index for index, label in enumerate(labels)}
-    whole = list(model["new_modules"])
-    if model["head"] is not None:
-        head = models.head_name(loaded, model["family"])
-        if model["head"] != head:
-            raise PartialLoraError(
-                f"model.head={model['head']}: expected {head}, which gives the logits of {model['name']}"
-            )
+    whole = list(model.new_modules)
+    if model.head is not None:
+        head = models.head_name(loaded, model.family)
+        if model.head != head:
+            raise PartialLoraError(f"model.head={model.head}: expected {head}, which gives the logits of {model.name}")
         whole.append(head)
     for name in whole:
-        models.in_full_precision(_module(loaded, name))
+        try:
+            models.in_full_precision(loaded.get_submodule(name))
+        except AttributeError as error:
+            kind = type(loaded).__name__
+            raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
     if modality(model) == "text":
         _check_length(loaded, model)
     return loaded
 
 
-def _module(loaded: PreTrainedModel, name: str) -> torch.nn.Module:
-    try:
-        return loaded.get_submodule(name)
-    except AttributeError as error:
-        kind = type(loaded).__name__
-        raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
-
-
-def _check_length(loaded: PreTrainedModel, model: Mapping) -> None:
+def _check_length(loaded: PreTrainedModel, model: ModelConfig) -> None:
     """Positions that are embedded one by one come to an end; some models start to count after the padding's."""
     for name, module in loaded.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-            if model["max_length"] > longest:
+            if model.max_length > longest:
                 raise PartialLoraError(
-                    f"model.max_length={model['max_length']}: expected at most {longest}, the positions that "
-                    f"model={model['name']} has"
+                    f"model.max_length={model.max_length}: expected at most {longest}, the positions that "
+                    f"model={model.name} has"
                 )
 
 
-def has_new_head(model: Mapping) -> bool:
-    """Whether the model comes without a head for the task; CLIP makes one of the names of the classes."""
-    return not models.has_own_head(model)
+# --- Calibration, on few-shot draws of the training rows.
 
 
-def drawn_by(settings: Mapping) -> dict:
-    """The keys of `calibration` that decide the few-shot draws: texts are drawn by `share`, unless that is 0."""
-    chosen = settings["calibration"]
-    by_share = settings["task"]["modality"] == "text" and chosen["share"] > 0
-    return named(chosen, "share" if by_share else "shots", "max_samples")
+def draw_settings(config: Config) -> dict[str, int | float | None]:
+    """Return the keys of `calibration` that decide the draws: texts are drawn by `share`, unless that is 0."""
+    key = "share" if config.task.modality == "text" and config.calibration.share > 0 else "shots"
+    return {key: getattr(config.calibration, key), "max_samples": config.calibration.max_samples}
 
 
-def calibration_seed(settings: Mapping) -> int:
-    """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
-    own = settings["calibration"]["seed"]
-    return settings["seed"] if own is None else own
-
-
-def draws_of(settings: Mapping, rows: Dataset, **changes: int) -> Draws:
-    """The few-shot draws of training rows; `changes` are of `shots`, which then count, and of `seed`."""
-    drawn = drawn_by(settings)
+def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
+    """Draw the rows to fit on and those to score on; `changes` are of `shots`, which then count, and of `seed`."""
+    settings = {"seed": config.calibration_seed} | draw_settings(config) | changes
     if "shots" in changes:
-        drawn.pop("share", None)
-    asked = {"seed": calibration_seed(settings)} | drawn | changes
-    if settings["task"].get("members"):
-        return tasks.member_draws(rows, list(settings["task"]["members"]), **asked)
-    return tasks.few_shot_draws(tasks.drawn_from(rows), **asked)
+        settings.pop("share", None)
+    if config.task.members:
+        return tasks.member_draws(rows, list(config.task.members), **settings)
+    return tasks.few_shot_draws(tasks.drawn_from(rows), **settings)
 
 
-def calibration_score(settings: Mapping, task: Task) -> str:
-    """What calibration counts: what was asked for or, on "auto", the task's primary metric."""
-    asked = settings["calibration"]["score"]
-    if asked != "auto":
-        return asked
-    if task.kind != "label":
-        return {"choice": "options", "generation": "loss"}[task.kind]
-    if task.sizes:  # the only one that is the same for all members
-        return "accuracy"
-    primary = task.metrics[0]
-    return {"mse": "loss"}.get(primary, primary)
-
-
-# --- What a run asks of its few-shot draws, out of its settings, and what is made of the answer.
-
-logger = logging.getLogger(__name__)
+def calibration_config(config: Config, task: Task) -> CalibrationConfig:
+    """Return the settings of calibration with the seed and the score that null and "auto" stand for."""
+    score = config.calibration.score
+    if score == "auto" and task.kind != "label":
+        score = {"choice": "options", "generation": "loss"}[task.kind]
+    elif score == "auto":
+        primary = "accuracy" if task.sizes else task.metrics[0]  # of members, the only one that all have
+        score = {"mse": "loss"}.get(primary, primary)
+    return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
 
 def importance(
-    settings: dict,
-    task: tasks.Task,
-    transform: task.Transform,
-    model: nn.Module,
-    targets: list[str],
-    draws: tasks.Draws,
+    config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
 ) -> methods.Scores:
-    """Importance of every row and column of the modules that are to be adapted."""
+    """Score the rows and columns of the modules that are to be adapted."""
     return importance_few_shot(
         model,
         task.train,
         transform,
-        ImportanceConfig(**settings["importance"]),
-        modules=targets,
+        config.importance,
+        modules=modules,
         draws=draws,
-        head=settings["model"]["head"],
-        seed=calibration_seed(settings),
-        new_head=has_new_head(settings["model"]),
+        head=config.model.head,
+        seed=config.calibration_seed,
+        new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
     )
 
 
-def asked(settings: dict, task: tasks.Task, scores: methods.Scores, draws: tasks.Draws, peers: Peers) -> dict:
-    """What is asked of the few-shot draws (`calibrate_few_shot`)."""
-    found = {"seed": calibration_seed(settings), "score": calibration_score(settings, task)}
+def few_shot_arguments(
+    config: Config,
+    task: Task,
+    transform: Transform,
+    model: nn.Module,
+    scores: methods.Scores,
+    draws: Draws,
+    peers: Peers,
+) -> dict[str, Any]:
+    """Return the arguments of `calibrate_few_shot` and of `halves_few_shot`."""
     return {
-        "config": CalibrationConfig(**settings["calibration"] | found),
+        "model": model,
+        "train": task.train,
+        "transform": transform,
+        "config": calibration_config(config, task),
+        "importance": config.importance,
         "scores": scores,
         "draws": draws,
-        "peers": peers,
-        "rank": settings["method"]["rank"],
-        "granularity": settings["mask"]["granularity"],
-        "importance": ImportanceConfig(**settings["importance"]),
-        "architecture": named(settings["model"], "architecture", "model_args"),
-        "new_head": has_new_head(settings["model"]),
+        "drawn": draw_settings(config),
+        "architecture": {"architecture": config.model.architecture, "model_args": config.model.model_args},
+        "rank": config.method.rank,
+        "granularity": config.mask.granularity,
+        "head": config.model.head,
+        "new_head": not models.has_own_head(config.model.family),
+        "blocks": config.model.blocks,
         "sizes": task.sizes,
-        "drawn": drawn_by(settings),
-        **named(settings["model"], "head", "blocks"),
+        "peers": peers,
     }
 
 
-def calibration(file: str | None, given: tuple, asked: dict) -> Calibration:
-    """The sparsities: those of a file where one is named, whatever else is asked; else what the draws say.
+def calibration(file: str | None, arguments: dict[str, Any]) -> Calibration:
+    """Return the sparsities: those of a file where one is named, whatever stands beside it; else of the draws.
 
     What is wrong with the draws is among the warnings.
     """
     if file:
-        return Calibration.load(Path(file)).reused_for(list(asked["scores"]))
-    found = calibrate_few_shot(*given, **asked)
-    return dataclasses.replace(found, warnings=[*asked["draws"].warnings, *found.warnings])
+        return Calibration.load(Path(file)).reused_for(list(arguments["scores"]))
+    calibrated = calibrate_few_shot(**arguments)
+    return dataclasses.replace(calibrated, warnings=[*arguments["draws"].warnings, *calibrated.warnings])
 
 
-def before(file: Path, targets: Sequence[str], peers: Peers) -> Calibration | None:
-    """What an earlier attempt of this run had found, which stands, at its cost; None where there is none.
+def earlier_calibration(file: Path, modules: Sequence[str], peers: Peers) -> Calibration | None:
+    """Return the calibration of an earlier attempt of this run, at its cost; None where there is none.
 
-    It is not found again, since on another device or processor a close call may end otherwise than it did there.
+    It is not made again, since on another device or processor a close call may end otherwise than it did there.
     """
 
-    def read() -> Calibration | None:
+    def load() -> Calibration | None:
         try:
-            found = Calibration.load(file) if file.is_file() else None
+            earlier = Calibration.load(file) if file.is_file() else None
         except PartialLoraError as error:
-            logger.warning("%s; found again", error)
+            logger.warning("%s; calibrated again", error)
             return None
-        return found if found and found.modules.keys() == set(targets) else None
+        return earlier if earlier and earlier.modules.keys() == set(modules) else None
 
-    return of_first(peers, read)
+    return of_first(peers, load)
 
 
-def doubted(calibration: Calibration, agreement: dict) -> Calibration:
-    """The same, with a warning where two halves of the scored draw do not support it."""
+def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
+    """Return the calibration, with a warning where two halves of the scored draw do not support it."""
     weak = agreement["said"] or verdict(agreement["spearman_brown"])
     if not weak or weak in calibration.warnings:
         return calibration
     logger.warning("calibration: %s", weak)
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
+
+
+def setting_of(
+    config: Config,
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: methods.Sparsity | None = None,
+    scores: methods.Scores | None = None,
+) -> methods.Setting:
+    """Return what a method makes an adapter of: the settings, the shapes of the modules, and what calibration gave."""
+    return methods.Setting(
+        **config.model.trained_modules,
+        rank=config.method.rank,
+        alpha=config.method.alpha,
+        dropout=config.method.dropout,
+        projections=config.method.projections,
+        granularity=config.mask.granularity,
+        count=config.mask.count,
+        mask_seed=config.mask_seed,
+        shapes=shapes,
+        sparsity=sparsity,
+        scores=scores,
+    )

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.config import no_such_key
+from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
+from partial_lora.runs.schema import Config
 
 # --- What a command line asks for: one run, or the runs of a sweep, composed and checked before any of them starts.
 
@@ -32,7 +33,7 @@ class Plan:
         direction: what a sampler aims at, where it has such a key.
     """
 
-    runs: list[tuple[list[str], dict]]
+    runs: list[tuple[list[str], Config]]
     refused: list[str]
     is_sweep: bool = False
     launcher: str = "basic"
@@ -51,7 +52,7 @@ class Plan:
         return " ".join(override for override in overrides if override.partition("=")[0] in self.swept)
 
 
-def plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], dict]) -> Plan:
+def plan(arguments: Sequence[str]) -> Plan:
     """Compose everything that arguments of Hydra's command line ask for, and check it; nothing is written.
 
     Raises Hydra's and OmegaConf's own errors for what does not compose.
@@ -59,23 +60,23 @@ def plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], d
     from hydra.core.global_hydra import GlobalHydra
 
     try:
-        return _plan(arguments, conf_dir, resolve)
+        return _plan(arguments)
     finally:
         GlobalHydra.instance().clear()  # whoever composes next in this process begins anew
 
 
-def _plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], dict]) -> Plan:
+def _plan(arguments: Sequence[str]) -> Plan:
     from hydra._internal.utils import get_args_parser
     from hydra.types import RunMode
 
     flags = get_args_parser().parse_args(list(arguments))
-    hydra, name = _hydra_of_plan(flags, conf_dir), flags.config_name or CONFIG_NAME
+    hydra, name = _hydra_of_plan(flags), flags.config_name or CONFIG_NAME
 
     def composed(mode: RunMode):
         return hydra.compose_config(name, list(flags.overrides), run_mode=mode, with_log_configuration=False)
 
     if not flags.multirun and hydra.get_mode(name, list(flags.overrides)) != RunMode.MULTIRUN:
-        return _checked([([], composed(RunMode.RUN))], resolve)
+        return _checked([([], composed(RunMode.RUN))])
     master = composed(RunMode.MULTIRUN)
     choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
     chosen = {"launcher": choices["hydra/launcher"], "sweeper": choices["hydra/sweeper"]}
@@ -84,7 +85,6 @@ def _plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], 
     runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in overrides)
     return _checked(
         runs,
-        resolve,
         is_sweep=True,
         sweep_dir=Path(master.hydra.sweep.dir),
         swept=frozenset(override.get_key_element() for override in given if override.is_sweep_override()),
@@ -93,14 +93,14 @@ def _plan(arguments: Sequence[str], conf_dir: Path, resolve: Callable[[object], 
     )
 
 
-def _hydra_of_plan(flags, conf_dir: Path):
+def _hydra_of_plan(flags):
     """Hydra as `hydra.main` makes it for the same flags."""
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
-    search_path = create_automatic_config_search_path(None, None, str(flags.config_path or conf_dir))
+    search_path = create_automatic_config_search_path(None, None, str(flags.config_path or conf_dir()))
     if flags.config_dir:
         folder = Path(flags.config_dir).absolute()
         if not folder.is_dir():
@@ -110,20 +110,20 @@ def _hydra_of_plan(flags, conf_dir: Path):
     return Hydra.create_main_hydra2("partial-lora", search_path)
 
 
-def _checked(runs, resolve: Callable[[object], dict], **known: object) -> Plan:
+def _checked(runs, **known: object) -> Plan:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict, read_write
 
-    settings, refused = [], []
+    configs, refused = [], []
     for overrides, composed in runs:
         HydraConfig.instance().set_config(composed)
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         try:
-            settings.append((list(overrides), resolve(composed)))
+            configs.append((list(overrides), resolve(composed)))
         except PartialLoraError as error:  # collected: all that is wrong is said at once
             refused.append(str(error))
-    return Plan(settings, list(dict.fromkeys(refused)), **known)
+    return Plan(configs, list(dict.fromkeys(refused)), **known)
 
 
 def _given(master, config_loader) -> list:
@@ -182,56 +182,70 @@ _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
     "ray": "pip install 'partial-lora[ray]'",
     "optuna": _SWEEPS,
 }
+# Flags by which Hydra prints something and runs nothing.
+_SHOWS = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
 
 
 def compose(
     command: str,
     arguments: list[str],
-    work: Callable[[dict], int],
+    work: Callable[[Config], int],
     *,
-    stage: str | None = None,
+    sweep: Callable[[Plan, Callable[[Callable], None]], int] | None = None,
 ) -> int:
-    """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
+    """Compose one run or a sweep from the arguments, and `work` with each once all are checked; return the exit code.
 
-    stage: what the runs of a sweep are to do, "train" or "calibrate", by whatever launches them; None for work that is
-    done here, one after another.
+    sweep: has all runs of a plan launched, given what makes Hydra call a job for each; None for work that is done here,
+    one after another.
 
-    Gives the exit code: the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one
-    that was interrupted. Raises PartialLoraError for arguments that do not compose.
+    The exit code is the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one that
+    was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
+    refuse_group_lists(arguments)
+    _register_schema()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
+    hydra = partial(_hydra, command, arguments)
+    if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
+        hydra(lambda composed: None)
+        return 0
+    with _in_one_line(arguments):
+        planned = plan(arguments)
+    for line in planned.refused:
+        print(f"partial-lora: {line}", file=sys.stderr)
+    if planned.refused:
+        return USAGE_ERROR
+    if planned.is_sweep and sweep is not None:
+        return sweep(planned, hydra)
+    for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
+        if planned.is_sweep and name != "basic":
+            raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
+    code = 0
+    for _, config in planned.runs:
+        try:
+            code = max(code, work(config))
+        except PartialLoraError as error:  # the other runs go on
+            print(f"partial-lora: {error}", file=sys.stderr)
+            code = max(code, USAGE_ERROR)
+        if code > USAGE_ERROR:
+            break
+    return code
+
+
+def composed(*overrides: str) -> Config:
+    """Return the settings of the one run that overrides ask for; raises PartialLoraError where it is refused."""
+    _register_schema()
+    with _in_one_line(overrides):
+        planned = plan(overrides)
+    for line in planned.refused:
+        raise PartialLoraError(line)
+    ((_, config),) = planned.runs
+    return config
+
+
+def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
-    from partial_lora.runs import config, schema, sweep
-
-    refuse_group_lists(arguments)
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
-    shows = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i"}
-    if not shows & {argument.partition("=")[0] for argument in arguments}:
-        with _in_one_line(arguments):
-            planned = plan(arguments, config.conf_dir(), config.resolve)
-        for line in planned.refused:
-            print(f"partial-lora: {line}", file=sys.stderr)
-        if planned.refused:
-            return USAGE_ERROR
-        if planned.is_sweep and stage:
-            return sweep.sweep(planned, stage, config.resolve, partial(_hydra, command, arguments))
-        for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
-            if planned.is_sweep and name != "basic":
-                raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
-    codes: list[int] = []
-
-    def job(composed) -> None:
-        try:
-            codes.append(work(config.resolve(composed)))
-        except PartialLoraError as error:  # said here: Hydra would add lines of its own
-            print(f"partial-lora: {error}", file=sys.stderr)
-            codes.append(USAGE_ERROR)
-        if codes[-1] > USAGE_ERROR:  # interrupted: no further run of a sweep starts
-            raise SystemExit(codes[-1])
-
-    _hydra(command, arguments, job)
-    return max(codes, default=0)
+    ConfigStore.instance().store(name="schema", node=Config)
 
 
 def _hydra(command: str, arguments: list[str], job: Callable) -> None:
@@ -239,12 +253,10 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from partial_lora.runs import config
-
     GlobalHydra.instance().clear()
     sys.argv = [f"partial-lora {command}", *arguments]
     with _in_one_line(arguments):
-        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=CONFIG_NAME)(job)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
 
 
 @contextmanager
@@ -263,8 +275,6 @@ def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
     """Hydra would merge the files of a list of groups into one, or take a plug-in's name for its settings."""
-    from partial_lora.runs.config import GROUPS
-
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in GROUPS and value.startswith("["):

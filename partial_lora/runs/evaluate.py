@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from partial_lora import files as sealed
 from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import build, config, directory
+from partial_lora.runs import build, directory
+from partial_lora.runs.config import plain, run_id
 from partial_lora.runs.finished import AskedTask, FinishedRun, asked_task
 from partial_lora.runs.predict import RunModel
+from partial_lora.runs.schema import TaskConfig
 from partial_lora.tasks import Task
 from partial_lora.training import metrics as evaluation
 from partial_lora.training import objectives
@@ -39,7 +41,7 @@ class Evaluation:
 def evaluate_run(
     run: FinishedRun,
     *,
-    task: Mapping | None = None,
+    task: TaskConfig | None = None,
     member: str | None = None,
     split: str = "test",
     device: str = "auto",
@@ -49,7 +51,7 @@ def evaluate_run(
     """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
 
     Args:
-        task: the settings of a task, all of its keys; None is the run's own. Its labels are matched by name; a causal
+        task: the settings of a task; None is the run's own. Its labels are matched by name; a causal
             model, which has none, chooses options or writes texts, whichever the task asks for.
         member: of a mixture, the task whose head and labels are meant, and which is asked where `task` is None.
         batch_size: None takes the run's own.
@@ -59,38 +61,39 @@ def evaluate_run(
     Raises PartialLoraError where the task's labels or inputs are not those of the run.
     """
     start = time.perf_counter()
-    known = asked_task(run, member, of_another=task is not None and not task.get("members"))
-    asked = known.settings | {"task": dict(task or known.settings["task"])}
-    if asked["task"]["modality"] != run.settings["task"]["modality"]:
+    known = asked_task(run, member, of_another=task is not None and not task.members)
+    own = known.config.task
+    task = task or own
+    if task.modality != run.config.task.modality:
         raise PartialLoraError(
-            f"task={asked['task']['name']} has {asked['task']['modality']}s, and the run's model reads "
-            f"{run.settings['task']['modality']}s: choose another task"
+            f"task={task.name} has {task.modality}s, and the run's model reads {run.config.task.modality}s: choose "
+            "another task"
         )
-    is_own = asked["task"] == known.settings["task"]
-    if _source(asked["task"], split) in {_source(known.settings["task"], each) for each in SPLITS}:
+    is_own = task == own
+    if _source(task, split) in {_source(own, each) for each in SPLITS}:
         check_files(run)
-    size = batch_size or run.settings["trainer"]["eval_batch_size"]
-    asked["trainer"] = run.settings["trainer"] | {"eval_batch_size": size}
-    other = _own_rows(run, known.member) if is_own and known.member else build.task_of(asked)
+    size = batch_size or run.config.trainer.eval_batch_size
+    config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
+    other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
     places = _places(run, known.labels, other, is_own=is_own) if other.kind == "label" else None
     model = RunModel(run, device)
-    transform = build.transform_of(asked)
-    judge = objectives.judge_of(other, transform, asked, Alone())
+    transform = build.transform_of(config.model, task)
+    judge = build.judge_of(config, other, transform, Alone())
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
         return said_of(model, batches, judge.reduce, advance)
 
     if other.kind == "label":
-        rows = transform.prepare(getattr(other, split), cache_bytes=asked["task"]["cache_bytes"])
+        rows = transform.prepare(getattr(other, split), cache_bytes=task.cache_bytes)
         found = _of_labels(*predict(rows), other, places, known)
     else:
         found = judge.judged(predict, model.model, split)
-    names = dict.fromkeys(filter(None, [known.member, asked["task"]["name"]]))
-    folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{config.run_id({'task': asked['task']})}"
+    names = dict.fromkeys(filter(None, [known.member, task.name]))
+    folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{run_id({'task': plain(task)})}"
     record = {
         **({"member": known.member} if known.member else {}),
-        "task": asked["task"],
+        "task": plain(task),
         "split": split,
         "examples": len(getattr(other, split)),
         "labels": known.labels,
@@ -105,16 +108,16 @@ def evaluate_run(
 
 def _own_rows(run: FinishedRun, member: str) -> Task:
     """The rows that a mixture was trained and judged on, of one of its members."""
-    names = list(run.settings["task"]["members"])
-    return build.task_of(run.settings, mixtures=True).members[names.index(member)]
+    names = list(run.config.task.members)
+    return build.task_of(run.config, mixtures=True).members[names.index(member)]
 
 
-def _source(task: Mapping, split: str) -> str | None:
+def _source(task: TaskConfig, split: str) -> str | None:
     """What a split's rows are read from, or cut from: its own file, else that of the training rows, else a data set."""
-    files = task["data_files"]
+    files = task.data_files
     if isinstance(files, Mapping):
         return files.get(split) or files.get("train")
-    return files or task["path"]
+    return files or task.path
 
 
 def check_files(run: FinishedRun) -> None:
@@ -124,12 +127,12 @@ def check_files(run: FinishedRun) -> None:
     """
     name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
     try:
-        changed = name == run.method and config.run_id(run.settings) != identifier
+        changed = name == run.method and run_id(run.config) != identifier
     except FileNotFoundError:  # which whoever reads them says
         return
     if changed:
         raise PartialLoraError(
-            f"task.data_files={run.settings['task']['data_files']}: not the rows that the run was trained on, so that "
+            f"task.data_files={run.config.task.data_files}: not the rows that the run was trained on, so that "
             "its splits would be others; expected the files as they were, or to evaluate it on rows it has not seen, "
             "task.data_files.test=FILE"
         )

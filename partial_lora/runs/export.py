@@ -30,6 +30,7 @@ from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import file_sha256, write_json
 from partial_lora.runs import build
 from partial_lora.runs.finished import FinishedRun
+from partial_lora.runs.schema import ModelConfig
 from partial_lora.tasks import task
 
 FORMATS = ("peft", "compact", "merged")
@@ -207,29 +208,29 @@ _REPLACED = {"architecture", "tag", "test_input_size", "test_crop_pct", "label_n
 _LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
 
 
-def save_model(model: PreTrainedModel, folder: Path, preprocessing: Mapping | None = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, config: ModelConfig | None = None) -> None:
     """Write a model, without adapters, into an existing folder.
 
-    `preprocessing` says what a timm image model expects of its input: image_size, mean, std, interpolation.
+    `config` says what a timm image model expects of its input: image_size, mean, std, interpolation.
     """
     if isinstance(model, TimmWrapperForImageClassification):
-        _save_timm(model, folder, preprocessing or {})
+        _save_timm(model, folder, config)
     else:
         model.save_pretrained(folder)
 
 
-def _save_timm(model: TimmWrapperForImageClassification, folder: Path, preprocessing: Mapping) -> None:
+def _save_timm(model: TimmWrapperForImageClassification, folder: Path, preprocessing: ModelConfig | None) -> None:
     config, timm_model = model.config, model.timm_model
     known = {
         key: value for key, value in timm_model.pretrained_cfg.items() if key not in _LEFT_OUT and value is not None
     }
     if preprocessing:
-        size = preprocessing["image_size"]
+        size = preprocessing.image_size
         known |= {
             "input_size": [3, size, size],
-            "mean": list(preprocessing["mean"]),
-            "std": list(preprocessing["std"]),
-            "interpolation": preprocessing["interpolation"],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": preprocessing.interpolation,
             "crop_pct": 1.0,  # the shorter side is resized to the image's size and the middle square kept
             "crop_mode": "center",
         }
@@ -265,7 +266,7 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
     whole: quantised weights in the model's number format again, with the values that they stand for.
     """
     with _quiet():
-        model = build.model_of(run.settings["model"], run.labels())
+        model = build.model_of(run.config.model, run.labels())
         return model.dequantize() if whole and _is_quantised(run) else model
 
 
@@ -323,8 +324,8 @@ def _write_merged(run: FinishedRun, folder: Path) -> None:
     """Quantised weights are merged whole: rounded to four bits again, they would lose most of what was added."""
     merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
     with _quiet():
-        save_model(merged, folder, run.settings["model"])
-        if run.settings["model"]["family"] == "causal":  # texts come out of it, and the tokenizer's end ends them
+        save_model(merged, folder, run.config.model)
+        if run.config.model.family == "causal":  # texts come out of it, and the tokenizer's end ends them
             _transform(run).tokenizer.save_pretrained(folder)
 
 
@@ -336,7 +337,7 @@ def _prove_peft(run: FinishedRun, folder: Path) -> str:
     inputs = _inputs(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
         with _quiet():
-            save_model(base_model(run, whole=True), Path(base), run.settings["model"])
+            save_model(base_model(run, whole=True), Path(base), run.config.model)
         others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(inputs, model=Path(base), adapter=folder)}
         return _compared(_logits(adapted_model(run, whole=True), inputs), others, folder, _bound(run))
 
@@ -369,34 +370,34 @@ def _prove_merged(run: FinishedRun, folder: Path) -> str:
 
 
 def _is_quantised(run: FinishedRun) -> bool:
-    return run.settings["model"]["quantization"] is not None
+    return run.config.model.quantization is not None
 
 
 def _whole(run: FinishedRun) -> str:
-    return f" ({run.settings['model']['quantization']} weights whole again)" if _is_quantised(run) else ""
+    return f" ({run.config.model.quantization} weights whole again)" if _is_quantised(run) else ""
 
 
 def _bound(run: FinishedRun) -> float:
-    return _BOUND[run.settings["model"]["dtype"]]
+    return _BOUND[run.config.model.dtype]
 
 
 def _transform(run: FinishedRun) -> task.Transform:
     """How inputs enter the run's model; of a mixture those of its first member, since all are read alike."""
-    members = run.settings["task"].get("members") or {"": run.settings["task"]}
-    return build.transform_of({**run.settings, "task": next(iter(members.values()))})
+    task = run.config.task
+    return build.transform_of(run.config.model, next(iter(task.members.values())) if task.members else task)
 
 
 def _inputs(run: FinishedRun) -> dict[str, Tensor]:
     """Random pixels, or sentences of unlike length; all but the longest of a batch are padded, on the right."""
     generator = torch.Generator().manual_seed(0)
-    if build.modality(run.settings["model"]) == "image":
-        size = run.settings["model"]["image_size"]
+    if build.modality(run.config.model) == "image":
+        size = run.config.model.image_size
         return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
     transform = _transform(run)
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
-    if run.settings["model"]["family"] != "causal":
+    if run.config.model.family != "causal":
         return dict(transform.of_inputs(sentences))
-    tokens = [each[: run.settings["model"]["max_length"]] for each in transform.tokenizer(sentences)["input_ids"]]
+    tokens = [each[: run.config.model.max_length] for each in transform.tokenizer(sentences)["input_ids"]]
     batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 

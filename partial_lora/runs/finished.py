@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.config import with_defaults
+from partial_lora.runs.config import load
+from partial_lora.runs.schema import Config
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that ended well: its directory, its resolved settings and its record.
+    """A run that ended well: its directory, its settings and its record.
 
     Settings that were recorded before a key was there have its default.
     """
 
     directory: Path
-    settings: dict
+    config: Config
     result: dict
 
     @property
@@ -28,7 +29,7 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
-        return self.settings["method"]["name"]
+        return self.config.method.name
 
     @property
     def is_masked(self) -> bool:
@@ -83,9 +84,9 @@ def finished_run(directory: Path) -> FinishedRun:
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
+        return FinishedRun(directory, load(settings), result)
     except (KeyError, TypeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
-    return FinishedRun(directory, with_defaults(settings), result)
 
 
 # --- The one task that a finished run is asked about: its own or, of a mixture, the member that was named.
@@ -96,13 +97,13 @@ class AskedTask:
     """A single task, and where its answers are among what the run's model says.
 
     member: its name in the run's mixture; None where it is the run's own task.
-    settings: the run's, with this task's group `task`.
+    config: the run's settings, with this task.
     labels: the names of its classes; none of a regression, a choice or a generation.
     outputs: the places of its classes among the model's logits; None for all that there are.
     """
 
     member: str | None
-    settings: dict
+    config: Config
     labels: list[str]
     outputs: list[int] | None
 
@@ -114,14 +115,14 @@ def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool 
     without a member being named. Raises PartialLoraError, in one line that lists the members, for a mixture without
     one, a name that is none of them, and a member of a run that is no mixture.
     """
-    task = run.settings["task"]
-    members = task.get("members") or {}
+    task = run.config.task
+    members = task.members or {}
     if not members:
         if member is not None:
-            raise PartialLoraError(f"--member {member}: the run is of one task, {task['name']}; leave it out")
-        return AskedTask(None, run.settings, run.labels(), None)
-    if member is None and of_another and task["kind"] != "label":
-        return AskedTask(None, run.settings, [], None)
+            raise PartialLoraError(f"--member {member}: the run is of one task, {task.name}; leave it out")
+        return AskedTask(None, run.config, run.labels(), None)
+    if member is None and of_another and task.kind != "label":
+        return AskedTask(None, run.config, [], None)
     listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
     if member is None:
         raise PartialLoraError(
@@ -129,11 +130,11 @@ def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool 
         )
     if member not in members:
         raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")
-    settings = with_defaults({**run.settings, "task": members[member]})
-    if task["kind"] != "label":
-        return AskedTask(member, settings, [], None)
-    prefix = f"{settings['task']['name']}/"
+    config = replace(run.config, task=members[member])
+    if task.kind != "label":
+        return AskedTask(member, config, [], None)
+    prefix = f"{config.task.name}/"
     own = {place: label for place, label in enumerate(run.result.get("labels", [])) if label.startswith(prefix)}
     if not own:
         raise PartialLoraError(f"{run.directory / results.RESULT}: no labels of {member} in it; train the run again")
-    return AskedTask(member, settings, [label.removeprefix(prefix) for label in own.values()], list(own))
+    return AskedTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))

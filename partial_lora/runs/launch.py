@@ -26,8 +26,10 @@ import yaml
 from partial_lora import files, progress
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import redacted
-from partial_lora.runs import config, schema
 from partial_lora.runs import directory as handover
+from partial_lora.runs import schema
+from partial_lora.runs.config import calibration_directory, plain, run_directory
+from partial_lora.runs.schema import Config
 from partial_lora.training.config import TrainerConfig
 
 # --- Which of several processes failed first, and of what: each leaves word, and whoever started them reads it.
@@ -228,28 +230,26 @@ class Cluster:
         return self.processes > 1 or self.kind == "deepspeed"
 
 
-def cluster_of(settings: Mapping) -> Cluster:
-    """The processes that a run's settings ask for.
+def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Cluster:
+    """Return the processes that a run's settings ask for; `quantization` is that of its model.
 
     What `trainer.accelerate_config` says stands where a key has its default. Raises PartialLoraError where the two do
     not go together, or for a strategy that needs more processes, a library or another model.
     """
-    trainer = settings["trainer"]
-    said = schema.read(trainer["accelerate_config"]) if trainer["accelerate_config"] else {}
-    given = {key: trainer[key] for key in _FROM_FILE}
+    said = schema.accelerate_file(trainer.accelerate_config) if trainer.accelerate_config else {}
+    given = {key: getattr(trainer, key) for key in _FROM_FILE}
     given |= {key: said[key] for key in _FROM_FILE if given[key] == _DEFAULTS[key] and said.get(key) is not None}
     machines, address = given["num_machines"], given["main_process_ip"]
     if said:  # else the schema has checked them
         TrainerConfig(**given, batch_size=given["num_processes"] or 1)
-    on_cpu = trainer["device"] == "cpu" or bool(said.get("use_cpu"))
+    on_cpu = trainer.device == "cpu" or bool(said.get("use_cpu"))
     processes = given["num_processes"] or machines * _accelerators(on_cpu)
-    kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(said.get("distributed_type"), trainer["strategy"])
-    parts = processes * trainer["gradient_accumulation_steps"]
+    kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(said.get("distributed_type"), trainer.strategy)
+    parts = processes * trainer.gradient_accumulation_steps
     expected = f"a multiple of {parts}, of {processes} processes times trainer.gradient_accumulation_steps"
-    require(trainer["batch_size"] % parts == 0, "trainer.batch_size", trainer["batch_size"], expected)
+    require(trainer.batch_size % parts == 0, "trainer.batch_size", trainer.batch_size, expected)
     if kind == "fsdp":
         require(processes > 1, "trainer.strategy", kind, "ddp for a run of one process, which has nothing to share out")
-        quantization = settings["model"]["quantization"]
         require(quantization is None, "model.quantization", quantization, "null, for trainer.strategy=fsdp")
     if kind == "deepspeed":
         found = importlib.util.find_spec("deepspeed") is not None
@@ -262,7 +262,7 @@ def cluster_of(settings: Mapping) -> Cluster:
         address=address if several else None,
         port=given["main_process_port"] if several else 0,
         kind=kind,
-        file=trainer["accelerate_config"],
+        file=trainer.accelerate_config,
         hides_accelerators=bool(said.get("use_cpu")),
     )
 
@@ -325,7 +325,7 @@ class Outcome:
 
 
 def launch(
-    settings: Mapping,
+    config: Config,
     directory: Path,
     *,
     stage: str,
@@ -336,7 +336,7 @@ def launch(
     """Do a run in `directory` unless it is finished there, and say how it ended.
 
     Args:
-        settings: resolved settings (`config.resolve`).
+        config: the settings (`config.resolve`).
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
         finished: says whether a directory holds what the stage makes.
@@ -345,15 +345,16 @@ def launch(
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
     """
-    shared = cluster_of(settings)
+    shared = cluster_of(config.trainer, config.model.quantization)
     if shared.rank:
-        return _follow(settings, directory, shared, stage=stage, finished=finished, asked=asked)
+        return _follow(config, directory, shared, stage=stage, finished=finished, asked=asked)
     with handover.locked(directory) as lock:
-        if finished(directory) and not settings["overwrite"]:
+        if finished(directory) and not config.overwrite:
             handover.remove_checkpoints(directory)  # what ended it may have come between the last two steps
             return Outcome(directory, "skipped")
-        for line in handover.prepare(directory, anew=settings["overwrite"]):
+        for line in handover.prepare(directory, anew=config.overwrite):
             watch({"said": line})
+        settings = plain(config)
         files.write_atomic(directory / handover.CONFIG, yaml.safe_dump(redacted(settings), sort_keys=False))
         command = _command(directory, stage, shared)
         environment = _environment(directory, shared.processes) | handover.variables(settings)
@@ -442,7 +443,7 @@ def _who(failure: Failure, shared: Cluster) -> str:
 
 
 def _follow(
-    settings: Mapping,
+    config: Config,
     directory: Path,
     shared: Cluster,
     *,
@@ -454,11 +455,11 @@ def _follow(
 
     What this machine has to say of the end is one line, from the run's record and its own workers.
     """
-    if finished(directory) and not settings["overwrite"]:
+    if finished(directory) and not config.overwrite:
         return Outcome(directory, "skipped")
     before = handover.read_result(directory)
     environment = _environment(directory, shared.processes) | cluster_environment(shared)
-    environment |= handover.variables(settings)
+    environment |= handover.variables(plain(config))
     del environment[progress.VARIABLE]  # process 0 tells machine 0
     log = directory.resolve() / f"train.machine{shared.rank}.log"
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
@@ -498,22 +499,22 @@ def refuse_foreign_world() -> None:
 # --- A run as a command: launched, watched on the terminal, and what is said of it at its end.
 
 
-def directory(settings: Mapping, stage: str) -> Path:
+def directory(config: Config, stage: str) -> Path:
     """Where the files of a stage ("train" or "calibrate") go."""
-    return config.run_directory(settings) if stage == "train" else config.calibration_directory(settings)
+    return run_directory(config) if stage == "train" else calibration_directory(config)
 
 
-def run(settings: Mapping, stage: str, *, shown: bool = True, asked: Callable[[], Sequence[int]] = tuple) -> Outcome:
+def run(config: Config, stage: str, *, shown: bool = True, asked: Callable[[], Sequence[int]] = tuple) -> Outcome:
     """Launch a run and say how it ended.
 
     shown: on the terminal, with bars while it lasts and a table at its end; else silently. asked: the signals that the
     run is to take for received. Raises PartialLoraError as `launch.launch` does, and inside a foreign world.
     """
     refuse_foreign_world()
-    place = directory(settings, stage)
-    finished = _finished(settings) if stage == "train" else handover.is_calibrated
+    place = directory(config, stage)
+    finished = _finished(config) if stage == "train" else handover.is_calibrated
     if not shown:
-        return launch(settings, place, stage=stage, watch=_silent, finished=finished, asked=asked)
+        return launch(config, place, stage=stage, watch=_silent, finished=finished, asked=asked)
     from rich.console import Console
 
     from partial_lora import watch
@@ -521,14 +522,14 @@ def run(settings: Mapping, stage: str, *, shown: bool = True, asked: Callable[[]
     console = Console()
     console.print(f"{stage} {place}", highlight=False)
     with watch.Bars(console) as bars:
-        outcome = launch(settings, place, stage=stage, watch=bars.update, finished=finished, asked=asked)
+        outcome = launch(config, place, stage=stage, watch=bars.update, finished=finished, asked=asked)
     _show(outcome, stage, console)
     return outcome
 
 
-def _finished(settings: Mapping) -> Callable[[Path], bool]:
+def _finished(config: Config) -> Callable[[Path], bool]:
     """What says that a training needs not be run: that it left all its files, or that what it measured is kept."""
-    if not settings["keep_records"]:
+    if not config.keep_records:
         return handover.is_finished
     return lambda place: handover.is_finished(place) or handover.is_recorded(place)
 

@@ -340,13 +340,13 @@ class Predictor:
     ) -> None:
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         asked = asked_task(run, member)
-        task, self.labels, self._outputs = asked.settings["task"], asked.labels, asked.outputs
-        self.modality, self.kind = task["modality"], task["kind"]
-        self._pairs = len(task["text_columns"]) == 2
-        self._writing = {"stop": task["stop"], "max_new_tokens": max_new_tokens or task["max_new_tokens"]}
-        self._layout = task["format"]
-        self._batch_size = run.settings["trainer"]["eval_batch_size"]
-        self._transform = build.transform_of(asked.settings)
+        task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
+        self.modality, self.kind = task.modality, task.kind
+        self._pairs = len(task.text_columns) == 2
+        self._writing = {"stop": task.stop, "max_new_tokens": max_new_tokens or task.max_new_tokens}
+        self._layout = task.format
+        self._batch_size = run.config.trainer.eval_batch_size
+        self._transform = build.transform_of(run.config.model, task)
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:

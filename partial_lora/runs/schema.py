@@ -109,6 +109,11 @@ class ModelConfig:
     new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
+    @property
+    def trained_modules(self) -> dict[str, Any]:
+        """The names of the modules that are adapted and of those that train whole, as arguments."""
+        return {"target_modules": self.target_modules, "head": self.head, "new_modules": self.new_modules}
+
     def __post_init__(self) -> None:
         plain_name("model.name", self.name)
         for key in ("mean", "std"):

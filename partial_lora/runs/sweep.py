@@ -19,7 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from partial_lora.progress import STOPPING, handling
 from partial_lora.runs import directory as results
 from partial_lora.runs import launch
 from partial_lora.runs.compose import Plan
+from partial_lora.runs.config import resolve
+from partial_lora.runs.schema import Config
 
 # --- What becomes of a sweep's jobs, told through files: jobs run in other processes, perhaps on other machines.
 
@@ -135,7 +137,7 @@ class Job:
 
     Args:
         stage: "train" or "calibrate".
-        resolve: what checks a composed config (`config.resolve`).
+        configs: the settings of every job by its number; empty where a sampler chooses them.
         ledger: of the sweep.
         parent: the process of the sweep (`this_process`); jobs elsewhere are silent.
         sampled: a sampler chooses the jobs. It is given the validation metric, and an exception for a run that failed,
@@ -143,7 +145,7 @@ class Job:
     """
 
     stage: str
-    resolve: Callable[[object], dict]
+    configs: Sequence[Config]
     ledger: Ledger
     parent: tuple[str, int]
     sampled: bool
@@ -162,9 +164,9 @@ class Job:
         if self.ledger.asked():
             return None
         try:
-            settings = self.resolve(composed)
-            entry |= {"directory": str(launch.directory(settings, self.stage).resolve())}
-            found = self._run(number, settings, entry, here)
+            config = self.configs[number] if self.configs else resolve(composed)
+            entry |= {"directory": str(launch.directory(config, self.stage).resolve())}
+            found = self._run(number, config, entry, here)
         except PartialLoraError as error:
             found = {"status": "refused", "code": 2, "reason": str(error)}
             if here:
@@ -181,7 +183,7 @@ class Job:
             raise JobFailedError(found["reason"])
         return found.get("validation")
 
-    def _run(self, number: int, settings: dict, entry: dict, here: bool) -> dict | None:
+    def _run(self, number: int, config: Config, entry: dict, here: bool) -> dict | None:
         """How the run ended, and its metrics; None where it did not start, since the sweep is stopping."""
         with self.ledger.claimed(Path(entry["directory"])) as had_before:
             if self.ledger.asked():
@@ -190,8 +192,8 @@ class Job:
             if self.ledger.asked():  # whoever stops a sweep asks first and then looks at what is running
                 return {"status": "not started", "code": 0}
             if had_before:  # by another job of this sweep, which has overwritten what was there
-                settings = settings | {"overwrite": False}
-            outcome = launch.run(settings, self.stage, shown=here, asked=self.ledger.asked)
+                config = replace(config, overwrite=False)
+            outcome = launch.run(config, self.stage, shown=here, asked=self.ledger.asked)
         found = {"status": outcome.status, "code": launch.code(outcome)}
         if found["code"]:
             interrupted = outcome.status == "interrupted"
@@ -302,7 +304,7 @@ _LOOK = 0.3  # seconds between two looks at what the jobs say
 _PATIENCE = 3  # requests to stop after which jobs that do not are left alone
 
 
-def sweep(plan: Plan, stage: str, resolve: Callable[[object], dict], hydra: Callable[[Job], None]) -> int:
+def sweep(plan: Plan, stage: str, hydra: Callable[[Job], None]) -> int:
     """Have Hydra call a job for every run of a plan, end with a table of what became of them, and give the exit code.
 
     The exit code is the highest of the runs: 0 finished or skipped, 1 failed, 2 refused, 128 and the signal's number
@@ -311,7 +313,8 @@ def sweep(plan: Plan, stage: str, resolve: Callable[[object], dict], hydra: Call
     """
     _check_sampler(plan, stage)
     ledger, console = Ledger.opened(plan.sweep_dir), Console()
-    job = Job(stage, resolve, ledger, this_process(), plan.is_sampled)
+    configs = [] if plan.is_sampled else [config for _, config in plan.runs]
+    job = Job(stage, configs, ledger, this_process(), plan.is_sampled)
     _quieten()
     begun = time.time()
     try:

@@ -21,7 +21,7 @@ from partial_lora import progress
 from partial_lora.calibration.peers import Peers
 from partial_lora.calibration.score import IGNORED, starts, within
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import Joined, Mixture, MixtureTransform, Task
+from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training import metrics as evaluation
 from partial_lora.training.fsdp import is_shared_out
@@ -233,16 +233,27 @@ class ByTexts(_OfTask):
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
 
 
-def judge_of(task: Task, transform: object, settings: Mapping, peers: Peers) -> Judge:
-    """The judge of a run's task."""
-    chosen = settings["task"]
-    given = (task, transform, chosen["cache_bytes"])
+def judge_of(
+    task: Task,
+    transform: object,
+    peers: Peers,
+    *,
+    batch_size: int,
+    cache_bytes: int,
+    stop: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    answer: str | None = None,
+) -> Judge:
+    """Return the judge of one task.
+
+    batch_size, stop, max_new_tokens: of what a model writes. answer: of a generation, what has to match.
+    """
+    given = (task, transform, cache_bytes)
     if task.kind == "choice":
         return ByOptions(*given)
     if task.kind == "generation":
-        writing = {name: chosen[name] for name in ("stop", "max_new_tokens")}
-        writing["batch_size"] = settings["trainer"]["eval_batch_size"]
-        return ByTexts(*given, peers, writing, chosen["answer"])
+        writing = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        return ByTexts(*given, peers, writing, answer)
     return ByLabels(*given)
 
 
@@ -350,13 +361,9 @@ def _average_of(metrics: Sequence[str]) -> str:
     return metrics[0] if metrics[0] in LOWER_IS_BETTER and len(set(metrics)) == 1 else AVERAGE
 
 
-def task_judge(task: Task, transform: object, settings: Mapping, peers: Peers) -> Judge:
-    """The judge of a run's task, whether it is one or several. Raises PartialLoraError for metrics without average."""
-    if not isinstance(task, Mixture) or not isinstance(transform, MixtureTransform):
-        return judge_of(task, transform, settings, peers)
+def judge_of_members(task: Mixture, judges: Sequence[Judge]) -> Judge:
+    """Return the judge of a mixture, given its members'. Raises PartialLoraError for metrics without an average."""
     main = {member.name: member.metrics[0] for member in task.members}
     if len({metric in LOWER_IS_BETTER for metric in main.values()}) > 1:
         raise PartialLoraError(f"task.members: expected first metrics that are all the better the larger, found {main}")
-    pairs = zip(task.members, transform.transforms, settings["task"]["members"].values(), strict=True)
-    each = [judge_of(member, own, {**settings, "task": chosen}, peers) for member, own, chosen in pairs]
-    return ByMembers(list(main), each, task.sizes)
+    return ByMembers(list(main), judges, task.sizes)

@@ -29,6 +29,7 @@ from partial_lora.files import seal
 from partial_lora.runs import directory as results
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training import checkpoints, fsdp
+from partial_lora.training.config import TrainerConfig
 
 # --- A Trainer that can be ended at any moment and goes on, in another process, as if it had not been.
 
@@ -331,22 +332,6 @@ class Undisturbed:
         return self.collate(rows)
 
 
-SETTINGS = (  # of the trainer group, as `trainer` takes them
-    "epochs",
-    "max_steps",
-    "save_steps",
-    "save_total_limit",
-    "batch_size",
-    "eval_batch_size",
-    "learning_rate",
-    "weight_decay",
-    "warmup",
-    "max_grad_norm",
-    "num_workers",
-    "gradient_accumulation_steps",
-)
-
-
 class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
     """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
 
@@ -418,8 +403,9 @@ def mixed_precision(requested: str, device: str) -> str:
     return "bf16" if native else "no"
 
 
-def trainer(
+def build_trainer(
     model: nn.Module,
+    config: TrainerConfig,
     *,
     train: Dataset,
     validation: Dataset,
@@ -432,40 +418,27 @@ def trainer(
     precision: str,
     world_size: int,
     seed: int,
-    epochs: float,
-    max_steps: int | None,
-    save_steps: int | None,
     versions: Mapping[str, str],
-    batch_size: int,
-    eval_batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup: float,
-    max_grad_norm: float,
-    num_workers: int | None = None,
-    save_total_limit: int = 1,
     length_grouped: bool = False,
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     reads_tokens: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
-    gradient_accumulation_steps: int = 1,
     sharded: bool = False,
     final_after: Callable[[int], int] = lambda steps: 0,
 ) -> ResumingTrainer:
     """A Trainer whose `train()` ends with the checkpoint that did best on validation.
 
-    AdamW without decay of biases and norms, a cosine schedule after linear warm-up, gradients clipped to
-    `max_grad_norm`. `batch_size` counts the examples of one optimizer step over all processes and the parts that each
-    computes its share in (`gradient_accumulation_steps`). Validation is measured and a checkpoint kept every
-    `save_steps` steps, or every epoch, `save_total_limit` beside the best; it goes on under the same `versions` of
-    libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of equals the loss;
-    none before step `final_after(steps)` is chosen. `collate` makes a batch of rows, `loss` its loss, and
-    `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows have a column
+    AdamW without decay of biases and norms, a cosine schedule after linear warm-up, clipped gradients. Validation is
+    measured and a checkpoint kept every `config.save_steps` steps, or every epoch; training goes on from it under the
+    same `versions` of libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of
+    equals the loss; none before step `final_after(steps)` is chosen. `collate` makes a batch of rows, `loss` its loss,
+    and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows have a column
     `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that progress tells
     how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
     """
-    parts = world_size * gradient_accumulation_steps
-    times = f" times trainer.gradient_accumulation_steps={gradient_accumulation_steps}" if parts > world_size else ""
+    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
+    parts = world_size * accumulation
+    times = f" times trainer.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
     if batch_size % parts:
         raise PartialLoraError(
             f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator"
@@ -477,10 +450,10 @@ def trainer(
             f"processes{times} share each batch"
         )
     steps_per_epoch = max(1, len(train) // batch_size)
-    total_steps = max_steps or max(1, int(epochs * steps_per_epoch))
+    total_steps = config.max_steps or max(1, int(config.epochs * steps_per_epoch))
     # A short run still needs one look at validation, at its end.
-    strategy = "epoch" if save_steps is None and max_steps is None else "steps"
-    steps = min(save_steps or steps_per_epoch, total_steps)
+    strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
+    steps = min(config.save_steps or steps_per_epoch, total_steps)
     arguments = TrainingArguments(
         output_dir=str(directory / results.CHECKPOINTS),
         use_cpu=device == "cpu",
@@ -488,16 +461,16 @@ def trainer(
         fp16=precision == "fp16",
         seed=seed,
         data_seed=seed,
-        num_train_epochs=epochs,
-        max_steps=max_steps or -1,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
         per_device_train_batch_size=batch_size // parts,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        per_device_eval_batch_size=eval_batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
-        warmup_steps=warmup,  # below 1, a share of the steps
-        max_grad_norm=max_grad_norm,
+        warmup_steps=config.warmup,  # below 1, a share of the steps
+        max_grad_norm=config.max_grad_norm,
         eval_strategy=strategy,
         save_strategy=strategy,
         eval_steps=steps,
@@ -513,7 +486,7 @@ def trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=loading_processes(num_workers, device, world_size),
+        dataloader_num_workers=loading_processes(config.num_workers, device, world_size),
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
@@ -521,7 +494,7 @@ def trainer(
         fsdp.allow_on_cpu()
     fit = _Trainer(
         versions=versions,
-        keep=save_total_limit,
+        keep=config.save_total_limit,
         length_grouped=length_grouped,
         final_after=final_after,
         model=model,

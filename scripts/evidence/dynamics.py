@@ -110,20 +110,19 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     from partial_lora.calibration.peers import Alone
     from partial_lora.runs import build, evaluate, export
     from partial_lora.runs.predict import RunModel
-    from partial_lora.training import objectives
 
-    blocks = run.settings["model"]["blocks"]
+    blocks = run.config.model.blocks
     if blocks is None:
         raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
-    if run.settings["task"].get("members"):
+    if run.config.task.members:
         raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
     evaluate.check_files(run)
-    task = build.task_of(run.settings)
+    task = build.task_of(run.config)
     task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
     trained = RunModel(run, device)
-    transform = build.transform_of(run.settings)
-    judge = objectives.judge_of(task, transform, run.settings, Alone())
-    size = run.settings["trainer"]["eval_batch_size"]
+    transform = build.transform_of(run.config.model, run.config.task)
+    judge = build.judge_of(run.config, task, transform, Alone())
+    size = run.config.trainer.eval_batch_size
 
     def batches(rows: Dataset) -> DataLoader:
         return DataLoader(rows, batch_size=size, collate_fn=transform.collate)
@@ -133,7 +132,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
 
     metrics = {split: judge.judged(predict, trained.model, split).metrics for split in ("train", "test")}
     frozen = export.base_model(run).to(trained.device).eval()
-    test = transform.prepare(task.test, cache_bytes=run.settings["task"]["cache_bytes"])
+    test = transform.prepare(task.test, cache_bytes=run.config.task.cache_bytes)
     content = {
         "version": VERSION,
         "rows": {split: len(getattr(task, split)) for split in ("train", "test")},
