@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -11,14 +12,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from PIL import Image
 
 from partial_lora import files as sealed
 from partial_lora import train
-from partial_lora.runs import config, finished, schema
 from partial_lora.runs import directory as record
+from partial_lora.runs import finished
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
@@ -36,16 +37,20 @@ def trained(name: str, *overrides: str) -> finished.FinishedRun:
     """What a worker does with a run, in this process."""
     directory = Path(_PLACE.name) / name
     directory.mkdir()
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        settings = config.resolve(compose("config", [*SHORT, *overrides]))
-    (directory / record.CONFIG).write_text(json.dumps(settings))
-    entry = record.new(settings)
+    config = composed(*SHORT, *overrides)
+    (directory / record.CONFIG).write_text(json.dumps(plain(config)))
+    entry = record.new(plain(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARTIAL_LORA_CACHE", cache())
-        train.run(settings, directory, entry, "train")
+        train.run(config, directory, entry, "train")
     sealed.write_json(directory / record.RESULT, entry | {"status": "finished"})
     return finished.finished_run(directory)
+
+
+def changed(run: finished.FinishedRun, group: str, **values: object) -> finished.FinishedRun:
+    """The run with other settings in one group."""
+    config = dataclasses.replace(run.config, **{group: dataclasses.replace(getattr(run.config, group), **values)})
+    return dataclasses.replace(run, config=config)
 
 
 def files(rows: dict[str, datasets.Dataset], name: str) -> dict[str, str]:

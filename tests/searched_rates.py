@@ -5,23 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-
-from partial_lora.runs import config, directory, schema
+from partial_lora.runs import directory
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def composed(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", list(overrides)))
-
-
 @functools.cache
 def known(*overrides: str) -> dict:
-    return composed("model=tiny_vit", *overrides)
+    return plain(composed("model=tiny_vit", *overrides))
 
 
 def run(rate: float, worth: float | None, *overrides: str, loss: float = 1.0, seed: int = 0) -> dict:

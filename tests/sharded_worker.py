@@ -22,7 +22,8 @@ from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig, factor
 from partial_lora.runs import directory
 from partial_lora.training import checkpoints, distributed, fsdp, objectives
-from partial_lora.training import trainer as fit
+from partial_lora.training.config import TrainerConfig
+from partial_lora.training.trainer import build_trainer
 
 WORLD = 2
 STEPS = 6
@@ -49,9 +50,10 @@ def adapted(seed: int = 0) -> PeftModel:
 
 
 def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **changes: object) -> Trainer:
-    settings = {"batch_size": 8, "max_steps": STEPS, "save_steps": HALF, "gradient_accumulation_steps": 1} | changes
-    return fit.trainer(
+    settings = {"batch_size": 8, "max_steps": STEPS, "save_steps": HALF, "epochs": 1.0} | changes
+    return build_trainer(
         model,
+        TrainerConfig(**settings, eval_batch_size=5, learning_rate=1e-2),
         train=rows(40),
         validation=rows(12),
         directory=folder,
@@ -65,17 +67,8 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
         precision="no",
         world_size=processes,
         seed=0,
-        epochs=1.0,
-        eval_batch_size=5,
-        learning_rate=1e-2,
-        weight_decay=0.01,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        num_workers=0,
-        save_total_limit=1,
         versions={},
         sharded=sharded,
-        **settings,
     )
 
 

@@ -129,7 +129,7 @@ def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
 
     with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: expected eager, sdpa"):
         settings("model.attn_implementation=someone/attention")
-    assert settings("model.attn_implementation=sdpa")["model"]["attn_implementation"] == "sdpa"
+    assert settings("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("member", ["../outside", "/outside", "inside/../../outside", "", "inside/.."])

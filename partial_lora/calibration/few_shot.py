@@ -246,9 +246,7 @@ def calibrate_few_shot(
         )
 
 
-def halves_few_shot(
-    model: nn.Module, train: Dataset, transform: Transform, config: CalibrationConfig, *, draws: Draws, **given: Any
-) -> dict:
+def halves_few_shot(*, train: Dataset, config: CalibrationConfig, draws: Draws, **given: Any) -> dict:
     """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
 
     Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
@@ -258,8 +256,8 @@ def halves_few_shot(
     for number, half in enumerate(split_half(labels, config.seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
         part, stage = Draws(draws.fit, draws.scored[half]), f"half {number}"
-        half_found = calibrate_few_shot(model, train, transform, config, draws=part, stage=stage, **given)
-        found.append(half_found.sparsity)
+        calibrated = calibrate_few_shot(train=train, config=config, draws=part, stage=stage, **given)
+        found.append(calibrated.sparsity)
     return reliability(*found)
 
 

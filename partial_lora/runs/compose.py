@@ -107,6 +107,7 @@ def _hydra_of_plan(flags):
             raise PartialLoraError(f"--config-dir {flags.config_dir}: no such directory")
         search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
+    _register_schema()
     return Hydra.create_main_hydra2("partial-lora", search_path)
 
 
@@ -202,7 +203,6 @@ def compose(
     was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
     refuse_group_lists(arguments)
-    _register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     hydra = partial(_hydra, command, arguments)
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
@@ -233,7 +233,6 @@ def compose(
 
 def composed(*overrides: str) -> Config:
     """Return the settings of the one run that overrides ask for; raises PartialLoraError where it is refused."""
-    _register_schema()
     with _in_one_line(overrides):
         planned = plan(overrides)
     for line in planned.refused:
@@ -254,6 +253,7 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    _register_schema()
     sys.argv = [f"partial-lora {command}", *arguments]
     with _in_one_line(arguments):
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()

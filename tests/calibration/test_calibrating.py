@@ -9,27 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from sklearn import metrics
 
-from partial_lora import Calibration, models, progress, tasks, train
+from partial_lora import Calibration, progress, tasks, train
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
 from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import build, config, schema
+from partial_lora.runs import build
 from partial_lora.runs import directory as record
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3")
-
-
-def settings(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", [*TINY, *overrides]))
 
 
 class Place:
@@ -43,7 +37,8 @@ class Place:
         self.count += 1
         directory = self.folder / str(self.count)
         directory.mkdir()
-        entry = record.new(chosen := settings(*overrides))
+        chosen = composed(*TINY, *overrides)
+        entry = record.new(plain(chosen))
         train.run(chosen, directory, entry, "calibrate")
         json.dumps(entry, allow_nan=False)
         return directory, entry
@@ -61,16 +56,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 @torch.no_grad()
 def literal_scores(seed: int = 3, shots: int = 4) -> dict[str, float]:
     """Every score of the frozen model, from its predictions on the scored draw."""
-    chosen = settings()
-    task = tasks.load(**{name: chosen["task"][name] for name in tasks.SETTINGS})
-    pixels = {name: chosen["model"][name] for name in ("image_size", "mean", "std", "interpolation")}
-    transform = tasks.ImageTransform(**pixels)
+    chosen = composed(*TINY)
+    task = build.task_of(chosen)
+    transform = build.transform_of(chosen.model, chosen.task)
     draws = tasks.few_shot_draws(task.train["label"], shots=shots, seed=seed)
     fit, scored = (transform.batches(task.train.select(rows), 40) for rows in (draws.fit, draws.scored))
-    torch.manual_seed(chosen["seed"])
-    of_model = ("name", "weights", "architecture", "model_args", "image_size")
-    model = models.load(labels=list(task.labels), **{name: chosen["model"][name] for name in of_model}).eval()
-    with few_shot.few_shot_head(model, chosen["model"]["head"], fit):
+    torch.manual_seed(chosen.seed)
+    model = build.model_of(chosen.model, task.labels).eval()
+    with few_shot.few_shot_head(model, chosen.model.head, fit):
         logits, labels = model(pixel_values=scored[0]["pixel_values"]).logits, scored[0]["labels"]
     predictions = logits.argmax(-1)
     return {
@@ -198,8 +191,8 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
     asked = []
     calibrate = few_shot.calibrate_few_shot
 
-    def watched(model, rows, transform, config, *, draws, **settings):
-        found = calibrate(model, rows, transform, config, draws=draws, **settings)
+    def watched(*, draws, **settings):
+        found = calibrate(draws=draws, **settings)
         asked.append((draws, found, settings))
         return found
 
@@ -233,4 +226,4 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 def test_reliability_needs_two_examples(place: Place) -> None:
     rows, draws = Dataset.from_dict({"label": [0, 1]}), tasks.Draws(fit=[0], scored=[1])
     with pytest.raises(PartialLoraError, match="split-half: expected at least 2 scored examples"):
-        few_shot.halves_few_shot(None, rows, None, CalibrationConfig(), draws=draws)
+        few_shot.halves_few_shot(train=rows, config=CalibrationConfig(), draws=draws)

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from configured import inputs, load, loud, settings
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -20,7 +18,8 @@ from partial_lora.adapter import module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
-from partial_lora.runs import config, schema
+from partial_lora.runs import config
+from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
 from partial_lora.training import cost
 
@@ -242,10 +241,7 @@ def test_probe_needs_a_head() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "lorafa", "full", "probe"])
 def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path) -> None:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        composed = config.resolve(compose("config", ["model=tiny_vit", f"method={method}", "method.projections=16"]))
-    foretold = outline(composed).counts
+    foretold = outline(composed("model=tiny_vit", f"method={method}", "method.projections=16")).counts
     model, setting = adapted(method, "tiny_vit", rank=16, alpha=16.0)
     dense = dense_parameters(setting.shapes, 16)
     own = cost.measured(model, setting.head, dense=dense)

@@ -20,7 +20,7 @@ from scipy.special import softmax
 from partial_lora import evaluate_command, predict_command
 from partial_lora import tasks as tasks_of
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import build, export
+from partial_lora.runs import build, config, export
 from partial_lora.runs.finished import FinishedRun, asked_task
 from partial_lora.runs.predict import Predictor
 
@@ -62,7 +62,7 @@ def recorded(run: FinishedRun, member: str) -> pandas.DataFrame:
 
 def rows_of(run: FinishedRun, member: str) -> tasks_of.Task:
     """A member's rows, as its group of settings names them."""
-    return build.task_of(run.settings | {"task": run.settings["task"]["members"][member]})
+    return build.task_of(dataclasses.replace(run.config, task=run.config.task.members[member]))
 
 
 def classes_agree(found: list[dict], run: FinishedRun, member: str, labels: list[str]) -> None:
@@ -154,7 +154,8 @@ def test_a_member_of_a_mixture_has_to_be_named(arguments, words) -> None:
 
 def test_a_run_of_one_task_has_no_members() -> None:
     run = mixed_runs.text_mixture()
-    single = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"]["members"]["films"]})
+    alone = dataclasses.replace(run.config, task=run.config.task.members["films"])
+    single = dataclasses.replace(run, config=alone)
     with pytest.raises(PartialLoraError, match="--member films: the run is of one task, films; leave it out"):
         Predictor(single, device="cpu", member="films")
     assert asked_task(single).member is None
@@ -174,10 +175,9 @@ def test_a_mixture_is_refused_before_torch_is_there() -> None:
 
 def test_members_are_listed_and_labels_that_are_not_recorded_are_missed() -> None:
     run = mixed_runs.text_mixture()
-    task = run.settings["task"]
+    films = run.config.task.members["films"]
     for names, listed in ((["a"], "--member a"), (["a", "b", "c"], "--member a, b or c")):
-        members = dict.fromkeys(names, task["members"]["films"])
-        several = dataclasses.replace(run, settings=run.settings | {"task": task | {"members": members}})
+        several = finished_runs.changed(run, "task", members=dict.fromkeys(names, films))
         with pytest.raises(PartialLoraError, match=f"choose {listed}$"):
             asked_task(several)
     without = dataclasses.replace(run, result={key: value for key, value in run.result.items() if key != "labels"})
@@ -187,10 +187,10 @@ def test_members_are_listed_and_labels_that_are_not_recorded_are_missed() -> Non
 
 def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None:
     run = mixed_runs.text_mixture()
-    task = run.settings["task"]
-    older = {key: value for key, value in task["members"]["films"].items() if key != "label_noise"}
-    before = dataclasses.replace(run, settings=run.settings | {"task": task | {"members": {"films": older}}})
-    assert asked_task(before, "films").settings["task"] == task["members"]["films"]
+    older = config.plain(run.config)
+    del older["task"]["members"]["films"]["label_noise"]
+    before = dataclasses.replace(run, config=config.load(older))
+    assert asked_task(before, "films").config.task == run.config.task.members["films"]
 
 
 # Evaluations, and what is exported
@@ -201,7 +201,7 @@ def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None
 )
 def test_a_member_is_evaluated_as_the_run_itself_did(of, evaluated) -> None:
     run = of()
-    for member in run.settings["task"]["members"]:
+    for member in run.config.task.members:
         found = evaluated(run, "--member", member)
         own = {name: value for name, value in found["metrics"].items() if name != "primary"}
         expected = {name: run.result["metrics"]["test"][f"{member}/{name}"] for name in own}

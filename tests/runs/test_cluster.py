@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -11,16 +10,13 @@ import yaml
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import launch, schema
-from partial_lora.runs.schema import TrainerConfig
+from partial_lora.training.config import TrainerConfig
 
 WORKER = ["-m", "partial_lora.worker", "somewhere"]
 
 
-def settings(quantization: str | None = None, **trainer: object) -> dict:
-    return {
-        "trainer": dataclasses.asdict(TrainerConfig(device="cpu", **trainer)),
-        "model": {"quantization": quantization},
-    }
+def settings(**trainer: object) -> TrainerConfig:
+    return TrainerConfig(device="cpu", **trainer)
 
 
 def file(folder: Path, **content: object) -> str:
@@ -110,7 +106,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_p
 )
 def test_what_cannot_be_shared_out_is_refused(given: dict, quantization: str | None, said: str) -> None:
     with pytest.raises(PartialLoraError, match=said):
-        launch.cluster_of(settings(quantization, **given))
+        launch.cluster_of(settings(**given), quantization)
 
 
 @pytest.mark.parametrize(

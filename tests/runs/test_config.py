@@ -7,19 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import build, config, schema
-
-
-def settings(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", list(overrides)))
+from partial_lora.runs import config, schema
+from partial_lora.runs.compose import composed
 
 
 @pytest.mark.parametrize(
@@ -82,7 +75,7 @@ def settings(*overrides: str) -> dict:
 )
 def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, names: str) -> None:
     with pytest.raises(PartialLoraError) as refusal:
-        settings(override)
+        composed(override)
     message = str(refusal.value)
     assert message.startswith(names)
     assert "\n" not in message
@@ -90,23 +83,23 @@ def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, name
 
 def test_the_batch_has_to_divide_among_the_processes() -> None:
     with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32.*trainer\.num_processes=3"):
-        settings("trainer.num_processes=3")
+        composed("trainer.num_processes=3")
 
 
 def test_a_repair_does_not_go_with_a_budget_nor_reliability_with_a_file(tmp_path: Path) -> None:
-    assert settings("calibration.repair=true")["calibration"]["repair"]
+    assert composed("calibration.repair=true").calibration.repair
     with pytest.raises(PartialLoraError, match=r"^calibration\.repair=True: expected false: calibration\.budget=0\.13"):
-        settings("calibration=budget", "calibration.repair=true")
+        composed("calibration=budget", "calibration.repair=true")
     file = tmp_path / "calibration.json"
     file.write_text("{}")
     with pytest.raises(PartialLoraError, match=r"^calibration\.reliability=True: expected false: a calibration\.file"):
-        settings(f"calibration.file={file}", "calibration.reliability=true")
+        composed(f"calibration.file={file}", "calibration.reliability=true")
 
 
 def test_targeted_has_no_importance_of_single_entries() -> None:
-    assert settings("mask=element", "mask.count=bernoulli")["mask"]["count"] == "bernoulli"
+    assert composed("mask=element", "mask.count=bernoulli").mask.count == "bernoulli"
     with pytest.raises(PartialLoraError, match=r"^mask\.granularity=element: expected rows_columns"):
-        settings("mask=element", "method=targeted")
+        composed("mask=element", "method=targeted")
 
 
 def test_every_group_file_composes() -> None:
@@ -114,25 +107,26 @@ def test_every_group_file_composes() -> None:
         if folder.is_dir() and folder.name not in ("experiment", "preset"):
             for file in folder.glob("*.yaml"):
                 needed = ["task.members=[sst2,mrpc]"] if file.stem == "mixture" else []
-                assert settings(f"{folder.name}={file.stem}", *needed)[folder.name].get("name", file.stem) == file.stem
+                group = getattr(composed(f"{folder.name}={file.stem}", *needed), folder.name)
+                assert getattr(group, "name", file.stem) == file.stem
 
 
 def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
-    chosen = settings("importance=imp")["importance"]
+    chosen = composed("importance=imp").importance
     for name, options in importance.OPTIONS.items():
         measure = (importance.MEASURES | importance.NEEDS_DATA)[name]
         defaults = {key: value.default for key, value in inspect.signature(measure).parameters.items()}
-        assert {key: chosen[key] for key in options} == {key: defaults[key] for key in options}
+        assert {key: getattr(chosen, key) for key in options} == {key: defaults[key] for key in options}
 
 
 def test_the_ids_of_runs_never_change() -> None:
-    assert config.run_id(settings()) == "3501512c"
-    assert config.run_id(settings("calibration=budget", "method=uniform", "model=tiny_vit")) == "c8c12eb5"
+    assert config.run_id(composed()) == "3501512c"
+    assert config.run_id(composed("calibration=budget", "method=uniform", "model=tiny_vit")) == "c8c12eb5"
 
 
 def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = settings("method.rank=4")
-    after = settings("method.rank=4")
+    before = config.plain(composed("method.rank=4"))
+    after = config.plain(composed("method.rank=4"))
     after["method"]["a_new_key"] = "its default"
 
     defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema.Config)))
@@ -160,7 +154,7 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
-    assert config.run_id(settings(override)) == config.run_id(settings())
+    assert config.run_id(composed(override)) == config.run_id(composed())
 
 
 @pytest.mark.parametrize(
@@ -173,22 +167,22 @@ def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None
     ],
 )
 def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
-    assert config.run_id(settings(override)) != config.run_id(settings())
+    assert config.run_id(composed(override)) != config.run_id(composed())
 
 
 @pytest.mark.parametrize("experiment", ["methods", "tune"])
 def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
     given = (f"experiment={experiment}", "trainer.tuned=null")
-    first, second = (settings(*given, f"seed={seed}") for seed in (0, 1))
+    first, second = (composed(*given, f"seed={seed}") for seed in (0, 1))
     assert config.run_directory(first).parent == config.run_directory(second).parent
-    assert [build.calibration_seed(each) for each in (first, second)] == [0, 1]
+    assert [each.calibration_seed for each in (first, second)] == [0, 1]
     assert config.calibration_directory(first) != config.calibration_directory(second)  # which have no folder of a seed
-    assert config.run_id(first) != config.run_id(settings(*given, "seed=0", "calibration.seed=0"))
+    assert config.run_id(first) != config.run_id(composed(*given, "seed=0", "calibration.seed=0"))
 
 
 def test_files_enter_the_id_by_content(tmp_path: Path) -> None:
     def identifier(folder: Path) -> str:
-        return config.run_id(settings(f"task.data_files={{train: {folder / 'a'}, test: {folder / 'b'}}}"))
+        return config.run_id(composed(f"task.data_files={{train: {folder / 'a'}, test: {folder / 'b'}}}"))
 
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -202,7 +196,7 @@ def test_files_enter_the_id_by_content(tmp_path: Path) -> None:
 
 def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path) -> None:
     def identifier(folder: Path) -> str:
-        return config.run_id(settings(f"task.data_files={folder}"))
+        return config.run_id(composed(f"task.data_files={folder}"))
 
     first, second = tmp_path / "first", tmp_path / "second"
     (first / "cats").mkdir(parents=True)
@@ -224,11 +218,11 @@ def test_a_folder_in_place_of_a_repository_enters_the_id_by_content(tmp_path: Pa
     for folder in folders:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-    assert config.run_id(settings(f"{key}={folders[0]}")) == config.run_id(settings(f"{key}={folders[1]}"))
+    assert config.run_id(composed(f"{key}={folders[0]}")) == config.run_id(composed(f"{key}={folders[1]}"))
     (folders[1] / "config.json").write_text("{ }")
-    assert config.run_id(settings(f"{key}={folders[0]}")) != config.run_id(settings(f"{key}={folders[1]}"))
+    assert config.run_id(composed(f"{key}={folders[0]}")) != config.run_id(composed(f"{key}={folders[1]}"))
 
 
 def test_the_directory_of_a_run() -> None:
-    directory = config.run_directory(settings("seed=2", "results_dir=here"))
+    directory = config.run_directory(composed("seed=2", "results_dir=here"))
     assert directory == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")

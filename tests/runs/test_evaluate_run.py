@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -244,12 +243,11 @@ def test_a_run_of_labels_answers_no_questions() -> None:
 
 def named_by_its_id(run: FinishedRun, tmp_path: Path, data_files: object) -> FinishedRun:
     """A copy of a run in a folder as `train` names it, with other files of its rows."""
-    task = run.settings["task"] | {"data_files": data_files}
-    settings = run.settings | {"task": task}
+    settings = finished_runs.changed(run, "task", data_files=data_files).config
     directory = tmp_path / f"{run.method}-{config.run_id(settings)}" / "seed0"
     shutil.copytree(run.directory, directory)
     record = json.loads((directory / results.RESULT).read_text())
-    (directory / results.RESULT).write_text(json.dumps(record | {"config": settings}))
+    (directory / results.RESULT).write_text(json.dumps(record | {"config": config.plain(settings)}))
     return finished.finished_run(directory)
 
 
@@ -284,18 +282,15 @@ def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run, tmp_path) -> 
         rows = datasets.Dataset.from_parquet(path)
         features = rows.features | {"label": datasets.ClassLabel(names=["red", "green", "zebra"])}
         rows.cast(datasets.Features(features)).to_parquet(path)
-    elsewhere = run.settings | {"task": run.settings["task"] | {"data_files": renamed}}
-    moved = dataclasses.replace(run, settings=elsewhere)  # the same settings as its own record has
+    moved = finished_runs.changed(run, "task", data_files=renamed)  # the same settings as its own record has
     with pytest.raises(PartialLoraError, match="the run does not know zebra and the task lacks blue"):
         evaluate_run.evaluate_run(moved, device="cpu")
 
 
 def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
-    one = dataclasses.replace(
-        run, settings=run.settings | {"task": run.settings["task"] | {"data_files": str(tmp_path)}}
-    )
-    asked = evaluate_command.composed(one.settings, [f"task.data_files.test={tmp_path}"])
-    assert asked["task"]["data_files"] == {"train": str(tmp_path), "test": str(tmp_path)}
-    hub = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"data_files": None}})
+    one = finished_runs.changed(run, "task", data_files=str(tmp_path))
+    task, _ = evaluate_command.composed(one.config, [f"task.data_files.test={tmp_path}"])
+    assert task.data_files == {"train": str(tmp_path), "test": str(tmp_path)}
+    hub = finished_runs.changed(run, "task", data_files=None)
     with pytest.raises(PartialLoraError, match=r"task\.data_files\.test: the run's rows came without files; expected"):
-        evaluate_command.composed(hub.settings, [f"task.data_files.test={tmp_path}"])
+        evaluate_command.composed(hub.config, [f"task.data_files.test={tmp_path}"])

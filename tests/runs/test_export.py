@@ -16,16 +16,16 @@ import pytest
 import timm
 import torch
 from adapter_models import adapt, convnext, fill, images, llama, logits, tokens
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 from partial_lora import cli, files, tasks, train
 from partial_lora.errors import PartialLoraError, ProofError
-from partial_lora.runs import config, export, finished, schema
 from partial_lora.runs import directory as record
+from partial_lora.runs import export, finished
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain
 from partial_lora.runs.export import save_model
 
 TINY = ("model=tiny_vit", "trainer.max_steps=3", "trainer.device=cpu", "calibration.shots=4")
@@ -55,13 +55,11 @@ def runs(place: Path) -> dict[str, finished.FinishedRun]:
 
 def trained_run(directory: Path, *overrides: str) -> finished.FinishedRun:
     """What a worker does with a run, in this process."""
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        settings = config.resolve(compose("config", [*TINY, "trainer.learning_rate=0.05", *overrides]))
+    config = composed(*TINY, "trainer.learning_rate=0.05", *overrides)
     directory.mkdir()
-    (directory / record.CONFIG).write_text(json.dumps(settings))
-    entry = record.new(settings)
-    train.run(settings, directory, entry, "train")
+    (directory / record.CONFIG).write_text(json.dumps(plain(config)))
+    entry = record.new(plain(config))
+    train.run(config, directory, entry, "train")
     files.write_json(directory / record.RESULT, entry | {"status": "finished"})
     return finished.finished_run(directory)
 
@@ -145,8 +143,10 @@ def test_merged_loads_in_timm_and_transformers(runs, own, tmp_path, name):
 def test_merged_says_what_its_images_must_look_like(runs, tmp_path):
     folder = export.export(runs["partial"], "merged", tmp_path / "out").folder
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 61, 3), dtype=np.uint8))
-    settings = {key: runs["partial"].settings["model"][key] for key in ("image_size", "mean", "std", "interpolation")}
-    expected = tasks.ImageTransform(**settings)({"image": [image], "label": [0]})["pixel_values"][0]
+    chosen, keys = runs["partial"].config.model, ("image_size", "mean", "std", "interpolation")
+    expected = tasks.ImageTransform(**{key: getattr(chosen, key) for key in keys})({"image": [image], "label": [0]})[
+        "pixel_values"
+    ][0]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     torch.testing.assert_close(transform(image), expected)

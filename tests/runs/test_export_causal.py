@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from finished_runs import cache, choice_run, generation_run
+from finished_runs import cache, changed, choice_run, generation_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partial_lora.runs import export
@@ -22,7 +21,7 @@ def same_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_base(run: FinishedRun, **changes: object) -> FinishedRun:
     """The run's adapter on its base model with other settings; what it predicts there is nobody's record."""
-    return dataclasses.replace(run, settings=run.settings | {"model": run.settings["model"] | changes})
+    return changed(run, "model", **changes)
 
 
 @pytest.mark.parametrize(

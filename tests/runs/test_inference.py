@@ -274,7 +274,7 @@ def test_texts_are_what_the_run_wrote() -> None:
     assert all(text.startswith(each.label) for text, each in zip(own, short, strict=True))
     longest = max(range(9), key=lambda row: len(own[row]))
     end = own[longest][1]
-    stopped = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"stop": [end]}})
+    stopped = finished_runs.changed(run, "task", stop=[end])
     assert (
         Predictor(stopped, device="cpu").predict([prompts[longest]])[0].label == own[longest].partition(end)[0].strip()
     )

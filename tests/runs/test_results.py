@@ -14,6 +14,7 @@ from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
 from partial_lora.runs import launch
+from partial_lora.runs.schema import Config
 
 HOLD = """
 import sys, time
@@ -101,7 +102,7 @@ def test_kept_records_are_not_run_again_where_that_is_asked_for(
     files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
     (tmp_path / "predictions.parquet").write_text("")
     for stage in ("train", "calibrate"):
-        launch.run({"keep_records": keep}, stage, shown=False)
+        launch.run(Config(keep_records=keep), stage, shown=False)
         assert asked["finished"](tmp_path) is (keep and stage == "train")
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import command, environment, here
-from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from partial_lora import cli
-from partial_lora.runs import compose, config, directory, schema, sweep
+from partial_lora.runs import directory, sweep
+from partial_lora.runs.compose import plan
 from partial_lora.runs.sweep import Ledger
 
 TINY = ("model=tiny_vit", "trainer.max_steps=8", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.3")
@@ -239,24 +239,19 @@ def test_what_a_sampler_cannot_do_is_said_before_it_starts(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def planned(*arguments: str) -> compose.Plan:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    return compose.plan(arguments, config.conf_dir(), config.resolve)
-
-
 def test_a_plan_holds_every_combination_in_hydras_order() -> None:
-    found = planned("-m", "method=lora,partial", "seed=range(2)", "model=tiny_vit", *JOBLIB)
+    found = plan(["-m", "method=lora,partial", "seed=range(2)", "model=tiny_vit", *JOBLIB])
     expected = ["method=lora seed=0", "method=lora seed=1", "method=partial seed=0", "method=partial seed=1"]
     assert [found.name(overrides) for overrides, _ in found.runs] == expected
-    assert [(each["method"]["name"], each["seed"]) for _, each in found.runs] == [
+    assert [(each.method.name, each.seed) for _, each in found.runs] == [
         ("lora", 0),
         ("lora", 1),
         ("partial", 0),
         ("partial", 1),
     ]
     assert (found.launcher, found.is_sampled, found.sweep_dir) == ("joblib", False, Path("results/sweep"))
-    assert not planned("model=tiny_vit").is_sweep
-    assert planned("model=tiny_vit", "hydra.mode=MULTIRUN").is_sweep
+    assert not plan(["model=tiny_vit"]).is_sweep
+    assert plan(["model=tiny_vit", "hydra.mode=MULTIRUN"]).is_sweep
 
 
 EXPERIMENT = """# @package _global_
@@ -280,10 +275,10 @@ def test_of_what_a_sampler_may_choose_one_example_is_checked(tmp_path, monkeypat
         "calibration.seed=int(interval(2,8))",
         "method.rank=2",
     )
-    found = planned("-m", "--config-dir", "conf", "experiment=search", *space)
+    found = plan(["-m", "--config-dir", "conf", "experiment=search", *space])
     ((_, settings),) = found.runs
-    assert settings["trainer"]["learning_rate"] == pytest.approx(0.001)
-    assert (settings["method"]["rank"], settings["calibration"]["seed"], settings["seed"]) == (2, 5, 3)
+    assert settings.trainer.learning_rate == pytest.approx(0.001)
+    assert (settings.method.rank, settings.calibration.seed, settings.seed) == (2, 5, 3)
     assert (found.is_sampled, found.direction) == (True, "minimize")
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]  # no study was made
 

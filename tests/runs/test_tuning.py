@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tune
-from searched_rates import RATES, composed, run, search
+from searched_rates import RATES, run, search
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, directory
 from partial_lora.runs import rates as tuning
+from partial_lora.runs.compose import composed
+from partial_lora.runs.schema import Config
 
 
 @functools.cache
@@ -26,6 +28,11 @@ def searched() -> list[dict]:
         ]
     )
     return found
+
+
+def tuning_of(chosen: Config) -> str:
+    """Return what a record says of where the rate of a run is from."""
+    return directory.new(config.plain(chosen))["tuning"]
 
 
 @pytest.fixture
@@ -46,11 +53,11 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
     }
     for overrides, rate in rates.items():
         settings = composed(*given, *overrides.split())
-        assert settings["trainer"]["learning_rate"] == rate
+        assert settings.trainer.learning_rate == rate
         plain = composed("model=tiny_vit", f"trainer.learning_rate={rate}", *overrides.split())
         assert config.run_id(settings) != config.run_id(plain)  # they say of themselves how they got it
-        assert directory.new(settings)["tuning"] == "tuned"
-        assert directory.new(plain)["tuning"] == "untuned"
+        assert tuning_of(settings) == "tuned"
+        assert tuning_of(plain) == "untuned"
     for overrides, lacking in {
         "method=dora": "method=dora",
         "mask=element": "method=partial, masks=element, operating_point=threshold 0.9",
@@ -82,10 +89,9 @@ def test_runs_find_their_rate_in_the_file(file: Path) -> None:
 )
 def test_a_run_says_where_its_rate_was_found_if_not_for_such_a_run(file: Path, overrides, rate, where) -> None:
     settings = composed("model=tiny_vit", f"trainer.tuned={file}", *overrides.split())
-    assert settings["trainer"]["learning_rate"] == rate
-    assert directory.new(settings)["tuning"] == where
-    again = copy.deepcopy(settings)
-    again["trainer"]["tuned_elsewhere"] = None
+    assert settings.trainer.learning_rate == rate
+    assert tuning_of(settings) == where
+    again = replace(settings, trainer=replace(settings.trainer, tuned_elsewhere=None))
     assert config.run_id(again) != config.run_id(settings)  # found for it later, the same rate is another fact
     with pytest.raises(Exception, match=r"trainer\.tuned_elsewhere=here"):
         composed("model=tiny_vit", "trainer.tuned_elsewhere=here")
@@ -109,8 +115,8 @@ def test_another_tasks_rates_stand_in_where_that_is_asked_for(file: Path, overri
     with pytest.raises(PartialLoraError, match=r"trainer\.tuned=.* task=cifar10.*trainer\.tuned_on"):
         composed(*given)
     settings = composed(*given, "trainer.tuned_on=digits")
-    assert settings["trainer"]["learning_rate"] == rate
-    assert directory.new(settings)["tuning"] == where
+    assert settings.trainer.learning_rate == rate
+    assert tuning_of(settings) == where
     with pytest.raises(PartialLoraError, match=r"trainer\.tuned=.* task=cifar10"):
         composed(*given, "trainer.tuned_on=gtsrb")
 
@@ -119,8 +125,8 @@ def test_a_task_with_rates_of_its_own_needs_none_to_stand_in(file: Path) -> None
     tuning.save(file, tune.best_rates(search([0.9, 0.8, 0.7, 0.6], "task=cifar10"))[0])
     given = ("model=tiny_vit", f"trainer.tuned={file}", "trainer.tuned_on=digits")
     own, none = composed(*given, "task=cifar10"), composed(*given)
-    assert (own["trainer"]["learning_rate"], none["trainer"]["learning_rate"]) == (1e-3, 1e-2)
-    assert {directory.new(each)["tuning"] for each in (own, none)} == {"tuned"}
+    assert (own.trainer.learning_rate, none.trainer.learning_rate) == (1e-3, 1e-2)
+    assert {tuning_of(each) for each in (own, none)} == {"tuned"}
     assert config.run_id(none) == config.run_id(composed(*given[:2]))  # what might have stood in changes nothing
 
 
@@ -130,14 +136,14 @@ def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Pa
     files.write_json(calibration, content)
     given = ("model=tiny_vit", f"trainer.tuned={file}", f"calibration.file={calibration}")
     settings = composed(*given)
-    assert settings["trainer"]["learning_rate"] == 3e-2  # of budget 0.13, though the settings have threshold 0.9
-    assert directory.new(settings)["tuning"] == "tuned"
+    assert settings.trainer.learning_rate == 3e-2  # of budget 0.13, though the settings have threshold 0.9
+    assert tuning_of(settings) == "tuned"
     files.write_json(calibration, content | {"axes": "joint", "budget": 0.2})
-    assert directory.new(composed(*given))["tuning"] == "tuned elsewhere (budget 0.13, calibration.axes=separate)"
+    assert tuning_of(composed(*given)) == "tuned elsewhere (budget 0.13, calibration.axes=separate)"
     files.write_json(calibration, {})
     with pytest.raises(PartialLoraError, match=r"calibration\.file=.*calibration\.json"):
         composed(*given)
-    assert composed(*given, "method=lora")["trainer"]["learning_rate"] == 3e-3  # which reads no such file
+    assert composed(*given, "method=lora").trainer.learning_rate == 3e-3  # which reads no such file
 
 
 def test_a_runs_id_is_of_the_rate_and_not_of_the_file(file: Path) -> None:
@@ -190,7 +196,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
 
 def test_experiments_compose(file: Path) -> None:
     searched = composed("experiment=tune", "method=lora")
-    assert searched["trainer"]["tuned"] is None
+    assert searched.trainer.tuned is None
     compared = composed("experiment=methods", "model=tiny_vit", "method=lora", f"trainer.tuned={file}")
-    assert compared["trainer"]["epochs"] == searched["trainer"]["epochs"]
-    assert compared["trainer"]["learning_rate"] == 3e-3
+    assert compared.trainer.epochs == searched.trainer.epochs
+    assert compared.trainer.learning_rate == 3e-3

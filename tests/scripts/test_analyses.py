@@ -13,8 +13,6 @@ import finished_runs
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
 from partial_lora import cli, tasks, train
 from partial_lora.calibration.calibrate import calibrate
@@ -23,7 +21,8 @@ from partial_lora.calibration.importance import scores_of
 from partial_lora.calibration.reliability import difference, reliability, split_half
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
-from partial_lora.runs import config, directory, schema
+from partial_lora.runs import config, directory
+from partial_lora.runs.compose import composed
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
 TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")
@@ -38,9 +37,7 @@ FILES = {"analysis.json", "analysis.log", "table.md", "figure.png", "figure.svg"
 
 def settings(*arguments: str) -> dict:
     _, options, rest = analyses.parse(["cost", *TINY, *arguments])
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", rest)) | {"analysis": options}
+    return config.plain(composed(*rest)) | {"analysis": options}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -313,7 +310,7 @@ def test_a_pass_over_questions_runs_a_row_for_every_option() -> None:
 def test_what_a_run_has_calibrated_is_kept_for_an_analysis_of_a_4_bit_model_too(tmp_path: Path) -> None:
     chosen, subject = of_causal("choice_table", *questions(), "model.quantization=nf4")
     entry = directory.new(chosen)
-    train.run(chosen, tmp_path, entry, "calibrate")
+    train.run(subject.config, tmp_path, entry, "calibrate")
     found = subject.calibrate(subject.draws())
     assert found.cached
     assert found.sparsity == entry["sparsity"]

@@ -15,7 +15,7 @@ from evidence import dynamics
 from evidence.dynamics import DYNAMICS, Moments, drift, gap, measure, measured, positions, read_dynamics, to_measure
 from evidence_records import dynamics as content_of
 from evidence_records import leave
-from finished_runs import cache, image_run
+from finished_runs import cache, changed, image_run
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -102,13 +102,13 @@ def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monke
 
 def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused(tmp_path: Path) -> None:
     run = image_run()
-    of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.settings, run.result)
+    of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.config, run.result)
     with pytest.raises(PartialLoraError, match="rows"):
         measure(of_other_files, device="cpu")
-    for (group, key), value in {("model", "blocks"): None, ("task", "members"): {"a": {}}}.items():
-        settings = run.settings | {group: run.settings[group] | {key: value}}
+    mixture = {"path": "members", "members": {"a": run.config.task}}
+    for other in (changed(run, "model", blocks=None), changed(run, "task", **mixture)):
         with pytest.raises(PartialLoraError, match=rf"{run.directory}.*(model\.blocks|mixture)"):
-            measure(FinishedRun(run.directory, settings, run.result), device="cpu")
+            measure(other, device="cpu")
 
 
 def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(tmp_path: Path, capsys) -> None:

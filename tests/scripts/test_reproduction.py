@@ -14,12 +14,12 @@ from pathlib import Path
 
 import analyses
 import pytest
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from partial_lora.runs import compose, config, schema
+from partial_lora.runs import compose, config
 from partial_lora.runs import rates as rate_settings
 from partial_lora.runs.rates import NO_POINT
+from partial_lora.runs.schema import Config
 
 ROOT = config.conf_dir().parent
 NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]
@@ -102,16 +102,15 @@ def composed(words: tuple[str, ...]):
     from hydra._internal.utils import get_args_parser
     from hydra.types import RunMode
 
-    ConfigStore.instance().store(name="schema", node=schema.Config)
     flags = get_args_parser().parse_args(list(words))
-    hydra = compose._hydra_of_plan(flags, config.conf_dir())
+    hydra = compose._hydra_of_plan(flags)
     overrides = list(flags.overrides)
     master = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
 
     @cache
-    def settings(combination: tuple[str, ...]) -> dict:
+    def settings(combination: tuple[str, ...]) -> Config:
         run = hydra.config_loader.load_sweep_config(master, list(combination))
-        found = compose._checked([(combination, run)], config.resolve)
+        found = compose._checked([(combination, run)])
         assert not found.refused, (words, found.refused)
         return found.runs[0][1]
 
@@ -123,9 +122,9 @@ def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> Non
     for words in searches(preset):
         combinations, settings = composed(words)
         last = settings(combinations[-1])
-        assert last["seed"] >= 1000  # no run of a table has it
-        assert last["trainer"]["tuned"] is None
-        assert last["results_dir"] == str(Path(RATES[preset]).parent / "tune")
+        assert last.seed >= 1000  # no run of a table has it
+        assert last.trainer.tuned is None
+        assert last.results_dir == str(Path(RATES[preset]).parent / "tune")
         rates = [word for word in combinations[0] if word.startswith("trainer.learning_rate=")]
         assert len(rates) == 1
 
@@ -142,8 +141,8 @@ def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(
         counted[preset] += len(combinations)
         last = settings(combinations[-1])
         if "experiment=causal" not in words:
-            assert last["preset"] == preset
-            assert last["results_dir"] == f"results/{preset}"
+            assert last.preset == preset
+            assert last.results_dir == f"results/{preset}"
     assert counted[preset] == said[preset]
     if preset == "cpu":
         bare = trainings(f"runs-{name}", preset, "nowhere")
@@ -235,6 +234,6 @@ def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
         assert len(lines) == 4
         for words in lines:
             _, _, rest = analyses.parse(words)
-            found = compose.plan(rest, config.conf_dir(), config.resolve)
+            found = compose.plan(rest)
             assert not found.refused
-            assert [settings["results_dir"] for _, settings in found.runs] == [results]
+            assert [settings.results_dir for _, settings in found.runs] == [results]

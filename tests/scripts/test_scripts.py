@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from partial_lora.runs import config, launch
-from partial_lora.runs.compose import compose
+from partial_lora.runs import launch
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import run_directory
+from partial_lora.runs.schema import Config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # What Slurm would have on its nodes, and a partial-lora that notes its arguments.
@@ -39,15 +42,11 @@ def called(tmp_path: Path):
     return call
 
 
-def settings_of(arguments: list[str], where: Path, monkeypatch) -> dict:
+def config_of(arguments: list[str], where: Path, monkeypatch) -> Config:
     """The settings that the arguments compose to."""
     monkeypatch.chdir(where)
-    monkeypatch.setattr(sys, "argv", ["partial-lora"])
-    found = []
     assert arguments[0] == "train"
-    assert compose("train", arguments[1:], lambda settings: found.append(settings) or 0) == 0
-    (settings,) = found
-    return settings
+    return composed(*arguments[1:])
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
@@ -58,30 +57,30 @@ def test_a_script_parses(script: Path) -> None:
 
 def test_a_job_array_is_a_sweep_of_runs_that_share_a_calibration(called, tmp_path: Path, monkeypatch) -> None:
     runs = [
-        settings_of(called("slurm_sweep.sh", "results_dir=here", array_task_id=task), tmp_path, monkeypatch)
+        config_of(called("slurm_sweep.sh", "results_dir=here", array_task_id=task), tmp_path, monkeypatch)
         for task in range(9)
     ]
-    assert {(run["calibration"].pop("threshold"), run.pop("seed")) for run in runs} == {
-        (threshold, seed) for threshold in (0.7, 0.8, 0.9) for seed in (0, 1, 2)
-    }
-    assert all(run == runs[0] for run in runs)  # in all else
-    assert runs[0]["results_dir"] == "here"
+    points = [(run.calibration.threshold, run.seed) for run in runs]
+    assert sorted(points) == [(threshold, seed) for threshold in (0.7, 0.8, 0.9) for seed in (0, 1, 2)]
+    alike = replace(runs[0].calibration, threshold=0.5)
+    assert len({str(replace(run, seed=0, calibration=alike)) for run in runs}) == 1  # in all else
+    assert runs[0].results_dir == "here"
 
 
 def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
     nodes = [
-        settings_of(called("slurm_fsdp_llama3_1_8b.sh", "seed=3", nodeid=node), tmp_path, monkeypatch)
+        config_of(called("slurm_fsdp_llama3_1_8b.sh", "seed=3", nodeid=node), tmp_path, monkeypatch)
         for node in range(2)
     ]
-    assert len({config.run_directory(settings) for settings in nodes}) == 1
-    first, second = (launch.cluster_of(settings) for settings in nodes)
+    assert len({run_directory(config) for config in nodes}) == 1
+    first, second = (launch.cluster_of(config.trainer, config.model.quantization) for config in nodes)
     assert (first.processes, first.here, first.machines, first.kind) == (16, 8, 2, "fsdp")
     assert (first.rank, second.rank) == (0, 1)
     assert first.address == second.address == "node0"
-    assert nodes[1]["seed"] == 3
+    assert nodes[1].seed == 3
 
 
 def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch) -> None:
-    settings = settings_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
-    assert (settings["model"]["name"], settings["model"]["quantization"]) == ("qwen2_5_14b", "nf4")
-    assert launch.cluster_of(settings | {"trainer": settings["trainer"] | {"num_processes": 1}}).kind == "ddp"
+    config = config_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
+    assert (config.model.name, config.model.quantization) == ("qwen2_5_14b", "nf4")
+    assert launch.cluster_of(replace(config.trainer, num_processes=1), "nf4").kind == "ddp"

@@ -26,7 +26,7 @@ def refused(*parts: str):
 def write(folder: Path, records: list[dict]) -> str:
     """Write records as runs and return their results_dir."""
     for record in records:
-        place = folder / config.run_directory(record["config"])
+        place = folder / config.run_directory(config.load(record["config"]))
         place.mkdir(parents=True)
         files.write_json(place / directory.RESULT, record)
     return str(folder / "results")

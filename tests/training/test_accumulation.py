@@ -14,7 +14,8 @@ from transformers import Trainer, default_data_collator
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.training import metrics, objectives
-from partial_lora.training import trainer as fit
+from partial_lora.training.config import TrainerConfig
+from partial_lora.training.trainer import build_trainer
 
 BATCH, ROWS = 8, 44  # 44 rows are five batches and half of one
 ADAPTED = {"tiny_bert": ["query", "dense"], "tiny_llama": ["q_proj", "down_proj"], "tiny_vit": ["attn.qkv", "mlp.fc1"]}
@@ -51,9 +52,11 @@ def adapted(name: str) -> PeftModel:
 
 def trainer(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
     causal = name == "tiny_llama"
-    settings = {"epochs": 2.0, "max_steps": None, "batch_size": BATCH, "length_grouped": name == "tiny_bert"} | changes
-    return fit.trainer(
+    length_grouped = changes.pop("length_grouped", name == "tiny_bert")
+    settings = {"epochs": 2.0, "batch_size": BATCH, "eval_batch_size": 6, "learning_rate": 1e-2} | changes
+    return build_trainer(
         adapted(name),
+        TrainerConfig(**settings, gradient_accumulation_steps=parts),
         train=rows(name, ROWS),
         validation=rows(name, 6),
         directory=folder,
@@ -72,17 +75,8 @@ def trainer(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         precision="no",
         world_size=1,
         seed=0,
-        save_steps=None,
-        eval_batch_size=6,
-        learning_rate=1e-2,
-        weight_decay=0.01,
-        warmup=0.1,
-        max_grad_norm=1.0,
-        num_workers=0,
-        gradient_accumulation_steps=parts,
-        save_total_limit=1,
         versions={},
-        **settings,
+        length_grouped=length_grouped,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -22,6 +23,8 @@ from partial_lora.runs import directory as results
 from partial_lora.training import checkpoints, objectives
 from partial_lora.training import metrics as evaluation
 from partial_lora.training import trainer as fit
+from partial_lora.training.config import TrainerConfig
+from partial_lora.training.trainer import build_trainer
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 BATCH = 8
@@ -58,23 +61,13 @@ def collate(some: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = False, size: int = 16, **changes: object):
-    settings = {
-        "world_size": 1,
-        "epochs": 3.0,
-        "max_steps": None,
-        "save_steps": None,
-        "versions": {"torch": torch.__version__},
-        "batch_size": BATCH,
-        "eval_batch_size": 5,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "warmup": 0.1,
-        "max_grad_norm": 1.0,
-        "num_workers": 0,
-    } | changes
-    metrics = settings.pop("metrics", ("accuracy",))
-    return fit.trainer(
+    of_config = {field.name for field in dataclasses.fields(TrainerConfig)} & changes.keys()
+    settings = {"epochs": 3.0, "batch_size": BATCH, "eval_batch_size": 5, "learning_rate": 1e-2, "weight_decay": 0.0}
+    settings |= {key: changes.pop(key) for key in of_config}
+    metrics = changes.pop("metrics", ("accuracy",))
+    return build_trainer(
         model,
+        TrainerConfig(**settings),
         train=rows(count, real, size),
         validation=rows(12, real, size),
         directory=directory,
@@ -85,7 +78,7 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
         device="cpu",
         precision="no",
         seed=0,
-        **settings,
+        **{"world_size": 1, "versions": {"torch": torch.__version__}} | changes,
     )
 
 

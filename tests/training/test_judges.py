@@ -15,7 +15,8 @@ from tiny_causal import llama, merging_tokenizer
 from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
 from partial_lora.training import objectives
-from partial_lora.training import trainer as fit
+from partial_lora.training.config import TrainerConfig
+from partial_lora.training.trainer import build_trainer
 
 TOKENIZER = merging_tokenizer()
 CACHE_BYTES = 2**20
@@ -51,8 +52,9 @@ def task(kind: str, metrics: tuple[str, ...]) -> Task:
 
 def trained(judge: objectives.Judge, directory: Path):
     model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    trainer = fit.trainer(
+    trainer = build_trainer(
         model,
+        TrainerConfig(epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup=0.0),
         versions={},
         train=judge.train(),
         validation=judge.validation(),
@@ -68,15 +70,6 @@ def trained(judge: objectives.Judge, directory: Path):
         precision="no",
         world_size=1,
         seed=0,
-        epochs=2.0,
-        max_steps=None,
-        save_steps=None,
-        batch_size=4,
-        eval_batch_size=3,
-        learning_rate=1e-2,
-        weight_decay=0.0,
-        warmup=0.0,
-        max_grad_norm=1.0,
     )
     trainer.train()
     return trainer

@@ -13,8 +13,6 @@ import pytest
 import torch
 from datasets import Dataset
 from finished_runs import trained
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from rich.console import Console
 from test_judges import choices, exchanges, literal
 from test_judges import trained as trained_by
@@ -24,13 +22,15 @@ from torch.nn import functional as F
 from partial_lora import tasks as tasks_of
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as slices
-from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head, fitted_heads
 from partial_lora.calibration.peers import Alone
 from partial_lora.calibration.score import MEASURES, FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import summary
-from partial_lora.runs import build, config, directory, evaluate, export, schema
+from partial_lora.runs import build, config, directory, evaluate, export
+from partial_lora.runs.compose import composed
+from partial_lora.runs.schema import Config
 from partial_lora.tasks import Task
 from partial_lora.training import objectives
 
@@ -41,12 +41,6 @@ DIGITS = "{path: 'bundled:digits'}"
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-
-
-def settings(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="schema", node=schema.Config)
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return config.resolve(compose("config", list(overrides)))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +65,13 @@ def members(tables: dict[str, str], *names: str) -> list[str]:
     return ["task=mixture", f"task.members={{{listed}}}", f"task.data_files={{{files}}}", "model=tiny_bert"]
 
 
-def mixture(chosen: dict) -> tasks_of.Mixture:
+def mixture(chosen: Config) -> tasks_of.Mixture:
     return build.task_of(chosen, mixtures=True)
 
 
-def alone(chosen: dict, name: str) -> dict:
+def alone(chosen: Config, name: str) -> Config:
     """The settings of a member's own run."""
-    return chosen | {"task": chosen["task"]["members"][name]}
+    return dataclasses.replace(chosen, task=chosen.task.members[name])
 
 
 # Settings
@@ -86,14 +80,14 @@ def alone(chosen: dict, name: str) -> dict:
 def test_members_by_name_have_the_settings_of_their_group_files(tables) -> None:
     files = f"{{sst2: {tables['reviews']}, cola: {{train: {tables['reviews']}, test: {tables['reviews']}}}}}"
     given = ("model=tiny_bert", f"task.data_files={files}", "task.train_samples=7")
-    found = settings("task=mixture", "task.members=[sst2,cola]", *given)
+    found = composed("task=mixture", "task.members=[sst2,cola]", *given)
     for name in ("sst2", "cola"):
-        expected = settings(f"task={name}", "model=tiny_bert", "task.train_samples=7")["task"]
-        assert found["task"]["members"][name] | {"data_files": None} == expected
-    assert found["task"]["members"]["sst2"]["data_files"] == tables["reviews"]
-    assert found["task"]["members"]["cola"]["data_files"]["test"] == tables["reviews"]
-    assert (found["task"]["modality"], found["task"]["kind"], found["task"]["classes"]) == ("text", "label", 4)
-    assert config.with_defaults(found) == found
+        expected = composed(f"task={name}", "model=tiny_bert", "task.train_samples=7").task
+        assert dataclasses.replace(found.task.members[name], data_files=None) == expected
+    assert found.task.members["sst2"].data_files == tables["reviews"]
+    assert found.task.members["cola"].data_files["test"] == tables["reviews"]
+    assert (found.task.modality, found.task.kind, found.task.classes) == ("text", "label", 4)
+    assert config.load(config.plain(found)) == found
 
 
 def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Path) -> None:
@@ -101,14 +95,14 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
     same = Path(tmp_path / "copy.parquet")
     same.write_bytes(Path(tables["reviews"]).read_bytes())
     elsewhere = [override.replace(tables["reviews"], str(same)) for override in given]
-    first = config.run_id(settings(*given))
-    assert first == config.run_id(settings(*elsewhere)) == config.run_id(settings(*given, "task.cache_bytes=1"))
+    first = config.run_id(composed(*given))
+    assert first == config.run_id(composed(*elsewhere)) == config.run_id(composed(*given, "task.cache_bytes=1"))
     others = [
-        settings(*members(tables, "questions", "reviews")),
-        settings(*members(tables, "reviews")),
-        settings(*given, "task.mixing=equal"),
-        settings(*[override.replace("text_columns: [a, b]", "text_columns: [a]") for override in given]),
-        settings(*[override.replace(tables["reviews"], tables["questions"]) for override in given]),
+        composed(*members(tables, "questions", "reviews")),
+        composed(*members(tables, "reviews")),
+        composed(*given, "task.mixing=equal"),
+        composed(*[override.replace("text_columns: [a, b]", "text_columns: [a]") for override in given]),
+        composed(*[override.replace(tables["reviews"], tables["questions"]) for override in given]),
     ]
     assert len({first, *map(config.run_id, others)}) == len(others) + 1
 
@@ -138,31 +132,31 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
 )
 def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], said: str) -> None:
     with pytest.raises(PartialLoraError, match=said) as refusal:
-        settings("task=mixture", *overrides)
+        composed("task=mixture", *overrides)
     assert "\n" not in str(refusal.value)
 
 
 def test_members_of_a_single_task_are_refused() -> None:
     with pytest.raises(PartialLoraError, match=r"task\.members=\['sst2'\]: expected .* for task=mixture alone"):
-        settings("task=cola", "task.members=[sst2]")
+        composed("task=cola", "task.members=[sst2]")
 
 
 def test_numbers_that_only_the_rows_show_and_other_commands_are_refused(tables, tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.parquet"
     pandas.DataFrame({"text": WORDS * 9, "label": np.arange(54) / 7}).to_parquet(numbers)
     own = f"{{modality: text, path: files, data_files: '{numbers}'}}"
-    chosen = settings("task=mixture", f"task.members={{numbers: {own}}}", "model=tiny_bert")
+    chosen = composed("task=mixture", f"task.members={{numbers: {own}}}", "model=tiny_bert")
     with pytest.raises(PartialLoraError, match=r"task\.members: the labels of numbers are real numbers"):
         mixture(chosen)
     with pytest.raises(PartialLoraError, match=r"take one of its members, reviews, questions"):
-        build.task_of(settings(*members(tables, "reviews", "questions")))
+        build.task_of(composed(*members(tables, "reviews", "questions")))
 
 
 # Rows
 
 
 def test_rows_are_the_members_rows_and_labels_count_on(tables) -> None:
-    chosen = settings(*members(tables, "reviews", "questions"))
+    chosen = composed(*members(tables, "reviews", "questions"))
     mixed = mixture(chosen)
     assert mixed.labels == ("reviews/bad", "reviews/good", "questions/x", "questions/y", "questions/z")
     assert mixed.class_names == ("bad", "good", "x", "y", "z")
@@ -180,14 +174,14 @@ def test_rows_are_the_members_rows_and_labels_count_on(tables) -> None:
 
 def test_equal_mixing_trains_on_as_many_rows_of_each_and_tests_on_all(tables) -> None:
     given = members(tables, "reviews", "questions")
-    whole = mixture(settings(*given))
+    whole = mixture(composed(*given))
     assert [np.bincount(getattr(whole, split)["member"]).tolist() for split in tasks_of.SPLITS] == [
         [72, 43],
         [8, 5],
         [20, 12],
     ]
     equal, again, other = (
-        mixture(settings(*given, "task.mixing=equal", f"task.split_seed={seed}")) for seed in (0, 0, 1)
+        mixture(composed(*given, "task.mixing=equal", f"task.split_seed={seed}")) for seed in (0, 0, 1)
     )
     assert np.bincount(equal.train["member"]).tolist() == [43, 43]
     assert np.bincount(equal.train["label"]).tolist()[:2] in ([21, 22], [22, 21])  # the same share of every class
@@ -197,14 +191,14 @@ def test_equal_mixing_trains_on_as_many_rows_of_each_and_tests_on_all(tables) ->
 
 
 def test_prepared_rows_and_batches_are_those_of_the_members(tables) -> None:
-    chosen = settings(*members(tables, "reviews", "questions"))
+    chosen = composed(*members(tables, "reviews", "questions"))
     mixed = mixture(chosen)
-    transform = build.transform_of(chosen, mixed)
+    transform = build.transform_of(chosen.model, chosen.task, mixed)
     joined = transform.prepare(mixed.train, cache_bytes=2**20)
     twins = []
     for number, name in enumerate(("reviews", "questions")):
         own = build.task_of(alone(chosen, name)).train
-        prepared = build.transform_of(alone(chosen, name)).prepare(own, cache_bytes=2**20)
+        prepared = build.transform_of(chosen.model, chosen.task.members[name]).prepare(own, cache_bytes=2**20)
         twins += [row | {"label": row["label"] + 2 * number} for row in prepared.to_list()]
     assert [joined[place] for place in range(len(joined))] == twins
     assert joined["length"] == [row["length"] for row in twins]
@@ -221,8 +215,8 @@ def test_prepared_rows_and_batches_are_those_of_the_members(tables) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"share": 0.0}, {"share": 0.0, "max_samples": 5}])
 def test_draws_are_each_members_own(tables, changes: dict) -> None:
-    chosen = settings(*members(tables, "reviews", "questions"))
-    chosen["calibration"] |= changes
+    chosen = composed(*members(tables, "reviews", "questions"))
+    chosen = dataclasses.replace(chosen, calibration=dataclasses.replace(chosen.calibration, **changes))
     found = build.draws_of(chosen, mixture(chosen).train)
     fit, scored, warnings = [], [], []
     for name, start in (("reviews", 0), ("questions", 72)):
@@ -310,11 +304,11 @@ def said(model, batch: dict, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 
 
 def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
-    chosen = settings(*members(tables, "reviews", "questions"), "calibration.share=0", "calibration.shots=6")
+    chosen = composed(*members(tables, "reviews", "questions"), "calibration.share=0", "calibration.shots=6")
     mixed = mixture(chosen)
-    transform = build.transform_of(chosen, mixed)
+    transform = build.transform_of(chosen.model, chosen.task, mixed)
     torch.manual_seed(0)
-    model = build.model_of(chosen["model"], mixed.labels, mixed.class_names)
+    model = build.model_of(chosen.model, mixed.labels, mixed.class_names)
     assert list(model.config.id2label.values()) == list(mixed.labels)
     draws = build.draws_of(chosen, mixed.train)
     asked = {"modules": ["bert.encoder.layer.0.output.dense"], "draws": draws, "head": "classifier", "seed": 0}
@@ -325,7 +319,7 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
         model,
         mixed.train,
         transform,
-        CalibrationConfig(levels=0.3, max_sparsity=0.3, score=build.calibration_score(chosen, mixed)),
+        dataclasses.replace(build.calibration_config(chosen, mixed), levels=0.3, max_sparsity=0.3),
         scores=scores,
         importance=ImportanceConfig("snip"),
         architecture={},
@@ -383,8 +377,8 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     )
     assert run.labels() == [f"{name}/{digit}" for name in ("a", "b.c") for digit in range(10)]
     test = run.result["metrics"]["test"]
-    model, own = export.adapted_model(run), run.settings | {"task": run.settings["task"]["members"]["a"]}
-    (batch,) = build.transform_of(own).batches(build.task_of(own).test, 60)
+    model, own = export.adapted_model(run), alone(run.config, "a")
+    (batch,) = build.transform_of(own.model, own.task).batches(build.task_of(own).test, 60)
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits
     frame = pandas.read_parquet(run.directory / directory.PREDICTIONS)
@@ -410,11 +404,11 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
 
 
 def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
-    chosen = settings("model=tiny_clip")["model"]
+    chosen = composed("model=tiny_clip").model
     names, labels = ["cat", "dog", "cat"], ["a/cat", "a/dog", "b/cat"]
     model = build.model_of(chosen, labels, names)
-    head, single = model.get_submodule(chosen["head"]), build.model_of(chosen, names[:2])
-    assert torch.equal(head.weight[[0, 1]], single.get_submodule(chosen["head"]).weight)
+    head, single = model.get_submodule(chosen.head), build.model_of(chosen, names[:2])
+    assert torch.equal(head.weight[[0, 1]], single.get_submodule(chosen.head).weight)
     assert torch.equal(head.weight[2], head.weight[0])
     assert list(model.config.id2label.values()) == labels
     assert model.config.num_labels == 3
@@ -449,9 +443,9 @@ def judge_and_transform(mixed: tasks_of.Mixture):
     tokenizer = merging_tokenizer()
     each = [tasks_of.CausalTransform(tokenizer, 64, kind=mixed.kind) for _ in mixed.members]
     transform = tasks_of.MixtureTransform(each, mixed)
-    own = {"cache_bytes": 2**20, "stop": [], "max_new_tokens": 6, "answer": None}
-    chosen = {"task": {"members": {"a": own, "b": own}}, "trainer": {"eval_batch_size": 4}}
-    judge = objectives.task_judge(mixed, transform, chosen, Alone())
+    own = {"cache_bytes": 2**20, "max_new_tokens": 6, "batch_size": 4}
+    judges = [objectives.judge_of(member, its, Alone(), **own) for member, its in zip(mixed.members, each, strict=True)]
+    judge = objectives.judge_of_members(mixed, judges)
     judge.transform = transform
     return judge, transform
 

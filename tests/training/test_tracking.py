@@ -290,7 +290,7 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
     assert set(training_config.TRACKERS) == set(trackers.TRACKERS)
     installed = settings("trainer.report_to=[tensorboard,mlflow]")
-    assert installed["trainer"]["report_to"] == ["tensorboard", "mlflow"]
+    assert installed.trainer.report_to == ["tensorboard", "mlflow"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
     expected = r"^trainer\.report_to=\['tensorboard', 'wandb'\]: expected .* `pip install wandb`"
     with pytest.raises(PartialLoraError, match=expected):
