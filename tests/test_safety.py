@@ -125,11 +125,11 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
 
 
 def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
-    from test_config import settings
+    from partial_lora.runs.compose import composed
 
     with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: expected eager, sdpa"):
-        settings("model.attn_implementation=someone/attention")
-    assert settings("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
+        composed("model.attn_implementation=someone/attention")
+    assert composed("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("member", ["../outside", "/outside", "inside/../../outside", "", "inside/.."])

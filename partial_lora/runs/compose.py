@@ -112,19 +112,24 @@ def _hydra_of_plan(flags):
 
 
 def _checked(runs, **known: object) -> Plan:
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict, read_write
-
     configs, refused = [], []
     for overrides, composed in runs:
-        HydraConfig.instance().set_config(composed)
-        with read_write(composed), open_dict(composed):
-            del composed["hydra"]
         try:
-            configs.append((list(overrides), resolve(composed)))
+            configs.append((list(overrides), _resolved(composed)))
         except PartialLoraError as error:  # collected: all that is wrong is said at once
             refused.append(str(error))
     return Plan(configs, list(dict.fromkeys(refused)), **known)
+
+
+def _resolved(composed) -> Config:
+    """Return the checked settings of what Hydra has composed, its own part left out."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict, read_write
+
+    HydraConfig.instance().set_config(composed)
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return resolve(composed)
 
 
 def _given(master, config_loader) -> list:
@@ -232,13 +237,21 @@ def compose(
 
 
 def composed(*overrides: str) -> Config:
-    """Return the settings of the one run that overrides ask for; raises PartialLoraError where it is refused."""
+    """Return the settings of one run, whatever sweep its group files are made for.
+
+    Raises PartialLoraError for overrides that do not compose or are refused.
+    """
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
     with _in_one_line(overrides):
-        planned = plan(overrides)
-    for line in planned.refused:
-        raise PartialLoraError(line)
-    ((_, config),) = planned.runs
-    return config
+        try:
+            hydra = _hydra_of_plan(get_args_parser().parse_args([]))
+            one = hydra.compose_config(CONFIG_NAME, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
+            return _resolved(one)
+        finally:
+            GlobalHydra.instance().clear()
 
 
 def _register_schema() -> None:

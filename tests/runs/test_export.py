@@ -144,9 +144,8 @@ def test_merged_says_what_its_images_must_look_like(runs, tmp_path):
     folder = export.export(runs["partial"], "merged", tmp_path / "out").folder
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 61, 3), dtype=np.uint8))
     chosen, keys = runs["partial"].config.model, ("image_size", "mean", "std", "interpolation")
-    expected = tasks.ImageTransform(**{key: getattr(chosen, key) for key in keys})({"image": [image], "label": [0]})[
-        "pixel_values"
-    ][0]
+    transform = tasks.ImageTransform(**{key: getattr(chosen, key) for key in keys})
+    expected = transform({"image": [image], "label": [0]})["pixel_values"][0]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     torch.testing.assert_close(transform(image), expected)

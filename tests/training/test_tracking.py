@@ -14,7 +14,6 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_config import settings
 from test_fit import trainer
 from test_resuming import SETTINGS, SHAPE, VERSIONS, EndAfter, EndedError, model
 from transformers.integrations.integration_utils import rewrite_logs
@@ -24,6 +23,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import HIDDEN
 from partial_lora.runs import config
 from partial_lora.runs import directory as results
+from partial_lora.runs.compose import composed
 from partial_lora.training import checkpoints, trackers
 from partial_lora.training import config as training_config
 from partial_lora.training.trackers import Tracking
@@ -289,14 +289,14 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
     assert set(training_config.TRACKERS) == set(trackers.TRACKERS)
-    installed = settings("trainer.report_to=[tensorboard,mlflow]")
+    installed = composed("trainer.report_to=[tensorboard,mlflow]")
     assert installed.trainer.report_to == ["tensorboard", "mlflow"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
     expected = r"^trainer\.report_to=\['tensorboard', 'wandb'\]: expected .* `pip install wandb`"
     with pytest.raises(PartialLoraError, match=expected):
-        settings("trainer.report_to=[tensorboard,wandb]")
+        composed("trainer.report_to=[tensorboard,wandb]")
     with pytest.raises(PartialLoraError, match="expected some of tensorboard, mlflow, wandb, trackio"):
-        settings("trainer.report_to=[comet]")
+        composed("trainer.report_to=[comet]")
 
 
 def test_a_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(tmp_path: Path, monkeypatch) -> None:
