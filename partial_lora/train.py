@@ -120,6 +120,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
     tracking = Tracking(
         settings["trainer"]["report_to"] if world.is_main else [],
         directory=directory,
+        record=directory / results.TRACKERS,
         results_dir=Path(settings["results_dir"]),
         parameters=files.flatten(settings),
     )
@@ -134,7 +135,7 @@ def run(settings: dict, directory: Path, record: dict, stage: str) -> None:
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
-        directory=directory,
+        directory=directory / results.CHECKPOINTS,
         device=world.device,
         precision=record["mixed_precision"],
         world_size=world.size,

@@ -54,7 +54,7 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
         model,
         train=rows(40),
         validation=rows(12),
-        directory=folder,
+        directory=folder / directory.CHECKPOINTS,
         collate=lambda some: default_data_collator(
             [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
         ),
