@@ -68,7 +68,7 @@ def task_of(settings: Mapping, *, mixtures: bool = False) -> Task:
             f"of its members, {', '.join(chosen['members'])}"
         )
     members = [tasks.load(**named(member, *tasks.SETTINGS)) for member in chosen["members"].values()]
-    return tasks.mixed(chosen["name"], members, mixing=chosen["mixing"], seed=chosen["split_seed"])
+    return tasks.mix(chosen["name"], members, mixing=chosen["mixing"], seed=chosen["split_seed"])
 
 
 def transform_of(settings: Mapping, task: Task | None = None) -> Transform:
@@ -161,7 +161,7 @@ def draws_of(settings: Mapping, rows: Dataset, **changes: int) -> Draws:
     asked = {"seed": calibration_seed(settings)} | drawn | changes
     if settings["task"].get("members"):
         return tasks.member_draws(rows, list(settings["task"]["members"]), **asked)
-    return tasks.few_shot_draws(tasks.drawn_from(rows), **asked)
+    return tasks.few_shot_draws(tasks.strata(rows), **asked)
 
 
 def calibration_score(settings: Mapping, task: Task) -> str:

@@ -412,7 +412,7 @@ class Predictor:
     def _pixels(self, given: object) -> Tensor | PartialLoraError:
         try:
             image = read_image(given)
-            return self._transform.of_inputs([image])["pixel_values"]
+            return self._transform.encode([image])["pixel_values"]
         except PartialLoraError as error:
             return error
         except (
@@ -425,7 +425,7 @@ class Predictor:
             return PartialLoraError(f"{_said(given)}: cannot be made into what the model reads ({_reason(error)})")
 
     def _batch(self, encoded: list) -> dict[str, Tensor]:
-        return self._transform.of_inputs(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
+        return self._transform.encode(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
 
 
 def _outcome(said: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
