@@ -151,7 +151,7 @@ def test_names_are_read_with_spaces_and_every_class_has_its_own_row(folders):
 
 
 @pytest.mark.parametrize("weights", ["random", "folder"])
-def test_nothing_is_strata_the_callers_generator(folders, weights):
+def test_nothing_is_drawn_from_the_callers_generator(folders, weights):
     changes = folders if weights == "folder" else {}
     one, two = load("tiny_clip", **changes, seed=1), load("tiny_clip", **changes, seed=2)
     for name, value in one.state_dict().items():

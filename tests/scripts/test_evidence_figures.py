@@ -249,7 +249,7 @@ def test_without_runs_a_figure_names_what_makes_them(name: str, tmp_path: Path) 
     figures.make(name, place, say=said.append)
 
 
-def test_every_figure_is_strata_few_runs(tmp_path: Path) -> None:
+def test_every_figure_is_drawn_from_few_runs(tmp_path: Path) -> None:
     thresholds(tmp_path)
     leave(tmp_path, "targeted", 0.9, budget=0.13)
     leave(tmp_path, "partial", 0.7, budget=0.01, calibration__max_sparsity=0.995)

@@ -270,7 +270,7 @@ def test_a_share_knows_every_class_and_says_which_one_it_cannot_score() -> None:
     assert "never scored: class 3" in draws.warnings[-1]
 
 
-def test_real_labels_are_strata_all_rows_alike() -> None:
+def test_real_labels_are_drawn_from_all_rows_alike() -> None:
     labels = np.random.default_rng(0).normal(size=4000)
     draws = tasks.few_shot_draws(labels, seed=0, share=0.1)
     assert len(draws.fit) == len(draws.scored) == 400
