@@ -46,16 +46,15 @@ def _report(
     marked = set() if by or frame.empty else best(folders, predictions)
     how = {"by": by, "spread": asked.spread, "marked": marked}
     written = comparison_files.write(frame, place, command=command, problems=problems, **how)
-    compared = comparison_files.table(found, predictions)
-    written += comparison_files.write_comparison(compared, place, command=command)
+    compared = comparison_files.differences(found, predictions)
+    written += comparison_files.write_differences(compared, place, command=command)
     figures = gallery.draw_gallery(found, folders, compared.rows, predictions, place)
     tables = {"Results": (comparison_files.readable(grouped, **how), comparison_files.notes(grouped, **how))}
     if compared.known:
         tables["Differences from partial"] = (
-            comparison_files.readable_comparison(compared.rows),
-            comparison_files.comparison_notes(compared),
+            comparison_files.readable_differences(compared.rows),
+            comparison_files.notes_of_differences(compared),
         )
-    written += comparison_files.write_method_comparison(found, place)
     written.append(
         page.write(
             place,

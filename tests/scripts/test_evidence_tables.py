@@ -18,7 +18,7 @@ from evidence_records import EXAMPLES, leave
 from scipy import stats
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.statistics import compared
+from partial_lora.report.statistics import compare
 
 BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
@@ -64,7 +64,7 @@ def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndar
 
 def by_comparison(one: Pair, **settings: object):
     sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
-    return compared(*sides, one.metric, **settings)
+    return compare(*sides, one.metric, **settings)
 
 
 def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
