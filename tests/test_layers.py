@@ -21,7 +21,7 @@ ORDER = (
     ("runs",),
     ("report",),
     ("train",),
-    ("worker", "watch", "evaluate_command", "predict_command", "report_command"),
+    ("worker",),
     ("cli",),
     ("__main__",),
 )

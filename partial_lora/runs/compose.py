@@ -189,19 +189,19 @@ def compose(
     arguments: list[str],
     work: Callable[[dict], int],
     *,
-    stage: str | None = None,
+    sweep: Callable[[Plan, Callable[[Callable], None]], int] | None = None,
 ) -> int:
     """Let Hydra compose one run or a sweep from the arguments, and `work` with each once all are checked.
 
-    stage: what the runs of a sweep are to do, "train" or "calibrate", by whatever launches them; None for work that is
-    done here, one after another.
+    sweep: does the runs of a plan by whatever launches them, from the job that Hydra calls with every config; None for
+    work that is done here, one run after another.
 
-    Gives the exit code: the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one
+    Returns the exit code: the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one
     that was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
     from hydra.core.config_store import ConfigStore
 
-    from partial_lora.runs import config, schema, sweep
+    from partial_lora.runs import config, schema
 
     refuse_group_lists(arguments)
     ConfigStore.instance().store(name="schema", node=schema.Config)
@@ -214,8 +214,8 @@ def compose(
             print(f"partial-lora: {line}", file=sys.stderr)
         if planned.refused:
             return USAGE_ERROR
-        if planned.is_sweep and stage:
-            return sweep.sweep(planned, stage, config.resolve, partial(_hydra, command, arguments))
+        if planned.is_sweep and sweep:
+            return sweep(planned, partial(_hydra, command, arguments))
         for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
             if planned.is_sweep and name != "basic":
                 raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")

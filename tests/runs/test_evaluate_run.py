@@ -14,7 +14,7 @@ import pandas
 import pytest
 from finished_runs import files, override, pictures
 
-from partial_lora import evaluate_command
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, finished
 from partial_lora.runs import directory as results
@@ -38,7 +38,7 @@ def evaluate(run, capsys):
     """A command line to what --json says."""
 
     def do(*arguments: str, directory: Path = run.directory) -> dict:
-        assert evaluate_command.evaluate([str(directory), "--json", *arguments]) == 0
+        assert cli.evaluate([str(directory), "--json", *arguments]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return json.loads(out)
@@ -52,7 +52,7 @@ def predictions(folder: Path | str) -> pandas.DataFrame:
 
 def refused(run: FinishedRun, *arguments: str) -> str:
     with pytest.raises(PartialLoraError) as error:
-        evaluate_command.evaluate([str(run.directory), *arguments])
+        cli.evaluate([str(run.directory), *arguments])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -166,7 +166,7 @@ def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> N
 
 
 def test_a_person_reads_a_table(run, capsys) -> None:
-    assert evaluate_command.evaluate([str(run.directory)]) == 0
+    assert cli.evaluate([str(run.directory)]) == 0
     out = capsys.readouterr().out
     assert f"{run.result['metrics']['test']['accuracy']:.4f}" in out
     assert "21 examples" in out
@@ -294,8 +294,8 @@ def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     one = dataclasses.replace(
         run, settings=run.settings | {"task": run.settings["task"] | {"data_files": str(tmp_path)}}
     )
-    asked = evaluate_command.composed(one.settings, [f"task.data_files.test={tmp_path}"])
+    asked = finished.evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
     assert asked["task"]["data_files"] == {"train": str(tmp_path), "test": str(tmp_path)}
     hub = dataclasses.replace(run, settings=run.settings | {"task": run.settings["task"] | {"data_files": None}})
     with pytest.raises(PartialLoraError, match=r"task\.data_files\.test: the run's rows came without files; expected"):
-        evaluate_command.composed(hub.settings, [f"task.data_files.test={tmp_path}"])
+        finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])
