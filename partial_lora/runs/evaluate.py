@@ -13,9 +13,9 @@ import pandas
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from partial_lora import files as sealed
 from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.files import write_json
 from partial_lora.runs import build, config, directory
 from partial_lora.runs.finished import AskedTask, FinishedRun, asked_task
 from partial_lora.runs.predict import RunModel
@@ -198,6 +198,6 @@ def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
         (folder / EVALUATION).unlink(missing_ok=True)
         if len(predictions):
             evaluation.write_predictions(folder / directory.PREDICTIONS, predictions)
-        sealed.write_json(folder / EVALUATION, record)
+        write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

@@ -160,7 +160,7 @@ def test_a_task_of_texts_is_refused_for_a_model_of_images(run) -> None:
 
 def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> None:
     folder = Path(evaluate()["folder"])
-    monkeypatch.setattr(results, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(evaluate_run, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
     assert "cannot be written (disk full)" in refused(run)
     assert not (folder / "evaluation.json").exists()
 
