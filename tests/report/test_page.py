@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from recorded_runs import budget, leave, place, record
 
-from partial_lora.errors import PartialLoraError
 from partial_lora import cli
+from partial_lora.errors import PartialLoraError
 from partial_lora.report import page, records
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
