@@ -1,49 +1,58 @@
-"""Words to commands. Nothing here imports torch unless the command needs it."""
+"""The commands: their parsers, their bars and what they print.
+
+Heavy imports stay inside the functions that need them: neither `--help` nor a wrong argument waits for torch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
+import json
+import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib import import_module
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import redact_output
-from partial_lora.runs import launch
-from partial_lora.runs.compose import USAGE_ERROR, Plan, compose
+from partial_lora import files
+from partial_lora.errors import PartialLoraError, ProofError
+from partial_lora.progress import handling, leave
+from partial_lora.runs import directory, launch
+from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.schema import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from partial_lora.runs.inputs import Input
+    from partial_lora.runs.predict import Prediction
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and give its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
+    """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-
-    def command() -> int:
-        if arguments and arguments[0] in ("train", "calibrate", "info"):
-            sweep = None if arguments[0] == "info" else partial(_sweep, arguments[0])
-            return compose(arguments[0], arguments[1:], _COMMANDS[arguments[0]], sweep=sweep)  # Hydra's grammar
-        if arguments and arguments[0] in ("evaluate", "predict", "report"):  # each has a parser of its own
-            return getattr(import_module(f"partial_lora.{arguments[0]}_command"), arguments[0])(arguments[1:])
-        return _parsed(arguments)
-
-    return guarded(command)
+    name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
+    return guarded(lambda: COMMANDS[name](others) if name in COMMANDS else _overview(arguments))
 
 
 def guarded(command: Callable[[], int]) -> int:
     """Return the exit code of a command, whose wrong inputs become one line, and whose output shows no credentials."""
-    redact_output()
+    files.redact_output()
     launch.refuse_hub_code()
     try:
         return command()
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return 1 if isinstance(error, ProofError) else USAGE_ERROR
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
             raise
@@ -51,10 +60,11 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"partial-lora: results_dir: {place}; set it to a folder that can be written", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
-def _parsed(arguments: list[str]) -> int:
+def _overview(arguments: list[str]) -> int:
+    """Print the help or the version, or refuse a command that does not exist."""
     from importlib.metadata import version
 
     parser = argparse.ArgumentParser(
@@ -64,95 +74,527 @@ def _parsed(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"partial-lora {version('partial-lora')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    composed = {
-        "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
-        "calibrate": "find the sparsities alone (the same keys)",
-        "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
-        "evaluate": "a finished run on another split or task",
-        "predict": "what a finished run says of images, texts or lines of a file",
-        "report": "tables, figures and a page over finished runs",
-    }
-    for name, text in composed.items():
+    for name, text in _HELP.items():
         commands.add_parser(name, help=text)
-    export = commands.add_parser("export", help="a finished run's adapter as files for other programs")
-    export.add_argument("run", type=Path, metavar="RUN_DIR")
-    export.add_argument(
+    return COMMANDS[parser.parse_args(arguments).command]([])
+
+
+# --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
+
+
+def train(arguments: list[str]) -> int:
+    """Calibrate, mask, train and evaluate; return the exit code."""
+    return _stage("train", arguments)
+
+
+def calibrate(arguments: list[str]) -> int:
+    """Find the sparsities alone; return the exit code."""
+    return _stage("calibrate", arguments)
+
+
+def _stage(stage: str, arguments: list[str]) -> int:
+    def launched(plan, hydra) -> int:
+        from partial_lora.runs import sweep
+
+        return sweep.sweep(plan, stage, run, hydra)
+
+    return compose(stage, arguments, lambda config: run(config, stage).exit_code, sweep=launched)
+
+
+def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Sequence[int]] = tuple) -> launch.Outcome:
+    """Launch a run, draw its figures and page once it has finished, and return how it ended.
+
+    shown: on the terminal, with bars while it lasts and a table at its end; else silently, where other runs use the
+    terminal, too. stop: as `launch.launch` takes it. Raises PartialLoraError as that does.
+    """
+    launch.refuse_foreign_world()
+    if not shown:
+        return launch.launch(config, stage, stop=stop)
+    from rich.console import Console
+
+    console = Console()
+    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False)
+    with Bars(console) as bars:
+        outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
+    _print_outcome(outcome, stage, console)
+    return outcome
+
+
+def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> None:
+    """Print why a run did not end well, or the short table of its results."""
+    from partial_lora.report import summary
+
+    if outcome.status in ("interrupted", "failed"):
+        print(f"partial-lora: {outcome.reason}", file=sys.stderr)
+        return
+    if outcome.status == "skipped":
+        console.print("finished before, not run again (overwrite=true runs it again)")
+    if outcome.message:  # of one of several machines, whose results another one has
+        console.print(outcome.message, highlight=False, soft_wrap=True)
+        return
+    closing = summary.summary if stage == "train" else summary.calibration_summary
+    console.print(closing(directory.read_result(outcome.directory), outcome.directory))
+
+
+def info(arguments: list[str]) -> int:
+    """Print trainable parameters, memory and file size of a run that is not run; return the exit code."""
+    return compose("info", arguments, _print_outline)
+
+
+def _print_outline(config: Config) -> int:
+    from rich.console import Console
+
+    from partial_lora.runs.info import outline
+    from partial_lora.training import cost
+
+    run = outline(config)
+    console = Console()
+    console.print(cost.table(run.counts, run.memory))
+    heads = {0: "there is no head", 1: "the head is for one number"}
+    head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
+    text = f"{run.sparsity_is}; {head}; a calibration takes at most {run.passes:,} passes"
+    if run.memory:
+        sequences, length = config.trainer.local_batch_size, config.model.max_length
+        text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
+    console.print(text, highlight=False, soft_wrap=True)
+    return 0
+
+
+# --- evaluate, predict, export: what is done with a finished run.
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Evaluate a finished run on another split or task, print its metrics and where they are; return the exit code.
+
+    Raises PartialLoraError for a run that is none, a key that is not one of the task's, and labels of other names.
+    """
+    parser = argparse.ArgumentParser(
+        prog="partial-lora evaluate",
+        description="A finished run on another split or task. Without KEY=VALUE it is the run's own task. The labels "
+        "of another task must have the names of the run's; a causal language model takes any task with options or "
+        "responses. Kept in RUN_DIR/evaluations; what the run recorded stays.",
+        epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
+    )
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
+    parser.add_argument("--json", action="store_true", help="one object: folder, and all of evaluation.json")
+    parsed = parser.parse_intermixed_args(list(arguments))
+    from partial_lora.runs import finished
+
+    run = finished.finished_run(parsed.run)
+    task, trainer = finished.evaluation_settings(run, parsed.overrides, parsed.member)
+    _prepare_libraries()
+    from partial_lora.runs.evaluate import evaluate_run
+
+    with _bar("evaluate") as advance:
+        done = evaluate_run(
+            run,
+            task=task,
+            member=parsed.member,
+            split=parsed.split,
+            device=trainer.device,
+            batch_size=trainer.eval_batch_size,
+            advance=advance,
+        )
+    if parsed.json:
+        print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = dict(done.record["metrics"])
+    primary = metrics.pop("primary")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("task", done.record["task"]["name"])
+    table.add_row(done.record["split"], f"{done.record['examples']:,} examples")
+    for name, value in metrics.items():
+        table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
+    console = Console()
+    console.print(table)
+    console.print(f"wrote {done.folder}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _prepare_libraries() -> None:
+    """Set what torch, datasets and the hub read when they are imported: threads that sleep, no bars of their own."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+_WIDEST = 32  # columns that a label is padded to, at most
+_QUOTED = 80  # characters of a line that an error repeats
+_UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, end a line or cannot be written
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Predict what the arguments name and print it, batch by batch.
+
+    Returns 0, or 1 where an input could not be predicted: it is named on stderr, and the others go on. Raises
+    PartialLoraError for a run or an argument that is none. A reader that has seen enough (`| head`) ends it quietly.
+    """
+    parsed = _predict_parser().parse_intermixed_args(list(arguments))
+    from partial_lora.runs import inputs
+    from partial_lora.runs.finished import asked_task, finished_run
+
+    run = finished_run(parsed.run)
+    task = asked_task(run, parsed.member).config.task
+    if parsed.max_new_tokens and task.kind != "generation":
+        raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task.name} has none")
+    stream, total = inputs.read(
+        [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
+        modality=task.modality,
+        pairs=len(task.text_columns) == 2,
+        kind=task.kind,
+        stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # there is none where it was closed
+    )
+    first = next(stream, None)  # before torch is there, which takes its time
+    if first is None:
+        raise PartialLoraError(
+            "nothing to predict: expected an image, a folder, a text, @FILE or - as INPUT, and at least one line in it"
+        )
+    _prepare_libraries()
+    from partial_lora.runs.predict import Predictor
+
+    predictor = Predictor(run, device=parsed.device, max_new_tokens=parsed.max_new_tokens, member=parsed.member)
+    size = parsed.batch_size or run.config.trainer.eval_batch_size
+    line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
+    stream, code, done = chain([first], stream), 0, 0
+    try:
+        # On a terminal the predictions show themselves how far the stream is.
+        with _bar("predict", shown=not sys.stdout.isatty()) as advance:
+            while batch := list(islice(stream, size)):
+                problems, lines = _predictions(predictor, batch, line)
+                for problem in problems:
+                    code = 1
+                    print(f"partial-lora: {problem}", file=sys.stderr)
+                sys.stdout.write("".join(lines))
+                sys.stdout.flush()
+                done += len(batch)
+                advance(done, total)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # Python would complain when it flushes stdout at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _predict_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="partial-lora predict",
+        description="What a finished run says of images or texts it has not seen. An INPUT is an image file, a folder "
+        "of images (with its sub-folders), a text, @FILE for a file of lines, or - for the lines of standard input. A "
+        "line is a text (two with a tab between them where the run's texts are pairs), the path of an image, a prompt, "
+        "or a prompt and its options with tabs between them where the run chooses among some.",
+        epilog="Exit code: 0; 1 where an input could not be predicted (it is named on stderr, the others are "
+        "predicted); 2 for a wrong argument.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT")
+    parser.add_argument("--lines", action="append", default=[], metavar="FILE", help="as @FILE; - is standard input")
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that the inputs are of")
+    parser.add_argument(
+        "--json", action="store_true", help="one object a line: input, label, score, scores; member, with --member"
+    )
+    parser.add_argument(
+        "--top-k", type=_positive, metavar="N", help="the N most probable labels; default: 1, with --json all of them"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="inputs predicted, and printed, at once (default: the run's)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="the most that is written of a text (default: the run's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    return parser
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _predictions(predictor, batch: Sequence[Input], line: Callable[[Prediction], str]) -> tuple[list[str], list[str]]:
+    """Return what kept inputs of a batch from being predicted, and the lines of the others, each in order."""
+    outcomes = iter(predictor.outcomes([each.content for each in batch if each.problem is None]))
+    problems, lines = [], []
+    for each in batch:
+        outcome = next(outcomes) if each.problem is None else None
+        where = f"{each.place}: " if each.place else ""
+        if outcome is None:
+            quoted = f"{each.text[:_QUOTED]!r}: " if each.text.strip() else ""
+            problems.append(f"{where}{quoted}{each.problem}")
+        elif isinstance(outcome, PartialLoraError):
+            problems.append(f"{where}{outcome}")
+        else:
+            lines.append(line(outcome))
+    return problems, lines
+
+
+def _json_line(top_k: int | None, member: str | None) -> Callable[[Prediction], str]:
+    def line(prediction: Prediction) -> str:
+        content = {
+            "input": prediction.input,
+            **({} if member is None else {"member": member}),
+            "label": prediction.label,
+            "score": prediction.score,
+            "scores": dict(islice(prediction.scores.items(), top_k)),
+        }
+        return json.dumps(content, allow_nan=False) + "\n"
+
+    return line
+
+
+def _plain_line(top_k: int | None, labels: Sequence[str]) -> Callable[[Prediction], str]:
+    """Put the labels first, in columns as wide as the run's labels need, so that a stream needs no look ahead."""
+    from rich.cells import cell_len
+
+    width = min(max(map(cell_len, labels), default=0), _WIDEST)
+
+    def line(prediction: Prediction) -> str:
+        if prediction.score is None:
+            return f"{_escaped(prediction.label)}  {_escaped(prediction.input)}\n"
+        best = islice(prediction.scores.items(), top_k or 1) if prediction.scores else [("", prediction.score)]
+        columns = [f"{_escaped(label)}{' ' * (width - cell_len(label))}  {score:.4f}" for label, score in best]
+        return "  ".join([*columns, _escaped(prediction.input)]).lstrip() + "\n"
+
+    return line
+
+
+def _escaped(text: str) -> str:
+    """Return the text in one line, whatever is in it: a name of a file may hold what moves a terminal's cursor."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSHOWN and char != "\t" else char
+        for char in text
+    )
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a finished run's adapter for other programs; return the exit code: 1 where it does not pass its check."""
+    parser = argparse.ArgumentParser(prog="partial-lora export")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
         "--to",
         required=True,
         choices=("peft", "compact", "merged"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
         "model in the format of transformers or timm",
     )
-    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
-    export.add_argument(
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
+    parser.add_argument(
         "--check",
         action="store_true",
         help="prove that it loads and computes the run's logits (peft, merged: in an interpreter without this package)",
     )
-    export.set_defaults(do=_export)
-    parsed = parser.parse_args(arguments)
-    return parsed.do(parsed)
-
-
-def _export(arguments: argparse.Namespace) -> int:
+    parsed = parser.parse_args(list(arguments))
     from rich.console import Console
 
-    from partial_lora import errors
-    from partial_lora.runs import export, finished
+    from partial_lora.runs.finished import finished_run
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
-    try:
-        run = finished.finished_run(arguments.run)
-        done = export.export(run, arguments.to, arguments.out, check=arguments.check)
-    except errors.ProofError as error:
-        print(f"partial-lora: {error}", file=sys.stderr)
-        return 1
+    with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
+        run = finished_run(parsed.run)
+        from partial_lora.runs import export
+
+        done = export.export(run, parsed.to, parsed.out, check=parsed.check)
     console = Console()
-    said = "written again, as it was" if done.existed else "written"
-    console.print(f"{done.folder}: {said} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
+    written = "written again, as it was" if done.existed else "written"
+    console.print(f"{done.folder}: {written} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
     if done.proof:
         console.print(f"checked: {done.proof}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _leave(number: int, frame: object) -> None:
-    """End by way of exceptions, which leave nothing half-written behind."""
-    sys.exit(128 + number)
+# --- report: what finished runs come to.
 
 
-def _train(config: Config) -> int:
-    return launch.code(launch.run(config, "train"))
+def report(arguments: Sequence[str]) -> int:
+    """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
+    from partial_lora.report import figures, page, records, tables
+    from partial_lora.report.statistics import best
+
+    parser = argparse.ArgumentParser(
+        prog="partial-lora report",
+        description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
+        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, what should have been compared "
+        "and could not be is named, and the exit code is then 1. "
+        "Of a run's own directory: its page, RUN_DIR/index.html.",
+    )
+    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs of that task, method, operating_point, seed, … or setting (method.rank=16); A,B is either",
+    )
+    parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
+    parser.add_argument(
+        "--spread",
+        choices=tables.SPREADS,
+        default=tables.SPREADS[0],
+        help="what follows ±: the standard deviation over runs, or half the 95 %% interval of their mean",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=page.EXAMPLES,
+        metavar="N",
+        help="how many of the hardest test examples the page shows for each row (default: %(default)s; 0: none)",
+    )
+    parsed = parser.parse_args(list(arguments))
+    place = parsed.results_dir
+    if (place / directory.RESULT).is_file():
+        _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
+        return 0
+    runs, problems = records.read(place)
+    for problem in problems:
+        print(f"partial-lora: {problem}", file=sys.stderr)
+    command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])])
+    predictions = records.Predictions(place)
+    by = records.keys(runs, parsed.by) if parsed.by else []
+    runs = records.where(runs, parsed.where)
+    frame = records.table(runs)
+    for key in by:
+        frame[key] = [records.value_of(run, key) for run in runs]
+    folders = records.group(frame)
+    grouped = records.group(frame, by) if by else folders
+    marked = set() if by or frame.empty else best(folders, predictions)
+    how = {"by": by, "spread": parsed.spread, "marked": marked}
+    written = tables.write(frame, place, command=command, problems=problems, **how)
+    compared = tables.differences(runs, predictions)
+    written += tables.write_differences(compared, place, command=command)
+    drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
+    shown = {"Results": (tables.readable(grouped, **how), tables.notes(grouped, **how))}
+    if compared.known:
+        shown["Differences from partial"] = (
+            tables.readable_differences(compared.rows),
+            tables.notes_of_differences(compared),
+        )
+    written.append(
+        page.write(
+            place,
+            found=runs,
+            tables=shown,
+            command=command,
+            origin=tables.origin(frame),
+            problems=problems,
+            uncompared=compared.uncompared,
+            figures=drawn + figures.analyses(place),
+            examples=parsed.examples,
+        )
+    )
+    if drawn:
+        written.append(drawn[0].files[0].parent)
+    remarks = [f"not compared: {each}" for each in compared.uncompared]
+    remarks += [f"comparison: {remark}" for remark in compared.remarks]
+    remarks += [f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut]
+    _print_report(tables.on_screen(frame, by=by, spread=parsed.spread), remarks, written)
+    return 1 if problems or compared.problems else 0
 
 
-def _calibrate(config: Config) -> int:
-    return launch.code(launch.run(config, "calibrate"))
-
-
-def _sweep(stage: str, plan: Plan, hydra: Callable) -> int:
-    from partial_lora.runs.sweep import sweep
-
-    return sweep(plan, stage, hydra)
-
-
-def _info(config: Config) -> int:
+def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]) -> None:
     from rich.console import Console
 
-    from partial_lora.runs.info import outline
-    from partial_lora.training import cost
-
-    found = outline(config)
     console = Console()
-    console.print(cost.table(found.counts, found.memory))
-    heads = {0: "there is no head", 1: "the head is for one number"}.get(
-        found.outputs, f"the head is for {found.outputs} classes"
-    )
-    said = f"{found.sparsity_is}; {heads}; a calibration takes at most {found.passes:,} passes"
-    if found.memory:
-        sequences, length = config.trainer.local_batch_size, config.model.max_length
-        said += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
-    console.print(said, highlight=False, soft_wrap=True)
-    return 0
+    if table is not None:
+        console.print(table)
+    for line in (*remarks, *(f"wrote {path}" for path in written)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-_COMMANDS: dict[str, Callable[[Config], int]] = {"train": _train, "calibrate": _calibrate, "info": _info}
+# --- Bars.
+
+
+class Bars:
+    """One bar a stage; plain lines at the start and end of a stage where the output is not a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = console
+        self._tasks: dict[str, int] = {}
+        self._ended: set[str] = set()
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]:>14}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            redirect_stdout=not console.stderr,  # what goes to stdout beside bars on stderr is for a file or a pipe
+        )
+
+    def __enter__(self) -> Bars:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def note(self, line: str) -> None:
+        """Print a line that is no progress."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, event: Mapping) -> None:
+        """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
+        stage, done, total = event["stage"], event["done"], event["total"]
+        if not self._console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = len(self._tasks)
+                self._console.print(f"{stage} …", highlight=False)
+            if done >= total and stage not in self._ended:
+                self._ended.add(stage)
+                self._console.print(f"{stage} done", highlight=False)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
+        count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
+        detail = []
+        if "module" in event:
+            detail.append(f"{event['module']} {event.get('axis', '')} {event.get('sparsity', 0):.2f}")
+        if "loss" in event:
+            detail.append(f"loss {event['loss']:.3f}")
+        if "tokens_per_second" in event:
+            detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+        self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
+
+
+@contextmanager
+def _bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, where that is a terminal; gives what advances it: units done, and of how many."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+
+    with Bars(Console(stderr=True)) as bars:
+        yield lambda done, total: bars.update({"stage": stage, "done": done, "total": total})
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "calibrate": calibrate,
+    "info": info,
+    "evaluate": evaluate,
+    "predict": predict,
+    "report": report,
+    "export": export,
+}
+_HELP = {
+    "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
+    "calibrate": "find the sparsities alone (the same keys)",
+    "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
+    "evaluate": "a finished run on another split or task",
+    "predict": "what a finished run says of images, texts or lines of a file",
+    "report": "tables, figures and a page over finished runs",
+    "export": "a finished run's adapter as files for other programs",
+}

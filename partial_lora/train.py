@@ -109,6 +109,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     tracking = Tracking(
         config.trainer.report_to if world.is_main else [],
         directory=directory,
+        record=directory / results.TRACKERS,
         results_dir=Path(config.results_dir),
         parameters=files.flatten(plain(config)),
     )
@@ -124,7 +125,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         reduce=judge.reduce,
         measure=judge.measure,
         selects=judge.selects,
-        directory=directory,
+        directory=directory / results.CHECKPOINTS,
         device=world.device,
         precision=record["mixed_precision"],
         world_size=world.size,

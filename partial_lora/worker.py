@@ -54,7 +54,7 @@ def work(directory: Path, stage: str) -> int:
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
         entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            launch.report(entry["error"])
+            launch.report_failure(entry["error"])
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", entry["error"])

@@ -53,7 +53,7 @@ from partial_lora.models.targets import target_linears
 from partial_lora.report import figures
 from partial_lora.runs import build, compose, config, directory
 from partial_lora.runs.schema import Config
-from partial_lora.tasks.splits import mislabelled
+from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
 
 
@@ -84,7 +84,7 @@ class Subject:
         if len(self.task.labels) < 2:
             raise PartialLoraError(f"analysis.noise={share}: expected 2 classes or more, found {self.task.labels}")
         fit, scored = (
-            mislabelled(self.task.train.select(rows), share, [seed, draw], self.config.task.name)
+            with_label_noise(self.task.train.select(rows), share, [seed, draw], self.config.task.name)
             for draw, rows in enumerate((draws.fit, draws.scored))
         )
         fit_rows, scored_rows = np.split(np.arange(len(fit) + len(scored)), [len(fit)])
@@ -268,7 +268,7 @@ def reliability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]
 
     def part(seed: int, subject: Subject) -> dict:
         draws = subject.draws()
-        labels = tasks.drawn_from(subject.task.train)[draws.scored]
+        labels = tasks.strata(subject.task.train)[draws.scored]
         halves, found = [], []
         for half in reliability.split_half(labels, seed):
             found.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))

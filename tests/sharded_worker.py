@@ -56,7 +56,7 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
         TrainerConfig(**settings, eval_batch_size=5, learning_rate=1e-2),
         train=rows(40),
         validation=rows(12),
-        directory=folder,
+        directory=folder / directory.CHECKPOINTS,
         collate=lambda some: default_data_collator(
             [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
         ),

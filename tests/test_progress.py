@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from partial_lora import progress
-from partial_lora.watch import Bars
+from partial_lora.cli import Bars
 
 
 @pytest.fixture

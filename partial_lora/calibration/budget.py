@@ -21,7 +21,7 @@ Counts = dict[str, dict[str, int]]
 
 
 def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
-    """What masks count in modules with W (out, in): {module: (units of B, units of A)}, and the parameters of a unit.
+    """Return what masks count in modules with W (out, in): {module: (units of B, of A)}, and the parameters of a unit.
 
     A row of B and a column of A are `rank` parameters; where single entries are masked, a unit is one.
     """
@@ -31,19 +31,19 @@ def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, i
 
 
 def dense_parameters(shapes: Shapes, rank: int) -> int:
-    """Trainable parameters of the dense adapter."""
+    """Return the trainable parameters of the dense adapter."""
     return rank * sum(m + n for m, n in shapes.values())
 
 
 def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float) -> int:
-    """Trainable parameters at a sparsity for each module and axis, or at one for all."""
+    """Return the trainable parameters at a sparsity for each module and axis, or at one for all."""
     if not isinstance(sparsity, Mapping):
         sparsity = {module: dict.fromkeys(AXES, sparsity) for module in shapes}
     return _cost({module: _kept(shapes[module], sparsity[module]) for module in shapes}, rank)
 
 
 def parameter_count(budget: float, shapes: Shapes, rank: int) -> int:
-    """The trainable parameters a budget allows: at most 1 is a share of the dense adapter, more is a count.
+    """Return the trainable parameters that a budget allows: at most 1 is a share of the dense adapter, more is a count.
 
     Raises PartialLoraError for a budget that no adapter meets, or that is above the dense adapter.
     """
@@ -66,12 +66,12 @@ def parameter_count(budget: float, shapes: Shapes, rank: int) -> int:
 def meet(
     count: int, shapes: Shapes, rank: int, sparsities: Callable[[float], Sparsity], lowest: float = 0.0
 ) -> tuple[float, Sparsity]:
-    """The largest threshold whose sparsities train at most `count` parameters, and sparsities that spend them.
+    """Return the largest threshold whose sparsities train at most `count` parameters, and sparsities that spend them.
 
-    sparsities: gives what calibration chooses at a threshold; a larger threshold never gives a larger sparsity.
+    sparsities: what calibration chooses at a threshold; a larger threshold never gives a larger sparsity.
     lowest: the threshold at which scores are at chance. What passes below it says nothing about a module, so where
-    even that costs too much, its densities are scaled down in proportion; where the threshold found leaves more than
-    1 % unused, they are scaled up.
+    even that costs too much, its densities are scaled down in proportion; where a threshold leaves more than 1 %
+    unused, they are scaled up.
     """
     threshold = largest_threshold(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
     chosen = sparsities(threshold)
@@ -81,9 +81,9 @@ def meet(
 
 
 def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
-    """The largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
+    """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
 
-    Asks from high to low at first, since a low threshold leads deep into the curves.
+    From high to low at first, since a low threshold leads deep into the curves.
     """
     low, high = lowest, 1.0
     if low >= high or fits(high):
@@ -98,7 +98,7 @@ def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
 
 
 def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, count: int) -> Sparsity:
-    """Every density times one factor (never above 1), so that `count` parameters are spent, and not one more.
+    """Return every density times one factor (never above 1), so that `count` parameters are spent, and not one more.
 
     Rows of equal density appear together as the factor grows; of those that the last step would add, as many are
     taken as still fit, in the order of the modules.
@@ -130,7 +130,7 @@ def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
 
 
 def uniform_sparsity(shapes: Shapes, rank: int, count: int) -> float:
-    """The one sparsity that, on every module and axis, trains as many parameters as `count` allows.
+    """Return the one sparsity that, on every module and axis, trains as many parameters as `count` allows.
 
     Raises PartialLoraError where one row and one column of each module are already more.
     """

@@ -1,7 +1,7 @@
 """Calibration curves: what is left of the model's score when part of one module is zeroed, level by level.
 
 A point of a curve is known as bounds (low, high) of the score; equal bounds are the score. Points are evaluated when a
-question needs them, no further than the question needs, and are kept on disk so that the next calibration need not.
+question needs them, no further than the question needs, and are stored on disk so that the next calibration need not.
 """
 
 from __future__ import annotations
@@ -25,17 +25,163 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
 
-# --- What calibration has found so far, kept on disk, so that no point of a curve is evaluated in two runs.
-
 VERSION = 1
 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
+    """Zero the rows (columns) of a weight that a mask does not keep; they come back, bit for bit, whatever happens."""
+    dimension = AXES.index(axis)
+    removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
+    values = weight.detach()
+    own = values.index_select(dimension, removed)
+    values.index_fill_(dimension, removed, 0)
+    try:
+        yield
+    finally:
+        values.index_copy_(dimension, removed, own)
+
+
+class Curves:
+    """Every point of every curve that has been needed, each evaluated at most once.
+
+    modules: what may be zeroed. importance: returns the (rows, columns) scores of a module by its name, larger = keep;
+    called when first needed. store: what is known already, and where to keep it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score: Score,
+        modules: Mapping[str, nn.Linear],
+        importance: Callable[[str], Scores],
+        store: Store,
+    ) -> None:
+        self.evaluations = 0
+        self._model, self._score, self._modules, self._importance = model, score, modules, importance
+        self._store = store
+        self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
+        self._chosen: Levels = {}  # what stays zeroed while curves are measured
+        self._after = ""  # its digest
+        self._unsettled: set[str] = set()  # modules altered for good that the score has not been told of yet
+
+    def intact(self) -> float:
+        """Return the score of the model as it is. Raises PartialLoraError where it is no finite number."""
+        score = self._score_of_model()
+        if not math.isfinite(score):
+            raise PartialLoraError(
+                f"calibration: the score of the frozen model is {score}, expected a finite number; "
+                "check the weights, the precision and the examples"
+            )
+        return score
+
+    def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
+        """Return True where the score passes with all but the most important rows (columns) of one module zeroed.
+
+        `passes` must be monotone: where it holds for a score it holds for every larger one.
+        """
+        low, _ = self._point(module, axis, level, lambda low, high: passes(high) and not passes(low))
+        return passes(low)
+
+    def exact(self, module: str, axis: str, level: float) -> float:
+        """Return the score itself with so much of one module zeroed; NaN where it is no number."""
+        return self._point(module, axis, level, lambda low, high: low < high)[0]
+
+    def joint(self, sparsity: Sparsity) -> float | None:
+        """Return the score with every module at its own sparsity at once; None where it is no number."""
+        with ExitStack() as stack:
+            for module, axes in sparsity.items():
+                for axis in AXES:
+                    stack.enter_context(self._zeroed(module, axis, axes[axis]))
+            score = self._score_of_model()
+            return score if math.isfinite(score) else None
+
+    @contextmanager
+    def choices(self) -> Iterator[Callable[[str, str, float], None]]:
+        """Measure curves after earlier choices: yields a function that zeroes a level of a module and axis.
+
+        What is chosen stays zeroed until the block ends; then the weights are back, and the score knows it.
+        """
+        altered: set[str] = set()
+
+        def choose(module: str, axis: str, level: float) -> None:
+            stack.enter_context(self._zeroed(module, axis, level))
+            self._chosen.setdefault(module, {})[axis] = level
+            self._after = digest_of(self._chosen)
+            if level:
+                altered.add(module)
+                self._unsettled.add(module)
+
+        try:
+            with ExitStack() as stack:
+                yield choose
+        finally:
+            self._chosen, self._after = {}, ""
+            self._settle(altered - self._unsettled)  # of the others it has never known that they were altered
+            self._unsettled = set()
+
+    def curve(self, module: str, axis: str) -> Curve:
+        """Return the points known of one curve after the choices that are in force; to be added to."""
+        return self._store.curve(module, axis, self._after)
+
+    def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
+        """Take points that were evaluated elsewhere."""
+        self.curve(module, axis).update(points)
+        self._store.changed = True
+
+    def save(self) -> None:
+        """Store what is known so far."""
+        self._store.save()
+
+    def _settle(self, modules: Collection[str]) -> None:
+        """Let the score know that modules have been altered for longer than one evaluation, or are back."""
+        if hasattr(self._score, "settled"):
+            for module in modules:
+                self._score.settled(module)
+
+    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+        curve = self.curve(module, axis)
+        if undecided(*curve.get(level, UNKNOWN)):
+            curve[level] = self._evaluate(module, axis, level, undecided)
+            self._store.changed = True
+        return curve.get(level, UNKNOWN)
+
+    def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+        point = self._after, module, axis, level
+        # Without `settled` a score goes by the intact model, and reuses what the earlier choices have changed.
+        bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
+        with self._zeroed(module, axis, level):
+            if not bounded:
+                return bounds_of(*(self._score_of_model(),) * 2)
+            others = self._unsettled - {module}
+            self._settle(others)
+            self._unsettled -= others
+            known = self.curve(module, axis)[level] if point in self._started else None
+            self.evaluations += 1
+            bounds = self._score.bounds(self._model, module, undecided, known)
+        self._started.add(point)
+        return bounds_of(*bounds)
+
+    @contextmanager
+    def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
+        """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one."""
+        with ExitStack() as stack:
+            for each in AXES if axis == BOTH else (axis,):
+                mask = Mask.top(self._importance(module)[AXES.index(each)], level)
+                stack.enter_context(zeroed(self._modules[module].weight, each, mask))
+            yield
+
+    def _score_of_model(self) -> float:
+        self.evaluations += 1
+        return float(self._score(self._model))
+
+
 class Store:
     """Curves and finished results on disk, for one model, score, importance and search.
 
-    path: a JSON file, or None to keep nothing. key: plain data that says what the curves are of. A file that is broken
+    path: a JSON file, or None to store nothing. key: plain data that says what the curves are of. A file that is broken
     or has another key is named, removed and never used.
     """
 
@@ -47,17 +193,22 @@ class Store:
         self._curves: dict[str, dict[str, Curve]] = {}
         if self.path is not None and self.path.exists():
             try:
-                self._read(json.loads(self.path.read_text(encoding="utf-8")))
+                file = json.loads(self.path.read_text(encoding="utf-8"))
+                if file["version"] != VERSION or file["sha256"] != _digest(file["content"]):
+                    raise ValueError("wrong version or checksum")
+                if file["content"]["key"] != self.key:
+                    raise ValueError("made for another question")
+                self.take(file["content"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.discard(f"not the curves that were kept there ({type(error).__name__}: {error})")
 
     @classmethod
     @contextmanager
     def shared(cls, path: Path | None, key: Mapping, peers: Peers) -> Iterator[Store]:
-        """The store of processes that share a calibration: rank 0 has the file, all know what it says.
+        """Open the store of processes that share a calibration: rank 0 has the file, all know its content.
 
-        The file is held until the block ends, and written then, also where it is interrupted: another run that asks the
-        same waits, and finds the answer.
+        The file is held until the block ends, and written then, also where it is interrupted: another run with the same
+        question waits, and finds the answer.
         """
         with ExitStack() as held:
             opened: list[Store] = []
@@ -79,7 +230,7 @@ class Store:
                 opened[0].save()
 
     def curve(self, module: str, axis: str, after: str = "") -> Curve:
-        """The points known of one curve, by level; to be added to. `after` names what is zeroed in other modules."""
+        """Return the points known of one curve, to be added to. `after` names what is zeroed in other modules."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
 
     def belongs_to(self, baseline: float) -> None:
@@ -89,11 +240,29 @@ class Store:
         self.baseline = baseline
 
     def discard(self, reason: str) -> None:
-        """Forget everything, and say of which file and why."""
+        """Forget everything, and warn of which file and why."""
         self.baseline, self.results, self._curves = None, {}, {}
         if self.path is not None:
             logger.warning("%s: %s; removed, its points are evaluated again", self.path, reason)
             self.path.unlink(missing_ok=True)
+
+    def content(self) -> dict:
+        """Return everything that is known, as plain data."""
+        curves = {
+            module: {axis: listed(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
+        }
+        return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
+
+    def take(self, content: Mapping) -> None:
+        """Add another store's `content`. A broken one raises before anything is taken."""
+        curves = {
+            (module, axis): curve_of(points)
+            for module, axes in content["curves"].items()
+            for axis, points in axes.items()
+        }
+        self.baseline, self.results = content["baseline"], dict(content["results"])
+        for (module, axis), curve in curves.items():
+            self.curve(module, axis).update(curve)
 
     def save(self) -> None:
         """Write the file, if there is one and anything is new."""
@@ -110,183 +279,6 @@ class Store:
             self.path = None
         self.changed = False
 
-    def content(self) -> dict:
-        """Everything that is known, as plain data."""
-        curves = {
-            module: {axis: listed(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
-        }
-        return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
-
-    def _read(self, file: dict) -> None:
-        content = file["content"]
-        if file["version"] != VERSION or file["sha256"] != _digest(content):
-            raise ValueError("wrong version or checksum")
-        if content["key"] != self.key:
-            raise ValueError("made for another question")
-        self.take(content)
-
-    def take(self, content: Mapping) -> None:
-        """Know what another store's `content` says, too."""
-        curves = {
-            (module, axis): curve_of(points)
-            for module, axes in content["curves"].items()
-            for axis, points in axes.items()
-        }
-        self.baseline, self.results = content["baseline"], dict(content["results"])
-        for (module, axis), curve in curves.items():
-            self.curve(module, axis).update(curve)
-
 
 def _digest(content: Mapping) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
-    """Zero the rows (columns) of a weight that a mask does not keep; they come back, bit for bit, whatever happens."""
-    dimension = AXES.index(axis)
-    removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
-    values = weight.detach()
-    own = values.index_select(dimension, removed)
-    values.index_fill_(dimension, removed, 0)
-    try:
-        yield
-    finally:
-        values.index_copy_(dimension, removed, own)
-
-
-class Curves:
-    """Every point of every curve that has been asked for, each evaluated at most once.
-
-    modules: what may be zeroed. importance: gives (rows, columns) scores of a module by its name, larger = keep; asked
-    for when first needed. store: what is known already, and where to keep it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        score: Score,
-        modules: Mapping[str, nn.Linear],
-        importance: Callable[[str], Scores],
-        store: Store,
-    ) -> None:
-        self.evaluations = 0
-        self._model, self._score, self._modules, self._importance = model, score, modules, importance
-        self._store = store
-        self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
-        self._chosen: Levels = {}  # what stays zeroed while curves are measured
-        self._after = ""  # its digest
-        self._untold: set[str] = set()  # modules altered for good, as far as the score need not know yet
-
-    def intact(self) -> float:
-        """The score of the model as it is. Raises PartialLoraError where it is no finite number."""
-        score = self._score_of_model()
-        if not math.isfinite(score):
-            raise PartialLoraError(
-                f"calibration: the score of the frozen model is {score}, expected a finite number; "
-                "check the weights, the precision and the examples"
-            )
-        return score
-
-    def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
-        """Whether the score passes with all but the most important rows (columns) of one module zeroed.
-
-        `passes` must be monotone: where it holds for a score it holds for every larger one.
-        """
-        low, _ = self._point(module, axis, level, lambda low, high: passes(high) and not passes(low))
-        return passes(low)
-
-    def exact(self, module: str, axis: str, level: float) -> float:
-        """The score itself with so much of one module zeroed; NaN where it is no number."""
-        return self._point(module, axis, level, lambda low, high: low < high)[0]
-
-    def joint(self, sparsity: Sparsity) -> float | None:
-        """The score with every module at its own sparsity at once; None where it is no number."""
-        with ExitStack() as stack:
-            for module, axes in sparsity.items():
-                for axis in AXES:
-                    stack.enter_context(self._zeroed(module, axis, axes[axis]))
-            score = self._score_of_model()
-            return score if math.isfinite(score) else None
-
-    @contextmanager
-    def choices(self) -> Iterator[Callable[[str, str, float], None]]:
-        """Let curves be measured after earlier choices: gives a function that zeroes a level of a module and axis.
-
-        What is chosen stays zeroed until the block ends; then the weights are back, and the score has been told.
-        """
-        altered: set[str] = set()
-
-        def choose(module: str, axis: str, level: float) -> None:
-            stack.enter_context(self._zeroed(module, axis, level))
-            self._chosen.setdefault(module, {})[axis] = level
-            self._after = digest_of(self._chosen)
-            if level:
-                altered.add(module)
-                self._untold.add(module)
-
-        try:
-            with ExitStack() as stack:
-                yield choose
-        finally:
-            self._chosen, self._after = {}, ""
-            self._settle(altered - self._untold)  # of the others it has never known that they were altered
-            self._untold = set()
-
-    def curve(self, module: str, axis: str) -> dict[float, Bounds]:
-        """The points known of one curve, by level, after the choices that are in force; to be added to."""
-        return self._store.curve(module, axis, self._after)
-
-    def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
-        """Take points that were evaluated elsewhere."""
-        self.curve(module, axis).update(points)
-        self._store.changed = True
-
-    def save(self) -> None:
-        """Keep what is known so far."""
-        self._store.save()
-
-    def _settle(self, modules: Collection[str]) -> None:
-        """Tell the score that the weights of modules have been altered for longer than one evaluation, or are back."""
-        if hasattr(self._score, "settled"):
-            for module in modules:
-                self._score.settled(module)
-
-    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
-        curve = self.curve(module, axis)
-        if undecided(*curve.get(level, UNKNOWN)):
-            curve[level] = self._evaluate(module, axis, level, undecided)
-            self._store.changed = True
-        return curve.get(level, UNKNOWN)
-
-    def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
-        point = self._after, module, axis, level
-        # Without `settled` a score goes by the intact model, and reuses what the earlier choices have changed.
-        bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
-        with self._zeroed(module, axis, level):
-            if not bounded:
-                return bounds_of(*(self._score_of_model(),) * 2)
-            others = self._untold - {module}
-            self._settle(others)
-            self._untold -= others
-            known = self.curve(module, axis)[level] if point in self._started else None
-            self.evaluations += 1
-            bounds = self._score.bounds(self._model, module, undecided, known)
-        self._started.add(point)
-        return bounds_of(*bounds)
-
-    @contextmanager
-    def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
-        """All but the most important rows, columns or both of a module zeroed, as importance ranks the intact one."""
-        with ExitStack() as stack:
-            for each in AXES if axis == BOTH else (axis,):
-                mask = Mask.top(self._importance(module)[AXES.index(each)], level)
-                stack.enter_context(zeroed(self._modules[module].weight, each, mask))
-            yield
-
-    def _score_of_model(self) -> float:
-        self.evaluations += 1
-        return float(self._score(self._model))
-
-
-__all__ = ["Curves", "Store", "zeroed"]

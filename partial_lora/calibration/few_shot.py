@@ -29,7 +29,7 @@ from partial_lora.calibration.score import FewShotScore, mean_loss_within, start
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
-from partial_lora.tasks import Draws, drawn_from
+from partial_lora.tasks import Draws, strata
 from partial_lora.tasks.mixture import training_batches
 from partial_lora.tasks.task import Transform
 
@@ -251,7 +251,7 @@ def halves_few_shot(*, train: Dataset, config: CalibrationConfig, draws: Draws, 
 
     Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
     """
-    labels = drawn_from(train)[draws.scored]
+    labels = strata(train)[draws.scored]
     found = []
     for number, half in enumerate(split_half(labels, config.seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))

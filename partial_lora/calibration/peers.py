@@ -1,4 +1,4 @@
-"""Several processes that calibrate together: what each of them found, and an error on one as an error on all."""
+"""Processes that calibrate together: the results of each, and an error on one as an error on all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 class Peers(Protocol):
-    """This process among those that share a calibration; all of them ask the same and in the same order.
+    """This process among those that share a calibration; all of them make the same calls in the same order.
 
     gather: every process's value (plain data), in the order of their ranks; returns once all have called it.
     """
@@ -32,20 +32,21 @@ class Alone:
 
 
 def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
-    """What `work` gave in every process, in rank order.
+    """Return the results of `work` in every process, in rank order.
 
     An error in one of them must not leave the others waiting: they all raise it, as one PartialLoraError.
     """
     if peers.size == 1:
         return [work()]
-    failure, found = None, None
+    failure, value = None, None
     try:
-        found = work()
+        value = work()
     except PartialLoraError as error:
         failure = str(error)
     except Exception as error:
-        failure = f"calibration: process {peers.rank} failed with {type(error).__name__}: {_one_line(error)}"
-    outcomes = peers.gather((failure, found))
+        words = " ".join(str(error).split())  # in one line
+        failure = f"calibration: process {peers.rank} failed with {type(error).__name__}: {words}"
+    outcomes = peers.gather((failure, value))
     for failed, _ in outcomes:
         if failed is not None:
             raise PartialLoraError(failed)
@@ -53,9 +54,5 @@ def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
 
 
 def of_first(peers: Peers, work: Callable[[], Value]) -> Value:
-    """What `work` gave in the process of rank 0; the others do nothing and receive it."""
+    """Return the result of `work` in the process of rank 0; the others do nothing and receive it."""
     return gathered(peers, lambda: work() if peers.rank == 0 else None)[0]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

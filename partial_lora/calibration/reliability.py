@@ -1,4 +1,4 @@
-"""Whether two calibrations of one model find the same sparsities: the correlation over modules and axes.
+"""Agreement of calibrations of one model: the correlation of their sparsities over modules and axes.
 
 Sparsities from a handful of examples carry noise. Two halves of the scored draw know nothing of each other: what their
 sparsities share is the model's, what they do not share is chance.
@@ -21,7 +21,7 @@ _FEWEST = 3  # through two points there is always a line
 
 
 def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint halves of a draw, as ascending indices, the same ones for a seed.
+    """Return two disjoint halves of a draw, as ascending indices, the same ones for a seed.
 
     Every class is halved at random. One with an odd number of examples gives its last to the half that has fewer, so
     neither the halves nor their classes differ by more than one; real labels are of one class. Raises
@@ -43,26 +43,24 @@ def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def reliability(first: Sparsity, second: Sparsity) -> dict:
-    """How far the sparsities of two halves agree: {pearson, spearman, spearman_brown, n, said}.
+    """Return the agreement of the sparsities of two halves: {pearson, spearman, spearman_brown, n, said}.
 
     spearman_brown: the correlation that two calibrations of the whole draw are expected to have, 2r / (1 + r) of the
     Pearson correlation r of the halves (Spearman 1910, Brown 1910). An r below zero stays as it is: there is nothing
-    in common that more examples would bring out. `said` has, in words, why a number is None, else it is empty.
+    in common that more examples would bring out. `said` is the reason, in words, for a number that is None, else empty.
     """
-    found = correlation(first, second)
-    r = found["pearson"]
+    agreement = correlation(first, second)
+    r = agreement["pearson"]
     corrected = None if r is None else 2 * r / (1 + r) if r > 0 else r
-    return {
-        "pearson": r,
-        "spearman": found["spearman"],
+    return {key: agreement[key] for key in ("pearson", "spearman")} | {
         "spearman_brown": corrected,
-        "n": found["n"],
-        "said": found["said"],
+        "n": agreement["n"],
+        "said": agreement["said"],
     }
 
 
 def verdict(corrected: float | None) -> str:
-    """What a Spearman-Brown corrected correlation says of the sparsities, in words; empty where it supports them."""
+    """Return the doubt that a corrected correlation casts on the sparsities, in words; empty where there is none."""
     if corrected is None:
         return "no reliability: there is nothing to correlate"
     if corrected < WEAK:
@@ -71,9 +69,9 @@ def verdict(corrected: float | None) -> str:
 
 
 def correlation(first: Sparsity, second: Sparsity) -> dict:
-    """Pearson's and Spearman's correlation over (module, axis): {pearson, spearman, n, said}.
+    """Return Pearson's and Spearman's correlation over (module, axis): {pearson, spearman, n, said}.
 
-    Where all sparsities of one side are equal, or there are fewer than three, there is none: None, said in words.
+    Where all sparsities of one side are equal, or there are fewer than three, they are None and `said` is the reason.
     Raises PartialLoraError, naming the first module, for calibrations of different modules.
     """
     pairs = paired(first, second)
@@ -94,53 +92,50 @@ def correlation(first: Sparsity, second: Sparsity) -> dict:
 
 
 def paired(first: Sparsity, second: Sparsity) -> np.ndarray:
-    """The two sparsities of each (module, axis), in the first one's order (n, 2)."""
+    """Return the two sparsities of each (module, axis), in the first one's order (n, 2)."""
     for module in sorted(first.keys() ^ second.keys()):
         raise PartialLoraError(f"calibrations of different modules cannot be compared: {module} is in one of them only")
     values = [[axes[axis], second[module][axis]] for module, axes in first.items() for axis in axes]
     return np.asarray(values, dtype=np.float64).reshape(-1, 2)
 
 
-# --- How much sparsities move with the examples that calibration happens to see: which, how many, how labelled.
-
-
 def difference(first: Sparsity, second: Sparsity) -> dict:
-    """How far two calibrations lie apart: {pearson, spearman, mean_absolute, n, said}.
+    """Return how far two calibrations lie apart: {pearson, spearman, mean_absolute, n, said}.
 
     mean_absolute is the mean absolute difference of the sparsities over (module, axis), which sees what a correlation
     does not: that all of them are larger.
     """
     pairs = paired(first, second)
-    found = correlation(first, second)
-    return found | {"mean_absolute": float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None}
+    distance = float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None
+    return correlation(first, second) | {"mean_absolute": distance}
 
 
 def mean_difference(pairs: Sequence[tuple[Sparsity, Sparsity]]) -> dict:
-    """The means of `difference` over several pairs of calibrations: {pearson, spearman, mean_absolute, pairs, said}.
+    """Return the means of `difference` over pairs of calibrations: {pearson, spearman, mean_absolute, pairs, said}.
 
     A pair without a correlation does not enter its mean, and is counted in words; None where no pair has one.
     """
     each = [difference(*pair) for pair in pairs]
-    none = [found["said"] for found in each if found["said"]]
+    none = [one["said"] for one in each if one["said"]]
     said = f"{len(none)} of {len(each)} pairs without a correlation: {none[0]}" if none else ""
-    return {key: mean_of([found[key] for found in each]) for key in ("pearson", "spearman", "mean_absolute")} | {
+    return {key: mean_of([one[key] for one in each]) for key in ("pearson", "spearman", "mean_absolute")} | {
         "pairs": len(each),
         "said": said,
     }
 
 
 def every_two(calibrations: Sequence[Sparsity]) -> list[tuple[Sparsity, Sparsity]]:
-    """All pairs of different calibrations."""
+    """Return all pairs of different calibrations."""
     return list(combinations(calibrations, 2))
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of the numbers that there are; None where there is none."""
+    """Return the mean of the numbers that there are; None where there is none."""
     there = [value for value in values if value is not None]
     return fmean(there) if there else None
 
 
 def deviation_of(values: Sequence[float | None]) -> float | None:
-    """The standard deviation (n - 1) of the numbers that there are; None where there are fewer than two."""
+    """Return the standard deviation (n - 1) of the numbers that there are; None where there are fewer than two."""
     there = [value for value in values if value is not None]
     return float(np.std(there, ddof=1)) if len(there) > 1 else None

@@ -7,7 +7,9 @@ do not bear each other. Modules whose own curves have lost most are the ones who
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from partial_lora.calibration.budget import Shapes
 from partial_lora.calibration.search import BOTH, Levels, both_axes
@@ -27,19 +29,26 @@ def repaired(
     enough: Callable[[float], bool],
     before: float | None,
 ) -> tuple[Levels, float | None, int]:
-    """Levels whose joint score is enough, that score, and the steps it took: levels given back, one curve at a time.
+    """Return levels whose joint score is enough, that score, and the steps to them: a step lowers one curve's level.
 
     grid: the levels that there are. shapes: what masks count in every module, (out, in). before: the joint score of
-    `levels`. Steps are taken in the order of `relaxations`; how many, is found by doubling and then by halving, so one
-    fewer is not enough. All of them together give the intact model, which is taken to suffice.
+    `levels`. Steps are taken in the order of `relaxations`; their number is searched by doubling and then by halving,
+    so one fewer is not enough. All of them together give the intact model, which is taken to suffice.
     """
-    total = sum(_steps(level, grid) for of in levels.values() for level in of.values())
-    order = _Order(relaxations(levels, grid, shapes, own))
+    total = sum(grid.index(level) + 1 for axes in levels.values() for level in axes.values() if level)
+    order, taken = relaxations(levels, grid, shapes, own), []  # each step is worked out only when it is needed
     scores = {0: before}
+
+    def after(steps: int) -> Levels:
+        taken.extend(islice(order, max(0, steps - len(taken))))
+        relaxed = {module: dict(axes) for module, axes in levels.items()}
+        for module, axis in taken[:steps]:
+            relaxed[module][axis] = _below(relaxed[module][axis], grid)
+        return relaxed
 
     def suffices(steps: int) -> bool:
         if steps not in scores:
-            scores[steps] = joint(both_axes(order.taken(steps, levels, grid)))
+            scores[steps] = joint(both_axes(after(steps)))
         return scores[steps] is not None and enough(scores[steps])
 
     failing, steps = 0, 0
@@ -48,56 +57,36 @@ def repaired(
     while steps - failing > 1:
         middle = (failing + steps) // 2
         failing, steps = (failing, middle) if suffices(middle) else (middle, steps)
-    suffices(steps)  # where no step is left to take, nobody has asked yet
-    return order.taken(steps, levels, grid), scores[steps], steps
+    suffices(steps)  # its score may be missing where all steps are taken
+    return after(steps), scores[steps], steps
 
 
 def relaxations(levels: Levels, grid: Sequence[float], shapes: Shapes, own: Own) -> Iterator[tuple[str, str]]:
-    """The (module, axis) whose sparsity goes down by one level next, until nothing is zeroed any more.
+    """Yield the (module, axis) whose sparsity goes down by one level next, until nothing is zeroed any more.
 
     Always the one whose own curve has lost most of the score at its level; of equals the one that gives back the fewest
     parameters; of equals in that, too, the first in the model's order. A level without a score has lost all of it.
     """
-    curves = [(module, axis) for module, of in levels.items() for axis in of]
+    curves = [(module, axis) for module, axes in levels.items() for axis in axes]
 
-    def rank_of(place: int, level: float) -> tuple[float, int, int, float]:
+    def priority(place: int, level: float) -> tuple[float, int, int, float]:
         module, axis = curves[place]
         score = own(module, axis, level)
         sizes = [size for each, size in zip(AXES, shapes[module], strict=True) if axis in (each, BOTH)]
-        given_back = sum(kept_count(size, _below(level, grid)) - kept_count(size, level) for size in sizes)
-        return score if score == score else float("-inf"), given_back, place, level
+        regained = sum(kept_count(size, _below(level, grid)) - kept_count(size, level) for size in sizes)
+        return -math.inf if math.isnan(score) else score, regained, place, level
 
     waiting = [
-        rank_of(place, levels[module][axis]) for place, (module, axis) in enumerate(curves) if levels[module][axis]
+        priority(place, levels[module][axis]) for place, (module, axis) in enumerate(curves) if levels[module][axis]
     ]
     heapq.heapify(waiting)
     while waiting:
         *_, place, level = heapq.heappop(waiting)
         yield curves[place]
         if lower := _below(level, grid):
-            heapq.heappush(waiting, rank_of(place, lower))
-
-
-class _Order:
-    """The steps in their order, each asked for once and only when it is needed."""
-
-    def __init__(self, steps: Iterator[tuple[str, str]]) -> None:
-        self._coming, self._known = steps, []
-
-    def taken(self, count: int, levels: Mapping[str, Mapping[str, float]], grid: Sequence[float]) -> Levels:
-        """The levels after the first `count` steps."""
-        while len(self._known) < count:
-            self._known.append(next(self._coming))
-        relaxed = {module: dict(of) for module, of in levels.items()}
-        for module, axis in self._known[:count]:
-            relaxed[module][axis] = _below(relaxed[module][axis], grid)
-        return relaxed
-
-
-def _steps(level: float, grid: Sequence[float]) -> int:
-    return grid.index(level) + 1 if level else 0
+            heapq.heappush(waiting, priority(place, lower))
 
 
 def _below(level: float, grid: Sequence[float]) -> float:
-    """The next lower level; 0 below the first."""
+    """Return the next lower level; 0 below the first."""
     return grid[grid.index(level) - 1] if level > grid[0] else 0.0

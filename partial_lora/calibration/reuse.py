@@ -42,7 +42,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class Reuse:
-    """Runs a model on numbered batches; `ran` is how many of its blocks the latest pass has run.
+    """A model's passes over numbered batches; `ran` is the number of blocks that the latest pass has run.
 
     blocks: the name of the model's sequence of blocks, or None to compute everything, which counts as one. memory:
     bytes that may be kept between passes, each piece of memory counted once and whole.
@@ -63,16 +63,16 @@ class Reuse:
 
     @property
     def bytes(self) -> int:
-        """The memory that is kept between passes."""
+        """Bytes that are kept between passes."""
         storages = (tensor.untyped_storage() for state in self._entering.values() for tensor in state.tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def full(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-        """The model's output by a pass in which everything is computed."""
+        """Return the model's output by a pass in which everything is computed."""
         return self._forward(model, inputs, 0, None)
 
     def altered(self, model: nn.Module, inputs: Mapping[str, Tensor], batch: int, module: str) -> Any:
-        """The model's output where only `module` differs from the intact model; `inputs` are those of `batch`."""
+        """Return the model's output for the `inputs` of `batch`, where only `module` differs from the intact model."""
         if module not in self._block_of:
             self._block_of[module] = self._first_block(model, module)
         target = self._block_of[module]
@@ -82,7 +82,7 @@ class Reuse:
         start = max((block for of, block in self._entering if of == batch and block <= target), default=0)
         leaving: dict[int, list[Snapshot]] = {block: [] for block in range(start + 1, target + 1)}
 
-        def caught(name: str, own: Callable) -> Callable:
+        def recorded(name: str, own: Callable) -> Callable:
             block = self._names.index(name) + 1  # what leaves a block enters the next
 
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class Reuse:
 
             return forward
 
-        with wrapped({name: model.get_submodule(name) for name in self._names[start:target]}, caught):
+        with wrapped({name: model.get_submodule(name) for name in self._names[start:target]}, recorded):
             output = self._forward(model, inputs, start, batch)
         ran = self.ran
         for block, states in reversed(leaving.items()):
@@ -107,12 +107,12 @@ class Reuse:
         return output
 
     def settled(self, module: str) -> None:
-        """From now on the intact model is the one with this module as it is: what depends on it is forgotten."""
+        """Take this module as it is for the intact one from now on: what depends on it is forgotten."""
         block = self._block_of.get(module, 0)
         self._entering = {place: state for place, state in self._entering.items() if place[1] <= block}
 
     def _first_block(self, model: nn.Module, module: str) -> int:
-        """The first block that uses a weight of this module; 0 where a module outside of all blocks uses one."""
+        """Return the first block that uses a weight of this module; 0 where a module outside of all blocks uses one."""
         weights = {id(parameter) for parameter in model.get_submodule(module).parameters()}
         blocks = {
             next((block for block, own in enumerate(self._names) if f"{name}.".startswith(f"{own}.")), 0)
@@ -122,7 +122,7 @@ class Reuse:
         return min(blocks, default=0)
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
-        """The model's own forward, in which the blocks before `start` do nothing but give what enters it."""
+        """Run the model's own forward, in which the blocks before `start` do nothing but return what enters it."""
         self.ran = max(1, len(self._names)) - start  # a model that is no sequence is one block
         skipping = nullcontext()
         if start:
@@ -144,7 +144,7 @@ class Reuse:
             return
 
         def need(place: tuple[int, int]) -> tuple:
-            """Least needed first: later blocks, earlier ones of this batch, then of others, this block's last."""
+            """Sort by need: later blocks, earlier ones of this batch, then of others, this block's last."""
             of, at = place
             return at == block, at <= block, of != batch, at
 
@@ -185,12 +185,12 @@ def wrapped(modules: Mapping[str, nn.Module], wrapper: Callable[[str, Callable],
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in whatever a model returns."""
+    """Return the logits in whatever a model returns."""
     return getattr(output, "logits", output)
 
 
 def block_names(model: nn.Module, blocks: str) -> list[str]:
-    """The full names of a sequence's blocks; raises PartialLoraError, naming model.blocks, where it is none."""
+    """Return the full names of a sequence's blocks. Raises PartialLoraError, naming model.blocks, where it is none."""
     try:
         container = model.get_submodule(blocks)
     except AttributeError as error:

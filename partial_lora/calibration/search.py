@@ -1,4 +1,4 @@
-"""The question calibration asks of a level, and the order in which it asks: what is enough, scan and bisect."""
+"""Search of a curve: the levels of sparsity, the score that is enough, scan and bisect, and curves as plain data."""
 
 from __future__ import annotations
 
@@ -9,80 +9,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from partial_lora.masks import AXES, Sparsity
 
-# --- Points of calibration curves as plain data: what is known of a score at each level of sparsity.
-
 BOTH = "joint"  # one level zeroes that share of the rows and of the columns
 CURVE_AXES = {"separate": AXES, "joint": (BOTH,)}  # calibration.axes: the curves of a module
+SCOPES = ("independent", "cumulative", "cumulative_backward")
 
-Bounds = tuple[float, float]
-Curve = dict[float, Bounds]
+Bounds = tuple[float, float]  # of a score, low and high; equal bounds are the score
+Curve = dict[float, Bounds]  # by level
 Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
-
-
-def bounds_of(low: float, high: float) -> Bounds:
-    """What a score said, as a point: a score that is not finite is no number, a bound may well be infinite."""
-    if math.isnan(low) or math.isnan(high) or (low == high and math.isinf(low)):
-        return NOT_A_NUMBER
-    return float(low), float(high)
-
-
-def listed(curve: Mapping[float, Bounds]) -> list[list]:
-    """A curve by rising level, as JSON has it."""
-    return [[level, _plain(*bounds)] for level, bounds in sorted(curve.items())]
-
-
-def curve_of(points: Iterable[Iterable]) -> Curve:
-    """The curve that `listed` has written."""
-    return {level: _bounds(value) for level, value in points}
-
-
-def both_axes(levels: Mapping[str, Mapping[str, float]]) -> Sparsity:
-    """The sparsity of rows and of columns that the levels of a module's curves mean."""
-    return {module: {axis: of.get(axis, of.get(BOTH)) for axis in AXES} for module, of in levels.items()}
-
-
-def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
-    """Names what is zeroed elsewhere while a curve is measured; "" where that is nothing.
-
-    cuts: levels by module and axis; in which order they were made does not matter, and level 0 is no cut.
-    """
-    made = sorted(
-        (module, axis, level) for module, of in both_axes(cuts).items() for axis, level in of.items() if level
-    )
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] if made else ""
-
-
-def _plain(low: float, high: float) -> float | list | None:
-    if math.isnan(low):
-        return None
-    return low if low == high else [None if math.isinf(bound) else bound for bound in (low, high)]
-
-
-def _bounds(value: float | list | None) -> Bounds:
-    if value is None:
-        return NOT_A_NUMBER
-    if not isinstance(value, list):
-        return value, value
-    low, high = (unknown if bound is None else bound for bound, unknown in zip(value, UNKNOWN, strict=True))
-    return low, high
-
-
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
-def sparsity_levels(step: float, highest: float) -> list[float]:
-    """The sparsities that are tried: multiples of `step` up to `highest`."""
-    return [round(number * step, 10) for number in range(1, math.floor(highest / step + 1e-9) + 1)]
+# --- Enough of a score
 
 
 def line(*, baseline: float, threshold: float, chance: float | None = None) -> float:
-    """The score that is just enough: the threshold's share of the baseline, or of what the baseline is above chance.
+    """Return the score that is just enough: the threshold's share of the baseline, or of its height above chance.
 
-    For scores below zero, which are losses, a loss that has grown to 1 / threshold of its own. chance: what guessing
-    scores, where the threshold is of what is above it; a baseline that is not above it leaves nothing to share: inf.
+    For scores below zero, which are losses, a loss that has grown to 1 / threshold of its own. chance: the score of
+    guessing, where the threshold is of the part above it; a baseline that is not above it leaves nothing to share: inf.
     """
     if chance is not None:
         return chance + threshold * (baseline - chance) if baseline > chance else math.inf
@@ -92,7 +39,7 @@ def line(*, baseline: float, threshold: float, chance: float | None = None) -> f
 
 
 def passes(score: float, *, baseline: float, threshold: float, chance: float | None = None) -> bool:
-    """Whether enough of the baseline score is left (see `line`); never where the score is no number."""
+    """Return True where enough of the baseline score is left (see `line`); never where the score is no number."""
     needed = line(baseline=baseline, threshold=threshold, chance=chance)
     if needed == math.inf:
         return False
@@ -100,14 +47,22 @@ def passes(score: float, *, baseline: float, threshold: float, chance: float | N
 
 
 def threshold_of(score: float, *, baseline: float) -> float:
-    """The threshold at which a score is just enough; 0 where it always is."""
+    """Return the threshold at which a score is just enough; 0 where it always is."""
     if baseline < 0:
         return baseline / score if score < 0 else 1.0
     return max(0.0, score / baseline) if baseline else 0.0
 
 
+# --- Levels, and the order in which a search tries them
+
+
+def sparsity_levels(step: float, highest: float) -> list[float]:
+    """Return the sparsities that are tried: multiples of `step` up to `highest`."""
+    return [round(number * step, 10) for number in range(1, math.floor(highest / step + 1e-9) + 1)]
+
+
 def scan(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
-    """The level before the first failure; 0 where the first level fails."""
+    """Return the level before the first failure; 0 where the first level fails."""
     sparsity = 0.0
     for level in grid:
         if not survives(level):
@@ -117,7 +72,7 @@ def scan(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
 
 
 def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
-    """A level that survives next to one that does not, found by halving; the scan's where the curve is monotone."""
+    """Return a level that survives next to one that does not, by halving; the scan's where the curve is monotone."""
     below, above = 0, len(grid) + 1  # of the levels 0 (intact), 1, 2, ...: this one survives, that one does not
     while above - below > 1:
         middle = (below + above) // 2
@@ -133,29 +88,80 @@ SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect}
 
 
 def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
-    """Full passes that can be needed: every point that a search can ask for, and the joint score of the result.
+    """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
-    A repair relaxes at most every level of every curve, and asks for a joint score whenever it doubles or halves.
+    A repair relaxes at most every level of every curve, and takes a joint score whenever it doubles or halves.
     """
-    asked = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
+    tried = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
     if not repair:
-        return modules * axes * asked + 1
-    steps = modules * axes * levels  # their order asks for the levels that a bisection has passed over
+        return modules * axes * tried + 1
+    steps = modules * axes * levels  # their order needs the levels that a bisection has passed over
     return steps + 1 + 2 * math.ceil(math.log2(steps + 1))
 
 
-SCOPES = ("independent", "cumulative", "cumulative_backward")
-
-
 def in_order(modules: Sequence[str], scope: str) -> list[str]:
-    """The modules in the order in which they are calibrated: as the model has them, or back to front."""
+    """Return the modules in the order in which they are calibrated: as the model has them, or back to front."""
     return list(reversed(modules)) if scope == "cumulative_backward" else list(modules)
 
 
 def walk(levels: Mapping[str, Mapping[str, float]], scope: str) -> Iterator[tuple[str, str, float, str]]:
-    """Every curve in the order in which it was measured: module, axis, the level chosen, what was zeroed before it."""
+    """Yield every curve in the order of calibration: module, axis, the level chosen, the cuts made before it."""
     before: Levels = {}
     for module in in_order(list(levels), scope):
         for axis, level in levels[module].items():
             yield module, axis, level, "" if scope == "independent" else digest_of(before)
             before.setdefault(module, {})[axis] = level
+
+
+def both_axes(levels: Mapping[str, Mapping[str, float]]) -> Sparsity:
+    """Return the sparsity of rows and of columns that the levels of a module's curves mean."""
+    return {module: {axis: of.get(axis, of.get(BOTH)) for axis in AXES} for module, of in levels.items()}
+
+
+def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a name for what is zeroed elsewhere while a curve is measured; "" where that is nothing.
+
+    cuts: levels by module and axis; the order in which they were made does not matter, and level 0 is no cut.
+    """
+    made = sorted(
+        (module, axis, level) for module, of in both_axes(cuts).items() for axis, level in of.items() if level
+    )
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] if made else ""
+
+
+# --- Points of a curve as calibration.json has them: [[level, score | [low, high] | null], …]
+
+
+def bounds_of(low: float, high: float) -> Bounds:
+    """Return what a score evaluated to as a point: a score that is not finite is no number, a bound may be infinite."""
+    if math.isnan(low) or math.isnan(high) or (low == high and math.isinf(low)):
+        return NOT_A_NUMBER
+    return float(low), float(high)
+
+
+def listed(curve: Mapping[float, Bounds]) -> list[list]:
+    """Return the points of a curve by rising level, as JSON has them."""
+    points = []
+    for level, (low, high) in sorted(curve.items()):
+        if math.isnan(low):
+            value = None
+        elif low == high:
+            value = low
+        else:
+            value = [None if math.isinf(bound) else bound for bound in (low, high)]
+        points.append([level, value])
+    return points
+
+
+def curve_of(points: Iterable[Iterable]) -> Curve:
+    """Return the curve of points that `listed` has written."""
+    curve = {}
+    for level, value in points:
+        if value is None:
+            curve[level] = NOT_A_NUMBER
+        elif isinstance(value, list):
+            low, high = (unknown if bound is None else bound for bound, unknown in zip(value, UNKNOWN, strict=True))
+            curve[level] = low, high
+        else:
+            curve[level] = value, value
+    return curve

@@ -354,7 +354,7 @@ def prediction_agreement(part: pd.DataFrame, predictions: Predictions) -> np.nda
     """
     said = []
     for group, seeds in zip(part["group"], part["seeds"], strict=True):
-        of_group = {seed: predictions.said(group, seed) for seed in map(int, seeds.split())}
+        of_group = {seed: predictions.outputs(group, seed) for seed in map(int, seeds.split())}
         said.append({seed: each for seed, each in of_group.items() if each is not None})
     if sum(bool(each) for each in said) < 2:
         return None
@@ -755,7 +755,7 @@ def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing 
     places = [
         (key, part)
         for key, part in table.groupby(["task", "model"], sort=False)
-        if sum(predictions.kept(row.group, map(int, row.seeds.split())) for row in part.itertuples()) > 1
+        if sum(predictions.exist(row.group, map(int, row.seeds.split())) for row in part.itertuples()) > 1
     ]
     shown = []
     for (task, model), part in places[:_MOST_MATRICES]:

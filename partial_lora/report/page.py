@@ -488,7 +488,7 @@ def _uri(file: Path) -> str:
 @cache
 def _templates() -> Environment:
     return Environment(
-        loader=PackageLoader("partial_lora"),
+        loader=PackageLoader("partial_lora.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,6 +1,6 @@
-"""The records of finished runs, as rows of a table.
+"""The records of finished runs as rows of a table, and the rule for which of them may stand beside each other.
 
-Nothing here is typed by hand and nothing is measured again: every number is one of a result.json.
+Nothing is typed by hand and nothing is measured again: every number is one of a result.json.
 """
 
 from __future__ import annotations
@@ -10,237 +10,33 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from pyarrow.parquet import ParquetFile
 from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.runs import identity
+from partial_lora.runs import identity, rates
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
-from partial_lora.runs.rates import NO_POINT, said
 
-# --- The conditions of a run: the settings in which two methods have to agree before one is said to be the better.
-
-_OF_METHODS = ("method.", "calibration.", "mask.", "importance.")  # what makes a method that method
-_SAID = {"method.name", "calibration.threshold", "calibration.budget"}
-_PER_METHOD = {"trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere"}  # what each may have its own of
-_PRECISION = "trainer.mixed_precision"
-_MOST_NAMED = 4
-
-
-def conditions(record: Mapping) -> dict[str, object]:
-    """All that may not differ between runs that are compared, by full key, where it is not the schema's default.
-
-    Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
-    and what changes no result. Keys that are newer than a record are what the schema has. The precision is the one that
-    was computed in: `trainer.mixed_precision=auto` depends on the device.
-    """
-    found = {
-        key: value
-        for key, plain, value in _changed(record["config"])
-        if plain not in (*_PER_METHOD, _PRECISION) and not plain.startswith(_OF_METHODS)
-    }
-    computed_in = precision(record)
-    return found if computed_in == "fp32" else found | {_PRECISION: computed_in}
-
-
-def precision(record: Mapping) -> str:
-    """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
-    computed_in = record.get("mixed_precision") or "no"  # records that are older than the field are of fp32
-    return "fp32" if computed_in == "no" else computed_in
-
-
-def of_method(settings: Mapping) -> dict[str, object]:
-    """What makes a method that method, beside its name and operating point, where it is not the schema's default."""
-    return {
-        key: value for key, plain, value in _changed(settings) if plain.startswith(_OF_METHODS) and plain not in _SAID
-    }
-
-
-def _changed(settings: Mapping) -> Iterator[tuple[str, str, object]]:
-    """(key, the schema's key, value) of every setting that computes something and is not the schema's default."""
-    standard, names = _defaults(), list(settings["task"].get("members") or ())
-    if names:
-        yield "task.members", "task.members", names
-    for key, value in flatten(settings).items():
-        plain = identity.plain(key, names)
-        if plain not in identity.NOT_SETTINGS and value != standard.get(plain):
-            yield key, plain, identity.wherever(plain, value)
-
-
-def digest(found: Mapping[str, object]) -> str:
-    """Eight hex digits that runs under the same conditions share."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def differences(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """In what two conditions differ, in words: "trainer.epochs 50 against 2"; the first few of many."""
-    defaults = _defaults()
-    values = {key: tuple(each.get(key, defaults.get(key)) for each in (one, other)) for key in sorted({*one, *other})}
-    said = [f"{key} {_word(ours)} against {_word(theirs)}" for key, (ours, theirs) in values.items() if ours != theirs]
-    more = [f"{len(said) - _MOST_NAMED} more"] if len(said) > _MOST_NAMED else []
-    return ", ".join(said[:_MOST_NAMED] + more)
-
-
-@cache
-def _defaults() -> Mapping[str, object]:
-    return identity.defaults()
-
-
-def _word(value: object) -> str:
-    return "null" if value is None else format(value, "g") if isinstance(value, float) else str(value)
-
-
-# --- Where a module is in a model: its kind and its place in depth, read off its name.
-
-
-def place(module: str) -> tuple[str, tuple[int, ...]]:
-    """The kind of a module and its place in depth: "m.blocks.3.attn.qkv" is ("m.blocks.attn.qkv", (3,))."""
-    parts = module.split(".")
-    return ".".join(part for part in parts if not part.isdigit()), tuple(int(part) for part in parts if part.isdigit())
-
-
-def grid(sparsity: Sparsity) -> tuple[list[str], list[tuple[int, ...]], dict[str, np.ndarray]]:
-    """Kinds of modules in the model's order, places in depth, and per axis the sparsities, NaN where is no module."""
-    places = {module: place(module) for module in sparsity}
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    depths = sorted({depth for _, depth in places.values()})
-    grids = {axis: np.full((len(kinds), len(depths)), np.nan) for axis in AXES}
-    for module, (kind, depth) in places.items():
-        for axis, cells in grids.items():
-            cells[kinds.index(kind), depths.index(depth)] = sparsity[module][axis]
-    return without_common_start(kinds), depths, grids
-
-
-def without_common_start(kinds: Sequence[str]) -> list[str]:
-    """Names without the leading parts that all of them share; every name keeps at least its last part."""
-    split = [kind.split(".") for kind in kinds]
-    shared = 0
-    while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
-        shared += 1
-    return [".".join(parts[shared:]) for parts in split]
-
-
-# --- What of a record reports read, and of which shape it has to be: a foreign one is named before it is used.
-
-
-def check(result: Mapping) -> None:
-    """Raises ValueError, naming the field, where a record has one of another shape than a run writes.
-
-    Fields that earlier versions did not write may be absent or null.
-    """
-    for field in _NEEDED:
-        if not any(True for _ in _at(result, field.split("."))):
-            raise ValueError(f"foreign, no {field.rpartition('.')[2]} in it")
-    for field, holds, expected in _FIELDS:
-        for value in _at(result, field.split(".")):
-            if not holds(value):
-                raise ValueError(f"foreign, its {field} is not {expected}")
-
-
-def _at(value: object, parts: list[str]) -> Iterator[object]:
-    """What a record has at a dotted name, if anything; `*` is every value of a mapping or list."""
-    if not parts:
-        yield value
-    elif parts[0] == "*":
-        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-        for each in inner:
-            yield from _at(each, parts[1:])
-    elif isinstance(value, Mapping) and parts[0] in value:
-        yield from _at(value[parts[0]], parts[1:])
-
-
-def _mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
-
-
-def _or_null(holds: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or holds(value)
-
-
-def _entry(value: object) -> bool:
-    """An entry of Trainer's log: what is drawn over steps has a step and is a number, or null where it was none."""
-    if not isinstance(value, Mapping):
-        return False
-    drawn = [each for key, each in value.items() if key in ("loss", "num_input_tokens_seen") or key.startswith("eval_")]
-    return not drawn or (_number(value.get("step")) and all(each is None or _number(each) for each in drawn))
-
-
-def _sparsities(value: object) -> bool:
-    return isinstance(value, Mapping) and all(_number(value.get(axis)) for axis in AXES)
-
-
-_NEEDED = ("history", "parameters.base", "versions")  # beside what a row of the table is made of
-_FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
-    ("seed", _count, "a whole number"),
-    ("config", _mapping, "a mapping"),
-    *((f"config.{group}", _mapping, "a mapping") for group in ("task", "model", "method", "trainer", "importance")),
-    *((f"config.{group}", _mapping, "a mapping") for group in ("calibration", "mask")),
-    *((f"config.{group}.name", _text, "a name") for group in ("task", "model", "method", "importance")),
-    ("config.mask.granularity", _text, "a word"),
-    ("config.calibration.threshold", _or_null(_number), "a number"),
-    ("config.calibration.budget", _or_null(_number), "a number"),
-    ("config.trainer.batch_size", _or_null(_number), "a number"),
-    ("versions", _mapping, "a mapping"),
-    ("versions.*", _text, "a version"),
-    ("git_commit", _or_null(_text), "a word"),
-    ("device", _or_null(_text), "a word"),
-    ("preset", _or_null(_text), "a word"),
-    ("tuning", _text, "a word"),
-    ("started", _or_null(_text), "a time"),
-    ("peak_memory_bytes", _or_null(_number), "a number"),
-    ("mixed_precision", _or_null(_text), "a word"),
-    ("seconds.*", _or_null(_number), "a number"),
-    *((f"parameters.{name}", _count, "a count") for name in ("base", "adapter_dense", "adapter_trainable", "head")),
-    ("parameters.adapter_final", _count, "a count"),
-    ("parameters.adapter_sparsity", _or_null(_number), "a number"),
-    ("sparsity", _or_null(_mapping), "a mapping"),
-    ("sparsity.*", _sparsities, f"numbers for {' and '.join(AXES)}"),
-    ("calibration", _or_null(_mapping), "a mapping"),
-    ("calibration.baseline", _or_null(_number), "a number"),
-    ("calibration.joint", _or_null(_number), "a number"),
-    ("calibration.threshold", _or_null(_number), "a number"),
-    ("calibration.budget", _or_null(_number), "a number"),
-    ("calibration.warnings", _or_null(_texts), "a list of sentences"),
-    ("calibration.reliability", _or_null(_mapping), "a mapping"),
-    ("calibration.reliability.spearman_brown", _or_null(_number), "a number"),
-    ("cost", _or_null(_mapping), "a mapping"),
-    ("cost.*", _or_null(_number), "a number"),
-    ("files", _or_null(_mapping), "a mapping"),
-    ("files.*", _or_null(_number), "a size"),
-    ("metrics.test", _mapping, "a mapping"),
-    ("metrics.test.primary", _text, "the name of a metric"),
-    ("history", lambda value: isinstance(value, list), "a list"),
-    ("history.*", _entry, "an entry of a log: numbers at a step"),
-)
-
-
-NONE = NO_POINT  # for what does not apply
+NONE = rates.NO_POINT  # for what does not apply
+LEVEL = 0.95  # of every interval
+COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
+
+T = TypeVar("T")
+Key = TypeVar("Key")
+
+
+# Runs
 
 
 @dataclass(frozen=True)
@@ -252,34 +48,8 @@ class Run:
     row: dict
 
 
-def collect(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs under a results directory, a row each, and what was left out, a line each (`read`)."""
-    found, problems = read(results_dir)
-    return table(found), problems
-
-
-def one(directory: Path) -> Run:
-    """The finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
-    directory = Path(directory)
-    try:
-        return run_of(record(directory), directory)
-    except ValueError as error:
-        raise PartialLoraError(f"{directory / RESULT}: {error}") from error
-
-
-def run_of(result: dict, directory: Path) -> Run:
-    """A record as a run, wherever its directory is; raises ValueError for a record that lacks or garbles something."""
-    place = Path(directory).resolve()
-    return Run(Path(directory), result, {"group": place.parent.name} | row(result, Path(f"seed{result.get('seed')}")))
-
-
-def table(found: list[Run]) -> pd.DataFrame:
-    """The rows of runs."""
-    return pd.DataFrame([run.row for run in found])
-
-
 def read(results_dir: Path) -> tuple[list[Run], list[str]]:
-    """The finished runs under a results directory, and what was left out, a line each.
+    """Return the finished runs under a results directory, and what was left out, a line each.
 
     A row's group is the folder that runs of other seeds share. Left out and named is a run that failed, has not
     finished or only calibrated, and a result.json that is broken, foreign or copied from another run. Raises
@@ -289,19 +59,43 @@ def read(results_dir: Path) -> tuple[list[Run], list[str]]:
     directories = sorted(path for path in results_dir.glob(_RUNS) if path.is_dir())
     if not directories:
         raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
-    found, problems = [], []
+    runs, problems = [], []
     for directory in directories:
         try:
-            result = record(directory)
-            group = {"group": str(directory.parent.relative_to(results_dir))}
-            found.append(Run(directory, result, group | row(result, directory)))
+            run = _run(record(directory), directory, str(directory.parent.relative_to(results_dir)))
+            if directory.name != f"seed{run.row['seed']}":
+                raise ValueError(f"a copy of another run, its seed is {run.row['seed']}")
+            runs.append(run)
         except ValueError as error:
             problems.append(f"{directory.relative_to(results_dir)}/{RESULT}: {error}")
-    return found, problems
+    return runs, problems
+
+
+def one(directory: Path) -> Run:
+    """Return the finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
+    directory = Path(directory)
+    try:
+        return run_of(record(directory), directory)
+    except ValueError as error:
+        raise PartialLoraError(f"{directory / RESULT}: {error}") from error
+
+
+def run_of(result: dict, directory: Path) -> Run:
+    """Return a record as a run, wherever its directory is; raises ValueError as `row`."""
+    return _run(result, Path(directory), Path(directory).resolve().parent.name)
+
+
+def _run(result: dict, directory: Path, group: str) -> Run:
+    return Run(directory, result, {"group": group} | row(result))
+
+
+def table(runs: Iterable[Run]) -> pd.DataFrame:
+    """Return the rows of runs."""
+    return pd.DataFrame([run.row for run in runs])
 
 
 def record(directory: Path) -> dict:
-    """The record of a finished run; raises ValueError that says what is there instead."""
+    """Return the record of a finished run; raises ValueError that says what is there instead."""
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -320,118 +114,383 @@ def record(directory: Path) -> dict:
     return result
 
 
-def row(result: Mapping, directory: Path) -> dict:
-    """One run as a row of plain numbers; raises ValueError for a record that lacks or garbles one.
+def row(result: Mapping) -> dict:
+    """Return one run as a row of plain numbers; raises ValueError, naming the field, for a record of another shape.
 
-    conditions: what runs have in common that may be compared (`conditions.digest`).
+    conditions: eight hex digits that runs have in common that may be compared (`conditions`).
     """
     try:
-        config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
-        seconds, calibration = result["seconds"], result["calibration"]
-        # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
-        dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
-        check(result)
-        found = {
-            "seed": result["seed"],
-            "task": config["task"]["name"],
-            "model": config["model"]["name"],
-            "method": method_of(result),
-            "operating_point": operating_point(result),
-            "metric": test["primary"],
-            "test": float(test[test["primary"]]),
-            "adapter_parameters": size,
-            "adapter_dense": dense,
-            "share_of_dense": size / dense if dense else math.nan,
-            "head_parameters": parameters["head"],
-            "adapter_sparsity": number(parameters["adapter_sparsity"]),
-            "adapter_bytes": _adapter_bytes(result),
-            "calibrate_seconds": _calibrate_seconds(result),
-            "calibration_reused": bool(calibration and calibration.get("cached")),
-            "train_seconds": number(seconds["train"]),
-            "evaluate_seconds": number(seconds["evaluate"]),
-            "learning_rate": float(config["trainer"]["learning_rate"]),
-            "tuning": result.get("tuning", "untuned"),
-            "conditions": digest(conditions(result)),
-            "preset": result.get("preset") or NONE,
-            "commit": _code(result),
-            "device": result.get("device") or NONE,
-            "precision": precision(result),
-        }
+        _check(result, _SHAPE)
+        for entry in result["history"]:  # of Trainer's log, what is drawn over steps
+            drawn = [key for key in entry if key in ("loss", "grad_norm") or key.startswith("eval_")]
+            if drawn:
+                _check(entry, {"step": _NUMBER, **{f"{key}?": _NUMBER for key in drawn}}, "history.")
+        return _row(result)
     except KeyError as error:
         raise ValueError(f"foreign, no {error.args[0]} in it") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"foreign, not the fields of a run ({error})") from error
-    if not math.isfinite(found["test"]):
-        raise ValueError(f"broken, its test {found['metric']} is {found['test']}")
-    if directory.name != f"seed{found['seed']}":
-        raise ValueError(f"a copy of another run, its seed is {found['seed']}")
-    return found
+
+
+def _row(result: Mapping) -> dict:
+    config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
+    seconds, calibration, cost = result["seconds"], result["calibration"], result.get("cost") or {}
+    metric = test["primary"]
+    if not math.isfinite(test[metric]):
+        raise ValueError(f"broken, its test {metric} is {test[metric]}")
+    # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
+    dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
+    reused = bool(calibration and calibration.get("cached"))
+    shared = json.dumps(conditions(result), sort_keys=True, default=str)
+    return {
+        "seed": result["seed"],
+        "task": config["task"]["name"],
+        "model": config["model"]["name"],
+        "method": method_of(result),
+        "operating_point": operating_point(result),
+        "metric": metric,
+        "test": float(test[metric]),
+        "adapter_parameters": size,
+        "adapter_dense": dense,
+        "share_of_dense": size / dense if dense else math.nan,
+        "head_parameters": parameters["head"],
+        "adapter_sparsity": number(parameters["adapter_sparsity"]),
+        **{name: number(cost.get(name)) for name in COSTS},
+        "adapter_bytes": _adapter_bytes(result),
+        "calibrate_seconds": math.nan if calibration is None or reused else number(seconds["calibrate"]),
+        "calibration_reused": reused,
+        "train_seconds": number(seconds["train"]),
+        "evaluate_seconds": number(seconds["evaluate"]),
+        "learning_rate": float(config["trainer"]["learning_rate"]),
+        "tuning": result.get("tuning", "untuned"),
+        "conditions": hashlib.sha256(shared.encode()).hexdigest()[:8],
+        "preset": result.get("preset") or NONE,
+        # What computed it: the commit of a checkout, else the version of the installed package.
+        "commit": (result.get("git_commit") or "")[:12] or f"partial-lora {result['versions']['partial-lora']}",
+        "device": result.get("device") or NONE,
+        "precision": precision(result),
+    }
+
+
+# The fields that reports read, with their types: "*" is every key of a mapping; a key with "?" may be absent or null,
+# since records of earlier versions lack it. What `_row` needs anyway is named by its own KeyError.
+_NUMBER = (int, float)
+_TYPES = {int: "a whole number", _NUMBER: "a number", str: "a word", list: "a list"}
+_SHAPE: Mapping[str, object] = {
+    "seed": int,
+    "config": {
+        **{key: {"name": str} for key in ("task", "model", "method", "importance?")},
+        "trainer": {"learning_rate": _NUMBER},
+        "mask?": {"granularity?": str},
+        "calibration?": {"threshold?": _NUMBER, "budget?": _NUMBER},
+    },
+    "versions": {"*": str},
+    **dict.fromkeys(("git_commit?", "device?", "preset?", "tuning?", "started?", "mixed_precision?"), str),
+    "peak_memory_bytes?": _NUMBER,
+    "seconds": {"*?": _NUMBER},
+    "parameters": {
+        **dict.fromkeys(("base", "adapter_dense", "adapter_trainable", "head", "adapter_final?"), int),
+        "adapter_sparsity?": _NUMBER,
+    },
+    "sparsity?": {"*": dict.fromkeys(AXES, _NUMBER)},
+    "calibration?": {
+        **dict.fromkeys(("baseline?", "joint?", "threshold?", "budget?"), _NUMBER),
+        "warnings?": list,
+        "reliability?": {"spearman_brown?": _NUMBER},
+    },
+    "cost?": {"*?": _NUMBER},
+    "files?": {"*?": _NUMBER},
+    "metrics": {"test": {"primary": str}},
+    "history": list,
+}
+
+
+def _check(value: object, shape: Mapping, field: str = "") -> None:
+    """Raise ValueError, naming the field, where a value lacks one of a shape or has it of another type."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"foreign, its {field.removesuffix('.')} is not a mapping")
+    for key, expected in shape.items():
+        name = key.removesuffix("?")
+        for each in value if name == "*" else (name,):
+            found = value.get(each)
+            if found is None and not key.endswith("?"):
+                raise ValueError(f"foreign, no {field}{each} in it")
+            if found is not None and isinstance(expected, Mapping):
+                _check(found, expected, f"{field}{each}.")
+            elif found is not None and not isinstance(found, expected):
+                raise ValueError(f"foreign, its {field}{each} is {found!r:.40}, expected {_TYPES[expected]}")
 
 
 def method_of(result: Mapping) -> str:
-    """What a run's method is called: one whose masks are of single entries is another than that of rows and columns."""
+    """Return the name of a run's method; one whose masks are of single entries is another than of rows and columns."""
     name = result["config"]["method"]["name"]
-    masks = result["config"].get("mask", {}).get("granularity", ROWS_COLUMNS)
+    masks = (result["config"].get("mask") or {}).get("granularity", ROWS_COLUMNS)
     return name if masks == ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
 
 
 def operating_point(result: Mapping) -> str:
-    """Where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
+    """Return where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
     if result["calibration"] is None:
         return NONE
-    chosen = result["config"]["calibration"]
-    if chosen.get("file"):  # the file's own point, whatever the settings beside it say
-        chosen = result["calibration"]
-    return said(chosen)
+    settings = result["config"]["calibration"]
+    return rates.said(result["calibration"] if settings.get("file") else settings)  # a file has its own point
+
+
+def precision(result: Mapping) -> str:
+    """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
+    computed_in = result.get("mixed_precision") or "no"  # records that are older than the field are of fp32
+    return "fp32" if computed_in == "no" else computed_in
 
 
 def _adapter_bytes(result: Mapping) -> float:
-    """What the adapter's tensors weigh on disk; NaN for records made before that was kept."""
-    kept = (result.get("cost") or {}).get("adapter_bytes")
-    if kept is None:
+    """Return what the adapter's tensors weigh on disk; NaN for records made before that was measured."""
+    size = (result.get("cost") or {}).get("adapter_bytes")
+    if size is None:
         sizes = (result.get("files") or {}).items()
-        kept = sum(size for name, size in sizes if name.startswith(f"{ADAPTER}/") and name.endswith(".safetensors"))
-    return number(kept or None)
-
-
-def _calibrate_seconds(result: Mapping) -> float:
-    """What calibrating cost; NaN where nothing was calibrated, and where an earlier run had paid for it."""
-    calibration = result["calibration"]
-    if calibration is None or calibration.get("cached"):
-        return math.nan
-    return number(result["seconds"]["calibrate"])
-
-
-def _code(result: Mapping) -> str:
-    """What the run was computed by: the commit of a checkout, else the version of the installed package."""
-    return (result.get("git_commit") or "")[:12] or f"partial-lora {result['versions']['partial-lora']}"
+        size = sum(size for name, size in sizes if name.startswith(f"{ADAPTER}/") and name.endswith(".safetensors"))
+    return number(size or None)
 
 
 def number(value: float | None) -> float:
-    """A number as a float; NaN for one that does not apply, which averages leave out."""
+    """Return a number as a float; NaN for one that does not apply, which averages leave out."""
     return math.nan if value is None else float(value)
 
 
-# --- Runs averaged: over their seeds, or over all that share what the reader names.
+def place(module: str) -> tuple[str, tuple[int, ...]]:
+    """Return a module's kind and depth, by its name: "m.blocks.3.attn.qkv" is ("m.blocks.attn.qkv", (3,))."""
+    parts = module.split(".")
+    return ".".join(part for part in parts if not part.isdigit()), tuple(int(part) for part in parts if part.isdigit())
 
-SAME = ("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning")
-SAME += ("conditions", "precision", "group")
+
+def grid(sparsity: Sparsity) -> tuple[list[str], list[tuple[int, ...]], dict[str, np.ndarray]]:
+    """Return kinds of modules in the model's order, depths, and per axis the sparsities, NaN where is no module."""
+    places = {module: place(module) for module in sparsity}
+    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
+    depths = sorted({depth for _, depth in places.values()})
+    grids = {axis: np.full((len(kinds), len(depths)), np.nan) for axis in AXES}
+    for module, (kind, depth) in places.items():
+        for axis, cells in grids.items():
+            cells[kinds.index(kind), depths.index(depth)] = sparsity[module][axis]
+    return without_common_start(kinds), depths, grids
+
+
+def without_common_start(kinds: Sequence[str]) -> list[str]:
+    """Return names without the leading parts that all of them share; every name keeps at least its last part."""
+    split = [kind.split(".") for kind in kinds]
+    shared = 0
+    while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]
+
+
+# Which runs may stand beside each other: those under the same conditions, which differ in what makes a method.
+
+PLACE = ("task", "model")
+BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows of which one may be the best
+_OF_METHOD = ("method.", "calibration.", "mask.", "importance.")
+_NAMED = ("method.name", "calibration.threshold", "calibration.budget")  # the method's columns
+_RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
+_PRECISION = "trainer.mixed_precision"
+_MOST_NAMED = 5
+_MOST_DIFFERENCES = 4
+_MOST_REFERENCES = 3  # of one place, each of which every other method is compared with
+_COMPARED_BY = {"accuracy", "accuracy_norm", "mse", "exact_match", "rouge_l", "f1", "matthews", "pearson", "spearman"}
+
+
+def conditions(result: Mapping) -> dict[str, object]:
+    """Return all that may not differ between runs that are compared, by full key, where it is no default.
+
+    Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
+    and what changes no result. Keys that are newer than a record are what the schema has. The precision is the one that
+    was computed in: `trainer.mixed_precision=auto` depends on the device.
+    """
+    shared = {
+        key: value
+        for key, plain, value in _settings(result["config"])
+        if plain not in (*_RATE, _PRECISION) and not plain.startswith(_OF_METHOD)
+    }
+    computed_in = precision(result)
+    return shared if computed_in == "fp32" else shared | {_PRECISION: computed_in}
+
+
+def of_method(config: Mapping) -> dict[str, object]:
+    """Return what makes a method that method, beside its name and operating point, where it is no default."""
+    return {
+        key: value for key, plain, value in _settings(config) if plain.startswith(_OF_METHOD) and plain not in _NAMED
+    }
+
+
+def _settings(config: Mapping) -> Iterator[tuple[str, str, object]]:
+    """Yield (key, the schema's key, value) of every setting that a run computes from and that is no default."""
+    names = list(config["task"].get("members") or ())
+    for key, value in identity.computed_from(config).items():
+        plain = identity.plain(key, names)
+        yield key, plain, identity.wherever(plain, value)
+
+
+def differences(own: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Return where two conditions differ: "trainer.epochs 50 against 2"."""
+    return [
+        f"{key} {rates.word(value)} against {rates.word(others)}" for key, value, others in rates.differing(own, other)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """The runs of a folder, which differ in their seed alone."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def row(self) -> dict:
+        return self.runs[0].row
+
+    @property
+    def config(self) -> dict:
+        return self.runs[0].record["config"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.row["seed"] for run in self.runs]
+
+    @property
+    def measure(self) -> str | None:
+        return (self.config.get("importance") or {}).get("name")
+
+    @cached_property
+    def distance(self) -> int:
+        """The number of settings of its own that the schema has otherwise."""
+        return len(of_method(self.config))
+
+    @property
+    def is_variant(self) -> bool:
+        """True for a run that is there to be set beside its like: other masks of one seed, repaired sparsities."""
+        masks, calibration = (self.config.get(name) or {} for name in ("mask", "calibration"))
+        return masks.get("seed") is not None or bool(calibration.get("repair"))
+
+
+@dataclass
+class Pairing:
+    """Each folder with the reference that it is compared with, references with themselves first.
+
+    apart: why no pair was made, and the folders that this concerns. remarks: what a reader should know of how the pairs
+    were chosen, a line each.
+    """
+
+    pairs: list[tuple[Folder, Folder]] = field(default_factory=list)
+    apart: dict[str, list[str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+def folders(runs: Iterable[Run]) -> list[Folder]:
+    """Return runs by folder, in the order of the first; a folder whose seeds differ in precision is several."""
+    alike = gathered(runs, lambda run: (run.row["group"], run.row["precision"]))
+    return [Folder(name, of_folder) for (name, _), of_folder in alike.items()]
+
+
+def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """Return things by what they share, in the order of the first."""
+    groups: dict[Key, list[T]] = {}
+    for one in each:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def paired(every: Sequence[Folder], reference: str) -> Pairing:
+    """Return who is compared with whom: `reference` with all others of its `BLOCK`.
+
+    Methods that are not calibrated are compared at all points, those that are with references of the same measure of
+    importance, the plainest measure first. A run that was repaired or whose masks have a seed of their own is no
+    reference beside others. Of up to three references of a measure each is taken, of more the one whose own settings
+    are nearest to the schema's.
+    """
+    pairing, usual = Pairing(), identity.defaults()["importance.name"]
+    for of_place in gathered(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
+        references = [each for each in of_place if each.row["method"] == reference]
+        if references and (why := _not_by_examples(references[0])):
+            pairing.remarks.append(why)
+            continue
+        apart: dict[tuple[str, str], list[str]] = {}
+        by_point = gathered(references, lambda each: each.row["operating_point"])
+        for point in sorted(by_point, key=point_order):
+            at_point = [each for each in of_place if each.row["operating_point"] in (point, NONE)]
+            alike = gathered(by_point[point], lambda each: (each.row["conditions"], each.measure))
+            # The schema's own measure first, and then the plainest.
+            order = sorted(alike, key=lambda key: (key[1] != usual, min(each.distance for each in alike[key])))
+            for shared, measure in order:
+                own = [each for each in at_point if each.row["conditions"] == shared]
+                own = [each for each in own if each.row["operating_point"] == NONE or each.measure == measure]
+                for base in _references(alike[shared, measure], pairing):
+                    pairing.pairs += [(each, base) for each in (base, *(each for each in own if each is not base))]
+            for each in at_point:
+                if all(each.row["conditions"] != shared for shared, _ in alike):
+                    apart.setdefault((each.name, _nearest(each, by_point[point])), []).append(point)
+        for (name, differing), points in apart.items():
+            what = f"trained under other conditions than {reference} at {' and '.join(points)}: {differing}"
+            pairing.apart.setdefault(what, []).append(name)
+    return pairing
+
+
+def _not_by_examples(folder: Folder) -> str | None:
+    """Return why nothing of a task can be compared example by example; None where it can."""
+    task, metric = folder.row["task"], folder.row["metric"]
+    if folder.config["task"].get("members"):
+        return f"{task}: a mixture; `partial-lora evaluate RUN --member NAME` says how each of its members is done"
+    if metric not in _COMPARED_BY:
+        return f"{task}: measured by {metric}, which predictions do not say"
+    return None
+
+
+def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]:
+    """Return the references that others are compared with; that they are some of many is remarked."""
+    several = [each for each in several if not each.is_variant] or several
+    if len(several) <= _MOST_REFERENCES:
+        return several
+    plainest = [each for each in several if each.distance == min(other.distance for other in several)]
+    names = shortlist([each.name for each in plainest], _MOST_NAMED)
+    if len(plainest) <= _MOST_REFERENCES:
+        which = f"{len(several)} whose own settings are further from the defaults"
+        pairing.remarks.append(f"{names}: compared with, of {which}")
+        return plainest
+    settings = [{key: str(value) for key, value in flatten(each.config).items()} for each in plainest]
+    keys = sorted({key for each in settings for key in each} - {"seed", "results_dir", "overwrite", "keep_records"})
+    varied = next((key for key in keys if len({each.get(key) for each in settings}) > 1), None)
+    choose = f"choose with --where {varied}=…" if varied else "they have the same settings"
+    why = f"{len(plainest)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"
+    pairing.apart.setdefault(why, []).append(names)
+    return []
+
+
+def _nearest(folder: Folder, references: Sequence[Folder]) -> str:
+    """Return where a folder's conditions differ from those of the nearest reference; the first few of many."""
+    own = conditions(folder.runs[0].record)
+    differing = min((differences(own, conditions(each.runs[0].record)) for each in references), key=len)
+    more = len(differing) - _MOST_DIFFERENCES
+    return ", ".join(differing[:_MOST_DIFFERENCES] + ([f"{more} more"] if more > 0 else []))
+
+
+def point_order(point: str) -> tuple[int, float]:
+    """Order points: methods without a calibration, thresholds from high to low, budgets from large to small."""
+    kind, _, value = point.partition(" ")
+    return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))
+
+
+# Runs averaged: over their seeds, or over all that share what the reader names.
+
+_SAME = (
+    *("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning"),
+    *("conditions", "precision", "group"),
+)
 _WHOLE = ("adapter_dense", "head_parameters")
 _AVERAGED = (
-    "adapter_parameters",
-    *_WHOLE,
-    "share_of_dense",
-    "adapter_sparsity",
-    "adapter_bytes",
-    "calibrate_seconds",
-    "train_seconds",
-    "evaluate_seconds",
+    *("adapter_parameters", *_WHOLE, "share_of_dense", "adapter_sparsity", "adapter_bytes"),
+    *("calibrate_seconds", "train_seconds", "evaluate_seconds"),
 )
-_LEVEL = 0.95
 
 
 def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """Runs that differ in nothing but their seed (one folder method-id), as one row: mean, standard deviation, n.
+    """Return runs that differ in nothing but their seed (one folder method-id) as one row: mean, deviation, n.
 
     by: columns of the frame instead; runs of one metric and precision that agree in these are a row. The deviation is
     the sample's (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are
@@ -439,9 +498,8 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """
     if frame.empty:
         return frame
-    same = [*by, "metric", "precision"] if by else list(SAME)
-    same = list(dict.fromkeys(same))
-    rest = [name for name in SAME if name not in same and name != "group"]
+    same = list(dict.fromkeys([*by, "metric", "precision"])) if by else list(_SAME)
+    rest = [name for name in _SAME if name not in same and name != "group"]
     table = (
         frame.groupby(same, sort=False, dropna=False)
         .agg(
@@ -450,18 +508,18 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             test_mean=("test", "mean"),
             test_std=("test", "std"),
             **{name: (name, "mean") for name in _AVERAGED},
-            **{name: (name, _one) for name in rest},
+            **{name: (name, _shared) for name in rest},
             calibrations_reused=("calibration_reused", "sum"),
             **({} if "commit" in same else {"commit": ("commit", distinct)}),
         )
         .reset_index()
     )
-    for name in () if by else _WHOLE:
-        table[name] = table[name].round().astype(int)  # the same for every seed, so the mean is whole
     halves = [half_interval(std, n) for std, n in zip(table["test_std"], table["n"], strict=True)]
     table.insert(table.columns.get_loc("test_std") + 1, "test_half", halves)
     if by:
         return table.sort_values(list(by), kind="stable", key=_sortable).reset_index(drop=True)
+    for name in _WHOLE:
+        table[name] = table[name].round().astype(int)  # the same for every seed, so the mean is whole
     table["id"] = table["group"].str.rpartition("-")[2]
     order = table.assign(_point=table["operating_point"].map(point_order))
     order = order.sort_values(["task", "model", "_point", "method", "learning_rate", "id"], kind="stable")
@@ -469,152 +527,145 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def half_interval(std: float, n: int) -> float:
-    """Half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
+    """Return half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
     if n < 2 or math.isnan(std):
         return math.nan
-    return float(stdtrit(n - 1, (1 + _LEVEL) / 2) * std / math.sqrt(n))
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2) * std / math.sqrt(n))
 
 
 def distinct(values: pd.Series) -> str:
-    """All different values, in order, as words."""
+    """Return all different values, in order, as words."""
     return ", ".join(sorted({str(value) for value in values}))
 
 
-def _one(values: pd.Series) -> object:
-    """The value that all share; "–" (of numbers NaN) where they differ."""
+def _shared(values: pd.Series) -> object:
+    """Return the value that all share; "–" (of numbers NaN) where they differ."""
     if values.nunique(dropna=False) == 1:
         return values.iloc[0]
     return math.nan if pd.api.types.is_numeric_dtype(values) else NONE
 
 
 def _sortable(values: pd.Series) -> pd.Series:
-    """Numbers by size where all are numbers, words otherwise."""
+    """Return numbers by size where all are numbers, words otherwise."""
     numbers = pd.to_numeric(values, errors="coerce")
     return values.astype(str) if numbers.isna().any() else numbers
 
 
-def point_order(point: str) -> tuple[int, float]:
-    """Methods without a calibration first, then thresholds from high to low, then budgets from large to small."""
-    kind, _, value = point.partition(" ")
-    return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))
+# The reader's choice of runs: --where and --by name columns of the table and settings of a run.
+
+_COLUMNS = (
+    *("task", "model", "method", "operating_point", "metric", "seed", "learning_rate", "tuning"),
+    *("preset", "commit", "device"),
+)
 
 
-# --- Which runs a report is about, and what it groups them by: keys of the command line, values of the records.
-
-_WORDS = ("task", "model", "method", "operating_point", "metric", "seed", "learning_rate", "tuning", "preset", "commit")
-_WORDS += ("device",)
-
-
-def where(found: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
-    """The runs that meet all conditions KEY=VALUE; KEY=A,B is met by either.
+def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
+    """Return the runs that meet all conditions KEY=VALUE; KEY=A,B is met by either.
 
     A key is a column of the table (task, method, operating_point, seed …) or one of a run's settings, as on the command
     line of a run (method.rank, calibration.threshold, …). Raises PartialLoraError for a condition of another form and a
     key that no run has.
     """
-    kept = list(found)
+    chosen = list(runs)
     for condition in conditions:
-        key, equals, values = condition.partition("=")
-        if not equals or not key or not values:
+        key, _, values = condition.partition("=")
+        if not key or not values:
             raise PartialLoraError(f"--where {condition}: expected KEY=VALUE, such as --where task=digits")
-        _check(found, key, "--where")
-        whole = [run for run in kept if _plain(value_of(run, key)) == _plain(values)]  # "budget 120,000" is one value
-        wanted = [_plain(value) for value in values.split(",")]
-        kept = whole or [run for run in kept if _plain(value_of(run, key)) in wanted]
-    if conditions and not kept:
+        _check_key(runs, key, "--where")
+        whole = [run for run in chosen if _plain(value_of(run, key)) == _plain(values)]  # "budget 120,000" is one value
+        either = [_plain(value) for value in values.split(",")]
+        chosen = whole or [run for run in chosen if _plain(value_of(run, key)) in either]
+    if conditions and not chosen:
         raise PartialLoraError(f"--where {' '.join(conditions)}: no finished run is like that")
-    return kept
+    return chosen
 
 
-def keys(found: Sequence[Run], said: str) -> list[str]:
-    """The keys of --by KEY,KEY; raises PartialLoraError for one that no run has."""
-    named = [key.strip() for key in said.split(",") if key.strip()]
-    if not named:
-        raise PartialLoraError(f"--by {said}: expected KEY,KEY, such as --by task,method")
-    for key in named:
-        _check(found, key, "--by")
-    return list(dict.fromkeys(named))
+def keys(runs: Sequence[Run], names: str) -> list[str]:
+    """Return the keys of --by KEY,KEY; raises PartialLoraError for one that no run has."""
+    each = list(dict.fromkeys(key.strip() for key in names.split(",") if key.strip()))
+    if not each:
+        raise PartialLoraError(f"--by {names}: expected KEY,KEY, such as --by task,method")
+    for key in each:
+        _check_key(runs, key, "--by")
+    return each
 
 
 def value_of(run: Run, key: str) -> object:
-    """What a run has for a key; "–" where its record has no such setting."""
-    if key in _WORDS:
+    """Return what a run has for a key; "–" where its record has no such setting."""
+    if key in _COLUMNS:
         return run.row[key]
-    here: object = run.record["config"]
+    value: object = run.record["config"]
     for part in key.split("."):
-        here = here.get(part, NONE) if isinstance(here, Mapping) else NONE
-    if isinstance(here, Mapping):  # a group of settings is called by its name
-        here = here.get("name", NONE)
-    return NONE if here is None else here
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):  # a group of settings is called by its name
+        value = value.get("name")
+    return NONE if value is None else value
 
 
 def _plain(value: object) -> str:
-    """A value as it is compared: numbers by what they are, so that 1e-3 is 0.001; all else as it is written."""
+    """Return a value as it is compared: numbers by what they are, so that 1e-3 is 0.001; all else as it is written."""
     try:
-        return repr(float(str(value).replace("–", "")))
+        return repr(float(str(value)))
     except ValueError:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check(found: Sequence[Run], key: str, option: str) -> None:
-    if key in _WORDS or any(value_of(run, key) != NONE for run in found) or any(_has(run, key) for run in found):
+def _check_key(runs: Sequence[Run], key: str, option: str) -> None:
+    known = {*_COLUMNS, *(name for run in runs for name in flatten(run.record["config"]))}
+    if key in known or any(value_of(run, key) != NONE for run in runs):
         return
-    known = sorted({*_WORDS, *(name for run in found for name in flatten(run.record["config"]))})
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or list(_WORDS[:4])
+    near = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.5) or list(_COLUMNS[:4])
     raise PartialLoraError(f"{option} {key}: no run has such a key; perhaps {', '.join(near)}")
 
 
-def _has(run: Run, key: str) -> bool:
-    return key in flatten(run.record["config"])
-
-
-# --- What runs predicted, for those who compare them: every file is read once, and of it no more than is compared.
+# Predictions
 
 _COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l", "member"}
 _OF_ALL_TOGETHER = {"f1", "matthews", "pearson", "spearman"}  # metrics that also ask how many outputs there are
 
 
 class Predictions:
-    """The predictions of the runs under a results directory, a row a test example."""
+    """The predictions of the runs under a results directory, a row a test example.
+
+    Every file is read once, and of it no more than is compared.
+    """
 
     def __init__(self, results_dir: Path) -> None:
-        self._place = Path(results_dir)
-        self._read: dict[tuple[str, int, bool], pd.DataFrame] = {}
+        self._results_dir = Path(results_dir)
+        self._frames: dict[tuple[str, int, bool], pd.DataFrame] = {}
 
     def of(self, group: str, seeds: Iterable[int], metric: str) -> dict[int, pd.DataFrame]:
-        """What the runs of a folder predicted, by seed: the columns that `metric` is computed from.
+        """Return what the runs of a folder predicted, by seed: the columns that `metric` is computed from.
 
         Raises PartialLoraError where a run has none, ValueError where its file is broken.
         """
         return {seed: self._frame(group, seed, whole=metric in _OF_ALL_TOGETHER) for seed in seeds}
 
-    def said(self, group: str, seed: int) -> np.ndarray | None:
-        """The prediction for every example (N,); None where there is none to be read."""
+    def outputs(self, group: str, seed: int) -> np.ndarray | None:
+        """Return the prediction for every example (N,); None where none can be read."""
         try:
             return self._frame(group, seed, whole=False)["prediction"].to_numpy()
         except (PartialLoraError, ValueError, KeyError):
             return None
 
-    def kept(self, group: str, seeds: Iterable[int]) -> bool:
-        """Whether any of these runs has kept its predictions."""
+    def exist(self, group: str, seeds: Iterable[int]) -> bool:
+        """Return True where any of these runs has its predictions."""
         return any(self._file(group, seed).is_file() for seed in seeds)
 
     def _frame(self, group: str, seed: int, *, whole: bool) -> pd.DataFrame:
         key = (group, seed, whole)
-        if key not in self._read:
-            self._read[key] = self._read_anew(*key)
-        return self._read[key]
-
-    def _read_anew(self, group: str, seed: int, whole: bool) -> pd.DataFrame:
+        if key in self._frames:
+            return self._frames[key]
         try:
             with ParquetFile(self._file(group, seed)) as file:  # pandas' own reader takes ten times as long
                 columns = None if whole else [name for name in file.schema_arrow.names if name in _COMPARED]
-                return file.read(columns, use_threads=False).to_pandas()
+                self._frames[key] = file.read(columns, use_threads=False).to_pandas()
         except FileNotFoundError as error:
             advice = "train it again with overwrite=true"
             raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; {advice}") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{group}/seed{seed}/{PREDICTIONS} cannot be read: {error}") from error
+        return self._frames[key]
 
     def _file(self, group: str, seed: int) -> Path:
-        return self._place / group / f"seed{seed}" / PREDICTIONS
+        return self._results_dir / group / f"seed{seed}" / PREDICTIONS

@@ -20,7 +20,7 @@ from partial_lora.tasks.metrics import SHARES
 
 def summary(result: Mapping, directory: Path) -> Table:
     """One finished run in a few lines: how good, how small, how long, what to beware of. Fits 100 columns."""
-    found = row(result, Path(directory))
+    found = row(result)
     adapter = f"{found['adapter_parameters']:,}"
     if found["adapter_dense"]:
         adapter += f" of {found['adapter_dense']:,} of the dense adapter ({found['share_of_dense']:.1%})"

@@ -66,7 +66,7 @@ def task_of(config: Config, *, mixtures: bool = False) -> Task:
             f"of its members, {', '.join(chosen.members)}"
         )
     members = [_load_task(member) for member in chosen.members.values()]
-    return tasks.mixed(chosen.name, members, mixing=chosen.mixing, seed=chosen.split_seed)
+    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=chosen.split_seed)
 
 
 def _load_task(task: TaskConfig) -> Task:
@@ -170,7 +170,7 @@ def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
         settings.pop("share", None)
     if config.task.members:
         return tasks.member_draws(rows, list(config.task.members), **settings)
-    return tasks.few_shot_draws(tasks.drawn_from(rows), **settings)
+    return tasks.few_shot_draws(tasks.strata(rows), **settings)
 
 
 def calibration_config(config: Config, task: Task) -> CalibrationConfig:

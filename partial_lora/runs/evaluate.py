@@ -13,9 +13,9 @@ import pandas
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from partial_lora import files as sealed
 from partial_lora.calibration.peers import Alone
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.files import write_json
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id
 from partial_lora.runs.finished import AskedTask, FinishedRun, asked_task
@@ -153,16 +153,11 @@ def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> 
         return None
     if is_own and "labels" not in run.result and len(known) == len(asked):
         return np.arange(len(known))
-    unknown, missing = _names(set(asked) - set(known)), _names(set(known) - set(asked))
+    unknown, missing = shortlist(sorted(set(asked) - set(known))), shortlist(sorted(set(known) - set(asked)))
     if unknown or missing:
         said = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)
         raise PartialLoraError(f"task={task.name}: expected the labels of the run, but {' and '.join(said)}")
     return np.array([known.index(label) for label in asked])
-
-
-def _names(labels: set[str], most: int = 10) -> str:
-    names = sorted(labels)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def said_of(
@@ -206,6 +201,6 @@ def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
         (folder / EVALUATION).unlink(missing_ok=True)
         if len(predictions):
             evaluation.write_predictions(folder / directory.PREDICTIONS, predictions)
-        sealed.write_json(folder / EVALUATION, record)
+        write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

@@ -396,7 +396,7 @@ def _inputs(run: FinishedRun) -> dict[str, Tensor]:
     transform = _transform(run)
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
     if run.config.model.family != "causal":
-        return dict(transform.of_inputs(sentences))
+        return dict(transform.encode(sentences))
     tokens = [each[: run.config.model.max_length] for each in transform.tokenizer(sentences)["input_ids"]]
     batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
     return {name: tensor for name, tensor in batch.items() if name != "labels"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.config import load
-from partial_lora.runs.schema import Config
+from partial_lora.runs.compose import composition_error, refuse_group_lists
+from partial_lora.runs.config import check_files, conf_dir, load, plain
+from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def finished_run(directory: Path) -> FinishedRun:
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
         return FinishedRun(directory, load(settings), result)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
 
 
@@ -138,3 +141,106 @@ def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool 
     if not own:
         raise PartialLoraError(f"{run.directory / results.RESULT}: no labels of {member} in it; train the run again")
     return AskedTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
+
+
+# --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
+
+_TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
+_CUTS = ("split_seed", "validation_share", "train_samples", "train_split")  # splits cut in another way would hold
+# rows that the run was trained on
+
+
+def evaluation_settings(
+    run: FinishedRun, overrides: Sequence[str], member: str | None = None
+) -> tuple[TaskConfig, TrainerConfig]:
+    """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
+
+    `task=NAME` takes that group file in place of the run's own task. member: as `asked_task` takes it. Raises
+    PartialLoraError, in one line, for any other key, and as `config.resolve` does.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = list(overrides)
+    keys = {override.partition("=")[0] for override in overrides}
+    of_another = "task" in keys
+    own = asked_task(run, member, of_another=of_another)
+    if own.member and of_another and own.outputs is None:
+        raise PartialLoraError(
+            f"--member {own.member}: the run's model has no heads, so that another task is asked without it"
+        )
+    allowed = {f"trainer.{key}" for key in _TRAINER}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise PartialLoraError(f"{override!r}: expected KEY=VALUE")
+        if key != "task" and not key.startswith("task.") and key not in allowed:
+            others = ", ".join(sorted(allowed))
+            raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {others}")
+    refuse_group_lists(overrides)
+    recorded = own.config.task
+    trainer = {key: getattr(own.config.trainer, key) for key in _TRAINER}
+    if trainer["device"] == "cuda":  # where it trained; here is perhaps none
+        trainer["device"] = "auto"
+    node = {"trainer": trainer}
+    if not of_another:
+        for name in _CUTS:
+            if f"task.{name}" in keys:
+                raise PartialLoraError(
+                    f"task.{name}: a finished run keeps it, else splits would hold rows it was trained on"
+                )
+        files, overrides = _with_files(recorded.data_files, overrides)
+        node["task"] = plain(recorded) | {"data_files": files}
+    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("evaluated", overrides)
+        for group in ("task", "trainer"):
+            for key in sorted(OmegaConf.missing_keys(composed[group])):
+                raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
+        task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
+        check_files(task)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise PartialLoraError(composition_error(error, overrides)) from error
+    if not of_another:
+        _refuse_another_cut(recorded.data_files, task.data_files)
+    return task, trainer
+
+
+def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[str | dict | None, list[str]]:
+    """Return the files of the run's task with those of single splits that overrides name, and the other overrides.
+
+    One PATH that a run had for all its splits is that of training rows where another file is named for a split.
+    """
+    prefix = "task.data_files."
+    named = dict(each.removeprefix(prefix).split("=", 1) for each in overrides if each.startswith(prefix))
+    others = [each for each in overrides if not each.startswith(prefix)]
+    if not named:
+        return recorded, others
+    if recorded is None and "train" not in named:
+        split = next(iter(named))
+        raise PartialLoraError(
+            f"task.data_files.{split}: the run's rows came without files; expected task.data_files={{train: FILE, "
+            "test: FILE}"
+        )
+    known = {"train": recorded} if isinstance(recorded, str) else dict(recorded or {})
+    return known | named, others
+
+
+def _refuse_another_cut(recorded: str | Mapping | None, files: str | Mapping | None) -> None:
+    """Refuse a test split that is cut from other training rows: they may hold rows that the run was trained on."""
+    if isinstance(files, Mapping):
+        is_cut = "test" not in files
+    else:  # one file, or a folder of images that has none of its own for it
+        is_cut = files is not None and Path(files).exists() and not Path(files, "test").is_dir()
+    if is_cut and files != recorded:
+        raise PartialLoraError(
+            "task.data_files.train: a finished run keeps it, else splits would hold rows it was trained on; expected "
+            "task.data_files.test=FILE"
+        )

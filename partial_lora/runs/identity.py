@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -73,6 +74,7 @@ def wherever(key: str, value: Any) -> Any:
     return "/".join(PurePath(value).parts[-2:]) if named else value
 
 
-def defaults() -> dict[str, Any]:
+@cache
+def defaults() -> Mapping[str, Any]:
     """The schema's defaults, each by its full key."""
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))

@@ -38,7 +38,7 @@ def main() -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        failures.report(redacted(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}"))
+        failures.report_failure(redacted(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}"))
         raise
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -24,165 +22,9 @@ from torch import Tensor
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, export
 from partial_lora.runs.finished import FinishedRun, asked_task, finished_run
+from partial_lora.runs.inputs import problem_of_question
 from partial_lora.tasks import CausalTransform
 from partial_lora.training.metrics import generate, log_likelihoods
-
-# --- What a user wants predicted: image files, folders, texts and lines, read one by one and never all held at once
-
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-STDIN = "-"
-
-
-@dataclass(frozen=True)
-class Input:
-    """One thing to predict.
-
-    said: as the user named it: a path, a text, or texts with tabs between them.
-    given: what the model is shown: the path, the text, the two texts, or a prompt and its options.
-    problem: why there is nothing to show, in one line; None for an input that can be predicted.
-    place: the line it was read from, "FILE, line 3"; "" for an argument.
-    """
-
-    said: str
-    given: str | tuple[str, str] | tuple[str, tuple[str, ...]]
-    problem: str | None = None
-    place: str = ""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs in the order in which they were named, to be gone through once; how many, where that is known."""
-
-    stream: Iterator[Input]
-    total: int | None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What one argument stands for."""
-
-    inputs: Iterable[Input]
-    total: int | None = 1
-
-
-def read(arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO, kind: str = "label") -> Inputs:
-    """The inputs that arguments name; lines are read as they are asked for.
-
-    Args:
-        arguments: an image file, a folder of images or a text; @FILE for the lines of a file, - for those of `stdin`.
-            A line is a text, several of them with tabs between them, or the path of an image.
-        modality: "image" or "text".
-        pairs: whether texts come in pairs.
-        kind: of the task; "choice" has a prompt and its options in a line, "generation" a prompt.
-
-    Raises PartialLoraError, in one line, for an argument that is no such thing.
-    """
-    if sum(argument in (STDIN, f"@{STDIN}") for argument in arguments) > 1:
-        raise PartialLoraError("-: standard input can be read once, and is named twice")
-    parse = _image_path if modality == "image" else _question if kind == "choice" else _pair if pairs else _text
-    sources = [_source(argument, modality, parse, stdin) for argument in arguments]
-    totals = [source.total for source in sources]
-    stream = chain.from_iterable(source.inputs for source in sources)
-    return Inputs(stream, None if None in totals else sum(totals))
-
-
-def _source(argument: str, modality: str, parse: Callable[[str], Input], stdin: BinaryIO) -> _Source:
-    if argument in (STDIN, f"@{STDIN}"):
-        return _Source(_lines(stdin, "standard input", parse), None)
-    if argument.startswith("@"):
-        return _Source(_file_lines(argument, modality, parse), None)
-    return _image_source(argument) if modality == "image" else _text_source(argument, parse)
-
-
-def _image_source(argument: str) -> _Source:
-    if not os.path.exists(argument):
-        hint = "" if Path(argument).suffix.lower() in IMAGES else "; the run's model reads images, not texts"
-        raise PartialLoraError(f"{argument or repr(argument)}: no such image file or folder{hint}")
-    if not os.path.isdir(argument):
-        return _Source([Input(argument, argument)])
-    files = list(_images_in(argument))
-    if not files:
-        raise PartialLoraError(f"{argument}: no image in this folder ({', '.join(IMAGES)})")
-    return _Source((Input(file, file) for file in files), len(files))
-
-
-def _text_source(argument: str, parse: Callable[[str], Input]) -> _Source:
-    if os.path.isfile(argument) or (os.sep in argument and os.path.exists(argument)):
-        raise PartialLoraError(
-            f"{argument} is a file or folder, and the run's model reads texts: @{argument} stands for the lines of a "
-            "file; a text of that very wording goes through standard input"
-        )
-    found = parse(argument)
-    if found.problem:
-        raise PartialLoraError(f"{argument!r}: {found.problem}")
-    return _Source([found])
-
-
-def _images_in(folder: str) -> Iterator[str]:
-    """The image files under a folder, by name, those of a folder before those of its sub-folders; none are hidden."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGES:
-                yield os.path.join(parent, name)
-
-
-def _file_lines(argument: str, modality: str, parse: Callable[[str], Input]) -> Iterator[Input]:
-    file = argument[1:]
-    if os.path.isdir(file) or not os.access(file, os.R_OK):
-        reason = "a folder" if os.path.isdir(file) else "cannot be read" if os.path.exists(file) else "no such file"
-        hint = "; a text that starts with @ goes through standard input" if modality == "text" else ""
-        raise PartialLoraError(f"{file or argument}: {reason}, expected a file of lines{hint}")
-
-    def lines() -> Iterator[Input]:
-        with open(file, "rb") as stream:
-            yield from _lines(stream, file, parse)
-
-    return lines()
-
-
-def _lines(stream: BinaryIO, name: str, parse: Callable[[str], Input]) -> Iterator[Input]:
-    """One input a line. Only a newline ends a line: texts may hold other characters that Unicode calls line breaks."""
-    for number, raw in enumerate(stream, 1):
-        place = f"{name}, line {number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            found = parse(line) if line.strip() else Input(line, line, "an empty line")
-        except UnicodeDecodeError:
-            line = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-            found = Input(line, line, "not UTF-8")
-        yield Input(found.said, found.given, found.problem, place)
-
-
-def _image_path(line: str) -> Input:
-    return Input(line, line)
-
-
-def _text(line: str) -> Input:
-    return Input(line, line, None if line.strip() else "an empty text")
-
-
-def _pair(line: str) -> Input:
-    parts = tuple(line.split("\t"))
-    if len(parts) != 2 or not all(part.strip() for part in parts):
-        return Input(line, line, "expected two texts with a tab between them")
-    return Input(line, parts)
-
-
-def _question(line: str) -> Input:
-    prompt, *options = line.split("\t")
-    problem = problem_of_question(prompt, options)
-    return Input(line, line if problem else (prompt, tuple(options)), problem)
-
-
-def problem_of_question(prompt: str, options: Sequence[str]) -> str | None:
-    """Why there is nothing to choose among options, in a few words; None where there is."""
-    texts = [text.strip() for text in (prompt, *options)]
-    if len(options) < 2 or not all(texts):
-        return "expected a prompt and two or more options, with tabs between them"
-    twice = next((text for text in texts[1:] if texts[1:].count(text) > 1), None)
-    return f"the option {twice!r} is there twice" if twice else None
-
 
 # --- Questions that a user asks a causal language model: a prompt and its options, and how likely each option is.
 
@@ -412,7 +254,7 @@ class Predictor:
     def _pixels(self, given: object) -> Tensor | PartialLoraError:
         try:
             image = read_image(given)
-            return self._transform.of_inputs([image])["pixel_values"]
+            return self._transform.encode([image])["pixel_values"]
         except PartialLoraError as error:
             return error
         except (
@@ -425,7 +267,7 @@ class Predictor:
             return PartialLoraError(f"{_said(given)}: cannot be made into what the model reads ({_reason(error)})")
 
     def _batch(self, encoded: list) -> dict[str, Tensor]:
-        return self._transform.of_inputs(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
+        return self._transform.encode(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
 
 
 def _outcome(said: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:

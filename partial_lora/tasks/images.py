@@ -1,4 +1,4 @@
-"""Images as a vision model reads them."""
+"""Conversion of images to the inputs of a vision model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torchvision.transforms import v2
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.sources import first_line
-from partial_lora.tasks.texts import kept
+from partial_lora.tasks.texts import cached
 
-# What the decoders of Pillow raise for a file that is none of theirs, is cut short, or is said to be far too large.
+# Raised by Pillow for a file of another format, one that is cut short, and one that claims to be far too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 _STORED = Image(decode=False)
-_AT_ONCE = 256  # images in memory while they are looked through
+_AT_ONCE = 256  # images in memory while they are checked
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes and resizes outside the interpreter's lock
 
 
 class ImageTransform:
-    """Turns rows into what a model reads: pixel_values (N, 3, S, S) float32, normalised, and labels (N,).
+    """Converts rows to the inputs of a model: pixel_values (N, 3, S, S) float32, normalised, and labels (N,).
 
     The shorter side is resized to `image_size` pixels and the middle square kept, so a square image is only resized.
     Grey of 16 bits loses its lower 8, grey floats within 0 and 1 become 0 to 255, and other floats are refused.
@@ -53,33 +53,33 @@ class ImageTransform:
         )
 
     def __call__(self, rows: Mapping[str, Sequence]) -> dict[str, list]:
-        """Rows of decoded images, one tensor each: for `Dataset.with_transform`."""
+        """Convert rows of decoded images, one tensor each: for `Dataset.with_transform`."""
         pixels = [self._normalised(self._square(image)) for image in rows["image"]]
         return {"pixel_values": pixels, "labels": rows["label"]}
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
-        """Rows for `collate`: `pixels`, the bytes of (3, S, S) uint8, and `label`.
+        """Return rows for `collate`: `pixels`, the bytes of (3, S, S) uint8, and `label`.
 
-        Kept on disk, up to `cache_bytes` of them; more are decoded whenever they are asked for, by the workers of a
-        DataLoader, and only looked through now. Raises PartialLoraError that names the split and the row or file of an
-        image which cannot be read.
+        On disk, up to `cache_bytes` of them; more are decoded whenever they are read, by the workers of a DataLoader,
+        and only checked now. Raises PartialLoraError that names the split and the row or file of an image which cannot
+        be read.
         """
         rows = rows.cast_column("image", _STORED)
         bytes_each = 3 * self._size**2 + 8
         if len(rows) * bytes_each > cache_bytes:
-            _check(rows)
+            _check_images(rows)
             return rows.with_transform(lambda batch: self._decoded(rows, batch))
-        made_by = {
+        key = {
             "image_size": self._size,
             "interpolation": self._interpolation,
             "pillow": PIL.__version__,
             "torchvision": torchvision.__version__,
         }
         features = Features({"pixels": Value("binary"), "label": rows.features["label"]})
-        return kept(rows, lambda batch, indices: self._decoded(rows, batch, indices), features, made_by)
+        return cached(rows, lambda batch, indices: self._decoded(rows, batch, indices), features, key)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
-        """One batch of prepared rows."""
+        """Make one batch of prepared rows."""
         pixels = np.stack([np.frombuffer(row["pixels"], dtype=np.uint8) for row in rows])
         batch = {"pixel_values": self._normalised(torch.from_numpy(pixels.reshape(-1, 3, self._size, self._size)))}
         if "label" in rows[0]:
@@ -87,22 +87,22 @@ class ImageTransform:
         return batch
 
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
-        """All rows in order, `size` rows a batch: for few-shot draws, which fit in memory."""
+        """Return all rows in order, `size` rows a batch: for few-shot draws, which fit in memory."""
         rows = rows.cast_column("image", _STORED)
         batches = []
         for start in range(0, len(rows), size):
             indices = list(range(start, min(start + size, len(rows))))
-            made = self._decoded(rows, rows[indices], indices)
-            pairs = zip(made["pixels"], made["label"], strict=True)
+            decoded = self._decoded(rows, rows[indices], indices)
+            pairs = zip(decoded["pixels"], decoded["label"], strict=True)
             batches.append(self.collate([{"pixels": pixels, "label": label} for pixels, label in pairs]))
         return batches
 
-    def of_inputs(self, images: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
-        """One batch of images that have no label."""
+    def encode(self, images: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
+        """Make one batch of images that have no label."""
         return self.collate([{"pixels": _bytes(self._square(image))} for image in images])
 
     def _decoded(self, rows: Dataset, batch: Mapping, indices: Sequence[int] | None = None) -> dict[str, list]:
-        """Stored images as the bytes of their pixels. indices: their rows, where these are known."""
+        """Decode stored images to the bytes of their pixels. indices: their rows, where these are known."""
         PIL.Image.init()  # before the threads, which would all do it
         places = indices or [None] * len(batch["image"])
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -124,10 +124,10 @@ def _bytes(pixels: Tensor) -> bytes:
 
 
 def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey image of 16 bits, of whole numbers or of floats as one of 8 bits; any other as it is.
+    """Convert a grey image of 16 bits, of whole numbers or of floats to one of 8 bits; return any other as it is.
 
-    Pillow would clip them to 255: white. Of whole numbers without a said width (mode I), 16 bits are meant where one is
-    above 255, and always in a PGM file, which Pillow scales to them. Raises ValueError for numbers outside of 16 bits,
+    Pillow would clip them to 255: white. Whole numbers of an unknown width (mode I) have 16 bits where one is above
+    255, and always in a PGM file, which Pillow scales to them. Raises ValueError for numbers outside of 16 bits,
     and for floats outside of 0 and 1.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
@@ -144,18 +144,18 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(values.astype(np.uint8))
 
 
-def _check(rows: Dataset) -> None:
-    """Find stored images that cannot be read, for a fraction of the time that decoding them takes."""
+def _check_images(rows: Dataset) -> None:
+    """Raise for a stored image that cannot be read, for a fraction of the time that decoding takes."""
     PIL.Image.init()
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(rows), _AT_ONCE):
             indices = range(start, min(start + _AT_ONCE, len(rows)))
             images = rows.select_columns("image")[start : indices.stop]["image"]
-            list(pool.map(lambda image, row: _checked(image, rows, row), images, indices))
+            list(pool.map(lambda image, row: _check_image(image, rows, row), images, indices))
 
 
-def _checked(image: Mapping, rows: Dataset, row: int) -> None:
-    """Look through a file to its end: a PNG by its checksums, a JPEG at an eighth of its size, others decoded."""
+def _check_image(image: Mapping, rows: Dataset, row: int) -> None:
+    """Check a file to its end: a PNG by its checksums, a JPEG at an eighth of its size, others decoded."""
     try:
         with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
             if opened.format == "PNG":
@@ -169,7 +169,7 @@ def _checked(image: Mapping, rows: Dataset, row: int) -> None:
 
 
 def _unreadable(image: Mapping, rows: Dataset, row: int | None, error: Exception) -> PartialLoraError:
-    """Names an image by its file or by its row in the file of its split, however the rows were selected from that."""
+    """Name an image by its file or by its row in the file of its split, however the rows were selected from that."""
     if row is not None and rows._indices is not None:
         row = rows._indices.column(0)[row].as_py()
     place = "" if row is None else f"row {row + 1} of "

@@ -1,4 +1,4 @@
-"""Several tasks as one: rows that say whose they are, read and prepared as their own task's are."""
+"""Mixtures: several tasks as one, whose rows name their member and are prepared as those of the member are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import splits
 from partial_lora.tasks.prompts import CausalTransform
-from partial_lora.tasks.splits import Draws, drawn_from, few_shot_draws
+from partial_lora.tasks.splits import Draws, few_shot_draws, strata
 from partial_lora.tasks.task import SPLITS, Task, Transform
 
 Batches = list[dict[str, Tensor]]
@@ -24,29 +24,29 @@ class Mixture(Task):
     """Tasks of one kind and modality, their rows one task after the other.
 
     Rows stay where they are: each split has the columns `member` (the number of the task), `row` (in that task's split)
-    and, but for texts that are to be written, `label`. Labels count on over the members; a class is MEMBER/CLASS.
+    and, but for generations, `label`. Labels count on over the members; a class is MEMBER/CLASS.
     """
 
     members: tuple[Task, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many classes each member has; none where members have no classes."""
+        """The number of classes of each member; none where members have no classes."""
         return tuple(len(member.labels) for member in self.members) if self.labels else ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called, without the member's name."""
+        """The names of the classes, without the member's name."""
         return tuple(label for member in self.members for label in member.labels)
 
     def rows_of(self, number: int, rows: Dataset) -> Dataset:
-        """Those of some rows of a split that are of one member, as that one has them."""
+        """Return those of some rows of a split that are of one member, as that one has them."""
         places = np.asarray(rows["row"], dtype=np.int64)[np.asarray(rows["member"]) == number]
         return getattr(self.members[number], str(rows.split)).select(places)
 
 
-def mixed(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixture:
-    """A mixture of tasks.
+def mix(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixture:
+    """Make a mixture of tasks.
 
     mixing: "proportional" for all training rows, "equal" for as many of each member as the smallest has, the same share
     of every class of it, drawn by `seed`. Validation and test rows are all taken. Raises PartialLoraError for numbers
@@ -77,34 +77,34 @@ def mixed(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixt
     )
 
 
-def _rows(split: str, given: Sequence[Dataset], names: Sequence[str], members: Sequence[Task]) -> Dataset:
+def _rows(split: str, parts: Sequence[Dataset], names: Sequence[str], members: Sequence[Task]) -> Dataset:
     columns = {
-        "member": np.repeat(np.arange(len(given)), [len(rows) for rows in given]),
-        "row": np.concatenate([np.arange(len(rows)) for rows in given]),
+        "member": np.repeat(np.arange(len(parts)), [len(rows) for rows in parts]),
+        "row": np.concatenate([np.arange(len(rows)) for rows in parts]),
     }
     features = Features({"member": Value("int64"), "row": Value("int64")})
-    if "label" in given[0].column_names:
+    if "label" in parts[0].column_names:
         starts = np.cumsum([0, *(len(member.labels) for member in members)])[:-1]
-        labels = [np.asarray(rows["label"]) + start for rows, start in zip(given, starts, strict=True)]
+        labels = [np.asarray(rows["label"]) + start for rows, start in zip(parts, starts, strict=True)]
         columns["label"] = np.concatenate(labels)
         features["label"] = ClassLabel(names=list(names)) if names else Value("int64")
     return Dataset.from_dict(columns, features=features, split=split)
 
 
-def member_draws(rows: Dataset, names: Sequence[str], **asked: object) -> Draws:
-    """The few-shot draws of every member by itself, as those of the task alone would be; `few_shot_draws` is asked."""
-    of, labels, found = np.asarray(rows["member"]), drawn_from(rows), []
+def member_draws(rows: Dataset, names: Sequence[str], **settings: object) -> Draws:
+    """Draw few-shot rows of every member by itself, as `few_shot_draws` would of the task alone."""
+    member, labels, draws = np.asarray(rows["member"]), strata(rows), []
     for number, name in enumerate(names):
-        places = np.flatnonzero(of == number)
+        places = np.flatnonzero(member == number)
         try:
-            drawn = few_shot_draws(labels[places], **asked)
+            own = few_shot_draws(labels[places], **settings)
         except PartialLoraError as error:
             raise PartialLoraError(f"{error} (task.members: {name})") from error
-        found.append(Draws(places[drawn.fit], places[drawn.scored], tuple(f"{name}: {w}" for w in drawn.warnings)))
+        draws.append(Draws(places[own.fit], places[own.scored], tuple(f"{name}: {each}" for each in own.warnings)))
     return Draws(
-        np.concatenate([each.fit for each in found]),
-        np.concatenate([each.scored for each in found]),
-        tuple(warning for each in found for warning in each.warnings),
+        np.concatenate([own.fit for own in draws]),
+        np.concatenate([own.scored for own in draws]),
+        tuple(warning for own in draws for warning in own.warnings),
     )
 
 
@@ -128,21 +128,21 @@ class Joined:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int]) -> list[dict]:
-        """The rows of a batch, read from each task in one go."""
-        of = np.searchsorted(self._ends, keys, side="right")
-        found: list[dict] = [{} for _ in keys]
-        for number in np.unique(of):
-            places = np.flatnonzero(of == number)
+        """Return the rows of a batch, read from each task in one go."""
+        part = np.searchsorted(self._ends, keys, side="right")
+        rows: list[dict] = [{} for _ in keys]
+        for number in np.unique(part):
+            places = np.flatnonzero(part == number)
             inner = [int(keys[place] - self._ends[number] + self.sizes[number]) for place in places]
             for place, row in zip(places, self._parts[number].__getitems__(inner), strict=True):
-                found[place] = row | ({"label": row["label"] + self._starts[number]} if "label" in row else {})
-        return found
+                rows[place] = row | ({"label": row["label"] + self._starts[number]} if "label" in row else {})
+        return rows
 
 
 class MixtureTransform:
-    """How rows of a mixture enter the model: those of each member by its own transform.
+    """Converts the rows of each member of a mixture by the member's own transform.
 
-    Batches of few-shot draws hold rows of one member. mixture: may be None where no rows are to be read.
+    Batches of few-shot draws hold rows of one member. mixture: may be None where no rows are converted.
     """
 
     def __init__(self, transforms: Sequence, mixture: Mixture | None) -> None:
@@ -151,17 +151,17 @@ class MixtureTransform:
         self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # of the model
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
-        """Rows for `collate`, as the members' own transforms prepare them."""
+        """Return rows for `collate`, as the members' own transforms prepare them."""
         parts = self._by_member(rows)
         prepared = [transform.prepare(own, cache_bytes=cache_bytes) for own, transform, _ in parts]
         return Joined(prepared, [start for *_, start in parts])
 
     def batches(self, rows: Dataset, size: int) -> Batches:
-        """All rows in order, at most `size` a batch."""
+        """Return all rows in order, at most `size` a batch."""
         return self.by_member(rows, lambda own, transform: transform.batches(own, size))
 
     def by_member(self, rows: Dataset, batches: Callable[[Dataset, object], Batches]) -> Batches:
-        """What `batches` makes of each member's rows and transform; labels of classes count on over the members."""
+        """Return the batches of each member's rows and transform; labels of classes count on over the members."""
         return [
             batch | {"labels": batch["labels"] + start} if start else batch
             for own, transform, start in self._by_member(rows)
@@ -169,14 +169,14 @@ class MixtureTransform:
         ]
 
     def _by_member(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
-        """Of each member that has any of the rows: those, its transform, and the first of its outputs."""
+        """Return, for each member that has any of the rows, those, its transform, and its first label's number."""
         sizes = self._mixture.sizes
         each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
         return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
 
 
 def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, Tensor]]:
-    """All rows in order as they are trained on: of a choice the right option alone."""
+    """Return all rows in order as in training: of a choice the right option alone."""
     if isinstance(transform, MixtureTransform):
         return transform.by_member(rows, lambda own, each: training_batches(own, each, size))
     if not isinstance(transform, CausalTransform):

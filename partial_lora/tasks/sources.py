@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from sklearn.datasets import load_digits
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 
 FILES = "files"  # the path of a task that is nothing but the user's files
 Label = str | int | float | bool
@@ -28,7 +28,6 @@ Label = str | int | float | bool
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}  # by their names
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
-_MOST_LISTED = 20  # names in a message
 
 
 def read(
@@ -141,8 +140,8 @@ def _split_folders(key: str, folder: Path) -> dict[str, Dataset]:
         similar = [name for name in names if name.lower() in _FOLDERS]
         if similar:  # which would pass for classes
             raise PartialLoraError(
-                f"{key}={folder}: it has a folder {similar[0]} but none called train, only {_listed(names)}; call the "
-                "one to train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
+                f"{key}={folder}: it has a folder {similar[0]} but none called train, only {shortlist(names)}; call "
+                "the one to train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
             )
         return {"train": _image_folder(key, folder, "train")}
     if {"val", "validation"} <= set(splits):
@@ -533,11 +532,7 @@ def _numbered(rows: Dataset, labels: Sequence[Label], names: Sequence[str], name
         if label_name(label) not in numbers:
             raise PartialLoraError(
                 f"{row_name(name, split, row)} has the label {label_name(label)}, which no training row has; those "
-                f"there are: {_listed(list(numbers))}"
+                f"there are: {shortlist(names)}"
             )
     column = [numbers[label_name(label)] for label in labels]
     return rows.remove_columns("label").add_column("label", column, feature=ClassLabel(names=list(numbers)))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")

@@ -1,4 +1,4 @@
-"""Splits and subsets of labelled rows, the same share of every class, always the same rows for a seed."""
+"""Splits, few-shot draws and label noise: the same share of every class, and always the same rows for a seed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,9 @@ from sklearn.model_selection import train_test_split
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.sources import first_line
 
-# --- Orders of rows whose beginnings all have the classes in their proportions.
+LEAST = 128  # rows of a few-shot set that is a share of all
 
-
-def shuffled(labels: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
-    """The rows of every class, in an order drawn at random."""
-    return [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-
-
-def in_turn(classes: Sequence[np.ndarray]) -> np.ndarray:
-    """All rows in an order of which the first n hold, for any n, every class in proportion.
-
-    The j-th of a class of m rows has its turn at j / m, so every class is met at the start: none has a whole row more
-    than its share of n, and none is left out unless there are more classes than n.
-    """
-    turns = np.concatenate([np.arange(len(rows)) / max(1, len(rows)) for rows in classes])
-    return np.concatenate(classes)[np.argsort(turns, kind="stable")]
-
-
-_FEW = 10  # classes that a message lists
+logger = logging.getLogger(__name__)
 
 
 def cut(
@@ -42,73 +26,83 @@ def cut(
     *,
     least: int,
     whole: Dataset | None = None,
-    taken: Sequence[str] = (),
+    steps: Sequence[str] = (),
 ) -> tuple[Dataset, Dataset]:
-    """Cut `share` of the rows off: what is left, and what was cut off.
+    """Cut `share` of the rows off, of every class; return the rest, and the rows that were cut off.
 
-    least: rows of a class that are enough for every cut that is made, for messages.
-    whole, taken: what there was before, and what was done with it to leave these rows, in words; for messages.
+    least: rows of a class that are enough for every cut of the task, for messages.
+    whole, steps: the rows before these were left of them, and what was done to them, for messages.
 
     Raises PartialLoraError for a class too small to have rows on both sides.
     """
     classes = _classes(rows)
     labels = np.asarray(rows["label"]) if classes else None
     try:
-        kept, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
+        rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
         per_class = " per class" if classes else ""
-        reason = _single(rows, whole if taken else rows, least, taken) or first_line(error)
+        reason = _single_classes(rows, whole if steps else rows, least, steps) or first_line(error)
         raise PartialLoraError(
             f"task={name}: cannot set {share:.0%} of {len(rows)} rows aside{per_class}: {reason}"
         ) from error
-    return rows.select(np.sort(kept)), rows.select(np.sort(off))
+    return rows.select(np.sort(rest)), rows.select(np.sort(off))
 
 
 def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
-    """At most `count` of the rows; None is all of them. Raises PartialLoraError for less than one row a class."""
+    """Draw at most `count` of the rows; None is all of them. Raises PartialLoraError for less than one row a class."""
     if count is None or count >= len(rows):
         return rows
     classes = _classes(rows)
     if count < len(classes):
         raise PartialLoraError(f"task.{key}={count}: expected at least one row for each of {len(classes)} classes")
     labels = np.asarray(rows["label"]) if classes else np.zeros(len(rows), dtype=np.int64)
-    return rows.select(np.sort(in_turn(shuffled(labels, np.random.default_rng(seed)))[:count]))
+    return rows.select(np.sort(_in_turn(_shuffled(labels, np.random.default_rng(seed)))[:count]))
 
 
 def _classes(rows: Dataset) -> list[str]:
-    feature = rows.features.get("label")  # a text that is to be written has none
+    feature = rows.features.get("label")  # rows of a generation have none
     return feature.names if isinstance(feature, ClassLabel) else []
 
 
-def _single(rows: Dataset, whole: Dataset, least: int, taken: Sequence[str]) -> str:
-    """Names the classes that have one row, where there are any, and how many these had before."""
+def _single_classes(rows: Dataset, whole: Dataset, least: int, steps: Sequence[str]) -> str:
+    """Describe the classes that have one row, with the number they had before; empty where there are none."""
     classes = _classes(rows)
     if not classes:
         return ""
     counts, before = (np.bincount(part["label"], minlength=len(classes)) for part in (rows, whole))
-    single = np.flatnonzero(counts == 1)
-    if not len(single):
+    single = [classes[label] + (f" (of {before[label]})" if steps else "") for label in np.flatnonzero(counts == 1)]
+    if not single:
         return ""
-    listed = shortlist([classes[label] + (f" (of {before[label]})" if taken else "") for label in single], _FEW)
-    having = f"has a single row left after {' and '.join(taken)}" if taken else "has a single example"
+    having = f"has a single row left after {' and '.join(steps)}" if steps else "has a single example"
     cuts = "two cuts, test and validation, need" if least > 2 else "a cut needs"
-    mend = "add some, leave it out, or give a file for every split"
-    return f"class {listed} {having}; {cuts} at least {least} rows of a class: {mend}"
+    remedy = "add some, leave it out, or give a file for every split"
+    return f"class {shortlist(single)} {having}; {cuts} at least {least} rows of a class: {remedy}"
 
 
-# --- The few-shot draws that calibration sees.
+def _shuffled(labels: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+    """Return the rows of every class, in an order drawn at random."""
+    return [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
-LEAST = 128  # rows of a set that is a share of all
 
-logger = logging.getLogger(__name__)
+def _in_turn(classes: Sequence[np.ndarray]) -> np.ndarray:
+    """Return all rows in an order of which the first n hold, for any n, every class in proportion.
+
+    The j-th of a class of m rows has its turn at j / m, so every class comes at the start: none has a whole row more
+    than its share of n, and none is left out unless there are more classes than n.
+    """
+    turns = np.concatenate([np.arange(len(rows)) / max(1, len(rows)) for rows in classes])
+    return np.concatenate(classes)[np.argsort(turns, kind="stable")]
+
+
+# --- Few-shot draws, for calibration.
 
 
 @dataclass(frozen=True)
 class Draws:
     """Two disjoint sets of training rows, as ascending indices.
 
-    `fit` is what heads and gradients are fitted on, `scored` is what decides which sparsity passes. `warnings` says in
-    words which classes are too small for what was asked.
+    fit: rows for heads and gradients. scored: rows for scores, which decide the sparsities. warnings: sentences about
+    classes that are too small.
     """
 
     fit: np.ndarray
@@ -116,8 +110,8 @@ class Draws:
     warnings: tuple[str, ...] = ()
 
 
-def drawn_from(rows: Dataset) -> np.ndarray:
-    """What draws of a task's rows are stratified by: their labels, or nothing where they have none (real zeros)."""
+def strata(rows: Dataset) -> np.ndarray:
+    """Return the labels by which draws of a task's rows are stratified; real zeros for rows without any."""
     return np.asarray(rows["label"]) if "label" in rows.column_names else np.zeros(len(rows))
 
 
@@ -142,47 +136,43 @@ def few_shot_draws(
     Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
     """
     labels = np.asarray(labels)
-    if np.issubdtype(labels.dtype, np.floating):
-        return _real(len(labels), seed, shots, max_samples, share)
+    if not np.issubdtype(labels.dtype, np.floating):
+        if share is None:
+            return _shots(labels, seed, shots, max_samples)
+        return _shares(labels, seed, max(LEAST, round(share * len(labels))), f"calibration.share={share}", max_samples)
     if share is not None:
-        asked = max(LEAST, round(share * len(labels)))
-        return _shares(labels, seed, asked, f"calibration.share={share}", max_samples)
-    return _shots(labels, seed, shots, max_samples)
-
-
-def _real(rows: int, seed: int, shots: int | None, max_samples: int | None, share: float | None) -> Draws:
-    """Two sets of rows whose labels are real numbers: of one class, as it were."""
-    if share is not None:
-        asked, key = round(share * rows), f"calibration.share={share}"
+        size, key = round(share * len(labels)), f"calibration.share={share}"
     else:
-        asked, key = shots or 0, "a regression" if shots is None else f"calibration.shots={shots}"
-    if asked < LEAST:
+        size, key = shots or 0, "a regression" if shots is None else f"calibration.shots={shots}"
+    if size < LEAST:
         key += f" (at least {LEAST} rows where labels are real numbers)"
-    if rows < 2:
-        raise PartialLoraError(f"{key}: {rows} training rows, expected at least one to fit and one to score; add rows")
-    draws = _shares(np.zeros(rows, dtype=np.int64), seed, max(LEAST, asked), key, max_samples)
+    if len(labels) < 2:
+        raise PartialLoraError(
+            f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
+        )
+    draws = _shares(np.zeros(len(labels), dtype=np.int64), seed, max(LEAST, size), key, max_samples)
     logger.info("%s: %d rows for each draw", key, len(draws.fit))
     return draws
 
 
-def _shares(labels: np.ndarray, seed: int, asked: int, key: str, max_samples: int | None) -> Draws:
-    """Two sets of equal size, whose rows of a class are every other one of it: they never meet, and are alike.
+def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int | None) -> Draws:
+    """Draw two sets of equal size, each every other row of a class: they are disjoint, and of the same proportions.
 
-    asked: rows of each set. key: the setting that asked for them, for messages.
+    size: rows of each set. key: the setting it comes from, for messages.
     """
-    asked = asked if max_samples is None else min(asked, max_samples)
-    count = min(asked, len(labels) // 2)
-    classes = shuffled(labels, np.random.default_rng(seed))
+    size = size if max_samples is None else min(size, max_samples)
+    count = min(size, len(labels) // 2)
+    classes = _shuffled(labels, np.random.default_rng(seed))
     if count < len(classes):
         bound = "calibration.max_samples" if count == max_samples else "calibration.share"
         raise PartialLoraError(
             f"{key}: {count} rows for each of the two draws, expected at least one for each of {len(classes)} classes; "
             + ("add rows" if len(labels) // 2 < len(classes) else f"raise {bound}")
         )
-    fit, scored = in_turn([rows[::2] for rows in classes]), in_turn([rows[1::2] for rows in classes])
+    fit, scored = (_in_turn([rows[start::2] for rows in classes]) for start in (0, 1))
     warnings = []
-    if count < asked:
-        warnings.append(f"{key}: {count} rows for each draw, half of the training rows, in place of {asked}")
+    if count < size:
+        warnings.append(f"{key}: {count} rows for each draw, half of the training rows, in place of {size}")
     single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
         warnings.append(f"{key}: a single training example, fitted on and never scored: class {shortlist(single)}")
@@ -227,18 +217,18 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
 
 
 def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:
-    """At most `limit` rows, one of each class in turn."""
+    """Return at most `limit` rows, one of each class in turn."""
     turns = [rows[turn] for turn in range(max(map(len, classes))) for rows in classes if turn < len(rows)]
     return np.sort(np.asarray(turns[:limit], dtype=np.int64))
 
 
-# --- Training rows some of which say another class than their own, as carelessly labelled data do.
+# --- Label noise.
 
 
-def mislabelled(rows: Dataset, share: float, seed: int | Sequence[int], name: str) -> Dataset:
-    """The rows with that share of their labels, to the nearest row, replaced by another class at random.
+def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], name: str) -> Dataset:
+    """Return the rows with a share of their labels, to the nearest row, replaced by another class at random.
 
-    The rows that a smaller share has wrong are among those of a larger one, with the same wrong labels. Raises
+    The wrong rows of a smaller share are among those of a larger one, with the same wrong labels. Raises
     PartialLoraError for a share outside [0, 1], for labels that are real numbers, and for a single class.
     """
     if share == 0:

@@ -1,4 +1,4 @@
-"""A task: inputs and their labels in three disjoint splits, whatever its rows are read from."""
+"""A task: inputs and their labels in three disjoint splits, wherever its rows come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import questions, sources, splits
-from partial_lora.tasks.splits import mislabelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ SETTINGS = (  # of the task group, as `load` takes them
     "label_noise",
 )
 _TEST_SHARE = 0.2  # of a source that comes without a test split
-_METRICS = {  # that suit a task, by what its labels are
+_METRICS = {  # of a task, by its labels
     "classes": ("accuracy", "f1", "matthews"),
     "real numbers": ("pearson", "spearman", "mse"),
     "places of options": ("accuracy", "accuracy_norm"),
@@ -53,7 +52,10 @@ _METRICS = {  # that suit a task, by what its labels are
 
 
 class Transform(Protocol):
-    """How rows of a task become what a model reads (`tasks.ImageTransform`, `tasks.TextTransform`)."""
+    """Conversion of rows to the inputs of a model (`tasks.ImageTransform`, `tasks.TextTransform`).
+
+    lengths: True where prepared rows have a column `length`, of tokens.
+    """
 
     lengths: bool
 
@@ -68,13 +70,13 @@ class Transform(Protocol):
 class Task:
     """A labelled data set in three disjoint splits.
 
-    `train` is learned from, `validation` selects a checkpoint, `test` is looked at once, at the end. Their columns are
+    `train` is learned from, `validation` selects a checkpoint, `test` is evaluated once, at the end. Their columns are
     `image`, or `text` and `text_pair`, and `label`; of kind "choice" `prompts`, `options` and `label`, the right one's
-    place (`choices.read`); of kind "generation" `prompt` and `response`.
+    place (`questions.format_choices`); of kind "generation" `prompt` and `response`.
 
     modality: "image" or "text".
     labels: the names of the classes; none for regression, where `label` is a real number, and for any other kind.
-    metrics: what predictions are measured by; the first one selects.
+    metrics: of predictions; the first one selects.
     """
 
     name: str
@@ -88,12 +90,12 @@ class Task:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of several tasks in one, how many classes each has; none of a single task."""
+        """The number of classes of each member of a mixture; none of a single task."""
         return ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called, to be put into sentences."""
+        """The names of the classes, for sentences about them."""
         return self.labels
 
 
@@ -125,15 +127,15 @@ def load(
     split_seed: int = 0,
     label_noise: float = 0.0,
 ) -> Task:
-    """Read a task's rows and fix its splits.
+    """Load a task's rows in fixed splits.
 
     Args:
         path: a data set of the hub (`subset` of it, at `revision`), "bundled:digits" out of scikit-learn, or "files".
-        data_files: files or folders by split, or one for all, read instead of the hub (`files.read`).
+        data_files: files or folders by split, or one for all, read instead of the hub (`sources.read_files`).
         kind: "label", "choice" or "generation".
         image_column, text_columns, label_column: their names; None or none takes the one column of that kind.
-        format, prompt_columns, option_columns, answer_column: of a choice, as in `choices.read`.
-        format, prompt_columns, response_column, answer: of a generation, as in `exchanges.read`.
+        format, prompt_columns, option_columns, answer_column: of a choice (`questions.format_choices`).
+        format, prompt_columns, response_column, answer: of a generation (`questions.format_completions`).
         regression: whether labels are real numbers; None where they are fractions.
         metrics: none means accuracy, or Pearson's correlation for regression; both accuracies of a choice; of a
             generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
@@ -148,78 +150,86 @@ def load(
     """
     cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
     source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
-    places = _places(name, source, train_split, test_split, own_files=bool(data_files))
-    found = {split: source[place] for split, place in places.items()}
-    for split, rows in found.items():
-        if len(rows) == 0:
+    source_splits = _source_splits(name, source, train_split, test_split, own_files=bool(data_files))
+    rows = {split: source[place] for split, place in source_splits.items()}
+    for split in rows:
+        if len(rows[split]) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
-    names: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     if kind == "choice":
-        found = questions.format_choices(found, name, format, prompt_columns, option_columns, answer_column)
+        rows = questions.format_choices(rows, name, format, prompt_columns, option_columns, answer_column)
     elif kind == "generation":
-        found = questions.format_completions(found, name, format, prompt_columns, response_column, answer)
+        rows = questions.format_completions(rows, name, format, prompt_columns, response_column, answer)
     else:
-        for split, place in places.items():
+        for split, place in source_splits.items():
             file = sources.file_of(data_files, place)
-            by_name = (image_column, text_columns, label_column)
-            found[split] = sources.select_columns(found[split], name, split, modality, *by_name, file)
-        names, found = sources.encode_labels(found, name, regression)
-    whole, least, taken = found["train"], len(SPLITS) - len(found) + 1, []
-    if "test" not in found:
-        found["train"], found["test"] = splits.cut(whole, _TEST_SHARE, split_seed, name, least=least)
-        taken.append("the test split was cut off")
-    if train_samples is not None and train_samples < len(found["train"]):
-        found["train"] = splits.sample(found["train"], train_samples, split_seed, "train_samples")
-        taken.append(f"task.train_samples={train_samples} rows were drawn")
-    found["test"] = splits.sample(found["test"], test_samples, split_seed, "test_samples")
-    if "validation" not in found:
-        found["train"], found["validation"] = splits.cut(
-            found["train"], validation_share, split_seed, name, least=least, whole=whole, taken=taken
-        )
-    found["train"] = mislabelled(found["train"], label_noise, split_seed, name)
-    measured = _measured_by(metrics, name, _labelled_by(kind, names), answer)
-    return Task(name=name, modality=modality, labels=names, metrics=measured, kind=kind, **found)
+            columns = (image_column, text_columns, label_column)
+            rows[split] = sources.select_columns(rows[split], name, split, modality, *columns, file)
+        labels, rows = sources.encode_labels(rows, name, regression)
+    rows = _three_splits(rows, name, train_samples, test_samples, validation_share, split_seed)
+    rows["train"] = splits.with_label_noise(rows["train"], label_noise, split_seed, name)
+    labelled_by = {"choice": "places of options", "generation": "texts"}.get(
+        kind, "classes" if labels else "real numbers"
+    )
+    chosen = _metrics(metrics, name, labelled_by, answer)
+    return Task(name=name, modality=modality, labels=labels, metrics=chosen, kind=kind, **rows)
 
 
-def _places(
+def _source_splits(
     name: str, source: Mapping[str, Dataset], train_split: str, test_split: str, *, own_files: bool
 ) -> dict[str, str]:
-    """Which split of the source each split of the task is; one that is lacking is cut from train."""
-    places = {"train": "train", "validation": "validation", "test": "test"}
-    if not own_files:
-        places |= {"train": train_split, "test": test_split}
-    train, test = places["train"], places["test"]
-    if train not in source:
-        raise PartialLoraError(f"task.train_split={train}: expected one of {_listed(source)}, the splits of {name}")
-    if not own_files and len(source) > 1 and (test not in source or test == train):
-        others = _listed(set(source) - {train})
-        raise PartialLoraError(f"task.test_split={test}: expected one of {others}, the other splits of {name}")
-    if "validation" in (train, test):  # what reports must not select: validation is cut from train instead
-        del places["validation"]
+    """Return the split of the source for each of the task's that has one; the others are cut from train."""
+    if own_files:
+        train_split, test_split = "train", "test"
+    if train_split not in source:
+        raise PartialLoraError(
+            f"task.train_split={train_split}: expected one of {', '.join(sorted(source))}, the splits of {name}"
+        )
+    if not own_files and len(source) > 1 and (test_split not in source or test_split == train_split):
+        others = ", ".join(sorted(set(source) - {train_split}))
+        raise PartialLoraError(f"task.test_split={test_split}: expected one of {others}, the other splits of {name}")
+    places = {"train": train_split, "test": test_split}
+    if "validation" not in places.values():  # what reports must not select: else validation is cut from train
+        places["validation"] = "validation"
     return {split: place for split, place in places.items() if place in source}
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names))
+def _three_splits(
+    rows: dict[str, Dataset],
+    name: str,
+    train_samples: int | None,
+    test_samples: int | None,
+    validation_share: float,
+    seed: int,
+) -> dict[str, Dataset]:
+    """Draw as many rows as there may be, and cut the splits that are lacking off the training rows."""
+    rows, whole, steps = dict(rows), rows["train"], []
+    least = len(SPLITS) - len(rows) + 1
+    if "test" not in rows:
+        rows["train"], rows["test"] = splits.cut(whole, _TEST_SHARE, seed, name, least=least)
+        steps.append("the test split was cut off")
+    if train_samples is not None and train_samples < len(rows["train"]):
+        rows["train"] = splits.sample(rows["train"], train_samples, seed, "train_samples")
+        steps.append(f"task.train_samples={train_samples} rows were drawn")
+    rows["test"] = splits.sample(rows["test"], test_samples, seed, "test_samples")
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = splits.cut(
+            rows["train"], validation_share, seed, name, least=least, whole=whole, steps=steps
+        )
+    return rows
 
 
-def _labelled_by(kind: str, names: Sequence[str]) -> str:
-    if kind == "label":
-        return "classes" if names else "real numbers"
-    return {"choice": "places of options", "generation": "texts"}[kind]
-
-
-def _measured_by(metrics: Sequence[str], name: str, labelled_by: str, answer: str | None) -> tuple[str, ...]:
-    """The metrics of a task; those asked for have to suit its labels."""
+def _metrics(chosen: Sequence[str], name: str, labelled_by: str, answer: str | None) -> tuple[str, ...]:
+    """Return the chosen metrics, which have to fit the labels, or the default ones."""
     fitting = _METRICS[labelled_by]
-    unfit = [metric for metric in metrics if metric not in fitting]
+    unfit = [metric for metric in chosen if metric not in fitting]
     if unfit:
         raise PartialLoraError(
             f"task.metrics: {name} has labels that are {labelled_by}, expected some of {', '.join(fitting)}, not "
             f"{unfit[0]}"
         )
-    if metrics:
-        return tuple(metrics)
+    if chosen:
+        return tuple(chosen)
     if labelled_by == "texts":
         return ("exact_match" if answer else "rouge_l", "perplexity")
     return fitting if labelled_by == "places of options" else fitting[:1]

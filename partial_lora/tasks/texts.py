@@ -1,4 +1,4 @@
-"""Texts as a language model reads them."""
+"""Conversion of texts to the inputs of a language model, and the cache of converted rows on disk."""
 
 from __future__ import annotations
 
@@ -18,79 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from partial_lora.files import cache_dir, verified_folder
 
-# --- Rows as a model reads them, made once and kept on disk for every later run.
-
-_VERSION = 2  # of what is kept; another one leaves everything older unused. 1 had 16-bit images as white
+_VERSION = 2  # of the cached rows; another one leaves everything older unused. 1 had 16-bit images as white
 _ROWS = "rows.arrow"
-_BATCH = 256  # rows that are made at a time
+_BATCH = 256  # rows that are converted at a time
 
 logger = logging.getLogger(__name__)
 
 
-def kept(rows: Dataset, make: Callable[..., dict], features: Features, made_by: Mapping[str, object]) -> Dataset:
-    """The rows that `make` gives, read from disk; made first where they are not there, or not what they were.
-
-    Args:
-        make: a batch of rows and their indices to the columns of `features`.
-        made_by: everything beside the rows that decides what `make` gives, as JSON.
-
-    Of several processes that ask at once, one makes them and the others wait. Raises PartialLoraError where the cache
-    cannot be written.
-    """
-    if len(rows) == 0:
-        return in_memory(rows, make, features)
-    key = _key(rows, made_by)
-
-    def build(folder: Path) -> None:
-        logger.info("preparing %d rows, once: they are kept in %s", len(rows), cache_dir() / "data")
-        _mapped(rows, make, features, cache_file_name=str(folder / _ROWS), new_fingerprint=key)
-
-    return Dataset.from_file(str(verified_folder(cache_dir() / "data" / key, build) / _ROWS), split=rows.split)
-
-
-def in_memory(rows: Dataset, make: Callable[..., dict], features: Features) -> Dataset:
-    """The rows that `make` gives, in memory."""
-    return _mapped(rows, make, features, keep_in_memory=True, new_fingerprint="in-memory")
-
-
-def _mapped(rows: Dataset, make: Callable[..., dict], features: Features, **where: object) -> Dataset:
-    return rows.map(
-        make,
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH,
-        writer_batch_size=_BATCH,
-        remove_columns=rows.column_names,
-        features=features,
-        load_from_cache_file=False,
-        **where,
-    )
-
-
-def _key(rows: Dataset, made_by: Mapping[str, object]) -> str:
-    """Names the rows by what is in them, wherever it is from, and what is made of them."""
-    digest = hashlib.sha256(json.dumps({"version": _VERSION, **made_by}, sort_keys=True).encode())
-    for table in rows.with_format("arrow").iter(batch_size=_BATCH):
-        for column in table.column_names:
-            digest.update(column.encode())
-            for value in table.column(column):
-                content = _content(value)
-                digest.update(len(content).to_bytes(8, "big"))
-                digest.update(content)
-    return digest.hexdigest()[:32]
-
-
-def _content(value: pa.Scalar) -> bytes | memoryview:
-    """What a cell holds; of an image, its file's bytes."""
-    if isinstance(value, pa.StructScalar):
-        if value["bytes"].is_valid:
-            return memoryview(value["bytes"].as_buffer())
-        return Path(value["path"].as_py()).read_bytes()
-    return str(value.as_py()).encode()
-
-
 class TextTransform:
-    """Turns rows into what a model reads: input_ids, attention_mask (N, L), token_type_ids where it has any, labels.
+    """Converts rows to inputs: input_ids, attention_mask (N, L), token_type_ids where a model has any, and labels.
 
     Texts, and pairs of them, are cut to `max_length` tokens, the longer one of a pair first, and padded to the longest
     of their batch. Labels are (N,), whole numbers of classes or float32.
@@ -103,9 +39,9 @@ class TextTransform:
         self._inputs = tuple(self._encoded(["a"], None))
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
-        """Rows for `collate`: tokens without padding, their number `length`, and `label`.
+        """Return rows for `collate`: tokens without padding, their number `length`, and `label`.
 
-        Kept on disk where they cannot need more than `cache_bytes`, else in memory.
+        On disk where they cannot need more than `cache_bytes`, else in memory.
         """
         features = Features(
             {name: List(Value("int32")) for name in self._inputs}
@@ -114,32 +50,32 @@ class TextTransform:
         most = len(rows) * (self._max_length * 4 * len(self._inputs) + 12)
         if most > cache_bytes:
             return in_memory(rows, self._tokenised, features)
-        made_by = {
+        key = {
             "tokenizer": fingerprint(self._tokenizer),
             "max_length": self._max_length,
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         }
-        return kept(rows, self._tokenised, features, made_by)
+        return cached(rows, self._tokenised, features, key)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
-        """One batch of prepared rows."""
+        """Make one batch of prepared rows."""
         batch = self._padded({name: [row[name] for row in rows] for name in self._inputs})
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
 
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
-        """All rows in order, `size` rows a batch: for few-shot draws, which fit in memory."""
+        """Return all rows in order, `size` rows a batch: for few-shot draws, which fit in memory."""
         batches = []
         for start in range(0, len(rows), size):
-            given = rows[start : start + size]
-            batch = self._padded(self._encoded(given["text"], given.get("text_pair")))
-            batches.append(batch | {"labels": torch.tensor(given["label"])})
+            part = rows[start : start + size]
+            batch = self._padded(self._encoded(part["text"], part.get("text_pair")))
+            batches.append(batch | {"labels": torch.tensor(part["label"])})
         return batches
 
-    def of_inputs(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-        """One batch of texts, or of pairs, that have no label."""
+    def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+        """Make one batch of texts, or of pairs, that have no label."""
         if isinstance(texts[0], str):
             return self._padded(self._encoded(list(texts), None))
         first, second = zip(*texts, strict=True)
@@ -170,10 +106,75 @@ class TextTransform:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names what a tokenizer makes of texts: its rules and vocabulary, not the padding it was last asked for."""
+    """Return a digest of a tokenizer's rules and vocabulary, without the padding of its last call."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     else:
         rules = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    decides = [rules, tokenizer.special_tokens_map, tokenizer.padding_side, tokenizer.truncation_side]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    parts = [rules, tokenizer.special_tokens_map, tokenizer.padding_side, tokenizer.truncation_side]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# --- Converted rows, on disk for every later run.
+
+
+def cached(rows: Dataset, convert: Callable[..., dict], features: Features, key: Mapping[str, object]) -> Dataset:
+    """Return the converted rows from disk; convert them first where they are not there, or damaged.
+
+    Args:
+        convert: from a batch of rows and their indices to the columns of `features`.
+        key: everything beside the rows that decides the result of `convert`, as JSON.
+
+    Of several processes at once, one converts and the others wait. Raises PartialLoraError where the cache cannot be
+    written.
+    """
+    if len(rows) == 0:
+        return in_memory(rows, convert, features)
+    digest = _digest(rows, key)
+
+    def build(folder: Path) -> None:
+        logger.info("preparing %d rows, once: they are kept in %s", len(rows), cache_dir() / "data")
+        _map(rows, convert, features, cache_file_name=str(folder / _ROWS), new_fingerprint=digest)
+
+    return Dataset.from_file(str(verified_folder(cache_dir() / "data" / digest, build) / _ROWS), split=rows.split)
+
+
+def in_memory(rows: Dataset, convert: Callable[..., dict], features: Features) -> Dataset:
+    """Return the converted rows in memory."""
+    return _map(rows, convert, features, keep_in_memory=True, new_fingerprint="in-memory")
+
+
+def _map(rows: Dataset, convert: Callable[..., dict], features: Features, **where: object) -> Dataset:
+    return rows.map(
+        convert,
+        with_indices=True,
+        batched=True,
+        batch_size=_BATCH,
+        writer_batch_size=_BATCH,
+        remove_columns=rows.column_names,
+        features=features,
+        load_from_cache_file=False,
+        **where,
+    )
+
+
+def _digest(rows: Dataset, key: Mapping[str, object]) -> str:
+    """Return a digest of the contents of the rows, wherever they are from, and of the key."""
+    digest = hashlib.sha256(json.dumps({"version": _VERSION, **key}, sort_keys=True).encode())
+    for table in rows.with_format("arrow").iter(batch_size=_BATCH):
+        for column in table.column_names:
+            digest.update(column.encode())
+            for value in table.column(column):
+                content = _content(value)
+                digest.update(len(content).to_bytes(8, "big"))
+                digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _content(value: pa.Scalar) -> bytes | memoryview:
+    """Return the bytes of a cell; of an image, those of its file."""
+    if isinstance(value, pa.StructScalar):
+        if value["bytes"].is_valid:
+            return memoryview(value["bytes"].as_buffer())
+        return Path(value["path"].as_py()).read_bytes()
+    return str(value.as_py()).encode()

@@ -253,7 +253,7 @@ def generate(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             inputs = {
-                name: value.to(device) for name, value in transform.of_inputs([prompts[at] for at in places]).items()
+                name: value.to(device) for name, value in transform.encode([prompts[at] for at in places]).items()
             }
             with torch.no_grad():
                 written = model.generate(

@@ -21,7 +21,6 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.files import flatten, one_writer, redacted, write_json
-from partial_lora.runs.directory import TRACKERS as KNOWN
 
 PROJECT = "partial-lora"  # an experiment, as MLflow says
 DEFAULTS = {  # environment variables that a user's own go before
@@ -228,15 +227,23 @@ class Tracking(TrainerCallback):
     Args:
         names: of the trackers; none for any process but the first.
         directory: the run's, …/task/model/method-id/seed, by which trackers know it.
+        record: the file with what each tracker calls the run, by which a resumed one goes on there.
         results_dir: where MLflow's local store is, if it has no other.
         parameters: the run's settings, flat; their credentials are hidden here.
     """
 
     def __init__(
-        self, names: Sequence[str], *, directory: Path, results_dir: Path, parameters: Mapping[str, object]
+        self,
+        names: Sequence[str],
+        *,
+        directory: Path,
+        record: Path,
+        results_dir: Path,
+        parameters: Mapping[str, object],
     ) -> None:
         self._waiting = list(names)
         self._open: dict[str, Tracker] = {}
+        self._record = Path(record)
         self._directory, self._store = Path(directory).resolve(), Path(results_dir).resolve() / "mlruns"
         self._parameters = redacted(parameters)
 
@@ -265,14 +272,14 @@ class Tracking(TrainerCallback):
             return
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
-        known, run = _read(self._directory / KNOWN), "/".join(self._directory.parts[-4:])
+        known, run = _read(self._record), "/".join(self._directory.parts[-4:])
         waiting, self._waiting = self._waiting, []
         for name in waiting:
             with self._guarded(name):
                 described = Described(run, self._parameters, self._directory, self._store, step, known.get(name))
                 self._open[name] = TRACKERS[name](described)
                 known[name] = self._open[name].known
-                write_json(self._directory / KNOWN, known)
+                write_json(self._record, known)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, tracker in list(self._open.items()):

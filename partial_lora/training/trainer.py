@@ -26,7 +26,6 @@ from partial_lora import progress
 from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import seal
-from partial_lora.runs import directory as results
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
@@ -426,7 +425,7 @@ def build_trainer(
     sharded: bool = False,
     final_after: Callable[[int], int] = lambda steps: 0,
 ) -> ResumingTrainer:
-    """A Trainer whose `train()` ends with the checkpoint that did best on validation.
+    """A Trainer whose `train()` ends with the checkpoint, in `directory`, that did best on validation.
 
     AdamW without decay of biases and norms, a cosine schedule after linear warm-up, clipped gradients. Validation is
     measured and a checkpoint kept every `config.save_steps` steps, or every epoch; training goes on from it under the
@@ -455,7 +454,7 @@ def build_trainer(
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
     steps = min(config.save_steps or steps_per_epoch, total_steps)
     arguments = TrainingArguments(
-        output_dir=str(directory / results.CHECKPOINTS),
+        output_dir=str(directory),
         use_cpu=device == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",

@@ -1,6 +1,6 @@
 """Methods beside each other: scores by task, paired differences on each task and on average, and verdicts on claims.
 
-Seeds and test examples are drawn again as partial_lora.comparison does for one task: examples within each task, seeds
+Seeds and test examples are drawn again as report/statistics.py does for one task: examples within each task, seeds
 once for all, since a seed draws the same masks and the same order on every task. The tasks themselves are not drawn: an
 average is of these tasks, and says nothing of others.
 """
@@ -17,8 +17,8 @@ from scipy.special import ndtri, stdtrit
 
 from evidence.runs import Outcome
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.records import NONE, point_order
-from partial_lora.report.statistics import MARGIN, Comparison, compared, per_example, resampled, verdict
+from partial_lora.report.records import LEVEL, NONE, point_order
+from partial_lora.report.statistics import MARGIN, Comparison, bootstrap, by_example, compare, judge
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"
@@ -31,7 +31,6 @@ DIFFERENCES = (
 BOTH, SEEDS, EXAMPLES = "seeds and examples", "seeds", "examples"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 WORSE = "undecided (worse, perhaps by less than a point)"
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Difference:
 
     over: what was drawn again: seeds and examples; examples, of one seed; seeds, where predictions were not kept
     (Student's t). seeds: that both have, the fewest of a task; examples: of all tasks together. verdict: in the words
-    of partial_lora.comparison; of one seed nothing is decided, since how much seeds differ is not known.
+    of report/statistics.py; of one seed nothing is decided, since how much seeds differ is not known.
     """
 
     difference: float
@@ -129,9 +128,7 @@ def _judged(each: Sequence[_Drawn], metric: str) -> Difference:
     judged = "undecided"
     if all(one.draws is not None for one in each):
         spread = np.mean([one.draws for one in each], axis=0)
-        low, high = map(float, np.quantile(spread, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
-        if seeds > 1:
-            judged = verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high)
+        low, high, judged = judge(spread, metric, seeds)
     over = "; ".join(sorted({one.over for one in each}))
     return Difference(difference, low, high, seeds, sum(one.examples for one in each), over, judged)
 
@@ -143,10 +140,10 @@ def _drawn(
     over = BOTH if len(seeds) > 1 else EXAMPLES
     known = _by_example(pairs, seeds)
     if isinstance(known, np.ndarray):
-        return _Drawn(float(known.mean()), resampled(known, stream, draws, of_seeds), len(seeds), known.shape[1], over)
+        return _Drawn(float(known.mean()), bootstrap(known, stream, draws, of_seeds), len(seeds), known.shape[1], over)
     shares = stream.permutation((np.arange(draws) + 0.5) / draws)
     if known is not None:  # an interval alone: drawn from the normal that has it
-        deviation = (known.high - known.low) / (2 * ndtri((1 + _LEVEL) / 2))
+        deviation = (known.high - known.low) / (2 * ndtri((1 + LEVEL) / 2))
         normal = known.difference + deviation * ndtri(shares)
         return _Drawn(known.difference, normal, len(seeds), known.examples, over)
     scores = np.mean([[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs], axis=0)
@@ -166,15 +163,12 @@ def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | Com
         if any(frame is None for side in sides for frame in side.values()):
             return None
         try:
-            of_examples = per_example(sides[0][seeds[0]], pair.metric) is not None
-            # For means over examples this only refuses predictions of other examples.
-            comparison = compared(*sides, pair.metric, draws=1 if of_examples else 1_000)
-            if not of_examples:
-                return comparison if len(pairs) == 1 else None
-            first, second = (np.array([per_example(side[seed], pair.metric) for seed in seeds]) for side in sides)
+            array = by_example(*(list(side.values()) for side in sides), pair.metric)
+            if array is None:
+                return compare(*sides, pair.metric, draws=1_000) if len(pairs) == 1 else None
         except (PartialLoraError, ValueError, KeyError):
             return None
-        arrays.append(first - second)
+        arrays.append(array)
     return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
 
 

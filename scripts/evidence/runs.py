@@ -12,13 +12,12 @@ from pathlib import Path
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.records import NONE, Predictions, Run, conditions, number, of_method, read
+from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
 BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
 UNCALIBRATED = ("lora", "dora", "vera", "adalora", "lorafa", "full", "probe")
-COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (
@@ -79,7 +78,7 @@ def collect(*results_dirs: Path) -> tuple[pd.DataFrame, list[str]]:
 def _rows(run: Run, stored: Predictions) -> list[dict]:
     config, test = run.record["config"], run.record["metrics"]["test"]
     task, trainer = config["task"], config["trainer"]
-    calibration, cost = run.record.get("calibration") or {}, run.record.get("cost") or {}
+    calibration = run.record.get("calibration") or {}
     rows_of_training = task.get("train_samples")
     # The sparsities that an uncalibrated method does without make no other run of it.
     own = {key: value for key, value in of_method(config).items() if calibration or key.startswith("method.")}
@@ -87,7 +86,6 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
         "mixture": "",
         "kind": _kind(task),
         "importance": config.get("importance", {}).get("name", NONE) if calibration else NONE,
-        **{name: number(cost.get(name, run.row.get(name))) for name in COSTS},
         "peak_memory_bytes": number(run.record.get("peak_memory_bytes")),
         **{name: number(calibration.get(name)) for name in ("baseline", "joint", "chance")},
         "train_samples": math.inf if rows_of_training is None else float(rows_of_training),

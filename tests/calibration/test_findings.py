@@ -1,4 +1,4 @@
-"""What a calibration says that nobody has asked."""
+"""What the numbers of a calibration warn of."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import pytest
 from scored_models import TARGETS, Counted
 
 from partial_lora import Calibration, calibrate
-from partial_lora.calibration.result import findings
+from partial_lora.calibration.result import warnings_of
+from partial_lora.masks import AXES
 
-GRID = [0.2, 0.4, 0.6, 0.8]
-USUAL = {"baseline": 0.9, "threshold": 0.9, "chance": 0.1, "above_chance": False, "joint": 0.85, "size": 160}
+USUAL = {"baseline": 0.9, "threshold": 0.9, "chance": 0.1, "joint": 0.85, "levels": 0.2, "max_sparsity": 0.8}
 
 
-def modules(*levels, curve=()):
-    return {
-        f"block.{number}": {axis: {"sparsity": level, "curve": list(curve)} for axis in ("rows", "columns")}
+def warned(*levels, curve=(), size=160, density=0.5, jointly=True, **changes):
+    modules = {
+        f"block.{number}": {axis: {"sparsity": level, "curve": list(curve)} for axis in AXES}
         for number, level in enumerate(levels)
     }
-
-
-def of(*levels, curve=(), **changes):
-    return findings(modules(*levels, curve=curve), GRID, **{**USUAL, "density": 0.5, **changes})
-
-
-def test_nothing_is_said_of_a_calibration_as_it_should_be():
-    assert of(0.4, 0.2, 0.0) == []
+    calibration = Calibration(modules=modules, **USUAL | changes)
+    return warnings_of(calibration, jointly=jointly, size=size, density=density)
 
 
 @pytest.mark.parametrize(
     ("levels", "changes", "expected"),
     [
+        ((0.4, 0.2, 0.0), {}, []),
+        (
+            (0.4, 0.0),
+            {"curve": [[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]},
+            ["not a number .* block.0, block.1 zer"],
+        ),
         ((0.4, 0.0), {"baseline": 0.18, "joint": 0.18}, ["poorly suited model"]),
         ((0.4, 0.0), {"baseline": 0.2, "joint": 0.2}, []),
         ((0.4, 0.0), {"baseline": -2.1, "chance": -2.3, "threshold": 0.95, "joint": -2.1}, ["poorly suited model"]),
         ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5}, ["void"]),
         ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5, "above_chance": True}, []),
-        ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5, "budget": True}, []),
+        ((0.4, 0.0), {"baseline": 0.5, "chance": 0.4, "threshold": 0.8, "joint": 0.5, "budget": 0.5}, []),
         ((0.4, 0.0), {"baseline": 0.5, "chance": None, "threshold": 0.1, "joint": 0.5}, []),
         ((0.0, 0.0), {}, ["no reduction"]),
         ((0.8, 0.8), {}, ["every level of every module passes"]),
@@ -46,27 +46,21 @@ def test_nothing_is_said_of_a_calibration_as_it_should_be():
         ((0.8,) * 5 + (0.2,), {}, ["5 modules never fail, .*: block.0, block.1, block.2 and 2 more"]),
         ((0.4, 0.0), {"joint": 0.8}, [r"is 0.8, below the threshold's line \(0.81\): set calibration.repair=true"]),
         ((0.4, 0.0), {"joint": 0.1}, [r"no better than chance \(0.1\): set calibration.repair=true"]),
-        ((0.4, 0.0), {"joint": 0.1, "budget": True}, ["no better than chance .*: raise calibration.budget"]),
-        ((0.4, 0.0), {"joint": 0.5, "budget": True}, []),
+        ((0.4, 0.0), {"joint": 0.1, "budget": 0.5}, ["no better than chance .*: raise calibration.budget"]),
+        ((0.4, 0.0), {"joint": 0.5, "budget": 0.5}, []),
         ((0.4, 0.0), {"joint": None}, ["joint score.* is not a number"]),
         ((0.4, 0.0), {"joint": None, "jointly": False}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.19}, ["risk of collapse: 81% .* 63 examples: raise the threshold"]),
-        ((0.4, 0.0), {"size": 63, "density": 0.19, "budget": True}, ["raise the budget"]),
+        ((0.4, 0.0), {"size": 63, "density": 0.19, "budget": 0.5}, ["raise the budget"]),
         ((0.4, 0.0), {"size": 64, "density": 0.19}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.2}, []),
     ],
 )
-def test_what_is_said(levels, changes, expected):
-    said = of(*levels, **changes)
-    assert len(said) == len(expected)
-    for words, pattern in zip(said, expected, strict=True):
+def test_warnings_of_numbers(levels, changes, expected):
+    warnings = warned(*levels, **changes)
+    assert len(warnings) == len(expected)
+    for words, pattern in zip(warnings, expected, strict=True):
         assert re.search(pattern, words)
-
-
-def test_scores_that_are_no_numbers_are_named():
-    assert of(0.4, 0.0, curve=[[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]) == [
-        "the score is not a number with part of block.0, block.1 zeroed; that counts as a failure"
-    ]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import finished_runs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_comparison_table import leave
-from test_report import budget, place, record
+from recorded_runs import budget, leave, place, record
 
-from partial_lora import report_command
+from partial_lora import cli
+from partial_lora.errors import PartialLoraError
 from partial_lora.report import page, records
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -57,7 +58,7 @@ def reported(tmp_path_factory):
     place(folder, budget(record("uniform", accuracy=1.0), 0.13))
     place(folder, record("probe", model="<b>&amp;", accuracy=0.08))
     place(folder, record("probe", seed=5, status="failed", error="<script>alert(1)</script>"))
-    assert report_command.report([str(folder)]) == 1
+    assert cli.report([str(folder)]) == 1
     return folder / "report" / "index.html"
 
 
@@ -66,7 +67,7 @@ def test_the_same_records_give_the_same_bytes(reported):
         return {file: file.read_bytes() for file in reported.parent.rglob("*") if file.is_file()}
 
     before = content()
-    assert report_command.report([str(reported.parents[1])]) == 1
+    assert cli.report([str(reported.parents[1])]) == 1
     assert content() == before
 
 
@@ -76,14 +77,14 @@ def test_what_could_not_be_compared_or_drawn_is_said_and_ends_nothing(tmp_path, 
         leave(tmp_path, "lora", wrong=20, seed=seed, settings={"epochs": 50.0})
     (broken,) = tmp_path.glob("runs/*/*/lora*/seed1/predictions.parquet")
     pq.write_table(pa.table({"label": [0], "prediction": [0], "label_name": ["a"], "logits": [1.0]}), broken)
-    assert report_command.report([str(tmp_path)]) == 0
+    assert cli.report([str(tmp_path)]) == 0
     said = "lora-None-500: trained under other conditions than partial at threshold 0.9: trainer.epochs 50 against 5"
     assert f"not compared: runs/digits/vit/{said}" in capsys.readouterr().out
     text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
     assert "Not compared" in text
     assert said in text
     broken.with_name("predictions.parquet").rename(broken.parents[1] / "seed0" / "predictions.parquet")
-    assert report_command.report([str(tmp_path)]) == 0
+    assert cli.report([str(tmp_path)]) == 0
     text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
     assert "hardest examples cannot be told from predictions.parquet" in text
 
@@ -138,7 +139,7 @@ def test_a_run_leaves_a_page_with_its_own_test_images():
     assert "Calibration curves" in text
     assert "every level of every module passes" in text  # what its calibration warns of
     (run.directory / page.PAGE).unlink()
-    assert report_command.report([str(run.directory), "--examples", "2"]) == 0
+    assert cli.report([str(run.directory), "--examples", "2"]) == 0
     again = Elements((run.directory / page.PAGE).read_text(encoding="utf-8"))
     assert len([each for each in again.all("img") if each["src"].startswith("data:image/webp")]) == 2
 
@@ -147,6 +148,41 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
     page.leave({"seed": 0}, tmp_path)
     assert "no page could be made" in caplog.text
     assert not (tmp_path / page.PAGE).exists()
+
+
+def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for seed, accuracy in enumerate((0.98, 0.985, 0.9925)):
+        place(tmp_path, record(seed=seed, accuracy=accuracy))
+    place(tmp_path, record("lora", task="cifar10"))
+    place(tmp_path, budget(record(), 0.13), id="1")
+    arguments = [str(tmp_path), "--where", "task=digits", "--by", "calibration.budget", "--spread", "interval"]
+    assert cli.report(arguments) == 0
+    text = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
+    assert text.splitlines()[0].endswith("--where task=digits --by calibration.budget --spread interval")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][:3] == ["calibration.budget", "n", "test accuracy (%)"]
+    assert [row[:2] for row in rows[2:]] == [["0.13", "1"], ["–", "3"]]
+    assert rows[3][2].startswith("98.58 ± 1.5")
+    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote"))
+    place(tmp_path, record(seed=9, status="failed", error="no space left"))
+    assert cli.report([str(tmp_path)]) == 1
+    assert "seed9/result.json: failed: no space left" in capsys.readouterr().err
+
+
+def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
+    place(tmp_path, record(status="running"))
+    with pytest.raises(PartialLoraError, match=str(tmp_path)):
+        cli.report([str(tmp_path)])
+    assert "seed0/result.json: running" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_needs_no_torch():
+    task = "{'task': {'name': 'digits', 'path': 'bundled:digits'}}"
+    code = "import sys, partial_lora.cli; from partial_lora.report import page;"
+    code += f"rows = page.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 SORTS = """<script>

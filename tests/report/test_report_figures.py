@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from drawn_records import calibrated
 from matplotlib.image import imread
-from test_comparison_table import leave
-from test_report import budget, place, record
+from recorded_runs import budget, leave, place, record
 
 from partial_lora.report import figures, records, tables
 from partial_lora.report.figures import look
@@ -115,7 +114,7 @@ def test_differences_are_those_of_the_comparison(tmp_path):
     for seed in (0, 1):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    compared = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
+    compared = tables.differences(records.read(tmp_path)[0], Predictions(tmp_path)).rows
     (axes,) = figures.differences(compared).figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["lora: worse"]
     assert any(line.get_xydata().tolist() == [[pytest.approx(-0.2), 0]] for line in axes.lines)
@@ -126,7 +125,7 @@ def test_only_a_metric_with_a_margin_has_the_strip_that_matches(tmp_path):
     for method, wrong in (("partial", 20), ("lora", 60)):
         for seed in (0, 1):
             leave(tmp_path, method, wrong=wrong, seed=seed)
-    compared = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
+    compared = tables.differences(records.read(tmp_path)[0], Predictions(tmp_path)).rows
     strips = [
         len(figures.differences(compared.assign(metric=metric)).figure.axes[0].patches)
         for metric in ("accuracy", "mse")
@@ -142,7 +141,7 @@ def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(
     for method, wrong in (("partial", 100), ("lora", 102), ("targeted", 97), ("uniform", 99), ("probe", 100)):
         for seed in (0, 1):
             leave(tmp_path, method, wrong=wrong, seed=seed)
-    rows = tables.table(records.read(tmp_path)[0], Predictions(tmp_path)).rows
+    rows = tables.differences(records.read(tmp_path)[0], Predictions(tmp_path)).rows
     close = figures.differences(rows).figure.axes[0]
     assert not close.texts
     last = rows["method"] == "probe"
@@ -167,7 +166,7 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, found):
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
     predictions = Predictions(tmp_path)
-    compared = tables.table(found, predictions).rows
+    compared = tables.differences(found, predictions).rows
     drawn = figures.draw_gallery(found, records.group(frame), compared, predictions, tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]

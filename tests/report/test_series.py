@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_comparison_table import leave
-from test_report import budget, place, record
+from recorded_runs import budget, leave, place, record, rows_of
 
 from partial_lora.report import figures, records
 from partial_lora.report.records import Predictions
@@ -55,7 +54,7 @@ def test_agreement_of_predictions_is_over_common_seeds(tmp_path):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=50, seed=seed + 1)
     leave(tmp_path, "probe", wrong=0, seed=7)
-    table = records.group(records.collect(tmp_path)[0])
+    table = records.group(rows_of(tmp_path))
     order = table["method"].tolist()
     matrix = figures.prediction_agreement(table, Predictions(tmp_path))
     assert matrix[order.index("partial"), order.index("lora")] == pytest.approx(1 - 30 / 200)
@@ -103,5 +102,5 @@ def test_nothing_is_read_of_broken_predictions(tmp_path):
     leave(tmp_path, "lora", wrong=20)
     for file in tmp_path.rglob("predictions.parquet"):
         file.write_bytes(b"no parquet")
-    table = records.group(records.collect(tmp_path)[0])
+    table = records.group(rows_of(tmp_path))
     assert figures.prediction_agreement(table, Predictions(tmp_path)) is None

@@ -17,7 +17,7 @@ import pytest
 from datasets import Image
 from scipy.special import softmax
 
-from partial_lora import evaluate_command, predict_command
+from partial_lora import cli
 from partial_lora import tasks as tasks_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, config, export
@@ -36,7 +36,7 @@ def said(capsys) -> Callable[..., list[dict]]:
 
     def do(run: FinishedRun, *arguments: str) -> list[dict]:
         capsys.readouterr()  # what its training said, where this is the first that asks for it
-        assert predict_command.predict([str(run.directory), "--device", "cpu", "--json", *arguments]) == 0
+        assert cli.predict([str(run.directory), "--device", "cpu", "--json", *arguments]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return [json.loads(line) for line in out.splitlines()]
@@ -48,7 +48,7 @@ def said(capsys) -> Callable[..., list[dict]]:
 def evaluated(capsys) -> Callable[..., dict]:
     def do(run: FinishedRun, *arguments: str) -> dict:
         capsys.readouterr()
-        assert evaluate_command.evaluate([str(run.directory), "--json", *arguments]) == 0
+        assert cli.evaluate([str(run.directory), "--json", *arguments]) == 0
         return json.loads(capsys.readouterr().out)
 
     return do
@@ -91,7 +91,7 @@ def test_texts_and_pairs_are_answered_each_by_its_member_s_head(said) -> None:
     assert [each["input"] for each in found] == lines
     classes_agree(found, run, "colours", ["blue", "green", "red"])
     with pytest.raises(PartialLoraError, match="expected two texts with a tab between them"):
-        predict_command.predict([str(run.directory), "--member", "colours", "one text"])
+        cli.predict([str(run.directory), "--member", "colours", "one text"])
 
 
 def test_images_are_answered_by_either_head(said, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_texts_are_as_long_as_their_member_s_are() -> None:
 )
 def test_a_member_of_a_mixture_has_to_be_named(arguments, words) -> None:
     run = mixed_runs.text_mixture()
-    for command, inputs in ((predict_command, ["a text"]), (evaluate_command, ["task.test_samples=4"])):
+    for command, inputs in ((cli.predict, ["a text"]), (cli.evaluate, ["task.test_samples=4"])):
         with pytest.raises(PartialLoraError, match=words) as refusal:
-            command.main([str(run.directory), *inputs, *arguments])
+            command([str(run.directory), *inputs, *arguments])
         assert "\n" not in str(refusal.value)
     with pytest.raises(PartialLoraError, match=words):
         Predictor(run, device="cpu", member=arguments[1] if arguments else None)
@@ -163,8 +163,8 @@ def test_a_run_of_one_task_has_no_members() -> None:
 
 def test_a_mixture_is_refused_before_torch_is_there() -> None:
     script = (
-        "import sys\nfrom partial_lora import predict_command\nfrom partial_lora.errors import PartialLoraError\n"
-        "try:\n    predict_command.predict([sys.argv[1], 'a text'])\n"
+        "import sys\nfrom partial_lora import cli\nfrom partial_lora.errors import PartialLoraError\n"
+        "try:\n    cli.predict([sys.argv[1], 'a text'])\n"
         "except PartialLoraError as error:\n    print(error)\nprint('torch' in sys.modules)\n"
     )
     directory = str(mixed_runs.text_mixture().directory)

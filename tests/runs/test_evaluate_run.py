@@ -13,7 +13,7 @@ import pandas
 import pytest
 from finished_runs import files, override, pictures
 
-from partial_lora import evaluate_command
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, finished
 from partial_lora.runs import directory as results
@@ -37,7 +37,7 @@ def evaluate(run, capsys):
     """A command line to what --json says."""
 
     def do(*arguments: str, directory: Path = run.directory) -> dict:
-        assert evaluate_command.evaluate([str(directory), "--json", *arguments]) == 0
+        assert cli.evaluate([str(directory), "--json", *arguments]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return json.loads(out)
@@ -51,7 +51,7 @@ def predictions(folder: Path | str) -> pandas.DataFrame:
 
 def refused(run: FinishedRun, *arguments: str) -> str:
     with pytest.raises(PartialLoraError) as error:
-        evaluate_command.evaluate([str(run.directory), *arguments])
+        cli.evaluate([str(run.directory), *arguments])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -159,13 +159,13 @@ def test_a_task_of_texts_is_refused_for_a_model_of_images(run) -> None:
 
 def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> None:
     folder = Path(evaluate()["folder"])
-    monkeypatch.setattr(results, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(evaluate_run, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
     assert "cannot be written (disk full)" in refused(run)
     assert not (folder / "evaluation.json").exists()
 
 
 def test_a_person_reads_a_table(run, capsys) -> None:
-    assert evaluate_command.evaluate([str(run.directory)]) == 0
+    assert cli.evaluate([str(run.directory)]) == 0
     out = capsys.readouterr().out
     assert f"{run.result['metrics']['test']['accuracy']:.4f}" in out
     assert "21 examples" in out
@@ -289,8 +289,8 @@ def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run, tmp_path) -> 
 
 def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     one = finished_runs.changed(run, "task", data_files=str(tmp_path))
-    task, _ = evaluate_command.composed(one.config, [f"task.data_files.test={tmp_path}"])
+    task, _ = finished.evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
     assert task.data_files == {"train": str(tmp_path), "test": str(tmp_path)}
     hub = finished_runs.changed(run, "task", data_files=None)
     with pytest.raises(PartialLoraError, match=r"task\.data_files\.test: the run's rows came without files; expected"):
-        evaluate_command.composed(hub.config, [f"task.data_files.test={tmp_path}"])
+        finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])

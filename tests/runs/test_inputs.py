@@ -5,19 +5,20 @@ from __future__ import annotations
 import io
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import predict
-from partial_lora.runs.predict import Input
+from partial_lora.runs import inputs
+from partial_lora.runs.inputs import Input
 
 
 def read(
     *arguments: str, modality: str = "text", pairs: bool = False, kind: str = "label", stdin: bytes = b""
-) -> predict.Inputs:
-    return predict.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
+) -> tuple[Iterator[Input], int | None]:
+    return inputs.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
 
 
 def refused(*arguments: str, **how: object) -> str:
@@ -43,12 +44,12 @@ def test_images_are_files_folders_and_lines_in_the_order_in_which_they_were_name
     found = read("photos/notes.txt", "photos", "@list.txt", "photos/a.png", modality="image")
     in_folder = ["photos/a.png", "photos/b.JPG", "photos/c/2.gif", "photos/z/1.webp"]
     expected = ["photos/notes.txt", *in_folder, "photos/b.JPG", "no such.png", "photos/a.png"]
-    assert found.total is None
-    stream = list(found.stream)
-    assert [each.said for each in stream] == [each.given for each in stream] == expected
+    assert found[1] is None
+    stream = list(found[0])
+    assert [each.text for each in stream] == [each.content for each in stream] == expected
     assert [each.place for each in stream if each.place] == ["list.txt, line 1", "list.txt, line 2"]
     assert not any(each.problem for each in stream)
-    assert read("photos", "photos/a.png", modality="image").total == 5
+    assert read("photos", "photos/a.png", modality="image")[1] == 5
 
 
 @pytest.mark.parametrize(
@@ -71,21 +72,21 @@ def test_what_is_no_image_is_refused_by_name(photos: Path, argument: str, said: 
 def test_texts_are_arguments_and_lines(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_bytes("\ufeffgrün\r\nno\u2028break\x0bhere\nlast".encode())
-    found = list(read("a text", f"@{file}", "-", stdin=b"one\ntwo\n").stream)
-    assert [each.given for each in found] == ["a text", "grün", "no\u2028break\x0bhere", "last", "one", "two"]
+    found = list(read("a text", f"@{file}", "-", stdin=b"one\ntwo\n")[0])
+    assert [each.content for each in found] == ["a text", "grün", "no\u2028break\x0bhere", "last", "one", "two"]
     assert [each.place for each in found[-2:]] == ["standard input, line 1", "standard input, line 2"]
 
 
 def test_lines_that_are_nothing_are_named_and_the_others_go_on() -> None:
-    found = list(read("-", stdin=b"one\n\n  \n\xff\xfe\ntwo\n").stream)
+    found = list(read("-", stdin=b"one\n\n  \n\xff\xfe\ntwo\n")[0])
     assert [each.problem for each in found] == [None, "an empty line", "an empty line", "not UTF-8", None]
     assert [each.place for each in found] == [f"standard input, line {number}" for number in range(1, 6)]
-    assert not list(read("-").stream)
+    assert not list(read("-")[0])
 
 
 def test_a_pair_is_two_texts_with_a_tab_between_them() -> None:
     lines = b"a question\tan answer\nalone\na\t\na\tb\tc\n"
-    found = list(read("one\ttwo", "-", pairs=True, stdin=lines).stream)
+    found = list(read("one\ttwo", "-", pairs=True, stdin=lines)[0])
     assert found[:2] == [
         Input("one\ttwo", ("one", "two")),
         Input("a question\tan answer", ("a question", "an answer"), place="standard input, line 1"),
@@ -95,12 +96,12 @@ def test_a_pair_is_two_texts_with_a_tab_between_them() -> None:
 
 
 def test_a_tab_in_a_text_that_is_no_pair_is_part_of_it() -> None:
-    assert next(read("one\ttwo").stream).given == "one\ttwo"
+    assert next(read("one\ttwo")[0]).content == "one\ttwo"
 
 
 def test_a_question_is_a_prompt_and_its_options_with_tabs_between_them() -> None:
     lines = b"which?\tone\ntwo of\twhich?\t \t\nwhich?\tone\ttwo\tone \n\tone\ttwo\n"
-    found = list(read("which\none?\tthis\tthat\tnone", "-", kind="choice", stdin=lines).stream)
+    found = list(read("which\none?\tthis\tthat\tnone", "-", kind="choice", stdin=lines)[0])
     assert found[0] == Input("which\none?\tthis\tthat\tnone", ("which\none?", ("this", "that", "none")))
     expected = "expected a prompt and two or more options, with tabs between them"
     assert [each.problem for each in found[1:]] == [expected, expected, "the option 'one' is there twice", expected]
@@ -108,7 +109,7 @@ def test_a_question_is_a_prompt_and_its_options_with_tabs_between_them() -> None
 
 
 def test_a_prompt_is_a_text() -> None:
-    assert [each.given for each in read("one\ttwo", "-", kind="generation", stdin=b"three\n").stream] == [
+    assert [each.content for each in read("one\ttwo", "-", kind="generation", stdin=b"three\n")[0]] == [
         "one\ttwo",
         "three",
     ]
@@ -122,13 +123,13 @@ def test_an_empty_text_is_refused(argument: str) -> None:
 def test_a_file_is_no_text_but_a_word_that_is_also_a_folder_is(photos: Path) -> None:
     assert "@photos/notes.txt stands for the lines" in refused("photos/notes.txt")
     assert "is a file or folder" in refused(f"photos{os.sep}z")
-    assert next(read("photos").stream).given == "photos"
+    assert next(read("photos")[0]).content == "photos"
     assert "a text that starts with @ goes through standard input" in refused("@somebody hello")
 
 
 def test_standard_input_is_read_once() -> None:
     assert "named twice" in refused("-", "@-")
-    assert [each.given for each in read("@-", stdin=b"one").stream] == ["one"]
+    assert [each.content for each in read("@-", stdin=b"one")[0]] == ["one"]
 
 
 def test_lines_are_read_as_they_are_asked_for() -> None:
@@ -145,6 +146,6 @@ def test_lines_are_read_as_they_are_asked_for() -> None:
             return b"again\n"
 
     endless = Endless()
-    found = predict.read(["first", "-"], modality="text", pairs=False, stdin=endless)
-    assert [each.given for each in itertools.islice(found.stream, 4)] == ["first", "again", "again", "again"]
+    found = inputs.read(["first", "-"], modality="text", pairs=False, stdin=endless)
+    assert [each.content for each in itertools.islice(found[0], 4)] == ["first", "again", "again", "again"]
     assert endless.asked == 3

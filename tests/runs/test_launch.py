@@ -31,7 +31,7 @@ def test_how_a_run_ended_is_what_its_record_says_of_it(tmp_path: Path, record: d
 def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with launch._stopping():
+        with launch._stop_requests():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -39,7 +39,7 @@ def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
 
 
 def test_who_has_a_run_does_not_wait_for_itself(tmp_path: Path) -> None:
-    own = sweep.Ledger.opened(tmp_path)
+    own = sweep.Ledger.new(tmp_path)
     other = sweep.Ledger(own.folder)
     with own.claimed(tmp_path / "run"):
         assert not own.is_under_way(tmp_path / "run")

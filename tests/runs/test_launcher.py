@@ -54,7 +54,7 @@ def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_p
         time.sleep(0.5)
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert said(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
-    assert launch.first(tmp_path / "told") is None
+    assert launch.first_failure(tmp_path / "told") is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

@@ -13,7 +13,7 @@ import finished_runs
 import pytest
 import torch
 
-from partial_lora import cli, predict_command
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.predict import Prediction, Predictor
 
@@ -38,7 +38,7 @@ def predict(run, photos, capsys):
     """A command line to its exit code, its lines and what it said on stderr."""
 
     def do(*arguments: str, directory: str = run) -> tuple[int, list[str], str]:
-        code = predict_command.predict([directory, "--device", "cpu", *arguments])
+        code = cli.predict([directory, "--device", "cpu", *arguments])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err
 
@@ -151,32 +151,34 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(phot
     ],
 )
 def test_a_wrong_input_is_refused_before_the_model_is_there(run, monkeypatch, arguments, said) -> None:
-    monkeypatch.setattr(predict_command, "_predictor", lambda *given: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "partial_lora.runs.predict.Predictor", lambda *given, **how: pytest.fail("the model was loaded")
+    )
     monkeypatch.setattr(sys, "stdin", Stdin([]))
     with pytest.raises(PartialLoraError) as error:
-        predict_command.predict([run, *arguments])
+        cli.predict([run, *arguments])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path) -> None:
     with pytest.raises(PartialLoraError, match="no such directory"):
-        predict_command.predict([str(tmp_path / "none"), "a text"])
+        cli.predict([str(tmp_path / "none"), "a text"])
 
 
 @pytest.mark.parametrize("option", [["--top-k", "0"], ["--batch-size", "-1"], ["--batch-size", "many"]])
 def test_a_number_out_of_range_is_refused_by_name(run, capsys, option) -> None:
     with pytest.raises(SystemExit) as ended:
-        predict_command.predict([run, "x", *option])
+        cli.predict([run, "x", *option])
     assert ended.value.code == 2
     assert f"argument {option[0]}: expected a whole number of at least 1, not {option[1]!r}" in capsys.readouterr().err
 
 
 def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
     script = (
-        "import sys\nfrom partial_lora import cli, predict_command\nfrom partial_lora.errors import PartialLoraError\n"
+        "import sys\nfrom partial_lora import cli\nfrom partial_lora.errors import PartialLoraError\n"
         "for arguments in (['--help'], [sys.argv[1], 'nowhere.png'], ['nowhere', 'x']):\n"
-        "    try:\n        predict_command.predict(arguments)\n"
+        "    try:\n        cli.predict(arguments)\n"
         "    except (SystemExit, PartialLoraError) as error:\n        print(type(error).__name__)\n"
         "print('torch' in sys.modules)\n"
     )
@@ -190,7 +192,7 @@ def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
 def test_a_stream_is_printed_batch_by_batch_and_never_read_ahead(photos, predict, monkeypatch) -> None:
     """When line n is read, all whole batches before it have been printed: what is in memory is one batch."""
     printed, when_read = io.StringIO(), []
-    monkeypatch.setattr(predict_command, "_write", lambda lines: printed.write(lines))
+    monkeypatch.setattr(sys, "stdout", printed)
     feed = [photos[number % len(photos)] for number in range(10)]
     monkeypatch.setattr(sys, "stdin", Stdin(feed, lambda: when_read.append(printed.getvalue().count("\n"))))
     assert predict("--json", "--batch-size", "3", "-")[0] == 0
@@ -228,7 +230,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(photos, run, monkeypatch,
     with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         patch.setattr(sys, "stdin", Stdin(endless, lambda: asked.append(1)))
-        assert predict_command.predict([run, "--device", "cpu", "--batch-size", "2", "-"]) == 0
+        assert cli.predict([run, "--device", "cpu", "--batch-size", "2", "-"]) == 0
         closed.flush()  # as the interpreter does at its end
     assert len(asked) == 2
     assert capfd.readouterr().err == ""
@@ -237,7 +239,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(photos, run, monkeypatch,
 def test_an_interruption_leaves_what_was_printed(photos, run, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin([photos[0], photos[1], photos[2], KeyboardInterrupt()]))
     with pytest.raises(KeyboardInterrupt):
-        predict_command.predict([run, "--device", "cpu", "--batch-size", "2", "-"])
+        cli.predict([run, "--device", "cpu", "--batch-size", "2", "-"])
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -257,7 +259,7 @@ def test_progress_is_for_a_terminal_and_goes_to_stderr(photos, folder, predict, 
 def test_the_device_is_the_one_that_was_asked_for(run, photos, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PartialLoraError, match="torch finds no CUDA device"):
-        predict_command.predict([run, photos[0], "--device", "cuda"])
+        cli.predict([run, photos[0], "--device", "cuda"])
 
 
 # Texts
@@ -320,11 +322,11 @@ def test_a_text_is_written_after_a_prompt(predict) -> None:
 
 
 def test_line_breaks_that_were_written_are_shown_as_they_are_written_down() -> None:
-    line = predict_command._readable_line(1, [])(Prediction("a prompt", "one\ntwo\x1b[2J", None, {}))
+    line = cli._plain_line(1, [])(Prediction("a prompt", "one\ntwo\x1b[2J", None, {}))
     assert line == "one\\ntwo\\x1b[2J  a prompt\n"
 
 
 @pytest.mark.parametrize("of", [finished_runs.image_run, finished_runs.choice_run])
 def test_the_length_of_a_text_is_for_runs_that_write_some(of) -> None:
     with pytest.raises(PartialLoraError, match="--max-new-tokens: the run's model writes no texts"):
-        predict_command.predict([str(of().directory), "a", "--max-new-tokens", "3"])
+        cli.predict([str(of().directory), "a", "--max-new-tokens", "3"])

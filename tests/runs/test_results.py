@@ -93,17 +93,11 @@ def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_kept_records_are_not_run_again_where_that_is_asked_for(
-    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {}
-    monkeypatch.setattr(launch, "launch", lambda *given, finished, **others: asked.update(finished=finished))
-    monkeypatch.setattr(launch, "directory", lambda settings, stage: tmp_path)
+def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_path: Path) -> None:
     files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
     (tmp_path / "predictions.parquet").write_text("")
     for stage in ("train", "calibrate"):
-        launch.run(Config(keep_records=keep), stage, shown=False)
-        assert asked["finished"](tmp_path) is (keep and stage == "train")
+        assert launch._is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
 
 
 def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:

@@ -284,21 +284,21 @@ def test_of_what_a_sampler_may_choose_one_example_is_checked(tmp_path, monkeypat
 
 
 def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
-    ledger = Ledger.opened(tmp_path / "sweep")
-    assert ledger.asked() == []
-    ledger.ask(signal.SIGINT)
-    ledger.ask(signal.SIGTERM)
-    assert ledger.asked() == [signal.SIGINT, signal.SIGTERM]
+    ledger = Ledger.new(tmp_path / "sweep")
+    assert ledger.stops() == []
+    ledger.stop(signal.SIGINT)
+    ledger.stop(signal.SIGTERM)
+    assert ledger.stops() == [signal.SIGINT, signal.SIGTERM]
     ledger.write(10, status="running")
     ledger.write(2, status="running")
     ledger.write(10, status="finished")
     assert list(ledger.entries().items()) == [(2, {"status": "running"}), (10, {"status": "finished"})]
     ledger.close()
-    assert ledger.asked() == [signal.SIGTERM]
+    assert ledger.stops() == [signal.SIGTERM]
 
 
 def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path) -> None:
-    ledger, run = Ledger.opened(tmp_path / "sweep"), tmp_path / "run"
+    ledger, run = Ledger.new(tmp_path / "sweep"), tmp_path / "run"
     assert not ledger.is_under_way(run)
     with ledger.claimed(run) as before:
         assert not before
@@ -332,6 +332,6 @@ def test_the_table_says_of_every_run_what_became_of_it() -> None:
     assert lines[4] == ["a=4", "not", "started", "–", "–"]
     stopped = sweep.rows(entries, names, [signal.SIGTERM])
     assert [row.code for row in stopped] == [0, 0, 2, 143, 0]
-    assert sweep.counted(stopped).startswith(
+    assert sweep.counts(stopped).startswith(
         "5 runs: 1 finished, 1 skipped (finished before), 1 refused, 1 interrupted, 1 not started"
     )

@@ -18,7 +18,7 @@ from evidence_records import EXAMPLES, leave
 from scipy import stats
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.statistics import compared
+from partial_lora.report.statistics import compare, verdict
 
 BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
@@ -64,7 +64,7 @@ def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndar
 
 def by_comparison(one: Pair, **settings: object):
     sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
-    return compared(*sides, one.metric, **settings)
+    return compare(*sides, one.metric, **settings)
 
 
 def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_what_cannot_be_paired_is_refused() -> None:
     ],
 )
 def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str, as_good: str, better: str) -> None:
-    word = paired.verdict(-high, -low, None) if metric == "mse" else paired.verdict(low, high)
+    word = verdict(-high, -low, None) if metric == "mse" else verdict(low, high)
     row = {"low": low, "high": high, "metric": metric, "seeds": 3, "verdict": word}
     assert (paired.as_good(row), paired.better(row)) == (as_good, better)
     assert paired.better(row | {"seeds": 1}) == OPEN

@@ -8,7 +8,7 @@ import pytest
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.splits import mislabelled
+from partial_lora.tasks.splits import with_label_noise
 
 
 def digits(**changes: float) -> tasks.Task:
@@ -37,19 +37,19 @@ def rows(labels: list[int], classes: int) -> datasets.Dataset:
 
 def test_the_seed_decides_which() -> None:
     own = digits().train
-    one, again, other = (mislabelled(own, 0.3, seed, "digits")["label"] for seed in (0, 0, 1))
+    one, again, other = (with_label_noise(own, 0.3, seed, "digits")["label"] for seed in (0, 0, 1))
     assert list(one) == list(again) != list(other)
 
 
 @pytest.mark.parametrize(("share", "wrong"), [(0.0, 0), (0.1, 20), (0.003, 1), (0.002, 0), (1.0, 200)])
 def test_the_share_of_labels_is_to_the_nearest_row(share: float, wrong: int) -> None:
     own = [number % 5 for number in range(200)]
-    found = mislabelled(rows(own, 5), share, 0, "mine")["label"]
+    found = with_label_noise(rows(own, 5), share, 0, "mine")["label"]
     assert sum(a != b for a, b in zip(own, found, strict=True)) == wrong
 
 
 def test_every_other_class_is_reached_alike() -> None:
-    counts = np.bincount(mislabelled(rows([0] * 6000, 4), 1.0, 0, "mine")["label"], minlength=4)
+    counts = np.bincount(with_label_noise(rows([0] * 6000, 4), 1.0, 0, "mine")["label"], minlength=4)
     assert counts[0] == 0
     assert abs(counts[1:] - 2000).max() < 150  # four standard deviations
 
@@ -64,10 +64,10 @@ def test_every_other_class_is_reached_alike() -> None:
 def test_labels_without_another_class_are_refused(feature: object, labels: list, has: str) -> None:
     own = datasets.Dataset.from_dict({"label": labels}, features=datasets.Features({"label": feature}))
     with pytest.raises(PartialLoraError, match=rf"^task\.label_noise=0\.5: mine has {has} as labels") as refusal:
-        mislabelled(own, 0.5, 0, "mine")
+        with_label_noise(own, 0.5, 0, "mine")
     assert "\n" not in str(refusal.value)
 
 
 def test_more_than_all_labels_are_refused() -> None:
     with pytest.raises(PartialLoraError, match=r"^task\.label_noise=1\.5"):
-        mislabelled(rows([0, 1], 2), 1.5, 0, "mine")
+        with_label_noise(rows([0, 1], 2), 1.5, 0, "mine")

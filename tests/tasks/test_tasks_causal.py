@@ -149,7 +149,7 @@ def test_a_response_ends_with_the_end_token_and_its_prompt_is_what_is_generated_
     assert [len(batch["labels"]) for batch in batches] == [2, 1]
     Loss().check(batches[0])
     assert torch.equal(batches[1]["input_ids"], transform.collate(prepared[2:])["input_ids"])
-    inputs = transform.of_inputs(rows["prompt"][:])
+    inputs = transform.encode(rows["prompt"][:])
     longest = max(row["answer_start"] for row in prepared)
     for place, row in enumerate(prepared):
         padding = longest - row["answer_start"]
@@ -168,7 +168,7 @@ def test_a_chat_is_written_by_the_template_up_to_the_end_of_the_reply() -> None:
     assert whole == "<|user|>\nwhat is two?</s>\n<|assistant|>\nit is two</s>\n"
     assert row["input_ids"] == tokenizer.encode(whole[:-1], add_special_tokens=False)  # the template has no <s>
     assert row["input_ids"][: row["answer_start"]] == asked
-    assert transform.of_inputs(["what is two?"])["input_ids"].tolist() == [asked]
+    assert transform.encode(["what is two?"])["input_ids"].tolist() == [asked]
     (option, _) = tasks.CausalTransform(tokenizer, 99, kind="choice", chat=True).options(
         questions([("what is two?", [" it is two", " four"], 0)]), cache_bytes=0
     )
@@ -187,7 +187,7 @@ def test_what_is_too_long_loses_the_first_words_of_its_prompt_and_never_the_answ
         assert long["length"] > short["length"] == 12
         assert short["input_ids"] == [tokenizer.bos_token_id, *long["input_ids"][-11:]]
         assert short["input_ids"][short["answer_start"] :] == long["input_ids"][long["answer_start"] :]
-    (context,) = tasks.CausalTransform(tokenizer, 12).of_inputs([rows["prompts"][0][0]])["input_ids"].tolist()
+    (context,) = tasks.CausalTransform(tokenizer, 12).encode([rows["prompts"][0][0]])["input_ids"].tolist()
     kept = whole[0]["input_ids"][: whole[0]["answer_start"]]
     assert context == [tokenizer.bos_token_id, *kept[-11:]]
 

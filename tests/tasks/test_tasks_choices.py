@@ -262,10 +262,10 @@ def test_what_is_wrong_with_an_exchange_is_named_in_one_line(tmp_path: Path) -> 
 def test_draws_are_shared_out_by_the_right_one_s_place_and_responses_have_none(tmp_path: Path) -> None:
     answers = ["red"] * 300 + ["blue"] * 100
     task = load(tmp_path, [question(answer) for answer in answers], **COLUMNS)
-    draws = tasks.few_shot_draws(tasks.drawn_from(task.test), seed=0, share=0.01)
+    draws = tasks.few_shot_draws(tasks.strata(task.test), seed=0, share=0.01)
     for rows in (draws.fit, draws.scored):
         assert np.bincount(np.asarray(task.test["label"])[rows]).tolist() == [96, 32]
     said = load(tmp_path, [{"rule": "", "q": str(row), "said": "yes"} for row in range(400)], **WRITTEN)
-    draws = tasks.few_shot_draws(tasks.drawn_from(said.test), seed=0, share=0.01)
+    draws = tasks.few_shot_draws(tasks.strata(said.test), seed=0, share=0.01)
     assert (len(draws.fit), len(draws.scored), len(set(draws.fit) & set(draws.scored))) == (128, 128, 0)
-    assert len(tasks.few_shot_draws(tasks.drawn_from(said.test), seed=0, shots=4).fit) == 128
+    assert len(tasks.few_shot_draws(tasks.strata(said.test), seed=0, shots=4).fit) == 128

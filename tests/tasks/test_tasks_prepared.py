@@ -102,7 +102,7 @@ def test_pixels_are_the_literal_ones_whichever_way_they_are_asked_for() -> None:
         assert same(transform.collate([prepared[index] for index in range(10)]), expected)
         assert same(transform.collate(prepared.__getitems__([7, 2])), {k: v[[7, 2]] for k, v in expected.items()})
     assert torch.equal(torch.stack(rows.with_transform(transform)[:]["pixel_values"]), expected["pixel_values"])
-    assert same(transform.of_inputs(rows["image"][:]), {"pixel_values": expected["pixel_values"]})
+    assert same(transform.encode(rows["image"][:]), {"pixel_values": expected["pixel_values"]})
 
 
 @pytest.mark.parametrize("bound", [BOUND, 0])
@@ -238,7 +238,7 @@ def grey(file: Path) -> list[int]:
     transform = tasks.ImageTransform(image_size=2, mean=[0.0] * 3, std=[1.0] * 3, interpolation="nearest")
     rows = one_image(file)
     made = [transform.collate([transform.prepare(rows, cache_bytes=bound)[0]]) for bound in (BOUND, 0)]
-    made = [*made, *transform.batches(rows, 1), transform.of_inputs([Image.open(file)])]
+    made = [*made, *transform.batches(rows, 1), transform.encode([Image.open(file)])]
     pixels = [(batch["pixel_values"] * 255).round().int() for batch in made]
     assert all(torch.equal(pixels[0], other) for other in pixels)
     assert torch.equal(pixels[0][0, 0], pixels[0][0, 1])
@@ -281,7 +281,7 @@ def test_grey_without_a_known_white_is_refused(tmp_path: Path, values: np.ndarra
         with pytest.raises(PartialLoraError, match=rf"row 1 of .*a\.tiff .*{said}"):
             tasks.ImageTransform(**PIXELS).prepare(one_image(file), cache_bytes=bound)
     with pytest.raises(ValueError, match=said):
-        tasks.ImageTransform(**PIXELS).of_inputs([Image.open(file)])
+        tasks.ImageTransform(**PIXELS).encode([Image.open(file)])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_tokens_are_those_of_the_tokenizer_padded_to_the_longest_of_the_batch(pa
             assert same(batch, expected)
             assert same(collated, expected)
             inputs = list(zip(*part, strict=True)) if pairs else part[0]
-            assert same(transform.of_inputs(inputs) | {"labels": expected["labels"]}, expected)
+            assert same(transform.encode(inputs) | {"labels": expected["labels"]}, expected)
 
 
 def test_texts_are_tokenised_once_and_only_by_the_same_tokenizer(monkeypatch) -> None:
@@ -340,7 +340,7 @@ def test_texts_are_tokenised_once_and_only_by_the_same_tokenizer(monkeypatch) ->
 def test_a_model_without_token_types_is_given_none() -> None:
     transform = tasks.TextTransform(tokenizer(pairs=False), 8)
     assert transform.prepare(texts(), cache_bytes=BOUND).column_names == ["input_ids", "length", "label"]
-    assert set(transform.of_inputs(["a film"])) == {"input_ids", "attention_mask"}
+    assert set(transform.encode(["a film"])) == {"input_ids", "attention_mask"}
 
 
 def test_only_texts_have_lengths() -> None:

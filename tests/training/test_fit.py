@@ -70,7 +70,7 @@ def trainer(model: PeftModel, directory: Path, count: int = 20, real: bool = Fal
         TrainerConfig(**settings),
         train=rows(count, real, size),
         validation=rows(12, real, size),
-        directory=directory,
+        directory=directory / results.CHECKPOINTS,
         collate=collate,
         loss=objectives.loss_of_batch,
         measure=lambda said: evaluation.metrics_of(metrics, said.predictions, np.asarray(said.label_ids)),

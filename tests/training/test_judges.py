@@ -129,7 +129,7 @@ def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_pa
     assert test.metrics["rouge_l"] == pytest.approx(test.predictions["rouge_l"].mean())
     assert test.predictions["label"].tolist() == list(chosen.test["response"])
     for prompt, written in zip(chosen.test["prompt"], test.predictions["prediction"], strict=True):
-        alone = judge.transform.of_inputs([prompt])
+        alone = judge.transform.encode([prompt])
         tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
         assert TOKENIZER.decode(tokens, skip_special_tokens=True).strip() == written
 

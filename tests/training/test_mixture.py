@@ -432,7 +432,7 @@ def of_kind(kind: str, metrics: tuple[str, ...]) -> tasks_of.Mixture:
         )
         for name, first, count in (("a", 0, 5), ("b", 20, 3))
     ]
-    return tasks_of.mixed("mixture", made, mixing="proportional", seed=0)
+    return tasks_of.mix("mixture", made, mixing="proportional", seed=0)
 
 
 def of_split(rows: Dataset, split: str) -> Dataset:

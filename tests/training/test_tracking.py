@@ -44,7 +44,8 @@ def run_directory(place: Path) -> Path:
 def tracking(place: Path, *names: str) -> Tracking:
     parameters = {"task.name": "digits", "task.metrics": ["accuracy"], "model.weights": f"https://host/?token={SECRET}"}
     parameters |= {f"model.key{number}": number for number in range(150)}  # more than one request takes
-    return Tracking(names, directory=run_directory(place), results_dir=place, parameters=parameters)
+    record = run_directory(place) / results.TRACKERS
+    return Tracking(names, directory=run_directory(place), record=record, results_dir=place, parameters=parameters)
 
 
 def stored(place: Path) -> Run:

@@ -1,4 +1,4 @@
-"""Two methods compared example by example: exact small cases, intervals that hold the truth, and verdicts."""
+"""Differences that are more than chance: exact small cases, intervals that hold the truth, verdicts, marks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from recorded_runs import LABEL, leave, rows_of
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import statistics
-from partial_lora.report.statistics import compared, per_example, resampled, verdict
+from partial_lora.report import records, statistics, tables
+from partial_lora.report.records import Predictions
+from partial_lora.report.statistics import bootstrap, compare, per_example, reliability, verdict
+from partial_lora.runs.directory import PREDICTIONS
 
 
 def frame(label, prediction, **columns) -> pd.DataFrame:
@@ -40,7 +43,7 @@ def every_draw(differences: np.ndarray) -> dict[float, float]:
 def test_draws_come_up_as_often_as_in_the_literal_bootstrap(differences) -> None:
     differences = np.array(differences)
     expected, draws = every_draw(differences), 40_000
-    found = resampled(differences, np.random.default_rng(0), draws)
+    found = bootstrap(differences, np.random.default_rng(0), draws)
     values, counts = np.unique(np.round(found, 9), return_counts=True)
     assert set(values) <= set(expected)
     for value, chance in expected.items():
@@ -51,15 +54,15 @@ def test_draws_come_up_as_often_as_in_the_literal_bootstrap(differences) -> None
 @pytest.mark.parametrize("at_once", [1, 7, 50])
 def test_draws_in_parts_are_those_made_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     differences = np.random.default_rng(0).normal(size=(3, 40))
-    whole = resampled(differences, np.random.default_rng(1), 50)
+    whole = bootstrap(differences, np.random.default_rng(1), 50)
     monkeypatch.setattr(statistics, "_COUNTS_AT_ONCE", at_once * 40)
-    assert resampled(differences, np.random.default_rng(1), 50) == pytest.approx(whole, rel=1e-12)
+    assert bootstrap(differences, np.random.default_rng(1), 50) == pytest.approx(whole, rel=1e-12)
 
 
 def test_memory_does_not_grow_with_draws_of_different_examples() -> None:
     differences = np.random.default_rng(0).normal(size=(2, 20_000))
     tracemalloc.start()
-    resampled(differences, np.random.default_rng(1), 600)  # 12 million counts, 192 MB in one piece
+    bootstrap(differences, np.random.default_rng(1), 600)  # 12 million counts, 192 MB in one piece
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 80 * 2**20
@@ -69,13 +72,13 @@ def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> Non
     label = [0, 1, 2, 1]
     first = {0: frame(label, [0, 1, 2, 1]), 1: frame(label, [0, 1, 2, 0]), 5: frame(label, [2, 2, 0, 0])}
     second = {0: frame(label, [0, 1, 0, 0]), 1: frame(label, [0, 1, 2, 0]), 7: frame(label, label)}
-    found = compared(first, second, "accuracy")
+    found = compare(first, second, "accuracy")
     assert found.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
     assert (found.seeds, found.examples, found.left_out, found.reason) == (2, 4, (5, 7), None)
-    assert found == compared(first, second, "accuracy")
-    turned = compared(second, first, "accuracy")
+    assert found == compare(first, second, "accuracy")
+    turned = compare(second, first, "accuracy")
     assert turned.difference == -found.difference
-    same = compared(first, first, "accuracy")
+    same = compare(first, first, "accuracy")
     assert (same.difference, same.low, same.high, same.verdict) == (0, 0, 0, "matches")
 
 
@@ -98,7 +101,7 @@ def coverage(seeds: int, moved: float, truth: float = 0.05, repetitions: int = 1
     """How often a 95 % interval holds the true difference."""
     drawn = np.random.default_rng(seeds)
     pairs = (experiment(drawn, truth, seeds, 200, moved) for _ in range(repetitions))
-    found = [compared(*pair, "accuracy", seed=number, draws=1_000) for number, pair in enumerate(pairs)]
+    found = [compare(*pair, "accuracy", seed=number, draws=1_000) for number, pair in enumerate(pairs)]
     return float(np.mean([each.low <= truth <= each.high for each in found]))
 
 
@@ -117,7 +120,7 @@ def test_pairs_are_told_apart_that_are_not_without_pairing() -> None:
     first, second = (
         {seed: frame(label, np.where(each[seed], label, 1 - label)) for seed in range(3)} for each in (better, right)
     )
-    found = compared(first, second, "accuracy")
+    found = compare(first, second, "accuracy")
     assert found.verdict == "better"
     spread = np.sqrt(2 * 0.7 * 0.3 / 400)  # of two independent accuracies
     assert found.high - found.low < 2 * 1.96 * spread / 2
@@ -126,11 +129,11 @@ def test_pairs_are_told_apart_that_are_not_without_pairing() -> None:
 def test_one_seed_decides_nothing() -> None:
     label = np.arange(500) % 2
     good, poor = frame(label, label), frame(label, np.where(np.arange(500) < 100, 1 - label, label))
-    alone = compared({0: good}, {0: poor, 1: poor}, "accuracy")
+    alone = compare({0: good}, {0: poor, 1: poor}, "accuracy")
     assert alone.low > 0.1
     assert (alone.verdict, alone.reason, alone.seeds, alone.left_out) == ("undecided", "one seed", 1, (1,))
-    assert compared({0: poor}, {0: good}, "accuracy").verdict == "undecided"
-    two = compared({0: good, 1: good}, {0: poor, 1: poor}, "accuracy")
+    assert compare({0: poor}, {0: good}, "accuracy").verdict == "undecided"
+    two = compare({0: good, 1: good}, {0: poor, 1: poor}, "accuracy")
     assert (two.verdict, two.reason, two.left_out) == ("better", None, ())
 
 
@@ -150,7 +153,7 @@ def test_metrics_that_are_no_mean_are_computed_anew() -> None:
         {seed: frame(label, np.where(drawn.uniform(size=60) < share, label, 1 - label)) for seed in range(2)}
         for share in (0.95, 0.6)
     )
-    found = compared(good, poor, "matthews", draws=200)
+    found = compare(good, poor, "matthews", draws=200)
     from sklearn.metrics import matthews_corrcoef
 
     expected = [
@@ -163,21 +166,121 @@ def test_metrics_that_are_no_mean_are_computed_anew() -> None:
     near, far = (
         {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(2)} for scale in (0.1, 2.0)
     )
-    assert compared(near, far, "mse").verdict == "better"  # less is better
-    assert compared(far, near, "mse").verdict == "worse"
-    assert compared(near, far, "mse").difference < 0
+    assert compare(near, far, "mse").verdict == "better"  # less is better
+    assert compare(far, near, "mse").verdict == "worse"
+    assert compare(near, far, "mse").difference < 0
 
 
-def test_columns_that_say_a_metric() -> None:
-    told = frame([0, 1], [0, 0], prediction_norm=[0, 1], rouge_l=[0.5, 0.25])
-    assert per_example(told, "accuracy").tolist() == [1, 0]
-    assert per_example(told, "accuracy_norm").tolist() == [1, 1]
-    assert per_example(told, "rouge_l").tolist() == [0.5, 0.25]
-    with pytest.raises(PartialLoraError, match="the predictions do not say perplexity"):
-        per_example(told, "perplexity")
-    with pytest.raises(PartialLoraError, match="a mixture: compare its members one by one"):
-        per_example(told.assign(member="a"), "accuracy")
-    with pytest.raises(PartialLoraError, match="no seed that both have"):
-        compared({0: told}, {1: told}, "accuracy")
-    with pytest.raises(PartialLoraError, match="different test examples"):
-        compared({0: told}, {0: told.iloc[::-1]}, "accuracy")
+def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
+    predicted = frame([0, 1], [0, 0], prediction_norm=[0, 1], rouge_l=[0.5, 0.25])
+    assert per_example(predicted, "accuracy").tolist() == [1, 0]
+    assert per_example(predicted, "accuracy_norm").tolist() == [1, 1]
+    assert per_example(predicted, "rouge_l").tolist() == [0.5, 0.25]
+    for frames, metric, names in (
+        ([predicted, predicted], "perplexity", "perplexity"),
+        ([predicted.assign(member="a")] * 2, "accuracy", "--member"),
+        ([predicted, predicted.iloc[::-1]], "accuracy", "different test examples"),
+    ):
+        with pytest.raises(PartialLoraError, match=names):
+            compare({0: frames[0]}, {0: frames[1]}, metric)
+    with pytest.raises(PartialLoraError, match=r"\[0\] and \[1\]"):
+        compare({0: predicted}, {1: predicted}, "accuracy")
+
+
+# Which rows of a table are marked
+
+
+@pytest.fixture
+def place(tmp_path):
+    for seed in (0, 1):
+        leave(tmp_path, "partial", wrong=10, seed=seed)
+        leave(tmp_path, "targeted", wrong=70, seed=seed)
+        leave(tmp_path, "lora", wrong=10, seed=seed)
+        leave(tmp_path, "probe", wrong=11, seed=seed)  # one example more: no difference that holds
+    return tmp_path
+
+
+def marked(place):
+    table = records.group(rows_of(place))
+    return table.loc[sorted(statistics.best(table, Predictions(place))), "method"].tolist()
+
+
+def test_only_a_difference_that_holds_is_marked(place):
+    assert marked(place) == ["partial"]
+    frame = rows_of(place)
+    best = statistics.best(records.group(frame), Predictions(place))
+    markdown, numbers, latex = tables.write(frame, place, command="x", marked=best)
+    assert markdown.read_text(encoding="utf-8").count("**95.00 ± 0.00**") == 1
+    assert r"\textbf{95.00 $\pm$ 0.00}" in latex.read_text(encoding="utf-8")
+    assert pd.read_csv(numbers, comment="#")["best"].sum() == 1
+
+
+def test_without_predictions_or_beside_nothing_none_is_marked(place):
+    (folder,) = place.glob("runs/*/*/targeted*/seed1")
+    pd.DataFrame({"label": LABEL[:100], "prediction": LABEL[:100]}).to_parquet(folder / PREDICTIONS)
+    assert marked(place) == []  # of other examples
+    (folder / PREDICTIONS).unlink()
+    assert marked(place) == []
+
+
+def test_to_beat_one_of_the_others_is_not_enough(place):
+    for seed in (0, 1):
+        leave(place, "uniform", wrong=11, seed=seed)  # of partial's own block, and as good
+    assert marked(place) == []
+
+
+def test_a_row_is_the_best_of_those_under_its_own_conditions(place):
+    for seed in (0, 1):
+        leave(place, "uniform", wrong=0, seed=seed, settings={"epochs": 50.0})
+    assert marked(place) == ["partial"]  # uniform is better, and has nothing beside it
+    shown = tables.readable(records.group(rows_of(place))).set_index("method")["conditions"]
+    assert shown["uniform"] != shown["partial"] == shown["lora"]
+
+
+def test_one_seed_is_no_proof(tmp_path):
+    leave(tmp_path, "partial", wrong=10)
+    leave(tmp_path, "targeted", wrong=70)
+    assert marked(tmp_path) == []
+
+
+# How reliable sparsities are
+
+SPARSITIES = (
+    {"a": {"rows": 0.1, "columns": 0.5}, "b": {"rows": 0.9, "columns": 0.3}},
+    {"a": {"rows": 0.2, "columns": 0.6}, "b": {"rows": 0.8, "columns": 0.2}},
+    {"a": {"rows": 0.9, "columns": 0.1}, "b": {"rows": 0.4, "columns": 0.6}},
+)
+
+
+def calibrated(seed: int, *, method: str = "partial", of_calibration: int | None = None, halves: float = 0) -> dict:
+    own = {"spearman_brown": halves} if halves else None
+    return {
+        "seed": seed,
+        "config": {"method": {"name": method}, "calibration": {"seed": of_calibration}},
+        "calibration": {"reliability": own},
+        "sparsity": SPARSITIES[seed],
+    }
+
+
+def test_of_seeds_that_calibrated_for_themselves_it_is_the_mean_correlation_of_pairs() -> None:
+    first, second, third = (np.array([[*axes.values()] for axes in each.values()]).ravel() for each in SPARSITIES)
+    expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in ((first, second), (first, third), (second, third))])
+    assert reliability(calibrated(seed) for seed in (2, 0, 1)) == pytest.approx(expected)
+
+
+def test_halves_of_a_draw_go_before() -> None:
+    assert reliability([calibrated(0, halves=0.5), calibrated(1, halves=0.7)]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        [calibrated(0)],
+        [calibrated(seed, of_calibration=0) for seed in (0, 1)],  # one calibration for both
+        [calibrated(seed, method="shuffled") for seed in (0, 1)],
+        [calibrated(seed) | {"calibration": None} for seed in (0, 1)],
+    ],
+    ids=["one seed", "a shared calibration", "a control", "no calibration"],
+)
+def test_runs_that_tell_nothing_give_no_number(silent: list[dict]) -> None:
+    assert np.isnan(reliability(silent))

@@ -1,14 +1,11 @@
-"""What a calibration ends with on a terminal: every module, what is kept of it, and what to beware of."""
+"""What a run and a calibration end with on a terminal: numbers, every module, and what to beware of."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 
 import pytest
-from rich.console import Console
-from test_report import record
+from recorded_runs import drawn, record
 
 from partial_lora.report import summary
 
@@ -16,10 +13,27 @@ SHAPES = {"blocks.0.qkv": [1152, 384], "blocks.1.qkv": [1152, 384]}
 SPARSITY = {"blocks.0.qkv": {"rows": 0.25, "columns": 0.4}, "blocks.1.qkv": {"rows": 0.0, "columns": 0.95}}
 
 
-def drawn(table, width=100):
-    console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(table)
-    return console.file.getvalue()
+def test_a_run_in_a_few_lines():
+    text = drawn(summary.summary(record(), "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0"))
+    for part in (
+        *("98.61 %", "700 of 1,000", "3,850", "0.300", "fp32", "threshold 0.9"),
+        "calibrate 60.0 · train 100.0 · evaluate 2.5",
+        "results/runs/digits/vit_s14/partial-0a1b2c3d/seed0",
+    ):
+        assert part in text
+    text = drawn(summary.summary(record("probe"), "runs/seed0"))
+    assert "calibrate –" in text
+    assert "threshold" not in text
+    result = record()
+    result["config"]["mask"] = {"granularity": "element"}
+    assert "partial (element) · vit_s14" in drawn(summary.summary(result, "runs/seed0"))
+
+
+def test_a_long_path_is_folded_into_100_columns():
+    path = "/".join(["a-long-folder-name"] * 12) + "/seed0"
+    text = drawn(summary.summary(record(), path))
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert path in "".join(line.strip("│┃ ").split("│")[-1].strip() for line in text.splitlines())
 
 
 def calibration(**changes):
@@ -64,9 +78,9 @@ def test_long_names_and_long_warnings_fit_100_columns_and_lose_nothing(name):
     text = drawn(summary.calibration_summary(result, "results/calibrations/0a1b"))
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "14336 × 14336" in text
-    said = " ".join(line.split("│")[-2].strip() for line in text.splitlines() if line.startswith("│"))
-    assert warning.strip() in said
-    assert "no reduction" in said
+    words = " ".join(line.split("│")[-2].strip() for line in text.splitlines() if line.startswith("│"))
+    assert warning.strip() in words
+    assert "no reduction" in words
 
 
 def test_a_record_from_before_shapes_were_kept_is_shown_without():
@@ -77,9 +91,13 @@ def test_a_record_from_before_shapes_were_kept_is_shown_without():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "shown"),
     [
         ({}, "0.9 of the intact score"),
+        ({}, "rows 0.125 · columns 0.675 over 2 modules"),
+        ({}, "0.8688 intact · 0.4000 with all"),
+        ({}, "1,234 (scan)"),
+        ({"cached": True}, "60.0 (reused)"),
         ({"chance": 0.1}, "0.9 of the intact score"),
         ({"chance": 0.1, "above_chance": True}, "0.9 of what the score is above chance (0.1000)"),
         ({"threshold": 0.41237, "budget": 0.13}, "0.4124 of the intact score, what a budget of 0.13 comes to"),
@@ -93,13 +111,12 @@ def test_a_record_from_before_shapes_were_kept_is_shown_without():
         ({"reliability": {"spearman_brown": None, "pearson": None, "said": "all are 0"}}, "– (all are 0)"),
     ],
 )
-def test_what_was_asked_for_is_said_in_words(changes, said):
-    result = copy.deepcopy(calibration(**changes))
-    text = drawn(summary.calibration_summary(result, "somewhere"), width=200)
-    assert said in text
+def test_numbers_of_a_calibration_say_what_they_are_of(changes, shown):
+    text = drawn(summary.calibration_summary(calibration(**changes), "somewhere"), width=200)
+    assert shown in text
 
 
-def test_what_reliability_took_is_told_apart():
+def test_seconds_of_reliability_stand_apart():
     result = calibration()
     result["seconds"] |= {"reliability": 12.5}
     assert "calibrate 60.0 · reliability 12.5" in drawn(summary.calibration_summary(result, "somewhere"))
@@ -113,10 +130,10 @@ def test_a_run_repeats_the_warnings_of_its_calibration():
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "said"),
+    ("metric", "value", "shown"),
     [("accuracy", 0.838, "83.80 %"), ("mse", 8.8619, "8.8619"), ("pearson", -0.2395, "-0.2395")],
 )
-def test_only_shares_are_percentages(metric, value, said):
+def test_only_shares_are_percentages(metric, value, shown):
     text = drawn(summary.summary(record(metrics={"test": {"primary": metric, metric: value}}), "results/0a1b/seed0"))
     assert f"test {metric}" in text
-    assert said in text
+    assert shown in text
