@@ -110,15 +110,30 @@ def run(
     """
     launch.refuse_foreign_world()
     if not shown:
-        return launch.launch(settings, stage, stop=stop)
+        outcome = launch.launch(settings, stage, stop=stop)
+        _draw(outcome, settings, stage)
+        return outcome
     from rich.console import Console
 
     console = Console()
     console.print(f"{stage} {launch.directory_of(settings, stage)}", highlight=False)
     with Bars(console) as bars:
         outcome = launch.launch(settings, stage, watch=bars.update, note=bars.note, stop=stop)
+    _draw(outcome, settings, stage)
     _print_outcome(outcome, stage, console)
     return outcome
+
+
+def _draw(outcome: launch.Outcome, settings: Mapping, stage: str) -> None:
+    """Draw a finished run, also one whose parent did not live to draw it; not one of which only the record is left."""
+    is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
+    if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
+        return
+    _prepare_libraries()
+    from partial_lora.report import page
+
+    if not page.is_drawn(outcome.directory, stage):
+        page.draw_run(outcome.directory, settings)
 
 
 def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> None:
