@@ -26,6 +26,7 @@ from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.progress import handling, leave
 from partial_lora.runs import directory, launch
 from partial_lora.runs.compose import USAGE_ERROR, compose
+from partial_lora.runs.config import plain
 from partial_lora.runs.schema import Config
 
 if TYPE_CHECKING:
@@ -109,15 +110,30 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     """
     launch.refuse_foreign_world()
     if not shown:
-        return launch.launch(config, stage, stop=stop)
+        outcome = launch.launch(config, stage, stop=stop)
+        _draw(outcome, config, stage)
+        return outcome
     from rich.console import Console
 
     console = Console()
     console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False)
     with Bars(console) as bars:
         outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
+    _draw(outcome, config, stage)
     _print_outcome(outcome, stage, console)
     return outcome
+
+
+def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
+    """Draw a finished run, also one whose parent did not live to draw it; not one of which only the record is left."""
+    is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
+    if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
+        return
+    _prepare_libraries()
+    from partial_lora.report import page
+
+    if not page.is_drawn(outcome.directory, stage):
+        page.draw_run(outcome.directory, plain(config))
 
 
 def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> None:

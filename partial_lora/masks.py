@@ -1,4 +1,4 @@
-"""A mask: which rows, columns or single entries of a module are kept, as a value that checks itself."""
+"""Masks: the kept rows, columns or single entries of a module, as a value that checks itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Sparsity = Mapping[str, Mapping[str, float]]
 
 
 def kept_count(size: int, sparsity: float) -> int:
-    """How many of ``size`` rows, columns or entries stay: ``max(1, floor((1 - sparsity) * size + 0.5))``.
+    """Return how many of ``size`` rows, columns or entries stay: ``max(1, floor((1 - sparsity) * size + 0.5))``.
 
     At least one always stays, so that every module keeps an adapter. A measured sparsity, ``1 - kept / size``, gives
     the same number again: rounding moves the product by less than ``size * 2**-52``. Raises PartialLoraError for a
@@ -35,7 +35,7 @@ def _checked(sparsity: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The kept ones of ``size`` rows, columns or entries: ``kept`` holds their indices, ascending, as int64.
+    """A subset of ``size`` rows, columns or entries: ``kept`` holds the indices that stay, ascending, as int64.
 
     Two masks are equal when they keep the same indices of the same size. Raises PartialLoraError when ``kept`` is
     empty, out of order, repeated or out of range.
@@ -45,10 +45,10 @@ class Mask:
     kept: np.ndarray
 
     def __post_init__(self) -> None:
-        given = np.asarray(self.kept)
-        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+        kept = np.asarray(self.kept)
+        if kept.ndim != 1 or kept.size == 0 or kept.dtype.kind not in "iu":
             raise PartialLoraError(f"a mask over {self.size} entries needs a non-empty list of whole numbers to keep.")
-        kept = given.astype(np.int64)  # a copy: the mask owns its indices
+        kept = kept.astype(np.int64)  # a copy: the mask owns its indices
         if kept[0] < 0 or kept[-1] >= self.size or (np.diff(kept) <= 0).any():
             raise PartialLoraError(
                 f"a mask over {self.size} entries needs ascending, distinct indices from 0 to {self.size - 1}."
@@ -58,12 +58,12 @@ class Mask:
 
     @classmethod
     def full(cls, size: int) -> Mask:
-        """The mask that keeps everything."""
+        """Return the mask that keeps everything."""
         return cls(size, np.arange(size, dtype=np.int64))
 
     @classmethod
     def random(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
-        """The random mask of one module and axis ("rows" or "columns"): those with the smallest random keys.
+        """Return the random mask of one module and axis ("rows" or "columns"), which keeps the smallest random keys.
 
         Single entries are masked alike: ``size`` is then their number, "rows" stands for B and "columns" for A.
 
@@ -74,10 +74,10 @@ class Mask:
 
     @classmethod
     def bernoulli(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
-        """The mask that keeps each on its own with probability ``1 - sparsity``: those whose key is low enough.
+        """Return the mask that keeps each one independently with probability ``1 - sparsity``.
 
-        Keys are those of `random`; one stays that is below ``(1 - sparsity) * 2**64``, and the lowest always. So how
-        many stay is random too, and masks of one seed are nested across sparsities.
+        Keys are those of `random`; those below ``(1 - sparsity) * 2**64`` stay, and always the lowest. So the number
+        that stays is random too, and masks of one seed are nested across sparsities.
         """
         keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
         limit = math.ceil((1 - _checked(sparsity)) * 2**64)  # exact: a product with a power of two does not round
@@ -86,7 +86,7 @@ class Mask:
 
     @classmethod
     def top(cls, scores: np.ndarray, sparsity: float) -> Mask:
-        """The mask that keeps the largest of ``scores`` (size,); of equal scores the lower index is kept."""
+        """Return the mask that keeps the largest of ``scores`` (size,); of equal scores the lower index stays."""
         scores = np.asarray(scores, dtype=np.float64)
         if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
             raise PartialLoraError("importance scores must be one list of finite numbers.")
@@ -107,7 +107,7 @@ class Mask:
 
     @property
     def sparsity(self) -> float:
-        """The share removed, as measured: rounding to whole rows makes it differ from the one asked for."""
+        """The share removed, as measured: rounding to whole rows makes it differ from the requested one."""
         return 1 - self.density
 
     @property
@@ -135,6 +135,6 @@ class Mask:
 
 
 def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndarray:
-    """One random 64-bit number for each row, column or entry (size,), from seed, module name and axis alone."""
+    """Draw a 64-bit number for each row, column or entry (size,), from seed, module name and axis alone."""
     entropy = hashlib.sha256(f"{mask_seed}/{module}/{axis}".encode()).digest()[:16]
     return np.random.PCG64(int.from_bytes(entropy, "big")).random_raw(size)

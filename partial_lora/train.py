@@ -19,7 +19,6 @@ from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
 from partial_lora.models.targets import target_names
-from partial_lora.report import figures, page
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import plain
@@ -85,8 +84,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                 calibration.save(directory / results.CALIBRATION)
                 files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
-            if world.is_main:
-                figures.draw_calibration(record, calibration.modules, directory)
             return
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
@@ -157,9 +154,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     if world.is_main:
         metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
-        figures.draw_calibration(record, calibration.modules if calibration else None, directory)
-        figures.training_curve(record, directory / "training.png")
-        page.leave(record, directory, task.test)
     final = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
     tracking.finish(final, trainer.state.global_step)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
-
-from partial_lora.report import figures
-
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -30,19 +26,6 @@ def record(depth=3, kinds=KINDS, start="timm_model.blocks"):
     }
 
 
-def kept_figures(monkeypatch):
-    """The figures that are written from now on, to look at what is in them."""
-    kept = []
-    write = Figure.savefig
-
-    def keep(figure, *arguments, **options):
-        kept.append(figure)
-        write(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
-
-
 def curves_of(result, baseline=0.87, threshold=0.9):
     """Curves that give those sparsities: bounds where a level passes and just past it, one score that is known."""
     held = threshold * baseline
@@ -61,11 +44,3 @@ def calibrated(depth=3, **shape):
     result = record(depth, **shape)
     result["calibration"] = {"baseline": 0.87, "joint": 0.4, "threshold": 0.9}
     return result, curves_of(result)
-
-
-def drawn_curves(result, path):
-    """The figure of the curves of the first block of a record of a run."""
-    first = dict(list(result["sparsity"].items())[: len(KINDS)])
-    result = result | {"sparsity": first}
-    result = result | {"calibration": {"baseline": 0.87, "joint": 0.4, "threshold": 0.9}}
-    return figures.draw_curves(result, curves_of(result), path)

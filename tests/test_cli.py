@@ -113,8 +113,10 @@ def test_seeds_and_thresholds_share_one_calibration(place: Path, trained) -> Non
 
 def test_a_finished_run_is_not_run_again_unless_asked_to(place: Path, trained) -> None:
     directory, before = record(place, threshold=0.9, seed=0)
+    (directory / "index.html").unlink()  # as where the parent was killed once the worker had ended
     again = here(place, "train", *TINY)
     assert again.returncode == 0
+    assert (directory / "index.html").is_file()
     assert "not run again" in again.stdout
     assert record(place, threshold=0.9, seed=0)[1] == before
     predictions = (directory / "predictions.parquet").read_bytes()

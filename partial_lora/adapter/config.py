@@ -1,10 +1,10 @@
-"""PartialLoraConfig: a LoraConfig that also says how much of each module stays, and which part."""
+"""PartialLoraConfig: a LoraConfig with the share of each module that is removed, and the way to choose it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -19,17 +19,34 @@ from partial_lora.adapter import sidecar
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
+    assign_sparsity,
     check_counts,
-    given_masks,
+    index_masks,
     random_masks,
     read_sparsity,
     read_values,
     top_masks,
 )
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_json
 from partial_lora.masks import AXES
 
-# --- Which options of LoRA go with masks: an allow-list over every field of LoraConfig.
+
+class _PeftType(str):
+    """A name that PEFT can also read as a member of its PeftType, by its ``value``."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _PeftType("PARTIAL_LORA")
+
+CHOICES = {
+    "granularity": ("rows_columns", "element"),
+    "selection": ("random", "top"),
+    "count": ("exact", "bernoulli"),
+}
 
 PASSED = frozenset(
     {
@@ -39,10 +56,11 @@ PASSED = frozenset(
         # How each adapter is sized, scaled, drawn and run.
         *("r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
         *("inference_mode", "runtime_config"),
-        # What the adapter says of itself.
+        # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     }
 )
+"""Options of LoRA that go with masks. Together with REFUSED it names every field of LoraConfig."""
 
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
@@ -65,51 +83,222 @@ REFUSED = {
     "corda_config": "it belongs to an initialisation that fits dense factors to data",
     "lora_ga_config": "it belongs to an initialisation that fits dense factors to gradients",
 }
-"""What the masked form cannot hold, and why. Each must have its default."""
+"""Options that the masked form cannot hold, with the reason. Each must have its default."""
+
+
+@dataclass
+class PartialLoraConfig(LoraConfig):
+    """LoRA of which every module trains only a part: some rows of B and some columns of A, or single entries.
+
+    The adapted form of a base weight W (out × in) is W + ΔW,
+
+        ΔW = (alpha / rank) · (u_row ⊙ B) (u_col ⊙ A)
+
+    with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
+    keeps columns of A; for single entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
+    parameter. Of a convolution, rows are its output channels and columns its input channels.
+
+    Attributes:
+        sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
+            "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
+            the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
+            calibration.json. 0, the default, is plain LoRA.
+        granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), or "element" (single
+            entries of both; "rows" then stands for B and "columns" for A wherever both are named).
+        selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
+        mask_seed: the seed of random masks, a whole number; no other seed moves them.
+        count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
+            "element" only, "bernoulli" (each on its own with probability 1 - sparsity; at least one).
+        scores: for "top", the importance of everything that may be kept, larger is kept and of equals the lower
+            index: {module's full name: {"rows": (out,), "columns": (in,)}} for every target module, as lists, arrays
+            or tensors; for single entries those of B and A, flat in row-major order. ``sparsity`` says how many stay.
+        indices: for "top" instead of ``scores``, the kept ones themselves: {module's full name: {"rows": [...],
+            "columns": [...]}}, ascending, for every target module; for single entries flat row-major indices into B
+            and A. ``sparsity`` is left out, or agrees.
+
+    Every other attribute is LoraConfig's own. Options that the masked form does not have (``use_dora``,
+    ``rank_pattern``, initialisations that fit the factors to weights or data, ...) are refused by name.
+
+    Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
+    get_peft_model, before the model is changed, where the settings do not fit the model's modules.
+    """
+
+    sparsity: float | dict | str | PathLike = field(default=0.0, metadata={"help": "Share of the adapter removed."})
+    granularity: str = field(default="rows_columns", metadata={"help": "What is masked: rows_columns or element."})
+    selection: str = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
+    mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
+    count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
+    scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
+    indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
+
+    def __post_init__(self) -> None:
+        refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.check()
+        self.masks: dict[str, ModuleMasks] = {}  # of the model this was last injected into
+        self.geometries: dict[str, Geometry] = {}  # of the same modules
+        self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
+
+    def check(self) -> None:
+        """Bring our settings into their one form; raise PartialLoraError for what is refused or out of range."""
+        refuse_options(self)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
+        if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
+            raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
+        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # of numpy's kinds, which JSON does not know
+        if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
+            raise PartialLoraError("count is 'bernoulli': it goes with granularity 'element' and selection 'random'.")
+        values = [name for name in ("scores", "indices") if getattr(self, name) is not None]
+        if len(values) != (self.selection == "top"):
+            has = " and ".join(values) or "neither"
+            raise PartialLoraError(
+                f"selection is {self.selection!r} with {has} of scores and indices: 'top' takes one, 'random' neither."
+            )
+        self.sparsity = read_sparsity(self.sparsity)
+        for name in values:
+            setattr(self, name, read_values(getattr(self, name), name))
+
+    def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
+        """Return the masks of modules with these ``geometries`` {module: geometry}, and remember them for saving.
+
+        Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
+        masks.
+        """
+        self.check()  # again: attributes can be set
+        for module in sorted((self.expected or {}).keys() - geometries.keys()):
+            raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
+        if self.selection == "random":
+            masks = random_masks(
+                geometries,
+                self.sparsity,
+                granularity=self.granularity,
+                count=self.count,
+                mask_seed=self.mask_seed,
+            )
+        elif self.scores is not None:
+            masks = top_masks(geometries, self.sparsity, self.scores, granularity=self.granularity)
+        else:
+            masks = index_masks(geometries, self.indices, granularity=self.granularity)
+            if self.sparsity != 0:
+                check_counts(masks, self.sparsity)
+        if self.expected is not None:
+            sidecar.verify(masks, geometries, self.expected)
+        self.masks, self.geometries = masks, dict(geometries)
+        return masks
+
+    def as_lora(self) -> LoraConfig:
+        """Return the plain LoraConfig of the same adapter, seen as dense."""
+        return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
+
+    def to_dict(self) -> dict:
+        """Return everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
+        content = super().to_dict()
+        for name in ("scores", "indices"):
+            if content[name] is not None:
+                content[name] = {
+                    module: {axis: values.tolist() for axis, values in axes.items()}
+                    for module, axes in content[name].items()
+                }
+        return content
+
+    def __eq__(self, other: object) -> bool:
+        # By way of plain types: arrays have no single truth value.
+        return type(other) is type(self) and self.to_dict() == other.to_dict()
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
+        if not self.masks:
+            raise PartialLoraError(
+                "this PartialLoraConfig has no masks to save: a model makes them for a copy of its own, so save the"
+                " model, or its peft_config[NAME]."
+            )
+        self.as_lora().save_pretrained(save_directory, **kwargs)
+        # The number that "bernoulli" keeps is random: its file holds the requested sparsity, not the measured one.
+        requested = assign_sparsity(self.sparsity, list(self.masks)) if self.count == "bernoulli" else None
+        own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count")}
+        content = sidecar.describe(self.masks, self.geometries, requested, **own)
+        write_json(Path(save_directory, sidecar.FILE_NAME), content)
+        complete_card(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+    ) -> PartialLoraConfig:
+        """Return the config that masks a saved adapter again, from its folder (or hub repository).
+
+        Masks made from it must match the digests saved there, and the values must all be there, else PartialLoraError.
+        """
+        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if type(lora) is not LoraConfig:
+            raise PartialLoraError(
+                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
+                f" and {sidecar.FILE_NAME} beside it."
+            )
+        path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
+        if not path.parent.is_dir():
+            try:
+                options = cls._split_kwargs(kwargs)[0]
+                path = Path(hf_hub_download(pretrained_model_name_or_path, path.name, subfolder=subfolder, **options))
+            except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise PartialLoraError(
+                    f"{pretrained_model_name_or_path} has no {path.name} to read, so no masks: {reason}"
+                ) from error
+        saved = sidecar.read(path)
+        modules = saved["modules"]
+        check_values(path.parent, modules)
+        config = cls(
+            **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
+            sparsity={module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
+            granularity=saved["granularity"],
+            selection=saved["selection"],
+            mask_seed=saved["mask_seed"],
+            count=saved.get("count", "exact"),
+            indices=None
+            if saved["selection"] == "random"
+            else {module: entry["indices"] for module, entry in modules.items()},
+        )
+        config.expected = modules
+        return config
 
 
 def refuse_options(config: LoraConfig) -> None:
     """Raise PartialLoraError, naming the option, if ``config`` sets one of LoRA's that does not go with masks.
 
-    An option of a PEFT that is more recent than this list is refused too, unless it has its default.
+    An option of a PEFT that is more recent than the two lists is refused too, unless it has its default.
     """
     for option in fields(LoraConfig):
         value = getattr(config, option.name)
-        if option.name in PASSED or _is_default(option, value):
-            continue
-        reason = REFUSED.get(option.name, "this version of partial-lora does not know the option")
-        raise PartialLoraError(f"{option.name}={value!r} does not go with Partial-LoRA: {reason}.")
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        is_default = value is default or (isinstance(value, type(default)) and value == default)
+        if option.name not in PASSED and not is_default:
+            reason = REFUSED.get(option.name, "this version of partial-lora does not know the option")
+            raise PartialLoraError(f"{option.name}={value!r} does not go with Partial-LoRA: {reason}.")
     if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
         raise PartialLoraError(
             f"init_lora_weights={config.init_lora_weights!r} does not go with Partial-LoRA: its values depend on each"
             " other, so that no part of them can be left out; use True, 'gaussian' or False."
         )
     for name in ("target_modules", "exclude_modules"):
-        _refuse_pattern(name, getattr(config, name))
+        pattern = getattr(config, name)
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")  # a list has names, a single text is a pattern
+        except re.error as error:
+            raise PartialLoraError(
+                f"{name} is {pattern!r}: expected names or a regular expression ({error})."
+            ) from None
     if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
         raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
-
-
-def _refuse_pattern(name: str, given: object) -> None:
-    """Raise PartialLoraError for a text that is no regular expression, which a single text is."""
-    try:
-        re.compile(given if isinstance(given, str) else "")
-    except re.error as error:
-        raise PartialLoraError(f"{name} is {given!r}: expected names or a regular expression ({error}).") from None
-
-
-def _is_default(option: Field, value: object) -> bool:
-    default = option.default if option.default_factory is MISSING else option.default_factory()
-    return value is default or (isinstance(value, type(default)) and value == default)
-
-
-# --- The values of a saved adapter: there for every module that its masks are for, before a model is touched.
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
-    PEFT only warns of the second, and of the first says so after it has changed the model. Reads the file's header
+    PEFT only warns of the second, and refuses the first after it has changed the model. Reads the file's header
     alone; a folder without such a file is PEFT's to judge. Raises PartialLoraError, naming the file and the module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -126,9 +315,9 @@ def check_values(folder: Path, modules: Collection[str]) -> None:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which its masks are for: copy it again.")
 
 
-# --- The model card of a saved adapter: what PEFT writes into README.md, and how a masked adapter is loaded.
+# The model card of a saved adapter: PEFT's README.md, and how a masked adapter is loaded.
 
-FILE_NAME = "README.md"
+CARD = "README.md"
 TAGS = ("lora", "partial-lora")
 HEADING = "## Partial-LoRA"
 VERSIONS = "### Framework versions"  # PEFT's last section
@@ -162,217 +351,18 @@ def complete_card(folder: Path) -> None:
     PEFT's card of an adapter with a name of its own lies in the folder above. Everything else in the card stays as it
     is. Where there is no card of PEFT's (a README.md whose library_name is peft), none is written.
     """
-    for path, adapter in (
-        (folder / FILE_NAME, '"path/or/hub-id"'),
-        (folder.parent / FILE_NAME, f'"path/or/hub-id", subfolder="{folder.name}"'),
-    ):
-        if path.is_file():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.get("library_name") == "peft":
-                _complete(card, adapter)
-                card.save(path)
-            return
-
-
-def _complete(card: ModelCard, adapter: str) -> None:
+    path, adapter = folder / CARD, '"path/or/hub-id"'
+    if not path.is_file():
+        path, adapter = folder.parent / CARD, f'"path/or/hub-id", subfolder="{folder.name}"'
+    if not path.is_file():
+        return
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if card.data.get("library_name") != "peft":
+        return
     card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
     lines = card.text.splitlines()
     if HEADING not in lines:
         at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
         section = USAGE.format(heading=HEADING, adapter=adapter)
         card.text = "\n".join([*lines[:at], *section.splitlines(), "", *lines[at:]])
-
-
-class _PeftType(str):
-    """A name that PEFT can also read as a member of its PeftType, where it asks for the ``value``."""
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-
-PEFT_TYPE = _PeftType("PARTIAL_LORA")
-
-CHOICES = {
-    "granularity": ("rows_columns", "element"),
-    "selection": ("random", "top"),
-    "count": ("exact", "bernoulli"),
-}
-
-
-@dataclass
-class PartialLoraConfig(LoraConfig):
-    """LoRA of which every module trains only a part: some rows of B and some columns of A, or single entries.
-
-    Of a base weight W (out × in), the adapted one is W + ΔW,
-
-        ΔW = (alpha / rank) · (u_row ⊙ B) (u_col ⊙ A)
-
-    with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
-    keeps columns of A; for single entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
-    parameter. Of a convolution, rows are its output channels and columns its input channels.
-
-    Attributes:
-        sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
-            "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
-            the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
-            calibration.json. 0, the default, is plain LoRA.
-        granularity: what is kept or removed: "rows_columns" (rows of B and columns of A), or "element" (single
-            entries of both; "rows" then stands for B and "columns" for A wherever both are named).
-        selection: which are kept: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
-        mask_seed: the seed of random masks, a whole number; no other seed moves them.
-        count: how many random entries are kept: "exact" (the share, rounded; at least one) or, for granularity
-            "element" only, "bernoulli" (each on its own with probability 1 - sparsity; at least one).
-        scores: for "top", the importance of everything that may be kept, larger is kept and of equals the lower
-            index: {module's full name: {"rows": (out,), "columns": (in,)}} for every target module, as lists, arrays
-            or tensors; for single entries those of B and A, flat in row-major order. ``sparsity`` says how many stay.
-        indices: for "top" instead of ``scores``, what is kept itself: {module's full name: {"rows": [...],
-            "columns": [...]}}, ascending, for every target module; for single entries flat row-major indices into B
-            and A. ``sparsity`` is left out, or agrees.
-
-    Every other attribute is LoraConfig's own. Options that the masked form does not have (``use_dora``,
-    ``rank_pattern``, initialisations that fit the factors to weights or data, ...) are refused by name.
-
-    Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
-    get_peft_model, before the model is changed, where the settings do not fit the model's modules.
-    """
-
-    sparsity: float | dict | str | PathLike = field(default=0.0, metadata={"help": "Share of the adapter removed."})
-    granularity: str = field(default="rows_columns", metadata={"help": "What is masked: rows_columns or element."})
-    selection: str = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
-    count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
-    scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
-    indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
-
-    def __post_init__(self) -> None:
-        refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
-        super().__post_init__()
-        self.peft_type = PEFT_TYPE
-        self.check()
-        self.masks: dict[str, ModuleMasks] = {}  # of the model this was last injected into
-        self.geometries: dict[str, Geometry] = {}  # of the same modules
-        self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
-
-    def check(self) -> None:
-        """Bring the own settings into their one form; raise PartialLoraError for what is refused or out of range."""
-        refuse_options(self)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
-        if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
-            raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
-        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # of numpy's kinds, which JSON does not know
-        if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
-            raise PartialLoraError("count is 'bernoulli': it goes with granularity 'element' and selection 'random'.")
-        given = [name for name in ("scores", "indices") if getattr(self, name) is not None]
-        if len(given) != (self.selection == "top"):
-            has = " and ".join(given) or "neither"
-            raise PartialLoraError(
-                f"selection is {self.selection!r} with {has} of scores and indices: 'top' takes one, 'random' neither."
-            )
-        self.sparsity = read_sparsity(self.sparsity)
-        for name in given:
-            setattr(self, name, read_values(getattr(self, name), name))
-
-    def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
-        """The masks of modules with the given ``geometries`` {module: geometry}; they are remembered for saving.
-
-        Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
-        masks.
-        """
-        self.check()  # again: attributes can be set
-        for module in sorted((self.expected or {}).keys() - geometries.keys()):
-            raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
-        if self.selection == "random":
-            masks = random_masks(
-                geometries,
-                self.sparsity,
-                granularity=self.granularity,
-                count=self.count,
-                mask_seed=self.mask_seed,
-            )
-        elif self.scores is not None:
-            masks = top_masks(geometries, self.sparsity, self.scores, granularity=self.granularity)
-        else:
-            masks = given_masks(geometries, self.indices, granularity=self.granularity)
-            if self.sparsity != 0:
-                check_counts(masks, self.sparsity)
-        if self.expected is not None:
-            sidecar.verify(masks, geometries, self.expected)
-        self.masks, self.geometries = masks, dict(geometries)
-        return masks
-
-    def as_lora(self) -> LoraConfig:
-        """The plain LoraConfig of the same adapter, seen as dense."""
-        return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
-
-    def to_dict(self) -> dict:
-        """Everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
-        content = super().to_dict()
-        for name in ("scores", "indices"):
-            if content[name] is not None:
-                content[name] = {
-                    module: {axis: values.tolist() for axis, values in axes.items()}
-                    for module, axes in content[name].items()
-                }
-        return content
-
-    def __eq__(self, other: object) -> bool:
-        # By way of plain types: arrays have no single truth value.
-        return type(other) is type(self) and self.to_dict() == other.to_dict()
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
-        if not self.masks:
-            raise PartialLoraError(
-                "this PartialLoraConfig has no masks to save: a model makes them for a copy of its own, so save the"
-                " model, or its peft_config[NAME]."
-            )
-        self.as_lora().save_pretrained(save_directory, **kwargs)
-        sidecar.write(Path(save_directory), self)
-        complete_card(Path(save_directory))
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
-    ) -> PartialLoraConfig:
-        """The config that masks a saved adapter again, from its folder (or hub repository).
-
-        Masks made from it must match the digests saved there, and the values must all be there, else PartialLoraError.
-        """
-        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if type(lora) is not LoraConfig:
-            raise PartialLoraError(
-                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
-                f" and {sidecar.FILE_NAME} beside it."
-            )
-        path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
-        if not path.parent.is_dir():
-            path = _download(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
-        saved = sidecar.read(path)
-        modules = saved["modules"]
-        check_values(path.parent, modules)
-        config = cls(
-            **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
-            sparsity={module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
-            granularity=saved["granularity"],
-            selection=saved["selection"],
-            mask_seed=saved["mask_seed"],
-            count=saved.get("count", "exact"),
-            indices=None
-            if saved["selection"] == "random"
-            else {module: entry["indices"] for module, entry in modules.items()},
-        )
-        config.expected = modules
-        return config
-
-
-def _download(repository: str, subfolder: str | None, options: dict) -> Path:
-    """The sidecar of an adapter on the hub, in the hub's own cache."""
-    try:
-        return Path(hf_hub_download(repository, sidecar.FILE_NAME, subfolder=subfolder, **options))
-    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PartialLoraError(f"{repository} has no {sidecar.FILE_NAME} to read, so no masks: {reason}") from error
+    card.save(path)

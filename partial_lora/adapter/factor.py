@@ -19,114 +19,6 @@ from torch.nn import functional as F
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
-# --- The dense form of a masked factor, as code outside sees it: to be read, never written.
-
-
-class DenseView(Tensor):
-    """A tensor computed from the kept entries of a factor; writing into it, or into a view of it, raises.
-
-    Much code knows a factor as ``layer.lora_A[name].weight`` and changes it by writing there. Written values would be
-    lost without a word, since the next reader computes the tensor anew. Everything that is computed from it, and every
-    copy, is an ordinary tensor.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        if _writes(func.__name__, args, kwargs or {}):
-            raise PartialLoraError(
-                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
-                " this would be lost: load a state dict, or do it to `kept`, which is the parameter."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs or {})
-        if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
-            return result.as_subclass(cls)  # .data, .detach(), a slice: a way to write all the same
-        return result
-
-    def __reduce_ex__(self, protocol: int) -> object:
-        """Pickled, and saved by torch.save, it is an ordinary tensor: what reads it may not know this class."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-
-_IN_PLACE = {
-    "__set__",
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
-}
-
-
-def _writes(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether a function of torch called ``name`` changes the view among its arguments."""
-    if isinstance(kwargs.get("out"), DenseView):
-        return True
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place and bool(args) and isinstance(args[0], DenseView)
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-# --- Parameters that FSDP2 or ZeRO has spread over processes: whole where someone looks, in parts where they are ke
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a sharded one all of it, which its processes have to ask for together."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if not _emptied(tensor):
-        return tensor
-    with gathered(tensor):
-        return tensor.detach().clone()
-
-
-@contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
-    """Inside, a parameter that ZeRO's stage 3 has emptied is whole; what process 0 writes into it stays."""
-    if not _emptied(parameter):
-        yield
-        return
-    import deepspeed  # where there is such a parameter, there is DeepSpeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        yield
-
-
-def _emptied(parameter: Tensor) -> bool:
-    """Whether ZeRO's stage 3 keeps the values elsewhere for now."""
-    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a process holds only its part of the parameter."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def numel(parameter: Tensor) -> int:
-    """The number of entries of the whole parameter."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor spread over the processes as ``parameter`` is, if it is."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-def entry_like(parameter: Tensor, dense: Tensor) -> Tensor:
-    """The state-dict entry that stands for ``parameter``, made from the whole ``dense`` tensor.
-
-    On the meta device it only plans what is to be loaded where, and accelerate reads the mesh off every entry of such a
-    plan; with values, an ordinary tensor is what everyone who saves can write.
-    """
-    if not isinstance(parameter, DTensor) or not dense.is_meta:
-        return dense
-    mesh = parameter.device_mesh
-    return DTensor.from_local(dense, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
 GATHER_DENSITY = 0.5
 """Up to this density, gathering the kept features beats matrix products with the zero-filled factor."""
 
@@ -148,15 +40,15 @@ class MaskedFactor(nn.Module):
 
     Args:
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
-        mask: what stays: indices along ``axis`` of the weight, or of its entries in row-major order.
-        axis: None where the mask is over single entries.
+        mask: the indices that stay, along ``axis`` of the weight, or of its entries in row-major order.
+        axis: the masked axis of the weight; None where the mask is over single entries.
 
     Where the mask keeps everything (``full``) it is the factor plain LoRA has, and treated alike.
     """
 
     axis_name: str
     rank: int
-    in_groups = False  # whether it is applied in groups, where a gather of features would mix them up
+    in_groups = False  # a gather of features would mix groups up
 
     def __init__(self, dense: nn.Module, mask: Mask, axis: int | None) -> None:
         super().__init__()
@@ -179,7 +71,7 @@ class MaskedFactor(nn.Module):
 
     @property
     def gathers(self) -> bool:
-        """Whether products with activations take their kept features; else the zero-filled factor takes them all.
+        """True where products with activations take their kept features; else the zero-filled factor takes them all.
 
         Channels of a convolution are contiguous, so gathering them always pays.
         """
@@ -189,31 +81,31 @@ class MaskedFactor(nn.Module):
 
     @property
     def scatters(self) -> bool:
-        """Whether a product is added to the kept features of an activation; else, zero-filled, to all of them."""
+        """True where a product is added to the kept features of an activation; else, zero-filled, to all of them."""
         return self.gathers and (self.is_convolution or self.density <= SCATTER_DENSITY_PER_RANK * self.rank)
 
     def _apply(self, *args, **kwargs) -> MaskedFactor:
-        """Moved as any module is, and the indices with it: a compiler would take their moving later for a change."""
+        """Move the indices with the module: a compiler would take their moving later for a change."""
         moved = super()._apply(*args, **kwargs)
         self.index_on(self.kept.device)
         return moved
 
     def index_on(self, device: torch.device) -> Tensor:
-        """The kept indices on ``device``."""
+        """Return the kept indices on ``device``."""
         if self._index.device != device:
-            with torch.inference_mode(False):  # what is made inside inference mode could not serve training later
+            with torch.inference_mode(False):  # a tensor made inside inference mode could not serve training later
                 self._index = torch.tensor(self.mask.kept, device=device)
         return self._index
 
     def keep(self, dense: Tensor) -> Tensor:
-        """The part of ``dense`` (a tensor like the dense factor) that the mask keeps, in the form of ``kept``."""
+        """Return what the mask keeps of ``dense`` (a tensor like the dense factor), in the form of ``kept``."""
         index = self.index_on(dense.device)
         if self.axis is None:
             return dense.flatten().index_select(0, index).unsqueeze(1)
         return dense.index_select(self.axis, index)
 
     def fill(self, kept: Tensor) -> Tensor:
-        """The dense factor that has ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
+        """Return the dense factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
         if self.full:
             return kept.view(self.shape)
         index = self.index_on(kept.device)
@@ -226,7 +118,7 @@ class MaskedFactor(nn.Module):
         """The dense factor, zero where masked; gradients reach ``kept`` through it.
 
         Writing into it raises; assigning another dense factor makes ``kept`` a new parameter, with what the mask keeps
-        of it. Of a sharded factor (FSDP2, ZeRO) all processes have to ask for it together.
+        of it. A sharded factor (FSDP2, ZeRO) is read by all processes together.
         """
         dense = self.fill(whole(self.kept))
         # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
@@ -240,14 +132,14 @@ class MaskedFactor(nn.Module):
         self.kept = nn.Parameter(kept, requires_grad=self.kept.requires_grad)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; ``weight``, which is none of its parameters, is assigned."""
+        """Register as any module does; ``weight``, which is none of its parameters, is assigned."""
         if name == "weight":
             self.weight = param.data  # no parameter, or this method would be asked again
         else:
             super().register_parameter(name, param)
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """`keep` of a factor that must not have values elsewhere. Zeros are no proof of the right mask, values are."""
+        """Return `keep` of a factor, and refuse values elsewhere. Zeros are no proof of the right mask, values are."""
         kept = self.keep(dense)
         if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
             raise PartialLoraError(
@@ -257,24 +149,19 @@ class MaskedFactor(nn.Module):
         return kept
 
     def operand(self, kept: Tensor) -> Tensor:
-        """What a product needs of the factor: ``kept`` alone where features are gathered, else the dense factor."""
+        """Return the matrix of a product: ``kept`` alone where features are gathered, else the dense factor."""
         return kept if self.gathers else self.fill(kept)
 
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
-        """The gradient of ``kept``, from that of `operand`."""
+        """Return the gradient of ``kept``, from that of `operand`."""
         return gradient if self.gathers else self.keep(gradient).view_as(self.kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The dense factor times x, as the linear layer or convolution it stands in for computes it."""
+        """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
         return self._apply_weight(x, self.fill(self.kept))
 
-    @property
-    def _features(self) -> int:
-        """The dimension of an activation that the mask's axis is about."""
-        return 1 if self.is_convolution else -1
-
     def _gather(self, x: Tensor) -> Tensor:
-        """The kept features of an activation."""
+        """Return the kept features of an activation."""
         index = self.index_on(x.device)
         if self.is_convolution:
             return x.index_select(1, index)
@@ -319,9 +206,9 @@ class FactorA(MaskedFactor):
         return self.shape[0]
 
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
-        """A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
+        """Return A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
 
-        Of x, only the kept features are kept for the backward pass where they are gathered.
+        Where features are gathered, the backward pass stores the kept features of x alone.
         """
         if self.gathers:
             return self._apply_weight(dropout(self._gather(x)), self.kept)
@@ -345,15 +232,123 @@ class FactorB(MaskedFactor):
         return self.rank != self.shape[1]
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
-        """result + scaling * B low; where features are gathered only the kept ones are touched."""
+        """Return result + scaling * B low; where features are gathered only the kept ones are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
         low = low * scaling  # the narrow one of the two
         if self.scatters:
             change = self._apply_weight(low, self.kept)
-            index = self.index_on(change.device)
+            index, features = self.index_on(change.device), 1 if self.is_convolution else -1
             if result.dtype == change.dtype:
-                return result.index_add(self._features, index, change)
+                return result.index_add(features, index, change)
             # Sum in the wider of the two, as `+` does; features that do not change need no such detour.
-            return result.index_copy(self._features, index, (self._gather(result) + change).to(result.dtype))
+            return result.index_copy(features, index, (self._gather(result) + change).to(result.dtype))
         return result + self(low)
+
+
+# The dense form of a masked factor, as code outside sees it: to be read, never written.
+
+
+class DenseView(Tensor):
+    """A tensor computed from the kept entries of a factor; writing into it, or into a view of it, raises.
+
+    Much code knows a factor as ``layer.lora_A[name].weight`` and changes it by writing there. Written values would be
+    lost without a word, since the next reader computes the tensor again. Everything that is computed from it, and every
+    copy, is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if _writes(func.__name__, args, kwargs or {}):
+            raise PartialLoraError(
+                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
+                " this would be lost: load a state dict, or do it to `kept`, which is the parameter."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
+            return result.as_subclass(cls)  # .data, .detach(), a slice: a way to write all the same
+        return result
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        """Pickle, and so torch.save, an ordinary tensor: the reader may not know this class."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_IN_PLACE = {
+    "__set__",
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
+}
+
+
+def _writes(name: str, args: tuple, kwargs: dict) -> bool:
+    """Return True where a function of torch called ``name`` changes the view among its arguments."""
+    if isinstance(kwargs.get("out"), DenseView):
+        return True
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place and bool(args) and isinstance(args[0], DenseView)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+# Parameters that FSDP2 or ZeRO has spread over processes: whole where someone looks, in parts where they are stored.
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself; of a sharded one all of it, in a call of all its processes together."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not _emptied(tensor):
+        return tensor
+    with gathered(tensor):
+        return tensor.detach().clone()
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Make a parameter that ZeRO's stage 3 has emptied whole inside the block; what process 0 writes into it stays."""
+    if not _emptied(parameter):
+        yield
+        return
+    import deepspeed  # where there is such a parameter, there is DeepSpeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+def _emptied(parameter: Tensor) -> bool:
+    """Return True where ZeRO's stage 3 has the values elsewhere for now."""
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return True where a process holds only its part of the parameter."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def numel(parameter: Tensor) -> int:
+    """Return the number of entries of the whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return a whole tensor spread over the processes as ``parameter`` is, if it is."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def entry_like(parameter: Tensor, dense: Tensor) -> Tensor:
+    """Return the state-dict entry that stands for ``parameter``, made from the whole ``dense`` tensor.
+
+    On the meta device it only plans what is to be loaded where, and accelerate reads the mesh off every entry of such a
+    plan; with values, an ordinary tensor is what everyone who saves can write.
+    """
+    if not isinstance(parameter, DTensor) or not dense.is_meta:
+        return dense
+    mesh = parameter.device_mesh
+    return DTensor.from_local(dense, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to: a fingerprint that costs a few values of each weight.
+"""The fingerprint of the base model that an adapter belongs to, which costs a few values of each weight.
 
 Shapes alone cannot tell a model from its fine-tuned sibling, and all weights are too much to read on every load. So:
 
@@ -51,7 +51,7 @@ class Fingerprint:
     linear_samples: tuple[float, ...] = ()
 
     def agrees(self, other: Fingerprint) -> bool:
-        """Whether both can be of one model; True where neither digests nor samples can be compared."""
+        """Return True where both can be of one model, also where neither digests nor samples can be compared."""
         if self.digest is None or other.digest is None:
             return True
         if self.dtypes == other.dtypes:
@@ -67,19 +67,16 @@ class Fingerprint:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether some parameters are not numbers that can be compared with another model's."""
+        """True where some parameters are not numbers that can be compared with another model's."""
         return any(not name.startswith(("float", "bfloat")) or "float8" in name for name in self.dtypes.split("+"))
 
     def __str__(self) -> str:
-        samples = (_bytes(torch.tensor(some, dtype=torch.bfloat16)).hex() for some in self._both())
-        return " ".join([self.dtypes, self.digest or "-", *(text or "-" for text in samples)])
-
-    def _both(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.samples, self.linear_samples
+        both = (torch.tensor(values, dtype=torch.bfloat16) for values in (self.samples, self.linear_samples))
+        return " ".join([self.dtypes, self.digest or "-", *(_bytes(values).hex() or "-" for values in both)])
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
-        """The inverse of ``str``; raises ValueError for another text."""
+        """Return the inverse of ``str``; raises ValueError for another text."""
         dtypes, digest, *samples = text.split(" ")
         values, linear_values = (
             () if some == "-" else torch.frombuffer(bytearray.fromhex(some), dtype=torch.bfloat16).tolist()
@@ -89,21 +86,20 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
-    """The fingerprint of a base model, with or without adapters in it; parameters named in ``exclude`` are left out."""
-    found = sorted(
-        ((name, owner, parameter) for name, owner, parameter in base_parameters(model) if name not in exclude),
-        key=lambda entry: entry[0],
+    """Return the fingerprint of a base model, with or without adapters in it, but for the parameters in ``exclude``."""
+    parameters = sorted(
+        (entry for entry in base_parameters(model) if entry[0] not in exclude), key=lambda entry: entry[0]
     )
-    dtypes = "+".join(sorted({_kind_of(parameter) for _, _, parameter in found}))
-    if not all(_readable(parameter) for _, _, parameter in found):
+    dtypes = "+".join(sorted({_kind_of(parameter) for _, _, parameter in parameters}))
+    if not all(_readable(parameter) for _, _, parameter in parameters):
         return Fingerprint(dtypes, None, (), ())
     digest = hashlib.sha256()
-    for name, owner, parameter in found:
+    for name, owner, parameter in parameters:
         if not _is_plain(parameter):
             continue
         digest.update(f"{name} {tuple(parameter.shape)} {_name_of(parameter.dtype)}\n".encode())
         digest.update(_bytes(_diagonal_as_loaded(name, owner, parameter)))
-    return Fingerprint(dtypes, short(digest), _samples(found), _linear_samples(found))
+    return Fingerprint(dtypes, short(digest), _samples(parameters), _linear_samples(parameters))
 
 
 def remember_base(model: nn.Module) -> None:
@@ -112,21 +108,21 @@ def remember_base(model: nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer) and not layer.merged:
             for name, owner, parameter in base_parameters(layer):
                 if _is_plain(parameter) and _readable(parameter):
-                    kept = vars(owner).setdefault(_REMEMBERED, {})
-                    kept[_last(name)] = _diagonal_as_loaded(name, owner, parameter)
+                    diagonals = vars(owner).setdefault(_REMEMBERED, {})
+                    diagonals[name.rpartition(".")[2]] = _diagonal_as_loaded(name, owner, parameter)
 
 
 def forget_base(layers: Iterable[nn.Module]) -> None:
-    """Drop what is kept of the weights under these layers: something else has become of them."""
+    """Drop the diagonals of the weights under these layers: something else has become of them."""
     for layer in layers:
         for _, owner, _ in base_parameters(layer):
             vars(owner).pop(_REMEMBERED, None)
 
 
 def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tensor:
-    """The diagonal of a parameter; the one remembered where it differs from that by no more than merging rounds off."""
+    """Return the diagonal of a parameter; the remembered one where merging and rounding account for the difference."""
     here = _diagonal(parameter)
-    before = vars(owner).get(_REMEMBERED, {}).get(_last(name))
+    before = vars(owner).get(_REMEMBERED, {}).get(name.rpartition(".")[2])
     if before is None or before.shape != here.shape:
         return here
     largest = before.abs().max().item() if before.numel() else 0.0
@@ -134,17 +130,13 @@ def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tenso
     return before.to(here.dtype) if near else here
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def short(digest: hashlib._Hash) -> str:
-    """64 bits of a digest in eleven characters: enough against mistakes, which is all that it is for."""
+    """Return 64 bits of a digest in eleven characters: enough against mistakes, which is all that it is for."""
     return base64.urlsafe_b64encode(digest.digest()[:8]).decode().rstrip("=")
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """The parameters (name in the base model, its module, itself) that a model has without its adapters."""
+    """Yield the parameters that a model has without its adapters: name in the base model, module, parameter."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     while isinstance(module, AuxiliaryTrainingWrapper):
@@ -157,20 +149,20 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             yield from base_parameters(child, prefix if name == "_orig_mod" else f"{prefix}{name}.")
 
 
-def _samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
+def _samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
     plain = [
         (name, parameter)
-        for name, owner, parameter in found
+        for name, owner, parameter in parameters
         if _is_plain(parameter) and not isinstance(owner, nn.Linear)
     ]
     largest = sorted(plain, key=lambda entry: (-entry[1].numel(), entry[0]))[:_SAMPLED]
     return tuple(value for _, parameter in largest for value in _middle(parameter, count=2))
 
 
-def _linear_samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
+def _linear_samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
     weights = [
         parameter
-        for name, owner, parameter in found
+        for name, owner, parameter in parameters
         if _is_plain(parameter) and type(owner) is nn.Linear and name.endswith("weight")
     ]
     last = max(len(weights) - 1, 0)
@@ -179,7 +171,7 @@ def _linear_samples(found: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[f
 
 
 def _middle(parameter: Tensor, *, count: int) -> list[float]:
-    """Up to ``count`` neighbouring values from the middle of every dimension, rounded to bfloat16."""
+    """Return up to ``count`` neighbouring values from the middle of every dimension, rounded to bfloat16."""
     values = parameter.detach()
     if values.numel() > 0 and values.dim() > 0:
         for size in values.shape[:-1]:
@@ -190,7 +182,7 @@ def _middle(parameter: Tensor, *, count: int) -> list[float]:
 
 
 def _diagonal(parameter: Tensor) -> Tensor:
-    """Values of a parameter, seen as a matrix, that meet each row and each column at least once; on the CPU."""
+    """Return values of a parameter, seen as a matrix, that meet each row and column at least once; on the CPU."""
     values = parameter.detach()
     if values.dim() < 2 or values.numel() == 0:
         return values.reshape(-1).cpu()
@@ -204,17 +196,17 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether it holds numbers, and not the codes or the class of a quantiser."""
+    """Return True for numbers, False for the codes or the class of a quantiser."""
     return parameter.is_floating_point() and type(parameter) in (nn.Parameter, Tensor)
 
 
 def _readable(parameter: Tensor) -> bool:
-    """Whether its values are here: not those of a DTensor, nor what DeepSpeed leaves of a parameter in stage 3."""
+    """Return True where the values are here: not a DTensor, nor the rest of a parameter in DeepSpeed's stage 3."""
     return not parameter.is_meta and not is_sharded(parameter)
 
 
 def _kind_of(parameter: Tensor) -> str:
-    """Its dtype; the class of a quantiser's codes that are stored as if they were numbers (bnb_4bit_quant_storage)."""
+    """Return its dtype; of a quantiser's codes stored as numbers (bnb_4bit_quant_storage) their class."""
     is_codes = parameter.is_floating_point() and not _is_plain(parameter) and hasattr(parameter, "quant_state")
     return type(parameter).__name__ if is_codes else _name_of(parameter.dtype)
 

@@ -1,4 +1,4 @@
-"""How PEFT's LoRA layers run and merge a masked adapter."""
+"""The forward pass of a masked adapter, and its merge, in PEFT's LoRA layers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
 
-# --- A frozen linear layer and its masked adapter as one differentiable operation.
-
 
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: FactorA, b: FactorB, *, scaling: float, dropout: float
 ) -> Tensor:
-    """W x + b + scaling · B A dropout(x), for a frozen W.
+    """Compute W x + b + scaling · B A dropout(x), for a frozen W, as one differentiable operation.
 
     Args:
         x: activations (..., in).
@@ -43,7 +41,7 @@ def adapted_linear(
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
             for tensor in (tokens, weight, bias, kept_a, kept_b)
         )
-    # Of matrices, so that what it gives is no view: later code may write into that, as into any layer's output.
+    # Of matrices, so that the result is no view: later code may write into it, as into any layer's output.
     result = _AdaptedLinear.apply(tokens, weight, bias, kept_a, kept_b, a, b, scaling, dropout)
     return result.view(*x.shape[:-1], result.shape[-1])
 
@@ -77,7 +75,7 @@ class _AdaptedLinear(torch.autograd.Function):
         kind = gradient.device.type
         if not torch.is_autocast_enabled(kind):
             return _AdaptedLinear._gradients(ctx, gradient)
-        with torch.autocast(kind, enabled=False):  # what was cast was cast in the forward pass
+        with torch.autocast(kind, enabled=False):  # all casts were done in the forward pass
             return _AdaptedLinear._gradients(ctx, gradient)
 
     @staticmethod
@@ -122,12 +120,12 @@ class _Dropout:
 
 
 def _features_of(tokens: Tensor, factor: MaskedFactor) -> Tensor:
-    """The features (tokens × kept) that meet the factor's operand."""
+    """Return the features (tokens × kept) that meet the factor's operand."""
     return tokens.index_select(1, factor.index_on(tokens.device)) if factor.gathers else tokens
 
 
 def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor) -> None:
-    """result += low A (or low Bᵀ) in place, for low (tokens × rank)."""
+    """Add low A (or low Bᵀ) to result in place, for low (tokens × rank)."""
     scatters = factor.scatters
     matrix = kept if scatters else factor.fill(kept)
     if isinstance(factor, FactorB):
@@ -141,7 +139,7 @@ def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor
 
 
 def _scatter(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
-    """result += change in place, on the kept features, summed in the wider dtype of the two."""
+    """Add change to result in place, on the kept features, in the wider dtype of the two."""
     index = factor.index_on(result.device)
     if result.dtype == change.dtype:
         result.index_add_(1, index, change)
@@ -150,18 +148,18 @@ def _scatter(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
 
 
 class PartialLoraVariant(LoraVariant):
-    """How any of PEFT's LoRA layers, quantised ones and convolutions included, runs and merges a masked adapter."""
+    """A masked adapter in any of PEFT's LoRA layers, quantised ones and convolutions included."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs) -> None:
-        """Called when a layer that is masked already gets its adapter built again, which would make it dense."""
+        """Refuse to build the adapter of a masked layer again, which would make it dense."""
         raise PartialLoraError(
             f"adapter {adapter_name!r} of {module.get_base_layer()} was built again: delete it first."
         )
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
-        """The base layer's ``result`` (..., out) plus scaling * B A dropout(x), for x (..., in)."""
+        """Return the base layer's ``result`` (..., out) plus scaling * B A dropout(x), for x (..., in)."""
         a, b, dropout = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout))
         scaling = module.scaling[active_adapter]
         if x.is_nested or _is_watched(a) or _is_watched(b):
@@ -170,7 +168,7 @@ class PartialLoraVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """A new tensor: the base weight with the adapter in it."""
+        """Return a new tensor: the base weight with the adapter in it."""
         remember_base(module)  # a layer can be merged by itself
         return orig_weight + _change_of(orig_weight, module, active_adapter)
 
@@ -182,12 +180,12 @@ class PartialLoraVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """A new tensor: the base weight with the adapter taken out again."""
+        """Return a new tensor: the base weight with the adapter taken out again."""
         return orig_weight.data - _change_of(orig_weight, module, active_adapter)
 
 
 def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
-    """The adapter's B A, scaled: in the dtype of W where the sum replaces W, and whole where it is quantised again."""
+    """Return the adapter's B A, scaled: in the dtype of W, or whole where the sum is quantised again."""
     change = module.get_delta_weight(adapter)
     return change.to(weight.dtype) if isinstance(module, (lora.Linear, lora.layer._ConvNd)) else change
 
@@ -195,17 +193,17 @@ def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
 class PartialLinear(lora.Linear):
     """PEFT's LoRA layer over a plain linear layer, which runs base and adapter as one operation where it may.
 
-    It may where exactly one masked adapter is active and nothing else is interested in what the parts give on their
-    own; everything else runs as in PEFT, through PartialLoraVariant, with the same result.
+    It may where exactly one masked adapter is active and nothing else watches the parts; everything else runs as in
+    PEFT, through PartialLoraVariant, with the same result.
 
     Attributes:
-        fuses: whether it ever does. Set False on the class for second derivatives, which the one operation lacks.
+        fuses: False keeps the parts apart. Set it on the class for second derivatives, which the one operation lacks.
     """
 
     fuses = True
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The adapted layer's output (..., out) for x (..., in)."""
+        """Return the adapted layer's output (..., out) for x (..., in)."""
         name = None if args or kwargs or x.is_nested else self._fusable_adapter()
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -221,7 +219,7 @@ class PartialLinear(lora.Linear):
         )
 
     def _fusable_adapter(self) -> str | None:
-        """The one active adapter, where it can run as one operation with the base layer."""
+        """Return the one active adapter, where it can run as one operation with the base layer."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not self.fuses or len(active) != 1:
             return None
@@ -236,12 +234,12 @@ class PartialLinear(lora.Linear):
 
 
 def can_fuse(layer: nn.Module) -> bool:
-    """Whether a base layer is one that PartialLinear knows how to compute."""
+    """Return True for a base layer that PartialLinear knows how to compute."""
     return type(layer) in (nn.Linear, Conv1D)
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Whether calling the base layer does nothing but its product, with a frozen weight that is an ordinary tensor."""
+    """Return True where the base layer is its product alone, with a frozen weight that is an ordinary tensor."""
     return (
         can_fuse(base)
         and not _is_watched(base)
@@ -251,7 +249,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks, or accelerate's, which replace the forward."""
+    """Return True where a call does more than the module's forward: hooks, accelerate's too, which replace it."""
     return bool(
         "forward" in vars(module)
         or module._forward_hooks
@@ -262,15 +260,14 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a compiler (it fuses by itself), hooks of all modules, a functorch transform or forward AD looks on."""
+    """Return True under a compiler (it fuses by itself), hooks of all modules, functorch transforms or forward AD."""
     if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def mask_layer(layer: LoraLayer, adapter_name: str, masks: ModuleMasks) -> None:
-    """Keep only what ``masks`` keeps of the adapter PEFT has just put into ``layer``; its values stay as drawn."""
-    element = masks.element
-    layer.lora_A[adapter_name] = FactorA(layer.lora_A[adapter_name], masks.columns, element=element)
-    layer.lora_B[adapter_name] = FactorB(layer.lora_B[adapter_name], masks.rows, element=element)
+    """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps; its values stay as drawn."""
+    layer.lora_A[adapter_name] = FactorA(layer.lora_A[adapter_name], masks.columns, element=masks.element)
+    layer.lora_B[adapter_name] = FactorB(layer.lora_B[adapter_name], masks.rows, element=masks.element)
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import peft.mapping
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
@@ -53,18 +52,23 @@ class PartialLoraModel(LoraModel):
             peft_config.choose_masks(self._geometries(peft_config, model))
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
-        """What PEFT is about to adapt: {module: geometry}. Raises PartialLoraError for a layer that cannot be."""
+        """Return the modules that PEFT is about to adapt, {name: geometry}; refuse those that cannot be masked."""
         modules = dict(model.named_modules())
         adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         names = [name for name in modules if name and not name.startswith(adapted)]
-        found = [name for name in names if self._check_target_module_exists(peft_config, name)]
-        _refuse_targets_without_module(peft_config.target_modules, found, names)
-        for name in found:
+        targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
+        patterns = peft_config.target_modules
+        for target in [] if isinstance(patterns, str) else sorted(patterns):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
+        if not targets:
+            raise PartialLoraError(f"target_modules={patterns!r} matches no module that is left to adapt.")
+        for name in targets:
             if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
                 raise PartialLoraError(
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
                 )
-        return {_unwrapped(name): geometry(name, modules[name], peft_config.r) for name in found}
+        return {base_name(name): geometry(name, modules[name], peft_config.r) for name in targets}
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT refuses what does not work with LoRA by the name of the method.
@@ -87,7 +91,7 @@ class PartialLoraModel(LoraModel):
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors, with the random numbers plain LoRA takes; now most of them go.
             layer = parent.get_submodule(target_name)
-            mask_layer(layer, adapter_name, lora_config.masks[_unwrapped(current_key)])
+            mask_layer(layer, adapter_name, lora_config.masks[base_name(current_key)])
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
@@ -113,17 +117,17 @@ class PartialLoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
-        """The adapter's part of a state dict, every factor dense.
+        """Return the adapter's part of a state dict, every factor dense.
 
-        That is what a masked factor puts there itself; but ZeRO's stage 3 gathers a state dict by the names of
+        A masked factor writes itself so; but ZeRO's stage 3 gathers a state dict by the names of
         parameters, and has its kept entries under ``kept``.
         """
-        found = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        for key in [key for key in found if key.endswith(".kept")]:
+        state = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        for key in [key for key in state if key.endswith(".kept")]:
             factor = model.get_submodule(key.removesuffix(".kept"))
             if isinstance(factor, MaskedFactor):
-                found[key.removesuffix("kept") + "weight"] = factor.fill(found.pop(key))
-        return found
+                state[key.removesuffix("kept") + "weight"] = factor.fill(state.pop(key))
+        return state
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -132,42 +136,52 @@ class PartialLoraModel(LoraModel):
         )
 
 
-def _refuse_targets_without_module(target_modules: set[str] | str, found: list[str], names: list[str]) -> None:
-    for target in [] if isinstance(target_modules, str) else sorted(target_modules):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
-    if not found:
-        raise PartialLoraError(f"target_modules={target_modules!r} matches no module that is left to adapt.")
-
-
-def _unwrapped(name: str) -> str:
-    """The module's name in the base model as loaded, whether or not torch.compile has wrapped it since."""
-    return name.replace("_orig_mod.", "")
-
-
 def register() -> None:
-    """Tell PEFT about the method. Its own register_peft_method takes no names it does not list itself."""
+    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself."""
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
 
 
-def _adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers of a LoRA or Partial-LoRA model that hold the adapter, each by its name in the base model."""
+def base_name(key: str) -> str:
+    """Return a name as in the base model when it was loaded, without what PEFT and torch.compile put into it."""
+    return key.removeprefix("base_model.model.").replace("_orig_mod.", "")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model, those of its adapters among them, by their names as loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, layer in base.named_modules():
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-            yield _unwrapped(name), layer
+    return {base_name(name): module for name, module in base.named_modules()}
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of a LoRA or Partial-LoRA model that hold the adapter, by their names in the base model."""
+    layers = {name: layer for name, layer in base_modules(model).items() if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return what PEFT saves of an adapter, by names in the base model; beside the factors the model's own tensors."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    again = (".modules_to_save.", ".original_module.")  # with bias="all", the biases of a head are there once more
+    return {base_name(key): value for key, value in state.items() if not any(part in key for part in again)}
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise PartialLoraError, naming the module, for a model with an adapter merged into its base weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
 
 
 def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, ModuleMasks]:
-    """The masks that are in force, read off the adapter itself: {module: masks}; full ones for plain LoRA.
+    """Return the masks in force, {module: masks}, read off the adapter itself; full ones for plain LoRA.
 
     Raises PartialLoraError for a module whose masks were lost, which PEFT code that builds its layers again can do.
     """
     masks = {}
     partial = isinstance(model.peft_config[adapter_name], PartialLoraConfig)
-    for name, layer in _adapter_layers(model, adapter_name):
+    for name, layer in adapter_layers(model, adapter_name).items():
         low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         if isinstance(low, FactorA) and isinstance(high, FactorB):
             masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(layer.out_features, layer.in_features))
@@ -179,7 +193,7 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 
 
 def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:
-    """The measured sparsity of every adapted module: {module: {"rows": s, "columns": s}}."""
+    """Return the measured sparsity of every adapted module: {module: {"rows": s, "columns": s}}."""
     return {
         name: {axis: getattr(masks, axis).sparsity for axis in AXES}
         for name, masks in module_masks(model, adapter_name).items()
@@ -187,10 +201,10 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
 
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
-    """The number of entries of the adapter that train, after masking; the head is not counted."""
+    """Return the number of entries of the adapter that train, after masking; the head is not counted."""
     return sum(
         numel(parameter)
-        for _, layer in _adapter_layers(model, adapter_name)
+        for layer in adapter_layers(model, adapter_name).values()
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
         for parameter in factor.parameters()
         if parameter.requires_grad

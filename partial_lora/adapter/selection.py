@@ -1,4 +1,4 @@
-"""From settings to masks: which rows and columns, or which single entries, of each module stay."""
+"""From settings to masks: the rows and columns, or the single entries, of each module that stay."""
 
 from __future__ import annotations
 
@@ -19,98 +19,13 @@ from torch import nn
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 
-# --- The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and ax
-
-
-def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
-    """The sparsity setting in its one canonical form, whatever form the user gave it in.
-
-    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
-    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
-    """
-    if isinstance(sparsity, (str, PathLike)):
-        return _calibrated_sparsity(Path(sparsity))
-    if isinstance(sparsity, Mapping):
-        if not sparsity:
-            raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
-        return {str(module): _both_axes(module, value) for module, value in sparsity.items()}
-    return _share(sparsity, "sparsity")
-
-
-def _calibrated_sparsity(path: Path) -> float | Sparsity:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
-        found = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
-    except OSError as error:
-        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise PartialLoraError(
-            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
-        ) from None
-    try:
-        return read_sparsity(found)
-    except PartialLoraError as error:
-        raise PartialLoraError(f"{path}: {error}") from None
-
-
-def _both_axes(module: str, value: object) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        share = _share(value, f"sparsity[{module!r}]")
-        return dict.fromkeys(AXES, share)
-    if set(value) != set(AXES):
-        raise PartialLoraError(f"sparsity[{module!r}] has {sorted(map(str, value))}: expected rows and columns.")
-    return {axis: _share(value[axis], f"sparsity[{module!r}][{axis!r}]") for axis in AXES}
-
-
-def _share(value: object, key: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
-        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
-    return float(value)
-
-
-def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
-    """One {"rows": s, "columns": s} for each of ``modules``, in their order.
-
-    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
-    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
-    without a module.
-    """
-    if not isinstance(sparsity, dict):
-        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
-    chosen = {module: _entry_of(module, sparsity) for module in modules}
-    for module, entry in chosen.items():
-        if entry is None:
-            raise PartialLoraError(
-                f"sparsity has no entry for the target module {module}: add one, or do not target it."
-            )
-    for entry in sparsity:
-        if entry not in chosen and not any(_matches(entry, module) for module in modules):
-            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
-    return {module: sparsity[entry] for module, entry in chosen.items()}
-
-
-def _entry_of(module: str, sparsity: Mapping) -> str | None:
-    if module in sparsity:
-        return module
-    return next((entry for entry in sparsity if _matches(entry, module)), None)
-
-
-def _matches(entry: str, module: str) -> bool:
-    try:
-        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
-    except re.error:
-        raise PartialLoraError(
-            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
-        ) from None
-
-
 Values = dict[str, dict[str, np.ndarray]]
 """Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What masks have to know of a module before they can be made.
+    """The shapes of a module, all that a mask needs to know of it.
 
     Attributes:
         shape: (out, in) of W; for a convolution its output and input channels.
@@ -123,7 +38,7 @@ class Geometry:
     b: tuple[int, ...]
 
     def sizes(self, granularity: str) -> dict[str, int]:
-        """How many there are to keep or remove: rows and columns of W, or ("element") entries of B and A."""
+        """Return the number to choose from: rows and columns of W, or ("element") entries of B and A."""
         sizes = self.shape if granularity != "element" else (math.prod(self.b), math.prod(self.a))
         return dict(zip(AXES, sizes, strict=True))
 
@@ -134,7 +49,7 @@ class ModuleMasks:
 
     Of rows and columns: ``rows`` over the outputs, ``columns`` over the inputs of its W, of ``shape`` (out, in).
     Of single entries: ``rows`` is over the entries of B, ``columns`` over those of A, both flat and row-major;
-    their sizes are then not those of W, and ``shape`` has to say (out, in).
+    their sizes are then not those of W, and ``shape`` holds (out, in).
     """
 
     rows: Mask
@@ -147,27 +62,71 @@ class ModuleMasks:
 
     @property
     def element(self) -> bool:
-        """Whether single entries are masked; at rank 1 a row of B, a column of A is one entry: the same masks."""
+        """True for single entries; at rank 1 a row of B, a column of A is one entry: the same masks."""
         return (self.rows.size, self.columns.size) != self.shape
+
+
+# Masks of all modules, by each selection.
 
 
 def random_masks(
     geometries: Mapping[str, Geometry], sparsity: float | Sparsity, *, granularity: str, count: str, mask_seed: int
 ) -> dict[str, ModuleMasks]:
-    """Random masks for modules of the given ``geometries`` {module: geometry}: the selection "random"."""
+    """Draw the masks of modules with these ``geometries`` {module: geometry}: the selection "random"."""
     shares = assign_sparsity(sparsity, list(geometries))
     draw = Mask.bernoulli if count == "bernoulli" else Mask.random
 
     def choose(module: str, axis: str, size: int) -> Mask:
         return draw(size, shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
 
-    return _for_each(geometries, granularity, choose)
+    return _masks(geometries, granularity, choose)
 
 
-def _for_each(
+def top_masks(
+    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, scores: Values, *, granularity: str
+) -> dict[str, ModuleMasks]:
+    """Return masks that keep the highest of ``scores``, as many as ``sparsity`` leaves: the selection "top"."""
+    _check_modules(geometries, scores, "scores")
+    shares = assign_sparsity(sparsity, list(geometries))
+
+    def choose(module: str, axis: str, size: int) -> Mask:
+        values = scores[module][axis]
+        if len(values) != size:
+            raise PartialLoraError(f"scores[{module!r}][{axis!r}] has {len(values)} scores: expected {size}.")
+        return Mask.top(values, shares[module][axis])
+
+    return _masks(geometries, granularity, choose)
+
+
+def index_masks(geometries: Mapping[str, Geometry], indices: Values, *, granularity: str) -> dict[str, ModuleMasks]:
+    """Return masks that keep these ``indices``, ascending: the selection "top" of those who have selected already."""
+    _check_modules(geometries, indices, "indices")
+
+    def choose(module: str, axis: str, size: int) -> Mask:
+        try:
+            return Mask(size, indices[module][axis])
+        except PartialLoraError as error:
+            raise PartialLoraError(f"indices[{module!r}][{axis!r}]: {error}") from None
+
+    return _masks(geometries, granularity, choose)
+
+
+def check_counts(masks: Mapping[str, ModuleMasks], sparsity: float | Sparsity) -> None:
+    """Refuse masks that keep another number than ``sparsity`` leaves."""
+    for module, shares in assign_sparsity(sparsity, list(masks)).items():
+        for axis in AXES:
+            mask = getattr(masks[module], axis)
+            if len(mask.kept) != kept_count(mask.size, shares[axis]):
+                raise PartialLoraError(
+                    f"indices[{module!r}][{axis!r}] keeps {len(mask.kept)} of {mask.size}, but its sparsity"
+                    f" {shares[axis]} keeps {kept_count(mask.size, shares[axis])}: give one of the two."
+                )
+
+
+def _masks(
     geometries: Mapping[str, Geometry], granularity: str, choose: Callable[[str, str, int], Mask]
 ) -> dict[str, ModuleMasks]:
-    """The masks that ``choose(module, axis, size)`` gives for every module and axis."""
+    """Return for every module the masks that ``choose(module, axis, size)`` returns for its axes."""
     return {
         module: ModuleMasks(
             **{axis: choose(module, axis, size) for axis, size in geometry.sizes(granularity).items()},
@@ -177,8 +136,19 @@ def _for_each(
     }
 
 
+def _check_modules(geometries: Mapping[str, Geometry], values: Values, key: str) -> None:
+    for module in values:
+        if module not in geometries:
+            raise PartialLoraError(
+                f"{key} names {module!r}, which is no target module (first: {next(iter(geometries))})."
+            )
+    for module in geometries:
+        if module not in values:
+            raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
+
+
 def read_values(values: object, key: str) -> Values:
-    """Scores or indices in one form, whatever they came as: lists, arrays or tensors become arrays of numbers.
+    """Return scores or indices in one form: lists, arrays or tensors become arrays of numbers.
 
     ``values`` is {module: {"rows": numbers, "columns": numbers}}; ``key`` is its name in errors. Raises
     PartialLoraError naming the entry that is no such thing, or holds what is not finite.
@@ -214,71 +184,101 @@ def _numbers(values: object, key: str) -> np.ndarray:
     return numbers
 
 
-def top_masks(
-    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, scores: Values, *, granularity: str
-) -> dict[str, ModuleMasks]:
-    """Masks that keep what has the highest of ``scores``, as much of it as ``sparsity`` says: the selection "top"."""
-    _same_modules(geometries, scores, "scores")
-    shares = assign_sparsity(sparsity, list(geometries))
-
-    def choose(module: str, axis: str, size: int) -> Mask:
-        given = scores[module][axis]
-        if len(given) != size:
-            raise PartialLoraError(f"scores[{module!r}][{axis!r}] has {len(given)} scores: expected {size}.")
-        return Mask.top(given, shares[module][axis])
-
-    return _for_each(geometries, granularity, choose)
+# The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and axis.
 
 
-def given_masks(geometries: Mapping[str, Geometry], indices: Values, *, granularity: str) -> dict[str, ModuleMasks]:
-    """Masks that keep the given ``indices``, ascending: the selection "top" of those who have selected already."""
-    _same_modules(geometries, indices, "indices")
+def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
+    """Return the sparsity setting in its one form: a number, or {module or pattern: {"rows": s, "columns": s}}.
 
-    def choose(module: str, axis: str, size: int) -> Mask:
-        try:
-            return Mask(size, indices[module][axis])
-        except PartialLoraError as error:
-            raise PartialLoraError(f"indices[{module!r}][{axis!r}]: {error}") from None
+    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
+    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
+    """
+    if isinstance(sparsity, (str, PathLike)):
+        return _calibrated_sparsity(Path(sparsity))
+    if not isinstance(sparsity, Mapping):
+        return _share(sparsity, "sparsity")
+    if not sparsity:
+        raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
+    read = {}
+    for module, value in sparsity.items():
+        key = f"sparsity[{module!r}]"
+        if not isinstance(value, Mapping):
+            read[str(module)] = dict.fromkeys(AXES, _share(value, key))
+        elif set(value) != set(AXES):
+            raise PartialLoraError(f"{key} has {sorted(map(str, value))}: expected rows and columns.")
+        else:
+            read[str(module)] = {axis: _share(value[axis], f"{key}[{axis!r}]") for axis in AXES}
+    return read
 
-    return _for_each(geometries, granularity, choose)
+
+def _calibrated_sparsity(path: Path) -> float | Sparsity:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
+    except OSError as error:
+        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise PartialLoraError(
+            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
+        ) from None
+    try:
+        return read_sparsity(sparsity)
+    except PartialLoraError as error:
+        raise PartialLoraError(f"{path}: {error}") from None
 
 
-def _same_modules(geometries: Mapping[str, Geometry], values: Values, key: str) -> None:
-    for module in values:
-        if module not in geometries:
+def _share(value: object, key: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
+    return float(value)
+
+
+def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
+    """Return one {"rows": s, "columns": s} for each of ``modules``, in their order.
+
+    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
+    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
+    without a module.
+    """
+    if not isinstance(sparsity, Mapping):
+        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
+    entries = {}
+    for module in modules:
+        matching = (entry for entry in sparsity if _matches(entry, module))
+        entries[module] = module if module in sparsity else next(matching, None)
+        if entries[module] is None:
             raise PartialLoraError(
-                f"{key} names {module!r}, which is no target module (first: {next(iter(geometries))})."
+                f"sparsity has no entry for the target module {module}: add one, or do not target it."
             )
-    for module in geometries:
-        if module not in values:
-            raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
+    for entry in sparsity:
+        if entry not in entries and not any(_matches(entry, module) for module in modules):
+            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
+    return {module: sparsity[entry] for module, entry in entries.items()}
 
 
-def check_counts(masks: Mapping[str, ModuleMasks], sparsity: float | Sparsity) -> None:
-    """Refuse given masks that keep another number than ``sparsity`` says."""
-    for module, shares in assign_sparsity(sparsity, list(masks)).items():
-        for axis in AXES:
-            mask = getattr(masks[module], axis)
-            if len(mask.kept) != kept_count(mask.size, shares[axis]):
-                raise PartialLoraError(
-                    f"indices[{module!r}][{axis!r}] keeps {len(mask.kept)} of {mask.size}, but its sparsity"
-                    f" {shares[axis]} keeps {kept_count(mask.size, shares[axis])}: give one of the two."
-                )
+def _matches(entry: str, module: str) -> bool:
+    try:
+        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
+    except re.error:
+        raise PartialLoraError(
+            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
+        ) from None
 
 
-# --- Which base layers a masked adapter fits on, and the shapes of its factors there.
+# The base layers that a masked adapter fits on, and the shapes of its factors there.
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# An embedding looks rows of A up instead of multiplying, and attention's projections are one tensor without modules.
+_UNFIT = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
 
 
 def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
-    """The shapes of W, A and B for the base ``layer`` called ``name`` (or PEFT's layer around it).
+    """Return the shapes of W, A and B for the base ``layer`` called ``name`` (or PEFT's layer around it).
 
     Linear layers, quantised ones and transformers' Conv1D included, have W (out × in). Of a convolution, rows are
     output channels and columns input channels. Raises PartialLoraError for a layer that masks do not fit.
     """
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _convolution(name, layer, rank)
     inputs, outputs = (None, None) if isinstance(layer, _UNFIT) else _get_in_out_features(layer)
     if not isinstance(inputs, int) or not isinstance(outputs, int):
@@ -287,10 +287,6 @@ def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
             " the targets so that it does not match."
         )
     return Geometry(shape=(outputs, inputs), a=(rank, inputs), b=(outputs, rank))
-
-
-# An embedding looks rows of A up instead of multiplying, and attention's projections are one tensor without modules.
-_UNFIT = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
 
 
 def _convolution(name: str, layer: nn.modules.conv._ConvNd, rank: int) -> Geometry:

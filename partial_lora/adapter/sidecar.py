@@ -1,4 +1,4 @@
-"""partial_lora.json, the file beside an ordinary LoRA adapter that says which of its zeros are masked.
+"""partial_lora.json, the file beside an ordinary LoRA adapter that tells its masked zeros from the others.
 
 Masks cannot be read off the zeros, since B starts as all zeros. The file holds what they are made from, and a digest
 of each that the masks made again must match.
@@ -10,62 +10,53 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from partial_lora.adapter.selection import Geometry, ModuleMasks, assign_sparsity
+from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_json
-from partial_lora.masks import AXES, Mask, kept_count
-
-if TYPE_CHECKING:
-    from partial_lora.adapter.config import PartialLoraConfig
+from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
 
 
-def write(folder: Path, config: PartialLoraConfig) -> None:
-    """Write into ``folder`` the sidecar of an adapter whose masks ``config`` has chosen."""
-    write_json(folder / FILE_NAME, describe(config))
-
-
-def describe(config: PartialLoraConfig) -> dict:
-    """What the sidecar says of the masks that ``config`` has chosen.
+def describe(
+    masks: Mapping[str, ModuleMasks],
+    geometries: Mapping[str, Geometry],
+    sparsity: Sparsity | None,
+    *,
+    granularity: str,
+    selection: str,
+    mask_seed: int,
+    count: str,
+) -> dict:
+    """Return the content of the sidecar of an adapter with these ``masks``.
 
     version, granularity, selection, mask_seed, count (of single entries only), and modules, for each:
-    rows, columns (the sparsities, as measured; of the count "bernoulli" as requested), shape [out, in],
+    rows, columns (``sparsity``, or as measured where it is None), shape [out, in],
     a, b (of single entries only: the shapes of the dense factors), sha256 {rows, columns} of the kept indices as
     little-endian int64, and indices {rows, columns} where the selection is not random.
     """
-    requested = None
-    if config.count == "bernoulli":
-        requested = assign_sparsity(config.sparsity, list(config.masks))
-    content = {
-        "version": VERSION,
-        "granularity": config.granularity,
-        "selection": config.selection,
-        "mask_seed": config.mask_seed,
-    }
-    if config.granularity == "element":
-        content["count"] = config.count
+    content = {"version": VERSION, "granularity": granularity, "selection": selection, "mask_seed": mask_seed}
+    if granularity == "element":
+        content["count"] = count
     content["modules"] = {}
-    for module, masks in config.masks.items():
-        both = {axis: getattr(masks, axis) for axis in AXES}
-        entry = {axis: mask.sparsity if requested is None else requested[module][axis] for axis, mask in both.items()}
-        entry["shape"] = list(masks.shape)
-        if config.granularity == "element":
-            entry |= {factor: list(getattr(config.geometries[module], factor)) for factor in ("a", "b")}
+    for module, of_module in masks.items():
+        both = {axis: getattr(of_module, axis) for axis in AXES}
+        entry = {axis: sparsity[module][axis] if sparsity else mask.sparsity for axis, mask in both.items()}
+        entry["shape"] = list(of_module.shape)
+        if granularity == "element":
+            entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
-        if config.selection != "random":
+        if selection != "random":
             entry["indices"] = {axis: mask.kept.tolist() for axis, mask in both.items()}
         content["modules"][module] = entry
     return content
 
 
 def read(path: Path) -> dict:
-    """The sidecar at ``path``, as `describe` made it, every value checked.
+    """Return the sidecar at ``path``, as `describe` made it, every value checked.
 
     Raises PartialLoraError, naming the file and the key, if it is missing, broken or of another version.
     """
@@ -80,95 +71,9 @@ def read(path: Path) -> dict:
         raise PartialLoraError(f"{path} has version {version}: this partial-lora reads version {VERSION}, upgrade it.")
     try:
         _check(content)
-    except _BrokenError as found:
-        raise PartialLoraError(f"{path} is broken: {found}.") from None
+    except _BrokenError as broken:
+        raise PartialLoraError(f"{path} is broken: {broken}.") from None
     return content
-
-
-class _BrokenError(Exception):
-    """What is wrong with a value, and what was expected."""
-
-
-def _expect(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        shown = repr(value)
-        raise _BrokenError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {expected}")
-
-
-def _check(content: object) -> None:
-    _expect(isinstance(content, dict), "the content", content, "one object")
-    for name, choices in (("granularity", ("rows_columns", "element")), ("selection", ("random", "top"))):
-        if name in content:
-            _one_of(content, name, choices)
-    element, top = content.get("granularity") == "element", content.get("selection") == "top"
-    _keys(content, "", ["version", "granularity", "selection", "mask_seed", *["count"] * element, "modules"])
-    _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
-    _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
-    if element:
-        _one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
-    modules = content["modules"]
-    _expect(isinstance(modules, dict) and modules != {}, "modules", modules, "an object with an entry for each module")
-    for module, entry in modules.items():
-        _check_module(entry, f"modules[{module!r}]", element=element, top=top)
-
-
-def _check_module(entry: object, key: str, *, element: bool, top: bool) -> None:
-    _keys(entry, key, [*AXES, "shape", *["a", "b"] * element, "sha256", *["indices"] * top])
-    for axis in AXES:
-        share = entry[axis]
-        fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < 1
-        _expect(fits, f"{key}[{axis!r}]", share, "a sparsity in [0, 1)")
-    for name in ("shape", *["a", "b"] * element):
-        sizes = entry[name]
-        fits = isinstance(sizes, list) and len(sizes) >= 2 and all(_is_whole(size) and size > 0 for size in sizes)
-        fits = fits and (name != "shape" or len(sizes) == 2)
-        _expect(fits, f"{key}[{name!r}]", sizes, "[out, in]" if name == "shape" else "the shape of a factor")
-    shape = tuple(entry["shape"])
-    geometry = Geometry(shape, a=(), b=())
-    if element:
-        geometry = Geometry(shape, a=tuple(entry["a"]), b=tuple(entry["b"]))
-        _expect(geometry.a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as by shape")
-        fits = geometry.b[0] == shape[0] and geometry.a[0] % geometry.b[1] == 0 and len(geometry.b) == len(geometry.a)
-        _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as by shape and a")
-    _keys(entry["sha256"], f"{key}['sha256']", AXES)
-    for axis, digest in entry["sha256"].items():
-        fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
-        _expect(fits, f"{key}['sha256'][{axis!r}]", digest, "64 hexadecimal digits")
-    if top:
-        _keys(entry["indices"], f"{key}['indices']", AXES)
-        for axis, size in geometry.sizes("element" if element else "rows_columns").items():
-            _check_indices(entry, key, axis, size)
-
-
-def _check_indices(entry: dict, key: str, axis: str, size: int) -> None:
-    kept = entry["indices"][axis]
-    _expect(isinstance(kept, list) and all(map(_is_whole, kept)), f"{key}['indices'][{axis!r}]", kept, "whole numbers")
-    try:
-        mask = Mask(size, np.array(kept))
-    except (PartialLoraError, OverflowError) as error:
-        raise _BrokenError(f"{key}['indices'][{axis!r}]: {error}".rstrip(".")) from None
-    count = kept_count(size, entry[axis])
-    _expect(len(kept) == count, f"the number of {key}['indices'][{axis!r}]", len(kept), f"{count}, as by the sparsity")
-    _expect(mask.digest == entry["sha256"][axis], f"{key}['sha256'][{axis!r}]", entry["sha256"][axis], "its indices'")
-
-
-def _keys(content: object, key: str, expected: list[str] | tuple[str, ...]) -> None:
-    _expect(isinstance(content, dict), key, content, f"an object with {', '.join(expected)}")
-    inside = f" in {key}" if key else ""
-    for name in expected:
-        if name not in content:
-            raise _BrokenError(f"{name}{inside} is missing")
-    for name in content:
-        if name not in expected:
-            raise _BrokenError(f"{name}{inside} is unknown, expected {', '.join(expected)}")
-
-
-def _one_of(content: dict, key: str, choices: tuple[str, ...]) -> None:
-    _expect(content[key] in choices, key, content[key], " or ".join(map(repr, choices)))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
@@ -191,3 +96,90 @@ def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry],
                     f"{module}: the mask of its {axis} does not match the digest in {FILE_NAME}: mask_seed,"
                     " sparsity or indices are not those the adapter was trained with."
                 )
+
+
+# The checks of `read`, from the whole file down to the indices of one axis.
+
+
+class _BrokenError(Exception):
+    """A key, its value and what was expected."""
+
+
+def _check(content: object) -> None:
+    _expect(isinstance(content, dict), "the content", content, "one object")
+    for name, choices in (("granularity", ("rows_columns", "element")), ("selection", ("random", "top"))):
+        if name in content:
+            _expect_one_of(content, name, choices)
+    element, top = content.get("granularity") == "element", content.get("selection") == "top"
+    _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *["count"] * element, "modules"])
+    _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
+    _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
+    if element:
+        _expect_one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
+    modules = content["modules"]
+    _expect(isinstance(modules, dict) and modules != {}, "modules", modules, "an object with an entry for each module")
+    for module, entry in modules.items():
+        _check_module(entry, f"modules[{module!r}]", element=element, top=top)
+
+
+def _check_module(entry: object, key: str, *, element: bool, top: bool) -> None:
+    _expect_keys(entry, key, [*AXES, "shape", *["a", "b"] * element, "sha256", *["indices"] * top])
+    for axis in AXES:
+        share = entry[axis]
+        fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < 1
+        _expect(fits, f"{key}[{axis!r}]", share, "a sparsity in [0, 1)")
+    for name in ("shape", *["a", "b"] * element):
+        sizes = entry[name]
+        fits = isinstance(sizes, list) and len(sizes) >= 2 and all(_is_whole(size) and size > 0 for size in sizes)
+        fits = fits and (name != "shape" or len(sizes) == 2)
+        _expect(fits, f"{key}[{name!r}]", sizes, "[out, in]" if name == "shape" else "the shape of a factor")
+    shape, a, b = tuple(entry["shape"]), tuple(entry.get("a", ())), tuple(entry.get("b", ()))
+    if element:
+        _expect(a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as by shape")
+        fits = b[0] == shape[0] and a[0] % b[1] == 0 and len(b) == len(a)
+        _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as by shape and a")
+    _expect_keys(entry["sha256"], f"{key}['sha256']", AXES)
+    for axis, digest in entry["sha256"].items():
+        fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+        _expect(fits, f"{key}['sha256'][{axis!r}]", digest, "64 hexadecimal digits")
+    if top:
+        _expect_keys(entry["indices"], f"{key}['indices']", AXES)
+        for axis, size in Geometry(shape, a, b).sizes("element" if element else "rows_columns").items():
+            _check_indices(entry, key, axis, size)
+
+
+def _check_indices(entry: dict, key: str, axis: str, size: int) -> None:
+    kept, name = entry["indices"][axis], f"{key}['indices'][{axis!r}]"
+    _expect(isinstance(kept, list) and all(map(_is_whole, kept)), name, kept, "whole numbers")
+    try:
+        mask = Mask(size, np.array(kept))
+    except (PartialLoraError, OverflowError) as error:
+        raise _BrokenError(f"{name}: {error}".rstrip(".")) from None
+    count = kept_count(size, entry[axis])
+    _expect(len(kept) == count, f"the number of {name}", len(kept), f"{count}, as by the sparsity")
+    _expect(mask.digest == entry["sha256"][axis], f"{key}['sha256'][{axis!r}]", entry["sha256"][axis], "its indices'")
+
+
+def _expect(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        shown = repr(value)
+        raise _BrokenError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {expected}")
+
+
+def _expect_keys(content: object, key: str, expected: list[str] | tuple[str, ...]) -> None:
+    _expect(isinstance(content, dict), key, content, f"an object with {', '.join(expected)}")
+    inside = f" in {key}" if key else ""
+    for name in expected:
+        if name not in content:
+            raise _BrokenError(f"{name}{inside} is missing")
+    for name in content:
+        if name not in expected:
+            raise _BrokenError(f"{name}{inside} is unknown, expected {', '.join(expected)}")
+
+
+def _expect_one_of(content: dict, key: str, choices: tuple[str, ...]) -> None:
+    _expect(content[key] in choices, key, content[key], " or ".join(map(repr, choices)))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

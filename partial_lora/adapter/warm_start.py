@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options
 from partial_lora.adapter.factor import MaskedFactor
-from partial_lora.adapter.model import module_masks
+from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
 from partial_lora.errors import PartialLoraError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FACTORS = ("lora_A", "lora_B")
 
 
 def warm_start(
@@ -40,8 +39,8 @@ def warm_start(
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
     B (out × rank), and single entries the same entries; what is masked stays zero. What trains whole beside the
     adapter (a head in modules_to_save, biases) takes the LoRA's values too; where the LoRA has none, it stays as it
-    is. B is then no longer zero: with sparsity 0 the model says at once what it says with the LoRA, and the more is
-    masked, the less of it. Values are written in place, in the model's dtype, so that optimizers stay valid.
+    is. B is then no longer zero: with sparsity 0 the model starts from the LoRA's outputs, and the more is masked, the
+    further away from them. Values are written in place, in the model's dtype, so that optimizers stay valid.
 
         model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
         warm_start(model, "path/or/hub-id/of/a/lora")
@@ -57,11 +56,10 @@ def warm_start(
     shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter
     does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
     """
-    config = _config_of(model, adapter_name)
-    source = _of_model(lora) if isinstance(lora, PeftModel) else _of_files(lora, subfolder, revision, token)
-    own = _tensors_of(model, adapter_name)
-    factors = _factors_of(model, adapter_name)
-    _compare(source, config, own, factors)
+    config = _masked_config(model, adapter_name)
+    source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
+    own, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
+    _check_fit(source, config, own, factors)
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key in factors:
@@ -72,14 +70,14 @@ def warm_start(
 
 @dataclass(frozen=True)
 class _Source:
-    """A trained LoRA: what errors call it, its config, and its tensors by their names in the base model."""
+    """A trained LoRA: its name in errors, its config, and its tensors by their names in the base model."""
 
     name: str
     config: LoraConfig
     tensors: Mapping[str, Tensor]
 
 
-def _config_of(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
+def _masked_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         known = ", ".join(map(repr, configs)) or "none"
@@ -89,39 +87,30 @@ def _config_of(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
     return configs[adapter_name]
 
 
-def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:
-    """The adapter's factors by the names of their weights. Raises PartialLoraError where they cannot be filled."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = {_plain(name): module for name, module in base.named_modules()}
-    found = {}
-    for name in module_masks(model, adapter_name):
-        layer = modules[name]
-        if layer.merged:
-            raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
-        for factor in FACTORS:
-            found[f"{name}.{factor}.weight"] = getattr(layer, factor)[adapter_name]
-            if found[f"{name}.{factor}.weight"].kept.is_meta:
-                raise PartialLoraError(f"{name} is on the meta device: build the adapter without low_cpu_mem_usage.")
-    return found
+def _masked_factors(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:
+    """Return the adapter's factors by the names of their weights; refuse those that cannot be filled."""
+    check_unmerged(model)
+    module_masks(model, adapter_name)  # which raises where masks were lost
+    factors = {
+        f"{name}.{factor}.weight": getattr(layer, factor)[adapter_name]
+        for name, layer in adapter_layers(model, adapter_name).items()
+        for factor in ("lora_A", "lora_B")
+    }
+    for name, factor in factors.items():
+        if factor.kept.is_meta:
+            raise PartialLoraError(f"{name} is on the meta device: build the adapter without low_cpu_mem_usage.")
+    return factors
 
 
-def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter, by the names in the base model; beside the factors the model's own tensors."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    again = (".modules_to_save.", ".original_module.")  # with bias="all", the biases of a head are there once more
-    return {_plain(key): value for key, value in state.items() if not any(part in key for part in again)}
-
-
-def _of_model(lora: PeftModel) -> _Source:
+def _from_model(lora: PeftModel) -> _Source:
     active = lora.active_adapters
     if len(active) != 1:
         raise PartialLoraError(f"lora has {len(active)} active adapters, {active}: activate one with set_adapter.")
-    name = active[0]
-    config = _checked(lora.peft_config[name], f"adapter {name!r} of lora")
-    return _Source(f"adapter {name!r} of lora", config, _tensors_of(lora, name))
+    name = f"adapter {active[0]!r} of lora"
+    return _Source(name, _checked(lora.peft_config[active[0]], name), adapter_tensors(lora, active[0]))
 
 
-def _of_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
+def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
     def find(name: str) -> Path:
         path = Path(lora, subfolder or "", name)
         if Path(lora).is_dir():
@@ -135,12 +124,11 @@ def _of_files(lora: str | PathLike, subfolder: str | None, revision: str | None,
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
-    config = _checked(config, where)
-    return _Source(where, config, {_plain(key): value for key, value in tensors.items()})
+    return _Source(where, _checked(config, where), {base_name(key): value for key, value in tensors.items()})
 
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
-    """The config of a LoRA whose values mean what a masked adapter's mean; raises PartialLoraError for another."""
+    """Return the config of a LoRA whose values mean what a masked adapter's mean; refuse any other."""
     if config.peft_type not in ("LORA", PEFT_TYPE):
         raise PartialLoraError(f"{name} is a {config.peft_type} adapter: expected LORA.")
     trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other ways of drawing than these change W
@@ -151,7 +139,7 @@ def _checked(config: PeftConfig, name: str) -> LoraConfig:
     return config
 
 
-def _compare(
+def _check_fit(
     source: _Source, config: PartialLoraConfig, own: Mapping[str, Tensor], factors: Mapping[str, MaskedFactor]
 ) -> None:
     """Raise PartialLoraError, naming the module, where a trained LoRA and the adapter do not fit."""
@@ -181,7 +169,7 @@ def _compare(
 
 
 def _scaling(config: LoraConfig, module: str) -> float:
-    """What B A of a module is multiplied with: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
     return alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
@@ -189,8 +177,3 @@ def _scaling(config: LoraConfig, module: str) -> float:
 def _settings(config: LoraConfig) -> str:
     pattern = f", alpha_pattern={config.alpha_pattern}" if config.alpha_pattern else ""
     return f"lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}{pattern}"
-
-
-def _plain(key: str) -> str:
-    """The name in the base model as loaded, whether or not torch.compile has wrapped it since."""
-    return key.removeprefix("base_model.model.").replace("_orig_mod.", "")

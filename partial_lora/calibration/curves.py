@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from partial_lora.calibration.importance import Scores
 from partial_lora.calibration.peers import Peers, gathered
 from partial_lora.calibration.score import BoundedScore, Score
-from partial_lora.calibration.search import BOTH, UNKNOWN, Bounds, Curve, Levels, bounds_of, curve_of, digest_of, listed
+from partial_lora.calibration.search import (
+    BOTH,
+    UNKNOWN,
+    Bounds,
+    Curve,
+    Levels,
+    bounds_of,
+    curve_of,
+    digest_of,
+    points_of,
+)
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
@@ -233,7 +243,7 @@ class Store:
         """Return the points known of one curve, to be added to. `after` names what is zeroed in other modules."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
 
-    def belongs_to(self, baseline: float) -> None:
+    def check_baseline(self, baseline: float) -> None:
         """Take the baseline score of the model that is calibrated; curves of a model with another one are dropped."""
         if self.baseline is not None and not math.isclose(self.baseline, baseline, rel_tol=1e-6, abs_tol=1e-9):
             self.discard(f"its baseline score is {self.baseline}, this model's is {baseline}")
@@ -249,7 +259,7 @@ class Store:
     def content(self) -> dict:
         """Return everything that is known, as plain data."""
         curves = {
-            module: {axis: listed(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
+            module: {axis: points_of(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
         }
         return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
 

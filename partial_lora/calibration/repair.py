@@ -19,7 +19,7 @@ Joint = Callable[[Sparsity], float | None]
 Own = Callable[[str, str, float], float]  # module, axis, level -> the score with that alone zeroed
 
 
-def repaired(
+def relax(
     levels: Levels,
     grid: Sequence[float],
     shapes: Shapes,

@@ -139,7 +139,7 @@ def bounds_of(low: float, high: float) -> Bounds:
     return float(low), float(high)
 
 
-def listed(curve: Mapping[float, Bounds]) -> list[list]:
+def points_of(curve: Mapping[float, Bounds]) -> list[list]:
     """Return the points of a curve by rising level, as JSON has them."""
     points = []
     for level, (low, high) in sorted(curve.items()):
@@ -154,7 +154,7 @@ def listed(curve: Mapping[float, Bounds]) -> list[list]:
 
 
 def curve_of(points: Iterable[Iterable]) -> Curve:
-    """Return the curve of points that `listed` has written."""
+    """Return the curve of points that `points_of` has written."""
     curve = {}
     for level, value in points:
         if value is None:

@@ -26,10 +26,10 @@ from pyarrow.parquet import ParquetFile
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
-from partial_lora.report.figures import Shown, points, selected
+from partial_lora.report.figures import Shown, draw_calibration, points, selected, training_curve
 from partial_lora.report.records import NONE, Run, grid, number, run_of
 from partial_lora.report.summary import measured, percent
-from partial_lora.runs.directory import PREDICTIONS
+from partial_lora.runs.directory import CALIBRATION, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
 
 # --- Drawings that are part of a page: lines as SVG, sparsities as shaded cells. They take the page's own colours.
@@ -180,10 +180,10 @@ def shown(examples: Sequence[Example], rows, labels: Sequence) -> list[Example]:
     return list(examples)
 
 
-def rows_of(settings: Mapping):
-    """The test split of a run's task where it can be read without a network; None where it cannot."""
+def rows_of(settings: Mapping, *, fetch: bool = False):
+    """Return the test split of a run's task where it can be read, without a network unless `fetch`; else None."""
     task = settings["task"]
-    local = task.get("path") == "bundled:digits" or task.get("data_files")
+    local = fetch or task.get("path") == "bundled:digits" or task.get("data_files")
     if task.get("members") or not local:
         return None
     import datasets
@@ -325,7 +325,7 @@ def write(
         "origin": origin,
         "lists": {"Left out": problems, "Not compared": uncompared},
         "tables": {title: _cells(table) | {"notes": notes} for title, (table, notes) in tables.items()},
-        "figures": [(each.title, each.said, _uri(each.files[-1])) for each in figures],
+        "figures": [(each.title, each.caption, _uri(each.files[-1])) for each in figures],
         "sections": sections(list(groups.values()), examples),
     }
     return _written(Path(results_dir) / "report" / PAGE, content)
@@ -345,12 +345,27 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     return _written(run.directory / PAGE, content)
 
 
-def leave(record: Mapping, directory: Path, rows=None) -> None:
-    """The page of a run that is about to end; the run does not depend on it, so that what goes wrong is only logged."""
+def draw_run(directory: Path, settings: Mapping) -> None:
+    """Draw a finished run's figures and page, or a calibration's figures, out of the files in its directory.
+
+    settings: those of the run, whose paths are not redacted as in its record. The run does not depend on a drawing, so
+    that what goes wrong is only logged. The file that `is_drawn` looks for comes last.
+    """
     try:
-        write_run(run_of(record, directory), rows)
+        record = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        calibration = directory / CALIBRATION
+        modules = json.loads(calibration.read_text(encoding="utf-8"))["modules"] if calibration.is_file() else None
+        draw_calibration(record, modules, directory)
+        if record["metrics"]:
+            training_curve(record, directory / "training.png")
+            write_run(run_of(record, directory), rows_of(settings, fetch=True))
     except Exception as error:
         logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
+
+
+def is_drawn(directory: Path, stage: str) -> bool:
+    """Return whether the drawing of a stage, "train" or "calibrate", came to its end."""
+    return (directory / (PAGE if stage == "train" else "curves.svg")).is_file()
 
 
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:

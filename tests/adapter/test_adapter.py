@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_models import (
-    HEAD,
     KINDS,
     MIXED,
     VIT_TARGETS,
@@ -75,9 +74,15 @@ class Twin:
 
 
 # In double precision rounding cannot hide a wrong formula; in single precision the two must still agree to 1e-5.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+# Linear layers, Conv1D, convolutions, and linear layers that run twice in a pass: the other models have no other kind.
 @pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-@pytest.mark.parametrize("name", ["wrapped_vit", "timm_vit", "llama", "gpt2", "timm_convnext", "convnext", "deberta"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("wrapped_vit", torch.float32, 1e-5),
+        *((name, torch.float64, 1e-10) for name in ("wrapped_vit", "gpt2", "timm_convnext", "deberta")),
+    ],
+)
 def test_training_equals_dense_lora_with_masked_values_and_gradients(name, granularity, dtype, tolerance):
     kind = KINDS[name]
     few, many, *_ = kind.targets
@@ -91,7 +96,7 @@ def test_training_equals_dense_lora_with_masked_values_and_gradients(name, granu
     twin.model.to(dtype), partial.to(dtype)
     optimizers = optimizer_of(partial, lr=0.005), optimizer_of(twin.model, lr=0.005)
     losses = []
-    for seed in range(12):
+    for seed in range(8):
         batches = [to(kind.batch(2 * seed + micro), dtype) for micro in range(2)]
         losses.append(step(partial, optimizers[0], *batches))
         assert losses[-1] == pytest.approx(
@@ -114,34 +119,6 @@ def test_a_is_drawn_as_peft_draws_it_and_b_is_zero():
         assert torch.equal(layers(partial)[name].lora_A["default"].kept, drawn[:, masks.columns.kept.copy()])
         assert not layers(partial)[name].lora_B["default"].kept.any()
     assert torch.equal(logits(partial, images()), logits(vit(), images()))
-
-
-def test_kept_entries_are_all_that_trains_and_every_target_gets_a_gradient():
-    model = fill(adapt(sparsity=MIXED))
-    model(**images()).loss.backward()
-    expected = sum(4 * (len(masks.rows.kept) + len(masks.columns.kept)) for masks in module_masks(model).values())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = {name: p for name, p in trained.items() if "lora_" in name}
-    assert trainable_parameters(model) == sum(p.numel() for p in adapter.values()) == expected
-    assert {name.rpartition(".")[0] for name in trained.keys() - adapter.keys()} == {
-        f"base_model.model.{HEAD}.modules_to_save.default"
-    }
-    assert len(adapter) == 16
-    assert all(p.grad.abs().sum() > 0 for p in adapter.values())
-    assert {p.numel() for p in adapter.values()} != {0}
-
-
-def test_masked_entries_stay_zero_in_the_dense_view():
-    model = adapt(sparsity=MIXED)
-    optimizer = optimizer_of(model)
-    for seed in range(3):
-        step(model, optimizer, images(seed))
-    for name, masks in module_masks(model).items():
-        a, b = layers(model)[name].lora_A["default"].weight, layers(model)[name].lora_B["default"].weight
-        assert (a.shape, b.shape) == ((4, masks.shape[1]), (masks.shape[0], 4))
-        assert not a[:, ~torch.from_numpy(masks.columns.dense())].any()
-        assert not b[~torch.from_numpy(masks.rows.dense())].any()
-        assert b.any()
 
 
 def test_masks_do_not_depend_on_rank_global_seed_or_order_of_targets():
@@ -178,19 +155,6 @@ def test_the_dense_view_passes_gradients_to_the_kept_entries():
     layer = layers(adapt(sparsity=0.5))["timm_model.blocks.0.mlp.fc1"]
     layer.lora_A["default"].weight.sum().backward()
     assert torch.equal(layer.lora_A["default"].kept.grad, torch.ones(4, 16))
-
-
-def test_top_keeps_the_given_indices():
-    indices = {"timm_model.blocks.0.mlp.fc1": {"rows": [0, 7, 127], "columns": [3]}}
-    model = adapt(selection="top", indices=indices, target_modules=["blocks.0.mlp.fc1"])
-    masks = module_masks(model)["timm_model.blocks.0.mlp.fc1"]
-    assert (masks.rows.kept.tolist(), masks.columns.kept.tolist()) == ([0, 7, 127], [3])
-
-
-def test_plain_lora_has_full_masks():
-    model = adapt()
-    assert set(map(str, module_sparsity(model).values())) == {"{'rows': 0.0, 'columns': 0.0}"}
-    assert trainable_parameters(model) == 2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128)
 
 
 def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_still_runs():
@@ -252,10 +216,20 @@ def layer_with_dropout(probability, sparsity, granularity, kind="linear"):
     return model
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "convolution", "hooked"])
-@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-@pytest.mark.parametrize(("probability", "sparsity"), [(0.1, 0.75), (0.5, 0.25), (0.5, 0.75)])
-def test_dropout_has_the_mean_and_the_spread_it_should(probability, sparsity, granularity, kind):
+@pytest.mark.parametrize(
+    ("kind", "granularity", "probability", "sparsity"),
+    [
+        ("linear", "rows_columns", 0.5, 0.75),  # gathers
+        ("linear", "rows_columns", 0.1, 0.25),
+        ("linear", "element", 0.5, 0.75),
+        ("conv1d", "rows_columns", 0.1, 0.75),
+        ("convolution", "rows_columns", 0.5, 0.25),
+        ("convolution", "element", 0.5, 0.75),
+        ("hooked", "rows_columns", 0.5, 0.75),
+        ("hooked", "element", 0.1, 0.25),
+    ],
+)
+def test_dropout_has_the_mean_and_the_spread_it_should(kind, granularity, probability, sparsity):
     model = layer_with_dropout(probability, sparsity, granularity, kind)
     shape = (TOKENS, WIDTH, 1, 1) if kind == "convolution" else (TOKENS, WIDTH)
     x = torch.ones(shape, requires_grad=True)

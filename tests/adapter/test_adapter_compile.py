@@ -7,31 +7,30 @@ import shutil
 import pytest
 import torch
 from adapter_models import (
-    KINDS,
+    DECODER,
+    LLAMA_TARGETS,
     MIXED,
     adapt,
     dense_twin,
     fill,
-    gpt2,
     layers,
-    llama,
     loss_of,
-    timm_convnext,
     timm_images,
     timm_vit,
-    tokens,
 )
+from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB
-from partial_lora.masks import Mask
 
-GRANULARITIES = ["rows_columns", "element"]
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+TARGETS = ["linear", "transposed", "convolution", "grouped"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +38,41 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def gradients(model, batch):
+class Net(nn.Module):
+    """One layer of each kind that a factor runs in."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.transposed = nn.Linear(12, 16), Conv1D(16, 16)
+        nn.init.normal_(self.transposed.weight, std=0.3)
+        self.convolution, self.grouped = nn.Conv1d(16, 8, 3, padding=1), nn.Conv1d(8, 8, 1, groups=2)
+
+    def forward(self, x):
+        x = self.transposed(torch.tanh(self.linear(x)))
+        return self.grouped(torch.tanh(self.convolution(x.transpose(1, 2))))
+
+
+def config(**settings):
+    # One row of sixteen is so little that it is scattered, some modules gather, the others do neither.
+    sparsity = {"linear": {"rows": 0.95, "columns": 0.6}, "grouped": 0.25, ".*": {"rows": 0.3, "columns": 0.8}}
+    return PartialLoraConfig(**{"r": 8, "target_modules": TARGETS, "sparsity": sparsity, **settings})
+
+
+def adapted(**settings):
+    torch.manual_seed(1)
+    return fill(get_peft_model(Net(), config(**settings)))
+
+
+def batch(length=5, seed=0):
+    return torch.randn(2, length, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_and_gradients(model, forward):
     model.zero_grad()
-    loss_of(model, batch).backward()
-    return {
-        name.replace("_orig_mod.", ""): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    output = forward(batch())
+    output.square().sum().backward()
+    return {"output": output.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}}
 
 
 def assert_close(found, expected):
@@ -53,55 +81,29 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def inputs(base, seed=0):
-    """A batch without labels: GPT-2's own loss breaks the graph, with or without an adapter."""
-    batch = KINDS_BY_BASE[base].batch(seed)
-    batch.pop("labels", None)
-    return batch
-
-
-KINDS_BY_BASE = {kind.build: kind for kind in KINDS.values()}
-
-
-@pytest.mark.parametrize(
-    ("base", "granularity"),
-    [(base, granularity) for base in (llama, timm_convnext) for granularity in GRANULARITIES]
-    + [(gpt2, "rows_columns")],
-)
-def test_one_graph_computes_what_eager_does(base, granularity):
-    model = fill(adapt(base, sparsity=0.8, granularity=granularity))
+@granularities
+def test_one_graph_computes_what_eager_does(granularity):
+    model = adapted(granularity=granularity)
+    torch.testing.assert_close(model(batch()), dense_twin(model, Net)(batch()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # fullgraph: a break raises
-
-    def outputs(adapted, seed):
-        output = adapted(**inputs(base, seed))
-        return output if torch.is_tensor(output) else output.logits
-
-    model.train()
-    found = {}
-    for adapted in (model, compiled):
-        model.zero_grad()
-        output = outputs(adapted, 0)
-        output.square().sum().backward()
-        found[adapted] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found[adapted]["output"] = output.detach()
-    assert_close(found[compiled], found[model])
-    assert len(found[model]) > 2 * len(layers(model))
+    expected = outputs_and_gradients(model.train(), model)
+    assert len(expected) == 1 + 2 * len(TARGETS)
+    assert_close(outputs_and_gradients(model, compiled), expected)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(outputs(compiled, 1), outputs(model, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(batch(seed=1)), model(batch(seed=1)), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_compiled_into_the_graph():
-    model = fill(adapt(llama, sparsity=0.8, lora_dropout=0.3)).train()
-    for layer in layers(model).values():  # eager draws in the compiled order where base and adapter run apart
-        layer.get_base_layer().register_forward_hook(lambda *_: None)
+    model = adapted(lora_dropout=0.3).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    hooks = [layer.get_base_layer().register_forward_hook(lambda *_: None) for layer in layers(model).values()]
     torch.manual_seed(5)
-    expected = gradients(model, tokens())
-    for layer in layers(model).values():
-        layer.get_base_layer()._forward_hooks.clear()
+    expected = outputs_and_gradients(model, model)  # hooks keep base and adapter apart, as in the graph
+    for hook in hooks:
+        hook.remove()
     torch.manual_seed(5)
-    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), tokens())
-    assert_close(compiled, expected)
+    assert_close(outputs_and_gradients(model, compiled), expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -118,76 +120,49 @@ def test_inductor_computes_what_eager_does():
     assert_close(found[1], found[0])
 
 
-def batch_of(length):
-    generator = torch.Generator().manual_seed(length)
-    return {"input_ids": torch.randint(0, 50, (2, length), generator=generator)}
-
-
 def counted(model):
     counter = CompileCounterWithBackend("eager")
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-def test_other_sequence_lengths_are_compiled_once():
-    model = fill(adapt(llama, sparsity=0.8)).eval()
+def test_a_language_model_is_one_graph_for_all_other_lengths():
+    config = LlamaConfig(**DECODER | {"num_hidden_layers": 1}, num_attention_heads=4, num_key_value_heads=2)
+    adapter = PartialLoraConfig(r=4, target_modules=LLAMA_TARGETS, sparsity=0.8)
+    model = fill(get_peft_model(LlamaForCausalLM(config), adapter)).eval()
     compiled, counter = counted(model)
-    for length in (7, 9, 12, 15):
-        torch.testing.assert_close(compiled(**batch_of(length)).logits, model(**batch_of(length)).logits)
+    for length in (7, 9, 12):
+        ids = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
     assert counter.frame_count == 2  # for one length, and for all
 
 
 def test_switching_adapters_compiles_no_more_than_plain_lora():
-    model = adapt(llama, sparsity=0.8)
-    targets = KINDS["llama"].targets
-    model.add_adapter("b", PartialLoraConfig(r=2, lora_alpha=4, target_modules=targets, sparsity=0.5, mask_seed=3))
-    fill(model)
+    model = adapted()
+    model.add_adapter("b", config(sparsity=0.5, mask_seed=3))
+    fill(model, seed=3, adapter_name="b")
     counts = []
-    for adapted in (model, dense_twin(model, llama)):
+    for each in (model, dense_twin(model, Net)):
         torch._dynamo.reset()
-        adapted.eval()
-        compiled, counter = counted(adapted)
+        compiled, counter = counted(each.eval())
         seen = []
-
-        def same(compiled=compiled, adapted=adapted, seen=seen):
-            seen.append(compiled(**batch_of(8)).logits.detach())
-            torch.testing.assert_close(seen[-1], adapted(**batch_of(8)).logits, rtol=1e-5, atol=1e-5)
-
         for active in ("default", "b", "default", ["default", "b"]):
-            adapted.base_model.set_adapter(active)
-            same()
-        with adapted.disable_adapter():
-            same()
-        assert torch.equal(seen[0], seen[2])
-        assert not any(torch.allclose(seen[0], other) for other in (seen[1], seen[3], seen[4]))
+            each.base_model.set_adapter(active)
+            seen.append((compiled(batch()).detach(), each(batch())))
+        with each.disable_adapter():
+            seen.append((compiled(batch()).detach(), each(batch())))
+        for one, other in seen:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert torch.equal(seen[0][0], seen[2][0])
+        assert not any(torch.allclose(seen[0][0], seen[other][0]) for other in (1, 3, 4))
         counts.append(counter.frame_count)
     assert counts[0] <= counts[1]
 
 
-@pytest.mark.parametrize("element", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_factors_of_convolutions_take_the_same_way_compiled(groups, element):
-    torch.manual_seed(0)
-    a, b = nn.Conv2d(6, 4, 3, bias=False), nn.Conv2d(4, 6, 1, groups=groups, bias=False)  # as PEFT builds them
-    sizes = (b.weight.numel(), a.weight.numel()) if element else (6, 6)
-    rows, columns = (
-        Mask.random(size, 0.5, mask_seed=0, module="m", axis=axis)
-        for size, axis in zip(sizes, ("rows", "columns"), strict=True)
-    )
-    low, high = FactorA(a, columns, element=element), FactorB(b, rows, element=element)
-    x = torch.randn(2, 6, 8, 8)
-
-    def change(x):
-        return high.add_to(torch.zeros(2, 6, 6, 6), low.project(x, nn.Identity()), 0.5)
-
-    expected = F.conv2d(F.conv2d(x, low.weight), high.weight, groups=groups) * 0.5
-    torch.testing.assert_close(change(x), expected)
-    torch.testing.assert_close(torch.compile(change, fullgraph=True, backend="eager")(x), change(x))
-
-
 def test_exported_for_any_batch():
     model = fill(adapt(timm_vit, sparsity=MIXED)).eval()
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(model.get_base_model(), (timm_images(1)["x"],), dynamic_shapes=({0: batch},))
+    exported = torch.export.export(
+        model.get_base_model(), (timm_images(1)["x"],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
     few = timm_images(2)["x"][:5]
     torch.testing.assert_close(exported.module()(few), model(few), rtol=1e-5, atol=1e-5)
 
@@ -205,7 +180,7 @@ def test_functional_call_takes_other_kept_entries():
     torch.testing.assert_close(functional_call(model, dict(other.named_parameters()), (x,)), other(x))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@granularities
 def test_gradients_of_single_examples_average_to_that_of_the_batch(granularity):
     model = fill(adapt(timm_vit, sparsity=MIXED, granularity=granularity)).eval()
     x, y = timm_images(1)["x"], torch.arange(8) % 4
@@ -232,7 +207,7 @@ class Recorded(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@granularities
 def test_a_training_step_never_waits_for_a_value(granularity):
     # What reads a value on the host, or has a size that depends on values, could not be recorded as a CUDA graph.
     model = fill(adapt(timm_vit, sparsity=MIXED, granularity=granularity, lora_dropout=0.1)).train()

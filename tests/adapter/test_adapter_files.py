@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
-import peft
 import pytest
 import torch
 from adapter_models import (
     HEAD,
-    LLAMA_TARGETS,
     MIXED,
     adapt,
     fill,
     images,
-    llama,
     logits,
     optimizer_of,
     step,
-    tokens,
     vit,
 )
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, PartialLoraModel, module_masks, trainable_parameters
+import partial_lora
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
@@ -43,13 +44,6 @@ def trained(base=vit, batches=images, **settings):
 def masked_again(folder, base=vit, **settings):
     config = PartialLoraConfig.from_pretrained(str(folder))
     return PeftModel.from_pretrained(base(), str(folder), config=config, is_trainable=True, **settings)
-
-
-def test_the_route_into_peft_is_open():
-    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is PartialLoraConfig
-    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] is PartialLoraModel
-    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] == "lora_"
-    assert isinstance(adapt(sparsity=0.5).base_model, PartialLoraModel)
 
 
 def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
@@ -69,44 +63,6 @@ def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
         assert b.any(1).tolist() == masks.rows.dense().tolist()
         expected |= {f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB"}
     assert tensors.keys() == expected
-
-
-@pytest.mark.parametrize(("base", "batches"), [(vit, images), (llama, tokens)])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_plain_peft_loads_it_without_a_warning(tmp_path, base, batches, low_cpu_mem_usage):
-    model = trained(base, batches)
-    model.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # transformers' own, on every load
-        plain = PeftModel.from_pretrained(base(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
-    assert type(plain.base_model) is peft.LoraModel
-    torch.testing.assert_close(logits(plain, batches(5)), logits(model, batches(5)), atol=1e-5, rtol=1e-5)
-
-
-def test_auto_peft_loads_it(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    base = llama().from_pretrained(tmp_path / "base")
-    config = PartialLoraConfig(r=4, target_modules=LLAMA_TARGETS, sparsity=0.6, task_type="CAUSAL_LM")
-    model = fill(get_peft_model(base, config))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_masked_again_it_trains_on(tmp_path, low_cpu_mem_usage):
-    model = trained()
-    model.save_pretrained(tmp_path)
-    again = masked_again(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert module_masks(again) == module_masks(model)
-    assert trainable_parameters(again) == trainable_parameters(model)
-    assert {p.device.type for p in again.parameters()} == {"cpu"}
-    assert torch.equal(logits(again, images()), logits(model, images()))
-    optimizers = optimizer_of(model), optimizer_of(again)
-    assert [step(model, optimizers[0], images(s)) for s in range(3)] == [
-        step(again, optimizers[1], images(s)) for s in range(3)
-    ]
 
 
 def test_an_adapter_with_a_name_has_its_own_sidecar(tmp_path):
@@ -140,3 +96,29 @@ def test_a_checkpoint_of_another_shape_or_with_a_missing_tensor_is_not_swallowed
     result = adapt(sparsity=MIXED, r=2).load_adapter(str(tmp_path), "default")
     assert result.missing_keys == [f"base_model.model.{QKV}.lora_B.default.weight"]
     assert result.unexpected_keys == []
+
+
+def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
+    code = """
+        import sys
+
+        sys.modules["fcntl"] = None  # as on Windows
+        from peft import PeftModel, get_peft_model
+        from torch import nn
+
+        from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
+
+        base = nn.Sequential(nn.Linear(8, 8))
+        model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
+        model.save_pretrained("saved")
+        write_compact(model, "compact")
+        base = model.unload()
+        again = PeftModel.from_pretrained(base, "saved", config=PartialLoraConfig.from_pretrained("saved"))
+        assert module_masks(again) == module_masks(load_compact(again.unload(), "compact"))
+        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("partial_lora.")}
+        assert loaded == {"adapter", "errors", "files", "masks"}, loaded
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

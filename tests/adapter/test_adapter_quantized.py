@@ -23,7 +23,7 @@ from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.layer import PartialLoraVariant, mask_layer
 from partial_lora.adapter.selection import Geometry, random_masks
 
-GRANULARITIES = ["rows_columns", "element"]
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SPARSITY = {"q_proj": {"rows": 0.9, "columns": 0.5}, "v_proj": 0.8, "down_proj": {"rows": 0.3, "columns": 0.8}}
 
@@ -73,19 +73,9 @@ def assert_same_as_dense(model, twin):
     torch.testing.assert_close(logits(model, tokens()), logits(twin, tokens()), **TOLERANCE)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@granularities
 @pytest.mark.parametrize(("bits", "kind"), [(4, lora.Linear4bit), (8, lora.Linear8bitLt)])
-def test_bitsandbytes_runs_as_dense_lora(folder, bits, kind, granularity):
-    base = partial(bitsandbytes, bits, folder)
-    model = masked(base(), granularity)
-    assert {type(layer) for layer in layers(model).values()} == {kind}
-    assert all(type(layer.lora_variant["default"]) is PartialLoraVariant for layer in layers(model).values())
-    assert_same_as_dense(model, dense_twin(model, base))
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_trains_as_dense_lora_with_masked_gradients(folder, bits, granularity):
+def test_bitsandbytes_trains_as_dense_lora_with_masked_gradients(folder, bits, kind, granularity):
     def base():
         return prepare_model_for_kbit_training(
             bitsandbytes(bits, folder), gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -93,6 +83,8 @@ def test_bitsandbytes_trains_as_dense_lora_with_masked_gradients(folder, bits, g
 
     model = masked(base(), granularity)
     twin = dense_twin(model, base)
+    assert {type(layer) for layer in layers(model).values()} == {kind}
+    assert all(type(layer.lora_variant["default"]) is PartialLoraVariant for layer in layers(model).values())
 
     def mask_gradients():
         for kept, dense in zip(factors(model), factors(twin), strict=True):
@@ -114,8 +106,10 @@ def dequantised(model):
     }
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (8, torch.float32)])
+@pytest.mark.parametrize(
+    ("bits", "dtype", "granularity"),
+    [(4, torch.float32, "rows_columns"), (4, torch.bfloat16, "element"), (8, torch.float32, "rows_columns")],
+)
 def test_bitsandbytes_merges_as_dense_lora(folder, bits, dtype, granularity):
     # Before any inference: on some CPUs bitsandbytes then packs a weight anew, which PEFT's merge does not know of.
     base = partial(bitsandbytes, bits, folder, dtype)
@@ -133,8 +127,7 @@ def test_bitsandbytes_merges_as_dense_lora(folder, bits, dtype, granularity):
     assert all(torch.equal(weight, unmerged[name]) for name, weight in dequantised(twin).items())
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "granularity"), [(4, "rows_columns"), (8, "element")])
 def test_bitsandbytes_saves_and_loads(folder, bits, granularity, tmp_path):
     model = masked(bitsandbytes(bits, folder), granularity)
     model.save_pretrained(tmp_path)
@@ -192,7 +185,7 @@ def with_awq(linear):
     return quantised
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@granularities
 @pytest.mark.parametrize(
     ("quantise", "kind"),
     [
@@ -232,8 +225,7 @@ class StandIn(nn.Module):
         return F.linear(x, self.qweight.to(x.dtype) / 500)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("granularity", "dropout"), [("rows_columns", 0.3), ("element", 0.3), ("rows_columns", 0.0)])
 @pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear, TeLinear])
 def test_layers_of_peft_over_a_stand_in(kind, granularity, dropout):
     # GPTQ's asks for the variant; the others know nothing of it and call the factors as the modules they replace.

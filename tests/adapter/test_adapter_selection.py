@@ -98,8 +98,7 @@ def test_bernoulli_masks_are_those_of_the_formula_and_keep_another_number():
     assert module_sparsity(models["bernoulli"]) != module_sparsity(models["exact"])
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["wrapped_vit", "gpt2", "timm_convnext"])
+@pytest.mark.parametrize(("name", "granularity"), [("wrapped_vit", "rows_columns"), ("timm_convnext", "element")])
 def test_measured_sparsities_give_the_same_number_again(name, granularity):
     asked = {KINDS[name].targets[0]: {"rows": 0.83, "columns": 0.31}, ".*": {"rows": 1 / 3, "columns": 0.87}}
     model = adapt(KINDS[name].build, sparsity=asked, granularity=granularity)
@@ -171,86 +170,79 @@ def other(scores, change):
     return changed
 
 
-NOT_BUILT = [
-    (lambda s: s.pop("conv"), "{key} has no entry for the target module conv: selection 'top' needs one"),
-    (lambda s: s.update(head=s["conv"]), r"{key} names 'head', which is no target module \(first: linear\)"),
-]
-NOT_READ = [
-    (lambda s: s["conv"].pop("rows"), r"{key}\['conv'\] has \['columns'\]: expected rows and columns"),
-    (lambda s: s["conv"].update(a=[1]), r"{key}\['conv'\] has \['a', 'columns', 'rows'\]: expected rows and"),
-    (lambda s: s.update(conv=[1, 2]), r"{key}\['conv'\] has list: expected rows and columns"),
-    *(
-        (lambda s, bad=bad: s["conv"].update(rows=bad), r"{key}\['conv'\]\['rows'\] " + said)
-        for bad, said in (
-            ([1.0, math.nan], "has NaN or infinity: expected finite numbers"),
-            (torch.tensor([1.0, -math.inf]), "has NaN or infinity: expected finite numbers"),
-            ([[1.0], [2.0]], "is no list of numbers: expected one dimension"),
-            ([[1.0], [2.0, 3.0]], "is no list of numbers: expected one dimension"),
-            (["a", "b"], "is no list of numbers"),
-            ([True, False], "is no list of numbers"),
-            (None, "is no list of numbers"),
-            (3.0, "is no list of numbers"),
-            (torch.ones(2, device="meta"), "is no list of numbers"),
-            (torch.ones(2).to_sparse(), "is no list of numbers"),
-        )
-    ),
-]
+def replaced(values):
+    return lambda scores: scores["conv"].update(rows=values)
 
 
 @pytest.mark.parametrize("key", ["scores", "indices"])
-@pytest.mark.parametrize(("change", "message"), NOT_READ)
-def test_what_are_no_numbers_for_each_axis_is_refused(change, message, key):
-    with pytest.raises(PartialLoraError, match=message.replace("{key}", key)) as refusal:
+@pytest.mark.parametrize(
+    ("change", "entry"),
+    [
+        (lambda s: s["conv"].pop("rows"), r"\['conv'\]"),
+        (lambda s: s["conv"].update(a=[1]), r"\['conv'\]"),
+        (lambda s: s.update(conv=[1, 2]), r"\['conv'\]"),
+        *(
+            (replaced(values), r"\['conv'\]\['rows'\]")
+            for values in (
+                [1.0, math.nan],
+                torch.tensor([1.0, -math.inf]),
+                [[1.0], [2.0]],
+                [[1.0], [2.0, 3.0]],
+                ["a", "b"],
+                [True, False],
+                None,
+                3.0,
+                torch.ones(2, device="meta"),
+                torch.ones(2).to_sparse(),
+            )
+        ),
+    ],
+)
+def test_what_are_no_numbers_for_each_axis_is_refused(change, entry, key):
+    with pytest.raises(PartialLoraError, match=f"^{key}{entry}") as refusal:
         config(selection="top", **{key: other(importance("rows_columns"), change)})
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("values", [[1, 2], "calibration.json", 0.5])
 def test_scores_that_are_no_dictionary_are_refused(values):
-    with pytest.raises(PartialLoraError, match=f"scores is a {type(values).__name__}: expected {{module: "):
+    with pytest.raises(PartialLoraError, match=f"^scores is a {type(values).__name__}"):
         config(selection="top", scores=values)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("key", ["scores", "indices"])
-@pytest.mark.parametrize(("change", "message"), NOT_BUILT)
-def test_values_of_other_modules_are_refused_before_anything_is_built(change, message, key, granularity):
-    values = importance(granularity)
-    if key == "indices":
-        values = {module: {axis: [0] for axis in AXES} for module in values}
+@pytest.mark.parametrize("module", ["conv", "head"])
+def test_values_of_other_modules_are_refused_before_anything_is_built(module, key):
+    names = (*GEOMETRIES, "head") if module == "head" else GEOMETRIES.keys() - {"conv"}
+    values = {name: {axis: [0] for axis in AXES} for name in names}
     model = Mixed()
-    with pytest.raises(PartialLoraError, match=message.replace("{key}", key)):
-        get_peft_model(model, config(selection="top", granularity=granularity, **{key: other(values, change)}))
+    with pytest.raises(PartialLoraError, match=f"^{key} .*{module}"):
+        get_peft_model(model, config(selection="top", **{key: values}))
     assert not layers(model)
 
 
-@pytest.mark.parametrize(("granularity", "wanted"), [("rows_columns", 6), ("element", 24)])
+@pytest.mark.parametrize(("granularity", "size"), [("rows_columns", 6), ("element", 24)])
 @pytest.mark.parametrize("length", [0, 5, 7, 54])
-def test_scores_of_another_length_are_refused(length, granularity, wanted):
+def test_scores_of_another_length_are_refused(length, granularity, size):
     scores = importance(granularity)
     scores["conv"]["rows"] = [1.0] * length
-    with pytest.raises(PartialLoraError, match=rf"scores\['conv'\]\['rows'\] has {length} scores: expected {wanted}\."):
+    with pytest.raises(PartialLoraError, match=rf"^scores\['conv'\]\['rows'\] .*{length}.*{size}"):
         get_peft_model(Mixed(), config(selection="top", granularity=granularity, scores=scores, sparsity=0.5))
 
 
 @pytest.mark.parametrize(
-    ("granularity", "rows", "sparsity", "message"),
+    ("granularity", "rows", "sparsity"),
     [
-        ("rows_columns", [], 0.0, ": a mask over 6 entries needs a non-empty list of whole numbers"),
-        ("rows_columns", [0.0, 1.0], 0.0, ": a mask over 6 entries needs a non-empty list of whole numbers"),
-        ("rows_columns", [1, 0], 0.0, ": a mask over 6 entries needs ascending, distinct indices from 0 to 5"),
-        ("rows_columns", [1, 1], 0.0, ": a mask over 6 entries needs ascending, distinct indices"),
-        ("rows_columns", [-1], 0.0, ": a mask over 6 entries needs ascending, distinct indices"),
-        ("rows_columns", [6], 0.0, ": a mask over 6 entries needs ascending, distinct indices"),
-        ("element", [24], 0.0, ": a mask over 24 entries needs ascending, distinct indices from 0 to 23"),
-        ("rows_columns", [0, 1], 0.5, " keeps 2 of 6, but its sparsity 0.5 keeps 3: give one of the two"),
-        ("element", [0, 1], 0.5, " keeps 2 of 24, but its sparsity 0.5 keeps 12: give one of the two"),
+        *(("rows_columns", rows, 0.0) for rows in ([], [0.0, 1.0], [1, 0], [1, 1], [-1], [6])),
+        ("element", [24], 0.0),
+        ("rows_columns", [0, 1], 0.5),  # another number than that of the sparsity
+        ("element", [0, 1], 0.5),
     ],
 )
-def test_indices_that_do_not_fit_are_refused(granularity, rows, sparsity, message):
+def test_indices_that_do_not_fit_are_refused(granularity, rows, sparsity):
     indices = {"conv": {"rows": rows, "columns": [0, 1] if granularity == "rows_columns" else list(range(72))}}
     settings = {"target_modules": ["conv"], "selection": "top", "granularity": granularity}
-    with pytest.raises(PartialLoraError, match=r"indices\['conv'\]\['rows'\]" + message):
+    with pytest.raises(PartialLoraError, match=r"^indices\['conv'\]\['rows'\]"):
         get_peft_model(Mixed(), config(indices=indices, sparsity=sparsity, **settings))
 
 

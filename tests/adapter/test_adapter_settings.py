@@ -53,53 +53,41 @@ def test_a_calibration_file(tmp_path, as_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"modules": {"a": {"rows": {"sparsity": 0.1}}}}', '{"modules": []}']
+    "content", [None, "{", "[]", "{}", '{"modules": {"a": {"rows": {"sparsity": 0.1}}}}', '{"modules": []}']
 )
-def test_a_broken_calibration_file_is_named(tmp_path, content):
+def test_a_missing_or_broken_calibration_file_is_named(tmp_path, content):
     path = tmp_path / "calibration.json"
-    path.write_text(content)
-    with pytest.raises(PartialLoraError, match=r"calibration\.json, which is no calibration\.json"):
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PartialLoraError, match=rf"sparsity names {path}"):
         PartialLoraConfig(target_modules=["qkv"], sparsity=path)
 
 
-def test_a_missing_calibration_file_is_named(tmp_path):
-    with pytest.raises(PartialLoraError, match=r"none\.json, which cannot be read \(No such file"):
-        PartialLoraConfig(target_modules=["qkv"], sparsity=str(tmp_path / "none.json"))
+TOP = {"selection": "top", "scores": {"qkv": both([0])}}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("key", "settings"),
     [
-        ({"granularity": "columns"}, "granularity is 'columns': expected 'rows_columns' or 'element'"),
-        ({"selection": "best"}, "selection is 'best': expected 'random' or 'top'"),
-        ({"selection": "top"}, "selection is 'top' with neither of scores and indices: 'top' takes one"),
-        ({"indices": {"qkv": both([0])}}, "selection is 'random' with indices of scores and indices"),
-        ({"scores": {"qkv": both([0])}}, "selection is 'random' with scores of scores and indices"),
-        (
-            {"selection": "top", "scores": {"qkv": both([0])}, "indices": {"qkv": both([0])}},
-            "selection is 'top' with scores and indices of scores and indices",
-        ),
-        ({"count": "about"}, "count is 'about': expected 'exact' or 'bernoulli'"),
-        ({"count": "bernoulli"}, "count is 'bernoulli': it goes with granularity 'element' and selection 'random'"),
-        (
-            {"count": "bernoulli", "granularity": "element", "selection": "top", "scores": {"qkv": both([0])}},
-            "count is 'bernoulli': it goes with granularity 'element' and selection 'random'",
-        ),
-        ({"exclude_modules": "[a"}, r"exclude_modules is '\[a': expected names or a regular expression \("),
-        ({"mask_seed": True}, "mask_seed is True: expected a whole number"),
-        ({"mask_seed": 0.5}, "mask_seed is 0.5: expected a whole number"),
-        ({"sparsity": 1}, r"sparsity is 1: it is the share removed, a number in \[0, 1\)"),
-        ({"sparsity": True}, "sparsity is True"),
-        ({"sparsity": float("nan")}, "sparsity is nan"),
-        ({"sparsity": None}, "sparsity is None"),
-        ({"sparsity": {}}, "sparsity is empty"),
-        ({"sparsity": {"qkv": -0.1}}, r"sparsity\['qkv'\] is -0.1"),
-        ({"sparsity": {"qkv": {"rows": 0.5}}}, r"sparsity\['qkv'\] has \['rows'\]: expected rows and columns"),
-        ({"sparsity": {"qkv": both(0.5, "x")}}, r"sparsity\['qkv'\]\['columns'\] is 'x'"),
+        ("granularity", {"granularity": "columns"}),
+        ("selection", {"selection": "best"}),
+        ("selection .*neither", {"selection": "top"}),
+        ("selection .*indices", {"indices": {"qkv": both([0])}}),
+        ("selection .*scores", {"scores": {"qkv": both([0])}}),
+        ("selection .*scores and indices", {**TOP, "indices": {"qkv": both([0])}}),
+        ("count", {"count": "about"}),
+        ("count", {"count": "bernoulli"}),
+        ("count", {"count": "bernoulli", "granularity": "element", **TOP}),
+        ("exclude_modules", {"exclude_modules": "[a"}),
+        *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
+        *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), None, {})),
+        (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
+        (r"sparsity\['qkv'\]", {"sparsity": {"qkv": {"rows": 0.5}}}),
+        (r"sparsity\['qkv'\]\['columns'\]", {"sparsity": {"qkv": both(0.5, "x")}}),
     ],
 )
-def test_settings_are_refused_by_name(settings, message):
-    with pytest.raises(PartialLoraError, match=message) as refusal:
+def test_settings_are_refused_by_name(key, settings):
+    with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
         PartialLoraConfig(target_modules=["qkv"], **settings)
     assert "\n" not in str(refusal.value)
 
@@ -177,20 +165,22 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("target", "reason"),
     [
-        ("embed", "target module embed is a Embedding"),
-        ("dilated", r"target module dilated is a convolution with dilation=\(2, 2\), which PEFT's LoRA leaves out"),
-        ("grouped", "target module grouped is a convolution in 3 groups, which rank 2 is not a multiple of"),
-        ("transposed", "target module transposed is a ConvTranspose2d: only linear layers and convolutions"),
-        ("norm", "target module norm is a LayerNorm: only linear layers and convolutions"),
-        ("attention", "target module attention is a MultiheadAttention"),
-        ("out_proj", "target module attention.out_proj is inside nn.MultiheadAttention, which never calls it"),
+        ("embed", "Embedding"),
+        ("dilated", r"dilation=\(2, 2\)"),
+        ("grouped", "3 groups"),
+        ("transposed", "ConvTranspose2d"),
+        ("norm", "LayerNorm"),
+        ("attention", "MultiheadAttention"),
+        ("out_proj", "MultiheadAttention"),
     ],
 )
-def test_modules_that_cannot_be_masked_are_refused_by_name(target, message):
-    with pytest.raises(PartialLoraError, match=message):
-        get_peft_model(Odd(), PartialLoraConfig(r=2, target_modules=[target]))
+def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):
+    model = Odd()
+    with pytest.raises(PartialLoraError, match=f"target module .*{target} .*{reason}"):
+        get_peft_model(model, PartialLoraConfig(r=2, target_modules=[target]))
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
 
 
 def test_module_names_are_those_of_the_model_before_torch_compile():
@@ -238,8 +228,9 @@ def reloaded(config):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "way"), [*(("tensor", way) for way in COPIES), *((form, "to_dict") for form in FORMS)]
+)
 def test_a_copied_config_is_the_same(form, way):
     config = config_with(FORMS[form], sparsity={"qkv": 0.5})
     again = COPIES[way](config)
@@ -254,15 +245,15 @@ def test_a_copied_config_is_the_same(form, way):
 
 
 @pytest.mark.parametrize("key", ["scores", "indices"])
-@pytest.mark.parametrize("form", ["list", "array", "tensor"])
-def test_a_config_is_plain_types(form, key):
-    config = config_with(FORMS[form], key)
+def test_a_config_is_plain_types(key):
+    config = config_with(torch.tensor, key)
     content = config.to_dict()
     assert content[key] == {"a.qkv": {"rows": [1, 4], "columns": [0, 3, 5]}}
     assert json.loads(json.dumps({**content, "target_modules": list(content["target_modules"])}))[key] == content[key]
     assert content["peft_type"] == "PARTIAL_LORA"
     assert "runtime_config" not in content
     assert config.as_lora().to_dict().keys() == LoraConfig().to_dict().keys()
+    assert (config.as_lora().peft_type, config.as_lora().use_rslora) == ("LORA", True)
 
 
 def test_what_is_given_is_not_shared():
@@ -270,12 +261,6 @@ def test_what_is_given_is_not_shared():
     config = PartialLoraConfig(target_modules=["qkv"], selection="top", scores=scores)
     scores["a.qkv"]["rows"][0], scores["a.qkv"]["columns"][0] = 5, 5
     assert {axis: values.tolist() for axis, values in config.scores["a.qkv"].items()} == both([1.0, 2.0])
-
-
-def test_a_config_can_be_seen_as_plain_lora():
-    lora = config_with(list).as_lora()
-    assert type(lora) is LoraConfig
-    assert (lora.peft_type, lora.r, lora.lora_alpha, lora.use_rslora) == ("LORA", 2, 3, True)
 
 
 def test_the_method_has_a_name_that_peft_can_read_as_one_of_its_own():

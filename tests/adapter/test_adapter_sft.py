@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_models import LLAMA_TARGETS, layers, llama
+from adapter_models import LLAMA_TARGETS, llama, logits
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from partial_lora import PartialLoraConfig
-from partial_lora.adapter import module_masks
+from partial_lora.adapter import module_masks, trainable_parameters
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -25,11 +25,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def trainer(folder, seed=1, callbacks=(), **settings):
+def trainer(folder, seed=1, callbacks=()):
     """Twelve prompts with their completions; the loss is on the completions alone."""
-    settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": LLAMA_TARGETS, **settings}
-    config = PartialLoraConfig(**settings) if "sparsity" in settings else LoraConfig(**settings)
-    config.task_type = "CAUSAL_LM"
+    settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": LLAMA_TARGETS}
+    config = PartialLoraConfig(sparsity=SPARSITY, task_type="CAUSAL_LM", **settings)
     rows = [{"prompt": f"{first} {second}", "completion": f" {second} {first}"} for first in "abc" for second in "cdef"]
     arguments = trl.SFTConfig(
         str(folder),
@@ -64,48 +63,26 @@ def trained(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-def test_sft_trains_only_what_masks_keep_and_resumes_to_the_last_bit(tmp_path, granularity):
-    settings = {"sparsity": SPARSITY, "granularity": granularity}
-    whole = trainer(tmp_path / "whole", **settings)
-    kept = sum(
-        factor.kept.numel()
-        for layer in layers(whole.model).values()
-        for factor in (*layer.lora_A.values(), *layer.lora_B.values())
-    )
+def test_sft_trains_what_masks_keep_resumes_to_the_last_bit_and_saves_an_ordinary_adapter(tmp_path):
+    whole = trainer(tmp_path / "whole")
     before = trained(whole.model)
-    assert sum(value.numel() for value in before.values()) == kept
+    assert sum(value.numel() for value in before.values()) == trainable_parameters(whole.model)
     whole.train()
     after = trained(whole.model)
     assert all(not torch.equal(value, before[name]) for name, value in after.items())
 
-    trainer(tmp_path / "parts", callbacks=[StopAfterOneEpoch()], **settings).train()
-    resumed = trainer(tmp_path / "parts", seed=9, **settings)  # whatever A was drawn as, the checkpoint decides
+    trainer(tmp_path / "parts", callbacks=[StopAfterOneEpoch()]).train()
+    resumed = trainer(tmp_path / "parts", seed=9)  # whatever A was drawn as, the checkpoint decides
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step
     assert all(torch.equal(value, after[name]) for name, value in trained(resumed.model).items())
 
-
-def test_what_sft_saves_is_an_ordinary_adapter(tmp_path):
-    sft = trainer(tmp_path / "run", sparsity=SPARSITY)
-    sft.train()
-    sft.save_model(tmp_path / "saved")
+    whole.save_model(tmp_path / "saved")
     batch = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
-    with torch.no_grad():
-        expected = sft.model.eval()(**batch).logits
-        dense = PeftModel.from_pretrained(llama(), tmp_path / "saved")
-        masked = PeftModel.from_pretrained(
-            llama(), tmp_path / "saved", config=PartialLoraConfig.from_pretrained(tmp_path / "saved")
-        )
-        assert type(dense.peft_config["default"]) is LoraConfig
-        torch.testing.assert_close(dense.eval()(**batch).logits, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(masked.eval()(**batch).logits, expected)
-    assert module_masks(masked) == module_masks(sft.model)
-
-
-def test_sparsity_zero_trains_as_plain_lora(tmp_path):
-    partial, plain = (
-        trainer(tmp_path / name, lora_dropout=0.0, **given) for name, given in (("a", {"sparsity": 0.0}), ("b", {}))
-    )
-    losses = [each.train().training_loss for each in (partial, plain)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    dense = PeftModel.from_pretrained(llama(), tmp_path / "saved")
+    config = PartialLoraConfig.from_pretrained(tmp_path / "saved")
+    masked = PeftModel.from_pretrained(llama(), tmp_path / "saved", config=config)
+    assert type(dense.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(dense, batch), logits(whole.model, batch), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(masked, batch), logits(whole.model, batch))
+    assert module_masks(masked) == module_masks(whole.model)

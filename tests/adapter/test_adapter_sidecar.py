@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import product
 
 import numpy as np
 import pytest
@@ -64,8 +63,14 @@ def kept_of(model):
     }
 
 
-@pytest.mark.parametrize("settings", COMBINATIONS)
-@pytest.mark.parametrize("name", ["wrapped_vit", "gpt2", "timm_convnext"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("wrapped_vit", settings) for settings in COMBINATIONS),
+        *(("timm_convnext", settings) for settings in COMBINATIONS[2:5]),
+        ("gpt2", COMBINATIONS[0]),
+    ],
+)
 def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
     model = with_selection(name, **settings)
     model.save_pretrained(tmp_path / "one")
@@ -115,6 +120,11 @@ def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
     }
 
 
+QKV = "timm_model.blocks.0.attn.qkv"
+FC2 = "timm_model.blocks.1.mlp.fc2"
+GONE = object()
+
+
 def change(folder, alter):
     path = folder / "partial_lora.json"
     sidecar = json.loads(path.read_text())
@@ -122,17 +132,13 @@ def change(folder, alter):
     path.write_text(json.dumps(sidecar))
 
 
-QKV = "timm_model.blocks.0.attn.qkv"
-FC2 = "timm_model.blocks.1.mlp.fc2"
-HERE = r"modules\['timm_model\.blocks\.0\.attn\.qkv'\]"
-
-
 def setting(*keys_and_value):
     """A change of the sidecar: the value at the given keys, of QKV where the first is none of the whole file."""
     *keys, last, value = keys_and_value
 
     def alter(sidecar):
-        at = sidecar["modules"][QKV] if keys_and_value[0] in ENTRY else sidecar
+        own = keys_and_value[0] in ("rows", "columns", "shape", "a", "b", "sha256", "indices", "more")
+        at = sidecar["modules"][QKV] if own else sidecar
         for key in keys:
             at = at[key]
         if value is GONE:
@@ -143,87 +149,68 @@ def setting(*keys_and_value):
     return alter
 
 
-ENTRY = ("rows", "columns", "shape", "a", "b", "sha256", "indices", "more")
-GONE = object()
+def moved(sidecar):
+    """As many other indices."""
+    kept = sidecar["modules"][QKV]["indices"]["rows"]
+    free = next(index for index in range(len(kept) + 1) if index not in kept)
+    kept[:] = sorted([free, *kept[1:]])
+
+
 ANYWHERE = [
-    (setting("granularity", GONE), "granularity is missing"),
-    (setting("selection", GONE), "selection is missing"),
-    (setting("mask_seed", GONE), "mask_seed is missing"),
-    (setting("modules", GONE), "modules is missing"),
-    (setting("version", GONE), "version is missing"),
-    (setting("version", "1"), "version is '1', expected 1"),
-    (setting("extra", 1), "extra is unknown, expected version, granularity"),
-    (setting("granularity", "rows"), "granularity is 'rows', expected 'rows_columns' or 'element'"),
-    (setting("selection", None), "selection is None, expected 'random' or 'top'"),
-    (setting("mask_seed", "0"), "mask_seed is '0', expected a whole number"),
-    (setting("mask_seed", True), "mask_seed is True, expected a whole number"),
-    (setting("modules", {}), "modules is {}, expected an object with an entry for each module"),
-    (setting("modules", []), r"modules is \[\], expected an object"),
-    (lambda s: s["modules"].update({QKV: [1]}), rf"{HERE} is \[1\], expected an object with rows, columns"),
-    (setting("rows", GONE), f"rows in {HERE} is missing"),
-    (setting("more", 1), f"more in {HERE} is unknown"),
-    (setting("rows", 1.0), rf"{HERE}\['rows'\] is 1.0, expected a sparsity in \[0, 1\)"),
-    (setting("rows", -0.1), rf"{HERE}\['rows'\] is -0.1, expected a sparsity"),
-    (setting("columns", "0.5"), rf"{HERE}\['columns'\] is '0.5', expected a sparsity"),
-    (setting("columns", False), rf"{HERE}\['columns'\] is False, expected a sparsity"),
-    (setting("columns", float("nan")), rf"{HERE}\['columns'\] is nan, expected a sparsity"),
-    (setting("shape", [96]), rf"{HERE}\['shape'\] is \[96\], expected \[out, in\]"),
-    (setting("shape", [96, 32, 1]), rf"{HERE}\['shape'\] is \[96, 32, 1\], expected"),
-    (setting("shape", [96, 32.0]), rf"{HERE}\['shape'\] is \[96, 32.0\], expected"),
-    (setting("shape", [0, 32]), rf"{HERE}\['shape'\] is \[0, 32\], expected"),
-    (setting("sha256", "abc"), rf"{HERE}\['sha256'\] is 'abc', expected an object with rows, columns"),
-    (setting("sha256", "rows", GONE), rf"rows in {HERE}\['sha256'\] is missing"),
-    (setting("sha256", "rows", "ab" * 31), rf"{HERE}\['sha256'\]\['rows'\] is 'abab.*, expected 64 hexadecimal"),
-    (setting("sha256", "columns", "AB" * 32), rf"{HERE}\['sha256'\]\['columns'\] is 'ABAB.*, expected 64"),
-    (setting("sha256", "columns", 5), rf"{HERE}\['sha256'\]\['columns'\] is 5, expected 64"),
+    *((setting(key, GONE), key) for key in ("granularity", "selection", "mask_seed", "modules", "version")),
+    *((setting("version", value), "version") for value in ("1", None)),
+    (setting("extra", 1), "extra"),
+    (setting("granularity", "rows"), "granularity"),
+    (setting("selection", None), "selection"),
+    *((setting("mask_seed", value), "mask_seed") for value in ("0", True)),
+    *((setting("modules", value), "modules") for value in ({}, [])),
+    (lambda s: s["modules"].update({QKV: [1]}), QKV),
+    (setting("rows", GONE), f"rows in .*{QKV}"),
+    (setting("more", 1), f"more in .*{QKV}"),
+    *((setting("rows", value), f"{QKV}.*rows") for value in (1.0, -0.1)),
+    *((setting("columns", value), f"{QKV}.*columns") for value in ("0.5", False, float("nan"))),
+    *((setting("shape", value), f"{QKV}.*shape") for value in ([96], [96, 32, 1], [96, 32.0], [0, 32])),
+    (setting("sha256", "abc"), f"{QKV}.*sha256"),
+    (setting("sha256", "rows", GONE), f"rows in .*{QKV}.*sha256"),
+    (setting("sha256", "rows", "ab" * 31), f"{QKV}.*sha256.*rows"),
+    *((setting("sha256", "columns", value), f"{QKV}.*sha256.*columns") for value in ("AB" * 32, 5)),
 ]
 OF_ROWS = [
-    (setting("count", "exact"), "count is unknown"),
-    (setting("a", [4, 32]), f"a in {HERE} is unknown"),
-    (setting("indices", {"rows": [0], "columns": [0]}), f"indices in {HERE} is unknown"),
-    (setting("selection", "top"), f"indices in {HERE} is missing"),
-    (setting("granularity", "element"), "count is missing"),
+    (setting("count", "exact"), "count"),
+    (setting("a", [4, 32]), f"a in .*{QKV}"),
+    (setting("indices", {"rows": [0], "columns": [0]}), f"indices in .*{QKV}"),
+    (setting("selection", "top"), f"indices in .*{QKV}"),
+    (setting("granularity", "element"), "count"),
 ]
 OF_ENTRIES = [
-    (setting("count", GONE), "count is missing"),
-    (setting("count", "about"), "count is 'about', expected 'exact' or 'bernoulli'"),
-    (setting("a", GONE), f"a in {HERE} is missing"),
-    (setting("a", [4]), rf"{HERE}\['a'\] is \[4\], expected the shape of a factor"),
-    (setting("a", [4, 33]), rf"{HERE}\['a'\] is \[4, 33\], expected \[rank, 32, ...\]"),
-    (setting("b", [95, 4]), rf"{HERE}\['b'\] is \[95, 4\], expected \[96, rank, ...\]"),
-    (setting("b", [96, 3]), rf"{HERE}\['b'\] is \[96, 3\], expected"),
-    (setting("b", [96, 4, 1]), rf"{HERE}\['b'\] is \[96, 4, 1\], expected"),
-    (setting("granularity", "rows_columns"), "count is unknown"),
+    *((setting("count", value), "count") for value in (GONE, "about")),
+    (setting("a", GONE), f"a in .*{QKV}"),
+    *((setting("a", value), rf"{QKV}.*\['a'\]") for value in ([4], [4, 33])),
+    *((setting("b", value), rf"{QKV}.*\['b'\]") for value in ([95, 4], [96, 3], [96, 4, 1])),
+    (setting("granularity", "rows_columns"), "count"),
 ]
 OF_TOP = [
-    (setting("indices", GONE), f"indices in {HERE} is missing"),
-    (setting("indices", [0]), rf"{HERE}\['indices'\] is \[0\], expected an object"),
-    (setting("indices", "rows", GONE), rf"rows in {HERE}\['indices'\] is missing"),
-    (setting("indices", "rows", 3), rf"{HERE}\['indices'\]\['rows'\] is 3, expected whole numbers"),
-    (setting("indices", "rows", [0, 1.0]), rf"{HERE}\['indices'\]\['rows'\] is \[0, 1.0\], expected whole numbers"),
-    (setting("indices", "rows", []), rf"{HERE}\['indices'\]\['rows'\]: a mask over .* needs a non-empty list"),
-    (setting("indices", "rows", [2, 1]), rf"{HERE}\['indices'\]\['rows'\]: a mask over .* needs ascending"),
-    (setting("indices", "rows", [-1, 1]), rf"{HERE}\['indices'\]\['rows'\]: a mask over .* needs ascending"),
-    (setting("indices", "rows", [0, 10**6]), rf"{HERE}\['indices'\]\['rows'\]: a mask over .* from 0 to "),
-    (setting("indices", "rows", [0, 10**30]), rf"{HERE}\['indices'\]\['rows'\]: a mask over "),
-    (setting("indices", "rows", [0, 1]), rf"the number of {HERE}\['indices'\]\['rows'\] is 2, expected \d+, as by"),
-    (setting("columns", 0.1), rf"the number of {HERE}\['indices'\]\['columns'\] is .*, as by the sparsity"),
-    (
-        lambda s: s["modules"][QKV]["indices"].update(rows=moved(s["modules"][QKV]["indices"]["rows"])),
-        rf"{HERE}\['sha256'\]\['rows'\] is '.*, expected its indices'",
+    (setting("indices", GONE), f"indices in .*{QKV}"),
+    (setting("indices", [0]), f"{QKV}.*indices"),
+    (setting("indices", "rows", GONE), f"rows in .*{QKV}.*indices"),
+    *(
+        (setting("indices", "rows", value), f"{QKV}.*indices.*rows")
+        for value in (3, [0, 1.0], [], [2, 1], [-1, 1], [0, 10**6], [0, 10**30], [0, 1])
     ),
-    (setting("selection", "random"), f"indices in {HERE} is unknown"),
+    (setting("columns", 0.1), f"{QKV}.*indices.*columns"),
+    (moved, f"{QKV}.*sha256.*rows"),
+    (setting("selection", "random"), f"indices in .*{QKV}"),
 ]
-OF_TOP_ENTRIES = [(setting("count", "bernoulli"), "count is 'bernoulli', expected 'exact'")]
+BROKEN = [
+    *(("rows_columns", "random", *case) for case in ANYWHERE + OF_ROWS),
+    *(("element", "random", *case) for case in OF_ENTRIES),
+    *(("rows_columns", "scores", *case) for case in OF_TOP),
+    ("element", "scores", setting("count", "bernoulli"), "count"),
+    ("element", "scores", setting("indices", "rows", [0, 1]), f"{QKV}.*indices.*rows"),
+]
 
 
-def moved(kept):
-    """As many other indices."""
-    free = next(index for index in range(len(kept) + 1) if index not in kept)
-    return sorted([free, *kept[1:]])
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """One folder for each granularity and selection."""
     folders = {}
@@ -235,33 +222,28 @@ def saved(tmp_path_factory):
     return folders
 
 
-BROKEN = [
-    *((*kind, *case) for kind in product(("rows_columns", "element"), ("random", "scores")) for case in ANYWHERE),
-    *(("rows_columns", "random", *case) for case in OF_ROWS),
-    *(("element", "random", *case) for case in OF_ENTRIES),
-    *(("rows_columns", "scores", *case) for case in OF_TOP),
-    *(("element", "scores", *case) for case in OF_TOP + OF_TOP_ENTRIES),
-]
-
-
-@pytest.mark.parametrize(("granularity", "selection", "alter", "message"), BROKEN)
-def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(
-    tmp_path, saved, granularity, selection, alter, message
-):
+@pytest.mark.parametrize(("granularity", "selection", "alter", "key"), BROKEN)
+def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(tmp_path, saved, granularity, selection, alter, key):
     shutil.copytree(saved[granularity, selection], tmp_path, dirs_exist_ok=True)
     change(tmp_path, alter)
-    with pytest.raises(PartialLoraError, match=rf"partial_lora\.json is broken: {message}") as refusal:
+    with pytest.raises(PartialLoraError, match=rf"partial_lora\.json is broken: .*{key}") as refusal:
         PartialLoraConfig.from_pretrained(str(tmp_path))
     assert str(refusal.value).startswith(f"{tmp_path}/")
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 400
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, b"\xff\xfe", '{"version": 1}', "NaN"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "[" * 100_000, b"\xff\xfe", '{"version": 1}', "NaN", '{"version": 1, "gran', None],
+)
 def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
     shutil.copytree(saved["rows_columns", "random"], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "partial_lora.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json is broken: ") as refusal:
+    path = tmp_path / "partial_lora.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PartialLoraError, match=r"partial_lora\.json") as refusal:
         PartialLoraConfig.from_pretrained(str(tmp_path))
     assert "\n" not in str(refusal.value)
 
@@ -269,22 +251,22 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
 @pytest.mark.parametrize(
     ("granularity", "alter", "message"),
     [
-        ("rows_columns", setting("version", 2), r"partial_lora.json has version 2: this partial-lora reads version 1"),
-        ("rows_columns", setting("mask_seed", 1), "the mask of its rows does not match the digest"),
-        ("element", setting("mask_seed", 1), "the mask of its rows does not match the digest"),
-        ("element", setting("count", "bernoulli"), "the mask of its rows does not match the digest"),
-        ("rows_columns", setting("columns", 0.25), f"{QKV}: the mask of its columns does not match the digest"),
-        ("rows_columns", setting("shape", [96, 33]), f"{QKV} has shape .96, 32. in this model, but .96, 33."),
+        ("rows_columns", setting("version", 2), "partial_lora.json has version 2"),
+        ("rows_columns", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
+        ("element", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
+        ("element", setting("count", "bernoulli"), "rows does not match the digest"),
+        ("rows_columns", setting("columns", 0.25), f"{QKV}.*columns does not match the digest"),
+        ("rows_columns", setting("shape", [96, 33]), rf"{QKV}.*\[96, 32\].*\[96, 33\]"),
         (
             "element",
             lambda s: s["modules"][QKV].update(a=[2, 32], b=[96, 2]),
-            f"{QKV} has a factor A of shape .4, 32. in this model, but .2, 32. in the adapter",
+            rf"{QKV}.* A .*\[4, 32\].*\[2, 32\]",
         ),
         ("rows_columns", lambda s: s["modules"].pop(FC2), f"no entry for the target module {FC2}"),
         (
             "rows_columns",
             lambda s: s["modules"].update(more=s["modules"][FC2]),
-            r"adapter_model\.safetensors has no lora_A of more, which its masks are for",
+            r"adapter_model\.safetensors has no lora_A of more",
         ),
     ],
 )
@@ -297,26 +279,12 @@ def test_a_sidecar_that_does_not_match_the_model_is_refused(tmp_path, saved, gra
     assert not layers(model)
 
 
-def test_masks_other_than_the_saved_ones_are_refused_however_they_came_about(saved):
-    config = PartialLoraConfig.from_pretrained(str(saved["rows_columns", "random"]))
-    config.mask_seed = 4
-    with pytest.raises(PartialLoraError, match="the mask of its rows does not match the digest"):
-        get_peft_model(vit(), config)
+@pytest.mark.parametrize(("option", "value", "message"), [("mask_seed", 4, "digest"), ("r", 5, r"A .*\[5, 32\]")])
+def test_masks_other_than_the_saved_ones_are_refused_however_they_came_about(saved, option, value, message):
     config = PartialLoraConfig.from_pretrained(str(saved["element", "random"]))
-    config.r = 5
-    with pytest.raises(PartialLoraError, match=r"has a factor A of shape \[5, 32\] in this model, but \[4, 32\]"):
+    setattr(config, option, value)
+    with pytest.raises(PartialLoraError, match=message):
         get_peft_model(vit(), config)
-
-
-def test_a_folder_without_a_whole_sidecar_is_refused(tmp_path, saved):
-    shutil.copytree(saved["rows_columns", "random"], tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "partial_lora.json"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json is broken: no JSON"):
-        PartialLoraConfig.from_pretrained(str(tmp_path))
-    path.unlink()
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json cannot be read .*: the adapter has no masks"):
-        PartialLoraConfig.from_pretrained(str(tmp_path))
 
 
 def test_a_folder_of_another_method_is_refused(tmp_path):

@@ -63,11 +63,10 @@ def test_trainer_resumes_to_the_last_bit(tmp_path, granularity):
     assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_trainer_with_checkpointing_trains_as_without(tmp_path, use_reentrant):
+def test_trainer_with_checkpointing_trains_as_without(tmp_path):
     models = adapt(sparsity=MIXED, lora_dropout=0.1), adapt(sparsity=MIXED, lora_dropout=0.1)
     plain = {"save_strategy": "no", "eval_strategy": "no", "gradient_accumulation_steps": 3}
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     train(tmp_path, models[0], **plain)
     train(tmp_path, models[1], **plain, **kwargs)
     expected = state(models[0])

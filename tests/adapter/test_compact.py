@@ -11,7 +11,6 @@ import torch
 from adapter_models import (
     HEAD,
     KIND_OF,
-    LLAMA_TARGETS,
     MIXED,
     adapt,
     convnext,
@@ -128,10 +127,17 @@ def kept_indices(model) -> dict:
     }
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-@pytest.mark.parametrize("selection", ["random", "top"])
-@pytest.mark.parametrize("base", [vit, timm_convnext, convnext, llama])
+@pytest.mark.parametrize(
+    ("base", "selection", "granularity", "dtype"),
+    [
+        (vit, "random", "rows_columns", None),
+        (vit, "top", "rows_columns", torch.bfloat16),
+        (timm_convnext, "random", "element", None),
+        (convnext, "top", "element", None),
+        (llama, "random", "element", torch.bfloat16),
+        (llama, "top", "rows_columns", None),
+    ],
+)
 def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granularity, dtype):
     chosen = top(base, granularity) if selection == "top" else {"granularity": granularity}
     model = fill(adapt(base, sparsity=0.87, **chosen))
@@ -139,8 +145,7 @@ def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granulari
     assert_same(state(model), state(load_compact(base(), tmp_path)), dtype)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("selection", ["random", "top"])
+@pytest.mark.parametrize(("selection", "dtype"), [("random", None), ("top", torch.bfloat16)])
 def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path, selection, dtype):
     settings = {"r": 4, "target_modules": ["q_proj", "o_proj", "gate_proj"], "modules_to_save": ["lm_head"]}
     model = get_peft_model(deep_llama(), PartialLoraConfig(**settings, sparsity=0.87))
@@ -167,8 +172,10 @@ def test_the_header_fits_where_few_modules_share_it(tmp_path, count):
 # Values
 
 
-@settings_of_masks
-@pytest.mark.parametrize("base", KIND_OF)
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [*((base, {}) for base in KIND_OF), (vit, SETTINGS["element"]), (timm_convnext, SETTINGS["bernoulli"])],
+)
 def test_loading_gives_every_value_back_bit_for_bit(tmp_path, base, settings):
     model = fill(adapt(base, sparsity=MIXED if base is vit else 0.6, mask_seed=3, **settings))
     write_compact(model, tmp_path)
@@ -212,13 +219,6 @@ def test_what_trains_beside_the_adapter_and_every_option_come_back(tmp_path, bas
     assert torch.equal(logits(loaded, KIND_OF[base].batch(5)), logits(model, KIND_OF[base].batch(5)))
     own, other = (each.peft_config["default"].as_lora().to_dict() for each in (model, loaded))
     assert {key: own[key] for key in own if own[key] != other[key]} == {"inference_mode": False}
-
-
-def test_rounded_values_load_in_the_type_they_were_trained_in(tmp_path):
-    model = fill(adapt(sparsity=0.6))
-    write_compact(model, tmp_path, dtype=torch.bfloat16)
-    assert {value.dtype for value in load_file(tmp_path / FILE_NAME).values()} == {torch.bfloat16}
-    assert_same(state(model), state(load_compact(vit(), tmp_path)), torch.bfloat16)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -294,7 +294,7 @@ def test_several_adapters_load_beside_each_other(tmp_path):
         model.set_adapter(own)
         loaded.set_adapter(other)
         assert torch.equal(logits(model, images()), logits(loaded, images()))
-    refuses(loaded, tmp_path / "other", "adapter_name is 'first': the model has one of that name", adapter_name="first")
+    refuses(loaded, tmp_path / "other", "adapter_name is 'first'", adapter_name="first")
 
 
 # What does not fit
@@ -305,12 +305,6 @@ def other_seed(base=vit):
     model = base()
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9))
-    return model
-
-
-def without(model, name):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, torch.nn.Identity())
     return model
 
 
@@ -330,19 +324,16 @@ def fine_tuned(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: without(m, FC1), rf"this model has no module {FC1}|{FC1} is a Identity"),
-        (lambda m: replaced(m, FC1, torch.nn.Linear(32, 64)), rf"{FC1} is 64 x 32 in this model .* but 128 x 32 in"),
-        (
-            lambda m: replaced(m, f"{HEAD}", torch.nn.Linear(32, 5)),
-            rf"{HEAD}\.bias is \[5\] in this model, but \[4\]",
-        ),
-        (lambda m: replaced(m, "timm_model.head", torch.nn.Linear(32, 4, bias=False)), r"head\.bias .* but this model"),
-        (lambda m: other_seed(), "weights of this model are not those of the base model"),
-        (fine_tuned, "weights of this model are not those of the base model"),
-        (lambda m: other_seed().to(torch.bfloat16), "weights of this model are not those of the base model"),
-        (lambda m: llama(), r"this model has no module timm_model\.blocks"),
-        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "adapters of another method"),
-        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "but is no PeftModel"),
+        (lambda m: replaced(m, FC1, torch.nn.Identity()), FC1),
+        (lambda m: replaced(m, FC1, torch.nn.Linear(32, 64)), f"{FC1} is 64 x 32 .* 128 x 32"),
+        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 5)), rf"{HEAD}\.bias is \[5\] .* \[4\]"),
+        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 4, bias=False)), r"head\.bias .* this model"),
+        (lambda m: other_seed(), "check_base"),
+        (fine_tuned, "check_base"),
+        (lambda m: other_seed().to(torch.bfloat16), "check_base"),
+        (lambda m: llama(), r"no module timm_model\.blocks"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "another method"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "no PeftModel"),
     ],
 )
 def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(tmp_path, change, message):
@@ -354,17 +345,10 @@ def test_a_merged_model_is_refused_both_ways(tmp_path):
     model = fill(adapt(sparsity=0.6))
     write_compact(model, tmp_path)
     model.merge_adapter()
-    refuses(model, tmp_path, r"merged into its base weight: call unmerge_adapter", adapter_name="other")
-    with pytest.raises(PartialLoraError, match=r"merged into its base weight: call unmerge_adapter"):
+    refuses(model, tmp_path, "unmerge_adapter", adapter_name="other")
+    with pytest.raises(PartialLoraError, match="unmerge_adapter"):
         write_compact(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def test_more_modules_than_the_adapter_has_are_refused(tmp_path):
-    write_compact(fill(adapt(sparsity=0.6, target_modules=["fc1"])), tmp_path)
-    model = vit()
-    model.timm_model.blocks[0].attn.fc1 = torch.nn.Linear(32, 32)
-    refuses(model, tmp_path, r"not those of the base model|attn\.fc1")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -433,7 +417,7 @@ def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype):
     load_compact(emptied, tmp_path).unload()
     other = next(parameter for name, parameter in emptied.named_parameters() if name.endswith("q_proj.weight"))
     other.data[:, : other.shape[1] // 2] += 1  # the weights from before do not hide this
-    with pytest.raises(PartialLoraError, match="load that one, anew if an adapter was merged into it"):
+    with pytest.raises(PartialLoraError, match="check_base"):
         load_compact(emptied, tmp_path)
 
 
@@ -455,9 +439,9 @@ def test_a_base_in_which_an_adapter_was_left_is_another(tmp_path, merge):
     model = fill(get_peft_model(llama(), config))
     write_compact(model, tmp_path)
     base = merge(model)
-    refuses(base, tmp_path, "anew if an adapter was merged into it")
+    refuses(base, tmp_path, "check_base")
     write_compact(fill(get_peft_model(base, config)), tmp_path / "second")  # which belongs to what it was trained over
-    refuses(llama(), tmp_path / "second", "weights of this model are not those of the base model")
+    refuses(llama(), tmp_path / "second", "check_base")
 
 
 def test_layers_that_are_merged_one_by_one_leave_a_base_what_it_was(tmp_path):
@@ -488,7 +472,7 @@ def test_tokens_that_were_added_and_train_come_with_the_adapter(tmp_path, base):
         batch = {"input_ids": torch.arange(40, 53).unsqueeze(0)}
         assert torch.equal(logits(load_compact(resized(2), tmp_path), batch), logits(model, batch))
     else:
-        refuses(resized(2), tmp_path, "check_base=False loads all the same")
+        refuses(resized(2), tmp_path, "check_base")
     assert_same(state(load_compact(resized(2), tmp_path, check_base=False)), state(model))
 
 
@@ -516,9 +500,9 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     content = path.read_bytes()
     for length in (0, 4, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        refuses(vit(), tmp_path, rf"{FILE_NAME} is broken, truncated or no compact adapter .*: copy it again")
+        refuses(vit(), tmp_path, FILE_NAME)
     path.write_bytes(content + b"x")
-    refuses(vit(), tmp_path, rf"{FILE_NAME} is broken, truncated")
+    refuses(vit(), tmp_path, FILE_NAME)
 
 
 def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tensors: None):
@@ -534,26 +518,18 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda h: h.update(KEY="partial_lora.2"), "has version '2': this partial-lora reads version 1"),
-        (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), rf"masks of {FC1} do not match their digest"),
-        (lambda h: h["config"].update(mask_seed=1), r"masks of .* do not match their digest"),
-        (
-            lambda h: h["modules"].pop(FC1),
-            rf"does not fit this model: sparsity has no entry for the target module {FC1}",
-        ),
-        (
-            lambda h: h["modules"][FC1].__setitem__(2, 3),
-            rf"module {FC1} has \[\d+\] values of .*: expected \d+ numbers",
-        ),
-        (lambda h: h["config"].update(colour="red"), "header is not that of a compact adapter"),
-        (lambda h: h["config"].update(use_dora=True), "use_dora=True does not go with Partial-LoRA"),
+        (lambda h: h.update(KEY="partial_lora.2"), "version '2'"),
+        (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), f"{FC1} do not match their digest"),
+        (lambda h: h["config"].update(mask_seed=1), "digest"),
+        (lambda h: h["modules"].pop(FC1), FC1),
+        (lambda h: h["modules"][FC1].__setitem__(2, 3), FC1),
+        (lambda h: h["config"].update(colour="red"), "colour"),
+        (lambda h: h["config"].update(use_dora=True), "use_dora=True"),
         (lambda h: h.update(modules=[]), "is broken"),
         (lambda h: h.pop("base"), "is broken"),
         (lambda h: h.update(base="?"), "is broken"),
-        (lambda h: h["modules"][FC1].__setitem__(2, 0), rf"module {FC1} keeps 0 of \d+ rows"),
-        (lambda h: h["modules"][FC1][0].__setitem__(0, 0), rf"module {FC1} keeps \d+ of 0 rows"),
-        (lambda h: h["modules"][FC1][0].__setitem__(0, 10**13), r"is broken"),
-        (lambda h: h["modules"][FC1][0].__setitem__(0, 1e3), r"is broken"),
+        (lambda h: h["modules"][FC1].__setitem__(2, 0), f"{FC1} keeps 0 of"),
+        *((lambda h, size=size: h["modules"][FC1][0].__setitem__(0, size), "is broken") for size in (0, 10**13, 1e3)),
     ],
 )
 def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
@@ -562,37 +538,28 @@ def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
 
 
 @pytest.mark.parametrize(
-    ("alter", "message"),
+    ("selection", "alter", "key"),
     [
-        (lambda t: t.pop(FC1), f"the values of module {FC1} are missing"),
-        (lambda t: t.update({FC1: t[FC1][1:].clone()}), f"module {FC1} has"),
-        (lambda t: t.update({FC1: t[FC1].int()}), f"module {FC1} has"),
-        (lambda t: t.pop(f"{HEAD}.bias"), rf"{HEAD}\.bias trains beside the adapter, but the file does not have it"),
-        (lambda t: t.update(extra=torch.zeros(1)), "extra trains beside the adapter, but this model does not have it"),
-        (lambda t: t.update({f"{HEAD}.bias": torch.zeros(3)}), rf"{HEAD}\.bias is \[4\] in this model, but \[3\]"),
+        ("random", lambda t: t.pop(FC1), FC1),
+        ("random", lambda t: t.update({FC1: t[FC1][1:].clone()}), FC1),
+        ("random", lambda t: t.update({FC1: t[FC1].int()}), FC1),
+        ("random", lambda t: t.pop(f"{HEAD}.bias"), rf"{HEAD}\.bias .* the file"),
+        ("random", lambda t: t.update(extra=torch.zeros(1)), "extra .* this model"),
+        ("random", lambda t: t.update({f"{HEAD}.bias": torch.zeros(3)}), rf"{HEAD}\.bias is \[4\] .* \[3\]"),
+        ("top", lambda t: t.pop("#indices"), "#indices"),
+        ("top", lambda t: t.update({"#indices": t["#indices"][1:].clone()}), "#indices"),
+        ("top", lambda t: t.update({"#indices": t["#indices"].long()}), "#indices"),
+        ("top", lambda t: t["#indices"].add_(1), r"indices\[|digest"),
     ],
 )
-def test_tensors_that_are_missing_or_of_another_shape_are_refused(tmp_path, alter, message):
-    rewritten(write_compact(fill(adapt(sparsity=0.6)), tmp_path), alter_tensors=alter)
-    refuses(vit(), tmp_path, message)
-
-
-@pytest.mark.parametrize(
-    ("alter", "message"),
-    [
-        (lambda t: t.pop("#indices"), "is broken"),
-        (lambda t: t.update({"#indices": t["#indices"][1:].clone()}), "#indices are .*: expected"),
-        (lambda t: t.update({"#indices": t["#indices"].long()}), "#indices are .*: expected"),
-        (lambda t: t["#indices"].add_(1), r"indices\[.*ascending, distinct|do not match their digest"),
-    ],
-)
-def test_indices_that_do_not_hold_are_refused(tmp_path, alter, message):
-    rewritten(write_compact(fill(adapt(sparsity=0.6, **top())), tmp_path), alter_tensors=alter)
-    refuses(vit(), tmp_path, message)
+def test_tensors_that_are_missing_or_do_not_hold_are_refused(tmp_path, selection, alter, key):
+    settings = top() if selection == "top" else {}
+    rewritten(write_compact(fill(adapt(sparsity=0.6, **settings)), tmp_path), alter_tensors=alter)
+    refuses(vit(), tmp_path, key)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    refuses(vit(), tmp_path / "none", rf"none/{FILE_NAME} cannot be read \(No such file or directory\)")
+    refuses(vit(), tmp_path / "none", f"none/{FILE_NAME}")
 
 
 def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch):
@@ -618,16 +585,16 @@ def test_only_a_masked_adapter_is_written(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for arguments, message in (
-        ({"model": vit()}, "written from a PeftModel, not from a TimmWrapperForImageClassification"),
-        ({"adapter_name": "none"}, "adapter_name is 'none': the model has 'default'"),
-        ({"model": adapt()}, "adapter 'default' is a LoraConfig, which masks nothing: use save_pretrained"),
-        ({"dtype": torch.int8}, r"dtype is torch\.int8: expected torch\.float32, torch\.bfloat16"),
-        ({"folder": file}, "cannot be written"),
+        ({"model": vit()}, "TimmWrapperForImageClassification"),
+        ({"adapter_name": "none"}, "adapter_name is 'none'"),
+        ({"model": adapt()}, "adapter 'default' is a LoraConfig"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8"),
+        ({"folder": file}, str(file)),
     ):
         with pytest.raises(PartialLoraError, match=message):
             write_compact(**{"model": model, "folder": tmp_path / "out"} | arguments)
     next(model.parameters()).ds_id = 0  # as DeepSpeed marks what its stage 3 spreads
-    with pytest.raises(PartialLoraError, match="is spread over processes: use save_pretrained"):
+    with pytest.raises(PartialLoraError, match="save_pretrained"):
         write_compact(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -635,13 +602,5 @@ def test_only_a_masked_adapter_is_written(tmp_path):
 def test_masks_that_the_config_does_not_make_are_not_written(tmp_path):
     model = fill(adapt(sparsity=0.6))
     model.peft_config["default"].mask_seed = 4
-    with pytest.raises(PartialLoraError, match=r"do not match their digest|not those that its config makes"):
+    with pytest.raises(PartialLoraError, match="masks"):
         write_compact(model, tmp_path / "out")
-
-
-def test_a_compact_adapter_of_a_language_model_is_served(tmp_path):
-    model = fill(adapt(llama, sparsity=0.6, target_modules=LLAMA_TARGETS))
-    write_compact(model, tmp_path)
-    loaded = load_compact(llama(), tmp_path)
-    prompt = {"input_ids": tokens()["input_ids"], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))

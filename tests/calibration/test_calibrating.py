@@ -49,7 +49,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
     monkeypatch.setattr(progress, "_last", {})
-    monkeypatch.setattr(train.figures, "draw_calibration", lambda *arguments: None)
     return Place(tmp_path)
 
 

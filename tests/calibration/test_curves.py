@@ -1,39 +1,22 @@
+"""The store of a calibration's curves: no point is evaluated twice, and none of something else is used."""
+
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
-from scored_models import TARGETS, Counted
+from scored_models import Counted
 
 from partial_lora import calibrate
 from partial_lora.calibration.score import FewShotScore
 
-BLOCKS = "vit.blocks"
-
-
-def test_the_model_comes_back_bit_for_bit(model, batches, score):
-    model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    calibrate(model, score, target_modules=TARGETS)
-    calls = 0
-
-    def breaks(model):
-        nonlocal calls
-        calls += 1
-        assert not model.training
-        if calls == 9:
-            raise KeyboardInterrupt
-        return 1.0
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, breaks, target_modules=TARGETS)
-    assert model.training
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-# What is kept on disk
+GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
+VARIANTS = [
+    (axes, scope) for axes in ("separate", "joint") for scope in ("independent", "cumulative", "cumulative_backward")
+]
 
 
 def never(model):
@@ -42,14 +25,14 @@ def never(model):
 
 def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_path):
     store = tmp_path / "new" / "curves.json"
-    first = calibrate(model, score, target_modules=TARGETS, store=store, settings={"shots": 9})
-    again = calibrate(model, never, target_modules=TARGETS, store=store, settings={"shots": 16})
+    first = calibrate(model, score, **GRID, store=store, settings={"shots": 9})
+    again = calibrate(model, never, **GRID, store=store, settings={"shots": 16})
     assert (first.cached, again.cached, again.evaluations) == (False, True, 0)
     assert again.modules == first.modules
     assert (again.baseline, again.joint, again.threshold) == (first.baseline, first.joint, first.threshold)
     assert again.settings == {"shots": 16}
-    budget = calibrate(model, score, target_modules=TARGETS, store=store, budget=0.5, chance=0.0)
-    again = calibrate(model, never, target_modules=TARGETS, store=store, budget=0.5, chance=0.0)
+    budget = calibrate(model, score, **GRID, store=store, budget=0.5, chance=0.0)
+    again = calibrate(model, never, **GRID, store=store, budget=0.5, chance=0.0)
     assert again.cached
     assert again.sparsity == budget.sparsity
     assert again.budget == 0.5
@@ -57,12 +40,12 @@ def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_
 
 def test_another_threshold_evaluates_only_what_is_undecided(model, batches, tmp_path):
     def fresh():
-        return FewShotScore(model, batches, blocks=BLOCKS)
+        return FewShotScore(model, batches, blocks="vit.blocks")
 
-    alone = {at: calibrate(model, fresh(), target_modules=TARGETS, threshold=at) for at in (0.75, 0.9)}
+    alone = {at: calibrate(model, fresh(), **GRID, threshold=at) for at in (0.75, 0.9)}
     store = tmp_path / "curves.json"
     for at in (0.9, 0.75):
-        shared = calibrate(model, fresh(), target_modules=TARGETS, threshold=at, store=store)
+        shared = calibrate(model, fresh(), **GRID, threshold=at, store=store)
         assert shared.sparsity == alone[at].sparsity
         assert shared.joint == alone[at].joint
         assert not shared.cached
@@ -71,12 +54,12 @@ def test_another_threshold_evaluates_only_what_is_undecided(model, batches, tmp_
 
 def test_an_interrupted_calibration_goes_on(model, batches, tmp_path):
     store = tmp_path / "curves.json"
-    whole = calibrate(model, Counted(batches), target_modules=TARGETS)
+    whole = calibrate(model, Counted(batches), **GRID)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, Counted(batches, limit=40), target_modules=TARGETS, store=store)
-    rest = calibrate(model, Counted(batches), target_modules=TARGETS, store=store)
+        calibrate(model, Counted(batches, limit=20), **GRID, store=store)
+    rest = calibrate(model, Counted(batches), **GRID, store=store)
     assert rest.modules == whole.modules
-    assert rest.evaluations == whole.evaluations - 39  # the baseline is evaluated again, to check it
+    assert rest.evaluations == whole.evaluations - 19  # the baseline is evaluated again, to check it
 
 
 def spoil_end(text):
@@ -92,24 +75,73 @@ def spoil_number(text):
 @pytest.mark.parametrize("spoil", [spoil_end, spoil_number, lambda text: "[]", lambda text: '{"version": 1}'])
 def test_a_broken_store_is_named_and_made_again(model, batches, score, tmp_path, caplog, spoil):
     store = tmp_path / "curves.json"
-    first = calibrate(model, score, target_modules=TARGETS, store=store)
+    first = calibrate(model, score, **GRID, store=store)
     store.write_text(spoil(store.read_text()))
-    again = calibrate(model, FewShotScore(model, batches, blocks=BLOCKS), target_modules=TARGETS, store=store)
+    again = calibrate(model, FewShotScore(model, batches, blocks="vit.blocks"), **GRID, store=store)
     assert str(store) in caplog.text
     assert not again.cached
     assert (again.sparsity, again.evaluations) == (first.sparsity, first.evaluations)
-    assert calibrate(model, never, target_modules=TARGETS, store=store).cached
+    assert calibrate(model, never, **GRID, store=store).cached
 
 
 def test_curves_of_something_else_are_not_used(model, batches, score, tmp_path, caplog):
     store = tmp_path / "curves.json"
-    calibrate(model, score, target_modules=TARGETS, store=store)
-    other = calibrate(model, Counted(batches), target_modules=TARGETS, store=store, search="bisect")
+    calibrate(model, score, **GRID, store=store)
+    other = calibrate(model, Counted(batches), **GRID, store=store, search="bisect")
     assert "made for another question" in caplog.text
-    assert other.modules == calibrate(model, Counted(batches), target_modules=TARGETS, search="bisect").modules
+    assert other.modules == calibrate(model, Counted(batches), **GRID, search="bisect").modules
     caplog.clear()
     moved = [{**batch, "labels": (batch["labels"] + (torch.arange(len(batch["labels"])) < 2)) % 4} for batch in batches]
-    other = calibrate(model, Counted(moved), target_modules=TARGETS, store=store, search="bisect", threshold=0.8)
+    other = calibrate(model, Counted(moved), **GRID, store=store, search="bisect", threshold=0.8)
     assert "its baseline score is" in caplog.text
-    fresh = calibrate(model, Counted(moved), target_modules=TARGETS, search="bisect", threshold=0.8)
+    fresh = calibrate(model, Counted(moved), **GRID, search="bisect", threshold=0.8)
     assert other.modules == fresh.modules
+
+
+@pytest.mark.parametrize(("axes", "scope"), VARIANTS)
+def test_thresholds_share_what_has_the_same_choices_before_it(model, batches, tmp_path, axes, scope):
+    kind, store = {"axes": axes, "scope": scope, **GRID}, tmp_path / "curves.json"
+    alone = calibrate(model, Counted(batches), threshold=0.85, **kind)
+    calibrate(model, Counted(batches), threshold=0.9, store=store, **kind)
+    score = Counted(batches)
+    shared = calibrate(model, score, threshold=0.85, store=store, **kind)
+    assert (shared.modules.keys(), shared.sparsity, shared.joint) == (alone.modules.keys(), alone.sparsity, alone.joint)
+    assert score.calls < alone.evaluations
+    again = calibrate(model, lambda model: pytest.fail("evaluated again"), threshold=0.85, store=store, **kind)
+    assert again.cached
+    assert again.modules == shared.modules
+
+
+def test_one_store_keeps_every_variant_apart(model, batches, tmp_path):
+    store = tmp_path / "curves.json"
+    for axes, scope in VARIANTS:
+        for more in ({}, {"above_chance": True, "chance": 0.4}, {"repair": True}):
+            kind = {"axes": axes, "scope": scope, "threshold": 0.8, **GRID, "target_modules": ["mlp.fc2"], **more}
+            found, fresh = (calibrate(model, Counted(batches), store=at, **kind) for at in (store, None))
+            assert not found.cached
+            assert (found.sparsity, found.joint) == (fresh.sparsity, fresh.joint)
+
+
+@pytest.mark.parametrize("kind", [{"scope": "cumulative"}, {"axes": "joint", "scope": "cumulative_backward"}])
+def test_a_killed_calibration_keeps_every_finished_module(model, batches, tmp_path, kind):
+    store = tmp_path / "curves.json"
+    whole = calibrate(model, Counted(batches), threshold=0.8, **GRID, **kind)
+    reached = 2 * whole.evaluations // 3
+
+    class Killed(Counted):
+        def __call__(self, model):
+            if self.calls == reached:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(model)
+
+    child = os.fork()
+    if not child:
+        try:
+            calibrate(model, Killed(batches), threshold=0.8, store=store, **GRID, **kind)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    rest = calibrate(model, Counted(batches), threshold=0.8, store=store, **GRID, **kind)
+    assert rest.modules == whole.modules
+    most = 2 * 4  # of the module it died in
+    assert rest.evaluations <= whole.evaluations - reached + 1 + most

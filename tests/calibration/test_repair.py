@@ -9,7 +9,7 @@ import pytest
 from scored_models import Counted, full_accuracy, with_zeroed
 
 from partial_lora import calibrate
-from partial_lora.calibration.repair import relaxations, repaired
+from partial_lora.calibration.repair import relax, relaxations
 from partial_lora.calibration.search import both_axes, passes
 from partial_lora.masks import kept_count
 
@@ -78,7 +78,7 @@ def test_as_few_steps_as_are_enough_where_each_adds_to_the_score(seed):
     for needed in range(len(states)):
         asked.clear()
         bound = needed / max(1, len(order))
-        found, score, steps = repaired(
+        found, score, steps = relax(
             levels, GRID, SHAPES, own=own, joint=joint, enough=lambda value, bound=bound: value >= bound, before=0.0
         )
         assert (found, score, steps) == (states[needed], bound if needed else 0.0, needed)
@@ -96,7 +96,7 @@ def test_one_step_fewer_is_not_enough_even_where_scores_jump():
             left = sum([0.0, *GRID].index(level) for of in sparsity.values() for level in of.values())
             return scores[total - left]
 
-        _, score, steps = repaired(
+        _, score, steps = relax(
             levels, GRID, SHAPES, own=lambda *_: 0.5, joint=joint, enough=lambda value: value >= 1, before=0.0
         )
         assert score == scores[steps] == 1
@@ -107,9 +107,9 @@ def test_one_step_fewer_is_not_enough_even_where_scores_jump():
 def test_nothing_to_relax_is_left_as_it_is():
     kept = {"a": {"rows": 0.0, "columns": 0.0}}
     given = {"own": pytest.fail, "joint": pytest.fail}
-    assert repaired(kept, GRID, SHAPES, enough=lambda score: False, before=0.3, **given) == (kept, 0.3, 0)
+    assert relax(kept, GRID, SHAPES, enough=lambda score: False, before=0.3, **given) == (kept, 0.3, 0)
     full = {"a": {"rows": 0.8, "columns": 0.8}}
-    assert repaired(full, GRID, SHAPES, enough=lambda score: True, before=0.9, **given) == (full, 0.9, 0)
+    assert relax(full, GRID, SHAPES, enough=lambda score: True, before=0.9, **given) == (full, 0.9, 0)
 
 
 # With a model

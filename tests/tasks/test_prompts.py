@@ -12,7 +12,7 @@ from tiny_causal import bytes_tokenizer, merging_tokenizer
 from partial_lora import tasks
 from partial_lora.calibration.score import Loss, OptionLikelihood
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import questions as choices
+from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES
 
 BOUND = 2**20
 QUESTIONS = [
@@ -34,12 +34,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def questions(given: list = QUESTIONS) -> datasets.Dataset:
     data = {"prompts": [[prompt] * len(options) for prompt, options, _ in given]}
     data |= {"options": [options for _, options, _ in given], "label": [label for *_, label in given]}
-    return datasets.Dataset.from_dict(data, features=choices.CHOICE_FEATURES, split=datasets.NamedSplit("train"))
+    return datasets.Dataset.from_dict(data, features=CHOICE_FEATURES, split=datasets.NamedSplit("train"))
 
 
-def exchanged(*pairs: tuple[str, str]) -> datasets.Dataset:
+def completions(*pairs: tuple[str, str]) -> datasets.Dataset:
     data = {"prompt": [prompt for prompt, _ in pairs], "response": [response for _, response in pairs]}
-    return datasets.Dataset.from_dict(data, features=choices.COMPLETION_FEATURES, split=datasets.NamedSplit("train"))
+    return datasets.Dataset.from_dict(data, features=COMPLETION_FEATURES, split=datasets.NamedSplit("train"))
 
 
 def literal(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -140,7 +140,7 @@ def test_draws_of_questions_have_whole_questions_in_order() -> None:
 
 def test_a_response_ends_with_the_end_token_and_its_prompt_is_what_is_generated_from() -> None:
     tokenizer = merging_tokenizer()
-    rows = exchanged(("Question: what is two?\nAnswer:", "two is two"), ("the end ", "is four"), ("the", "man"))
+    rows = completions(("Question: what is two?\nAnswer:", "two is two"), ("the end ", "is four"), ("the", "man"))
     transform = tasks.CausalTransform(tokenizer, 64)
     prepared = transform.prepare(rows, cache_bytes=0).to_list()
     texts = [tokenizer.decode(row["input_ids"]) for row in prepared]
@@ -161,10 +161,10 @@ def test_a_response_ends_with_the_end_token_and_its_prompt_is_what_is_generated_
 def test_a_chat_is_written_by_the_template_up_to_the_end_of_the_reply() -> None:
     tokenizer = merging_tokenizer(chat=True)
     transform = tasks.CausalTransform(tokenizer, 99, chat=True)
-    (row,) = transform.prepare(exchanged(("what is two?", "it is two")), cache_bytes=0)
-    said = [{"role": "user", "content": "what is two?"}]
-    asked = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-    whole = tokenizer.apply_chat_template([*said, {"role": "assistant", "content": "it is two"}], tokenize=False)
+    (row,) = transform.prepare(completions(("what is two?", "it is two")), cache_bytes=0)
+    messages = [{"role": "user", "content": "what is two?"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "it is two"}], tokenize=False)
     assert whole == "<|user|>\nwhat is two?</s>\n<|assistant|>\nit is two</s>\n"
     assert row["input_ids"] == tokenizer.encode(whole[:-1], add_special_tokens=False)  # the template has no <s>
     assert row["input_ids"][: row["answer_start"]] == asked
@@ -174,7 +174,7 @@ def test_a_chat_is_written_by_the_template_up_to_the_end_of_the_reply() -> None:
     )
     assert tokenizer.decode(option["input_ids"]) == whole.removesuffix("</s>\n")
     assert option["input_ids"][: option["answer_start"]] == asked
-    with pytest.raises(PartialLoraError, match=r"task\.chat_template=true: the model's tokenizer has no chat template"):
+    with pytest.raises(PartialLoraError, match=r"^task\.chat_template=true: "):
         tasks.CausalTransform(merging_tokenizer(), 99, chat=True)
 
 
@@ -194,12 +194,9 @@ def test_what_is_too_long_loses_the_first_words_of_its_prompt_and_never_the_answ
 
 def test_an_answer_without_room_is_one_line_that_names_its_row() -> None:
     tokenizer = merging_tokenizer()
-    rows = exchanged(("two", "four"), ("two", "and four " * 9))
+    rows = completions(("two", "four"), ("two", "and four " * 9))
     tokens = len(tokenizer.encode(" " + "and four " * 9, add_special_tokens=False)) + 1
-    said = (
-        rf"model\.max_length={tokens}: an answer of row 2 of the train rows has {tokens} tokens.*at most {tokens - 1}"
-    )
-    with pytest.raises(PartialLoraError, match=said) as refusal:
+    with pytest.raises(PartialLoraError, match=rf"^model\.max_length={tokens}: .*row 2 of the train rows") as refusal:
         tasks.CausalTransform(tokenizer, tokens).prepare(rows, cache_bytes=0)
     assert "\n" not in str(refusal.value)
     (_, row) = tasks.CausalTransform(tokenizer, tokens + 1).prepare(rows, cache_bytes=0)

@@ -169,62 +169,42 @@ def test_options_come_as_a_list_and_prompts_in_several_columns(tmp_path: Path) -
 
 def test_what_is_wrong_with_a_question_is_named_in_one_line(tmp_path: Path) -> None:
     good = [question("red"), question("blue")]
-    for row, said in (
-        (
-            question("green"),
-            r"row 3 of the train split: the answer 'green' is none of its options; task\.answer_column",
-        ),
-        (question(None), "row 3 of the train split has no value in its column right"),
-        (question("red", a=" "), "row 3 of the train split: its option 1 of 2 is empty"),
-        (question("red", b=None), "row 3 of the train split: its option 2 of 2 is empty"),
-        (question("red", q=""), r"row 3 of the train split has no prompt \(task\.prompt_columns=q\)"),
-        (question("red", a="blue"), "row 3 of the train split: the answer 'red' is none"),
-        (question("blue", a="blue"), "row 3 of the train split: the answer 'blue' is none"),  # it is two of them
+    for row, reason in (
+        (question("green"), r"'green'.*task\.answer_column"),
+        (question(None), "column right"),
+        (question("red", a=" "), "option 1 of 2"),
+        (question("red", b=None), "option 2 of 2"),
+        (question("red", q=""), r"task\.prompt_columns=q"),
+        (question("red", a="blue"), "'red'"),
+        (question("blue", a="blue"), "'blue'"),  # it is two of them
     ):
-        refused(f"task=own: {said}", tmp_path, [*good, row], **COLUMNS)
+        refused(f"^task=own: row 3 of the train split.*{reason}", tmp_path, [*good, row], **COLUMNS)
     lists = [{"q": "Which?", "all": options, "right": "red"} for options in (["red", "blue"], ["red"])]
-    said = "task=own: row 2 of the train split has 1 options, expected at least two"
-    refused(said, tmp_path, lists, **COLUMNS | {"option_columns": ["all"]})
+    refused("^task=own: row 2 of the train split.*1 options", tmp_path, lists, **COLUMNS | {"option_columns": ["all"]})
 
 
 @pytest.mark.parametrize("key", ["prompt_columns", "option_columns", "answer_column"])
 def test_a_column_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
     rows, several = [question("red")] * 4, key != "answer_column"
-    refused(
-        rf"task\.{key}=z: own has no such column; its columns are q, a, b, right",
-        tmp_path,
-        rows,
-        **COLUMNS | {key: ["z"] if several else "z"},
-    )
-    refused(rf"task\.{key}: own needs it, set it to some", tmp_path, rows, **COLUMNS | {key: [] if several else None})
+    refused(rf"^task\.{key}=z: .* q, a, b, right", tmp_path, rows, **COLUMNS | {key: ["z"] if several else "z"})
+    refused(rf"^task\.{key}: ", tmp_path, rows, **COLUMNS | {key: [] if several else None})
 
 
 def test_what_is_wrong_with_a_known_row_is_named_in_one_line(tmp_path: Path) -> None:
     row = ROWS["arc"][0]
-    for changed, said in (
-        (
-            {"answerKey": "D"},
-            "row 2 of the train split: the answer 'D' is none of its options; they are called 1, 2, 3",
-        ),
-        ({"answerKey": None}, "row 2 of the train split has no value in its column answerKey"),
-        ({"choices": {"text": ["a"], "label": ["2"]}}, "row 2 of the train split has 1 options, expected at least"),
-        ({"choices": {"text": ["a", ""], "label": ["1", "2"]}}, "row 2 of the train split: its option 2 of 2 is empty"),
+    for changed, reason in (
+        ({"answerKey": "D"}, "'D'.* 1, 2, 3"),
+        ({"answerKey": None}, "column answerKey"),
+        ({"choices": {"text": ["a"], "label": ["2"]}}, "1 options"),
+        ({"choices": {"text": ["a", ""], "label": ["1", "2"]}}, "option 2 of 2"),
     ):
-        refused(f"task=own: {said}", tmp_path, [row, row | changed], kind="choice", format="arc")
-    said = r"task=own: task\.format=piqa reads a column goal; the columns of the train split are question, choices"
-    refused(said, tmp_path, [row], kind="choice", format="piqa")
+        refused(f"^task=own: row 2 .*{reason}", tmp_path, [row, row | changed], kind="choice", format="arc")
+    refused(r"^task=own: task\.format=piqa .*goal.*question, choices", tmp_path, [row], kind="choice", format="piqa")
     hidden = ROWS["hellaswag"][0] | {"label": ""}  # as the hub has the rows of its test split
-    refused(
-        "the answer '' is none of its options; they are called 0, 1, 2, 3",
-        tmp_path,
-        [hidden],
-        kind="choice",
-        format="hellaswag",
-    )
-    refused(r"task\.format=x: expected one of arc, boolq", tmp_path, [row], kind="choice", format="x")
-    refused(r"task\.format=arc: expected one of gsm8k", tmp_path, [row], kind="generation", format="arc")
-    with pytest.raises(PartialLoraError, match=r"expected some of accuracy, accuracy_norm, not f1"):
-        load(tmp_path, [row] * 4, kind="choice", format="arc", metrics=["f1"])
+    refused("^task=own: row 1 .* 0, 1, 2, 3", tmp_path, [hidden], kind="choice", format="hellaswag")
+    refused(r"^task\.format=x: .*arc, boolq", tmp_path, [row], kind="choice", format="x")
+    refused(r"^task\.format=arc: .*gsm8k", tmp_path, [row], kind="generation", format="arc")
+    refused(r"^task\.metrics: .* f1$", tmp_path, [row] * 4, kind="choice", format="arc", metrics=["f1"])
 
 
 WRITTEN = {"kind": "generation", "prompt_columns": ["rule", "q"], "response_column": "said"}
@@ -244,19 +224,17 @@ def test_prompts_and_responses_of_a_table(tmp_path: Path) -> None:
     assert task.metrics == ("rouge_l", "perplexity")
 
 
-def test_what_is_wrong_with_an_exchange_is_named_in_one_line(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_completion_is_named_in_one_line(tmp_path: Path) -> None:
     good = {"rule": "Add.", "q": "1+1?", "said": "It is 2."}
-    for changed, said in (
-        ({"said": None}, "row 2 of the train split has no value in its column said"),
-        ({"said": " "}, "row 2 of the train split has no response, its text is empty"),
-        ({"rule": None, "q": ""}, "row 2 of the train split has no prompt, its text is empty"),
-        ({"said": "It is two."}, r"row 2 of the train split: its response has no number \(task\.answer=number\)"),
+    for changed, reason in (
+        ({"said": None}, "column said"),
+        ({"said": " "}, "no response"),
+        ({"rule": None, "q": ""}, "no prompt"),
+        ({"said": "It is two."}, r"task\.answer=number"),
     ):
-        refused(f"task=own: {said}", tmp_path, [good, good | changed], answer="number", **WRITTEN)
-    refused(r"task\.response_column: own needs it", tmp_path, [good] * 4, **WRITTEN | {"response_column": None})
-    refused(
-        r"task\.prompt_columns=z: own has no such column", tmp_path, [good] * 4, **WRITTEN | {"prompt_columns": ["z"]}
-    )
+        refused(f"^task=own: row 2 .*{reason}", tmp_path, [good, good | changed], answer="number", **WRITTEN)
+    refused(r"^task\.response_column: ", tmp_path, [good] * 4, **WRITTEN | {"response_column": None})
+    refused(r"^task\.prompt_columns=z: ", tmp_path, [good] * 4, **WRITTEN | {"prompt_columns": ["z"]})
 
 
 def test_draws_are_shared_out_by_the_right_one_s_place_and_responses_have_none(tmp_path: Path) -> None:

@@ -1,0 +1,424 @@
+"""Rows of every source: files of every kind, folders, the hub; columns by name or type; labels; and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from partial_lora import tasks
+from partial_lora.errors import PartialLoraError
+
+TEXTS = [f"text number {number}" for number in range(12)]
+ANIMALS = ["dog", "cat"] * 6
+
+
+def load(data_files: object, modality: str = "text", **settings: object) -> tasks.Task:
+    return tasks.load(name="own", path="files", data_files=data_files, modality=modality, **settings)
+
+
+def both(file: str, modality: str = "text", **settings: object) -> tasks.Task:
+    """One file as the training and the test rows."""
+    return load({"train": file, "test": file}, modality, **settings)
+
+
+def table(folder: Path, name: str, **columns: list) -> str:
+    frame, file = pd.DataFrame(columns), folder / name
+    if file.suffix in (".csv", ".tsv"):
+        frame.to_csv(file, index=False, sep="," if file.suffix == ".csv" else "\t")
+    elif file.suffix == ".parquet":
+        frame.to_parquet(file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(frame.to_dict("records")))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")))
+    return str(file)
+
+
+def animals(folder: Path, **columns: list) -> str:
+    return table(folder, "animals.csv", **({"text": TEXTS, "label": ANIMALS} | columns))
+
+
+def csv(folder: Path, labels: list[str], name: str = "labels.csv") -> str:
+    """A csv file with labels exactly as they are written here."""
+    rows = [f"text {number},{label}" for number, label in enumerate(labels)]
+    (folder / name).write_text("\n".join(["text,label", *rows]) + "\n")
+    return str(folder / name)
+
+
+def picture(file: Path, grey: int = 0) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (6, 8), grey).save(file)
+    return str(file)
+
+
+def images(folder: Path, *classes: str, count: int = 4) -> str:
+    for label in classes:
+        for number in range(count):
+            picture(folder / label / f"{number}.png", grey=number)
+    return str(folder)
+
+
+def refused(match: str, *arguments: object, **settings: object) -> None:
+    with pytest.raises(PartialLoraError, match=match) as refusal:
+        load(*arguments, **settings)
+    assert "\n" not in str(refusal.value)
+
+
+def sizes(task: tasks.Task) -> list[int]:
+    return [len(split) for split in (task.train, task.validation, task.test)]
+
+
+def counts(task: tasks.Task) -> list[Counter]:
+    return [Counter(split["label"]) for split in (task.train, task.validation, task.test)]
+
+
+# --- Tables.
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    texts = ['with, comma and "quotes"', "NA", "None", "12", "2020-01-01", "tab\tand line\nbreak", "naïve"]
+    train = table(tmp_path, f"train.{kind}", words=texts * 4, label=["b", "a"] * 14)
+    test = table(tmp_path, f"test.{kind}", words=texts[:2], label=["a", "b"])
+    task = load({"train": train, "test": test}, validation_share=0.25)
+    assert (task.labels, task.modality, task.metrics) == (("a", "b"), "text", ("accuracy",))
+    assert task.train.features == datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["a", "b"])
+    )
+    assert (task.test["text"][:], task.test["label"][:]) == (texts[:2], [0, 1])
+    assert Counter([*task.train["text"], *task.validation["text"]]) == Counter(texts * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("gone.csv", None, "no such file"),
+        ("empty.csv", b"", "empty"),
+        ("ragged.csv", b"text,label\na,b\nc,d,e,f\n", "csv file"),
+        ("latin.csv", b"text,label\ncaf\xe9,b\n", "csv file"),
+        ("broken.jsonl", b'{"text": "a", "label": 1}\n{"text":\n', "jsonl file .*line 2"),
+        ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n', "column text"),
+        ("list.json", b"[1, 2]", "json file"),
+        ("broken.parquet", b"PAR1 no more", "parquet file"),
+        ("table.xlsx", b"PK", "parquet, csv, tsv, json or jsonl"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    refused(rf"^task\.data_files\.test=.*{name}: .*{reason}", {"train": animals(tmp_path), "test": str(file)})
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
+    refused(r"^task\.data_files\.train=.*/dev/null.*HF_HOME", {"train": table(tmp_path, "own.parquet", text=["a"])})
+
+
+def test_one_file_is_cut_into_three_splits_with_every_class_in_each(tmp_path: Path) -> None:
+    file = table(tmp_path, "all.csv", text=[f"text {number}" for number in range(100)], label=["a", "b"] * 50)
+    task = load(file)
+    assert counts(task) == [{0: 36, 1: 36}, {0: 4, 1: 4}, {0: 10, 1: 10}]
+    assert len({*task.train["text"], *task.validation["text"], *task.test["text"]}) == 100
+    assert load(file).test["text"][:] == task.test["text"][:] != load(file, split_seed=1).test["text"][:]
+    few = load(file, train_samples=60, test_samples=10)
+    assert counts(few) == [{0: 27, 1: 27}, {0: 3, 1: 3}, {0: 5, 1: 5}]
+    assert sizes(load(file, train_samples=10**6)) == sizes(task)
+    refused(r"^task\.train_samples=1: .* 2 classes", file, train_samples=1)
+
+
+def test_a_class_too_small_to_cut_is_named(tmp_path: Path) -> None:
+    file = animals(tmp_path, label=["wolf", *ANIMALS[1:]])
+    refused("^task=own: .*10% of 12 rows .*class wolf .*at least 2 rows", {"train": file, "test": file})
+    refused("^task=own: .*20% of 12 rows .*class wolf .*at least 3 rows", file)
+    labels = [*["a", "b"] * 50, "c", "c", "c"]
+    assert len(load(csv(tmp_path, labels), split_seed=0).labels) == 3
+    with pytest.raises(PartialLoraError, match=r"class c \(of 2\) .*test split was cut off; .*at least 3 rows"):
+        [load(csv(tmp_path, labels[:-1]), split_seed=seed) for seed in range(20)]  # until test takes one of the two
+    refused(r"class c \(of 3\) .* and task\.train_samples=20 .*at least 3", csv(tmp_path, labels), train_samples=20)
+
+
+def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    refused("^task=own: the test split is empty", {"train": animals(tmp_path), "test": str(tmp_path / "empty.csv")})
+
+
+# --- Columns.
+
+
+def test_pairs_of_texts_keep_their_order(tmp_path: Path) -> None:
+    file = table(tmp_path, "pairs.jsonl", a=TEXTS, b=TEXTS[::-1], label=ANIMALS)
+    task = both(file, text_columns=["b", "a"])
+    assert (task.test["text"][:], task.test["text_pair"][:]) == (TEXTS[::-1], TEXTS)
+    codes = table(tmp_path, "codes.csv", code=["007", "1e3"] * 6, label=ANIMALS)  # texts that look like numbers
+    assert both(codes, text_columns=["code"]).test["text"][:2] == ["007", "1e3"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "modality", "settings", "key"),
+    [
+        ({"a": TEXTS, "b": TEXTS, "label": ANIMALS}, "text", {}, r"text_columns: .*'a': 'string', 'b': 'string'"),
+        ({"a": TEXTS, "label": ANIMALS}, "text", {"text_columns": ["c"]}, r"text_columns=c: .*'a': 'string'"),
+        ({"a": TEXTS, "label": ANIMALS}, "text", {"text_columns": ["a", "a"]}, r"text_columns=\['a', 'a'\]"),
+        ({"a": TEXTS, "label": ANIMALS}, "text", {"text_columns": ["a", "label"]}, "text_columns=label"),
+        ({"a": TEXTS, "label": ANIMALS}, "image", {"image_column": "label"}, "image_column=label"),
+        ({"a": TEXTS, "label": ANIMALS}, "text", {"label_column": "kind"}, r"label_column=kind: .*'a': 'string'"),
+        ({"a": TEXTS}, "text", {}, r"label_column: .*own\.jsonl.*'a': 'string'"),
+        ({"a": TEXTS, "label": [["a"]] * 12}, "text", {}, r"label_column: .*'label': 'List'"),
+        ({"a": [*range(12)], "label": ANIMALS}, "text", {}, r"text_columns: .*'a': 'int64'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_there_are(
+    tmp_path: Path, columns: dict, modality: str, settings: dict, key: str
+) -> None:
+    refused(rf"^task\.{key}", table(tmp_path, "own.jsonl", **columns), modality, **settings)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_row_without_a_text_or_an_image_is_named(tmp_path: Path, kind: str) -> None:
+    file = table(tmp_path, f"texts.{kind}", text=[*TEXTS[:2], None, *TEXTS[3:]], label=ANIMALS)
+    for modality in ("text", "image"):
+        refused(rf"^task=own: row 3 of the train split has no {modality} \(column text\)", file, modality)
+
+
+def test_images_are_found_by_path_from_the_table_s_own_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"pictures/{number}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        picture(tmp_path / "data" / name, grey=20 * number)
+    file = table(tmp_path / "data", "train.csv", file=names, label=ANIMALS)
+    assert [np.asarray(image)[0, 0] for image in both(file, "image").test["image"]] == [20 * n for n in range(12)]
+    absolute = table(tmp_path, "other.csv", file=[str(tmp_path / "data" / name) for name in names], label=ANIMALS)
+    assert both(absolute, "image").test[3]["image"].size == (6, 8)
+    lost = table(tmp_path, "lost.csv", file=names, label=ANIMALS)
+    refused(r"^task=own: row 1 of the test split: .*0\.png", {"train": file, "test": lost}, "image")
+
+
+def test_images_are_read_from_bytes_with_or_without_the_library_s_own_marks(tmp_path: Path) -> None:
+    stored = [Path(picture(tmp_path / f"{number}.png", grey=number)).read_bytes() for number in range(12)]
+    pairs = [{"bytes": each, "path": None} for each in stored[:-1]] + [{"bytes": stored[-1], "path": "named.png"}]
+    for number, data in enumerate((stored, pairs)):
+        task = both(table(tmp_path, f"{number}.parquet", data=data, label=ANIMALS), "image")
+        assert [np.asarray(image)[0, 0] for image in task.test["image"]] == list(range(12))
+
+
+# --- Folders of images.
+
+
+def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path) -> None:
+    whole = Path(images(tmp_path / "whole", "wolf", "fox", count=9))
+    for label in ("wolf", "fox"):
+        picture(whole / label / "deeper" / "10.png")
+    (whole / "wolf" / "notes.txt").write_text("not an image")
+    (whole / "fox" / ".hidden.png").write_text("not an image")
+    task = load(str(whole), "image")
+    assert task.labels == ("fox", "wolf")
+    assert counts(task) == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 2, 1: 2}]
+    parts = tmp_path / "parts"
+    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+        images(parts / split, "wolf", "fox", count=count)
+    folders = {"train": str(parts / "train"), "validation": str(parts / "val"), "test": str(parts / "test")}
+    assert sizes(load(str(parts), "image")) == sizes(load(folders, "image")) == [8, 4, 6]
+    refused(r"^task\.data_files=.*fox: no image in any sub-folder", str(parts / "test" / "fox"), "image")
+
+
+def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Path) -> None:
+    for name, folders, reason in (
+        ("tests", ("training", "test"), "folder test .*none called train, only test, training"),
+        ("capitals", ("Train", "Val"), "folder Train .*none called train, only Train, Val"),
+        ("twice", ("train", "val", "validation"), "val and validation"),
+    ):
+        for folder in folders:
+            images(tmp_path / name / folder, "wolf", "fox")
+        refused(rf"^task\.data_files=.*{name}: .*{reason}", str(tmp_path / name), "image")
+    classes = load({"train": str(tmp_path / "tests")}, "image", validation_share=0.2)
+    assert classes.labels == ("test", "training")
+
+
+# --- Labels.
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["pear", "apple", "fig"], ("apple", "fig", "pear")),
+        ([10, 9, -2], ("-2", "9", "10")),
+        ([True, False, True], ("False", "True")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_classes_are_the_labels_in_their_order(tmp_path: Path, kind: str, labels: list, names: tuple) -> None:
+    task = both(table(tmp_path, f"train.{kind}", text=TEXTS, label=labels * 4), validation_share=0.25)
+    assert task.labels == names
+    assert [task.labels[number] for number in task.test["label"]] == [str(label) for label in labels * 4]
+
+
+def test_fractions_are_regression_unless_they_are_classes_by_name(tmp_path: Path) -> None:
+    file = table(tmp_path, "train.csv", text=TEXTS, score=[0.5, 2.0, 3.25] * 4)
+    task = both(file, label_column="score")
+    assert (task.labels, task.metrics, task.test["label"][:3]) == ((), ("pearson",), [0.5, 2.0, 3.25])
+    assert sizes(task) == [10, 2, 12]
+    classes = both(file, label_column="score", regression=False, validation_share=0.25)
+    assert classes.labels == ("0.5", "2", "3.25")
+    refused(r"^task\.metrics: .*pearson, spearman, mse, not f1", file, label_column="score", metrics=["f1"])
+    refused("^task=own: row 1 of the train split .*'dog'.*task.regression", animals(tmp_path), regression=True)
+
+
+@pytest.mark.parametrize("labels", [["0.5", "0.50", "2"], ["1e-3", "1"], [".5", "1."], ["-1.25", "3.800"]])
+def test_fractions_are_real_however_they_are_written(tmp_path: Path, labels: list[str]) -> None:
+    file = csv(tmp_path, labels * 6)
+    task = both(file)
+    assert (task.labels, task.metrics) == ((), ("pearson",))
+    assert task.test["label"][:] == pytest.approx([float(label) for label in labels] * 6)
+    assert len(both(file, regression=False, validation_share=0.25).labels) == len(set(labels))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_whole_numbers_are_classes_though_written_as_floats(tmp_path: Path, kind: str) -> None:
+    file = table(tmp_path, f"own.{kind}", text=TEXTS, label=[0.0, 1.0] * 6)
+    task, real = both(file), both(file, regression=True)
+    assert (task.labels, task.metrics, task.test["label"][:2]) == (("0", "1"), ("accuracy",), [0, 1])
+    assert (real.labels, real.metrics, real.test["label"][:2]) == ((), ("pearson",), [0.0, 1.0])
+    codes = csv(tmp_path, ["007", "7", "1e1"] * 4)
+    assert both(codes, regression=True).test["label"][:3] == [7.0, 7.0, 10.0]
+    assert load({"train": file, "test": csv(tmp_path, ["0", "1"] * 6)}).test["label"][:2] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "9", "-2"], ("-2", "9", "10")),
+        (["10.0", "9.0"], ("9", "10")),
+        (["+1", "-1"], ("-1", "1")),
+        ([" 10", "9"], ("9", "10")),
+        (["007", "07", "7"], ("007", "07", "7")),
+        (["01", "10"], ("01", "10")),
+        (["1", "1.0"], ("1", "1.0")),
+        (["0", "-0"], ("-0", "0")),
+        (["1e3", "10"], ("10", "1e3")),
+        (["1.0", "one"], ("1.0", "one")),
+        (["9223372036854775807", "1"], ("1", "9223372036854775807")),
+        (["9223372036854775808", "1"], ("1", "9223372036854775808")),
+        (["9007199254740993.0", "1.0"], ("1.0", "9007199254740993.0")),
+        (["True", "false"], ("False", "True")),
+        (["True", "1"], ("1", "True")),
+        (["NA", "NaN", "None", "inf", "nan", "null"], ("NA", "NaN", "None", "inf", "nan", "null")),
+    ],
+)
+def test_a_label_of_a_csv_file_is_a_number_where_that_loses_nothing(
+    tmp_path: Path, labels: list[str], names: tuple[str, ...]
+) -> None:
+    task = both(csv(tmp_path, labels * 6), validation_share=0.25)
+    assert (task.labels, task.metrics) == (names, ("accuracy",))
+    written = [label.strip() for label in labels]
+    if all(label in names for label in written):
+        assert [names[number] for number in task.test["label"]] == written * 6
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "NaN", "inf"])
+def test_a_row_without_a_label_is_named(tmp_path: Path, missing: str) -> None:
+    for labels in (["dog", "cat"], ["1", "2"], ["1.0", "2.0"], ["0.5", "1.5"], ["True", "False"]):
+        file = csv(tmp_path, [*labels * 2, missing, *labels * 4])
+        if not missing or labels[0][0].isdigit():
+            refused("^task=own: row 5 of the train split has no label", {"train": file, "test": file})
+
+
+def test_a_label_that_no_training_row_has_is_named(tmp_path: Path) -> None:
+    test = table(tmp_path, "test.csv", text=TEXTS[:3], label=["cat", "wolf", "dog"])
+    refused("^task=own: row 2 of the test split .*wolf.*cat, dog", {"train": animals(tmp_path), "test": test})
+
+
+# --- Data sets as the hub has them: images and classes with their own types, splits of any name.
+
+LABELS = ("cat", "dog", "horse")
+
+
+def rows(count: int, labels: tuple[str, ...] = LABELS, **columns: list) -> datasets.Dataset:
+    generator = np.random.default_rng(count)
+    pixels = list(generator.integers(0, 256, (count, 6, 8, 3), dtype=np.uint8))
+    features = datasets.Features({"photo": datasets.Image(), "animal": datasets.ClassLabel(names=list(labels))})
+    data = {"photo": pixels, "animal": [index % len(labels) for index in range(count)]}
+    for name, values in columns.items():
+        features[name], data[name] = datasets.ClassLabel(names=["a", "b"]), values
+    return datasets.Dataset.from_dict(data, features=features)
+
+
+def parquet(folder: Path, **splits: datasets.Dataset) -> dict[str, str]:
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}.parquet")
+    return {name: str(folder / f"{name}.parquet") for name in splits}
+
+
+def pictures(split: datasets.Dataset) -> set[bytes]:
+    return {image.tobytes() for image in split["image"]}
+
+
+def test_files_stand_in_for_the_hub_whatever_their_columns_are_called(tmp_path: Path) -> None:
+    task = load(parquet(tmp_path, train=rows(60), test=rows(30)), "image", validation_share=0.2)
+    assert (sizes(task), task.labels, task.train.column_names) == ([48, 12, 30], LABELS, ["image", "label"])
+    whole = load(parquet(tmp_path, train=rows(60), validation=rows(9), test=rows(30)), "image")
+    assert sizes(whole) == [60, 9, 30]
+
+
+def test_one_of_two_label_columns_has_to_be_named(tmp_path: Path) -> None:
+    train = rows(20, labels=("cat", "dog"), coarse=[index % 2 for index in range(20)])
+    paths = parquet(tmp_path, train=train, test=train)
+    refused(r"^task\.label_column: .* 2 columns of labels", paths, "image")
+    assert load(paths, "image", label_column="coarse").labels == ("a", "b")
+    for settings in ({"image_column": "img", "label_column": "animal"}, {"label_column": "photo"}):
+        key, column = next(iter(settings.items()))
+        refused(rf"^task\.{key}={column}.*'photo': 'Image', 'animal': 'ClassLabel'", paths, "image", **settings)
+
+
+def test_labels_of_another_order_are_refused(tmp_path: Path) -> None:
+    paths = parquet(tmp_path, train=rows(30), test=rows(30, labels=("dog", "cat", "horse")))
+    refused("^task=own: the test split has the labels", paths, "image")
+
+
+def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused_and_validation_that_reports_does_not_select(
+    tmp_path: Path,
+) -> None:
+    parquet(tmp_path, train=rows(60), validation=rows(21), test=rows(30))
+
+    def of_hub(test_split: str) -> tasks.Task:
+        return tasks.load(name="animals", path=str(tmp_path), test_split=test_split)
+
+    for split in ("tset", "train"):
+        with pytest.raises(PartialLoraError, match=rf"^task\.test_split={split}: .*test, validation"):
+            of_hub(split)
+    task = of_hub("validation")
+    assert sizes(task) == [54, 6, 21]
+    assert not pictures(task.validation) & pictures(task.test)
+    assert not pictures(task.train) & pictures(task.validation)
+
+
+def test_digits_come_in_three_fixed_disjoint_stratified_splits_and_keep_their_pixels() -> None:
+    from sklearn.datasets import load_digits
+
+    first, again, other = (tasks.load(name="digits", path="bundled:digits", split_seed=seed) for seed in (0, 0, 1))
+    assert (sizes(first), first.labels) == ([1293, 144, 360], tuple("0123456789"))
+    training, validation, test = (pictures(split) for split in (first.train, first.validation, first.test))
+    assert not (training | validation) & test
+    assert not training & validation
+    split_counts = counts(first)
+    for label in range(10):
+        whole = sum(count[label] for count in split_counts)
+        assert abs(split_counts[2][label] - 0.2 * whole) < 1
+        assert abs(split_counts[1][label] - 0.1 * 0.8 * whole) < 1
+    assert first.test["label"] == again.test["label"]
+    assert pictures(first.test) == pictures(again.test) != pictures(other.test)
+    assert test <= {np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images}
+
+
+def test_real_cifar10_rows_load_from_local_files(cifar10_files: dict[str, str]) -> None:
+    task = tasks.load(name="cifar10", path="uoft-cs/cifar10", data_files=cifar10_files)
+    assert (sizes(task), task.labels[:3]) == ([4500, 500, 2000], ("airplane", "automobile", "bird"))
+    assert Counter(task.validation["label"]) == dict.fromkeys(range(10), 50)
+    assert task.test[0]["image"].size == (32, 32)
