@@ -136,7 +136,7 @@ def test_memory_changes_nothing_that_is_found(place: Place, monkeypatch: pytest.
 
         def bounds(self, *arguments: object) -> tuple[float, float]:
             found = super().bounds(*arguments)
-            self.most = max(getattr(self, "most", 0), self.bytes)
+            self.most = max(getattr(self, "most", 0), self._reuse.bytes)
             return found
 
     monkeypatch.setattr(few_shot, "FewShotScore", Watched)
