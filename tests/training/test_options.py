@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from partial_lora import tasks
 from partial_lora.calibration.score import OptionLikelihood
 from partial_lora.tasks import questions
-from partial_lora.training.metrics import log_likelihoods, option_metrics, predictions
+from partial_lora.training.metrics import log_likelihoods, option_metrics, option_predictions
 
 PROMPTS = ["Question: which of these is a bird?\nAnswer:", "the man", "two and two is", "the end\nthe start"]
 OPTIONS = [
@@ -86,7 +86,7 @@ def test_a_trainer_keeps_two_numbers_an_option(scored, tmp_path) -> None:
 def test_accuracies_are_those_of_a_loop_over_questions(scored) -> None:
     *_, options, likelihoods = scored
     columns = [np.asarray(options[name]) for name in ("item", "right", "characters")]
-    at, hits, normed, said = 0, [], [], predictions(likelihoods, *columns)
+    at, hits, normed, said = 0, [], [], option_predictions(likelihoods, *columns)
     for number, (texts, label) in enumerate(zip(OPTIONS, LABELS, strict=True)):
         sums = likelihoods[at : at + len(texts)]
         a_character = [value / len(text[1:]) for value, text in zip(sums, texts, strict=True)]
@@ -97,7 +97,7 @@ def test_accuracies_are_those_of_a_loop_over_questions(scored) -> None:
         at += len(texts)
     assert np.mean(hits) != np.mean(normed)
     assert said["prediction"] == [int(np.argmax(likelihoods[columns[0] == item])) for item in range(len(OPTIONS))]
-    assert option_metrics(likelihoods, *columns) == {"accuracy": np.mean(hits), "accuracy_norm": np.mean(normed)}
+    assert option_metrics(said) == {"accuracy": np.mean(hits), "accuracy_norm": np.mean(normed)}
 
 
 def test_calibration_counts_the_same_questions(scored) -> None:
@@ -108,10 +108,11 @@ def test_calibration_counts_the_same_questions(scored) -> None:
             logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
         right += float(rubric.values(logits, batch).sum())
     columns = [np.asarray(options[name]) for name in ("item", "right", "characters")]
-    assert right / len(LABELS) == option_metrics(likelihoods, *columns)["accuracy"]
+    assert right / len(LABELS) == option_metrics(option_predictions(likelihoods, *columns))["accuracy"]
 
 
 def test_of_equally_likely_options_the_first_counts_and_length_is_in_characters() -> None:
     items, right = np.array([0, 0, 1, 1]), np.array([True, False, False, True])
     likelihoods, characters = np.array([-4.0, -4.0, -4.0, -6.0]), np.array([4, 4, 2, 6])
-    assert option_metrics(likelihoods, items, right, characters) == {"accuracy": 0.5, "accuracy_norm": 1.0}
+    columns = option_predictions(likelihoods, items, right, characters)
+    assert option_metrics(columns) == {"accuracy": 0.5, "accuracy_norm": 1.0}
