@@ -60,7 +60,7 @@ def _made(empty: PreTrainedModel, method: str, setting: methods.Setting) -> dict
     """The counts of a method that depends on no calibration: of the adapter that it makes of the empty model."""
     adapted = methods.get(method)(empty, setting)
     dense = dense_parameters(setting.shapes, setting.rank)
-    return cost.describe_adapted(adapted, setting.head, new_modules=setting.new_modules, dense=dense)
+    return cost.foretold(adapted, setting.head, new_modules=setting.new_modules, dense=dense)
 
 
 def _memory(settings: Mapping, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:
