@@ -495,7 +495,7 @@ def report(arguments: Sequence[str]) -> int:
     written.append(
         page.write(
             place,
-            found=runs,
+            runs=runs,
             tables=shown,
             command=command,
             origin=tables.origin(frame),

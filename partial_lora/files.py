@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 
 
-# --- Whole or absent.
+# Whole or absent.
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -64,7 +64,7 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
+    """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.building-", dir=folder.parent))
     try:
@@ -111,11 +111,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- Checksums.
+# Checksums.
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex; the file is never in memory whole."""
+    """Return the SHA-256 of a file's bytes, in hex; the file is never in memory whole."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -136,7 +136,7 @@ def _mark(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """The first difference between a sealed folder and its marker, naming the file; None where it is whole."""
+    """Return the first difference between a sealed folder and its marker, naming the file; None where it is whole."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -157,18 +157,18 @@ def fault(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of all its files but the marker."""
+    """Return the names, relative to the folder, of all its files but the marker."""
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     return sorted(name for name in names if name != MARKER)
 
 
-# --- One writer at a time.
+# One writer at a time.
 
 
 def lock(descriptor: int, *, wait: bool = False) -> bool:
     """Lock an open file and return True; return False, or wait, where another process holds it.
 
-    The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks nobody.
+    The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks no one.
     """
     import fcntl  # a system without it can still load and save adapters
 
@@ -180,7 +180,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return True while another process holds the lock of a file; of one that does not exist nobody does."""
+    """Return True while another process holds the lock of a file; no process holds that of a missing one."""
     try:
         with open(path, "rb") as file:
             return not lock(file.fileno())
@@ -206,11 +206,11 @@ def one_writer(path: Path, purpose: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-# --- The cache: what is fetched or computed once and read by every later run.
+# The cache: what is fetched or computed once and read by every later run.
 
 
 def cache_dir() -> Path:
-    """The folder of all entries: $PARTIAL_LORA_CACHE, else $XDG_CACHE_HOME/partial-lora, else ~/.cache/partial-lora."""
+    """Return $PARTIAL_LORA_CACHE, else $XDG_CACHE_HOME/partial-lora, else ~/.cache/partial-lora."""
     own = os.environ.get("PARTIAL_LORA_CACHE")
     if own:
         return Path(own).expanduser().absolute()
@@ -219,7 +219,7 @@ def cache_dir() -> Path:
 
 
 def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
-    """The folder at `path` with exactly the files that `build` once wrote; built first where it is absent or broken.
+    """Return the folder at `path` with exactly the files that `build` wrote; built first where absent or broken.
 
     `build(folder)` fills an empty folder, which gets its name only when it is whole. What is broken is logged by name
     and removed. Of two processes at once one builds, and the other waits. A whole entry is only read, so a cache that
@@ -248,7 +248,7 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
-# --- No credentials in what is written and printed: a mark stands in the place of each.
+# No credentials in what is written and printed: a mark stands in the place of each.
 
 HIDDEN = "[hidden]"
 _SHORTEST = 8  # characters of a variable's value: a shorter one stands in harmless text, too
@@ -275,7 +275,7 @@ _CREDENTIALS = (  # what stands before one, in the first group, stays
 
 
 def redacted(content: Any) -> Any:
-    """A text without credentials, or plain data (mappings, lists) whose texts are all so; anything else as it is."""
+    """Return a text, or plain data (mappings, lists) with all its texts, without credentials; all else as it is."""
     if isinstance(content, Mapping):
         return {redacted(key): redacted(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

@@ -116,7 +116,7 @@ class Mask:
         return hashlib.sha256(self.kept.astype("<i8").tobytes()).hexdigest()
 
     def dense(self) -> np.ndarray:
-        """The mask as booleans (size,), True where kept."""
+        """Return the mask as booleans (size,), True where kept."""
         dense = np.zeros(self.size, dtype=bool)
         dense[self.kept] = True
         return dense

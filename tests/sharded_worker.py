@@ -93,7 +93,7 @@ def main(rank: int, folder: Path, port: int) -> None:
     training.add_callback(Break())
     training.train()
     own.gather(None)
-    kept = fsdp.optimizer_values(training.optimizer)
+    kept = fsdp.optimizer_state(training.optimizer)
     moments = [value for entry in training.optimizer.state_dict()["state"].values() for value in entry.values()]
     assert any(factor.is_sharded(value) for value in moments)
     checkpoint = folder / "broken" / directory.CHECKPOINTS / f"checkpoint-{HALF}"
@@ -109,11 +109,11 @@ def main(rank: int, folder: Path, port: int) -> None:
     early.train()
     first = load_file(folder / "early" / directory.CHECKPOINTS / f"checkpoint-{HALF}" / checkpoints.TRAINABLE)
     last = load_file(folder / "early" / directory.CHECKPOINTS / f"checkpoint-{STEPS}" / checkpoints.TRAINABLE)
-    fsdp.let_go(early.model)
+    fsdp.reshard(early.model)
     left = checkpoints.trainable(early.model)
     assert all(torch.equal(value, first[name]) for name, value in left.items())
     assert not any(torch.equal(value, last[name]) for name, value in left.items())
-    fsdp.let_go(resumed.model)
+    fsdp.reshard(resumed.model)
     held = sum(parameter.to_local().numel() for parameter in resumed.model.parameters())
     whole = sum(parameter.numel() for parameter in resumed.model.parameters())
     values = checkpoints.trainable(resumed.model)

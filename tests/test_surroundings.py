@@ -15,7 +15,7 @@ import yaml
 from finished_runs import override, picture_files
 from huggingface_hub import HfApi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_tracking import in_mlflow, said, without_clock
+from test_tracking import in_mlflow, points_of, without_clock
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
@@ -77,7 +77,7 @@ def test_trackers_have_what_the_record_has(secretive, monkeypatch) -> None:
     events = EventAccumulator(str(secretive.directory / "tensorboard"))
     events.Reload()
     found = {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
-    expected = without_clock(said(result["history"]))
+    expected = without_clock(points_of(result["history"]))
     for split in ("validation", "test"):
         metrics = {name: value for name, value in result["metrics"][split].items() if name != "primary"}
         assert "accuracy" in metrics

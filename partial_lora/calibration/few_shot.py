@@ -1,6 +1,6 @@
 """Calibration on a handful of a task's examples: the two draws, the head fitted on one, the score on the other.
 
-The model's head is new, as a rule, so calibration scores it with one that is fitted on the fit draw (heads.py).
+The model's head is new, as a rule, so calibration scores it with one that is fitted on the fit draw.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from partial_lora.calibration.importance import NEEDS_DATA, OPTIONS, data_scores
 from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.score import FewShotScore, mean_loss_within, starts
+from partial_lora.calibration.score import FewShotScore, frozen, mean_loss_within, starts
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
@@ -33,35 +33,38 @@ from partial_lora.tasks import Draws, strata
 from partial_lora.tasks.mixture import training_batches
 from partial_lora.tasks.task import Transform
 
-# --- The head a frozen model is scored with before any training.
-
+VERSION = 1  # of how scores are computed; another one leaves every cached calibration unused
 _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
+_BATCH = 32
 
 Batch = dict[str, Tensor]
+Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
+
+logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
+# --- The head that a frozen model is scored with before any training
+
+
 def features(model: nn.Module, head: str, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """What enters the head for every example (N, d), and the labels (N,)."""
+    """Return the inputs of the head for every example (N, d), and the labels (N,)."""
     entering: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(
         lambda module, inputs: entering.append(inputs[0].float())
     )
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+        with frozen(model):
+            for batch in batches:
+                model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
     finally:
         hook.remove()
-        model.train(training)
     labels = torch.cat([batch["labels"] for batch in batches])
     return torch.cat(entering).cpu().numpy(), labels.numpy()
 
 
 def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weight (outputs, d) and bias (outputs,) of a linear model of the labels (N,) on features (N, d).
+    """Return weight (outputs, d) and bias (outputs,) of a linear model of the labels (N,) on features (N, d).
 
     Classes: a multinomial logistic regression with C = 1; one without an example gets a zero row and a bias that no
     other logit falls below. Real numbers: a ridge regression with a penalty of 1.
@@ -85,7 +88,7 @@ def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[n
 
 
 def fitted_heads(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of several tasks' heads side by side, each fitted on its own task's examples (`slices`)."""
+    """Return weight and bias of several tasks' heads side by side, each fitted on its own task's examples."""
     fitted = []
     for start, size in zip(starts(sizes), sizes, strict=True):
         own = (labels >= start) & (labels < start + size)
@@ -102,7 +105,7 @@ def scored_head(
     peers: Peers | None = None,
     sizes: Sequence[int] = (),
 ) -> AbstractContextManager:
-    """The head that the model is scored with: one fitted on `batches` in place of a new one, else its own."""
+    """Score the model with a head fitted on `batches` in place of a new one, else with its own."""
     return few_shot_head(model, head, batches, peers, sizes) if new else nullcontext()
 
 
@@ -132,16 +135,11 @@ def few_shot_head(
         layer.load_state_dict(own)
 
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1  # of how scores are computed; another one leaves every kept calibration unused
-_BATCH = 32
-
-Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
+# --- Importance and sparsities by the two draws
 
 
 def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:
-    """A draw as the model sees it."""
+    """Return a draw as the model sees it."""
     return transform.batches(train.select(rows), _BATCH)
 
 
@@ -158,7 +156,7 @@ def importance_few_shot(
     new_head: bool = True,
     sizes: Sequence[int] = (),
 ) -> Scores:
-    """Importance of every row and column of the modules, by the measure that `config` names.
+    """Return the importance of every row and column of the modules, by the measure that `config` names.
 
     A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
     that one is not new; any other sees the weights alone. sizes: of a mixture, how many classes each member has.
@@ -209,9 +207,9 @@ def calibrate_few_shot(
         scores: importance of rows and columns by module; `importance` says how it was measured.
         draws: the two draws of `train`; `drawn`, recorded and no more, are the settings they were made with.
         architecture: what, beside its weights, decides what the model computes.
-        head: the module that is fitted on the fit draw, where it is new; left as it was found.
+        head: the module that is fitted on the fit draw, where it is new; left as it was.
         sizes: of a mixture, how many classes each member has, whose heads are fitted and scored each by itself.
-        stage: what progress is told of.
+        stage: the name of this work in what progress shows.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         The others as in `calibration.calibrate`.
     """
@@ -247,22 +245,22 @@ def calibrate_few_shot(
 
 
 def halves_few_shot(*, train: Dataset, config: CalibrationConfig, draws: Draws, **given: Any) -> dict:
-    """How far two halves of the scored draw lead to the same sparsities: `reliability.reliability` of the two.
+    """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
 
-    Arguments as of `calibrate_few_shot`, which is asked the same of each half, with the head of the whole fit draw.
+    Arguments as of `calibrate_few_shot`, which calibrates on each half, with the head of the whole fit draw.
     """
     labels = strata(train)[draws.scored]
-    found = []
+    sparsities = []
     for number, half in enumerate(split_half(labels, config.seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
-        part, stage = Draws(draws.fit, draws.scored[half]), f"half {number}"
-        calibrated = calibrate_few_shot(train=train, config=config, draws=part, stage=stage, **given)
-        found.append(calibrated.sparsity)
-    return reliability(*found)
+        part = Draws(draws.fit, draws.scored[half])
+        calibrated = calibrate_few_shot(train=train, config=config, draws=part, stage=f"half {number}", **given)
+        sparsities.append(calibrated.sparsity)
+    return reliability(*sparsities)
 
 
 def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:
-    """Names everything a score depends on: the weights, the two draws as the model sees them, and the settings."""
+    """Return a name for what decides a score: the weights, the two draws as the model sees them, and the settings."""
     digest = hashlib.sha256(weights.encode())
     for batch in batches:
         for name in sorted(batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -12,21 +13,6 @@ from transformers import PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import images, texts
-
-SETTINGS = (  # the keys of `model` that decide what is loaded
-    "name",
-    "family",
-    "weights",
-    "architecture",
-    "model_args",
-    "image_size",
-    "dtype",
-    "quantization",
-    "attn_implementation",
-    "text_weights",
-    "text_args",
-    "prompts",
-)
 
 
 @dataclass(frozen=True)
@@ -108,6 +94,9 @@ def load(
         attn_implementation=attn_implementation,
         **{key: special[key] for key in chosen.settings},
     )
+
+
+SETTINGS = tuple(key for key in signature(load).parameters if key != "labels")  # keys of the group `model`
 
 
 def empty(

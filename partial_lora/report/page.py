@@ -1,308 +1,46 @@
 """Pages over runs: one file that needs nothing else, neither a network nor another file.
 
-What is shown is gathered here; how, is in templates/.
+What is shown is gathered here; how, is in templates/. A section's lines and cells are SVG and HTML in the page's own
+colours: for every configuration of a report a figure of figures.py would take half a second and 100 KB.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pyarrow.parquet import ParquetFile
 
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic
-from partial_lora.masks import AXES
-from partial_lora.report.figures import Shown, draw_calibration, points, selected, training_curve
-from partial_lora.report.records import NONE, Run, grid, number, run_of
+from partial_lora.files import flatten, write_atomic
+from partial_lora.masks import AXES, Sparsity
+from partial_lora.report.examples import Example, hardest, predictions, rows_of, with_inputs
+from partial_lora.report.figures import Shown, draw_calibration, mean_sparsity, points, selected, training_curve
+from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of
 from partial_lora.report.summary import measured, percent
 from partial_lora.runs.directory import CALIBRATION, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
-
-# --- Drawings that are part of a page: lines as SVG, sparsities as shaded cells. They take the page's own colours.
-
-_WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8
-_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
-
-Points = Sequence[tuple[float, float]]
-
-
-def training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
-    """The training loss and the metric of validation of runs as small drawings, titled; none that has no points."""
-    metric = selected(records[0])
-    drawn = []
-    for said, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
-        lines = {f"seed {record['seed']}": points(record["history"], key) for record in records}
-        if any(lines.values()):
-            drawn.append((said, lines_drawn(lines, said, share=key != "loss" and metric in SHARES)))
-    return drawn
-
-
-def lines_drawn(lines: Mapping[str, Points], title: str, *, share: bool = False) -> Markup:
-    """Lines over steps as SVG; they differ in their dashes, and their ends are named for those who hear the page."""
-    every = [point for line in lines.values() for point in line]
-    left, right = min(step for step, _ in every), max(step for step, _ in every)
-    low, high = min(value for _, value in every), max(value for _, value in every)
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        across = (step - left) / ((right - left) or 1)
-        up = (value - low) / ((high - low) or 1)
-        return _LEFT + across * (_WIDE - _LEFT - 8), _HIGH - _BELOW - up * (_HIGH - _BELOW - _ABOVE)
-
-    form = ".1%" if share else ".3g"
-    parts = [
-        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(_said(lines, title, form))}">',
-        f'<path class="axis" d="M{_LEFT} {_ABOVE}V{_HIGH - _BELOW}H{_WIDE - 8}"/>',
-        f'<text x="{_LEFT - 4}" y="{_ABOVE + 6}" text-anchor="end">{high:{form}}</text>',
-        f'<text x="{_LEFT - 4}" y="{_HIGH - _BELOW}" text-anchor="end">{low:{form}}</text>',
-        f'<text x="{_LEFT}" y="{_HIGH - 4}">{left:,.0f}</text>',
-        f'<text x="{_WIDE - 8}" y="{_HIGH - 4}" text-anchor="end">{right:,.0f} steps</text>',
-    ]
-    for index, line in enumerate(line for line in lines.values() if line):
-        placed = [at(*point) for point in line]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # where colours come again, another dash
-        parts.append(f'<polyline class="line{index % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
-        parts += [f'<circle class="line{index % 6}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="2.5"/>']
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def sparsity_map(sparsity: Mapping[str, Mapping[str, float]]) -> dict | None:
-    """Rows of cells, kinds of modules by depth, for each axis; None where nothing is sparse.
-
-    {depths, axes: {axis: [(kind, cells)]}}; a cell is a sparsity in [0, 1], None where there is no module.
-    """
-    if not sparsity or not any(of[axis] for of in sparsity.values() for axis in AXES):
-        return None
-    kinds, depths, grids = grid(sparsity)
-    cells = {
-        axis: [
-            (kind, [None if value != value else float(value) for value in line])
-            for kind, line in zip(kinds, grids[axis], strict=True)
-        ]
-        for axis in AXES
-    }
-    return {"depths": [".".join(map(str, depth)) or "–" for depth in depths], "axes": cells}
-
-
-def _said(lines: Mapping[str, Points], title: str, form: str) -> str:
-    ends = [f"{name} from {line[0][1]:{form}} to {line[-1][1]:{form}}" for name, line in lines.items() if line]
-    return f"{title}: {'; '.join(ends)}"
-
-
-# --- The test examples that a run is most wrong about: an image or a text, what it is, and what was said of it.
-
-_SIDE = 112  # pixels of an image at most
-_LETTERS = 400  # of a text
-
-
-@dataclass
-class Example:
-    """index: the row of the test split. label, said: in words, `said` of every run. loss: its mean over the runs.
-
-    image: a data URI; text: the input in words. Both are empty where the row could not be read back.
-    """
-
-    index: int
-    label: str
-    said: list[str]
-    loss: float
-    image: str = ""
-    text: list[str] = field(default_factory=list)
-
-
-def predictions(directories: Sequence[Path]) -> list[pa.Table]:
-    """What the runs of these directories predicted, of those that kept it and agree about the examples."""
-    tables: list[pa.Table] = []
-    for directory in directories:
-        try:
-            with ParquetFile(Path(directory) / PREDICTIONS) as file:  # pandas takes long to make lists of logits
-                table = file.read(use_threads=False)
-        except (OSError, ValueError):
-            continue
-        if {"label", "prediction"} <= set(table.column_names) and (
-            not tables or table["label"].equals(tables[0]["label"])
-        ):
-            tables.append(table)
-    return tables
-
-
-def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
-    """The examples with the highest loss, a mean over runs, those first that are the worst; ties by their order.
-
-    tables: of `predictions`, one row an example. The loss is the label's surprise where classes or options are chosen,
-    the squared error of numbers, what a text lacks of ROUGE-L or else of being right. Raises ValueError where the
-    columns do not say it.
-    """
-    if not tables:
-        return []
-    losses = np.mean([_losses(table) for table in tables], axis=0)
-    order = np.argsort(-losses, kind="stable")[:count]
-    return [
-        Example(
-            int(row),
-            _named(tables[0], "label", row),
-            [_named(table, "prediction", row) for table in tables],
-            float(losses[row]),
-        )
-        for row in order
-    ]
-
-
-def shown(examples: Sequence[Example], rows, labels: Sequence) -> list[Example]:
-    """The same with their inputs out of `rows`, the task's test split; unchanged where those are not the same examples.
-
-    labels: what the run's predictions have as labels of all examples.
-    """
-    column = next((name for name in ("label", "response") if name in rows.column_names), None)
-    if len(rows) != len(labels) or (column and not _alike(rows[column], labels)):
-        return list(examples)
-    for example in examples:
-        row = rows[example.index]
-        if "image" in row:
-            example.image = thumbnail(row["image"])
-        example.text = [_short(value) for value in _texts(row)]
-        if "options" in row:
-            example.label, *example.said = (row["options"][int(place)] for place in (example.label, *example.said))
-    return list(examples)
-
-
-def rows_of(settings: Mapping, *, fetch: bool = False):
-    """Return the test split of a run's task where it can be read, without a network unless `fetch`; else None."""
-    task = settings["task"]
-    local = fetch or task.get("path") == "bundled:digits" or task.get("data_files")
-    if task.get("members") or not local:
-        return None
-    import datasets
-
-    from partial_lora import tasks
-    from partial_lora.runs.config import load
-
-    datasets.disable_progress_bars()
-    try:
-        chosen = load(settings).task
-        return tasks.load(**{name: getattr(chosen, name) for name in tasks.SETTINGS}).test
-    except (PartialLoraError, OSError, ValueError, KeyError):
-        return None
-
-
-def thumbnail(image) -> str:
-    """A small copy of an image as a data URI."""
-    small = image.convert("RGB")
-    if max(small.size) < _SIDE // 2:  # pixels of a tiny image stay squares
-        factor = _SIDE // max(small.size)
-        small = small.resize((small.width * factor, small.height * factor), resample=0)
-    small.thumbnail((_SIDE, _SIDE))
-    stream = io.BytesIO()
-    small.save(stream, "WEBP", quality=75)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _losses(table: pa.Table) -> np.ndarray:
-    """The loss of every example (N,); of a mixture by member, each with the columns that are its own."""
-    columns = table.column_names
-    if "member" in columns:
-        return _by_member(table)
-    if "scores" in columns:
-        values, starts = _one_line(table["scores"], table["label"])
-        return -np.log(np.maximum(values[starts + _whole(table["label"])], 1e-30))
-    if "logits" in columns and "label_name" in columns:
-        return _surprise(*_one_line(table["logits"], table["label"]), _whole(table["label"]))
-    if "rouge_l" in columns:
-        return 1 - _real(table["rouge_l"])
-    if pa.types.is_floating(table.schema.field("label").type):
-        return (_real(table["prediction"]) - _real(table["label"])) ** 2
-    return np.array([said != label for said, label in zip(*_lists(table, "prediction", "label"), strict=True)], float)
-
-
-def _by_member(table: pa.Table) -> np.ndarray:
-    losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
-    for member in dict.fromkeys(members.tolist()):
-        rows = np.flatnonzero(members == member)
-        own = table.take(pa.array(rows))
-        absent = [name for name in own.column_names if own[name].null_count == len(own)]
-        losses[rows] = _losses(own.drop_columns(["member", *absent]))
-    return losses
-
-
-def _one_line(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of numbers, however long each is, end to end, and where each begins.
-
-    Raises ValueError where one has no place for its label.
-    """
-    together = lists.combine_chunks()
-    lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    own = _whole(label)
-    if (own < 0).any() or (own >= lengths).any():
-        raise ValueError("a label without an output of its own")
-    return together.flatten().to_numpy(zero_copy_only=False).astype(float), np.cumsum(lengths) - lengths
-
-
-def _surprise(values: np.ndarray, starts: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Minus the logarithm of softmax at the label, of logits end to end."""
-    lengths = np.diff(np.append(starts, len(values)))
-    shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
-    return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[starts + label]
-
-
-def _whole(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(np.int64)
-
-
-def _real(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(float)
-
-
-def _lists(table: pa.Table, *names: str) -> list[list]:
-    return [table[name].to_pylist() for name in names]
-
-
-def _named(table: pa.Table, column: str, row: int) -> str:
-    name = f"{column}_name" if f"{column}_name" in table.column_names else column
-    value = table[name][int(row)].as_py()
-    if value is None:  # of a mixture whose other members have names
-        value = table[column][int(row)].as_py()
-    return f"{value:.4g}" if isinstance(value, float) else _short(str(value))
-
-
-def _alike(labels: Sequence, others: Sequence) -> bool:
-    pairs = zip(labels, others, strict=True)
-    return all(one == other or (not isinstance(one, str) and abs(one - other) < 1e-6) for one, other in pairs)
-
-
-def _texts(row: Mapping) -> list[str]:
-    if "prompts" in row:
-        return [str(row["prompts"][0]), *(f"– {option}" for option in row["options"])]
-    return [str(row[name]) for name in ("text", "text_pair", "prompt") if row.get(name)]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
-
 
 logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
 EXAMPLES = 6
+_WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lines
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
+_OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
 
 
 def write(
     results_dir: Path,
     *,
-    found: Sequence[Run],
+    runs: Sequence[Run],
     tables: Mapping[str, tuple[pd.DataFrame, Sequence[str]]],
     command: str,
     origin: str,
@@ -313,12 +51,10 @@ def write(
 ) -> Path:
     """Write results_dir/report/index.html: sortable tables, figures, and a section for the runs of every folder.
 
-    tables: by title, as they are read, each with what is to be said below it. problems: what was left out; uncompared:
-    what could not be compared. examples: how many of the hardest to show, 0 for none.
+    tables: by title, as they are read, each with its notes. problems: what was left out; uncompared: what could not be
+    compared. examples: how many of the hardest to show, 0 for none.
     """
-    groups: dict[str, list[Run]] = {}
-    for run in found:
-        groups.setdefault(run.row["group"], []).append(run)
+    groups = gathered(runs, lambda run: run.row["group"])
     content = {
         "title": f"Report: {Path(results_dir).resolve().name}",
         "command": command,
@@ -333,13 +69,14 @@ def write(
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
+    curves = run.directory / "curves.svg"  # as the run has drawn them
     content = {
         "title": _title([run]),
         "command": "",
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
         "lists": {},
         "tables": {},
-        "figures": _own_figures(run.directory),
+        "figures": [("Calibration curves", "What is left of the few-shot score.", _uri(curves))] * curves.is_file(),
         "sections": sections([[run]], examples, rows),
     }
     return _written(run.directory / PAGE, content)
@@ -369,65 +106,52 @@ def is_drawn(directory: Path, stage: str) -> bool:
 
 
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:
-    """What the page says of the runs of every folder, which differ in their seed alone."""
-    settings = [_flat(runs[0].record["config"]) for runs in groups]
+    """Return what the page shows of the runs of every folder, which differ in their seed alone."""
+    settings = [_words(runs[0].record["config"]) for runs in groups]
     shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
-    read: dict[str, object] = {}
+    splits: dict[str, object] = {}
     made = []
-    for place, (runs, flat) in enumerate(zip(groups, settings, strict=True), start=1):
-        worst, untold = _examples(runs, examples, read, rows)
+    for place, (runs, own) in enumerate(zip(groups, settings, strict=True), start=1):
+        worst, problems = _examples(runs, examples, splits, rows)
+        warnings = [warning for run in runs for warning in (run.record["calibration"] or {}).get("warnings") or []]
+        sparsities = [run.record["sparsity"] for run in runs if run.record.get("sparsity")]
         made.append(
             {
                 "id": f"run-{place}",
                 "title": _title(runs),
-                "path": runs[0].row.get("group", str(runs[0].directory)),
+                "path": runs[0].row["group"],
                 "facts": _facts(runs),
-                "own": {key: value for key, value in flat.items() if (key, value) not in shared},
-                "shared": {key: value for key, value in flat.items() if (key, value) in shared},
+                "own": {key: value for key, value in own.items() if (key, value) not in shared},
+                "shared": {key: value for key, value in own.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
-                "curves": training_lines([run.record for run in runs]),
-                "map": sparsity_map(_sparsity(runs)),
-                "warnings": [*_warnings(runs), *untold],
+                "curves": _training_lines([run.record for run in runs]),
+                "map": _sparsity_map(mean_sparsity(sparsities)),
+                "warnings": [*dict.fromkeys(warnings), *problems],
                 "examples": worst,
             }
         )
     return made
 
 
-def _examples(runs: Sequence[Run], count: int, read: dict[str, object], rows) -> tuple[list[Example], list[str]]:
-    """The hardest, with their inputs, and what kept them from being told; rows of a task are read once, into `read`."""
+def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) -> tuple[list[Example], list[str]]:
+    """Return the hardest examples with their inputs, and why there are none; a task is read once, into `splits`."""
     try:
         tables = predictions([run.directory for run in runs]) if count else []
         worst = hardest(tables, count)
         if not worst:
             return [], []
-        settings = runs[0].record["config"]
-        key = json.dumps(settings["task"], sort_keys=True)
-        if rows is None and key not in read:
-            read[key] = rows_of(settings)
-        found = read.get(key) if rows is None else rows
-        return (worst if found is None else shown(worst, found, tables[0]["label"].to_pylist())), []
+        config = runs[0].record["config"]
+        key = json.dumps(config["task"], sort_keys=True)
+        if rows is None and key not in splits:
+            splits[key] = rows_of(config)
+        split = splits[key] if rows is None else rows
+        return (worst if split is None else with_inputs(worst, split, tables[0]["label"].to_pylist())), []
     except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:  # a file of other columns
         return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
 
 
-def _sparsity(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """The share that was removed of every module and axis, the mean over the runs."""
-    known = [found for run in runs if (found := run.record.get("sparsity"))]
-    return {
-        module: {axis: fmean(found[module][axis] for found in known if module in found) for axis in AXES}
-        for module in dict.fromkeys(module for found in known for module in found)
-    }
-
-
-def _warnings(runs: Sequence[Run]) -> list[str]:
-    """What the calibrations of the runs warn of, each once."""
-    each = ((run.record["calibration"] or {}).get("warnings") or [] for run in runs)
-    return list(dict.fromkeys(warning for of_run in each for warning in of_run))
-
-
 def _facts(runs: Sequence[Run]) -> dict[str, str]:
-    """What is known of the runs in numbers; what differs between them is a mean, and says so."""
+    """Return what is known of the runs in numbers; a number that differs between them is a mean, and says so."""
     row = pd.DataFrame([run.row for run in runs])
     first = runs[0].row
     spread = row["test"].std() if len(runs) > 1 else float("nan")
@@ -451,7 +175,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _mean_of(values: pd.Series) -> str:
-    """What is to be said of a mean of values that differ."""
+    """Return what follows a mean of values that differ."""
     return f", mean of {values.count()} seeds" if values.nunique() > 1 else ""
 
 
@@ -472,27 +196,64 @@ def _title(runs: Sequence[Run]) -> str:
     return " · ".join(names)
 
 
-def _flat(config: Mapping, before: str = "") -> dict[str, str]:
-    """Settings by their dotted names, as words, without those in which runs of one folder may differ."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{before}{key}.")
-        elif before or key not in ("seed", "results_dir", "overwrite", "keep_records"):
-            flat[f"{before}{key}"] = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-    return flat
+def _words(config: Mapping) -> dict[str, str]:
+    """Return settings by their full keys, as words, without those in which runs of one folder may differ."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in flatten(config).items()
+        if key not in _OF_SEED
+    }
+
+
+def _training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
+    """Draw training loss and the metric of validation of runs, titled; none that has no points."""
+    metric = selected(records[0])
+    drawn = []
+    for title, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
+        lines = {f"seed {record['seed']}": points(record["history"], key) for record in records}
+        lines = {name: line for name, line in lines.items() if line}
+        if lines:
+            drawn.append((title, _lines(lines, title, ".1%" if key != "loss" and metric in SHARES else ".3g")))
+    return drawn
+
+
+def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], title: str, form: str) -> Markup:
+    """Draw lines over steps as SVG; they differ in dashes, and their ends are named for those who hear the page."""
+    steps, values = zip(*(point for line in lines.values() for point in line), strict=True)
+    left, right, low, high = min(steps), max(steps), min(values), max(values)
+    ends = [f"{name} from {line[0][1]:{form}} to {line[-1][1]:{form}}" for name, line in lines.items()]
+    label = f"{title}: {'; '.join(ends)}"
+    parts = [
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(label)}">',
+        f'<path class="axis" d="M{_LEFT} {_ABOVE}V{_HIGH - _BELOW}H{_WIDE - 8}"/>',
+        f'<text x="{_LEFT - 4}" y="{_ABOVE + 6}" text-anchor="end">{high:{form}}</text>',
+        f'<text x="{_LEFT - 4}" y="{_HIGH - _BELOW}" text-anchor="end">{low:{form}}</text>',
+        f'<text x="{_LEFT}" y="{_HIGH - 4}">{left:,.0f}</text>',
+        f'<text x="{_WIDE - 8}" y="{_HIGH - 4}" text-anchor="end">{right:,.0f} steps</text>',
+    ]
+    for index, line in enumerate(lines.values()):
+        across = [_LEFT + (step - left) / ((right - left) or 1) * (_WIDE - _LEFT - 8) for step, _ in line]
+        down = [_HIGH - _BELOW - (value - low) / ((high - low) or 1) * (_HIGH - _BELOW - _ABOVE) for _, value in line]
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # where colours come again, another dash
+        parts.append(f'<polyline class="line{index % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
+        parts.append(f'<circle class="line{index % 6}" cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="2.5"/>')
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def _sparsity_map(sparsity: Sparsity) -> dict | None:
+    """Return {depths, axes: {axis: [(kind, cells by depth)]}}, NaN where is no module; None where nothing is sparse."""
+    if not any(of[axis] for of in sparsity.values() for axis in AXES):
+        return None
+    kinds, depths, grids = grid(sparsity)
+    cells = {axis: list(zip(kinds, grids[axis].tolist(), strict=True)) for axis in AXES}
+    return {"depths": [".".join(map(str, depth)) or NONE for depth in depths], "axes": cells}
 
 
 def _cells(table: pd.DataFrame) -> dict:
-    """Columns, and rows of (text, whether it is marked)."""
+    """Return columns, and rows of (text, whether it is marked)."""
     rows = [[(str(cell).strip("*"), str(cell).startswith("**")) for cell in line] for line in table.values.tolist()]
     return {"columns": list(table.columns), "rows": rows}
-
-
-def _own_figures(directory: Path) -> list[tuple[str, str, str]]:
-    """The calibration's curves as the run has drawn them; the rest of its figures are part of its section."""
-    file = directory / "curves.svg"
-    return [("Calibration curves", "What is left of the few-shot score.", _uri(file))] if file.is_file() else []
 
 
 def _uri(file: Path) -> str:

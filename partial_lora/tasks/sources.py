@@ -266,33 +266,26 @@ def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[L
     texts = {cell: cell.strip() for cell in cells if cell is not None}
     if texts and texts.keys() <= _TRUTHS.keys():
         return [_TRUTHS.get(cell) for cell in cells]
-    numbers = _parse_numbers(set(texts.values()))
-    if not numbers or not (regression or _lossless(numbers, regression)):
+    known = {text for text in texts.values() if not _UNKNOWN.fullmatch(text)}
+    if not known or not all(map(_NUMBER.fullmatch, known)):
         return list(cells)
-    return [None if cell is None else numbers[texts[cell]] for cell in cells]
-
-
-def _parse_numbers(texts: set[str]) -> dict[str, int | float]:
-    """Convert texts to numbers, all whole or all floats; {} where one is a word, or all are unknown."""
-    if not all(_NUMBER.fullmatch(text) or _UNKNOWN.fullmatch(text) for text in texts):
-        return {}
-    if all(_UNKNOWN.fullmatch(text) for text in texts):
-        return {}
     try:
-        whole = {text: int(text) for text in texts}
-    except ValueError:
-        return {text: float(text) for text in texts}
-    return whole if all(abs(number) < _WHOLE for number in whole.values()) else {text: float(text) for text in texts}
+        whole = all(abs(int(text)) < _WHOLE for text in texts.values())
+    except ValueError:  # a fraction, or an unknown one
+        whole = False
+    number = int if whole else float
+    if not regression and not _lossless({text: number(text) for text in known}, regression):
+        return list(cells)
+    return [None if cell is None else number(texts[cell]) for cell in cells]
 
 
 def _lossless(numbers: Mapping[str, int | float], regression: bool | None) -> bool:
-    known = {text: number for text, number in numbers.items() if not _UNKNOWN.fullmatch(text)}
-    if any(_CODE.match(text) for text in known):
+    if any(map(_CODE.match, numbers)):
         return False
-    if regression is None and any(number % 1 for number in known.values()):
+    if regression is None and any(number % 1 for number in numbers.values()):
         return True
-    exact = all(isinstance(number, int) or abs(number) < _FLOAT for number in known.values())
-    return exact and all(map(_PLAIN.fullmatch, known)) and len(set(known.values())) == len(known)
+    exact = all(isinstance(number, int) or abs(number) < _FLOAT for number in numbers.values())
+    return exact and all(map(_PLAIN.fullmatch, numbers)) and len(set(numbers.values())) == len(numbers)
 
 
 # --- The columns of a task: inputs and labels, by name or by type.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Protocol
 
 from datasets import Dataset
@@ -15,33 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
-SETTINGS = (  # of the task group, as `load` takes them
-    "name",
-    "path",
-    "subset",
-    "revision",
-    "train_split",
-    "test_split",
-    "data_files",
-    "modality",
-    "kind",
-    "image_column",
-    "text_columns",
-    "label_column",
-    "format",
-    "prompt_columns",
-    "option_columns",
-    "answer_column",
-    "response_column",
-    "answer",
-    "regression",
-    "metrics",
-    "train_samples",
-    "test_samples",
-    "validation_share",
-    "split_seed",
-    "label_noise",
-)
 _TEST_SHARE = 0.2  # of a source that comes without a test split
 _METRICS = {  # of a task, by its labels
     "classes": ("accuracy", "f1", "matthews"),
@@ -173,6 +147,9 @@ def load(
     )
     chosen = _metrics(metrics, name, labelled_by, answer)
     return Task(name=name, modality=modality, labels=labels, metrics=chosen, kind=kind, **rows)
+
+
+SETTINGS = tuple(signature(load).parameters)  # the keys of the group `task` that decide which rows there are
 
 
 def _source_splits(

@@ -1,7 +1,8 @@
-"""How many parameters train, and what they cost in memory and on disk.
+"""The cost of a method: parameters, bytes on disk and in memory, and the time of a step.
 
-Predicted for a model that exists in outline only (`describe`, `foretold`, on the meta device) and counted on one that
-trains (`measured`). Every count is of what is left after masking; the task head is always counted apart.
+Parameters are predicted for a model that exists in outline only (`describe`, on the meta device) and counted on one
+that trains (`measured`), always after masking, with the task head apart. Bytes and time are measured while it trains
+(`Cost`), and the peak of memory is estimated from shapes alone (`peak_memory`).
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ Shapes = Mapping[str, tuple[int, int]]
 
 _FP32 = 4  # bytes of a number in an adapter's file, a gradient or a moment; weights may be narrower, these are not
 _MOMENTS = 2  # AdamW keeps a mean and a mean square of every gradient
+_TIMED = 1000  # steps, the last ones, that the median is of
+_WARM = 2  # the step by which everything exists that lasts
+_NF4_BLOCK = 64  # weights that share a scale (bitsandbytes, functional.quantize_4bit)
+_NF4_CODES = 16  # numbers that 4 bits stand for, in fp32 beside every weight
+
+# Parameters
 
 
 def adapter_parameters(
     shapes: Shapes, rank: int, sparsity: float | Sparsity, granularity: str = "rows_columns"
 ) -> dict[str, int]:
-    """What an adapter of this rank holds before masking (`dense`) and after it (`trainable`).
+    """Return the parameters of an adapter of this rank before masking (`dense`) and after it (`trainable`).
 
     `shapes` gives (out, in) of W for every adapted module; `sparsity` is one share for all rows and columns, or
     {module: {rows, columns}}. A module has rank * (out + in) parameters when dense, and rank * (|I| + |J|) when the
@@ -60,7 +67,7 @@ def adapter_parameters(
 def target_shapes(
     model: nn.Module, target_modules: Sequence[str] | str, head: str | None, new_modules: Sequence[str] = ()
 ) -> dict[str, tuple[int, int]]:
-    """The modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
+    """Return the modules PEFT would adapt, in the model's order, each with the shape (out, in) of its weight.
 
     What trains whole, the head and `new_modules`, is never one of them. Raises as `target_linears` does.
     """
@@ -78,24 +85,40 @@ def describe(
     granularity: str = "rows_columns",
     new_modules: Sequence[str] = (),
 ) -> dict[str, int | float | None]:
-    """What training this model would hold and write, read off its shapes alone (the meta device is enough).
+    """Return what training this model would hold and write, read off its shapes alone (the meta device is enough).
 
-    `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. Gives the counts of
-    result.json's `parameters`; `targets`, the number of adapted modules; and bytes: `adapter_bytes` of the tensors in a
-    saved adapter (PEFT's format, zeros where masked, the head and `new_modules` included), `compact_bytes` with the
-    kept entries alone, `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
+    `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. The result has the
+    counts of result.json's `parameters`; `targets`, the number of adapted modules; and bytes: `adapter_bytes` of the
+    tensors in a saved adapter (PEFT's format, zeros where masked, the head and `new_modules` included), `compact_bytes`
+    with the kept entries alone, `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
     """
     whole = _trained_whole(model, head, new_modules)
     head_count = sum(size_of(parameter) for module in whole for parameter in module.parameters())
+    base = sum(size_of(parameter) for parameter in model.parameters()) - head_count
     shapes = {} if sparsity is None else target_shapes(model, target_modules, head, new_modules)
     adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
-    trainable = adapter["trainable"] + head_count
-    return {
-        **_counts(
-            base=sum(size_of(parameter) for parameter in model.parameters()) - head_count, head=head_count, **adapter
-        ),
-        "targets": len(shapes),
-        "adapter_bytes": _FP32 * (adapter["dense"] + head_count),
+    saved = _FP32 * (adapter["dense"] + head_count)
+    return _with_bytes(_counts(base=base, head=head_count, **adapter), targets=len(shapes), adapter_bytes=saved)
+
+
+def foretold(
+    adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
+) -> dict[str, int | float | None]:
+    """Return what `describe` does, counted on an adapter that exists (on the meta device, too) and masks nothing."""
+    targets = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return _with_bytes(
+        measured(adapted, head, new_modules=new_modules, dense=dense),
+        targets=targets,
+        adapter_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
+    )
+
+
+def _with_bytes(counts: dict, *, targets: int, adapter_bytes: int) -> dict[str, int | float | None]:
+    trainable = counts["adapter_trainable"] + counts["head"]
+    return counts | {
+        "targets": targets,
+        "adapter_bytes": adapter_bytes,
         "compact_bytes": _FP32 * trainable,
         "gradient_bytes": _FP32 * trainable,
         "optimizer_bytes": _FP32 * _MOMENTS * trainable,
@@ -110,7 +133,7 @@ def measured(
     *,
     dense: int | None = None,
 ) -> dict[str, int | float | None]:
-    """The parameters of a model that is set up to train, counted on its tensors, never on what was asked.
+    """Return the parameters of a model that is set up to train, counted on its tensors, never on its settings.
 
     `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; `new_modules`,
     which train whole, too, are counted with the head. `dense`, what a method of another kind is compared with, is by
@@ -122,49 +145,33 @@ def measured(
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     # Under PEFT, each with the frozen module it was copied from.
     heads = _trained_whole(model, head, new_modules)
-    in_heads = {id(parameter) for holder in heads for parameter in holder.parameters()}
-    held = {id(parameter): parameter for layer in layers for parameter in _held(layer)}
-    copied = _copied(model) if not layers else {}
+    in_heads = {id(parameter) for module in heads for parameter in module.parameters()}
+    adapter_parts = _adapter_parts(layers) if layers else _copies(model)
     base = 0
     for name, parameter in model.named_parameters():
-        if id(parameter) in in_heads or id(parameter) in held or id(parameter) in copied:
+        if id(parameter) in in_heads or id(parameter) in adapter_parts:
             continue
         if parameter.requires_grad:
             raise PartialLoraError(
                 f"{name} trains but is neither in the adapter nor in {head or 'a head'}: expected it frozen"
             )
         base += size_of(parameter)
-    trained = [parameter for key, parameter in {**held, **copied}.items() if key not in in_heads]
+    trained = [parameter for key, parameter in adapter_parts.items() if key not in in_heads]
     if dense is None:
         lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
-        dense = sum(weight.numel() for layer in lora for weight in _dense_weights(layer, adapter))
+        factors = [part[adapter] for layer in lora for part in (layer.lora_A, layer.lora_B) if adapter in part]
+        dense = sum((part.weight if isinstance(part, nn.Module) else part).numel() for part in factors)
+    in_head = [parameter for module in heads for parameter in module.parameters()]
     return _counts(
         base=base,
         dense=dense if trained else 0,
-        trainable=_trainable(trained),
-        head=sum(_trainable(module.parameters()) for module in heads),
+        trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
+        head=sum(parameter.numel() for parameter in in_head if parameter.requires_grad),
     )
 
 
-def foretold(
-    adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
-) -> dict[str, int | float | None]:
-    """What `describe` says, counted on an adapter that has been made (on the meta device, too) and masks nothing."""
-    counts = measured(adapted, head, new_modules=new_modules, dense=dense)
-    trainable = counts["adapter_trainable"] + counts["head"]
-    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return {
-        **counts,
-        "targets": sum(isinstance(module, BaseTunerLayer) for module in adapted.modules()),
-        "adapter_bytes": sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
-        "compact_bytes": _FP32 * trainable,
-        "gradient_bytes": _FP32 * trainable,
-        "optimizer_bytes": _FP32 * _MOMENTS * trainable,
-    }
-
-
 def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
-    """What `describe` found, and the peak of memory by what weights are kept in, for reading."""
+    """Return what `describe` does, and the peak of memory by the format of the weights, as a table for a terminal."""
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity = info["adapter_sparsity"]
     rows = [
@@ -179,20 +186,20 @@ def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[s
         ("gradients", _size(info["gradient_bytes"]), "fp32"),
         ("optimizer state", _size(info["optimizer_bytes"]), "AdamW, two fp32 moments"),
     ]
-    for kind, held in (memory or {}).items():
-        checkpointed = f"{_size(held['peak_checkpointed'])} with gradient checkpoints"
-        rows.append((f"memory at the peak, {kind}", _size(held["peak"]), checkpointed))
-    drawn = Table(show_header=False, box=None, pad_edge=False)
-    drawn.add_column(style="bold")
-    drawn.add_column(justify="right")
-    drawn.add_column(style="dim")
+    for kind, peak in (memory or {}).items():
+        checkpointed = f"{_size(peak['peak_checkpointed'])} with gradient checkpoints"
+        rows.append((f"memory at the peak, {kind}", _size(peak["peak"]), checkpointed))
+    columns = Table(show_header=False, box=None, pad_edge=False)
+    columns.add_column(style="bold")
+    columns.add_column(justify="right")
+    columns.add_column(style="dim")
     for row in rows:
-        drawn.add_row(*row)
-    return drawn
+        columns.add_row(*row)
+    return columns
 
 
 def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, int | float | None]:
-    """The `parameters` of result.json; an adapter that is not there, or larger than the dense one, has no sparsity."""
+    """Return `parameters` of result.json; without an adapter, or with one larger than the dense, sparsity is None."""
     return {
         "base": base,
         "adapter_dense": dense,
@@ -203,43 +210,33 @@ def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, in
 
 
 def _trained_whole(model: nn.Module, head: str | None, new_modules: Sequence[str]) -> list[nn.Module]:
-    """The head, and what else trains without an adapter."""
-    found = []
+    """Return the head and `new_modules`, which train without an adapter."""
+    modules = []
     heads = [] if head is None else [("head", head)]
     for key, name in [*heads, *(("new_modules", name) for name in new_modules)]:
         try:
-            found.append(model.get_submodule(name))
+            modules.append(model.get_submodule(name))
         except AttributeError as error:
             kind = type(model).__name__
             raise PartialLoraError(f"model.{key}={name}: {kind} has no module of that name") from error
-    return found
+    return modules
 
 
-def _held(layer: BaseTunerLayer) -> list[nn.Parameter]:
-    """What a layer of PEFT's has beside the module it adapts."""
-    adapted = {id(parameter) for parameter in layer.get_base_layer().parameters()}
-    return [parameter for parameter in layer.parameters() if id(parameter) not in adapted]
+def _adapter_parts(layers: Sequence[BaseTunerLayer]) -> dict[int, nn.Parameter]:
+    """Return the parameters, by id, that PEFT's layers have beside the modules they adapt."""
+    adapted = {id(parameter) for layer in layers for parameter in layer.get_base_layer().parameters()}
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    return {id(parameter): parameter for parameter in parameters if id(parameter) not in adapted}
 
 
-def _copied(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The weights of PEFT's copies of whole modules."""
+def _copies(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Return the parameters, by id, of PEFT's copies of whole modules."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     return {id(weight): weight for each in wrappers for weight in each.modules_to_save.parameters()}
 
 
-def _dense_weights(layer: LoraLayer, adapter: str) -> Iterator[torch.Tensor]:
-    """Both factors of one adapter in a layer, as dense as they would be without masks."""
-    for held in (layer.lora_A, layer.lora_B):
-        if adapter in held:
-            yield held[adapter].weight if isinstance(held[adapter], nn.Module) else held[adapter]
-
-
-def _trainable(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-
-
 def _size(count: int) -> str:
-    """Bytes in the largest binary unit that leaves a number of at least 1."""
+    """Return bytes in the largest binary unit that leaves a number of at least 1."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -248,15 +245,15 @@ def _size(count: int) -> str:
     return f"{size:,.1f} GiB"
 
 
-# --- What a forward pass keeps for its backward pass, counted in memory: every piece once and whole.
+# Memory that a forward pass keeps for its backward pass: every storage once and whole.
 
+# Distinct storages by address: as long as they are held here no other can get the same one.
 Storages = dict[int, torch.UntypedStorage]
-"""{address: memory}: distinct pieces of memory; as long as they are held here no other can get their address."""
 
 
 @dataclass
 class Kept:
-    """Bytes that a forward pass has kept; None until it is over."""
+    """Bytes that a forward pass keeps; None until it is over."""
 
     bytes: int | None = None
 
@@ -265,63 +262,60 @@ class Kept:
 def kept_by_forward(kind: str = "cpu") -> Iterator[Kept]:
     """Count what the forward passes inside the block keep, on devices of the kind.
 
-    Counted is what autograd is given to save, and tensors that exist at the end in any other way (an attribute of an
-    autograd function, say). Not counted is what existed before: parameters, buffers, indices, optimizer state, the
-    batch. So it is best used after a first step, when everything that lasts exists. Draws no random number.
+    This is what autograd saves, and tensors that exist at the end in any other way (an attribute of an autograd
+    function, say), without what existed before: parameters, buffers, indices, optimizer state, the batch. So it is best
+    used after a first step, when everything that lasts exists. Draws no random number.
     """
-    before, saved, found = alive(kind), {}, Kept()
+    before, saved, kept = alive(kind), {}, Kept()
 
     def save(tensor: Tensor) -> Tensor:
         saved.update(storages([tensor]))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        yield found
-    found.bytes = total({**saved, **alive(kind)}, without=before)
+        yield kept
+    kept.bytes = total({**saved, **alive(kind)}, without=before)
 
 
 def storages(tensors: Iterable[Tensor]) -> Storages:
-    """The memory that tensors lie in: one piece each, or two for a sparse one."""
-    found = {}
+    """Return the storages of tensors: one each, or two for a sparse one."""
+    pieces = {}
     for tensor in tensors:
         for part in (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,):
-            with suppress(RuntimeError):  # of memory that is given back while its tensor lives, as FSDP does
+            with suppress(RuntimeError):  # FSDP frees memory while its tensor lives
                 if part.untyped_storage().nbytes():
-                    found[part.untyped_storage().data_ptr()] = part.untyped_storage()
-    return found
+                    pieces[part.untyped_storage().data_ptr()] = part.untyped_storage()
+    return pieces
 
 
 def alive(kind: str = "cpu") -> Storages:
-    """The memory of every tensor on devices of the kind that Python can see, whoever holds it."""
+    """Return the storages of all tensors that Python can see on devices of the kind."""
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))  # asking it would wake lazy ones
     return storages(tensor for tensor in tensors if tensor.device.type == kind)
 
 
 def total(pieces: Storages, *, without: Storages) -> int:
-    """The bytes of the pieces that are not among those of `without`."""
+    """Return the bytes of the storages that are not among `without`."""
     return sum(piece.nbytes() for address, piece in pieces.items() if address not in without)
 
 
 def tensors_in(state: Iterable[Mapping]) -> Iterator[Tensor]:
-    """The tensors of an optimizer's state."""
+    """Return the tensors of an optimizer's state."""
     return (value for entry in state for value in entry.values() if isinstance(value, Tensor))
 
 
-# --- What a method costs beside its parameters: bytes on disk and in memory, and the time of a step.
-
-_TIMED = 1000  # steps, the last ones, that the median is of
-_WARM = 2  # the step at which what lasts exists, and nothing is any more made for the first time
+# Measurements of a training
 
 Moment = float | torch.cuda.Event  # seconds, or a place in the queue of a GPU
 
 
 class Cost(TrainerCallback):
-    """Watches training: how long its steps take, what its optimizer holds, what one forward pass keeps.
+    """Measure the time of training's steps, the bytes of its optimizer and of what a forward pass keeps.
 
-    Bytes of the first pass of the second step, or of the first where there is no other, in this process: no pass is
-    made and no random number drawn for it. That step's time is left out, if it is not the only one. On a GPU times are
-    its own, between two events in its queue: nothing waits for it.
+    The pass is the first of the second step, or of the only one, in this process: no pass is added and no random number
+    drawn. That step's time is left out, unless it is the only one. On a GPU times are its own, between two events in
+    its queue: nothing waits for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -360,26 +354,26 @@ class Cost(TrainerCallback):
         after = self._model.register_forward_hook(ends, always_call=True)
 
     def measured(self) -> dict[str, float | int | None]:
-        """For result.json: bytes, and the median of the steps' seconds; None for what no step has shown."""
+        """Return, for result.json, bytes and the median seconds of a step; None where no step has shown them."""
         return {
             "optimizer_bytes": self._optimizer,
-            "step_seconds": median(_between(*step) for step in self._times) if self._times else None,
+            "step_seconds": median(_seconds(*step) for step in self._times) if self._times else None,
             "saved_activation_bytes": self._saved and self._saved.bytes,
         }
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """The memory of all tensors in an optimizer's state, each piece once."""
+    """Return the bytes of all tensors in an optimizer's state, each storage once."""
     return total(storages(tensors_in(optimizer.state.values())), without={})
 
 
 def file_bytes(folder: Path) -> int:
-    """The bytes of the tensors' file in a saved adapter's folder."""
+    """Return the bytes of the safetensors files in a saved adapter's folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def _now(device: torch.device) -> Moment:
-    """Where the device is once it has done what it was given."""
+    """Return the moment at which the device will have done what it has been given so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -387,18 +381,15 @@ def _now(device: torch.device) -> Moment:
     return event
 
 
-def _between(began: Moment, ended: Moment) -> float:
-    """Seconds."""
+def _seconds(began: Moment, ended: Moment) -> float:
     if isinstance(ended, float):
         return ended - began
     ended.synchronize()
     return began.elapsed_time(ended) / 1000
 
 
-# --- How much memory a training step of a causal language model needs at its peak, estimated from shapes alone.
+# Memory of a training step of a causal model at its peak, estimated from shapes
 
-_NF4_BLOCK = 64  # weights that share a scale (bitsandbytes, functional.quantize_4bit)
-_NF4_CODES = 16  # numbers that 4 bits stand for, kept in fp32 beside every weight
 # Modules of one name in this table read the same tensor.
 _READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "normed"),
@@ -411,7 +402,7 @@ _KEPT_ANYWAY = {"o_proj"}  # its input, by attention itself
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that autograd keeps of one step: of a block, of what comes after the blocks, and what goes with them."""
+    """Bytes that autograd keeps of one step, by where they arise."""
 
     blocks: int
     block: int
@@ -422,12 +413,12 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        """When the backward pass begins."""
+        """Bytes when the backward pass begins."""
         return self.blocks * self.block + self.after + self.logits + self.gradient
 
     @property
     def peak_checkpointed(self) -> int:
-        """When the backward pass begins, or when the last block has been computed again."""
+        """Bytes when the backward pass begins, or when the last block has been recomputed."""
         begins, inside = self.after + self.logits + self.gradient, self.block + self.logits
         return self.blocks * self.entering + max(begins, inside)
 
@@ -443,17 +434,17 @@ def peak_memory(
     batch_size: int,
     length: int,
 ) -> dict[str, int]:
-    """Bytes that training takes on one device, by what they are for.
+    """Return the bytes that training takes on one device, by what they are for.
 
     Args:
         model: a causal model, on the meta device or any other.
-        shapes: (out, in) of each adapted module, as `parameters.target_shapes` gives them.
-        counts: of `parameters.describe`.
+        shapes: (out, in) of each adapted module, from `target_shapes`.
+        counts: from `describe`.
         dtype: of frozen weights and activations; adapter, gradients and AdamW's two moments are fp32.
         quantization: nf4 (without double quantisation) or int8, of all linear layers but the output layer.
         batch_size: sequences in one step on this device; length: tokens in each, padding included.
 
-    Gives `weights`, `adapter`, `gradients`, `optimizer`, `activations` and their sum, `peak`; and, with gradient
+    The keys are `weights`, `adapter`, `gradients`, `optimizer`, `activations` and their sum, `peak`; and, with gradient
     checkpoints, `activations_checkpointed` and `peak_checkpointed`. Raises PartialLoraError for a model without the
     geometry of a causal one.
     """
@@ -471,15 +462,17 @@ def peak_memory(
         batch_size=batch_size,
         length=length,
     )
-    held = {
+    persistent = {
         "weights": weight_bytes(model, dtype, quantization),
         "adapter": _FP32 * trainable,
         "gradients": int(counts["gradient_bytes"]),
         "optimizer": int(counts["optimizer_bytes"]),
     }
-    always = sum(held.values()) + _workspace(model, size, quantization)
+    always = sum(persistent.values())
+    if quantization is not None:  # the largest matrix is dequantised whole for a product
+        always += size * max((linear.weight.numel() for linear in _quantised(model)), default=0)
     return {
-        **held,
+        **persistent,
         "activations": kept.peak,
         "activations_checkpointed": kept.peak_checkpointed,
         "peak": always + kept.peak,
@@ -488,7 +481,7 @@ def peak_memory(
 
 
 def weight_bytes(model: PreTrainedModel, dtype: str, quantization: str | None = None) -> int:
-    """Bytes of the frozen weights; a matrix that is both embeddings and output layer counts once.
+    """Return the bytes of the frozen weights; a matrix that is both embeddings and output layer counts once.
 
     nf4: half a byte a weight, an fp32 scale for every 64 of them and a table of 16 codes a matrix. int8: a byte a
     weight and an fp32 scale a row. Embeddings, norms, biases and the output layer are of `dtype`.
@@ -513,7 +506,7 @@ def activations(
     batch_size: int,
     length: int,
 ) -> Activations:
-    """What autograd keeps of a step, by the formulas above.
+    """Return what autograd keeps of a step.
 
     config: of the model. shapes: (out, in) of each adapted module. density: share of an adapter's columns that is kept;
     1 is plain LoRA. size: bytes of a number of the activations. quantization: of the linear layers of the blocks.
@@ -547,7 +540,7 @@ def activations(
 def _kept_for_adapters(
     shapes: Mapping[str, tuple[int, int]], rank: int, density: float, size: int, quantization: str | None
 ) -> int:
-    """Bytes that the adapters of all blocks keep for one token."""
+    """Return the bytes that the adapters of all blocks keep for one token."""
     gathers = density <= GATHER_DENSITY
     own = density == 1 or quantization is not None  # PEFT's own layer, on numbers in fp32
     kept = _READS.keys() if quantization == "int8" else _KEPT_ANYWAY
@@ -573,10 +566,3 @@ def _quantised_bytes(weight: nn.Parameter, quantization: str) -> int:
     if quantization == "int8":
         return weight.numel() + _FP32 * weight.shape[0]
     return math.ceil(weight.numel() / 2) + _FP32 * (math.ceil(weight.numel() / _NF4_BLOCK) + _NF4_CODES)
-
-
-def _workspace(model: PreTrainedModel, size: int, quantization: str | None) -> int:
-    """The largest matrix that is made whole for a product, where they are quantised."""
-    if quantization is None:
-        return 0
-    return size * max((linear.weight.numel() for linear in _quantised(model)), default=0)

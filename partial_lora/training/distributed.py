@@ -15,7 +15,7 @@ from torch import distributed
 
 from partial_lora.errors import PartialLoraError
 
-EXPECTED = "PARTIAL_LORA_WORLD"  # how many processes the parent asked for
+EXPECTED = "PARTIAL_LORA_WORLD"  # the number of processes that the parent starts
 _PATIENCE = timedelta(days=1)  # one process may calibrate alone while the others wait
 
 
@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of their ranks; returns once all have called it (`peers.Peers`).
+        """Return every process's value, in the order of their ranks, once all have called it (`peers.Peers`).
 
         Values are pickled: plain data and tensors on the CPU.
         """
@@ -45,7 +45,7 @@ class World:
         return values
 
     def peak_memory_bytes(self) -> int:
-        """The most memory this process has held: on its accelerator if it has one, else resident."""
+        """Return the most memory this process has held: on its accelerator if it has one, else resident."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,8 +55,8 @@ class World:
 def join(requested_device: str) -> World:
     """Take this process's place in its run.
 
-    Raises PartialLoraError for a device that is not there, or where the launcher did not start as many processes as the
-    parent asked for (accelerate is known to start one, silently, where it should start two).
+    Raises PartialLoraError for a device that is not there, or where the launcher started another number of processes
+    than the parent expects (accelerate is known to start one, silently, where it should start two).
     """
     cuda = torch.cuda.is_available()
     if requested_device == "cuda" and not cuda:

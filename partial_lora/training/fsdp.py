@@ -1,7 +1,7 @@
-"""A run whose parameters, gradients and optimizer state are shared out over its processes (FSDP2, by accelerate).
+"""FSDP2 by accelerate: parameters, gradients and optimizer state sharded over the processes of a run.
 
-accelerate takes what it is asked for from the environment, where `accelerate launch` puts what a file of `accelerate
-config` says; what the run itself asks for (trainer.strategy=fsdp) goes the same way.
+accelerate reads its settings from the environment, where `accelerate launch` puts those of a file of `accelerate
+config`; the run's own (trainer.strategy=fsdp) go the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from partial_lora.adapter.factor import is_sharded, sharded_like, whole
 
 logger = logging.getLogger(__name__)
 
-_ASKED = "ACCELERATE_USE_FSDP"
+_ENABLED = "ACCELERATE_USE_FSDP"
 _DEFAULTS = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -33,13 +33,13 @@ _DEFAULTS = {
 
 
 def ask(strategy: str) -> bool:
-    """Ask accelerate for FSDP2 if the strategy is "fsdp" or a file of `accelerate config` says so; gives whether it is.
+    """Ask accelerate for FSDP2 if the strategy or a file of `accelerate config` is FSDP; return True if so.
 
     Call it before the process joins its world and before a model is loaded: calibration needs whole weights everywhere.
     """
-    if strategy != "fsdp" and os.environ.get(_ASKED, "false").lower() != "true":
+    if strategy != "fsdp" and os.environ.get(_ENABLED, "false").lower() != "true":
         return False
-    os.environ[_ASKED] = "true"
+    os.environ[_ENABLED] = "true"
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # it would load weights in the first process alone
@@ -47,9 +47,9 @@ def ask(strategy: str) -> bool:
 
 
 def name_blocks(model: nn.Module, blocks: str | None) -> None:
-    """Tell accelerate what is gathered and let go as one: the classes in the sequence `blocks` of the model.
+    """Name to accelerate the classes whose modules are gathered as one: those in the model's sequence `blocks`.
 
-    Without one, those that transformers says are never split, or else the whole model. A file's own choice stands.
+    Without `blocks`, the classes that transformers never splits, or else the whole model. A file's own choice stands.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if blocks:
@@ -65,22 +65,22 @@ def name_blocks(model: nn.Module, blocks: str | None) -> None:
 
 
 def allow_on_cpu() -> None:
-    """Let accelerate share out a model on CPUs, for which it otherwise takes DistributedDataParallel and says nothing.
+    """Let accelerate shard a model on CPUs, where it would otherwise fall back to DistributedDataParallel silently.
 
-    It looks at the kind of world that this process is in. The device stays what it is.
+    It decides by the type of the process's world alone; the device stays what it is.
     """
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def reduce_in_float32(trainer: Trainer) -> None:
-    """Let gradients be summed over processes in float32, as without FSDP, whatever is computed in."""
+    """Sum gradients over processes in float32, as without FSDP, whatever the precision of the computation."""
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
-class CheckpointsOfParts(Trainer):
-    """Trainer whose checkpoints of a model that is shared out are those of a whole one, and take its place.
+class ShardedTrainer(Trainer):
+    """Trainer whose checkpoints of a sharded model are those of a whole one, and can be exchanged with them.
 
     Its own way there gathers the frozen weights, too, or else misses the checkpoint that is being saved when it looks
     for the best one; and it does not know masked factors, whose state dict has other names than their parameters.
@@ -93,17 +93,17 @@ class CheckpointsOfParts(Trainer):
         self.accelerator.wait_for_everyone()  # the others then look for it
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        let_go(self.model)
+        reshard(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        let_go(self.model)
+        reshard(self.model)
         super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        values = optimizer_values(self.optimizer)
+        values = optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(values, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -115,37 +115,34 @@ class CheckpointsOfParts(Trainer):
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
-        set_optimizer_values(self.optimizer, values)
+        load_optimizer_state(self.optimizer, values)
         self.lr_scheduler.load_state_dict(schedule)
 
 
-def is_shared_out(model: nn.Module) -> bool:
-    """Whether this process holds parts of the model's parameters alone, and so cannot compute without its peers."""
+def is_sharded_model(model: nn.Module) -> bool:
+    """Return True where this process holds shards of the parameters, and so cannot compute without its peers."""
     return isinstance(model, FSDPModule) or any(is_sharded(parameter) for parameter in model.parameters())
 
 
-def let_go(model: nn.Module) -> None:
-    """Let this process hold its parts alone again: after a forward pass it still has some parameters whole.
-
-    Those are copies. What is written into them is lost.
-    """
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that a forward pass has left: copies, in which anything written would be lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """A state dict of what trains and of buffers, whole, for `save_pretrained`; None where the model itself has it.
+    """Return a state dict of what trains and of buffers, whole, for `save_pretrained`; None where PEFT makes its own.
 
-    All processes have to ask for it together, and all get it.
+    All processes have to call it together, and all get it.
     """
-    if not is_shared_out(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return None  # ZeRO's stage 3 gathers what is asked of it
+    if not is_sharded_model(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return None  # ZeRO's stage 3 gathers it by itself
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
 
 
-def optimizer_values(optimizer: optim.Optimizer) -> dict:
-    """An optimizer's state dict, whole and on the CPU. All processes have to ask for it together, and all get it."""
+def optimizer_state(optimizer: optim.Optimizer) -> dict:
+    """Return an optimizer's state dict, whole and on the CPU. All processes have to call it, and all get it."""
     state = optimizer.state_dict()
     return state | {
         "state": {
@@ -155,24 +152,24 @@ def optimizer_values(optimizer: optim.Optimizer) -> dict:
     }
 
 
-def set_optimizer_values(optimizer: optim.Optimizer, values: Mapping) -> None:
-    """Put `optimizer_values` back, into an optimizer of parameters that may be shared out or not."""
+def load_optimizer_state(optimizer: optim.Optimizer, values: Mapping) -> None:
+    """Load an `optimizer_state` into an optimizer of parameters that may be sharded or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = [place for group in values["param_groups"] for place in group["params"]]
     of_place = dict(zip(places, parameters, strict=True))
     state = {
-        place: {name: _as_of(of_place[place], value) for name, value in entry.items()}
+        place: {name: _sharded_as(of_place[place], value) for name, value in entry.items()}
         for place, entry in values["state"].items()
     }
     optimizer.load_state_dict({**values, "state": state})
 
 
-def _whole_on_cpu(value: object) -> object:
-    return whole(value).detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _as_of(parameter: Tensor, value: object) -> object:
-    """A whole value of one entry of a parameter's state, spread as the parameter is if it has its shape."""
+def _sharded_as(parameter: Tensor, value: object) -> object:
+    """Shard a whole value of a parameter's state as the parameter is, if it has its shape."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return sharded_like(parameter, value.to(parameter.device))
+
+
+def _whole_on_cpu(value: object) -> object:
+    return whole(value).detach().cpu().clone() if isinstance(value, Tensor) else value

@@ -1,11 +1,12 @@
-"""How good a model is: metrics computed offline, and what it said about every example."""
+"""Metrics, computed offline; a model's predictions, one row an example; and the texts that it generates."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,29 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from partial_lora.calibration import score
-from partial_lora.calibration.score import IGNORED
+from partial_lora.calibration.score import IGNORED, f1, matthews, pearson, spearman
 from partial_lora.files import write_atomic
 from partial_lora.tasks import CausalTransform, final_number
 
+_WORD = r"[^\W_]+"  # the words that rouge_score's own tokenizer finds in ASCII; other alphabets have words at all
 
-def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
     return float(np.mean(predictions == references))
 
 
-def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
+def mse(predictions: np.ndarray, references: np.ndarray) -> float:
     return float(np.mean((predictions - references) ** 2))
 
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "accuracy": _accuracy,
-    "f1": score.f1,
-    "matthews": score.matthews,
-    "pearson": score.pearson,
-    "spearman": score.spearman,
-    "mse": _mse,
+    function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman, mse)
 }
-_SAID = {
+_DESCRIPTIONS = {
     "accuracy": "Share of predictions that equal their reference.",
     "f1": "Harmonic mean of precision and recall of the second of two classes, or averaged over more.",
     "matthews": "Matthews' correlation of predicted and true classes.",
@@ -51,10 +48,10 @@ _SAID = {
 
 @cache
 def offline(name: str):
-    """A metric of `evaluate` by its name.
+    """Return a metric of `evaluate` by its name.
 
-    evaluate fetches its own metric scripts from the hub; a subclass in the package needs no network. Its import is
-    slow and must not share a line with that of datasets, hence here.
+    evaluate fetches its own metric scripts from the hub; a subclass in the package needs no network. It is imported
+    here because that is slow.
     """
     import datasets
     import evaluate
@@ -64,7 +61,7 @@ def offline(name: str):
     class Offline(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
             return evaluate.MetricInfo(
-                description=_SAID[name],
+                description=_DESCRIPTIONS[name],
                 citation="",
                 inputs_description="predictions and references: class indices, or numbers",
                 features=datasets.Features({"predictions": kind, "references": kind}),
@@ -78,138 +75,125 @@ def offline(name: str):
 
 
 def function_of(name: str, classes: int | None = None) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The bare function (predictions, references) -> float of a metric, for who calls it thousands of times."""
+    """Return the bare function (predictions, references) -> float of a metric, to be called thousands of times."""
     options = {"classes": classes} if name == "f1" else {}
     return partial(_FUNCTIONS[name], **options)
 
 
 def predicted(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """What logits (N, outputs) say: the class, or the one output where references are real numbers (N,)."""
+    """Return the classes of logits (N, outputs), or the one output where references are real numbers (N,)."""
     if np.issubdtype(references.dtype, np.floating):
         return logits.reshape(len(references))
     return logits.argmax(axis=-1)
 
 
 def metrics_of(names: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The named metrics of logits (N, classes) or (N, 1) against class indices or real numbers (N,)."""
-    said = predicted(logits, references)
-    options = {"f1": {"classes": logits.shape[-1]}}
-    found = {}
+    """Return the named metrics of logits (N, classes) or (N, 1) against class indices or real numbers (N,)."""
+    predictions, values = predicted(logits, references), {}
     for name in names:
-        found |= offline(name).compute(predictions=said, references=references, **options.get(name, {}))
-    return found
+        options = {"classes": logits.shape[-1]} if name == "f1" else {}
+        values |= offline(name).compute(predictions=predictions, references=references, **options)
+    return values
 
 
 def mean_loss(logits: np.ndarray, references: np.ndarray) -> float:
-    """The cross entropy, or squared error of real numbers, averaged over examples.
+    """Return the cross entropy, or squared error of real numbers, averaged over examples.
 
-    Trainer's own average over batches is not that where the last batch is smaller or, with several processes, filled
-    up.
+    Trainer's own average is over batches: another one where the last batch is smaller or, with several processes,
+    padded.
     """
     if np.issubdtype(references.dtype, np.floating):
-        return _mse(predicted(logits, references), references)
-    log_chances = np.take_along_axis(log_softmax(logits, axis=-1), references[:, None], axis=-1)
-    return float(-log_chances.mean())
+        return mse(predicted(logits, references), references)
+    return float(-np.take_along_axis(log_softmax(logits, axis=-1), references[:, None], axis=-1).mean())
 
 
 def split_metrics(names: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict:
-    """The metrics of a split under their plain names, and its loss; `primary` names the main one, the first."""
-    found = metrics_of(names, logits, references)
-    return {"primary": names[0], **found, "loss": mean_loss(logits, references)}
+    """Return the metrics of a split and its loss; `primary` names the main one, the first."""
+    return {"primary": names[0], **metrics_of(names, logits, references), "loss": mean_loss(logits, references)}
 
 
 def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> pandas.DataFrame:
-    """What was said about every example, so that two methods can be compared example by example.
+    """Return one row an example, in the order of the split, so that two methods can be compared by example.
 
-    One row an example, in the order of the split: index, label, prediction (class indices), their names, score (the
-    softmax probability of the prediction) and the logits. Of a regression, which has no labels: index, label,
-    prediction and score (the same number), and the logits.
+    Columns: index, label, prediction (class indices), their names, score (the softmax probability of the prediction)
+    and the logits. Of a regression, which has no labels: index, label, prediction and score (the same number), and the
+    logits.
     """
-    said = predicted(logits, references)
-    columns = {"index": np.arange(len(logits)), "label": references, "prediction": said}
+    predictions = predicted(logits, references)
+    columns = {"index": np.arange(len(logits)), "label": references, "prediction": predictions}
     if labels:
         columns["label_name"] = [labels[index] for index in references]
-        columns["prediction_name"] = [labels[index] for index in said]
+        columns["prediction_name"] = [labels[index] for index in predictions]
         columns["score"] = np.exp(log_softmax(logits, axis=-1)).max(axis=-1)
     else:
-        columns["score"] = said
+        columns["score"] = predictions
     columns["logits"] = list(logits.astype(np.float32))
     return pandas.DataFrame(columns)
 
 
 def write_predictions(path: Path, frame: pandas.DataFrame) -> None:
-    """Keep predictions as parquet, whole or not at all."""
+    """Write predictions as parquet, atomically."""
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())
 
 
-# --- How often the right one of several options is the likeliest, as lm-evaluation-harness counts it.
+# Options: the share of questions whose right option is the most likely one, as lm-evaluation-harness counts it.
 
 
 def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The log likelihood of each row's answer, and the number of its tokens (rows, 2), float64.
+    """Return the log likelihood of each row's answer and the number of its tokens (rows, 2), float64.
 
     Args:
         logits: (rows, length, vocabulary), or a model's outputs, of which they are the first.
-        labels: (rows, length), -100 where no token is asked for; each is foretold at the place before it.
+        labels: (rows, length), -100 for tokens outside the answer; each is predicted at the place before it.
 
-    As Trainer's preprocess_logits_for_metrics it keeps two numbers a row of what would be a vocabulary a token.
+    As Trainer's preprocess_logits_for_metrics it keeps two numbers a row instead of a vocabulary a token.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     following = labels[:, 1:]
-    asked = following != IGNORED
+    is_answer = following != IGNORED
     # Of the logits only those of answers are copied: prompts are longer than answers, vocabularies than either.
-    losses = F.cross_entropy(logits[:, :-1][asked].float(), following[asked], reduction="none").double()
-    sums = losses.new_zeros(asked.shape).masked_scatter(asked, losses).sum(1)
-    return torch.stack([-sums, asked.sum(1).double()], dim=1)
+    losses = F.cross_entropy(logits[:, :-1][is_answer].float(), following[is_answer], reduction="none").double()
+    sums = losses.new_zeros(is_answer.shape).masked_scatter(is_answer, losses).sum(1)
+    return torch.stack([-sums, is_answer.sum(1).double()], dim=1)
 
 
-def predictions(log_likelihoods: np.ndarray, items: np.ndarray, right: np.ndarray, characters: np.ndarray) -> dict:
-    """What is said about every question, in the order of their numbers.
+def option_predictions(
+    log_likelihoods: np.ndarray, items: np.ndarray, right: np.ndarray, characters: np.ndarray
+) -> dict[str, list]:
+    """Return the columns label, prediction, prediction_norm and scores of every question, in the order of its number.
 
     Args:
-        log_likelihoods: (rows,), one an option, a sum over its tokens. items: the question's number (rows,); the
-            options of one are in their order. right: whether it is the right option (rows,). characters: how long it
-            is (rows,).
+        log_likelihoods: (rows,), of one option each, a sum over its tokens.
+        items: the number of the question (rows,); the options of one are in their order.
+        right: True for the right option (rows,).
+        characters: the length of the option (rows,).
 
-    Returns label, prediction and prediction_norm (places of options: the right one, the likeliest, the likeliest a
-    character; of equals the first), and scores: the softmax over a question's options, an array each.
+    label, prediction and prediction_norm are places of options: the right one, the most likely in sum and per
+    character (of equals the first). scores: the softmax over a question's options, an array each.
     """
     columns: dict[str, list] = {"label": [], "prediction": [], "prediction_norm": [], "scores": []}
-    for rows in _questions(items):
-        said = np.asarray(log_likelihoods[rows], dtype=np.float64)
+    order = np.argsort(items, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(items[order])) + 1):
+        sums = np.asarray(log_likelihoods[rows], dtype=np.float64)
         columns["label"].append(int(np.argmax(right[rows])))
-        columns["prediction"].append(int(np.argmax(said)))
-        columns["prediction_norm"].append(int(np.argmax(said / np.maximum(characters[rows], 1))))
-        columns["scores"].append(softmax(said))
+        columns["prediction"].append(int(np.argmax(sums)))
+        columns["prediction_norm"].append(int(np.argmax(sums / np.maximum(characters[rows], 1))))
+        columns["scores"].append(softmax(sums))
     return columns
 
 
-def option_metrics(
-    log_likelihoods: np.ndarray, items: np.ndarray, right: np.ndarray, characters: np.ndarray
-) -> dict[str, float]:
-    """The share of questions whose right option is the likeliest, in sum and a character; arguments as above.
-
-    They are lm-evaluation-harness's acc and acc_norm.
-    """
-    said = predictions(log_likelihoods, items, right, characters)
-    label = np.asarray(said["label"])
+def option_metrics(columns: dict[str, list]) -> dict[str, float]:
+    """Return lm-evaluation-harness's acc and acc_norm of `option_predictions`."""
+    label = np.asarray(columns["label"])
     return {
-        "accuracy": float(np.mean(np.asarray(said["prediction"]) == label)),
-        "accuracy_norm": float(np.mean(np.asarray(said["prediction_norm"]) == label)),
+        "accuracy": float(np.mean(np.asarray(columns["prediction"]) == label)),
+        "accuracy_norm": float(np.mean(np.asarray(columns["prediction_norm"]) == label)),
     }
 
 
-def _questions(items: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of every question."""
-    order = np.argsort(items, kind="stable")
-    yield from np.split(order, np.flatnonzero(np.diff(items[order])) + 1)
-
-
-# --- Texts that a model writes, always the likeliest token next, and how close they come to what was asked for.
-
-_WORD = r"[^\W_]+"  # ASCII texts have the words that the package's own tokenizer finds; others have words at all
+# Generation: the most likely next token, always, and how close a text comes to its reference.
 
 
 def generate(
@@ -223,19 +207,22 @@ def generate(
     progress: Callable[[int, int], object] | None = None,
     together: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt, without space around it.
+    """Return the text that the model generates after each prompt, without space around it.
 
-    It ends before the first of the texts in `stop`, at the model's end token or after `max_new_tokens`. Prompts of like
-    length share a batch, which changes no text but where two tokens are equally likely. `progress(done, total)` is told
-    of every batch. `together`: processes that hold the model in parts write together, each as many texts as the others.
-    The model is left in the mode it was in.
+    A text ends before the first of the strings in `stop`, at the model's end token or after `max_new_tokens`. Prompts
+    of like length share a batch, which changes no text unless two tokens are equally likely. `progress(done, total)` is
+    called after every batch. `together`: processes with a sharded model generate together, as many texts each. The
+    model is left in the mode it was in.
     """
-    tokenizer, ends = transform.tokenizer, _ends(model, transform)
+    tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
+    # The tokens that end a text: the tokenizer's, which it is trained on, and the model's own.
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        repetition_penalty=1.0,  # a model's own settings would make another token the likeliest
+        repetition_penalty=1.0,  # a model's own settings would make another token the most likely
         no_repeat_ngram_size=0,
         min_length=0,
         temperature=1.0,
@@ -245,48 +232,46 @@ def generate(
         pad_token_id=next(end for end in (tokenizer.pad_token_id, *ends, 0) if end is not None),
         stop_strings=list(stop) or None,
     )
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            inputs = {
-                name: value.to(device) for name, value in transform.encode([prompts[at] for at in places]).items()
-            }
+        for start in range(0, len(prompts), batch_size):
+            places = longest_first[start : start + batch_size]
+            encoded = transform.encode([prompts[place] for place in places])
+            inputs = {name: value.to(device) for name, value in encoded.items()}
             with torch.no_grad():
-                written = model.generate(
+                generated = model.generate(
                     **inputs,
                     generation_config=greedy,
                     tokenizer=tokenizer if stop else None,
                     synced_gpus=together,
                 )
-            for place, tokens in zip(places, written[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                texts[place] = _text(tokenizer.decode(_until(tokens, ends), skip_special_tokens=True), stop)
+            for place, tokens in zip(places, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                written = itertools.takewhile(lambda token: token not in ends, tokens)
+                text = tokenizer.decode(list(written), skip_special_tokens=True)
+                stops = [text.find(each) for each in stop if each in text]
+                texts[place] = text[: min(stops, default=len(text))].strip()
             if progress is not None:
-                progress(start + len(places), len(order))
+                progress(start + len(places), len(prompts))
     finally:
         model.train(training)
     return texts
 
 
-def exact_match(said: Sequence[str], references: Sequence[str], answer: str | None) -> np.ndarray:
-    """1 for a text whose answer is that of its reference, 0 for another (N,).
+def exact_match(texts: Sequence[str], references: Sequence[str], answer: str | None) -> np.ndarray:
+    """Return 1 for a text whose answer is that of its reference, 0 for another (N,).
 
-    answer: "number", the number a text comes to (`tasks.final_number`), or None, all of it but space around it.
+    answer: "number", the final number in a text (`tasks.final_number`), or None, all of it but space around it.
     """
-    if answer == "number":
-        pairs = [
-            (final_number(text), final_number(reference)) for text, reference in zip(said, references, strict=True)
-        ]
-        return np.array([found is not None and found == asked for found, asked in pairs], dtype=np.float64)
-    pairs = zip(said, references, strict=True)
-    return np.array([text.strip() == reference.strip() for text, reference in pairs], dtype=np.float64)
+    extract = final_number if answer == "number" else str.strip
+    pairs = [(extract(text), extract(reference)) for text, reference in zip(texts, references, strict=True)]
+    return np.array([text is not None and text == reference for text, reference in pairs], dtype=np.float64)
 
 
-def rouge_l(said: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """The F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return the F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
     from rouge_score.rouge_scorer import RougeScorer
 
     class _Words:
@@ -294,24 +279,5 @@ def rouge_l(said: Sequence[str], references: Sequence[str]) -> np.ndarray:
             return re.findall(_WORD, text.lower())
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    pairs = zip(references, said, strict=True)
+    pairs = zip(references, texts, strict=True)
     return np.array([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])
-
-
-def _ends(model: nn.Module, transform: CausalTransform) -> list[int]:
-    """The tokens that end a text, by the model's own account and by the tokenizer's, which it is trained on."""
-    own = model.generation_config.eos_token_id
-    ends = [transform.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return list(dict.fromkeys(end for end in ends if end is not None))
-
-
-def _until(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends a text: what follows is padding."""
-    at = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return list(tokens[:at])
-
-
-def _text(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first place where any of `stop` is."""
-    places = [place for place in (text.find(each) for each in stop) if place >= 0]
-    return text[: min(places, default=len(text))].strip()

@@ -1,6 +1,6 @@
-"""How a task is trained on, what selects a checkpoint, and what is reported: by labels, by options, by texts.
+"""Objectives: the loss, the validation and the report of each kind of task - classes, options, texts, mixtures.
 
-A judge gives Trainer its rows, its loss and what it measures on validation, and judges a split once training is over.
+A judge gives Trainer its rows, its loss and its metrics of validation, and judges a split once training is over.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from partial_lora.calibration.score import IGNORED, starts, within
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
-from partial_lora.training import metrics as evaluation
-from partial_lora.training.fsdp import is_shared_out
-from partial_lora.training.metrics import exact_match, generate, log_likelihoods, option_metrics, predictions, rouge_l
+from partial_lora.training import metrics
+from partial_lora.training.fsdp import is_sharded_model
 
-# --- What training makes smaller: sums over the examples, or tokens, of a whole optimizer step, divided by their nu
+AVERAGE = "average"  # of the members' main metrics
+
+# Losses: sums over the examples, or tokens, of a whole optimizer step, divided by their number.
 
 
 def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """The cross entropy of classes, or squared error of real labels, of a batch (N, outputs) against labels (N,).
+    """Return the cross entropy of classes, or squared error of real labels, of a batch (N, outputs); labels (N,).
 
     num_items_in_batch: the number of examples of the whole step, over all processes; None stands for this batch's.
     """
@@ -44,7 +45,7 @@ def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | No
 
 
 def loss_of_batch_within(sizes: Sequence[int]) -> Callable[..., Tensor]:
-    """`loss_of_batch` of classes, each row's over the outputs of its own task (`slices`)."""
+    """Return `loss_of_batch` of classes, each row's over the outputs of its own task (`score.within`)."""
 
     def loss(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
         total = F.cross_entropy(within(outputs.logits, labels, sizes), labels, reduction="sum")
@@ -54,34 +55,33 @@ def loss_of_batch_within(sizes: Sequence[int]) -> Callable[..., Tensor]:
 
 
 def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """The cross entropy of the tokens that are asked for, each from those before it; labels (N, L), else -100.
+    """Return the cross entropy of the answers' tokens, each predicted from those before it; labels (N, L), else -100.
 
     num_items_in_batch: the number of such tokens in the whole step; None stands for this batch's. Of the logits only
-    those that foretell one are made float32: prompts are longer than answers.
+    those of answers are made float32: prompts are longer.
     """
     following = labels[:, 1:]
-    asked = following != IGNORED
-    total = F.cross_entropy(outputs.logits[:, :-1][asked].float(), following[asked], reduction="sum")
-    return total / (asked.sum() if num_items_in_batch is None else num_items_in_batch)
+    is_answer = following != IGNORED
+    total = F.cross_entropy(outputs.logits[:, :-1][is_answer].float(), following[is_answer], reduction="sum")
+    return total / (is_answer.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# What is kept of a model's logits of rows, in their order, and the rows' labels.
+# Judges.
+
+# From rows to a model's logits of them, in order, or what `Judge.reduce` leaves of those, and to the rows' labels.
 Predict = Callable[[Dataset], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model is worth on a split: metrics by name, `primary` naming the main one, and one row an example."""
+    """Metrics of a split by name, `primary` naming the main one, and the predictions, one row an example."""
 
     metrics: dict
     predictions: pandas.DataFrame
 
 
 class Judge(Protocol):
-    """selects: the metric of `measure` that a checkpoint is selected by. reduce: what is kept of a batch's logits.
-
-    `judged` is given a model and what foretells with it.
-    """
+    """selects: the metric of `measure` that selects a checkpoint. reduce: from a batch's logits to what is needed."""
 
     selects: str
     loss: Callable[..., Tensor]
@@ -93,14 +93,14 @@ class Judge(Protocol):
 
     def test(self) -> Dataset: ...
 
-    def measure(self, said: EvalPrediction) -> dict[str, float]: ...
+    def measure(self, outputs: EvalPrediction) -> dict[str, float]: ...
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged: ...
 
 
 @dataclass
-class _OfTask:
-    """Every split of a task as its transform prepares it."""
+class _TaskJudge:
+    """The rows of one task, prepared by its transform."""
 
     task: Task
     transform: object
@@ -120,8 +120,8 @@ class _OfTask:
 
 
 @dataclass
-class ByLabels(_OfTask):
-    """Classes, or numbers: the loss is of the logits of an example, and a prediction is made of them."""
+class ByLabels(_TaskJudge):
+    """Classes or real numbers, predicted by the logits of an example."""
 
     loss = staticmethod(loss_of_batch)
     reduce = None
@@ -130,26 +130,26 @@ class ByLabels(_OfTask):
     def selects(self) -> str:
         return self.task.metrics[0]
 
-    def measure(self, said: EvalPrediction) -> dict[str, float]:
-        """The metrics of validation, and the loss over all its examples: Trainer's own is of one process's batches."""
-        logits, references = said.predictions, np.asarray(said.label_ids)
-        found = evaluation.metrics_of(self.task.metrics, logits, references)
-        return found | {"loss": evaluation.mean_loss(logits, references)}
+    def measure(self, outputs: EvalPrediction) -> dict[str, float]:
+        """Return the metrics and the loss over all examples: Trainer's own loss is of one process's batches."""
+        logits, references = outputs.predictions, np.asarray(outputs.label_ids)
+        loss = metrics.mean_loss(logits, references)
+        return metrics.metrics_of(self.task.metrics, logits, references) | {"loss": loss}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         logits, references = predict(self._rows(split))
         return Judged(
-            evaluation.split_metrics(self.task.metrics, logits, references),
-            evaluation.predictions_of(logits, references, self.task.labels),
+            metrics.split_metrics(self.task.metrics, logits, references),
+            metrics.predictions_of(logits, references, self.task.labels),
         )
 
 
 @dataclass
-class ByOptions(_OfTask):
-    """Multiple choice: trained on the right option alone, judged by which of all is the likeliest."""
+class ByOptions(_TaskJudge):
+    """Multiple choice: trained on the right option alone, judged by the most likely of all."""
 
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(log_likelihoods)
+    reduce = staticmethod(metrics.log_likelihoods)
 
     @property
     def selects(self) -> str:
@@ -161,67 +161,69 @@ class ByOptions(_OfTask):
     def test(self) -> Dataset:
         return self._options("test")
 
-    def measure(self, said: EvalPrediction) -> dict[str, float]:
-        return option_metrics(said.predictions[:, 0], *_of_options(self._options("validation")))
+    def measure(self, outputs: EvalPrediction) -> dict[str, float]:
+        columns = metrics.option_predictions(outputs.predictions[:, 0], *_option_columns(self.validation()))
+        return metrics.option_metrics(columns)
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         rows = self._options(split)
-        said, _ = predict(rows)
-        columns = _of_options(rows)
-        found = option_metrics(said[:, 0], *columns)
-        right = columns[1]
-        loss = -said[right, 0].sum() / said[right, 1].sum()  # of a token, as it is trained on
-        frame = pandas.DataFrame(predictions(said[:, 0], *columns))
+        (likelihoods, tokens), (items, right, characters) = predict(rows)[0].T, _option_columns(rows)
+        loss = -likelihoods[right].sum() / tokens[right].sum()  # of a token of a right option, as in training
+        columns = metrics.option_predictions(likelihoods, items, right, characters)
+        frame = pandas.DataFrame(columns)
         frame.insert(0, "index", np.arange(len(frame)))
         frame["score"] = [max(scores) for scores in frame["scores"]]
-        metrics = {name: found[name] for name in self.task.metrics}
-        return Judged({"primary": self.task.metrics[0], **metrics, "loss": float(loss)}, frame)
+        values = metrics.option_metrics(columns)
+        chosen = {name: values[name] for name in self.task.metrics}
+        return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
 
     def _options(self, split: str) -> Dataset:
         return self.transform.options(getattr(self.task, split), cache_bytes=self.cache_bytes)
 
 
 @dataclass
-class ByTexts(_OfTask):
-    """Generation: selected by the perplexity of the responses, reported by what the model writes on its own."""
+class ByTexts(_TaskJudge):
+    """Generation: selected by the perplexity of the responses, reported by the texts that the model generates."""
 
     peers: Peers
     writing: Mapping[str, object] = field(default_factory=dict)  # stop, max_new_tokens, batch_size of `generate`
     answer: str | None = None
     selects = "perplexity"
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(log_likelihoods)
+    reduce = staticmethod(metrics.log_likelihoods)
 
-    def measure(self, said: EvalPrediction) -> dict[str, float]:
-        """The perplexity of validation, and the loss over all its tokens: Trainer's own depends on batches."""
-        perplexity = _perplexity(said.predictions)
+    def measure(self, outputs: EvalPrediction) -> dict[str, float]:
+        """Return the perplexity and the loss over all tokens: Trainer's own loss depends on the batches."""
+        likelihoods, tokens = outputs.predictions.T
+        perplexity = float(np.exp(-likelihoods.sum() / tokens.sum()))
         return {"perplexity": perplexity, "loss": float(np.log(perplexity))}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
-        """On test the model writes; on validation, which selects by perplexity, it does not."""
-        said, _ = predict(self._rows(split))
-        perplexity = _perplexity(said)
-        known = {"perplexity": perplexity, "loss": float(np.log(perplexity))}
+        """Judge by the likelihood of the responses and, on test alone, by generated texts."""
+        values = self.measure(EvalPrediction(*predict(self._rows(split))))
         if split != "test":
-            return Judged({"primary": "perplexity", **known}, pandas.DataFrame())
+            return Judged({"primary": "perplexity", **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
         prompts, references = list(rows["prompt"]), list(rows["response"])
-        written = self._written(model, prompts)
-        each = {"exact_match": exact_match(written, references, self.answer), "rouge_l": rouge_l(written, references)}
-        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, "prediction": written, **each})
-        metrics = {name: known.get(name) or float(each[name].mean()) for name in self.task.metrics}
-        return Judged({"primary": self.task.metrics[0], **known, **metrics}, frame)
+        texts = self._generate(model, prompts)
+        scores = {
+            "exact_match": metrics.exact_match(texts, references, self.answer),
+            "rouge_l": metrics.rouge_l(texts, references),
+        }
+        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, "prediction": texts, **scores})
+        means = {name: float(scores[name].mean()) for name in self.task.metrics if name in scores}
+        return Judged({"primary": self.task.metrics[0], **values, **means}, frame)
 
-    def _written(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after every prompt; several processes share the prompts.
+    def _generate(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
+        """Generate a text after every prompt; several processes share the prompts.
 
-        Where they hold the model in parts they write as many texts each, and one too many is not looked at.
+        Processes with a sharded model have to generate as many texts each: one too many is dropped.
         """
-        together = is_shared_out(model)
+        together = is_sharded_model(model)
         own = list(prompts[self.peers.rank :: self.peers.size])
         if together and len(own) < -(-len(prompts) // self.peers.size):
             own.append(prompts[0])
-        told = generate(
+        texts = metrics.generate(
             model,
             self.transform,
             own,
@@ -229,7 +231,7 @@ class ByTexts(_OfTask):
             together=together,
             **self.writing,
         )
-        shares = self.peers.gather(told)
+        shares = self.peers.gather(texts)
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
 
 
@@ -258,10 +260,10 @@ def judge_of(
 
 
 def predicts(trainer: Trainer) -> Predict:
-    """What a trainer's model says of other rows than those of its validation; all of its processes ask."""
+    """Return the predictions of a trainer's model of any rows, as a function; all of its processes call it."""
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        measure, trainer.compute_metrics = trainer.compute_metrics, None  # it may be for the rows of validation alone
+        measure, trainer.compute_metrics = trainer.compute_metrics, None  # of the rows of validation
         try:
             output = trainer.predict(rows)
         finally:
@@ -271,94 +273,85 @@ def predicts(trainer: Trainer) -> Predict:
     return predict
 
 
-def _of_options(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _option_columns(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.asarray(rows[name]) for name in ("item", "right", "characters"))
 
 
-def _perplexity(said: np.ndarray) -> float:
-    """Of a token of an answer, from (log likelihood, tokens) of each row."""
-    return float(np.exp(-said[:, 0].sum() / said[:, 1].sum()))
-
-
-# --- What a mixture is trained on and judged by: its members' judges, each on its own rows and its own outputs.
-
-AVERAGE = "average"
-
-
 class ByMembers:
-    """Metrics by member, as MEMBER/METRIC, and the average of the members' main ones, which selects.
+    """A mixture: each member by its own judge, on its own rows and outputs.
 
-    sizes: how many classes each member has; none where members have no outputs of their own.
+    Metrics are MEMBER/METRIC and the average of the members' main ones, which selects. sizes: the number of classes of
+    each member; empty where members have no outputs of their own.
     """
 
     def __init__(self, names: Sequence[str], each: Sequence[Judge], sizes: Sequence[int]) -> None:
-        self._names, self._each, self._sizes = list(names), list(each), sizes
+        self._names, self._judges, self._sizes = list(names), list(each), sizes
         self._starts = starts(sizes) if sizes else [0] * len(each)
-        self.selects = _average_of([judge.selects for judge in each])
+        self.selects = _average_name([judge.selects for judge in each])
         self.loss: Callable[..., Tensor] = loss_of_batch_within(sizes) if sizes else each[0].loss
         self.reduce = each[0].reduce
 
     def train(self) -> Joined:
-        return Joined([judge.train() for judge in self._each], self._starts)
+        return Joined([judge.train() for judge in self._judges], self._starts)
 
     def validation(self) -> Joined:
         return self._validation
 
     def test(self) -> Joined:
-        return Joined([judge.test() for judge in self._each], self._starts)
+        return Joined([judge.test() for judge in self._judges], self._starts)
 
-    def measure(self, said: EvalPrediction) -> dict[str, float]:
-        found, start = [], 0
-        for number, count in enumerate(self._validation.sizes):
+    def measure(self, outputs: EvalPrediction) -> dict[str, float]:
+        values, start = [], 0
+        for number, (judge, count) in enumerate(zip(self._judges, self._validation.sizes, strict=True)):
             rows = slice(start, start + count)
-            labels = np.asarray(said.label_ids)[rows] - self._starts[number]
-            own = EvalPrediction(predictions=self._own(number, said.predictions[rows]), label_ids=labels)
-            found.append(self._each[number].measure(own))
+            labels = np.asarray(outputs.label_ids)[rows] - self._starts[number]
+            values.append(judge.measure(EvalPrediction(self._own_outputs(number, outputs.predictions[rows]), labels)))
             start += count
-        main = [each[judge.selects] for each, judge in zip(found, self._each, strict=True)]
-        return self._by_name(found) | {self.selects: float(np.mean(main))}
+        main = [each[judge.selects] for each, judge in zip(values, self._judges, strict=True)]
+        return self._by_name(values) | {self.selects: float(np.mean(main))}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
-        """Also the loss, averaged over the members; predictions have a column `member`, the index is the member's."""
-        found = [judge.judged(self._predict(predict, number), model, split) for number, judge in enumerate(self._each)]
-        primary = _average_of([each.metrics["primary"] for each in found])
+        """Judge each member; the loss is averaged, and predictions have a column `member` and the member's index."""
+        members = []
+        for number, judge in enumerate(self._judges):
+
+            def own(rows: Dataset, number: int = number) -> tuple[np.ndarray, np.ndarray]:
+                logits, labels = predict(rows)
+                return self._own_outputs(number, logits), labels
+
+            members.append(judge.judged(own, model, split))
+        for name, each in zip(self._names, members, strict=True):
+            each.predictions.insert(0, "member", name)
+        main = [each.metrics.pop("primary") for each in members]
+        values = [each.metrics for each in members]
+        primary = _average_name(main)
         means = {
-            primary: float(np.mean([each.metrics[each.metrics["primary"]] for each in found])),
-            "loss": float(np.mean([each.metrics["loss"] for each in found])),
+            primary: float(np.mean([each[name] for each, name in zip(values, main, strict=True)])),
+            "loss": float(np.mean([each["loss"] for each in values])),
         }
-        by_name = self._by_name(
-            [{key: value for key, value in each.metrics.items() if key != "primary"} for each in found]
+        return Judged(
+            {"primary": primary, **means, **self._by_name(values)},
+            pandas.concat([each.predictions for each in members], ignore_index=True),
         )
-        frames = [each.predictions for each in found]
-        for name, frame in zip(self._names, frames, strict=True):
-            frame.insert(0, "member", name)
-        return Judged({"primary": primary, **means, **by_name}, pandas.concat(frames, ignore_index=True))
 
     @cached_property
     def _validation(self) -> Joined:
-        return Joined([judge.validation() for judge in self._each], self._starts)
+        return Joined([judge.validation() for judge in self._judges], self._starts)
 
-    def _own(self, number: int, logits: np.ndarray) -> np.ndarray:
-        """Of logits (N, outputs) a member's own."""
+    def _own_outputs(self, number: int, logits: np.ndarray) -> np.ndarray:
+        """Return a member's own of the logits (N, outputs)."""
         if not self._sizes:
             return logits
         return logits[:, self._starts[number] : self._starts[number] + self._sizes[number]]
 
-    def _predict(self, predict: Predict, number: int) -> Predict:
-        def own(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-            logits, labels = predict(rows)
-            return self._own(number, logits), labels
-
-        return own
-
-    def _by_name(self, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        pairs = zip(self._names, found, strict=True)
-        return {f"{name}/{metric}": value for name, each in pairs for metric, value in each.items()}
+    def _by_name(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        members = zip(self._names, values, strict=True)
+        return {f"{name}/{metric}": value for name, each in members for metric, value in each.items()}
 
 
-def _average_of(metrics: Sequence[str]) -> str:
-    """What an average of metrics is called: what they all are where the smallest is the best, else an average."""
-    return metrics[0] if metrics[0] in LOWER_IS_BETTER and len(set(metrics)) == 1 else AVERAGE
+def _average_name(main: Sequence[str]) -> str:
+    """Return the name of an average of metrics: their own where it is one of which less is better, else "average"."""
+    return main[0] if main[0] in LOWER_IS_BETTER and len(set(main)) == 1 else AVERAGE
 
 
 def judge_of_members(task: Mixture, judges: Sequence[Judge]) -> Judge:

@@ -1,7 +1,4 @@
-"""Experiment trackers beside the local history: TensorBoard, MLflow, Weights & Biases, Trackio.
-
-Each is one small class: opened with what a run is, told numbers, ended. It may raise whatever it likes (`tracking`).
-"""
+"""Experiment trackers beside the local history: TensorBoard, MLflow, Weights & Biases, Trackio."""
 
 from __future__ import annotations
 
@@ -22,32 +19,37 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.files import flatten, one_writer, redacted, write_json
 
-PROJECT = "partial-lora"  # an experiment, as MLflow says
-DEFAULTS = {  # environment variables that a user's own go before
+PROJECT = "partial-lora"  # MLflow calls it an experiment
+DEFAULTS = {  # environment variables; a user's own go before these
     "MLFLOW_ALLOW_FILE_STORE": "true",
-    # What does not answer holds a run up by some seconds at most before it is left out.
+    # A service that does not answer holds the run up by some seconds before it is left out.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "60",
     "WANDB_SILENT": "true",
 }
-_LONGEST, _AT_ONCE = 500, 100  # characters of a parameter, and parameters in a request, that any MLflow takes
+_PARAMETER_LENGTH, _PARAMETERS_PER_REQUEST = 500, 100  # the limits of any MLflow
 
 logger = logging.getLogger(__name__)
 
+# transformers' own callbacks were tried in place of the four classes below, behind tests/training/test_tracking.py:
+# half of the tests fail. They record TrainingArguments and the model's config, not this run's settings without their
+# credentials; they close the run when training ends, before test is evaluated; MLflow's uses the process-wide active
+# run, by which a failed run ends as "FINISHED". Of each callback, the lines that log numbers would have remained.
+
 
 @dataclass(frozen=True)
-class Described:
-    """A run as a tracker gets to know it.
+class Run:
+    """A run as a tracker is opened with it.
 
     Args:
         name: task/model/method-id/seed.
-        parameters: its settings, flat and without credentials.
+        parameters: the settings, flat and without credentials.
         directory: the run's.
         store: the folder of MLflow's local store.
-        step: optimizer steps done before; more than 0 where the run is resumed.
-        known: what the tracker called the run when it was told of it before; None where it was not.
+        step: optimizer steps already made; more than 0 where the run is resumed.
+        tracked_as: what this tracker called the run in an earlier attempt; None in the first.
     """
 
     name: str
@@ -55,30 +57,31 @@ class Described:
     directory: Path
     store: Path
     step: int
-    known: str | None
+    tracked_as: str | None
 
 
 class Tracker(Protocol):
-    """A run that is open at a tracker, which calls it `known`."""
+    """A run that is open at a tracker, which calls it `run_id`. Any method may raise anything (`Tracking`)."""
 
-    known: str
+    run_id: str
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take numbers measured after `step` optimizer steps."""
+        """Record numbers measured after `step` optimizer steps."""
 
-    def end(self, well: bool) -> None:
-        """Close the run; `well` unless it failed."""
+    def end(self, succeeded: bool) -> None:
+        """Close the run."""
 
 
 class TensorBoard:
-    """Event files in the run's directory; what was measured after the checkpoint that a run resumes from is dropped."""
+    """Event files in the run's directory; points after the checkpoint that a run resumes from are dropped."""
 
-    known = "tensorboard"
+    run_id = "tensorboard"
 
-    def __init__(self, run: Described) -> None:
+    def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(run.directory / "tensorboard", purge_step=run.step + 1 if run.known else None)
+        purge_step = run.step + 1 if run.tracked_as else None
+        self._writer = SummaryWriter(run.directory / "tensorboard", purge_step=purge_step)
         table = ["| key | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in run.parameters.items())]
         self._writer.add_text("settings", "\n".join(table))
 
@@ -87,83 +90,77 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def end(self, well: bool) -> None:
+    def end(self, succeeded: bool) -> None:
         self._writer.close()
 
 
 class MLflow:
-    """A run of an experiment, at MLFLOW_TRACKING_URI or else in a store of files in results_dir.
+    """A run of an experiment, at MLFLOW_TRACKING_URI or else in a store of files in results_dir."""
 
-    By way of MLflow's client, since its functions end what they call the active run at exit, and call that finished.
-    """
-
-    def __init__(self, run: Described) -> None:
+    def __init__(self, run: Run) -> None:
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(uri or run.store.as_uri())
-        self.known = run.known
-        if self.known is None or not self._goes_on():
-            # Two runs at once would both make the experiment.
-            with nullcontext() if uri else one_writer(run.store / "experiments", "add to"):
-                experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-            self.known = self._client.create_run(experiment, run_name=run.name).info.run_id
-            self._log_parameters(run.parameters)
+        if run.tracked_as is not None and self._reopen(run.tracked_as):
+            self.run_id = run.tracked_as
+            return
+        # Two runs at once would both create the experiment.
+        with nullcontext() if uri else one_writer(run.store / "experiments", "add to"):
+            experiment = self._experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        self.run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+        parameters = [Param(key, str(value)[:_PARAMETER_LENGTH]) for key, value in run.parameters.items()]
+        for first in range(0, len(parameters), _PARAMETERS_PER_REQUEST):
+            self._client.log_batch(self.run_id, params=parameters[first : first + _PARAMETERS_PER_REQUEST])
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self.known, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        self._client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def end(self, well: bool) -> None:
-        self._client.set_terminated(self.known, "FINISHED" if well else "FAILED")
+    def end(self, succeeded: bool) -> None:
+        self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
 
-    def _goes_on(self) -> bool:
-        """Open the run that is known again; False where the store has it no more."""
+    def _reopen(self, run_id: str) -> bool:
+        """Set the run of an earlier attempt running again; return False where the store no longer has it."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.update_run(self.known, status="RUNNING")
+            self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
         return True
 
-    def _experiment(self, name: str) -> str:
-        """The id of an experiment, made if need be."""
+    def _experiment_id(self, name: str) -> str:
+        """Return the id of an experiment, created if need be."""
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return self._client.create_experiment(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was faster
                     raise
-                found = self._client.get_experiment_by_name(name)
-        return found.experiment_id
-
-    def _log_parameters(self, parameters: Mapping[str, object]) -> None:
-        from mlflow.entities import Param
-
-        listed = [Param(key, str(value)[:_LONGEST]) for key, value in parameters.items()]
-        for first in range(0, len(listed), _AT_ONCE):
-            self._client.log_batch(self.known, params=listed[first : first + _AT_ONCE])
+                experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id
 
 
 class Wandb:
-    """A run of a project; where the service cannot be had it is kept in files, for `wandb sync`."""
+    """A run of a project; written to files, for `wandb sync`, where the service cannot be reached."""
 
-    def __init__(self, run: Described) -> None:
+    def __init__(self, run: Run) -> None:
         import wandb
 
-        self.known = run.known or secrets.token_hex(8)
+        self.run_id = run.tracked_as or secrets.token_hex(8)
         settings = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": run.name,
-            "id": self.known,
+            "id": self.run_id,
             "resume": "allow",
             "dir": str(run.directory),
             "config": dict(run.parameters),
@@ -172,8 +169,8 @@ class Wandb:
         try:
             self._run = wandb.init(**settings)
         except Exception as error:
-            logger.warning("wandb: %s; it is kept in %s for `wandb sync`", said(error), run.directory / "wandb")
-            wandb.teardown()  # which forgets the attempt: the run's id would count as taken
+            logger.warning("wandb: %s; written to %s for `wandb sync`", one_line(error), run.directory / "wandb")
+            wandb.teardown()  # otherwise the run's id counts as taken by the failed attempt
             self._run = wandb.init(**settings, mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -181,28 +178,28 @@ class Wandb:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log({**metrics, "step": step})
 
-    def end(self, well: bool) -> None:
-        self._run.finish(exit_code=0 if well else 1)
+    def end(self, succeeded: bool) -> None:
+        self._run.finish(exit_code=0 if succeeded else 1)
 
 
 class Trackio:
-    """A run of a project in Trackio's local store, or where Trackio's own environment variables say."""
+    """A run of a project in Trackio's local store, or where Trackio's own environment variables point."""
 
-    def __init__(self, run: Described) -> None:
+    def __init__(self, run: Run) -> None:
         import trackio
 
-        self.known = run.name
-        goes_on = "never" if run.known is None else "allow"
-        self._run = trackio.init(PROJECT, run.name, config=dict(run.parameters), resume=goes_on, embed=False)
+        self.run_id = run.name
+        resume = "never" if run.tracked_as is None else "allow"
+        self._run = trackio.init(PROJECT, run.name, config=dict(run.parameters), resume=resume, embed=False)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def end(self, well: bool) -> None:
+    def end(self, succeeded: bool) -> None:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Described], Tracker]] = {
+TRACKERS: dict[str, Callable[[Run], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "wandb": Wandb,
@@ -210,25 +207,17 @@ TRACKERS: dict[str, Callable[[Described], Tracker]] = {
 }
 
 
-def said(error: BaseException) -> str:
-    """An exception in one line of some length, without credentials."""
-    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-
-
-# --- What experiment trackers are told while a run trains, and at its end.
-
-
 class Tracking(TrainerCallback):
-    """Tells trackers what Trainer measures and, at the end, what the run came to.
+    """Pass what Trainer measures to trackers and, at the end, the run's results.
 
-    As a context it tells them that the run has failed, where what it holds raises. Nothing that a tracker raises comes
-    out of it.
+    As a context it marks the run as failed at the trackers where the block raises. A tracker that raises is left out
+    from then on, and ends nothing else.
 
     Args:
-        names: of the trackers; none for any process but the first.
-        directory: the run's, …/task/model/method-id/seed, by which trackers know it.
-        record: the file with what each tracker calls the run, by which a resumed one goes on there.
-        results_dir: where MLflow's local store is, if it has no other.
+        names: the trackers; none in any process but the first.
+        directory: the run's, …/task/model/method-id/seed, by which trackers name it.
+        record: the file with what each tracker calls the run, by which a resumed one continues there.
+        results_dir: the place of MLflow's local store.
         parameters: the run's settings, flat; their credentials are hidden here.
     """
 
@@ -241,10 +230,10 @@ class Tracking(TrainerCallback):
         results_dir: Path,
         parameters: Mapping[str, object],
     ) -> None:
-        self._waiting = list(names)
+        self._unopened = list(names)
         self._open: dict[str, Tracker] = {}
-        self._record = Path(record)
-        self._directory, self._store = Path(directory).resolve(), Path(results_dir).resolve() / "mlruns"
+        self._directory, self._record = Path(directory).resolve(), Path(record)
+        self._store = Path(results_dir).resolve() / "mlruns"
         self._parameters = redacted(parameters)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -253,64 +242,66 @@ class Tracking(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self._log(rewrite_logs(_numbers(logs or {})), state.global_step)
 
-    def finish(self, measured: Mapping[str, object], step: int) -> None:
+    def finish(self, results: Mapping[str, object], step: int) -> None:
         """Log plain data at any depth, a number by the path to it (`test/accuracy`), and end the run everywhere."""
         self._begin(step)
-        self._log(_numbers(measured), step)
-        self._end(well=True)
+        self._log(_numbers(results), step)
+        self._end(succeeded=True)
 
     def __enter__(self) -> Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            self._end(well=False)
+            self._end(succeeded=False)
 
     def _begin(self, step: int) -> None:
-        """Open the run at the trackers that it is not open at, where an earlier attempt at it left off."""
-        if not self._waiting:
+        """Open the run at the trackers that have not opened it yet, where an earlier attempt left off."""
+        if not self._unopened:
             return
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
-        known, run = _read(self._record), "/".join(self._directory.parts[-4:])
-        waiting, self._waiting = self._waiting, []
-        for name in waiting:
+        try:
+            run_ids = dict(json.loads(self._record.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # the first attempt, or one that left no ids
+            run_ids = {}
+        run_name = "/".join(self._directory.parts[-4:])
+        unopened, self._unopened = self._unopened, []
+        for name in unopened:
             with self._guarded(name):
-                described = Described(run, self._parameters, self._directory, self._store, step, known.get(name))
-                self._open[name] = TRACKERS[name](described)
-                known[name] = self._open[name].known
-                write_json(self._record, known)
+                run = Run(run_name, self._parameters, self._directory, self._store, step, run_ids.get(name))
+                self._open[name] = TRACKERS[name](run)
+                run_ids[name] = self._open[name].run_id
+                write_json(self._record, run_ids)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 tracker.log(metrics, step)
 
-    def _end(self, well: bool) -> None:
-        self._waiting = []
+    def _end(self, succeeded: bool) -> None:
+        self._unopened = []
         while self._open:
             name, tracker = self._open.popitem()
             with self._guarded(name):
-                tracker.end(well)
+                tracker.end(succeeded)
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """Let the tracker's exceptions end its own part in the run, and no more."""
+        """Leave a tracker out from now on where it raises, and let the run continue."""
         try:
             yield
-        except Exception as error:  # of whatever kind: trackers are not what the run is for
-            logger.warning("trainer.report_to: %s is left out from now on (%s)", name, said(error))
+        except Exception as error:  # of any kind: a run must not end for its trackers
+            logger.warning("trainer.report_to: %s is left out from now on (%s)", name, one_line(error))
             self._open.pop(name, None)
 
 
-def _numbers(measured: Mapping[str, object]) -> dict[str, float]:
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line of at most 300 characters, without credentials."""
+    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+
+
+def _numbers(values: Mapping[str, object]) -> dict[str, float]:
     """Return the numbers in plain data, each by the path to it."""
-    numbers = {key: value for key, value in flatten(measured, "/").items() if isinstance(value, Real)}
+    numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, Real)}
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
-
-
-def _read(file: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # no attempt before this one, or one that left no names
-        return {}

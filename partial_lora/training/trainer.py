@@ -331,7 +331,7 @@ class Undisturbed:
         return self.collate(rows)
 
 
-class _Trainer(fsdp.CheckpointsOfParts, ResumingTrainer):
+class _Trainer(fsdp.ShardedTrainer, ResumingTrainer):
     """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
 
     The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several

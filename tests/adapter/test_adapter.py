@@ -163,7 +163,7 @@ def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_still_runs()
     model = fill(get_peft_model(base, PartialLoraConfig(r=4, target_modules=["qkv"], sparsity=0.5))).eval()
     expected = logits(model, images(2))
     for again in (PartialLoraConfig(r=4, target_modules=["qkv", "fc1"], sparsity=0.5), model.peft_config["default"]):
-        with pytest.raises(PartialLoraError, match=r"has an adapter 'default' in it: unload\(\) or delete_adapter"):
+        with pytest.raises(PartialLoraError, match="adapter 'default'"):
             get_peft_model(base, again)
     assert torch.equal(logits(model, images(2)), expected)
     assert module_sparsity(model)["timm_model.blocks.0.attn.qkv"]["rows"] == pytest.approx(0.5)

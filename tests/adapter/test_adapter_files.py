@@ -1,49 +1,57 @@
-"""A saved adapter is an ordinary LoRA adapter, and can be masked again for further training."""
+"""A saved adapter is an ordinary LoRA adapter, on disk and on the hub, and can be masked again for further training."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
+import peft
+import peft.utils.save_and_load
 import pytest
 import torch
+import transformers.utils.hub
 from adapter_models import (
     HEAD,
+    LLAMA_TARGETS,
     MIXED,
+    VIT_TARGETS,
     adapt,
     fill,
     images,
+    llama,
     logits,
     optimizer_of,
     step,
     vit,
 )
-from peft import LoraConfig, PeftModel
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import partial_lora
-from partial_lora.adapter import PartialLoraConfig, module_masks
+from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
 
 
-def trained(base=vit, batches=images, **settings):
-    model = adapt(base, **{"sparsity": MIXED if base is vit else 0.6, **settings})
+def trained(**settings):
+    model = adapt(**{"sparsity": MIXED, **settings})
     optimizer = optimizer_of(model)
     for seed in range(2):
-        step(model, optimizer, batches(seed))
+        step(model, optimizer, images(seed))
     return model
-
-
-def masked_again(folder, base=vit, **settings):
-    config = PartialLoraConfig.from_pretrained(str(folder))
-    return PeftModel.from_pretrained(base(), str(folder), config=config, is_trainable=True, **settings)
 
 
 def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
@@ -65,29 +73,16 @@ def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
     assert tensors.keys() == expected
 
 
-def test_an_adapter_with_a_name_has_its_own_sidecar(tmp_path):
-    model = adapt(sparsity=0.9)
-    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
-    fill(model).save_pretrained(tmp_path)
-    again = masked_again(tmp_path)
-    again.add_adapter("other", PartialLoraConfig.from_pretrained(str(tmp_path), subfolder="other"))
-    again.load_adapter(str(tmp_path / "other"), "other")
-    again.set_adapter("other")
-    model.set_adapter("other")
-    assert len(module_masks(again, "other")) == 2
-    assert torch.equal(logits(again, images()), logits(model, images()))
-
-
 def test_weights_of_another_mask_are_refused(tmp_path):
     trained(sparsity=0.5, mask_seed=1).save_pretrained(tmp_path)
     model = adapt(sparsity=0.5, mask_seed=0)
-    with pytest.raises(PartialLoraError, match=r"lora_A\.default\.weight has values outside this adapter's mask"):
+    with pytest.raises(PartialLoraError, match=r"lora_A\.default\.weight"):
         model.load_adapter(str(tmp_path), "default")
 
 
 def test_a_checkpoint_of_another_shape_or_with_a_missing_tensor_is_not_swallowed(tmp_path):
     trained(r=2).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_A.default.weight: \(2, 32\) is not \(4, 32\)"):
+    with pytest.raises(RuntimeError, match=r"lora_A.default.weight: \(2, 32\) .*\(4, 32\)"):
         adapt(sparsity=MIXED).load_adapter(str(tmp_path), "default")
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -96,6 +91,19 @@ def test_a_checkpoint_of_another_shape_or_with_a_missing_tensor_is_not_swallowed
     result = adapt(sparsity=MIXED, r=2).load_adapter(str(tmp_path), "default")
     assert result.missing_keys == [f"base_model.model.{QKV}.lora_B.default.weight"]
     assert result.unexpected_keys == []
+
+
+def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_model_is_touched(tmp_path):
+    fill(adapt(sparsity=0.6)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    gone = next(key for key in tensors if key.endswith("0.mlp.fc1.lora_B.weight"))
+    save_file({key: value for key, value in tensors.items() if key != gone}, path, metadata={"format": "pt"})
+    with pytest.raises(PartialLoraError, match=r"adapter_model\.safetensors .*lora_B of .*0\.mlp\.fc1"):
+        PartialLoraConfig.from_pretrained(tmp_path)
+    path.write_bytes(whole[:-40])
+    with pytest.raises(PartialLoraError, match=r"adapter_model\.safetensors"):
+        PartialLoraConfig.from_pretrained(tmp_path)
 
 
 def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
@@ -122,3 +130,220 @@ def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+PEFT_ASKS = ("peft.config", "peft.utils.save_and_load")
+FILES = {"adapter_config.json", "adapter_model.safetensors", "partial_lora.json", "README.md"}
+
+
+# The card
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_is_that_of_plain_lora_with_a_tag_and_a_section_more(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    cards = []
+    for name, build in (("ours", PartialLoraConfig), ("plain", lambda **s: PartialLoraConfig(**s).as_lora())):
+        base = llama().from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, build(target_modules=LLAMA_TARGETS, task_type="CAUSAL_LM"))
+        model.save_pretrained(tmp_path / name)
+        cards.append(card_of(tmp_path / name))
+    ours, plain = (card.data.to_dict() for card in cards)
+    assert set(plain["tags"]) >= {"lora", "transformers", f"base_model:adapter:{tmp_path / 'base'}"}
+    assert set(ours.pop("tags")) - set(plain.pop("tags")) == {"partial-lora"}
+    assert ours == plain
+    assert (ours["library_name"], ours["base_model"]) == ("peft", str(tmp_path / "base"))
+    assert ours["pipeline_tag"] == "text-generation"
+    section = set(cards[0].text.splitlines()) - set(cards[1].text.splitlines())
+    assert "## Partial-LoRA" in section
+    assert not set(cards[1].text.splitlines()) - set(cards[0].text.splitlines())
+    assert cards[0].text.index("## Partial-LoRA") < cards[0].text.index("### Framework versions")
+
+
+def snippets(folder):
+    return [part.partition("```")[0] for part in card_of(folder).text.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("names", [["default"], ["other"]])
+def test_what_the_card_says_loads_the_adapter(tmp_path, names):
+    config = PartialLoraConfig(r=4, target_modules=VIT_TARGETS, sparsity=0.6)
+    model = fill(get_peft_model(vit(), config, adapter_name=names[0]))
+    model.save_pretrained(tmp_path)
+    plain, masked = snippets(tmp_path)
+    for snippet, kind in ((plain, peft.LoraModel), (masked, partial_lora.PartialLoraModel)):
+        scope = {"base_model": vit()}
+        exec(snippet.replace("path/or/hub-id", str(tmp_path)), scope)
+        assert type(scope["model"].base_model) is kind
+        torch.testing.assert_close(logits(scope["model"], images()), logits(model, images()), atol=1e-5, rtol=1e-5)
+    assert module_masks(scope["model"]) == module_masks(model, names[0])
+
+
+def test_a_card_of_the_user_is_kept_and_completed_once(tmp_path):
+    text = "# My adapter\n\nTrained on my own pictures.\n\n### Framework versions\n\n- mine 1.0"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{text}\n")
+    for _ in range(2):
+        adapt(sparsity=0.5).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert (card.data.license, card.data.library_name) == ("mit", "peft")
+    for part in ("## Partial-LoRA", "# My adapter", "Trained on my own", "- mine 1.0"):
+        assert card.text.count(part) == 1
+    assert card.data.tags.count("partial-lora") == 1
+
+
+def test_a_readme_that_is_no_card_of_an_adapter_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# A project")
+    model = adapt(sparsity=0.5)
+    model.peft_config["default"].save_pretrained(str(tmp_path / "inside"))  # the config alone has no card
+    model.peft_config["default"].save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == "# A project"
+    assert not (tmp_path / "inside" / "README.md").exists()
+
+
+# To the hub
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch):
+    """What is uploaded: {repository: {file: content}}, and the keywords of the commit under "commit"."""
+    uploads = {}
+
+    def create_commit(repo_id, operations, **settings):
+        files = uploads.setdefault(repo_id, {})
+        files |= {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        uploads["commit"] = settings
+
+    def load(repo_id, **settings):
+        if repo_id not in uploads:
+            raise EntryNotFoundError("no card yet")
+        (tmp_path / "card.md").write_bytes(uploads[repo_id]["README.md"])
+        return plain_load(tmp_path / "card.md")
+
+    plain_load = ModelCard.load
+    hub = SimpleNamespace(
+        create_repo=lambda repo_id, **settings: SimpleNamespace(repo_id=repo_id),
+        create_branch=lambda **settings: None,
+        create_commit=create_commit,
+    )
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
+    card = SimpleNamespace(load=load, from_template=ModelCard.from_template)
+    monkeypatch.setattr(transformers.utils.hub, "ModelCard", card)
+    return uploads
+
+
+def test_push_to_hub_uploads_what_plain_lora_uploads_and_the_sidecar(pushed, tmp_path):
+    model, plain = fill(adapt(sparsity=0.6)), adapt()
+    model.push_to_hub("me/ours", token="secret", revision="v1", commit_message="first", private=True)
+    assert (pushed["commit"]["token"], pushed["commit"]["revision"]) == ("secret", "v1")
+    assert pushed["commit"]["commit_message"] == "first"
+    plain.push_to_hub("me/plain")
+    assert set(pushed["me/ours"]) == FILES
+    assert set(pushed["me/plain"]) == FILES - {"partial_lora.json"}
+    assert pushed["me/ours"]["README.md"] == pushed["me/plain"]["README.md"]  # the first card is one of transformers'
+    assert json.loads(pushed["me/ours"]["adapter_config.json"])["peft_type"] == "LORA"
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name, content in pushed["me/ours"].items():
+        (folder / name).write_bytes(content)
+    assert torch.equal(logits(masked_from(str(folder)), images()), logits(model, images()))
+
+
+def test_tags_given_to_push_to_hub_are_in_the_card_and_a_card_on_the_hub_stays(pushed):
+    adapt(sparsity=0.6).push_to_hub("me/ours", tags=["partial-lora", "lora"])
+    assert b"- partial-lora" in pushed["me/ours"]["README.md"]
+    pushed["me/ours"]["README.md"] += b"\nMy words.\n"
+    adapt(sparsity=0.6).push_to_hub("me/ours")
+    assert b"My words." in pushed["me/ours"]["README.md"]
+
+
+def test_an_adapter_with_a_name_is_pushed_with_its_sidecar(pushed):
+    model = adapt(sparsity=0.6)
+    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
+    model.push_to_hub("me/both")
+    assert set(pushed["me/both"]) == FILES | {f"other/{name}" for name in FILES - {"README.md"}}
+
+
+def test_the_config_alone_is_pushed_with_its_masks(pushed):
+    adapt(sparsity=0.6).peft_config["default"].push_to_hub("me/config")
+    assert set(pushed["me/config"]) == {"adapter_config.json", "partial_lora.json", "README.md"}
+
+
+# From the hub
+
+
+class Hub:
+    """Repositories that are folders; remembers what was asked of it."""
+
+    def __init__(self, repositories):
+        self.repositories = repositories
+        self.asked = []
+
+    def path(self, repo_id, filename, subfolder=None, revision=None):
+        return self.repositories[repo_id, revision] / (subfolder or "") / filename
+
+    def patch(self, monkeypatch):
+        @functools.wraps(huggingface_hub.hf_hub_download)  # PEFT sorts keywords by its signature
+        def download(repo_id, filename, *, subfolder=None, revision=None, **settings):
+            path = self.path(repo_id, filename, subfolder, revision)
+            self.asked.append((filename, subfolder, revision, settings.get("token")))
+            if not path.is_file():
+                raise EntryNotFoundError(f"no {path}")
+            return str(path)
+
+        def file_exists(repo_id, filename, *, revision=None, **settings):
+            return self.path(repo_id, filename, None, revision).is_file()
+
+        for module in (*PEFT_ASKS, "partial_lora.adapter.config", "partial_lora.adapter.warm_start"):
+            # By name: warm_start is a function, too, as an attribute of its package.
+            monkeypatch.setattr(importlib.import_module(module), "hf_hub_download", download)
+        monkeypatch.setattr(peft.utils.save_and_load, "file_exists", file_exists)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository whose revision v1 holds an adapter at its root and another in a folder, and nothing else."""
+    model = fill(adapt(sparsity=0.6))
+    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
+    fill(model, seed=4, adapter_name="other")
+    model.save_pretrained(tmp_path / "v1")
+    hub = Hub({("me/ours", "v1"): tmp_path / "v1"})
+    hub.patch(monkeypatch)
+    hub.model = model
+    return hub
+
+
+def masked_from(where, **settings):
+    config = PartialLoraConfig.from_pretrained(where, **settings)
+    return PeftModel.from_pretrained(vit(), where, config=config, is_trainable=True, **settings)
+
+
+@pytest.mark.parametrize(("adapter", "subfolder"), [("default", None), ("other", "other")])
+def test_an_adapter_on_the_hub_is_loaded_masked_or_plain(hub, adapter, subfolder):
+    settings = {"revision": "v1", "token": "secret"} | ({"subfolder": subfolder} if subfolder else {})
+    masked = masked_from("me/ours", **settings)
+    assert {name for name, *_ in hub.asked} == FILES - {"README.md"}
+    assert {tuple(rest) for _, *rest in hub.asked} == {(subfolder, "v1", "secret")}
+    plain = PeftModel.from_pretrained(vit(), "me/ours", **settings)
+    hub.model.set_adapter(adapter)
+    assert module_masks(masked) == module_masks(hub.model, adapter)
+    assert torch.equal(logits(masked, images()), logits(hub.model, images()))
+    torch.testing.assert_close(logits(plain, images()), logits(hub.model, images()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_warm_start_from_the_hub(hub):
+    model = get_peft_model(vit(), PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
+    warm_start(model, "me/ours", subfolder="other", revision="v1", token="secret")
+    assert {tuple(rest) for _, *rest in hub.asked} == {("other", "v1", "secret")}
+    hub.model.set_adapter("other")
+    assert torch.equal(logits(model, images()), logits(hub.model, images()))
+
+
+def test_a_repository_without_a_sidecar_is_refused(hub, tmp_path):
+    shutil.copytree(tmp_path / "v1", tmp_path / "plain")
+    (tmp_path / "plain" / "partial_lora.json").unlink()
+    hub.repositories["me/plain", None] = tmp_path / "plain"
+    with pytest.raises(partial_lora.PartialLoraError, match=r"me/plain.*partial_lora\.json") as refusal:
+        PartialLoraConfig.from_pretrained("me/plain")
+    assert "\n" not in str(refusal.value)

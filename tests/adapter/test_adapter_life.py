@@ -87,7 +87,7 @@ def test_a_second_adapter_is_loaded_dense_or_masked(tmp_path, granularity):
     pair(granularity=granularity).save_pretrained(tmp_path)
     expected = logits(single(vit, "other", granularity=granularity), images())
     model = adapt(sparsity=0.8, granularity=granularity, modules_to_save=None)
-    with pytest.raises(ValueError, match=r"different peft types\. Found PARTIAL_LORA and .*LORA"):
+    with pytest.raises(ValueError, match="PARTIAL_LORA"):
         model.load_adapter(str(tmp_path / "other"), "dense")  # one type a model; sparsity 0 is the plain LoRA of ours
     model.add_adapter("dense", config_of(vit, sparsity=0.0))
     model.load_adapter(str(tmp_path / "other"), "dense")
@@ -240,7 +240,7 @@ def test_adapters_are_injected_without_a_peft_model(granularity, low_cpu_mem_usa
 
 def test_targets_read_off_a_state_dict_are_refused():
     saved = get_peft_model_state_dict(adapt(sparsity=0.5))
-    with pytest.raises(PartialLoraError, match="targets taken from a state_dict cannot be masked"):
+    with pytest.raises(PartialLoraError, match="target_modules"):
         inject_adapter_in_model(config_of(vit), vit(), state_dict=saved)
 
 

@@ -10,13 +10,11 @@ from adapter_models import (
     adapt,
     dense_twin,
     fill,
-    images,
     layers,
     llama,
     logits,
     loss_of,
     to,
-    vit,
 )
 from peft import (
     AutoPeftModel,
@@ -223,7 +221,7 @@ def test_each_example_of_a_batch_has_its_own_adapter(name, granularity):
             expected.append(logits(model, batch)[row])
     mixed = logits(model, {**batch, "adapter_names": rows})
     torch.testing.assert_close(mixed, torch.stack(expected), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+    with pytest.raises(ValueError, match="adapter_names"):
         model.train()(**batch, adapter_names=rows)
 
 
@@ -275,19 +273,6 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     again = adapt(kind.build, sparsity=0.0, bias=bias, task_type=kind.task, modules_to_save=None)
     again.load_adapter(str(tmp_path), "default")
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "scaling"),
-    [({"lora_alpha": 12}, 3), ({"lora_alpha": 12, "use_rslora": True}, 6), ({"lora_alpha": 2, "r": 8}, 0.25)],
-)
-def test_scaling_is_that_of_plain_lora(settings, scaling):
-    model = uneven("wrapped_vit", **settings)
-    for layer in layers(model).values():
-        assert layer.scaling == {"default": scaling}
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        torch.testing.assert_close(layer.get_delta_weight("default"), scaling * b @ a)
-    torch.testing.assert_close(logits(model, images()), logits(dense_twin(model, vit), images()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -353,9 +338,3 @@ def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto, granularity):
     assert trainable_parameters(masked) == trainable_parameters(model)
     kept, again = get_peft_model_state_dict(model), get_peft_model_state_dict(masked)
     assert kept.keys() == again.keys()
-
-
-def test_auto_peft_builds_no_raw_timm_model(tmp_path):
-    uneven("timm_vit").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'timm\.models\.vision_transformer' which is not in the import allowlist"):
-        AutoPeftModel.from_pretrained(str(tmp_path))

@@ -177,8 +177,10 @@ def test_weights_come_back_however_a_calibration_ends(model, batches, scope):
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("search", ["scan", "bisect"])
-@pytest.mark.parametrize("more", [{}, {"axes": "joint"}, {"scope": "cumulative"}, {"repair": True}])
+@pytest.mark.parametrize(
+    ("search", "more"),
+    [("scan", {}), ("bisect", {"axes": "joint"}), ("scan", {"scope": "cumulative"}), ("bisect", {"repair": True})],
+)
 def test_no_calibration_takes_more_passes_than_the_most(model, batches, search, more):
     result = calibrate(
         model, Counted(batches), target_modules=TARGETS, levels=0.2, search=search, threshold=0.8, **more
@@ -261,9 +263,14 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"scope": "cumulative"}, {"axes": "joint"}, {"axes": "joint", "scope": "cumulative"}]
+    ("budget", "kind"),
+    [
+        (0.25, {}),
+        (0.7, {"scope": "cumulative"}),
+        (0.7, {"axes": "joint"}),
+        (0.25, {"axes": "joint", "scope": "cumulative"}),
+    ],
 )
-@pytest.mark.parametrize("budget", [0.25, 0.7])
 def test_budgets_are_met_in_every_variant(model, batches, twin, kind, budget):
     result = calibrate(model, Strict(batches), budget=budget, rank=4, chance=0.3, **GRID, **kind)
     shapes = shapes_of(model)

@@ -1,4 +1,4 @@
-"""Split halves that share nothing, correlations as the textbook writes them."""
+"""Split halves that share nothing, correlations as the textbook writes them, and distances of calibrations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from partial_lora.calibration.reliability import correlation, reliability, split_half, verdict
+from partial_lora.calibration.reliability import (
+    correlation,
+    deviation_of,
+    difference,
+    every_two,
+    mean_difference,
+    mean_of,
+    reliability,
+    split_half,
+    verdict,
+)
 from partial_lora.errors import PartialLoraError
 
 
@@ -102,3 +112,31 @@ def test_calibrations_of_different_modules_are_refused_by_name() -> None:
 )
 def test_the_verdict_turns_at_one_half(corrected, words) -> None:
     assert re.match(words + ("$" if not words else ""), verdict(corrected))
+
+
+def test_a_difference_sees_a_shift_that_a_correlation_does_not() -> None:
+    first, second = (0.1, 0.3, 0.2, 0.6), (0.2, 0.4, 0.3, 0.7)
+    found = difference(sparsities(*first), sparsities(*second))
+    assert found["pearson"] == pytest.approx(1)
+    assert found["mean_absolute"] == pytest.approx(0.1)
+    other = difference(sparsities(*first), sparsities(0.1, 0.2, 0.6, 0.3))
+    assert other["pearson"] == pytest.approx(pearson(first, (0.1, 0.2, 0.6, 0.3)))
+    assert other["mean_absolute"] == pytest.approx((0 + 0.1 + 0.4 + 0.3) / 4)
+
+
+def test_means_are_over_every_pair_that_has_a_number() -> None:
+    calibrations = [sparsities(0.1, 0.3, 0.2, 0.6), sparsities(0.2, 0.3, 0.2, 0.5), sparsities(0.5, 0.5, 0.5, 0.5)]
+    pairs = every_two(calibrations)
+    assert [(calibrations.index(a), calibrations.index(b)) for a, b in pairs] == [(0, 1), (0, 2), (1, 2)]
+    found = mean_difference(pairs)
+    each = [difference(*pair) for pair in pairs]
+    assert found["pearson"] == each[0]["pearson"]  # the third has no correlation with either
+    assert found["mean_absolute"] == pytest.approx(sum(one["mean_absolute"] for one in each) / 3)
+    assert found["pairs"] == 3
+    assert found["said"].startswith("2 of 3 pairs without a correlation: all sparsities of the second")
+
+
+def test_means_and_deviations_of_what_there_is() -> None:
+    assert mean_of([1.0, None, 3.0]) == 2.0
+    assert deviation_of([1.0, None, 3.0]) == pytest.approx(2**0.5)
+    assert (mean_of([None]), deviation_of([1.0, None])) == (None, None)

@@ -115,8 +115,7 @@ def test_nothing_to_relax_is_left_as_it_is():
 # With a model
 
 
-@pytest.mark.parametrize(("axes", "threshold"), [("separate", 0.9), ("joint", 0.7)])
-@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize(("axes", "threshold", "bounded"), [("separate", 0.9, True), ("joint", 0.7, False)])
 def test_a_repaired_calibration_against_the_literal_twin(model, batches, score, axes, threshold, bounded):
     kind = {"target_modules": ["attn.proj", "mlp.fc1"], "levels": 0.2, "max_sparsity": 0.8, "threshold": threshold}
     plain = calibrate(model, Counted(batches), axes=axes, **kind)

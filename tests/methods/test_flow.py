@@ -61,7 +61,7 @@ def test_every_block_of_a_family_has_its_chains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_llama"])
-def test_a_row_of_the_values_reaches_the_columns_it_is_said_to_feed_and_no_others(name: str) -> None:
+def test_a_row_of_the_values_reaches_the_columns_of_its_chain_and_no_others(name: str) -> None:
     model, found = found_in(name)
     chain = next(each for each in found if each.second.endswith(("attn.proj", "o_proj")))
     first, second = model.get_submodule(chain.first), model.get_submodule(chain.second)
@@ -158,11 +158,9 @@ def test_no_unit_of_the_rank_is_empty_where_enough_entries_are_kept(high: float)
     assert gaps["flow"] == 0 < gaps["partial"]
 
 
-def test_where_nothing_feeds_anything_it_says_so() -> None:
+def test_modules_that_do_not_feed_each_other_are_refused() -> None:
     model = load("tiny_vit")
     setting = setting_of("tiny_vit", model)
     alone = {module: shape for module, shape in setting.shapes.items() if module.endswith("fc1")}
-    with pytest.raises(
-        PartialLoraError, match=r"method=flow: not applicable: no module of model\.target_modules feeds"
-    ):
+    with pytest.raises(PartialLoraError, match=r"^method=flow: not applicable: .*model\.target_modules"):
         adapted("flow", "tiny_vit", shapes=alone, sparsity={module: setting.sparsity[module] for module in alone})

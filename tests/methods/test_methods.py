@@ -118,14 +118,14 @@ def test_shuffled_gives_each_shape_its_own_sparsities_in_an_order_of_the_seed() 
     shapes = {f"{block}.{name}": shape for block in range(6) for name, shape in {"a": (8, 8), "b": (16, 8)}.items()}
     shapes["alone"] = (3, 5)
     sparsity = drawn_sparsity(shapes, 3)
-    found = permuted(sparsity, shapes, 0)
-    assert list(found) == list(sparsity)
-    assert found["alone"] == sparsity["alone"]
+    dealt = permuted(sparsity, shapes, 0)
+    assert list(dealt) == list(sparsity)
+    assert dealt["alone"] == sparsity["alone"]
     for shape in set(shapes.values()):
         alike = [module for module in shapes if shapes[module] == shape]
-        assert sorted(map(str, map(found.get, alike))) == sorted(map(str, map(sparsity.get, alike)))
-    assert found != sparsity
-    assert found == permuted(sparsity, shapes, 0) != permuted(sparsity, shapes, 1)
+        assert sorted(map(str, map(dealt.get, alike))) == sorted(map(str, map(sparsity.get, alike)))
+    assert dealt != sparsity
+    assert dealt == permuted(sparsity, shapes, 0) != permuted(sparsity, shapes, 1)
     kept, setting = adapted("shuffled", "tiny_vit", seed=2)
     exact = {
         module: pytest.approx(axes, abs=0.5 / 32)
@@ -137,12 +137,12 @@ def test_shuffled_gives_each_shape_its_own_sparsities_in_an_order_of_the_seed() 
 def test_inverted_reverses_the_ranks_of_each_axis() -> None:
     given = dict(zip("abcde", [0.0, 0.9, 0.3, 0.3, 0.6], strict=True))
     sparsity = {module: {"rows": value, "columns": 0.5} for module, value in given.items()}
-    found = reversed_ranks(sparsity)
+    swapped = reversed_ranks(sparsity)
     # In order 0 .3 .3 .6 .9, reversed .9 .6 .3 .3 0; the two that were equal share (.6 + .3) / 2.
-    assert {module: axes["rows"] for module, axes in found.items()} == pytest.approx(
+    assert {module: axes["rows"] for module, axes in swapped.items()} == pytest.approx(
         {"a": 0.9, "b": 0.0, "c": 0.45, "d": 0.45, "e": 0.3}
     )
-    assert {axes["columns"] for axes in found.values()} == {0.5}
+    assert {axes["columns"] for axes in swapped.values()} == {0.5}
     model, setting = adapted("inverted", "tiny_vit")
     for axis in ("rows", "columns"):
         before = [axes[axis] for axes in setting.sparsity.values()]
@@ -172,12 +172,12 @@ def test_low_rank_adapts_fewer_modules_where_rank_one_is_too_much_and_says_where
         assert 317 <= sum(rank * sum(shapes[module]) for module, rank in ranks.items()) <= 323
     assert spent[0] == few
     assert spent[0] != spent[1]
-    with pytest.raises(PartialLoraError, match=r"not applicable: no ranks .* within 1 % of 20 trainable parameters"):
+    with pytest.raises(PartialLoraError, match=r"^method=low_rank: not applicable: "):
         ranks_within(20, shapes, 0)
     model = load("tiny_vit")
     nothing = {module: {"rows": 0.99, "columns": 0.99} for module in setting_of("tiny_vit", model).shapes}
     setting = setting_of("tiny_vit", model, sparsity=nothing)
-    with pytest.raises(PartialLoraError, match="method=low_rank: not applicable"):
+    with pytest.raises(PartialLoraError, match=r"^method=low_rank: not applicable: "):
         methods.get("low_rank")(model, setting)
 
 
@@ -227,12 +227,12 @@ def test_random_weights_are_saved_as_plain_shira(tmp_path: Path) -> None:
 
 
 def test_random_weights_need_as_many_weights() -> None:
-    with pytest.raises(PartialLoraError, match=r"method=random_weights: not applicable: .* has .* weights, expected"):
+    with pytest.raises(PartialLoraError, match=r"^method=random_weights: not applicable: "):
         adapted("random_weights", "tiny_vit", rank=64, alpha=64.0, high=0.05)
 
 
 def test_probe_needs_a_head() -> None:
-    with pytest.raises(PartialLoraError, match="method=probe: the model has no new head"):
+    with pytest.raises(PartialLoraError, match=r"^method=probe: "):
         adapted("probe", "tiny_llama")
     model, setting = adapted("probe", "tiny_vit")
     assert counted(model, setting)["adapter_trainable"] == 0

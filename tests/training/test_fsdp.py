@@ -67,5 +67,5 @@ def test_a_checkpoint_in_parts_is_one_that_a_single_process_goes_on_from(found, 
 
 def test_a_model_that_is_whole_is_saved_as_it_is() -> None:
     model = sharded_worker.adapted()
-    assert not fsdp.is_shared_out(model)
+    assert not fsdp.is_sharded_model(model)
     assert fsdp.adapter_state(model) is None

@@ -152,7 +152,7 @@ def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
 
     def written(peers) -> list[str]:
         judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
-        return judge._written(model, prompts)
+        return judge._generate(model, prompts)
 
     shares: dict = {}
     with pytest.raises(IndexError):  # the other share is not there yet

@@ -1,4 +1,4 @@
-"""Trackers know what a run measured, go on with a run that was ended, and never end one."""
+"""Trackers hold what a run measured, continue a run that was ended, and never end one."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def in_tensorboard(place: Path) -> dict[str, dict[int, float]]:
     return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
-def said(history: list[dict]) -> dict[str, dict[int, float]]:
-    """A history as trackers should have it: by metric and step."""
+def points_of(history: list[dict]) -> dict[str, dict[int, float]]:
+    """Return a history as trackers should have it: by metric and step."""
     found: dict[str, dict[int, float]] = {}
     for entry in history:
         for name, value in rewrite_logs({key: value for key, value in entry.items() if key != "step"}).items():
@@ -83,7 +83,7 @@ def without_clock(points: Mapping[str, dict]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_environment():
-    """What trackers are told by way of the environment ends with these tests."""
+    """Undo the environment variables that trackers are set up by."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -97,17 +97,17 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
     checkpointed = run_directory(place) / results.CHECKPOINTS
     names, status = ("tensorboard", "mlflow"), []
     for step in (3, 7, None):
-        told = tracking(place, *names)
-        training = trainer(model(), run_directory(place), **SETTINGS, callbacks=[told])
+        tracker = tracking(place, *names)
+        training = trainer(model(), run_directory(place), **SETTINGS, callbacks=[tracker])
         resumed = checkpoints.resumable(checkpointed, VERSIONS, SHAPE)
         if step is None:
-            with told:
+            with tracker:
                 training.train(resumed)
             status.append(stored(place).info.status)
-            told.finish(MEASURED, training.state.global_step)
+            tracker.finish(MEASURED, training.state.global_step)
         else:
             training.add_callback(EndAfter(step))
-            with pytest.raises(EndedError), told:
+            with pytest.raises(EndedError), tracker:
                 training.train(resumed)
             sealed.write_json(run_directory(place) / results.RESULT, {"status": "failed"})
             results.prepare(run_directory(place), anew=False)
@@ -115,8 +115,8 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
     return SimpleNamespace(place=place, history=training.state.log_history, status=status)
 
 
-def test_trackers_hold_the_history_and_what_the_run_came_to(ended_twice) -> None:
-    expected = without_clock(said(ended_twice.history))
+def test_trackers_hold_the_history_and_the_results(ended_twice) -> None:
+    expected = without_clock(points_of(ended_twice.history))
     assert max(expected["train/loss"]) == SETTINGS["max_steps"]
     assert len(expected["eval/accuracy"]) == SETTINGS["max_steps"] / SETTINGS["save_steps"]
     last = {SETTINGS["max_steps"]: 0.75}
@@ -130,7 +130,7 @@ def test_trackers_hold_the_history_and_what_the_run_came_to(ended_twice) -> None
             assert found[name] == pytest.approx(points, rel=1e-6), name
 
 
-def test_a_run_that_goes_on_is_one_run_of_each_tracker(ended_twice) -> None:
+def test_a_resumed_run_is_one_run_of_each_tracker(ended_twice) -> None:
     run = stored(ended_twice.place)
     assert run.info.run_name == "digits/tiny/partial-01234567/seed0"
     assert ended_twice.status == ["FAILED", "FAILED", "RUNNING", "FINISHED"]
@@ -151,7 +151,7 @@ def test_parameters_are_the_settings_without_their_credentials(ended_twice) -> N
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-def test_a_run_that_is_done_anew_is_another_one(tmp_path: Path) -> None:
+def test_a_run_from_the_start_is_another_one(tmp_path: Path) -> None:
     tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 3)
     first = stored(tmp_path).info.run_id
     results.prepare(run_directory(tmp_path), anew=True)
@@ -162,8 +162,8 @@ def test_a_run_that_is_done_anew_is_another_one(tmp_path: Path) -> None:
 
 
 def test_a_store_that_has_lost_the_run_gets_a_new_one(tmp_path: Path) -> None:
-    told = tracking(tmp_path, "mlflow")
-    told.finish({}, 1)
+    tracker = tracking(tmp_path, "mlflow")
+    tracker.finish({}, 1)
     first = stored(tmp_path).info.run_id
     MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
     for path in (tmp_path / "mlruns").glob(f"*/{first}"):
@@ -178,33 +178,33 @@ class StandIn(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.asked: list[tuple[str, dict]] = []
+        self.calls: list[tuple[str, dict]] = []
         self.fails: set[str] = set()
 
-    def act(self, what: str, **given: object) -> StandIn:
-        self.asked.append((what, given))
-        if what in self.fails or given.get("mode", "online") + " " + what in self.fails:
+    def act(self, function: str, **arguments: object) -> StandIn:
+        self.calls.append((function, arguments))
+        if function in self.fails or arguments.get("mode", "online") + " " + function in self.fails:
             raise ConnectionError(f"no network for {SECRET}")
         return self
 
-    def init(self, project: str | None = None, name: str | None = None, **given: object) -> StandIn:
-        return self.act("init", project=project, name=name, **given)
+    def init(self, project: str | None = None, name: str | None = None, **arguments: object) -> StandIn:
+        return self.act("init", project=project, name=name, **arguments)
 
-    def log(self, metrics: dict, **given: object) -> None:
-        self.act("log", metrics=metrics, **given)
+    def log(self, metrics: dict, **arguments: object) -> None:
+        self.act("log", metrics=metrics, **arguments)
 
-    def finish(self, **given: object) -> None:
-        self.act("finish", **given)
+    def finish(self, **arguments: object) -> None:
+        self.act("finish", **arguments)
 
-    def define_metric(self, *names: object, **given: object) -> None: ...
+    def define_metric(self, *names: object, **arguments: object) -> None: ...
 
     def teardown(self) -> None: ...
 
-    def Settings(self, **given: object) -> dict:  # noqa: N802
-        return given
+    def Settings(self, **arguments: object) -> dict:  # noqa: N802
+        return arguments
 
-    def given(self, what: str) -> list[dict]:
-        return [given for name, given in self.asked if name == what]
+    def arguments(self, function: str) -> list[dict]:
+        return [arguments for name, arguments in self.calls if name == function]
 
 
 @pytest.fixture(params=["wandb", "trackio"])
@@ -214,41 +214,41 @@ def stand_in(request, monkeypatch) -> StandIn:
     return module
 
 
-def test_a_run_is_described_told_and_ended(stand_in: StandIn, tmp_path: Path) -> None:
+def test_a_run_is_opened_logged_and_ended(stand_in: StandIn, tmp_path: Path) -> None:
     for failing in (True, False):
-        told = tracking(tmp_path, stand_in.__name__)
-        told.on_train_begin(None, SimpleNamespace(global_step=0), None)
-        told.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 0.5, "what": "words"})
+        tracker = tracking(tmp_path, stand_in.__name__)
+        tracker.on_train_begin(None, SimpleNamespace(global_step=0), None)
+        tracker.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 0.5, "what": "words"})
         if failing:
-            with pytest.raises(EndedError), told:
+            with pytest.raises(EndedError), tracker:
                 raise EndedError
-    told.finish(MEASURED, 2)
-    first, second = stand_in.given("init")
+    tracker.finish(MEASURED, 2)
+    first, second = stand_in.arguments("init")
     assert (first["project"], first["name"]) == ("partial-lora", "digits/tiny/partial-01234567/seed0")
     assert first["config"]["model.weights"] == f"https://host/?token={HIDDEN}"
     assert first.get("id") == second.get("id")
     assert second["resume"] == "allow"
-    logged = [each["metrics"] for each in stand_in.given("log")]
+    logged = [each["metrics"] for each in stand_in.arguments("log")]
     assert logged[0]["train/loss"] == 0.5
     assert "train/what" not in logged[0]
     assert logged[-1]["test/accuracy"] == 0.75
-    assert len(stand_in.given("finish")) == 2
+    assert len(stand_in.arguments("finish")) == 2
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_tracker_that_raises_is_named_once_and_ends_nothing(stand_in, tmp_path, caplog, fails: str) -> None:
     stand_in.fails = {fails}
-    told = tracking(tmp_path, stand_in.__name__, "tensorboard")
-    with caplog.at_level(logging.WARNING), told:
-        told.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    tracker = tracking(tmp_path, stand_in.__name__, "tensorboard")
+    with caplog.at_level(logging.WARNING), tracker:
+        tracker.on_train_begin(None, SimpleNamespace(global_step=0), None)
         for step in (1, 2):
-            told.on_log(None, SimpleNamespace(global_step=step), None, logs={"loss": 1 / step})
-        told.finish(MEASURED, 2)
+            tracker.on_log(None, SimpleNamespace(global_step=step), None, logs={"loss": 1 / step})
+        tracker.finish(MEASURED, 2)
     assert in_tensorboard(tmp_path)["train/loss"] == {1: 1.0, 2: 0.5}  # the other one goes on
     assert in_tensorboard(tmp_path)["test/accuracy"] == {2: 0.75}
     left_out = f"{stand_in.__name__} is left out from now on (ConnectionError: no network for {HIDDEN})"
     assert caplog.text.count("left out from now on") == caplog.text.count(left_out) == 1
-    assert len(stand_in.given("log")) == {"init": 0, "log": 1, "finish": 3}[fails]
+    assert len(stand_in.arguments("log")) == {"init": 0, "log": 1, "finish": 3}[fails]
 
 
 def test_without_a_network_wandb_keeps_the_run_in_files(tmp_path: Path, monkeypatch, caplog) -> None:
@@ -256,9 +256,9 @@ def test_without_a_network_wandb_keeps_the_run_in_files(tmp_path: Path, monkeypa
     module.fails = {"online init"}
     monkeypatch.setitem(sys.modules, "wandb", module)
     tracking(tmp_path, "wandb").finish(MEASURED, 2)
-    refused, kept = module.given("init")
+    refused, kept = module.arguments("init")
     assert kept == refused | {"mode": "offline"}
-    assert [each["metrics"]["test/accuracy"] for each in module.given("log")] == [0.75]
+    assert [each["metrics"]["test/accuracy"] for each in module.arguments("log")] == [0.75]
     assert "wandb sync" in caplog.text
 
 

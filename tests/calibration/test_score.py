@@ -1,24 +1,37 @@
-"""Few-shot scores by every measure, against their definitions written out one example at a time."""
+"""Few-shot scores: every measure against its definition, bounds that decide, and the order of examples."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scored_models import Altered, linears, random_model, word_batches
+from scored_models import Altered, full_accuracy, linears, random_model, scored_draw, word_batches
 from sklearn import metrics
 from torch import nn
 
-from partial_lora.calibration.score import BoundedScore, FewShotScore
+from partial_lora.calibration.score import (
+    BoundedScore,
+    Correctness,
+    FewShotScore,
+    Tally,
+    arranged,
+    batch_sizes,
+    enough,
+    next_batch,
+)
 from partial_lora.errors import PartialLoraError
+
+BLOCKS = "vit.blocks"
 
 BERT, LLAMA = "bert.encoder.layer", "model.layers"
 
 
 def all_of_it(low, high):
+    """The question that only the score itself decides."""
     return low < high
 
 
@@ -161,6 +174,7 @@ CASES = {
     "options": (questions, "options", lambda model, batches: chosen_options(model, batches, False)),
     "options per token": (questions, "options_per_token", lambda model, batches: chosen_options(model, batches, True)),
 }
+
 CASES["a function"] = (*CASES["a function"][:2], by_metric(lambda true, said: np.mean((said == true) & (true == 1))))
 
 
@@ -173,7 +187,7 @@ def test_a_score_is_what_its_definition_says(case):
     baseline = score(model)
     assert baseline == pytest.approx(twin(model, batches), abs=1e-5)
     found = set()
-    for name in [name for name in linears(model, "") if name.startswith(blocks)][::3]:
+    for name in [name for name in linears(model, "") if name.startswith(blocks)][::5]:
         for rows in (5, 12):
             with Altered(model, name, rows):
                 low, high = score.bounds(model, name, all_of_it)
@@ -343,3 +357,244 @@ def test_bad_arguments_are_named():
     batches[1]["labels"][:] = -100
     with pytest.raises(PartialLoraError, match=r"labels: every token is -100"):
         FewShotScore(model, batches, "loss")
+
+
+def test_reuse_gives_what_a_full_pass_gives(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    assert score(model) == full_accuracy(model, batches)
+    names = linears(model)
+    random.Random(0).shuffle(names)
+    found = set()
+    for name in names:
+        with Altered(model, name):
+            low, high = score.bounds(model, name, all_of_it)
+            assert low == high == full_accuracy(model, batches)
+            found.add(low)
+        with Altered(model, name, rows=20):
+            assert score.bounds(model, name, all_of_it)[0] == full_accuracy(model, batches)
+    assert score(model) == full_accuracy(model, batches)
+    assert len(found) > 3  # the alterations do something
+
+
+def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
+    score = FewShotScore(model, batches)
+    score(model)
+    rows = sum(len(batch["labels"]) for batch in batches)
+    assert (score.evaluations.blocks, score.evaluations.sample_blocks) == (
+        2 * len(batches),
+        2 * rows,
+    )  # 1 puts in order
+
+
+def test_blocks_before_the_altered_one_do_not_run(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    ran = []
+    for position, block in enumerate(model.vit.blocks):
+        block.norm1.register_forward_hook(lambda *_, position=position: ran.append(position))
+    score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)  # fills
+    ran.clear()
+    before = score.evaluations.blocks
+    score.bounds(model, "vit.blocks.2.mlp.fc2", all_of_it)
+    assert set(ran) == {2}
+    assert score.evaluations.blocks - before == len(batches)
+    ran.clear()
+    score.bounds(model, "vit.head", all_of_it)  # in no block: nothing is known to be unchanged
+    assert set(ran) == {0, 1, 2}
+
+
+def test_it_stops_once_the_question_is_decided(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    baseline = score(model)
+    for asked in (0.3, 0.6, baseline, 0.95):
+        for name in linears(model):
+            with Altered(model, name):
+                before = score.evaluations.examples
+                low, high = score.bounds(model, name, lambda low, high, asked=asked: low < asked <= high)
+                exact = full_accuracy(model, batches)
+            assert low <= exact <= high
+            assert (low >= asked) == (exact >= asked)
+            assert (low >= asked) or (high < asked)
+            if high - low > 0.3:
+                assert score.evaluations.examples - before < score.size
+    before = score.evaluations.examples
+    assert score.bounds(model, "vit.blocks.0.mlp.fc1", lambda low, high: False) == (0, 1)
+    assert score.evaluations.examples == before
+
+
+def test_it_goes_on_where_it_stopped(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    name = "vit.blocks.1.attn.qkv"
+    with Altered(model, name):
+        exact = score.bounds(model, name, all_of_it)
+        before = score.evaluations.examples
+        known = None
+        for width in (0.7, 0.4, 0.0):
+            known = score.bounds(model, name, lambda low, high, width=width: high - low > width, known)
+            assert known[1] - known[0] <= width
+        assert known == exact
+        assert score.evaluations.examples - before == score.size
+
+
+def test_the_surest_come_first_and_what_is_wrong_anyway_last(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    assert [len(batch["labels"]) for batch in score._batches] == [len(batch["labels"]) for batch in batches]
+    with torch.no_grad():
+        images = torch.cat([batch["pixel_values"] for batch in score._batches])
+        labels = torch.cat([batch["labels"] for batch in score._batches])
+        logits = model(images)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    margins = own - logits.scatter(1, labels[:, None], -torch.inf).max(1).values
+    assert (margins.diff() < 1e-4).all()
+    assert margins[0] > 0 > margins[-1]
+    same = {tuple(image.flatten()[:4].tolist()) for batch in batches for image in batch["pixel_values"]}
+    assert {tuple(image.flatten()[:4].tolist()) for image in images} == same
+
+
+def test_the_model_comes_back_as_it_was(model, batches):
+    model.train()
+    model.vit.blocks[1].eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
+
+    def broken(low, high):
+        if low > 0:
+            raise RuntimeError("in the middle")
+        return True
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        score.bounds(model, "vit.blocks.2.mlp.fc1", broken)
+    handle = model.vit.blocks[2].mlp.fc2.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
+    handle.remove()
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    for block in model.vit.blocks:
+        assert "forward" not in vars(block)
+        assert not block._forward_hooks
+
+
+def test_a_forward_of_its_own_is_put_back(model, batches):
+    block = model.vit.blocks[0]
+    own = block.forward
+    block.forward = lambda x: own(x)  # what accelerate's hooks do
+    replaced = block.forward
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    for _ in range(2):
+        score.bounds(model, "vit.blocks.1.mlp.fc1", all_of_it)
+    assert block.forward is replaced
+
+
+def test_bad_blocks_and_draws_are_named(model, batches):
+    with pytest.raises(PartialLoraError, match=r"model.blocks=vit.layers: no such module"):
+        FewShotScore(model, batches, blocks="vit.layers")
+    with pytest.raises(
+        PartialLoraError, match=r"model.blocks=vit.head: expected a ModuleList or Sequential, found Linear"
+    ):
+        FewShotScore(model, batches, blocks="vit.head")
+    with pytest.raises(PartialLoraError, match="scored draw is empty"):
+        FewShotScore(model, [])
+
+
+def undecided_at(needed, size):
+    """The question whether `needed` of `size` are right."""
+    return lambda low, high: round(low * size) < needed <= round(high * size)
+
+
+def walked(sizes, right, needed):
+    """The batches that are seen until it is decided whether `needed` are right; right: those of each batch that are."""
+    tally, size = Tally(), sum(sizes)
+    while tally.total < needed <= tally.total + size - tally.units:
+        index = next_batch(sizes, tally, needed)
+        assert index not in tally.seen
+        tally.add(index, torch.tensor([1.0] * right[index] + [0.0] * (sizes[index] - right[index])), keep=False)
+    return tally.seen
+
+
+def test_what_passes_is_decided_by_the_surest_and_what_fails_by_the_least_sure():
+    sizes, needed = [10] * 7, 45
+    assert walked(sizes, [10, 10, 9, 9, 8, 0, 0], needed) == [4, 3, 2, 0, 1]  # none of the last two is needed
+    assert walked(sizes, [10, 10, 5, 4, 2, 2, 0], needed) == [4, 3, 2, 6]  # 29 wrong are too many already
+    assert walked(sizes, [10, 10, 9, 6, 3, 4, 3], needed) == [4, 3, 2, 6, 5, 1, 0]  # as close as can be
+    assert walked(sizes, [0, 0, 9, 9, 9, 9, 9], needed) == [4, 3, 2, 0, 1, 5, 6]  # not in their order
+    assert walked([7], [7], 7) == [0]
+    assert walked([4, 3], [4, 3], 8) == []
+
+
+def test_no_order_sees_a_batch_twice_or_stops_undecided():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        sizes = torch.randint(1, 6, (5,), generator=generator).tolist()
+        right = [int(torch.randint(0, size + 1, (1,), generator=generator)) for size in sizes]
+        needed = int(torch.randint(0, sum(sizes) + 2, (1,), generator=generator))
+        seen = walked(sizes, right, needed)
+        known = sum(right[index] for index in seen)
+        possible = known + sum(size for index, size in enumerate(sizes) if index not in seen)
+        assert (known >= needed) != (possible < needed)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 7, 20])
+def test_how_many_have_to_be_right(needed):
+    assert enough(undecided_at(needed, 20), 20) == needed
+    assert enough(lambda low, high: True, 20) == 21
+
+
+def test_units_stay_what_they_were():
+    batches = [
+        {"x": torch.arange(4.0), "labels": torch.arange(4)},
+        {"x": torch.arange(4.0, 7), "labels": torch.arange(3)},
+    ]
+    sureness = [torch.tensor([0.0, 3, 1, 2]), torch.tensor([5.0, -1, 3])]
+    first, second = arranged(batches, sureness, Correctness())
+    assert first["x"].tolist() == [4, 1, 6, 3]
+    assert first["labels"].tolist() == [0, 1, 2, 3]
+    assert second["x"].tolist() == [2, 0, 5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "smaller"),
+    [
+        ([32] * 5, [24] * 4 + [16] * 2 + [8] * 4),
+        ([64, 40], [24] * 3 + [16] + [8] * 2),
+        ([10, 7], [10, 7]),
+        ([300, 200], [75] * 4 + [50] * 2 + [25] * 4),
+        ([8] * 60, [8] * 60),
+        ([20], [20]),
+        ([1], [1]),
+    ],
+)
+def test_batches_get_smaller_where_most_is_decided(sizes, smaller):
+    assert batch_sizes(sizes) == smaller
+    batches = [{"labels": torch.arange(size)} for size in sizes]
+    parts = arranged(batches, [torch.arange(float(size)) for size in sizes], Correctness())
+    assert [len(part["labels"]) for part in parts] == smaller
+
+
+def test_what_two_points_have_in_common_is_not_taken_for_the_same(model, monkeypatch):
+    """Equal bounds after other batches: nobody can know which to go on with."""
+    score = FewShotScore(model, scored_draw(model, sizes=(3, 3, 3)), "accuracy")
+    right = {"first": [2, 3, 1], "second": [0, 3, 2]}  # of each batch, with one or another level zeroed
+
+    def bounds(point, undecided, known=None):
+        def see(model, index, module, tally):
+            tally.add(index, torch.tensor([1.0] * right[point][index] + [0.0] * (3 - right[point][index])), keep=False)
+            return True
+
+        monkeypatch.setattr(score, "_see", see)
+        return score.bounds(model, "vit.head", undecided, known)
+
+    def from_the_end(low, high):
+        return high - low > 0.7 or (low > 0.3 and high == 1)
+
+    known = bounds("first", lambda low, high: high - low > 0.7)
+    assert known == (2 / 9, 8 / 9)
+    assert bounds("first", lambda low, high: low < high, known) == (6 / 9, 6 / 9)
+    assert bounds("second", from_the_end) == known
+    for point in right:
+        exact = sum(right[point]) / 9
+        assert bounds(point, lambda low, high: low < high, known) == (exact, exact)

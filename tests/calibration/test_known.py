@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from scored_models import Counted
+from scored_models import Counted, Named, scored_draw, tiny_vit
 
 from partial_lora import Calibration, PartialLoraError, calibrate
 from partial_lora.calibration.score import FewShotScore
@@ -20,58 +20,66 @@ def bounded(model, batches):
     return FewShotScore(model, batches, blocks="vit.blocks")
 
 
-@pytest.fixture(params=["scan", "bisect"])
-def search(request):
-    return request.param
+@pytest.fixture(scope="module")
+def fresh():
+    """Calibrations with nothing known by a plain score, each made once."""
+    model, made = Named(tiny_vit()), {}
+    batches = scored_draw(model)
+
+    def calibrated(**kind):
+        key = json.dumps(kind, sort_keys=True)
+        if key not in made:
+            made[key] = calibrate(model, Counted(batches), **GRID | kind)
+        return made[key]
+
+    return calibrated
 
 
+@pytest.mark.parametrize("search", ["scan", "bisect"])
 @pytest.mark.parametrize("kind", [{}, {"axes": "joint"}, {"above_chance": True, "chance": 0.3}])
-def test_an_artefact_tells_other_thresholds_or_says_that_it_cannot(model, batches, search, kind, tmp_path):
-    kind = {"search": search, **GRID, **kind}
-    calibrate(model, bounded(model, batches), threshold=0.8, **kind).save(tmp_path / "calibration.json")
+def test_an_artefact_tells_other_thresholds_or_says_that_it_cannot(model, batches, fresh, search, kind, tmp_path):
+    kind = {"search": search, **kind}
+    calibrate(model, bounded(model, batches), threshold=0.8, **GRID, **kind).save(tmp_path / "calibration.json")
     artefact = Calibration.load(tmp_path / "calibration.json")  # as a later process has it
     decided = 0
     for threshold in THRESHOLDS:
-        fresh = calibrate(model, Counted(batches), threshold=threshold, **kind)
-        score = bounded(model, batches)
-        known = calibrate(model, score, threshold=threshold, known=artefact, **kind)
-        assert (known.sparsity, known.joint) == (fresh.sparsity, fresh.joint)
+        expected = fresh(threshold=threshold, **kind)
+        known = calibrate(model, bounded(model, batches), threshold=threshold, known=artefact, **GRID, **kind)
+        assert (known.sparsity, known.joint) == (expected.sparsity, expected.joint)
         try:
             read = artefact.at(threshold)
         except PartialLoraError as error:
             named = re.search(rf"at threshold {threshold:g}, (\d+) points? (is|are) undecided; .*known=", str(error))
             assert known.evaluations >= 2 + int(named[1])  # the baseline, the joint score, and those
-            assert known.at(threshold).sparsity == fresh.sparsity
+            assert known.at(threshold).sparsity == expected.sparsity
             continue
         decided += 1
         assert known.evaluations == 2
-        assert read.sparsity == fresh.sparsity
+        assert read.sparsity == expected.sparsity
         assert (read.joint, read.threshold, read.cached, read.evaluations) == (None, threshold, True, 0)
         assert not [words for words in read.warnings if "joint score" in words]
         assert read.at(0.8).sparsity == artefact.sparsity
     assert 1 <= decided < len(THRESHOLDS)
 
 
-def test_exact_curves_tell_every_higher_threshold(model, batches, search):
-    artefact = calibrate(model, Counted(batches), threshold=0.5, search="scan", **GRID)
+def test_exact_curves_tell_every_higher_threshold(fresh):
     for threshold in (1.0, 0.95, 0.9, 0.7):
-        fresh = calibrate(model, Counted(batches), threshold=threshold, search="scan", **GRID)
-        assert artefact.at(threshold).sparsity == fresh.sparsity
+        read = fresh(threshold=0.5, search="scan").at(threshold)
+        assert read.sparsity == fresh(threshold=threshold, search="scan").sparsity
 
 
 @pytest.mark.parametrize("scope", ["cumulative", "cumulative_backward"])
-def test_choices_made_before_are_part_of_what_is_known(model, batches, scope):
-    kind = {"scope": scope, **GRID}
-    artefact = calibrate(model, Counted(batches), threshold=0.8, **kind)
+def test_choices_made_before_are_part_of_what_is_known(model, batches, fresh, scope):
+    artefact = fresh(threshold=0.8, scope=scope)
     assert artefact.at(0.8).modules == artefact.modules
     undecided = []
     for threshold in THRESHOLDS:
-        fresh = calibrate(model, Counted(batches), threshold=threshold, **kind)
-        known = calibrate(model, Counted(batches), threshold=threshold, known=artefact, **kind)
-        assert (known.sparsity, known.joint) == (fresh.sparsity, fresh.joint)
-        assert known.evaluations <= fresh.evaluations
+        expected = fresh(threshold=threshold, scope=scope)
+        known = calibrate(model, Counted(batches), threshold=threshold, known=artefact, scope=scope, **GRID)
+        assert (known.sparsity, known.joint) == (expected.sparsity, expected.joint)
+        assert known.evaluations <= expected.evaluations
         try:
-            assert artefact.at(threshold).sparsity == fresh.sparsity
+            assert artefact.at(threshold).sparsity == expected.sparsity
         except PartialLoraError as error:
             undecided.append(int(re.search(r"(\d+) point", str(error))[1]))
     assert undecided
@@ -79,36 +87,33 @@ def test_choices_made_before_are_part_of_what_is_known(model, batches, scope):
 
 
 @pytest.mark.parametrize("scope", ["independent", "cumulative"])
-def test_budgets_and_repairs_leave_the_curves_as_they_were(model, batches, scope):
-    kind = {"scope": scope, **GRID}
-    by_budget = calibrate(model, Counted(batches), budget=0.5, chance=0.3, **kind)
-    assert (
-        by_budget.at(by_budget.threshold).sparsity
-        == calibrate(model, Counted(batches), threshold=by_budget.threshold, **kind).sparsity
-    )
-    again = calibrate(model, Counted(batches), budget=0.5, chance=0.3, known=by_budget, **kind)
+def test_budgets_and_repairs_leave_the_curves_as_they_were(model, batches, fresh, scope):
+    by_budget = fresh(budget=0.5, chance=0.3, scope=scope)
+    read = by_budget.at(by_budget.threshold)
+    assert read.sparsity == fresh(threshold=by_budget.threshold, scope=scope).sparsity
+    again = calibrate(model, Counted(batches), budget=0.5, chance=0.3, known=by_budget, scope=scope, **GRID)
     assert again.sparsity == by_budget.sparsity
     if scope == "independent":
-        mended = calibrate(model, Counted(batches), repair=True, **kind)
-        assert mended.repaired["steps"]
-        assert mended.at(0.9).sparsity == calibrate(model, Counted(batches), **kind).sparsity
-        assert mended.at(0.9).repaired is None
-        reused = calibrate(model, Counted(batches), repair=True, known=mended, **kind)
-        assert (reused.sparsity, reused.joint) == (mended.sparsity, mended.joint)
+        repaired = fresh(threshold=0.9, repair=True)
+        assert repaired.repaired["steps"]
+        assert repaired.at(0.9).sparsity == fresh(threshold=0.9).sparsity
+        assert repaired.at(0.9).repaired is None
+        reused = calibrate(model, Counted(batches), repair=True, known=repaired, **GRID)
+        assert (reused.sparsity, reused.joint) == (repaired.sparsity, repaired.joint)
 
 
-def test_what_is_known_goes_into_the_store(model, batches, tmp_path):
-    artefact = calibrate(model, Counted(batches), threshold=0.8, **GRID)
+def test_what_is_known_goes_into_the_store(model, batches, fresh, tmp_path):
+    artefact = fresh(threshold=0.8)
     store = tmp_path / "curves.json"
     first = calibrate(model, Counted(batches), threshold=0.8, known=artefact, store=store, **GRID)
     assert first.evaluations == 2
     assert calibrate(model, Counted(batches), threshold=0.9, store=store, **GRID).evaluations == 2
 
 
-def test_of_the_store_and_what_is_known_the_one_that_knows_better_counts(model, batches, tmp_path):
+def test_of_the_store_and_what_is_known_the_one_that_knows_better_counts(model, batches, fresh, tmp_path):
     store = tmp_path / "curves.json"
     calibrate(model, bounded(model, batches), threshold=0.7, store=store, **GRID)
-    exact = calibrate(model, Counted(batches), threshold=0.7, **GRID)
+    exact = fresh(threshold=0.7)
     assert calibrate(model, Counted(batches), threshold=0.8, store=None, known=exact, **GRID).evaluations == 2
     rest = calibrate(model, Counted(batches), threshold=0.8, store=store, known=exact, **GRID)
     assert rest.evaluations == 2
@@ -128,8 +133,8 @@ def test_of_the_store_and_what_is_known_the_one_that_knows_better_counts(model, 
         ({"target_modules": ["attn.qkv"]}, r"known: its modules are not those to calibrate \(vit.blocks.0.mlp.fc2\)"),
     ],
 )
-def test_a_calibration_of_something_else_is_refused(model, batches, changes, message):
-    artefact = calibrate(model, Counted(batches), threshold=0.8, **GRID)
+def test_a_calibration_of_something_else_is_refused(model, batches, fresh, changes, message):
+    artefact = fresh(threshold=0.8)
     with pytest.raises(PartialLoraError, match=message):
         calibrate(model, Counted(batches), known=artefact, **GRID | changes)
     other = dataclasses.replace(artefact, baseline=artefact.baseline - 0.1)
@@ -139,9 +144,9 @@ def test_a_calibration_of_something_else_is_refused(model, batches, changes, mes
         artefact.at(1.5)
 
 
-def test_older_files_are_read(model, batches, tmp_path):
+def test_older_files_are_read(fresh, tmp_path):
     path, new = tmp_path / "calibration.json", ("axes", "scope", "levels", "max_sparsity", "chance", "above_chance")
-    found = calibrate(model, Counted(batches), threshold=0.8, settings={"levels": 0.2, "max_sparsity": 0.8}, **GRID)
+    found = fresh(threshold=0.8, settings={"levels": 0.2, "max_sparsity": 0.8})
     found.save(path)
     content = json.loads(path.read_text())
     assert content["version"] == 1
@@ -149,8 +154,8 @@ def test_older_files_are_read(model, batches, tmp_path):
     assert Calibration.load(path) == found
 
 
-def test_a_store_that_cannot_be_written_costs_nothing_but_time(model, batches, tmp_path, caplog):
+def test_a_store_that_cannot_be_written_costs_nothing_but_time(model, batches, fresh, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     found = calibrate(model, Counted(batches), threshold=0.8, store=tmp_path / "file" / "curves.json", **GRID)
-    assert found.sparsity == calibrate(model, Counted(batches), threshold=0.8, **GRID).sparsity
+    assert found.sparsity == fresh(threshold=0.8).sparsity
     assert caplog.text.count("cannot be written") == 1

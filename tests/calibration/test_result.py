@@ -1,16 +1,62 @@
-"""What the numbers of a calibration warn of."""
+"""A calibration in its file, and what its numbers warn of."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
 import pytest
 from scored_models import TARGETS, Counted
 
-from partial_lora import Calibration, calibrate
+from partial_lora import Calibration, PartialLoraError, calibrate
 from partial_lora.calibration.result import warnings_of
 from partial_lora.masks import AXES
+
+
+def test_a_calibration_comes_back_from_its_file(model, score, tmp_path):
+    found = calibrate(model, score, target_modules=TARGETS, levels=0.2, settings={"shots": 4})
+    path = tmp_path / "calibration.json"
+    found.save(path)
+    assert Calibration.load(path) == found
+    content = json.loads(path.read_text())
+    assert {"version", "settings", "baseline", "joint", "modules"} <= set(content)
+    entry = content["modules"]["vit.blocks.0.attn.qkv"]["rows"]
+    assert set(entry) == {"sparsity", "curve"}
+    assert set(found.summary()) >= {"baseline", "joint", "threshold", "search", "evaluations", "seconds", "cached"}
+    path.write_text(json.dumps(content | {"more": 1}))
+    assert Calibration.load(path) == found
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: "{",
+        lambda content: "[1]",
+        lambda content: json.dumps(content | {"version": 99}),
+        lambda content: json.dumps({key: value for key, value in content.items() if key != "modules"}),
+        lambda content: json.dumps(content | {"modules": {"a": {"rows": {"sparsity": 0.5}}}}),
+        lambda content: json.dumps(
+            content | {"modules": {"a": {"rows": {"sparsity": 1.5}, "columns": {"sparsity": 0}}}}
+        ),
+        lambda content: json.dumps(
+            content | {"modules": {"a": {"rows": {"sparsity": "x"}, "columns": {"sparsity": 0}}}}
+        ),
+    ],
+)
+def test_a_broken_calibration_is_refused_by_name(tmp_path, spoil):
+    path = tmp_path / "calibration.json"
+    axes = {axis: {"sparsity": 0.5, "curve": [[0.5, 0.9]]} for axis in ("rows", "columns")}
+    good = {"version": 1, "settings": {}, "baseline": 1.0, "joint": 0.9, "modules": {"a": axes}}
+    path.write_text(json.dumps(good))
+    assert Calibration.load(path).sparsity == {"a": {"rows": 0.5, "columns": 0.5}}
+    path.write_text(spoil(good))
+    with pytest.raises(PartialLoraError, match=r"calibration.json: expected a calibration.json") as error:
+        Calibration.load(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(PartialLoraError, match=r"missing.json"):
+        Calibration.load(tmp_path / "missing.json")
+
 
 USUAL = {"baseline": 0.9, "threshold": 0.9, "chance": 0.1, "joint": 0.85, "levels": 0.2, "max_sparsity": 0.8}
 

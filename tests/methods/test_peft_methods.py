@@ -1,9 +1,8 @@
-"""What methods add to training: a penalty on the loss, an optimizer of their own, an allocator that is called."""
+"""Additions to training: a penalty on the loss, projected gradients, an allocator; and full with tied weights."""
 
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -21,30 +20,29 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.methods.controls import PaddedEntries
 from partial_lora.methods.peft import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
-from partial_lora.training.cost import Cost, optimizer_bytes
+from partial_lora.training.cost import optimizer_bytes
 
 
 def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0]))
-    aids = Training(penalty=lambda: weight.square().sum())
-    loss = aids.loss(lambda outputs, labels: outputs.sum() * labels, parts=2)
+    added = Training(penalty=lambda: weight.square().sum())
+    loss = added.loss(lambda outputs, labels: outputs.sum() * labels, parts=2)
     assert loss(weight * 2, labels=1.0).item() == 6 + 9 / 2
     with torch.no_grad():
         assert loss(weight * 2, labels=1.0).item() == 6
     plain = Training()
-    given = print
-    assert plain.loss(given) is given
+    assert plain.loss(print) is print
 
 
 @pytest.mark.parametrize("method", ["partial", "lora", "full", "dora"])
 def test_most_methods_add_nothing(method: str) -> None:
-    aids = methods.training(method, adapted(method, "tiny_vit")[0])
-    assert (aids.callbacks, aids.penalty, aids.final_after(10), aids.summary()) == ((), None, 0, {})
+    added = methods.training(method, adapted(method, "tiny_vit")[0])
+    assert (added.callbacks, added.penalty, added.final_after(10), added.summary()) == ((), None, 0, {})
 
 
 def test_what_needs_whole_parameters_is_refused_where_they_are_shared_out() -> None:
     model, _ = adapted("adalora", "tiny_vit")
-    with pytest.raises(PartialLoraError, match=r"trainer\.strategy=fsdp: method=adalora needs whole parameters"):
+    with pytest.raises(PartialLoraError, match=r"^trainer\.strategy=fsdp: method=adalora"):
         methods.training("adalora", model, sharded=True)
     assert methods.training("lora", model, sharded=True).callbacks == ()
 
@@ -93,21 +91,21 @@ def overflowing(model, steps: set[int]) -> None:
 
 
 @pytest.mark.parametrize("skipped", [{0}, {0, 1, 4}, {7}, {6, 7, 8}])
-def test_a_step_that_the_scaler_skips_tells_the_allocator_nothing(skipped: set[int]) -> None:
+def test_a_step_that_the_scaler_skips_is_not_shown_to_the_allocator(skipped: set[int]) -> None:
     model, _ = adapted("adalora", "tiny_vit")
     overflowing(model, skipped)
     optimizer = steps_of_adalora(model, 10, 10, optimizer=scaled(model))
     held = [each for state in optimizer.state.values() for each in state.values()]
     assert all(torch.isfinite(each).all() for each in [*held, *values(model).values()])
     assert all(state["step"] == 10 - len(skipped) for state in optimizer.state.values())
-    said = methods.training("adalora", model).summary()
-    assert 0 < said["ranks"] <= said["target_ranks"]
+    counts = methods.training("adalora", model).summary()
+    assert 0 < counts["ranks"] <= counts["target_ranks"]
 
 
 def test_without_one_finite_gradient_there_are_no_ranks_to_choose() -> None:
     model, _ = adapted("adalora", "tiny_vit")
     overflowing(model, set(range(10)))
-    with pytest.raises(PartialLoraError, match=r"method=adalora: none of the first 8 steps had finite gradients.*=no"):
+    with pytest.raises(PartialLoraError, match=r"^method=adalora: .*trainer\.mixed_precision=no"):
         steps_of_adalora(model, 10, 10, optimizer=scaled(model))
 
 
@@ -126,14 +124,14 @@ def test_the_allocator_is_called_at_every_step_and_ends_at_the_budget(monkeypatc
     model, setting = adapted("adalora", "tiny_vit")
     steps_of_adalora(model, 10, 10)
     assert called == list(range(8))  # of the last three steps the first chooses, and the others keep to that
-    said = methods.training("adalora", model).summary()
+    counts = methods.training("adalora", model).summary()
     layers = [layer for layer in model.modules() if isinstance(layer, AdaLoraLayer)]
-    assert said["target_ranks"] == len(layers) * setting.rank
-    assert said["ranks"] <= said["target_ranks"] < sum(len(layer.lora_E["default"]) for layer in layers)
+    assert counts["target_ranks"] == len(layers) * setting.rank
+    assert counts["ranks"] <= counts["target_ranks"] < sum(len(layer.lora_E["default"]) for layer in layers)
     assert model.peft_config["default"].rank_pattern is None
     # alpha / rank of a rank that is left, whatever the rank it started with
     assert {layer.scaling["default"] / layer.ranknum["default"].item() for layer in layers} == {8.0 / 4}
-    with pytest.raises(PartialLoraError, match="method=adalora: expected at least 4 optimizer steps, got 3"):
+    with pytest.raises(PartialLoraError, match=r"^method=adalora: .* 4 optimizer steps, got 3"):
         steps_of_adalora(model, 1, 3)
 
 
@@ -187,69 +185,14 @@ def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:
     assert sum(each.numel() for each in model.parameters()) == 127680
     model(**inputs("tiny_llama")).logits.square().sum().backward()
     assert embedding.grad is not None
-    with pytest.raises(PartialLoraError, match=r"method=full: not applicable: expected float32 weights; set model\.dt"):
+    with pytest.raises(PartialLoraError, match=r"^method=full: not applicable: .*model\.dtype=float32"):
         methods.get("full")(torch.nn.Linear(2, 2).bfloat16(), None)
 
 
-def test_what_a_file_is_filled_up_with_does_not_come_back_as_values() -> None:
+def test_padding_of_a_file_does_not_come_back_as_values() -> None:
     held = PaddedEntries({"default": torch.nn.Parameter(torch.tensor([1.0, 2.0]))}, length=5)
     state = held.state_dict()
     assert state["default"].tolist() == [1, 2, 0, 0, 0]
     other = PaddedEntries({"default": torch.nn.Parameter(torch.zeros(2))}, length=5)
     other.load_state_dict(state)
     assert other["default"].tolist() == [1, 2]
-
-
-def test_the_cost_of_a_step_is_watched_without_another_pass() -> None:
-    model, _ = adapted("lora", "tiny_vit")
-    cost, control = Cost(model), TrainerControl()
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
-    arguments = SimpleNamespace(device=torch.device("cpu"))
-    kept = []
-    for step in range(4):
-        state = TrainerState(max_steps=4, global_step=step)
-        cost.on_step_begin(arguments, state, control)
-        drawn = torch.get_rng_state()
-        model(**inputs("tiny_vit")).logits.sum().backward()
-        assert torch.equal(torch.get_rng_state(), drawn)
-        optimizer.step()
-        cost.on_step_end(arguments, state, control, optimizer=optimizer)
-        kept.append(cost.measured()["saved_activation_bytes"])
-    assert len(passes) == 4
-    assert kept[0] is None
-    assert kept[1] == kept[3] > 0
-    trains = [each for each in model.parameters() if each.requires_grad]
-    assert cost.measured()["optimizer_bytes"] == sum(2 * each.nbytes + 4 for each in trains)
-    assert len(cost._times) == 3
-    assert 0 < cost.measured()["step_seconds"] < 60
-
-
-def test_on_a_gpu_steps_are_timed_by_its_events_which_nothing_waits_for_in_training(monkeypatch) -> None:
-    told = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self, stream) -> None:
-            self.place = len(told)
-            told.append("recorded")
-
-        def synchronize(self) -> None:
-            told.append("waited for")
-
-        def elapsed_time(self, later) -> float:
-            return 500.0 * (later.place - self.place)  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    cost, control = Cost(torch.nn.Linear(1, 1)), TrainerControl()
-    arguments, optimizer = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(state={})
-    for step in range(3):
-        state = TrainerState(max_steps=3, global_step=step)
-        cost.on_step_begin(arguments, state, control)
-        cost.on_step_end(arguments, state, control, optimizer=optimizer)
-    assert told == ["recorded"] * 6
-    assert cost.measured()["step_seconds"] == 0.5

@@ -1,0 +1,404 @@
+"""Parameters and bytes, predicted from shapes, against what real tiny models hold and keep."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+from configured import load, settings
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from partial_lora import models
+from partial_lora.adapter import PartialLoraConfig
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import kept_count
+from partial_lora.training import cost
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(10, 30)
+        self.proj = nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.proj(self.qkv(x)[..., :10])
+
+
+class Model(nn.Module):
+    """Two blocks, a convolution with a name that looks like a target, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.ModuleDict({"proj": nn.Conv2d(3, 10, 2)})
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+TARGETS = ["qkv", "blocks.0.proj", "blocks.1.proj"]
+SHAPES = {
+    f"blocks.{depth}.{name}": shape for depth in (0, 1) for name, shape in (("qkv", (30, 10)), ("proj", (10, 10)))
+}
+HEAD = 10 * 4 + 4
+BASE = (3 * 10 * 4 + 10) + 2 * (30 * 10 + 30 + 10 * 10 + 10)
+DENSE = 2 * (3 * (30 + 10) + 3 * (10 + 10))  # two blocks at rank 3
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    return get_peft_model(
+        Model(), LoraConfig(**{"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]} | options)
+    )
+
+
+def test_adapter_parameters_by_hand():
+    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
+    sparsity = {"a": {"rows": 0.9, "columns": 0.5}, "b": {"rows": 0.0, "columns": 0.8}}
+    # a keeps 3 rows and 5 columns, b 10 rows and 2 columns
+    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
+
+
+def test_adapter_parameters_count_what_the_masks_keep():
+    for share in (0.0, 0.33, 0.87, 0.999):
+        rows_columns = sum(4 * (kept_count(m, share) + kept_count(n, share)) for m, n in SHAPES.values())
+        entries = sum(kept_count(4 * m, share) + kept_count(4 * n, share) for m, n in SHAPES.values())
+        assert cost.adapter_parameters(SHAPES, 4, share)["trainable"] == rows_columns
+        assert cost.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == entries
+
+
+@pytest.mark.parametrize("change", [{"blocks.0.qkv": None}, {"blocks.7.qkv": {"rows": 0.5, "columns": 0.5}}])
+def test_a_sparsity_for_other_modules_is_refused_by_name(change):
+    sparsity = {name: {"rows": 0.5, "columns": 0.5} for name in SHAPES} | change
+    sparsity = {name: each for name, each in sparsity.items() if each}
+    with pytest.raises(PartialLoraError, match=next(iter(change)).replace(".", r"\.")):
+        cost.adapter_parameters(SHAPES, 4, sparsity)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, r"blocks\.\d\.(qkv|proj)"])
+def test_target_shapes_are_the_modules_peft_adapts(targets):
+    names = {name.removesuffix(".lora_A") for name, _ in adapted().get_base_model().named_modules() if "lora_A" in name}
+    shapes = cost.target_shapes(Model(), targets, "head")
+    assert shapes == SHAPES
+    assert set(shapes) == {name for name in names if not name.endswith("default")}
+    assert "head" not in cost.target_shapes(Model(), ["qkv", "head"], "head")
+
+
+def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
+    with torch.device("meta"):
+        outline = Model()
+    described = cost.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+    found = cost.measured(adapted(), "head")
+    assert found == {
+        "base": BASE,
+        "adapter_dense": DENSE,
+        "adapter_trainable": DENSE,
+        "head": HEAD,
+        "adapter_sparsity": 0.0,
+    }
+    assert {key: described[key] for key in found} == found
+    assert described["targets"] == 4
+
+
+def test_describe_masked():
+    sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    trainable = 2 * 3 * ((3 + 5) + (1 + 5))
+    assert described["adapter_trainable"] == trainable
+    assert described["adapter_sparsity"] == pytest.approx(1 - trainable / DENSE)
+    assert described["adapter_bytes"] == 4 * (DENSE + HEAD)  # zeros are written out
+    assert described["compact_bytes"] == described["gradient_bytes"] == 4 * (trainable + HEAD)
+    assert described["optimizer_bytes"] == 2 * described["gradient_bytes"]
+
+
+def test_predicted_bytes_are_those_of_peft_and_adamw(tmp_path):
+    model = adapted()
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.nbytes for tensor in saved.values()) == described["adapter_bytes"]
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model(torch.randn(2, 10)).sum().backward()
+    optimizer.step()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert sum(gradient.nbytes for gradient in gradients) == described["gradient_bytes"]
+    assert sum(moment.nbytes for moment in moments) == described["optimizer_bytes"]
+
+
+def test_a_probe_has_no_adapter():
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=None)
+    probe = adapted(target_modules=DUMMY_TARGET_MODULES)
+    expected = {"base": BASE, "adapter_dense": 0, "adapter_trainable": 0, "head": HEAD, "adapter_sparsity": None}
+    assert cost.measured(probe, "head") == expected
+    assert {key: described[key] for key in expected} == expected
+
+
+def test_measured_without_peft():
+    model = Model().requires_grad_(False)
+    model.head.requires_grad_(True)
+    found = cost.measured(model, "head")
+    assert (found["base"], found["head"], found["adapter_dense"]) == (BASE, HEAD, 0)
+
+
+class Kept(nn.Module):
+    """Part of an adapter whose one parameter holds the kept rows, and whose weight is the dense view."""
+
+    def __init__(self, dense: torch.Tensor, kept: int, dim: int) -> None:
+        super().__init__()
+        self.shape = dense.shape
+        self.kept = nn.Parameter(dense.narrow(dim, 0, kept).clone())
+
+    @property
+    def weight(self):
+        return torch.zeros(self.shape)
+
+
+def test_measured_counts_the_entries_that_exist_not_the_config():
+    model = adapted()
+    layer = model.get_base_model().blocks[0].qkv
+    layer.lora_B["default"] = Kept(layer.lora_B["default"].weight.data, 6, 0)
+    layer.lora_A["default"] = Kept(layer.lora_A["default"].weight.data, 4, 1)
+    found = cost.measured(model, "head")
+    removed = 3 * (24 + 6)
+    assert (found["adapter_dense"], found["adapter_trainable"]) == (DENSE, DENSE - removed)
+    assert found["adapter_sparsity"] == pytest.approx(removed / DENSE)
+
+
+def test_measured_on_a_masked_adapter_is_what_was_described():
+    sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
+    options = {"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]}
+    model = get_peft_model(Model(), PartialLoraConfig(**options, sparsity=sparsity, mask_seed=0))
+    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    found = cost.measured(model, "head")
+    assert found == {key: described[key] for key in found}
+
+
+def test_measured_counts_only_what_trains():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    assert cost.measured(model, "head")["adapter_trainable"] == 2 * 3 * (30 + 10)
+
+
+def test_a_second_adapter_is_neither_base_nor_counted():
+    model = adapted(target_modules=["qkv"])
+    before = cost.measured(model, "head")
+    model.add_adapter("other", LoraConfig(r=5, target_modules=TARGETS, modules_to_save=["head"]))
+    assert cost.measured(model, "head") == before
+
+
+def test_a_stray_trainable_parameter_is_named():
+    model = adapted()
+    model.get_base_model().patch.proj.bias.requires_grad_(True)
+    with pytest.raises(PartialLoraError, match=r"patch\.proj\.bias trains"):
+        cost.measured(model, "head")
+
+
+def test_a_head_that_is_not_there_is_named():
+    with pytest.raises(PartialLoraError, match=r"model\.head=classifier"):
+        cost.measured(Model(), "classifier")
+
+
+@pytest.mark.parametrize("sparsity", [0.87, None])
+def test_the_table_has_the_numbers_within_80_columns(sparsity):
+    info = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(cost.table(info))
+    text = console.file.getvalue()
+    assert f"{info['base']:,}" in text
+    assert f"{info['adapter_dense']:,}" in text
+    assert f"{info['compact_bytes'] / 1024:,.1f} KiB" in text or f"{info['compact_bytes']:,} B" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert len(text.splitlines()) == 10  # no row wraps
+
+
+# Memory of a training step
+
+GEOMETRY = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 300}
+BATCH, LENGTH, RANK = 3, 24, 4
+
+
+def model_args(name: str) -> dict:
+    return settings(name)["model_args"] | GEOMETRY
+
+
+def described(name: str, sparsity: float, targets: list[str] | None = None) -> tuple[nn.Module, dict, dict]:
+    """The model's outline, the shapes of its targets and its counts."""
+    chosen = settings(name)
+    model = models.empty(family="causal", architecture=chosen["architecture"], model_args=model_args(name))
+    adapted = {"target_modules": targets or chosen["target_modules"], "head": None}
+    shapes = cost.target_shapes(model, **adapted)
+    return model, shapes, cost.describe(model, **adapted, rank=RANK, sparsity=sparsity)
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of all weights, and of all that a quantised one is read by."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += sum(each.numel() * each.element_size() for each in (state.absmax, state.code))
+        scales = getattr(parameter, "SCB", None)
+        if scales is not None:
+            total += scales.numel() * scales.element_size()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "quantization"),
+    [
+        ("tiny_llama", "float32", None),
+        ("tiny_llama", "bfloat16", "nf4"),
+        ("tiny_llama", "bfloat16", "int8"),
+        ("tiny_qwen", "bfloat16", None),
+        ("tiny_qwen", "float32", "nf4"),
+    ],
+)
+def test_frozen_weights_take_the_bytes_that_are_counted(name, dtype, quantization):
+    model = load(name, model_args=model_args(name), dtype=dtype, quantization=quantization)
+    outline = models.empty(family="causal", architecture=settings(name)["architecture"], model_args=model_args(name))
+    assert cost.weight_bytes(outline, dtype, quantization) == held(model)
+
+
+def kept(
+    name: str, sparsity: float, dtype: str, quantization: str | None, targets: list[str], checkpoints: bool
+) -> int:
+    """Bytes of what autograd keeps of a step, each piece of memory once, without the model itself."""
+    base = load(name, model_args=model_args(name), dtype=dtype, quantization=quantization)
+    config = PartialLoraConfig(r=RANK, target_modules=targets, sparsity=sparsity, mask_seed=0)
+    model = get_peft_model(base, config).train()
+    if checkpoints:
+        models.enable_gradient_checkpointing(model)
+    own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
+    pieces: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            pieces[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    words = torch.randint(4, 260, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(words)
+    mask[0, 10:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=words, attention_mask=mask, labels=words, use_cache=False).loss
+    for tensor in unseen(loss):
+        pack(tensor)
+    return sum(pieces.values())
+
+
+def unseen(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What bitsandbytes' functions keep by themselves, past autograd."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [function for function, _ in node.next_functions]
+        kept = (getattr(node, "A", None), *getattr(node, "tensors", ()))  # of MatMul8bitFp; of MatMul8bitLt
+        yield from (each for each in kept if each is not None)
+
+
+CASES = [
+    ("tiny_llama", 0.0, "float32", None),
+    ("tiny_llama", 0.0, "bfloat16", None),
+    ("tiny_llama", 0.87, "float32", None),
+    ("tiny_llama", 0.87, "bfloat16", None),
+    ("tiny_llama", 0.3, "bfloat16", None),
+    ("tiny_llama", 0.87, "bfloat16", "nf4"),
+    ("tiny_llama", 0.87, "bfloat16", "int8"),
+    ("tiny_llama", 0.0, "float32", "int8"),
+    ("tiny_llama", 0.0, "bfloat16", "nf4"),
+    ("tiny_qwen", 0.87, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "dtype", "quantization", "few"),
+    [*((*case, False) for case in CASES), *((*CASES[number], True) for number in (1, 3, 5, 6))],
+)
+def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsity, dtype, quantization, few):
+    targets = ["q_proj", "v_proj"] if few else settings(name)["target_modules"]
+    model, shapes, counts = described(name, sparsity, targets)
+    found = cost.activations(
+        model.config,
+        shapes,
+        rank=RANK,
+        density=counts["adapter_trainable"] / counts["adapter_dense"],
+        size=getattr(torch, dtype).itemsize,
+        quantization=quantization,
+        batch_size=BATCH,
+        length=LENGTH,
+    )
+    plain, checkpointed = (kept(name, sparsity, dtype, quantization, targets, checkpoints=c) for c in (False, True))
+    assert found.blocks * found.block + found.after == pytest.approx(plain, rel=0.05)
+    assert found.blocks * found.entering + found.after == pytest.approx(checkpointed, rel=0.05)
+
+
+def estimate(name: str, *, outline: nn.Module | None = None, sparsity: float = 0.87, **changes: object) -> dict:
+    chosen = settings(name)
+    model = outline or models.empty(**{key: chosen[key] for key in ("family", "architecture", "model_args")})
+    adapted = {"target_modules": chosen["target_modules"], "head": None}
+    shapes = cost.target_shapes(model, **adapted)
+    counts = cost.describe(model, **adapted, rank=16, sparsity=sparsity)
+    asked = {"shapes": shapes, "counts": counts, "rank": 16, "batch_size": 4, "length": 512}
+    return cost.peak_memory(model, **(asked | changes))
+
+
+def test_peak_is_the_sum_of_its_parts_and_counts_each_once():
+    found = estimate("llama2_7b")
+    counted = ("weights", "adapter", "gradients", "optimizer")
+    assert found["peak"] == sum(found[key] for key in (*counted, "activations"))
+    assert found["peak_checkpointed"] == sum(found[key] for key in (*counted, "activations_checkpointed"))
+    assert found["weights"] == 2 * 6_738_415_616
+    assert found["gradients"] == found["adapter"]
+    assert found["optimizer"] == 2 * found["adapter"]
+    assert found["activations_checkpointed"] < found["activations"] / 5
+    quantised = estimate("llama2_7b", quantization="nf4")
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rest = 6_738_415_616 - linears
+    assert quantised["weights"] == 2 * rest + linears // 2 + 4 * (linears // 64) + 32 * 7 * 64
+    whole = 2 * 4096 * 11008  # the largest matrix, while a product is computed
+    assert quantised["peak"] == sum(quantised[key] for key in (*counted, "activations")) + whole
+    assert estimate("llama2_7b", quantization="int8")["weights"] > quantised["weights"]
+
+
+def test_dense_adapters_keep_more_and_longer_batches_in_proportion():
+    partial, dense = estimate("llama3_1_8b"), estimate("llama3_1_8b", sparsity=0.0)
+    assert partial["activations"] < dense["activations"]
+    assert partial["peak"] < dense["peak"]
+    assert estimate("llama3_1_8b", batch_size=8)["activations"] == pytest.approx(2 * partial["activations"], rel=1e-6)
+    assert estimate("llama3_1_8b", length=1024)["activations"] == pytest.approx(2 * partial["activations"], rel=1e-6)
+
+
+def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
+    """Where log-probabilities are small, the most is kept when a block has been computed again."""
+    outline, shapes, _ = described("tiny_llama", 0.0)
+    one = {"rank": RANK, "density": 1.0, "size": 4, "quantization": None, "batch_size": 1, "length": 10}
+    found = cost.activations(outline.config, shapes, **one)
+    assert found.block > found.after + found.gradient
+    assert found.peak_checkpointed == found.blocks * found.entering + found.block + found.logits
+    many = cost.activations(
+        outline.config.__class__(**(outline.config.to_dict() | {"vocab_size": 10**5})), shapes, **one
+    )
+    assert many.peak_checkpointed == many.blocks * many.entering + many.after + many.logits + many.gradient
+
+
+def test_model_of_another_kind_is_refused_in_one_line():
+    outline = models.empty(architecture="vit_tiny_patch16_224", num_labels=2)
+    with pytest.raises(PartialLoraError, match=r"model\.architecture") as caught:
+        cost.activations(outline.config, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
+    assert "\n" not in str(caught.value)
