@@ -233,7 +233,9 @@ def operating_point(result: Mapping) -> str:
     if result["calibration"] is None:
         return NONE
     settings = result["config"]["calibration"]
-    return rates.said(result["calibration"] if settings.get("file") else settings)  # a file has its own point
+    return rates.operating_point(
+        result["calibration"] if settings.get("file") else settings
+    )  # a file has its own point
 
 
 def precision(result: Mapping) -> str:

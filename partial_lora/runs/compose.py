@@ -1,4 +1,4 @@
-"""From command-line arguments to checked settings: what Hydra composes, and its errors in one line."""
+"""Hydra composes the settings of a run or a sweep from command-line arguments; its errors become one line each."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
 from partial_lora.runs.schema import Config
 
-# --- What a command line asks for: one run, or the runs of a sweep, composed and checked before any of them starts.
-
 CONFIG_NAME = "config"
+USAGE_ERROR = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run, and by whom.
+    """One run, or the runs of a sweep, composed and checked before any of them starts.
 
     Attributes:
-        runs: the overrides and the settings of every run. A sampler chooses its own: of these stands one example, with
-            the first of the values, or the middle one, that each key may get.
-        refused: why runs cannot be, a line each.
+        runs: the overrides and the settings of every run. A sampler chooses its own: one example stands for them, with
+            the first or the middle of the values that each key may get.
+        refused: why runs are refused, a line each.
         is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: where Hydra writes of it.
         swept: the keys in which its runs differ.
-        direction: what a sampler aims at, where it has such a key.
+        direction: of a sampler, where it has such a key.
     """
 
     runs: list[tuple[list[str], Config]]
@@ -44,57 +43,51 @@ class Plan:
 
     @property
     def is_sampled(self) -> bool:
-        """True where the sweeper chooses each run by what others came to."""
+        """True where the sweeper chooses each run by the results of others."""
         return self.sweeper != "basic"
 
     def name(self, overrides: Sequence[str]) -> str:
-        """What tells a run from the others: the overrides of swept keys."""
+        """Return the overrides of swept keys, which tell a run from the others."""
         return " ".join(override for override in overrides if override.partition("=")[0] in self.swept)
 
 
 def plan(arguments: Sequence[str]) -> Plan:
-    """Compose everything that arguments of Hydra's command line ask for, and check it; nothing is written.
+    """Compose and check all runs of arguments of Hydra's command line; nothing is written.
 
     Raises Hydra's and OmegaConf's own errors for what does not compose.
     """
-    from hydra.core.global_hydra import GlobalHydra
-
-    try:
-        return _plan(arguments)
-    finally:
-        GlobalHydra.instance().clear()  # whoever composes next in this process begins anew
-
-
-def _plan(arguments: Sequence[str]) -> Plan:
     from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
     flags = get_args_parser().parse_args(list(arguments))
-    hydra, name = _hydra_of_plan(flags), flags.config_name or CONFIG_NAME
-
-    def composed(mode: RunMode):
-        return hydra.compose_config(name, list(flags.overrides), run_mode=mode, with_log_configuration=False)
-
-    if not flags.multirun and hydra.get_mode(name, list(flags.overrides)) != RunMode.MULTIRUN:
-        return _checked([([], composed(RunMode.RUN))])
-    master = composed(RunMode.MULTIRUN)
-    choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
-    chosen = {"launcher": choices["hydra/launcher"], "sweeper": choices["hydra/sweeper"]}
-    given = _given(master, hydra.config_loader)
-    overrides = _combinations(given) if chosen["sweeper"] == "basic" else [_example(given)]
-    runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in overrides)
-    return _checked(
-        runs,
-        is_sweep=True,
-        sweep_dir=Path(master.hydra.sweep.dir),
-        swept=frozenset(override.get_key_element() for override in given if override.is_sweep_override()),
-        direction=_name(sweeper.direction) if "direction" in sweeper else None,
-        **chosen,
-    )
+    name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
+    try:
+        hydra = _hydra_of_plan(flags)
+        mode = RunMode.MULTIRUN if flags.multirun else hydra.get_mode(name, overrides)
+        master = hydra.compose_config(name, overrides, run_mode=mode, with_log_configuration=False)
+        if mode != RunMode.MULTIRUN:
+            return _checked([([], master)])
+        choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
+        parsed = _sweep_overrides(master, hydra.config_loader)
+        combinations = _combinations(parsed) if choices["hydra/sweeper"] == "basic" else [_example(parsed)]
+        runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in combinations)
+        direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
+        return _checked(
+            runs,
+            is_sweep=True,
+            launcher=choices["hydra/launcher"],
+            sweeper=choices["hydra/sweeper"],
+            sweep_dir=Path(master.hydra.sweep.dir),
+            swept=frozenset(override.get_key_element() for override in parsed if override.is_sweep_override()),
+            direction=direction if isinstance(direction, str) else None,  # one of several goals is not the direction
+        )
+    finally:
+        GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
 
 def _hydra_of_plan(flags):
-    """Hydra as `hydra.main` makes it for the same flags."""
+    """Return Hydra as `hydra.main` makes it for the same flags."""
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
@@ -116,7 +109,7 @@ def _checked(runs, **known: object) -> Plan:
     for overrides, composed in runs:
         try:
             configs.append((list(overrides), _resolved(composed)))
-        except PartialLoraError as error:  # collected: all that is wrong is said at once
+        except PartialLoraError as error:  # collected, so that all are printed at once
             refused.append(str(error))
     return Plan(configs, list(dict.fromkeys(refused)), **known)
 
@@ -132,39 +125,39 @@ def _resolved(composed) -> Config:
     return resolve(composed)
 
 
-def _given(master, config_loader) -> list:
-    """The overrides of a sweep: those of its sweeper's params, then those of the command line."""
+def _sweep_overrides(master, config_loader) -> list:
+    """Return the parsed overrides of a sweep: those of its sweeper's params, then those of the command line."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     params = master.hydra.sweeper.get("params") or {}
-    given = [f"{key}={value}" for key, value in params.items() if isinstance(value, (str, int, float))]
+    swept = [f"{key}={value}" for key, value in params.items() if isinstance(value, (str, int, float))]
     parser = OverridesParser.create(config_loader=config_loader)
-    return parser.parse_overrides([*given, *master.hydra.overrides.task])
+    return parser.parse_overrides([*swept, *master.hydra.overrides.task])
 
 
-def _combinations(given: list) -> list[list[str]]:
-    """What Hydra's own sweeper runs, in its order."""
+def _combinations(overrides: list) -> list[list[str]]:
+    """Return the runs of Hydra's own sweeper, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    for override in given:
+    for override in overrides:
         if override.is_interval_sweep():
             expected = "expected values, or a sampler: hydra/sweeper=optuna"
             raise PartialLoraError(f"{override.input_line}: an interval has no end of values; {expected}")
-    return BasicSweeper.split_arguments(given, None)[0]
+    return BasicSweeper.split_arguments(overrides, None)[0]
 
 
-def _example(given: list) -> list[str]:
-    """One combination of those a sampler may choose."""
-    found = {}
-    for override in given:
+def _example(overrides: list) -> list[str]:
+    """Return one combination of those a sampler may choose."""
+    values = {}
+    for override in overrides:
         if override.is_interval_sweep():
             value = str(_middle(override.value()))
         elif override.is_sweep_override():
             value = next(iter(override.sweep_string_iterator()))
         else:
             value = override.get_value_element_as_str()
-        found[override.get_key_element()] = value
-    return [f"{key}={value}" for key, value in found.items()]
+        values[override.get_key_element()] = value
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _middle(interval) -> float | int:
@@ -173,13 +166,6 @@ def _middle(interval) -> float | int:
     return int(middle) if isinstance(start, int) and isinstance(end, int) else middle
 
 
-def _name(direction) -> str | None:
-    """One direction's name; None of several."""
-    found = getattr(direction, "name", direction)
-    return found if isinstance(found, str) else None
-
-
-USAGE_ERROR = 2
 _SWEEPS = "pip install 'partial-lora[sweeps]'"
 _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
     "joblib": _SWEEPS,
@@ -274,7 +260,7 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
 
 @contextmanager
 def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Make PartialLoraErrors of Hydra's and OmegaConf's errors."""
+    """Turn Hydra's and OmegaConf's errors into PartialLoraErrors of one line."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -287,7 +273,9 @@ def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Hydra would merge the files of a list of groups into one, or take a plug-in's name for its settings."""
+    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, and for a plug-in's name with
+    a dot, which it would take for the plug-in's settings.
+    """
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in GROUPS and value.startswith("["):
@@ -297,7 +285,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
-    """One line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
+    """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -327,8 +315,8 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
         group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
         folder, _, name = group.rpartition("/")
-        said = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
-        return said + (f"; {_PLUG_INS[name]} brings it" if name in _PLUG_INS else "")
+        line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
+        return line + (f"; {_PLUG_INS[name]} brings it" if name in _PLUG_INS else "")
     for argument in arguments:
         if "," in argument and "ambiguous" in " ".join(lines).lower():
             return f"{argument}: several values; for a run of each add -m"

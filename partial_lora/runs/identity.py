@@ -42,22 +42,22 @@ NOT_SETTINGS = {
 
 
 def computed_from(settings: Mapping) -> dict[str, Any]:
-    """The settings that a run computes from and that are not the schema's defaults, each by its full key.
+    """Return the settings that a run computes from and that are not the schema's defaults, each by its full key.
 
     The members of a mixture are among them as tasks are, and `task.members` is their names in order, which is that of
     the outputs.
     """
     names, standard = list(settings.get("task", {}).get("members") or ()), defaults()
-    found = {}
+    changed = {}
     for key, value in flatten(settings).items():
         own = plain(key, names)
         if own not in NOT_SETTINGS and value != standard.get(own):
-            found[key] = value
-    return found | ({"task.members": names} if names else {})
+            changed[key] = value
+    return changed | ({"task.members": names} if names else {})
 
 
 def plain(key: str, members: Sequence[str]) -> str:
-    """The key of a task that a key of one of a mixture's members is; any other key as it is."""
+    """Return the key of a task in place of that of one of a mixture's members; any other key as it is."""
     if not key.startswith("task.members."):
         return key
     of = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
@@ -65,7 +65,7 @@ def plain(key: str, members: Sequence[str]) -> str:
 
 
 def wherever(key: str, value: Any) -> Any:
-    """The value of one of the schema's keys, but of a task's file what it is called there and not where that is.
+    """Return the value of one of the schema's keys, but of a task's file its name in place of its path.
 
     A record has paths, not what the files held; the same data set in another place is the same, so a folder's and a
     file's name stand for it. Of any other key the value as it is.
@@ -76,5 +76,5 @@ def wherever(key: str, value: Any) -> Any:
 
 @cache
 def defaults() -> Mapping[str, Any]:
-    """The schema's defaults, each by its full key."""
+    """Return the schema's defaults, each by its full key."""
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))

@@ -1,10 +1,10 @@
-"""The file of learning rates that searches have found on validation, and what a run takes from it.
+"""The file of learning rates that searches chose on validation, and the rate that a run takes from it.
 
 It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
 {rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
 tuned (scripts/tune.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
 equals; null stands for a rate at which training failed, and for a loss that an older file did not keep. `settings`
-are those that matter to the rate (rate_settings.py), of all its runs.
+are those that matter to the rate (`settings_of`), of all its runs.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
 from partial_lora.runs import identity
 
-# --- Where on the curve of accuracy against size an adapter is put, in words: "threshold 0.9", "budget 0.13", or "–
+# --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
 NO_POINT = "–"  # of a method that is not calibrated
 
 
-def said(calibration: Mapping) -> str:
-    """The point of {"threshold", "budget"}: the budget's where there is one, a share or a count of parameters."""
+def operating_point(calibration: Mapping) -> str:
+    """Return the point of {"threshold", "budget"}: the budget, a share or a count of parameters, where there is one."""
     key = "threshold" if calibration.get("budget") is None else "budget"
     value = calibration[key]
     return f"{key} {value:g}" if value <= 1 else f"{key} {value:,.0f}"
 
 
 def nearest(point: str, others: Iterable[str]) -> str | None:
-    """The nearest of other points of the same kind; of two as near the one that keeps more. None where there is none.
+    """Return the nearest of other points of the same kind; of two as near the one that keeps more; None without any.
 
     Thresholds are as far apart as their difference, budgets as their ratio. A threshold, a share and a count of
     parameters say nothing of each other before calibration.
     """
     kind, value = _parted(point)
-    alike = [(other, found) for other in others if (found := _parted(other))[0] == kind]
+    values = {other: number for other, (its, number) in ((each, _parted(each)) for each in others) if its == kind}
 
-    def distance(other: tuple[str, tuple[str, float]]) -> tuple[float, float]:
-        found = other[1][1]
-        apart = abs(found - value) if kind == "threshold" else abs(math.log(found / value))
-        return round(apart, 9), -found  # 0.7 and 0.9 are as far from 0.8, but not in binary
+    def distance(other: str) -> tuple[float, float]:
+        number = values[other]
+        apart = abs(number - value) if kind == "threshold" else abs(math.log(number / value))
+        return round(apart, 9), -number  # 0.7 and 0.9 are as far from 0.8, but not in binary
 
-    return min(alike, key=distance)[0] if alike else None
+    return min(values, key=distance, default=None)
 
 
 def _parted(point: str) -> tuple[str, float]:
-    """Its kind (threshold, share or count) and value."""
+    """Return the kind (threshold, share or count) and the value of a point."""
     name, _, number = point.partition(" ")
     value = float(number.replace(",", "") or "nan")
     return ("count" if value > 1 else "share") if name == "budget" else name, value
 
 
-# --- What a learning rate is found for: the key that has one of its own, and the settings that it was found with.
+# --- The key that has a learning rate of its own, and the settings that a search was made with.
 
 KEY = ("task", "model", "method", "masks", "operating_point")
 _LENGTH = ("epochs", "max_steps", "batch_size")  # of the trainer: how long it trains
@@ -86,20 +86,24 @@ _APART = {
 
 
 def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
-    """What has a learning rate of its own (`KEY`), by the settings of a run.
+    """Return the key (`KEY`) of a run's settings.
 
-    calibration: what was found, read only where it is that of a calibration.file, which has its own threshold and
-    budget. None for a method that is not calibrated: it has neither masks nor an operating point.
+    calibration: read only where it is that of a calibration.file, which has its own threshold and budget. None for a
+    method that is not calibrated: it has neither masks nor an operating point.
     """
     names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
     if calibration is None:
         return (*names, NO_POINT, NO_POINT)
     asked = settings["calibration"]
-    return (*names, settings["mask"]["granularity"], said(asked if asked.get("file") is None else calibration))
+    return (
+        *names,
+        settings["mask"]["granularity"],
+        operating_point(asked if asked.get("file") is None else calibration),
+    )
 
 
 def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any]:
-    """The settings of a run that matter to its learning rate, by full key: how long it trains, and what is no default.
+    """Return the settings that matter to a run's learning rate, by full key: how long it trains, and no defaults.
 
     calibration: as for `key_of`. A method that is not calibrated has none of calibration and masks; a calibration.file
     has those that it says of itself, which is not on how many examples it was made.
@@ -118,7 +122,7 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
 
 
 def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
-    """Where `settings_of` two runs differ: key and both values; how long they train comes first."""
+    """Return where `settings_of` two runs differ: key and both values; how long they train comes first."""
     names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
     standard = identity.defaults() if own != other else {}
     for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
@@ -130,9 +134,9 @@ def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
 
 
 def unevenness(entries: Iterable[Mapping]) -> str | None:
-    """How the first two entries of a task and model differ that were not searched for alike; None where all were.
+    """Return how the first two entries of a task and model differ whose searches differ; None where none do.
 
-    Alike is: as many learning rates, the same seeds, as long, and the same task.
+    Searches are the same with as many learning rates, the same seeds, as long, and of the same task.
     """
     first: dict[tuple, Mapping] = {}
     for entry in entries:
@@ -156,19 +160,19 @@ def _is_length(key: str) -> bool:
 
 
 def key_in(entry: Mapping) -> tuple[str, ...]:
-    """The key of an entry of a file of learning rates."""
+    """Return the key of an entry of a file of learning rates."""
     return tuple(entry[name] for name in KEY)
 
 
 def named(key: tuple[str, ...]) -> str:
-    """A key, as messages have it."""
+    """Return a key in words, for messages."""
     task, model, method, *where = key
     applies = [each for each in where if each != NO_POINT]
     return f"{task}, {model}, {method}" + (f" ({', '.join(applies)})" if applies else "")
 
 
 def word(value: object) -> str:
-    """The value of a setting, as it is written on the command line."""
+    """Return the value of a setting as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(word, value))}]"
     if isinstance(value, float):
@@ -176,19 +180,21 @@ def word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+# --- The file.
+
 VERSION = 2
 _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
-_SHOWN = 3  # settings that are named where a rate was found with others
+_SHOWN = 3  # settings that are named where a rate was searched for with others
 
 
 def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str, Any]:
-    """What the trainer of a run takes from a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
+    """Return the keys of a trainer out of a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
 
     The rate is that of the same task, model, method, masks and operating point, or of the nearest point that was
-    searched (`operating_point.nearest`); a method that is not calibrated has one for all masks and points. stand_in: a
-    task whose rates are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at
-    which other point, on which other task and with which other settings it was found. Raises PartialLoraError, naming
-    the file, where it has none.
+    searched (`nearest`); a method that is not calibrated has one for all masks and points. stand_in: a task whose rates
+    are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at which other point,
+    on which other task and with which other settings it was searched for. Raises PartialLoraError, naming the file,
+    where it has none.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
     calibration, wanted = None, key_of(settings, None)  # of a method that is not calibrated
@@ -217,7 +223,7 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str
 
 
 def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
-    """The key of the entry of that task, or else of the one that stands in, at the operating point that is nearest."""
+    """Return the key of the entry of that task, or else of the one that stands in, at the nearest operating point."""
     for task in (wanted[0], stand_in):
         key = (task, *wanted[1:])
         if key in entries:
@@ -229,7 +235,7 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 
 
 def load(file: Path) -> list[dict]:
-    """The entries of a file; raises PartialLoraError, naming it, where it is none."""
+    """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]
@@ -245,10 +251,10 @@ def load(file: Path) -> list[dict]:
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
-    """Write entries, in an order of their own; those of a file that is there stay where they are of something else.
+    """Write entries, sorted by key, into a file; those that it has under other keys stay.
 
-    Raises PartialLoraError, and leaves the file as it is, where one that stays was not searched for as the others of
-    its task and model.
+    Raises PartialLoraError, and leaves the file as it is, where an entry was not searched for as the others of its task
+    and model.
     """
     kept = {key_in(entry): entry for entry in load(file)} if Path(file).is_file() else {}
     kept |= {key_in(entry): dict(entry) for entry in entries}
@@ -267,9 +273,9 @@ def _is_whole(entry: Mapping) -> bool:
 
 
 def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
-    """On which task and where a rate was found, if elsewhere than where it is used; of many settings the first.
+    """Return on which task and where a rate was searched for, if elsewhere than it is used; of many settings the first.
 
-    A part of what tells a run from others (identity.py): in other words it would be another run.
+    It is part of a run's id: in other words it would be another run.
     """
     if others:
         more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
@@ -280,13 +286,13 @@ def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
 
 
 def _calibration(settings: Mapping) -> dict:
-    """What the calibration.file of the settings says; nothing where they name none, and all is still to be found."""
+    """Return the content of the calibration.file of the settings; nothing where they name none."""
     file = settings["calibration"].get("file")
     if file is None:
         return {}
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-        said(content)
+        operating_point(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"calibration.file={file}: no calibration.json that says its threshold") from error
     return content

@@ -29,7 +29,7 @@ def plain_name(key: str, value: str) -> None:
 
 @dataclass
 class MaskConfig:
-    """Which entries the found sparsities keep."""
+    """The entries that a sparsity keeps."""
 
     granularity: str = "rows_columns"
     count: str = "exact"
@@ -217,7 +217,7 @@ class TaskConfig:
 
 @dataclass
 class MethodConfig:
-    """What trains, and the adapter's size before masking."""
+    """The method, and the adapter's size before masking."""
 
     name: str = "partial"
     rank: int = 16
@@ -247,7 +247,7 @@ class Config:
     results_dir: str = "results"
     overwrite: bool = False
     keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
-    data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks that name no files of their own
+    data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks without files of their own
     preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
 
     @property

@@ -13,7 +13,7 @@ TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "w
 
 @dataclass
 class TrainerConfig:
-    """How long, how fast and on what the kept entries and the head train."""
+    """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
     epochs: float = 5.0
     max_steps: Optional[int] = None  # in place of epochs

@@ -10,75 +10,107 @@ import pytest
 from omegaconf import OmegaConf
 
 from partial_lora.calibration import importance
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import config, schema
+from partial_lora.runs import compose, config, identity, schema
 from partial_lora.runs.compose import composed
+from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.training.config import TrainerConfig
 
 
 @pytest.mark.parametrize(
-    ("override", "names"),
+    ("kind", "key", "value"),
+    [
+        *((CalibrationConfig, "threshold", value) for value in (0.0, 1.01)),
+        *((CalibrationConfig, "budget", value) for value in (0.0, 1.5)),
+        (CalibrationConfig, "max_sparsity", 1.0),
+        (CalibrationConfig, "shots", 0),
+        (CalibrationConfig, "share", 0.6),
+        (CalibrationConfig, "levels", 0.0),
+        (CalibrationConfig, "search", "binary"),
+        (CalibrationConfig, "axes", "both"),
+        (CalibrationConfig, "scope", "backward"),
+        (CalibrationConfig, "chance", "0.1"),
+        (CalibrationConfig, "score", "precision"),
+        (CalibrationConfig, "memory", -1),
+        (CalibrationConfig, "seed", -1),
+        (ImportanceConfig, "k", 0),
+        (ImportanceConfig, "energy", 1.5),
+        (ImportanceConfig, "rounds", 0),
+        (ImportanceConfig, "fraction", 1.0),
+        (ImportanceConfig, "steps", -1),
+        (ImportanceConfig, "learning_rate", 0.0),
+        (MaskConfig, "granularity", "block"),
+        (MaskConfig, "count", "bernoulli"),
+        (MethodConfig, "rank", 0),
+        (MethodConfig, "dropout", 1.0),
+        (ModelConfig, "image_size", 0),
+        (ModelConfig, "target_modules", []),
+        (ModelConfig, "mean", [0.5]),
+        (ModelConfig, "family", "diffusion"),
+        (ModelConfig, "dtype", "int8"),
+        (ModelConfig, "prompts", ["a photo"]),
+        (ModelConfig, "text_weights", "random"),
+        (TaskConfig, "name", "../up"),
+        (TaskConfig, "validation_share", 1.0),
+        (TaskConfig, "label_noise", 1.5),
+        (TaskConfig, "text_columns", ["a", "b", "c"]),
+        (TaskConfig, "modality", "sound"),
+        (TaskConfig, "metrics", ["bleu"]),
+        (TaskConfig, "train_samples", 0),
+        (TaskConfig, "data_files", {"training": "rows.parquet"}),
+        (TrainerConfig, "learning_rate", 0.0),
+        (TrainerConfig, "epochs", float("inf")),
+        (TrainerConfig, "mixed_precision", "fp8"),
+        (Config, "seed", -1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_key(kind: type, key: str, value: object) -> None:
+    group = kind.__name__.removesuffix("Config").lower()
+    with pytest.raises(PartialLoraError) as refusal:
+        kind(**{key: value})
+    assert str(refusal.value).startswith(f"{group}.{key}=".removeprefix("."))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
     [
         ("calibration.threshold=0", "calibration.threshold"),
-        ("calibration.threshold=1.01", "calibration.threshold"),
-        ("calibration.max_sparsity=1", "calibration.max_sparsity"),
-        ("calibration.budget=0", "calibration.budget"),
-        ("calibration.budget=1.5", "calibration.budget"),
-        ("calibration.search=binary", "calibration.search"),
-        ("calibration.shots=0", "calibration.shots"),
-        ("calibration.levels=0", "calibration.levels"),
         ("calibration.file=/nowhere/calibration.json", "calibration.file"),
-        ("importance.k=0", "importance.k"),
-        ("importance.energy=1.5", "importance.energy"),
-        ("importance.rounds=0", "importance.rounds"),
-        ("importance.fraction=1", "importance.fraction"),
-        ("importance.steps=-1", "importance.steps"),
-        ("importance.learning_rate=0", "importance.learning_rate"),
-        ("mask.granularity=block", "mask.granularity"),
-        ("mask.count=bernoulli", "mask.count"),
-        ("method.rank=0", "method.rank"),
-        ("method.dropout=1", "method.dropout"),
-        ("model.image_size=0", "model.image_size"),
-        ("model.target_modules=[]", "model.target_modules"),
-        ("seed=-1", "seed"),
-        ("task.validation_share=1", "task.validation_share"),
-        ("task.label_noise=1.5", "task.label_noise"),
         ("data_dir=/nowhere", "data_dir"),
         ("task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}", "task.data_files.train"),
-        ("task.data_files={training: /nowhere.parquet}", "task.data_files"),
-        ("trainer.learning_rate=0", "trainer.learning_rate"),
-        ("trainer.epochs=inf", "trainer.epochs"),
+        ("task.data_files=/nowhere", "task.data_files"),
         ("method.name=foo", "method.name"),
         ("importance.name=foo", "importance.name"),
-        ("task.name=../up", "task.name"),
-        ("model.mean=[0.5]", "model.mean"),
-        ("calibration.share=0.6", "calibration.share"),
-        ("task.text_columns=[a,b,c]", "task.text_columns"),
-        ("task.modality=sound", "task.modality"),
-        ("task.metrics=[bleu]", "task.metrics"),
-        ("task.train_samples=0", "task.train_samples"),
-        ("task.data_files=/nowhere", "task.data_files"),
-        ("model.family=diffusion", "model.family"),
-        ("model.dtype=int8", "model.dtype"),
-        ("model.prompts=[a photo]", "model.prompts"),
-        ("model.text_weights=random", "model.text_weights"),
         ("model.family=clip", "model.text_weights"),
-        ("calibration.axes=both", "calibration.axes"),
-        ("calibration.scope=backward", "calibration.scope"),
-        ("calibration.chance=0.1", "calibration.chance"),
-        ("calibration.score=precision", "calibration.score"),
-        ("calibration.memory=-1", "calibration.memory"),
-        ("calibration.seed=-1", "calibration.seed"),
-        ("trainer.mixed_precision=fp8", "trainer.mixed_precision"),
         ("+trainer.lr=1", "trainer.lr"),
         ("+learning_rate=1", "learning_rate"),
     ],
 )
-def test_a_wrong_value_or_key_is_refused_by_name_in_one_line(override: str, names: str) -> None:
+def test_what_is_wrong_or_not_there_is_refused_before_a_run_starts(override: str, key: str) -> None:
     with pytest.raises(PartialLoraError) as refusal:
         composed(override)
-    message = str(refusal.value)
-    assert message.startswith(names)
-    assert "\n" not in message
+    assert str(refusal.value).startswith(key)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, resolve = [], config.resolve
+    monkeypatch.setattr(compose, "resolve", lambda node: configs.append(resolve(node)) or configs[-1])
+    assert compose.compose("info", ["-m", "model=tiny_vit", "seed=1,2"], lambda each: each.seed - 1) == 1
+    assert [each.seed for each in configs] == [1, 2]
+
+
+def test_settings_come_back_as_they_were_from_plain_data_even_without_their_files(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label")
+    chosen = composed("model=tiny_bert", "task=mixture", "task.members=[sst2]", f"task.data_files={{sst2: {rows}}}")
+    rows.unlink()
+    assert config.load(config.plain(chosen)) == chosen
+    older = config.plain(chosen)
+    del older["calibration"]["memory"], older["keep_records"]
+    assert config.load(older) == chosen
 
 
 def test_the_batch_has_to_divide_among_the_processes() -> None:
@@ -226,3 +258,30 @@ def test_a_folder_in_place_of_a_repository_enters_the_id_by_content(tmp_path: Pa
 def test_the_directory_of_a_run() -> None:
     directory = config.run_directory(composed("seed=2", "results_dir=here"))
     assert directory == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("method.ran", "method.rank"),
+        ("trainer.learning_rte", "trainer.learning_rate"),
+        ("trainer.lr", "trainer.learning_rate"),
+        ("lr", "trainer.learning_rate"),
+        ("batch_size", "trainer.batch_size"),
+        ("trainer.rank", "method.rank"),
+    ],
+)
+def test_the_key_that_was_meant_is_named(key: str, meant: str) -> None:
+    assert config.no_such_key(key).startswith(f"{key}: no such key; did you mean {meant}? ")
+
+
+@pytest.mark.parametrize("key", ["model.colour", "colour", "trainer.name"])
+def test_nothing_is_guessed(key: str) -> None:
+    assert config.no_such_key(key) == f"{key}: no such key; `partial-lora train --cfg job` lists the keys there are"
+
+
+def test_other_tools_names_stand_for_keys_that_exist() -> None:
+    assert set(config._ELSEWHERE.values()) <= set(identity.defaults())
+    assert config.no_such_key("hydra.lr", "hydra").endswith(
+        "no such key; `partial-lora train --cfg hydra` lists the keys there are"
+    )

@@ -114,7 +114,8 @@ def composed(words: tuple[str, ...]):
         assert not found.refused, (words, found.refused)
         return found.runs[0][1]
 
-    return [tuple(each) for each in compose._combinations(compose._given(master, hydra.config_loader))], settings
+    combinations = compose._combinations(compose._sweep_overrides(master, hydra.config_loader))
+    return [tuple(each) for each in combinations], settings
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])

@@ -1,4 +1,4 @@
-"""The file of learning rates, what is let into it, and the runs that read it."""
+"""Learning rates: operating points, the file of rates, and the runs that read it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,30 @@ from searched_rates import RATES, run, search
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import config, directory
-from partial_lora.runs import rates as tuning
+from partial_lora.runs import config, directory, rates
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
+
+
+@pytest.mark.parametrize(
+    ("point", "others", "expected"),
+    [
+        ("threshold 0.9", ["threshold 0.9", "threshold 0.91"], "threshold 0.9"),
+        ("threshold 0.6", ["threshold 0.9", "threshold 0.7", "budget 0.6"], "threshold 0.7"),
+        ("threshold 0.7", ["threshold 0.6", "threshold 0.8"], "threshold 0.8"),  # as near, though not in binary
+        ("budget 0.05", ["budget 0.01", "budget 0.13"], "budget 0.13"),  # by ratio; by difference it were 0.01
+        ("budget 20,000", ["budget 0.13", "budget 10,000", "budget 2,000,000"], "budget 10,000"),
+        ("budget 0.13", ["threshold 0.9", "budget 10,000"], None),
+    ],
+)
+def test_the_nearest_operating_point(point: str, others: list[str], expected: str | None) -> None:
+    assert rates.nearest(point, others) == expected
+
+
+def test_a_point_in_words() -> None:
+    assert rates.operating_point({"threshold": 0.9}) == "threshold 0.9"
+    assert rates.operating_point({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"
+    assert rates.operating_point({"threshold": 0.9, "budget": 153344.0}) == "budget 153,344"  # to the last parameter
 
 
 @functools.cache
@@ -38,20 +58,20 @@ def tuning_of(chosen: Config) -> str:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "results" / "tuning.json"
-    tuning.save(path, searched())
+    rates.save(path, searched())
     return path
 
 
 def test_runs_find_their_rate_in_the_file(file: Path) -> None:
     given = ("model=tiny_vit", f"trainer.tuned={file}")
-    rates = {
+    expected = {
         "method=lora": 3e-3,
         "method=lora calibration=budget mask=element importance=random": 3e-3,  # it reads none of these
         "method=partial": 1e-2,
         "calibration=budget": 3e-2,
         "calibration.reliability=true calibration.seed=3 mask.seed=2 seed=9 trainer.num_processes=2": 1e-2,
     }
-    for overrides, rate in rates.items():
+    for overrides, rate in expected.items():
         settings = composed(*given, *overrides.split())
         assert settings.trainer.learning_rate == rate
         plain = composed("model=tiny_vit", f"trainer.learning_rate={rate}", *overrides.split())
@@ -122,7 +142,7 @@ def test_another_tasks_rates_stand_in_where_that_is_asked_for(file: Path, overri
 
 
 def test_a_task_with_rates_of_its_own_needs_none_to_stand_in(file: Path) -> None:
-    tuning.save(file, tune.best_rates(search([0.9, 0.8, 0.7, 0.6], "task=cifar10"))[0])
+    rates.save(file, tune.best_rates(search([0.9, 0.8, 0.7, 0.6], "task=cifar10"))[0])
     given = ("model=tiny_vit", f"trainer.tuned={file}", "trainer.tuned_on=digits")
     own, none = composed(*given, "task=cifar10"), composed(*given)
     assert (own.trainer.learning_rate, none.trainer.learning_rate) == (1e-3, 1e-2)
@@ -151,11 +171,11 @@ def test_a_runs_id_is_of_the_rate_and_not_of_the_file(file: Path) -> None:
     before = config.run_id(composed(*given, f"trainer.tuned={file}"))
     other = file.with_name("other.json")
     other.write_bytes(file.read_bytes())
-    tuning.save(other, tune.best_rates(search([0.9, 0.8, 0.8, 0.7], "method=dora"))[0])  # beside what was there
+    rates.save(other, tune.best_rates(search([0.9, 0.8, 0.8, 0.7], "method=dora"))[0])  # beside what was there
     assert config.run_id(composed(*given, f"trainer.tuned={other}")) == before
-    tuning.save(other, tune.best_rates(search([0.5, 0.8, 0.9, 0.7], "method=lora"))[0])
+    rates.save(other, tune.best_rates(search([0.5, 0.8, 0.9, 0.7], "method=lora"))[0])
     assert config.run_id(composed(*given, f"trainer.tuned={other}")) != before
-    assert [entry["method"] for entry in tuning.load(other)] == ["dora", "lora", "partial", "partial"]
+    assert [entry["method"] for entry in rates.load(other)] == ["dora", "lora", "partial", "partial"]
 
 
 def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
@@ -169,12 +189,12 @@ def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
         (again, r"lora .*seeds \[3\], .* seeds \[0\]"),
     ):
         with pytest.raises(PartialLoraError, match=values):
-            tuning.save(file, entries)
+            rates.save(file, entries)
         assert file.read_bytes() == before
     elsewhere = [entry | {"task": "trec"} for entry in longer]
-    tuning.save(file, elsewhere)  # of another task, as long as it likes
-    assert len(tuning.load(file)) == 4
-    assert [entry for entry in tuning.load(file) if entry["task"] == "trec"] == elsewhere
+    rates.save(file, elsewhere)  # of another task, as long as it likes
+    assert len(rates.load(file)) == 4
+    assert [entry for entry in rates.load(file) if entry["task"] == "trec"] == elsewhere
 
 
 @pytest.mark.parametrize(
