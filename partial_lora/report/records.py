@@ -233,9 +233,8 @@ def operating_point(result: Mapping) -> str:
     if result["calibration"] is None:
         return NONE
     settings = result["config"]["calibration"]
-    return rates.operating_point(
-        result["calibration"] if settings.get("file") else settings
-    )  # a file has its own point
+    own = result["calibration"] if settings.get("file") else settings  # a file has its own point
+    return rates.operating_point(own)
 
 
 def precision(result: Mapping) -> str:

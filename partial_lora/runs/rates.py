@@ -94,12 +94,9 @@ def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
     names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
     if calibration is None:
         return (*names, NO_POINT, NO_POINT)
-    asked = settings["calibration"]
-    return (
-        *names,
-        settings["mask"]["granularity"],
-        operating_point(asked if asked.get("file") is None else calibration),
-    )
+    own = settings["calibration"]
+    point = operating_point(own if own.get("file") is None else calibration)
+    return (*names, settings["mask"]["granularity"], point)
 
 
 def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any]:
