@@ -13,9 +13,9 @@ import pytest
 import torch
 from datasets import Dataset
 from finished_runs import trained
+from judged_tasks import choices, exchanges, literal
+from judged_tasks import trained as trained_by
 from rich.console import Console
-from test_judges import choices, exchanges, literal
-from test_judges import trained as trained_by
 from tiny_causal import merging_tokenizer
 from torch.nn import functional as F
 
