@@ -50,7 +50,7 @@ from partial_lora.calibration.score import FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.report import figures
+from partial_lora.report.drawing import save
 from partial_lora.runs import build, compose, config, directory
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import with_label_noise
@@ -691,7 +691,7 @@ def analyse(what: str, settings: dict, command: str) -> int:
         with matplotlib.rc_context(STYLE):
             figure = ANALYSES[what].figure(analysis)
             for suffix in (".png", ".svg"):
-                figures.save(figure, folder / f"figure{suffix}")
+                save(figure, folder / f"figure{suffix}")
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
 

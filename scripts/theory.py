@@ -32,7 +32,7 @@ from scipy.stats import hypergeom
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.report.figures import save
+from partial_lora.report.drawing import save
 
 MOST_RANK = 10**6
 Selection = tuple[np.ndarray, np.ndarray]  # rows, columns

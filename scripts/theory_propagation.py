@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.figures import save
+from partial_lora.report.drawing import save
 from partial_lora.runs.config import conf_dir
 
 ROOT = Path(__file__).resolve().parent.parent

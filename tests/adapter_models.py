@@ -218,6 +218,14 @@ def dense_twin(model, base, **settings):
     return twin
 
 
+def redrawn(base=vit):
+    """The same shapes with other weights."""
+    model = base()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9))
+    return model
+
+
 def optimizer_of(model, lr=0.02):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
 

@@ -153,7 +153,7 @@ def shard(model: torch.nn.Module, **settings) -> torch.nn.Module:
 
 
 def describe_launch(rank: int) -> None:
-    """Tell libraries what a launcher would have told them; the processes have met already."""
+    """Set the variables that a launcher sets for libraries; the processes have met already."""
     ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(WORLD))
     os.environ.update({**ranks, **sizes})
@@ -207,7 +207,7 @@ def fsdp2(case: Case, rank: int, folder: Path) -> dict:
 def accelerate_fsdp2(case: Case, rank: int, folder: Path) -> dict:
     """FSDP2 as accelerate and Trainer set it up: prepare from rank 0's values, steps, saving, loading.
 
-    On CPUs accelerate leaves the plugin out and takes DistributedDataParallel. So its state is told that this is FSDP;
+    On CPUs accelerate leaves the plugin out and takes DistributedDataParallel. So its state is set to FSDP by hand;
     everything after that is its own code.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin

@@ -325,7 +325,7 @@ def test_all_that_a_process_prints_is_without_credentials(monkeypatch) -> None:
     except ValueError:
         sys.excepthook(*sys.exc_info())
     assert beneath["stdout"].getvalue() == f"printed {HIDDEN}\n{HIDDEN}\n"
-    said = beneath["stderr"].getvalue()
-    assert said.startswith(f"refused: {HIDDEN}\nTraceback")
-    assert f"ValueError: in a traceback: {HIDDEN}" in said
+    written = beneath["stderr"].getvalue()
+    assert written.startswith(f"refused: {HIDDEN}\nTraceback")
+    assert f"ValueError: in a traceback: {HIDDEN}" in written
     assert not sys.stdout.isatty()  # in all else the stream beneath

@@ -101,7 +101,7 @@ def test_bernoulli_keeps_each_entry_whose_key_is_low_enough():
     assert bernoulli(40, 0.8).kept.tolist() == [1, 4, 16, 17, 34, 39]  # pinned, as above
 
 
-def test_bernoulli_masks_keep_a_random_number_around_the_share_asked_for():
+def test_bernoulli_masks_keep_a_random_number_around_the_requested_share():
     kept = [len(bernoulli(mask_seed=seed).kept) for seed in range(40)]
     deviation = math.sqrt(10_000 * 0.13 * 0.87)
     assert len(set(kept)) > 20

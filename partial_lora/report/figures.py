@@ -1,12 +1,7 @@
-"""Figures of one run and over many runs, drawn from records alone.
-
-Drawn without a display and without matplotlib's global state. Lightness, markers and dashes tell things apart, colour
-only helps: the figures survive a grey print and every kind of colour vision. The same records give the same bytes.
-"""
+"""Figures of one run and over many runs, drawn from records alone: the same records give the same bytes."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -16,7 +11,6 @@ from statistics import median
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,9 +18,24 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
-from partial_lora.files import write_atomic
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import records
+from partial_lora.report.drawing import (
+    BLUE,
+    COLOURS,
+    MARKERS,
+    VERMILLION,
+    heat,
+    legend,
+    legend_below,
+    lists,
+    look,
+    named,
+    panels,
+    plain,
+    save,
+    save_both,
+)
 from partial_lora.report.records import (
     NONE,
     PLACE,
@@ -50,38 +59,16 @@ _MOST_NUMBERED = 24  # positions in depth; more than that leave no room for numb
 _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
 _FAR = 3  # times the usual distance from zero: a row all of which is farther is a number at the end of the axis
 
-_BLUE, _VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
-_SKY, _PURPLE, _BLACK, _GREY = "#56B4E9", "#CC79A7", "#000000", "#808080"
-COLOURS = (_BLUE, _VERMILLION, _GREEN, _ORANGE, _PURPLE, _SKY, _BLACK, _GREY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LOOKS = {  # a marker each, so that colour is never what tells two apart
-    "partial": (_BLUE, "o"),
-    "targeted": (_VERMILLION, "^"),
-    "lora": (_BLACK, "s"),
-    "uniform": (_GREEN, "D"),
-    "shuffled": (_ORANGE, "<"),
-    "inverted": (_SKY, ">"),
-    "low_rank": (_PURPLE, "v"),
-    "flow": (_GREEN, "p"),
-    "random_weights": (_SKY, "P"),
-    "dora": (_VERMILLION, "d"),
-    "vera": (_PURPLE, "h"),
-    "adalora": (_BLACK, "8"),
-    "lorafa": (_GREY, "H"),
-    "full": (_ORANGE, "*"),
-    "probe": (_GREY, "X"),
-}
-_DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
-_TRAIN = {"color": _BLUE, "linestyle": "-"}
-_VALIDATION = {"color": _VERMILLION, "linestyle": "--", "marker": "o", "markersize": 4}
+_TRAIN = {"color": BLUE, "linestyle": "-"}
+_VALIDATION = {"color": VERMILLION, "linestyle": "--", "marker": "o", "markersize": 4}
 _CURVES = {  # of the two, rows are the darker, and their marker shows behind the other
-    "rows": ({"color": _BLUE, "linestyle": "-"}, None, {"color": _BLUE, "marker": "o", "markersize": 7}),
+    "rows": ({"color": BLUE, "linestyle": "-"}, None, {"color": BLUE, "marker": "o", "markersize": 7}),
     "columns": (
-        {"color": _VERMILLION, "linestyle": "--"},
+        {"color": VERMILLION, "linestyle": "--"},
         "////",
-        {"color": _VERMILLION, "marker": "D", "markersize": 4},
+        {"color": VERMILLION, "marker": "D", "markersize": 4},
     ),
 }
 _CHOSEN = {"linestyle": "", "markeredgecolor": "black", "zorder": 3, "clip_on": False}
@@ -94,9 +81,6 @@ _AT_POINT = [*PLACE, "operating_point", "metric"]
 
 History = Sequence[Mapping]
 Band = list[tuple[int, float, float, float]]  # step, mean, lowest, highest
-
-
-# How figures look: a colour and a marker for every method, panels side by side, one legend
 
 
 @dataclass(frozen=True)
@@ -116,106 +100,6 @@ class Drawing:
         return f"{self.drawn} of {self.whole} {self.what} are drawn; --where chooses others."
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a method at an operating point is drawn: markers are filled but for a budget, whose lines are dashed."""
-
-    color: str
-    marker: str
-    linestyle: str
-    filled: bool
-
-    @property
-    def markers(self) -> dict:
-        face = self.color if self.filled else "white"
-        return {"marker": self.marker, "markerfacecolor": face, "markeredgecolor": self.color, "markeredgewidth": 1.3}
-
-
-def look(method: str, point: str) -> Look:
-    """Return the look of a method at an operating point."""
-    kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
-    color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
-    if masks:  # of single entries: the method's colour, and a star of as many points as its place in the list
-        marker = (4 + list(_LOOKS).index(name) if name in _LOOKS else 3, 1, 0)
-    return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
-
-
-def panels(count: int, *, wide: float, high: float, across: int = 3, least: float = 5.5) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many panels, and these in reading order."""
-    across = min(across, count) if count != 4 else 2
-    down = -(-count // across)
-    figure = Figure(figsize=(max(least, wide * across), high * down + 0.9), layout="constrained")
-    drawn = figure.subplots(down, across, squeeze=False)
-    for axes in drawn.flat[count:]:
-        axes.set_visible(False)
-    return figure, list(drawn.flat[:count])
-
-
-def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of lists in two columns, each list as high as its rows need and below the shorter column."""
-    heights = [0.27 * length + 1.0 for length in lengths]
-    columns: list[list[int]] = [[] for _ in range(min(2, len(lengths)))]
-    for number in range(len(lengths)):
-        min(columns, key=lambda column: sum(heights[each] for each in column)).append(number)
-    filled = [sum(heights[each] for each in column) for column in columns]
-    figure = Figure(figsize=(max(5.5, wide * len(columns)), max(filled)), layout="constrained")
-    drawn: dict[int, Axes] = {}
-    outer = figure.add_gridspec(1, len(columns))
-    for index, (column, full) in enumerate(zip(columns, filled, strict=True)):
-        ratios = [*(heights[each] for each in column), max(max(filled) - full, 1e-3)]
-        inner = outer[index].subgridspec(len(ratios), 1, height_ratios=ratios)
-        drawn |= {number: figure.add_subplot(inner[row]) for row, number in enumerate(column)}
-    return figure, [drawn[number] for number in range(len(lengths))]
-
-
-def plain(axes: Axes) -> None:
-    """Leave of a panel's frame what is read: two edges and a light grid behind."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-
-
-def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
-    """Name every method and operating point below the panels."""
-    handles = []
-    for method, point in methods:
-        own = look(method, point)
-        style = {"linestyle": own.linestyle if lines else "", "color": own.color, "markersize": 6}
-        handles.append(Line2D([], [], label=named(method, point), **style, **own.markers))
-    _legend_below(figure, handles)
-
-
-def _legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    if handles:
-        room = figure.get_figwidth() * 12  # letters in a line, about
-        across = max(1, int(room // (max(len(handle.get_label()) for handle in handles) + 9)))
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(across, len(handles)), fontsize=8, frameon=False
-        )
-
-
-def named(method: str, point: str) -> str:
-    """Return a method and its operating point in words."""
-    return method if point == NONE else f"{method}, {point}"
-
-
-def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, size: float = 8) -> None:
-    """Draw a matrix as shades with its numbers in the cells: in grey a light cell is low, a dark one high.
-
-    form: of the numbers; none where it is empty.
-    """
-    shades = np.clip((values - low) / ((high - low) or 1), 0, 1)
-    axes.imshow(np.ma.masked_invalid(shades), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        if form and not np.isnan(value):
-            ink = "white" if shades[row, column] > 0.66 else "black"
-            text = axes.text(column, row, format(value, form), ha="center", va="center", fontsize=size, color=ink)
-            text.set_in_layout(False)  # inside its cell, and there are hundreds
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=8)
-
-
 def titled(what: str, result: Mapping) -> str:
     """Return what a figure shows, and of which run; the share the adapter goes without where it is known."""
     config = result["config"]
@@ -223,24 +107,6 @@ def titled(what: str, result: Mapping) -> str:
     words = f"{what}: {', '.join(names)}, seed {result['seed']}"
     sparsity = result.get("parameters", {}).get("adapter_sparsity")
     return words if sparsity is None else f"{words}\nadapter sparsity {sparsity:.1%}"
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure whole or not at all; the same figure gives the same bytes on any day."""
-    path = Path(path)
-    content = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context({"svg.hashsalt": "partial-lora"}):
-        figure.savefig(content, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
-    write_atomic(path, content.getvalue())
-    return path
-
-
-def _saved(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Write a figure as folder/stem.png and .svg."""
-    figure.get_layout_engine().execute(figure)  # once, for it takes as long as to draw
-    figure.set_layout_engine(None)
-    return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")]
 
 
 def _scored(axes: Axes, metric: str, axis: str, what: str = "test ") -> None:
@@ -589,7 +455,7 @@ def draw_calibration(result: Mapping, modules: Mapping[str, Mapping] | None, dir
         "sparsity": sparsity_by_depth(result),
         "curves": curves_by_depth(result, modules) if modules else None,
     }
-    return [path for stem, figure in figures.items() if figure for path in _saved(figure, directory, stem)]
+    return [path for stem, figure in figures.items() if figure for path in save_both(figure, directory, stem)]
 
 
 def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
@@ -741,7 +607,7 @@ def curve_lines(calibrations: Mapping[str, Mapping]) -> Drawing | None:
             axes.set_title(title if axis == "rows" else "", fontsize=9, loc="left")
             plain(axes)
         pair["rows"].set_ylabel("few-shot score", fontsize=9)
-    _legend_below(figure, list(handles.values()))
+    legend_below(figure, list(handles.values()))
     return Drawing(figure, len(shown), len(whole), "calibrations")
 
 
@@ -900,7 +766,7 @@ def draw_gallery(
         for old in folder.glob(f"{stem}.*"):  # of an earlier report, which may have been of other runs
             old.unlink()
         if drawing is not None:
-            files = tuple(_saved(drawing.figure, folder, stem))
+            files = tuple(save_both(drawing.figure, folder, stem))
             shown.append(Shown(title, f"{caption} {drawing.cut}".strip(), files, drawing.cut))
     return shown
 

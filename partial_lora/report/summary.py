@@ -1,4 +1,4 @@
-"""What a run or a calibration ends with on a terminal: a short table out of its result.json, and its warnings."""
+"""The end of a run or a calibration on a terminal: a short table out of its result.json, and its warnings."""
 
 from __future__ import annotations
 
@@ -19,51 +19,53 @@ from partial_lora.tasks.metrics import SHARES
 
 
 def summary(result: Mapping, directory: Path) -> Table:
-    """One finished run in a few lines: how good, how small, how long, what to beware of. Fits 100 columns."""
-    found = row(result)
-    adapter = f"{found['adapter_parameters']:,}"
-    if found["adapter_dense"]:
-        adapter += f" of {found['adapter_dense']:,} of the dense adapter ({found['share_of_dense']:.1%})"
+    """Return one finished run in a few lines: how good, how small, how long, what to beware of. Fits 100 columns."""
+    numbers = row(result)
+    adapter = f"{numbers['adapter_parameters']:,}"
+    if numbers["adapter_dense"]:
+        adapter += f" of {numbers['adapter_dense']:,} of the dense adapter ({numbers['share_of_dense']:.1%})"
     return _lines(
         {
             "run": _title(result),
-            f"test {found['metric']}": measured(found["metric"], found["test"]),
+            f"test {numbers['metric']}": measured(numbers["metric"], numbers["test"]),
             **_by_member(result["metrics"]["test"]),
             "adapter, trainable": adapter,
-            "head, trainable": f"{found['head_parameters']:,}",
-            "sparsity": cell(found["adapter_sparsity"], ".3f"),
-            "precision": found["precision"],
+            "head, trainable": f"{numbers['head_parameters']:,}",
+            "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
+            "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", "train", "evaluate"),
-            **_warned(result),
+            "beware": _warnings(result),
             "files": str(directory),
         }
     )
 
 
 def calibration_summary(result: Mapping, directory: Path) -> Group:
-    """One calibration: what it chose for each module, what that does to the score, what to beware of, its files.
+    """Return one calibration: what it chose for each module, what that does to the score, what to beware of, its files.
 
     Fits 100 columns; long names are folded.
     """
     calibration, sparsity = result["calibration"], result["sparsity"]
     chosen = [f"{axis} {fmean(each[axis] for each in sparsity.values()):.3f}" for axis in AXES]
+    score = f"{calibration['baseline']:.4f} intact · {_number(calibration['joint'])} with all sparsities at once"
+    if repaired := calibration.get("repaired"):
+        score += f", {_number(repaired['joint_before'])} before {repaired['steps']} steps of repair"
     lines = {
         "calibration": _title(result),
         "mean sparsity": f"{' · '.join(chosen)} over {len(sparsity)} modules",
-        "score": f"{calibration['baseline']:.4f} intact · {_number(calibration['joint'])} with all sparsities at once"
-        + _repaired(calibration),
+        "score": score,
         "threshold": _threshold(calibration),
-        **_reliability(calibration),
+        "reliability": _reliability(calibration.get("reliability")),
         "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
-        **_warned(result),
+        "beware": _warnings(result),
         "files": str(directory),
     }
     return Group(module_table(result), _lines(lines))
 
 
 def module_table(result: Mapping) -> Table:
-    """Every module of a calibration: its kind, the shape of its weight, its sparsities and what is kept of its adapter.
+    """Return every module of a calibration: kind, shape of the weight, sparsities and what is kept of its adapter.
 
     Kept parameters and shapes are blank for a record that was made before shapes were kept.
     """
@@ -86,7 +88,7 @@ def module_table(result: Mapping) -> Table:
 
 
 def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
-    """Trainable parameters of one module's adapter."""
+    """Return the trainable parameters of one module's adapter."""
     config = result["config"]
     granularity = config.get("mask", {}).get("granularity", "rows_columns")
     counted = masked_units({"module": tuple(shape)}, config["method"]["rank"], granularity)
@@ -94,46 +96,41 @@ def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) 
 
 
 def _by_member(test: Mapping) -> dict[str, str]:
-    """Of a mixture the metrics of every member, a line each member; nothing of a single task."""
+    """Return the metrics of every member of a mixture, a line each; nothing of a single task."""
     lines: dict[str, list[str]] = {}
     for key, value in test.items():
         member, _, metric = key.rpartition("/")
         if member and metric != "loss":
-            said = f"{value:.2f}" if metric == "perplexity" else f"{percent(value)} %"
-            lines.setdefault(f"test {member}", []).append(f"{metric} {said}")
-    return {member: " · ".join(said) for member, said in lines.items()}
+            words = f"{value:.2f}" if metric == "perplexity" else f"{percent(value)} %"
+            lines.setdefault(f"test {member}", []).append(f"{metric} {words}")
+    return {member: " · ".join(metrics) for member, metrics in lines.items()}
 
 
-def _warned(result: Mapping) -> dict[str, str]:
-    """What a calibration warns of, one sentence a line; nothing where it warns of nothing."""
-    warnings = (result["calibration"] or {}).get("warnings") or []
-    return {"beware": "\n".join(warnings)} if warnings else {}
+def _warnings(result: Mapping) -> str:
+    """Return what a calibration warns of, one sentence a line."""
+    return "\n".join((result["calibration"] or {}).get("warnings") or [])
 
 
 def _threshold(calibration: Mapping) -> str:
-    """The share of the score that had to be left, and what it was a share of."""
+    """Return the share of the score that had to be left, and what it was a share of."""
     if calibration["threshold"] is None:
         return NONE
-    above = calibration.get("above_chance")
-    of = f"what the score is above chance ({_number(calibration['chance'])})" if above else "the intact score"
-    found = "" if calibration.get("budget") is None else f", what a budget of {calibration['budget']:g} comes to"
-    return f"{calibration['threshold']:.4g} of {of}{found}"
+    whole = "the intact score"
+    if calibration.get("above_chance"):
+        whole = f"what the score is above chance ({_number(calibration['chance'])})"
+    budget = calibration.get("budget")
+    return f"{calibration['threshold']:.4g} of {whole}" + (
+        "" if budget is None else f", what a budget of {budget:g} comes to"
+    )
 
 
-def _repaired(calibration: Mapping) -> str:
-    repaired = calibration.get("repaired")
-    return f", {_number(repaired['joint_before'])} before {repaired['steps']} steps of repair" if repaired else ""
-
-
-def _reliability(calibration: Mapping) -> dict[str, str]:
-    """How far two halves of the scored draw agree, where that was asked."""
-    found = calibration.get("reliability")
-    if not found:
-        return {}
-    if found["spearman_brown"] is None:
-        return {"reliability": f"{NONE} ({found['said']})"}
-    halves = f"split-half, Spearman-Brown; {found['pearson']:.2f} between the halves"
-    return {"reliability": f"{found['spearman_brown']:.2f} ({halves})"}
+def _reliability(halves: Mapping | None) -> str:
+    """Return how far two halves of the scored draw agree; nothing where that was not measured."""
+    if not halves:
+        return ""
+    if halves["spearman_brown"] is None:
+        return f"{NONE} ({halves['said']})"
+    return f"{halves['spearman_brown']:.2f} (split-half, Spearman-Brown; {halves['pearson']:.2f} between the halves)"
 
 
 def _number(value: float | None) -> str:
@@ -148,38 +145,40 @@ def _title(result: Mapping) -> str:
 
 
 def _seconds(result: Mapping, *stages: str) -> str:
-    """The stages that took time; a calibration that was found rather than made says so."""
-    reused = " (reused)" if (result["calibration"] or {}).get("cached") else ""
-    spent = {stage: number(result["seconds"].get(stage)) for stage in stages}
-    calibrated = result["calibration"] is not None
-    return " · ".join(
-        f"{stage} {NONE if stage == 'calibrate' and not calibrated else cell(seconds, ',.1f')}"
-        + (reused if stage == "calibrate" else "")
-        for stage, seconds in spent.items()
-    )
+    """Return the seconds of stages; those of a calibration say whether there was one, and whether it was reused."""
+    calibration, words = result["calibration"], []
+    for stage in stages:
+        spent = cell(number(result["seconds"].get(stage)), ",.1f")
+        if stage == "calibrate":
+            reused = " (reused)" if (calibration or {}).get("cached") else ""
+            spent = NONE if calibration is None else spent + reused
+        words.append(f"{stage} {spent}")
+    return " · ".join(words)
 
 
 def _lines(lines: Mapping[str, str]) -> Table:
+    """Return a table of named lines; one of which there is nothing to show is left out."""
     drawn = Table(show_header=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")
     for name, value in lines.items():
-        drawn.add_row(name, Text(value))  # as it is: what stands in brackets would be markup
+        if value:
+            drawn.add_row(name, Text(value))  # as it is: what stands in brackets would be markup
     return drawn
 
 
 def percent(mean: float, std: float = math.nan) -> str:
-    """A share as a percentage, with its standard deviation over seeds where there is one."""
+    """Return a share as a percentage, with its standard deviation over seeds where there is one."""
     return f"{mean:.2%}".rstrip("%") + ("" if math.isnan(std) else f" ± {100 * std:.2f}")
 
 
 def measured(metric: str, mean: float, std: float = math.nan) -> str:
-    """A metric's value as it is read: a share in percent, anything else as a plain number."""
+    """Return a metric's value as it is read: a share in percent, anything else as a plain number."""
     if metric in SHARES:
         return f"{percent(mean, std)} %"
     return f"{mean:.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 
 
 def cell(value: float, form: str) -> str:
-    """A number in a format, "–" for one that does not apply."""
+    """Return a number in a format, "–" for one that does not apply."""
     return NONE if math.isnan(value) else format(value, form)

@@ -34,7 +34,8 @@ from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, settled, u
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
-from partial_lora.report.figures import COLOURS, MARKERS, MOST, band, heat, legend, look, panels, plain, save
+from partial_lora.report.drawing import COLOURS, MARKERS, heat, legend, look, panels, plain, save
+from partial_lora.report.figures import MOST, band
 from partial_lora.report.records import NONE, Run, grid, half_interval
 from partial_lora.tasks.metrics import SHARES
 

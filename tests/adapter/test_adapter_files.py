@@ -274,11 +274,11 @@ def test_the_config_alone_is_pushed_with_its_masks(pushed):
 
 
 class Hub:
-    """Repositories that are folders; remembers what was asked of it."""
+    """Repositories that are folders; remembers the downloads."""
 
     def __init__(self, repositories):
         self.repositories = repositories
-        self.asked = []
+        self.downloads = []
 
     def path(self, repo_id, filename, subfolder=None, revision=None):
         return self.repositories[repo_id, revision] / (subfolder or "") / filename
@@ -287,7 +287,7 @@ class Hub:
         @functools.wraps(huggingface_hub.hf_hub_download)  # PEFT sorts keywords by its signature
         def download(repo_id, filename, *, subfolder=None, revision=None, **settings):
             path = self.path(repo_id, filename, subfolder, revision)
-            self.asked.append((filename, subfolder, revision, settings.get("token")))
+            self.downloads.append((filename, subfolder, revision, settings.get("token")))
             if not path.is_file():
                 raise EntryNotFoundError(f"no {path}")
             return str(path)
@@ -323,8 +323,8 @@ def masked_from(where, **settings):
 def test_an_adapter_on_the_hub_is_loaded_masked_or_plain(hub, adapter, subfolder):
     settings = {"revision": "v1", "token": "secret"} | ({"subfolder": subfolder} if subfolder else {})
     masked = masked_from("me/ours", **settings)
-    assert {name for name, *_ in hub.asked} == FILES - {"README.md"}
-    assert {tuple(rest) for _, *rest in hub.asked} == {(subfolder, "v1", "secret")}
+    assert {name for name, *_ in hub.downloads} == FILES - {"README.md"}
+    assert {tuple(rest) for _, *rest in hub.downloads} == {(subfolder, "v1", "secret")}
     plain = PeftModel.from_pretrained(vit(), "me/ours", **settings)
     hub.model.set_adapter(adapter)
     assert module_masks(masked) == module_masks(hub.model, adapter)
@@ -335,7 +335,7 @@ def test_an_adapter_on_the_hub_is_loaded_masked_or_plain(hub, adapter, subfolder
 def test_a_warm_start_from_the_hub(hub):
     model = get_peft_model(vit(), PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
     warm_start(model, "me/ours", subfolder="other", revision="v1", token="secret")
-    assert {tuple(rest) for _, *rest in hub.asked} == {("other", "v1", "secret")}
+    assert {tuple(rest) for _, *rest in hub.downloads} == {("other", "v1", "secret")}
     hub.model.set_adapter("other")
     assert torch.equal(logits(model, images()), logits(hub.model, images()))
 

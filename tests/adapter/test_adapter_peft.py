@@ -295,12 +295,12 @@ def test_the_same_modules_are_adapted_as_by_plain_lora(name, settings):
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
-    said = []
+    messages = []
     for method in (LoraConfig, PartialLoraConfig):
         with pytest.raises(ValueError, match="incompatible with Mamba-based models") as refusal:
             get_peft_model(MambaForCausalLM(config), method(r=2, target_modules=["out_proj"]))
-        said.append(str(refusal.value))
-    assert said[0] == said[1]
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]
 
 
 # AutoPeft

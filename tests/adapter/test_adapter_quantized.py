@@ -62,7 +62,7 @@ def factors(model):
 def assert_same_as_dense(model, twin):
     """The same gradients where the mask keeps, and the same logits.
 
-    In this order: on some CPUs bitsandbytes packs 4-bit weights anew at the first inference, and then has no gradients.
+    In this order: on some CPUs bitsandbytes repacks 4-bit weights at the first inference, and then has no gradients.
     """
     for adapted in (model, twin):
         adapted.train()
@@ -111,7 +111,7 @@ def dequantised(model):
     [(4, torch.float32, "rows_columns"), (4, torch.bfloat16, "element"), (8, torch.float32, "rows_columns")],
 )
 def test_bitsandbytes_merges_as_dense_lora(folder, bits, dtype, granularity):
-    # Before any inference: on some CPUs bitsandbytes then packs a weight anew, which PEFT's merge does not know of.
+    # Before any inference: on some CPUs bitsandbytes then repacks a weight, which PEFT's merge does not know of.
     base = partial(bitsandbytes, bits, folder, dtype)
     model = masked(base(), granularity)
     twin = dense_twin(model, base)

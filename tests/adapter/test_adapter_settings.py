@@ -405,7 +405,7 @@ def facts(model):
         "adapter_trains": {p.requires_grad for n, p in model.named_parameters() if "lora_" in n},
         "saved": {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()},
         "class": type(model).__name__,
-        "said": [config.task_type, config.base_model_name_or_path, config.revision, config.auto_mapping],
+        "labels": [config.task_type, config.base_model_name_or_path, config.revision, config.auto_mapping],
         "runtime": config.runtime_config,
         "tied": getattr(config, "modules_to_tie", None),
     }
@@ -460,10 +460,10 @@ def test_an_option_does_what_it_does_in_plain_lora(tmp_path, base, settings):
     assert facts(again)["trained_beside"] == facts(partial)["trained_beside"]
     assert trainable_parameters(again) == trainable_parameters(partial)
     batch = images() if base is vit else {"input_ids": torch.arange(14).view(2, 7)}
-    said = logits_of(partial, batch)
-    assert torch.equal(logits_of(again, batch), said)
+    expected = logits_of(partial, batch)
+    assert torch.equal(logits_of(again, batch), expected)
     plain = PeftModel.from_pretrained(base(), str(tmp_path))
-    torch.testing.assert_close(logits_of(plain, batch), said, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(plain, batch), expected, atol=1e-5, rtol=1e-5)
 
 
 def logits_of(model, batch):

@@ -111,7 +111,7 @@ def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
     masks = module_masks(model)
     assert modules.keys() == masks.keys()
     assert modules["stages.1.downsample.1"] == {
-        "rows": 0.6,  # as asked for: the number kept is random
+        "rows": 0.6,  # as requested: the number kept is random
         "columns": 0.6,
         "shape": [16, 8],
         "a": [4, 8, 2, 2],

@@ -13,8 +13,8 @@ from matplotlib.image import imread
 from recorded_runs import budget, leave, place, rows_of
 from recorded_runs import record as finished
 
-from partial_lora.report import figures, records, tables
-from partial_lora.report.figures import look
+from partial_lora.report import drawing, figures, records, tables
+from partial_lora.report.drawing import look
 from partial_lora.report.records import Predictions
 
 
@@ -315,12 +315,12 @@ def runs(tmp_path):
 
 
 def test_every_method_has_a_marker_of_its_own():
-    looks = {method: look(method, "–") for method in figures._LOOKS}
+    looks = {method: look(method, "–") for method in drawing._LOOKS}
     assert len({each.marker for each in looks.values()}) == len(looks)
     assert look("partial", "threshold 0.9").filled != look("partial", "budget 0.13").filled
     assert look("partial", "threshold 0.9").linestyle != look("partial", "budget 0.13").linestyle
-    assert look("a_method_of_ones_own", "–").marker in figures.MARKERS
-    entries = {method: look(f"{method} (element)", "–") for method in figures._LOOKS}
+    assert look("a_method_of_ones_own", "–").marker in drawing.MARKERS
+    entries = {method: look(f"{method} (element)", "–") for method in drawing._LOOKS}
     assert len({each.marker for each in (*looks.values(), *entries.values())}) == 2 * len(looks)
     assert all(entries[method].color == looks[method].color for method in looks)
 
@@ -330,9 +330,9 @@ def test_a_figure_says_of_how_many_places_it_draws_some(tmp_path):
         place(tmp_path, finished(task=f"task{number:02}"))
     runs = records.read(tmp_path)[0]
     table = records.group(records.table(runs))
-    for drawing in (figures.pareto(table), figures.methods(table, records.table(runs))):
-        assert len([axes for axes in drawing.figure.axes if axes.get_visible()]) == figures.MOST
-        assert drawing.cut == "9 of 11 places are drawn; --where chooses others."
+    for each in (figures.pareto(table), figures.methods(table, records.table(runs))):
+        assert len([axes for axes in each.figure.axes if axes.get_visible()]) == figures.MOST
+        assert each.cut == "9 of 11 places are drawn; --where chooses others."
     assert figures.sparsity(runs).cut == "5 of 11 calibrations are drawn; --where chooses others."
     assert figures.pareto(table.head(3)).cut == ""
 
@@ -376,7 +376,7 @@ def test_what_is_cut_says_so(tmp_path):
 
 def test_lists_are_as_high_as_their_rows_and_fill_the_shorter_column():
     lengths = (2, 20, 3, 4)
-    figure, drawn = figures.lists(lengths, wide=4.6)
+    figure, drawn = drawing.lists(lengths, wide=4.6)
     figure.draw_without_rendering()
     boxes = [axes.get_position() for axes in drawn]
     left, right = boxes[0].x0, boxes[1].x0
