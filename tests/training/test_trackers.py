@@ -79,7 +79,7 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
             with pytest.raises(EndedError), tracker:
                 training.train(resumed)
             sealed.write_json(run_directory(place) / results.RESULT, {"status": "failed"})
-            results.prepare(run_directory(place), anew=False)
+            results.prepare(run_directory(place), overwrite=False)
         status.append(stored(place).info.status)
     return SimpleNamespace(place=place, history=training.state.log_history, status=status)
 
@@ -123,7 +123,7 @@ def test_parameters_are_the_settings_without_their_credentials(ended_twice) -> N
 def test_a_run_from_the_start_is_another_one(tmp_path: Path) -> None:
     tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 3)
     first = stored(tmp_path).info.run_id
-    results.prepare(run_directory(tmp_path), anew=True)
+    results.prepare(run_directory(tmp_path), overwrite=True)
     MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
     tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 4)
     assert stored(tmp_path).info.run_id != first
