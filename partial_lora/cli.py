@@ -255,10 +255,10 @@ def predict(arguments: Sequence[str]) -> int:
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
     from partial_lora.runs import inputs
-    from partial_lora.runs.finished import asked_task, finished_run
+    from partial_lora.runs.finished import finished_run, one_task
 
     run = finished_run(parsed.run)
-    task = asked_task(run, parsed.member).config.task
+    task = one_task(run, parsed.member).config.task
     if parsed.max_new_tokens and task.kind != "generation":
         raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task.name} has none")
     stream, total = inputs.read(

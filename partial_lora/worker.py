@@ -1,4 +1,4 @@
-"""A worker: one process of one run, started by `partial_lora.launch` with the settings in the run's directory.
+"""A worker: one process of one run, started by `runs.launch` with the settings of the run.
 
 `python -m partial_lora.worker DIRECTORY --stage train|calibrate`
 """
@@ -15,56 +15,82 @@ from pathlib import Path
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import redact_output, redacted
 from partial_lora.progress import STOPPING, leave
-from partial_lora.runs import config, launch
-from partial_lora.runs import directory as handover
+from partial_lora.runs import config, directory, launch
 
 logger = logging.getLogger("partial_lora.worker")
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def work(directory: Path, stage: str) -> int:
-    """Do the run that belongs in `directory` and leave a record of how it ended; gives the exit code."""
+def main() -> None:
+    """Parse the command line, work, and exit."""
+    parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
+    parser.add_argument("--log", type=Path, help="where output goes, if not where the launcher's does")
+    arguments = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        end_with_launcher()
+    if arguments.log:
+        descriptor = os.open(arguments.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+    files.redact_output()  # before any library takes hold of the streams
+    launch.refuse_hub_code()
+    code = work(arguments.directory, arguments.stage)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_world(code)
+    sys.exit(code)
+
+
+def end_with_launcher() -> None:
+    """Let the kernel end this process should its launcher be killed, which could then no longer end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def work(place: Path, stage: str) -> int:
+    """Do the run that belongs in a directory, leave a record of how it ended, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    settings = handover.taken(directory)
+    settings = directory.worker_settings(place)
     is_main = os.environ.get("RANK", "0") == "0"
-    entry = handover.new(settings)
-    earlier = handover.read_result(directory, handover.EARLIER)
+    record = directory.new(settings)
+    earlier = directory.read_result(place, directory.EARLIER)
     if earlier is not None:
-        handover.carry_on(entry, earlier)
+        directory.add_earlier(record, earlier)
     try:
         if is_main:
-            files.write_json(directory / handover.RESULT, entry)
+            files.write_json(place / directory.RESULT, record)
         from transformers.utils import logging as transformers_logging
 
         from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
 
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
-        run(config.load(settings), directory, entry, stage)
+        run(config.load(settings), place, record, stage)
         if is_main:
-            files.sync(directory)  # before the record says that it is there
-        entry |= {"status": "finished", "files": handover.files(directory)}
+            files.sync(place)  # before the record says that it is there
+        record |= {"status": "finished", "files": directory.file_sizes(place)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
-        entry |= {"status": "failed", "error": redacted(_in_one_line(error))}
+        record |= {"status": "failed", "error": files.redacted(_in_one_line(error))}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            launch.report_failure(entry["error"])
+            launch.report_failure(record["error"])
         if not isinstance(error, PartialLoraError):
             raise
-        logger.error("%s", entry["error"])
+        logger.error("%s", record["error"])
     finally:
         if is_main:
-            files.write_json(directory / handover.RESULT, entry)
-    if entry["status"] != "finished":
+            files.write_json(place / directory.RESULT, record)
+    if record["status"] != "finished":
         return 1
     if is_main:
-        handover.remove_checkpoints(directory)  # once the record says that nobody needs them
+        directory.remove_checkpoints(place)  # once the record says that nobody needs them
     return 0
 
 
@@ -73,11 +99,11 @@ def _in_one_line(error: BaseException) -> str:
         own = str(error).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
         return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return handover.INTERRUPTED
+        return directory.INTERRUPTED
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _leave(code: int) -> None:
+def _leave_world(code: int) -> None:
     """End one of several workers without the abort that gloo's threads cause at interpreter exit now and then."""
     import torch.distributed as dist
 
@@ -89,39 +115,6 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _end_with_launcher() -> None:
-    """Let the kernel end this process should its launcher be killed, which could then no longer end it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _write_to(log: Path) -> None:
-    """Send what this process writes from now on to the end of a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(descriptor, stream.fileno())
-    os.close(descriptor)
-
-
-def main() -> None:
-    """Parse the command line, work, and exit."""
-    parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--stage", choices=("train", "calibrate"), required=True)
-    parser.add_argument("--log", type=Path, help="where output goes, if not where the launcher's does")
-    arguments = parser.parse_args()
-    if "WORLD_SIZE" in os.environ:
-        _end_with_launcher()
-    if arguments.log:
-        _write_to(arguments.log)
-    redact_output()  # before any library takes hold of the streams
-    launch.refuse_hub_code()
-    code = work(arguments.directory, arguments.stage)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

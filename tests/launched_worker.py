@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from partial_lora.worker import _end_with_launcher
+from partial_lora.worker import end_with_launcher
 
 heard: list[int] = []
 
 
 def main(folder: Path, seconds: float) -> None:
     """Work until asked to stop (seconds: how long the end then takes; 0: do not wait to be asked)."""
-    _end_with_launcher()
+    end_with_launcher()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: heard.append(number))
     own = {key: value for key, value in os.environ.items() if key.startswith(("ACCELERATE_", "FSDP_", "WORLD"))}

@@ -15,7 +15,7 @@ import yaml
 from finished_runs import override, picture_files
 from huggingface_hub import HfApi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_tracking import in_mlflow, points_of, without_clock
+from tracked import in_mlflow, points_of, without_clock
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError

@@ -100,7 +100,7 @@ def calibrate(
         peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
             one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
-            both share it; with a budget, anew for each threshold tried.
+            both share it; with a budget, from 1 again for each threshold tried.
 
     Raises:
         PartialLoraError: in one line, for a target that is none, an argument out of range, a baseline score that is
@@ -338,7 +338,7 @@ def _check_known(known: Calibration, config: CalibrationConfig, modules: Sequenc
         if getattr(known, name) != expected:
             raise PartialLoraError(
                 f"known: its {name} is {getattr(known, name)}, expected {expected}; "
-                "give a calibration that was asked the same"
+                "give a calibration with the same settings"
             )
     if list(known.modules) != list(modules):
         differing = sorted(known.modules.keys() ^ set(modules)) or list(modules)

@@ -13,7 +13,7 @@ _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", 
 
 @dataclass
 class ImportanceConfig:
-    """The measure of importance; it takes those of the keys that are its own (importance.OPTIONS)."""
+    """Measure of importance, and its keys: each measure takes those that are its own (importance.OPTIONS)."""
 
     name: str = "svd"
     k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
@@ -34,7 +34,7 @@ class ImportanceConfig:
 
 @dataclass
 class CalibrationConfig:
-    """The choice of a sparsity for each module and axis on a handful of examples."""
+    """Choice of the sparsity of each module and axis on a handful of examples."""
 
     threshold: float = 0.9
     budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold

@@ -75,7 +75,7 @@ class Curves:
         self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
         self._chosen: Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
-        self._unsettled: set[str] = set()  # modules altered for good that the score has not been told of yet
+        self._unsettled: set[str] = set()  # modules altered for good that the score does not know of yet
 
     def intact(self) -> float:
         """Return the score of the model as it is. Raises PartialLoraError where it is no finite number."""

@@ -75,14 +75,14 @@ def correlation(first: Sparsity, second: Sparsity) -> dict:
     Raises PartialLoraError, naming the first module, for calibrations of different modules.
     """
     pairs = paired(first, second)
-    said = ""
+    reason = ""
     if len(pairs) < _FEWEST:
-        said = f"{len(pairs)} sparsities: at least {_FEWEST} are needed for a correlation"
+        reason = f"{len(pairs)} sparsities: at least {_FEWEST} are needed for a correlation"
     for which, values in zip(("first", "second"), pairs.T, strict=True):
-        if not said and np.ptp(values) == 0:
-            said = f"all sparsities of the {which} calibration are {values[0]:g}: there is nothing to correlate"
-    if said:
-        return {"pearson": None, "spearman": None, "n": len(pairs), "said": said}
+        if not reason and np.ptp(values) == 0:
+            reason = f"all sparsities of the {which} calibration are {values[0]:g}: there is nothing to correlate"
+    if reason:
+        return {"pearson": None, "spearman": None, "n": len(pairs), "said": reason}
     return {
         "pearson": float(pearsonr(*pairs.T).statistic),
         "spearman": float(spearmanr(*pairs.T).statistic),

@@ -1,4 +1,4 @@
-"""How figures look: a colour and a marker for every method, panels side by side, one legend, files.
+"""The look of figures: a colour and a marker for every method, panels side by side, one legend, files.
 
 Drawn without a display and without matplotlib's global state. Lightness, markers and dashes tell things apart, colour
 only helps: the figures survive a grey print and every kind of colour vision.
@@ -46,7 +46,7 @@ _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 @dataclass(frozen=True)
 class Look:
-    """How a method at an operating point is drawn: markers are filled but for a budget, whose lines are dashed."""
+    """The look of a method at an operating point: markers are filled but for a budget, whose lines are dashed."""
 
     color: str
     marker: str

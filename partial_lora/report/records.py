@@ -29,7 +29,7 @@ from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
 NONE = rates.NO_POINT  # for what does not apply
 LEVEL = 0.95  # of every interval
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
-ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
+_ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
 _RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
 
 T = TypeVar("T")
@@ -224,8 +224,8 @@ def _check(value: object, shape: Mapping, field: str = "") -> None:
 def method_of(result: Mapping) -> str:
     """Return the name of a run's method; one whose masks are of single entries is another than of rows and columns."""
     name = result["config"]["method"]["name"]
-    masks = (result["config"].get("mask") or {}).get("granularity", ROWS_COLUMNS)
-    return name if masks == ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
+    masks = (result["config"].get("mask") or {}).get("granularity", _ROWS_COLUMNS)
+    return name if masks == _ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
 
 
 def operating_point(result: Mapping) -> str:

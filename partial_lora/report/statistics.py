@@ -1,4 +1,4 @@
-"""Which differences between methods are more than chance, by a paired bootstrap over test examples and seeds.
+"""Differences between methods that are more than chance, by a paired bootstrap over test examples and seeds.
 
 Two methods predict the same test examples with the same seeds. The bootstrap draws examples and seeds with replacement
 and looks at the difference each time: an example that is hard for both or a seed that is lucky for both drops out.
@@ -40,7 +40,7 @@ class Comparison:
     metric where less is better, better is below. Without a margin nothing "matches". Of one seed the interval is over
     examples alone, so whatever it says the verdict is "undecided", and `reason` says why: "one seed".
 
-    seeds: how many both have; all numbers are of these. left_out: the seeds that only one of them has.
+    seeds: how many both have; all numbers are of these.
     """
 
     difference: float
@@ -50,7 +50,6 @@ class Comparison:
     seeds: int
     examples: int
     reason: str | None = None
-    left_out: tuple[int, ...] = ()
 
 
 def compare(
@@ -83,7 +82,6 @@ def compare(
         seeds=len(seeds),
         examples=len(sides[0][0]),
         reason="one seed" if len(seeds) == 1 else None,
-        left_out=tuple(sorted(first.keys() ^ second.keys())),
     )
 
 

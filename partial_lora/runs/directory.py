@@ -1,4 +1,4 @@
-"""What a run leaves behind: files that are whole or absent, one writer a directory, result.json."""
+"""The directory of a run: its files, whole or absent; its one writer; its record, which becomes result.json."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
-TRACKERS = "trackers.json"  # what trackers call the run, so that a resumed one goes on in the same place
-EARLIER = ".earlier.json"  # the record of an attempt that did not end, while it is gone on with
+TRACKERS = "trackers.json"  # the trackers' names of the run, so that a resumed one goes on in the same place
+EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
 LOCK = ".lock"
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
@@ -37,7 +37,7 @@ _OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
 
 
 def read_result(directory: Path, name: str = RESULT) -> dict | None:
-    """The record of a run, or None where there is none that can be read and says what became of the run."""
+    """Return the record of a run, or None where none can be read or it lacks a status."""
     try:
         result = json.loads((Path(directory) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,28 +46,39 @@ def read_result(directory: Path, name: str = RESULT) -> dict | None:
 
 
 def is_finished(directory: Path) -> bool:
-    """True where a run ended well and every file it promises is there, whole."""
+    """Return whether a training ended well and every file of its record is there, whole."""
     result = read_result(directory)
-    ended = bool(result) and result["status"] == "finished" and not _sparsities_alone(result)
-    return ended and not lost(directory, result)
+    return _is_trained(result) and not missing(directory, result)
 
 
 def is_recorded(directory: Path) -> bool:
-    """True where a run ended well and its record and predictions are there, whole, whatever became of its weights."""
+    """Return whether a training's record and predictions are there, whole, whatever became of its weights."""
     result = read_result(directory)
-    if result is None or result["status"] != "finished" or _sparsities_alone(result):
+    if not _is_trained(result):
         return False
     predictions = Path(directory) / PREDICTIONS
     size = (result.get("files") or {}).get(PREDICTIONS)
     return predictions.is_file() and size in (None, predictions.stat().st_size)
 
 
-def lost(directory: Path, result: Mapping) -> str | None:
-    """What a finished run's directory lacks of what its record promises, naming the file; None where nothing."""
-    trained = [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
-    promised = [CONFIG] + ([] if _sparsities_alone(result) else trained)
-    promised += [CALIBRATION] if result.get("calibration") else []
-    sizes = dict.fromkeys(promised) | (result.get("files") or {})  # earlier records know names alone
+def is_calibrated(directory: Path) -> bool:
+    """Return whether `partial-lora calibrate` ended well and its files are there."""
+    result = read_result(directory)
+    whole = bool(result) and result["status"] == "finished" and not missing(directory, result)
+    return whole and (Path(directory) / CALIBRATION).is_file()
+
+
+def _is_trained(result: Mapping | None) -> bool:
+    """Return whether a record is of a training that ended well; `partial-lora calibrate` has no metrics."""
+    return result is not None and result["status"] == "finished" and result.get("metrics") != {}
+
+
+def missing(directory: Path, result: Mapping) -> str | None:
+    """Return in what a directory falls short of its finished record, naming the file; None where in nothing."""
+    names = [CONFIG] + ([CALIBRATION] if result.get("calibration") else [])
+    if _is_trained(result):
+        names += [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
+    sizes = dict.fromkeys(names) | (result.get("files") or {})  # earlier records have no sizes
     for name, size in sizes.items():
         file = Path(directory) / name
         if not file.is_file():
@@ -77,45 +88,33 @@ def lost(directory: Path, result: Mapping) -> str | None:
     return None
 
 
-def _sparsities_alone(result: Mapping) -> bool:
-    """Whether a record is of `partial-lora calibrate`, which measures nothing trained."""
-    return result.get("metrics") == {}
-
-
-def files(directory: Path) -> dict[str, int]:
-    """The files by which a finished run is known to be whole, and their sizes in bytes."""
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the files by which a finished run is known to be whole, and their sizes in bytes."""
     directory = Path(directory)
-    found = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in found if path.is_file()}
+    paths = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
 
 
-def is_calibrated(directory: Path) -> bool:
-    """True where `partial-lora calibrate` ended well and its artefact is there."""
-    result = read_result(directory)
-    whole = bool(result) and result["status"] == "finished" and not lost(directory, result)
-    return whole and (Path(directory) / CALIBRATION).is_file()
-
-
-def prepare(directory: Path, *, anew: bool) -> list[str]:
-    """Make a run's directory ready for another attempt; gives what there is to say of what was found, a line each.
+def prepare(directory: Path, *, overwrite: bool) -> list[str]:
+    """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
 
     What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, what trackers keep, and
     its record under another name. All else goes, result.json first: whatever is still there when this is interrupted
-    belongs to no finished run. With `anew` nothing stays but the lock, which is held.
+    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held.
     """
-    said, record = [], directory / RESULT
+    notes, record = [], directory / RESULT
     result = read_result(directory)
     if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
-        reason = None if anew else lost(directory, result)
-        said += [f"{directory}: {reason}; the run is done again"] if reason else []
-        anew = True
+        reason = None if overwrite else missing(directory, result)
+        notes += [f"{directory}: {reason}; the run is done again"] if reason else []
+        overwrite = True
     elif result is not None:
         os.replace(record, directory / EARLIER)
     elif record.exists():
         os.replace(record, directory / _BROKEN)
-        said.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
+        notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
     record.unlink(missing_ok=True)
-    stays = {LOCK} if anew else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN, *_OF_TRACKERS}
+    stays = {LOCK} if overwrite else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN, *_OF_TRACKERS}
     for entry in directory.iterdir():
         if entry.name in stays:
             continue
@@ -123,28 +122,28 @@ def prepare(directory: Path, *, anew: bool) -> list[str]:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    return said
+    return notes
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Drop what only a run that has not ended needs."""
+    """Remove what only a run that has not ended needs."""
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     (directory / EARLIER).unlink(missing_ok=True)
 
 
 def name_holder(descriptor: int, worker: int | None = None) -> None:
-    """Write into a held lock who holds it: this process, and the worker that holds it on should this one die."""
-    whose = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
+    """Write the holder into a lock: this process, and the worker that holds it on should this one die."""
+    holder = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{whose}\n".encode(), 0)
+    os.pwrite(descriptor, f"{holder}\n".encode(), 0)
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[int]:
-    """Hold a run's directory, made if need be, for as long as the block lasts; gives the lock's file descriptor.
+    """Hold a run's directory, made if need be, while the block lasts; gives the lock's file descriptor.
 
-    The kernel drops the lock when the last process that inherited the descriptor ends, so a dead holder never blocks
-    a run and a worker that outlived its parent still does. Raises PartialLoraError that names the holder.
+    A worker inherits the descriptor and holds the lock on, should its parent die. Raises PartialLoraError that names
+    the holder.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ _LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelera
 
 
 def new(settings: Mapping) -> dict:
-    """The record of a run that has just begun (DESIGN, result.json)."""
+    """Return the record of a run that has just begun."""
     return {
         "status": "running",
         "seed": settings["seed"],
@@ -193,7 +192,7 @@ def new(settings: Mapping) -> dict:
 
 
 def finite(value: object) -> object:
-    """The same plain data with None for every number that is none: JSON has no word for it."""
+    """Return plain data with None in place of NaN and infinity, for which JSON has no word."""
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -203,14 +202,14 @@ def finite(value: object) -> object:
 
 @contextmanager
 def timed(record: dict, stage: str) -> Iterator[None]:
-    """Note the wall seconds that a stage took, beside those of earlier attempts."""
+    """Add the wall seconds of the block to those of a stage, earlier attempts among them."""
     start = time.perf_counter()
     yield
     record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
-def carry_on(record: dict, earlier: Mapping) -> None:
-    """Let the record of a run that is gone on with know of the attempts before: when they began, what they took."""
+def add_earlier(record: dict, earlier: Mapping) -> None:
+    """Add to a run's record the attempt before it: when it began, and the seconds that need not be spent again."""
     record["started"] = earlier["started"]
     record["attempts"] = earlier.get("attempts", 1) + 1
     kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
@@ -218,14 +217,14 @@ def carry_on(record: dict, earlier: Mapping) -> None:
 
 
 def _tuning(trainer: Mapping) -> str:
-    """Whether the learning rate was searched for, and where if not for such a run, as tables say it."""
+    """Return how the learning rate was found, as tables have it: untuned, tuned, or by which other runs."""
     if trainer.get("tuned") is None:
         return "untuned"
     return trainer.get("tuned_elsewhere") or "tuned"
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from; None where it is installed from a wheel."""
+    """Return the commit of the checkout this package runs from; None where it is installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return None
@@ -237,17 +236,17 @@ def _git_commit() -> str | None:
     return head.stdout.strip() or None
 
 
-# --- How a worker gets its settings from the parent that composed them.
+# --- The settings of a worker, from the parent that composed them: those in config.yaml are without credentials.
 
 _VARIABLE = "PARTIAL_LORA_SETTINGS"
 
 
-def variables(settings: Mapping) -> dict[str, str]:
-    """What the environment of a worker needs beside the parent's."""
+def worker_variables(settings: Mapping) -> dict[str, str]:
+    """Return the environment variable that hands settings to a worker."""
     return {_VARIABLE: yaml.safe_dump(dict(settings), sort_keys=False)}
 
 
-def taken(directory: Path) -> dict:
-    """The settings that this worker was given, and its children will not be; else those in the run's config.yaml."""
-    given = os.environ.pop(_VARIABLE, None)
-    return yaml.safe_load(given or (directory / CONFIG).read_text(encoding="utf-8"))
+def worker_settings(directory: Path) -> dict:
+    """Return the settings that this worker was handed, and its children will not be; else those in config.yaml."""
+    handed = os.environ.pop(_VARIABLE, None)
+    return yaml.safe_load(handed or (directory / CONFIG).read_text(encoding="utf-8"))

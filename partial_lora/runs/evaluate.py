@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,12 +17,11 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id
-from partial_lora.runs.finished import AskedTask, FinishedRun, asked_task
+from partial_lora.runs.finished import FinishedRun, OneTask, one_task
 from partial_lora.runs.predict import RunModel
 from partial_lora.runs.schema import TaskConfig
 from partial_lora.tasks import Task
-from partial_lora.training import metrics as evaluation
-from partial_lora.training import objectives
+from partial_lora.training import metrics, objectives
 
 SPLITS = ("test", "validation", "train")
 FOLDER = "evaluations"
@@ -32,7 +30,7 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run did on a split: the folder that has it all, and the record there."""
+    """An evaluation: its folder, and the record in it."""
 
     folder: Path
     record: dict
@@ -53,15 +51,15 @@ def evaluate_run(
     Args:
         task: the settings of a task; None is the run's own. Its labels are matched by name; a causal
             model, which has none, chooses options or writes texts, whichever the task asks for.
-        member: of a mixture, the task whose head and labels are meant, and which is asked where `task` is None.
+        member: of a mixture, the task whose head and labels are meant, and whose rows where `task` is None.
         batch_size: None takes the run's own.
-        advance: told how many rows of how many are done.
+        advance: called with the number of rows that are done, and of all.
 
-    The metrics are those of the task that is asked about. A second call for the same writes the same files again.
+    The metrics are those of `task`. A second call for the same writes the same files again.
     Raises PartialLoraError where the task's labels or inputs are not those of the run.
     """
     start = time.perf_counter()
-    known = asked_task(run, member, of_another=task is not None and not task.members)
+    known = one_task(run, member, of_another=task is not None and not task.members)
     own = known.config.task
     task = task or own
     if task.modality != run.config.task.modality:
@@ -82,7 +80,7 @@ def evaluate_run(
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
-        return said_of(model, batches, judge.reduce, advance)
+        return logits_of(model, batches, judge.reduce, advance)
 
     if other.kind == "label":
         rows = transform.prepare(getattr(other, split), cache_bytes=task.cache_bytes)
@@ -97,7 +95,7 @@ def evaluate_run(
         "split": split,
         "examples": len(getattr(other, split)),
         "labels": known.labels,
-        "metrics": _finite(found.metrics),
+        "metrics": directory.finite(found.metrics),  # a correlation with labels that are all alike is none
         "device": model.device,
         "mixed_precision": model.precision,
         "seconds": round(time.perf_counter() - start, 3),
@@ -107,13 +105,13 @@ def evaluate_run(
 
 
 def _own_rows(run: FinishedRun, member: str) -> Task:
-    """The rows that a mixture was trained and judged on, of one of its members."""
+    """Return the rows of one of a mixture's members, as the run was trained and evaluated on them."""
     names = list(run.config.task.members)
     return build.task_of(run.config, mixtures=True).members[names.index(member)]
 
 
 def _source(task: TaskConfig, split: str) -> str | None:
-    """What a split's rows are read from, or cut from: its own file, else that of the training rows, else a data set."""
+    """Return the source of a split's rows: its own file, else that of the training rows, else a data set."""
     files = task.data_files
     if isinstance(files, Mapping):
         return files.get(split) or files.get("train")
@@ -121,14 +119,14 @@ def _source(task: TaskConfig, split: str) -> str | None:
 
 
 def check_files(run: FinishedRun) -> None:
-    """Raises PartialLoraError where the run's files have changed: what is cut from them would be other rows.
+    """Raise PartialLoraError where the run's files have changed: what is cut from them would be other rows.
 
-    A run's folder is named by an id of its settings and of what its files hold; one that was renamed says nothing.
+    A run's folder is named by an id of its settings and of the content of its files; one that was renamed is no help.
     """
     name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
     try:
         changed = name == run.method and run_id(run.config) != identifier
-    except FileNotFoundError:  # which whoever reads them says
+    except FileNotFoundError:  # whoever reads them reports it
         return
     if changed:
         raise PartialLoraError(
@@ -139,7 +137,7 @@ def check_files(run: FinishedRun) -> None:
 
 
 def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> np.ndarray | None:
-    """Where each of the task's labels is among the run's; None for a regression.
+    """Return the place of each of the task's labels among the run's; None for a regression.
 
     The run's own labels are in their places, even where a record of an earlier version does not name all of them.
     """
@@ -155,52 +153,47 @@ def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> 
         return np.arange(len(known))
     unknown, missing = shortlist(sorted(set(asked) - set(known))), shortlist(sorted(set(known) - set(asked)))
     if unknown or missing:
-        said = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)
-        raise PartialLoraError(f"task={task.name}: expected the labels of the run, but {' and '.join(said)}")
+        faults = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)
+        raise PartialLoraError(f"task={task.name}: expected the labels of the run, but {' and '.join(faults)}")
     return np.array([known.index(label) for label in asked])
 
 
-def said_of(
+def logits_of(
     model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A model's logits (N, outputs) of all rows, or what is kept of them, and their labels: (N,), none of tokens."""
-    kept, references, done = [], [], 0
+    """Return a model's logits (N, outputs) of all rows, reduced if need be, and their labels: (N,), none of tokens."""
+    logits, references, done = [], [], 0
     for batch in batches:
-        kept.append(model.logits(batch, reduce))
+        logits.append(model.logits(batch, reduce))
         references.append(batch["labels"].numpy() if reduce is None else np.empty(0))
-        done += len(kept[-1])
+        done += len(logits[-1])
         advance(done, len(batches.dataset))
-    return np.concatenate(kept), np.concatenate(references)
+    return np.concatenate(logits), np.concatenate(references)
 
 
 def _of_labels(
-    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, known: AskedTask
+    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, known: OneTask
 ) -> objectives.Judged:
     if known.outputs is not None:
         logits = logits[:, known.outputs]
     if places is not None:
         references = places[references]
     return objectives.Judged(
-        evaluation.split_metrics(task.metrics, logits, references),
-        evaluation.predictions_of(logits, references, known.labels),
+        metrics.split_metrics(task.metrics, logits, references),
+        metrics.predictions_of(logits, references, known.labels),
     )
 
 
-def _finite(metrics: Mapping) -> dict:
-    """None for what is no number, such as a correlation with labels that are all the same: JSON has no word for it."""
-    return {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in metrics.items()}
-
-
 def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
-    """evaluation.json goes first and comes last: where it is, the predictions beside it are its own.
+    """Write an evaluation; evaluation.json goes first and comes last, so that predictions beside it are its own.
 
-    There are none of the texts of a split that was judged by their likelihood alone.
+    There are no predictions of texts that were judged by their likelihood alone.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EVALUATION).unlink(missing_ok=True)
         if len(predictions):
-            evaluation.write_predictions(folder / directory.PREDICTIONS, predictions)
+            metrics.write_predictions(folder / directory.PREDICTIONS, predictions)
         write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

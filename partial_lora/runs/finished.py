@@ -1,4 +1,4 @@
-"""A finished run, as the commands that use one take it; torch is not needed to know what it is."""
+"""A finished run and the task it is used on, for the commands that take one; neither needs torch."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class FinishedRun:
 
     @property
     def is_masked(self) -> bool:
-        """Whether its adapter has masks."""
+        """True where its adapter has masks."""
         return (self.adapter / "partial_lora.json").is_file()
 
     def labels(self) -> list[str]:
-        """The names of the classes, in the order of the logits; of a regression none.
+        """Return the names of the classes, in the order of the logits; of a regression none.
 
-        A record that was made before labels were kept has them in its predictions alone, where a class that no test row
-        has and that was never predicted is called by its index.
+        An early record lacks labels, which its predictions alone have; there a class that no test row has and that was
+        never predicted is called by its index.
         """
         if "labels" in self.result:
             return list(self.result["labels"])
@@ -61,7 +61,7 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    """The finished run in a directory.
+    """Return the finished run in a directory.
 
     Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
     only calibrated, and one that has lost files.
@@ -75,14 +75,14 @@ def finished_run(directory: Path) -> FinishedRun:
     if result is None:
         raise PartialLoraError(f"{directory / results.RESULT}: no record of a run, or a broken one")
     if result["status"] != "finished":
-        said = f" ({result['error']})" if result.get("error") else ""
-        raise PartialLoraError(f"{directory}: the run is {result['status']}{said}, expected a finished one")
+        error = f" ({result['error']})" if result.get("error") else ""
+        raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
     if not result.get("metrics"):
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
-    lost = results.lost(directory, result)
-    if lost:
+    missing = results.missing(directory, result)
+    if missing:
         raise PartialLoraError(
-            f"{directory}: {lost}; the same `partial-lora train` with overwrite=true does the run again"
+            f"{directory}: {missing}; the same `partial-lora train` with overwrite=true does the run again"
         )
     settings = result.get("config")
     try:
@@ -92,12 +92,12 @@ def finished_run(directory: Path) -> FinishedRun:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
 
 
-# --- The one task that a finished run is asked about: its own or, of a mixture, the member that was named.
+# --- The one task that a finished run is used on: its own or, of a mixture, the member that is named.
 
 
 @dataclass(frozen=True)
-class AskedTask:
-    """A single task, and where its answers are among what the run's model says.
+class OneTask:
+    """A single task, and the places of its classes among the outputs of the run's model.
 
     member: its name in the run's mixture; None where it is the run's own task.
     config: the run's settings, with this task.
@@ -111,21 +111,21 @@ class AskedTask:
     outputs: list[int] | None
 
 
-def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool = False) -> AskedTask:
-    """What a run is asked about.
+def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = False) -> OneTask:
+    """Return the task that a run is used on.
 
-    of_another: another task than the run's is put to it, which a causal language model, having no heads, answers
-    without a member being named. Raises PartialLoraError, in one line that lists the members, for a mixture without
-    one, a name that is none of them, and a member of a run that is no mixture.
+    of_another: it is another task than the run's; a causal language model, having no heads, then needs no member.
+    Raises PartialLoraError, in one line that lists the members, for a mixture without one, a name that is none of them,
+    and a member of a run that is no mixture.
     """
     task = run.config.task
     members = task.members or {}
     if not members:
         if member is not None:
             raise PartialLoraError(f"--member {member}: the run is of one task, {task.name}; leave it out")
-        return AskedTask(None, run.config, run.labels(), None)
+        return OneTask(None, run.config, run.labels(), None)
     if member is None and of_another and task.kind != "label":
-        return AskedTask(None, run.config, [], None)
+        return OneTask(None, run.config, [], None)
     listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
     if member is None:
         raise PartialLoraError(
@@ -135,12 +135,12 @@ def asked_task(run: FinishedRun, member: str | None = None, *, of_another: bool 
         raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")
     config = replace(run.config, task=members[member])
     if task.kind != "label":
-        return AskedTask(member, config, [], None)
+        return OneTask(member, config, [], None)
     prefix = f"{config.task.name}/"
     own = {place: label for place, label in enumerate(run.result.get("labels", [])) if label.startswith(prefix)}
     if not own:
         raise PartialLoraError(f"{run.directory / results.RESULT}: no labels of {member} in it; train the run again")
-    return AskedTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
+    return OneTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
 
 
 # --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
@@ -155,7 +155,7 @@ def evaluation_settings(
 ) -> tuple[TaskConfig, TrainerConfig]:
     """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
 
-    `task=NAME` takes that group file in place of the run's own task. member: as `asked_task` takes it. Raises
+    `task=NAME` takes that group file in place of the run's own task. member: as `one_task` takes it. Raises
     PartialLoraError, in one line, for any other key, and as `config.resolve` does.
     """
     from hydra import compose, initialize_config_dir
@@ -168,7 +168,7 @@ def evaluation_settings(
     overrides = list(overrides)
     keys = {override.partition("=")[0] for override in overrides}
     of_another = "task" in keys
-    own = asked_task(run, member, of_another=of_another)
+    own = one_task(run, member, of_another=of_another)
     if own.member and of_another and own.outputs is None:
         raise PartialLoraError(
             f"--member {own.member}: the run's model has no heads, so that another task is asked without it"

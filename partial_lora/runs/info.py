@@ -50,7 +50,7 @@ def outline(config: Config) -> Outline:
     else:
         adapted = methods.get(method.name)(empty, setting_of(config, shapes))
         dense = dense_parameters(shapes, method.rank)
-        counts = cost.foretold(adapted, model.head, new_modules=model.new_modules, dense=dense)
+        counts = cost.describe_adapted(adapted, model.head, new_modules=model.new_modules, dense=dense)
         source = "counted on the adapter itself"
     levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
     axes = 1 if calibration.axes == "joint" else 2

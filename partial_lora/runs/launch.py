@@ -89,7 +89,7 @@ def launch(
         if _is_done(config, stage, place):
             directory.remove_checkpoints(place)  # what ended it may have come between the last two steps
             return Outcome(place, "skipped")
-        for line in directory.prepare(place, anew=config.overwrite):
+        for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
         files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))
         code, failure = _run_process(
@@ -154,7 +154,7 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"
-    return environment | cluster_environment(cluster) | directory.variables(plain(config))
+    return environment | cluster_environment(cluster) | directory.worker_variables(plain(config))
 
 
 def refuse_foreign_world() -> None:

@@ -1,4 +1,4 @@
-"""What a finished run says of inputs that it has never seen: labels and options with probabilities, numbers, texts.
+"""Predictions of a finished run for new inputs: labels and options with probabilities, numbers, texts.
 
 Predictor("results/runs/…/seed0").predict(["a.png", "b.png"])
 """
@@ -21,99 +21,10 @@ from torch import Tensor
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, export
-from partial_lora.runs.finished import FinishedRun, asked_task, finished_run
+from partial_lora.runs.finished import FinishedRun, finished_run, one_task
 from partial_lora.runs.inputs import problem_of_question
 from partial_lora.tasks import CausalTransform
 from partial_lora.training.metrics import generate, log_likelihoods
-
-# --- Questions that a user asks a causal language model: a prompt and its options, and how likely each option is.
-
-_FEATURES = datasets.Features(
-    {
-        "prompts": datasets.List(datasets.Value("string")),
-        "options": datasets.List(datasets.Value("string")),
-        "label": datasets.Value("int64"),
-    }
-)
-Rows = list[dict]  # one an option, as `CausalTransform.options` makes them
-
-
-def is_question(given: object) -> bool:
-    """Whether something is a prompt and a list of options."""
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        return False
-    prompt, options = given
-    listed = isinstance(options, (tuple, list)) and all(isinstance(option, str) for option in options)
-    return isinstance(prompt, str) and listed
-
-
-def rows_of(
-    transform: CausalTransform, layout: str | None, questions: Sequence[tuple[str, Sequence[str]]]
-) -> list[Rows | PartialLoraError]:
-    """The options of every question as the model reads them, or what is wrong with the question.
-
-    layout: the task's `format`. That of winogrande puts the options where the prompt has a _, and scores what follows.
-    """
-    outcomes: list = []
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        for prompt, options in questions:
-            problem = problem_of_question(prompt, options) or _problem_of_layout(layout, prompt)
-            outcomes.append(_unfit(prompt, problem) if problem else _rows(transform, layout, prompt, options))
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-    return outcomes
-
-
-def likelihoods(
-    questions: Sequence[Rows],
-    logits: Callable[[Mapping[str, Tensor], Callable], np.ndarray],
-    transform: CausalTransform,
-    size: int,
-) -> list[np.ndarray]:
-    """The log likelihood of every option of every question, a sum over its tokens.
-
-    Args:
-        logits: of a batch, what a function keeps of them (`RunModel.logits`).
-        size: how many options are in a batch.
-    """
-    rows = [row for question in questions for row in question]
-    found = [
-        logits(transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
-        for start in range(0, len(rows), size)
-    ]
-    ends = np.cumsum([len(question) for question in questions])
-    return np.split(np.concatenate(found), ends[:-1])
-
-
-def _rows(
-    transform: CausalTransform, layout: str | None, prompt: str, options: Sequence[str]
-) -> Rows | PartialLoraError:
-    if layout == "winogrande":
-        before, _, after = prompt.partition("_")
-        prompts, answers = [before + option for option in options], [f" {after.strip()}"] * len(options)
-    else:
-        space = "" if prompt[-1].isspace() else " "
-        prompts, answers = [prompt] * len(options), [space + option for option in options]
-    row = {"prompts": [prompts], "options": [answers], "label": [0]}
-    try:
-        return transform.options(datasets.Dataset.from_dict(row, features=_FEATURES), cache_bytes=0).to_list()
-    except PartialLoraError:  # its words are about a row of a table
-        return _unfit(prompt, "an option is longer than the run's model.max_length")
-
-
-def _problem_of_layout(layout: str | None, prompt: str) -> str | None:
-    if layout == "winogrande" and not prompt.partition("_")[2].strip():
-        return "expected a _ in the prompt, where the options go, and words after it"
-    return None
-
-
-def _unfit(prompt: str, problem: str, most: int = 80) -> PartialLoraError:
-    said = f"{prompt[:most]!r}: " if prompt.strip() else ""
-    return PartialLoraError(f"{said}{problem}")
-
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow lets go of the interpreter while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,9 +32,9 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the run's model says of one input.
+    """The prediction for one input.
 
-    input: as it was given: a path, a text, texts with tabs between them; "" for an image without a file.
+    input: its words: a path, a text, texts with tabs between them; "" for an image without a file.
     label, score: the most probable label or option and its probability; of a regression None and the predicted number;
         of a generation the text that was written and None.
     scores: the probability of every label or option, the most probable first; empty for a regression or generation.
@@ -148,20 +59,16 @@ class RunModel:
     def logits(
         self, batch: Mapping[str, Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> np.ndarray:
-        """The logits (N, outputs), float32, of what a transform made of N inputs; or what `reduce` keeps of them.
+        """Return the logits (N, outputs), float32, of a batch that a transform made of N inputs.
 
-        reduce: of the logits and the labels of a batch, which then has some.
+        reduce: makes something smaller of the logits and the labels of a batch, which then has some.
         """
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
-        with self._arithmetic():
+        dtype = _AUTOCAST.get(self.precision)
+        with contextlib.nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype):
             logits = self.model(**inputs).logits
-        found = logits.float() if reduce is None else reduce(logits, batch["labels"].to(self.device))
-        return found.cpu().numpy()
-
-    def _arithmetic(self) -> contextlib.AbstractContextManager:
-        if self.precision == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, dtype=_AUTOCAST[self.precision])
+        output = logits.float() if reduce is None else reduce(logits, batch["labels"].to(self.device))
+        return output.cpu().numpy()
 
 
 class Predictor:
@@ -181,7 +88,7 @@ class Predictor:
         member: str | None = None,
     ) -> None:
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
-        asked = asked_task(run, member)
+        asked = one_task(run, member)
         task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
         self.modality, self.kind = task.modality, task.kind
         self._pairs = len(task.text_columns) == 2
@@ -192,11 +99,13 @@ class Predictor:
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
-        """A prediction for every input, in order.
+        """Return a prediction for every input, in order.
 
-        inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
-        Batches are as large as in the run's own evaluation unless told otherwise. Raises PartialLoraError that names
-        the first input that cannot be read.
+        Args:
+            inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
+            batch_size: None takes that of the run's own evaluation.
+
+        Raises PartialLoraError that names the first input that cannot be read.
         """
         size = batch_size or self._batch_size
         predictions = []
@@ -208,128 +117,118 @@ class Predictor:
         return predictions
 
     def outcomes(self, inputs: Sequence) -> list[Prediction | PartialLoraError]:
-        """One batch: a prediction for every input, in order, or what is wrong with it."""
-        outcomes: list = self._encoded(inputs)
+        """Return a prediction for every input of one batch, in order, or what is wrong with it."""
+        outcomes: list = self._encode(inputs)
         readable = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, PartialLoraError)]
         if readable:
-            given = [inputs[place] for place in readable]
-            found = self._predicted(given, [outcomes[place] for place in readable])
-            for place, prediction in zip(readable, found, strict=True):
+            predictions = self._predict([inputs[place] for place in readable], [outcomes[place] for place in readable])
+            for place, prediction in zip(readable, predictions, strict=True):
                 outcomes[place] = prediction
         return outcomes
 
-    def _predicted(self, given: list, encoded: list) -> list[Prediction | PartialLoraError]:
-        """What is said of inputs that can be read."""
-        said = [_said(each) for each in given]
-        if self.kind == "generation":
-            texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
-            return [Prediction(*each, None, {}) for each in zip(said, texts, strict=True)]
-        if self.kind == "choice":
-            size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
-            found = likelihoods(encoded, self._model.logits, self._transform, size)
-            return [_outcome(said[at], found[at], given[at][1]) for at in range(len(given))]
-        logits = self._model.logits(self._batch(encoded))
-        logits = logits if self._outputs is None else logits[:, self._outputs]
-        return [_outcome(*each, self.labels) for each in zip(said, logits, strict=True)]
-
-    def _encoded(self, inputs: Sequence) -> list:
-        """Images as the pixels of the model's size, since as files they may be far larger; texts as they are.
+    def _encode(self, inputs: Sequence) -> list:
+        """Return images as the pixels of the model's size, since as files they may be far larger; texts as they are.
 
         Of a question, which can be too long, the options as tokens. In place of what cannot be read, the error.
         """
         if self.kind == "choice":
-            asked = [given for given in inputs if is_question(given)]
-            rows = iter(rows_of(self._transform, self._layout, asked))
-            expected = "(prompt, options)"
-            return [next(rows) if is_question(given) else _unlike(given, expected) for given in inputs]
+            rows = iter(rows_of(self._transform, self._layout, [each for each in inputs if is_question(each)]))
+            return [next(rows) if is_question(each) else _unlike(each, "(prompt, options)") for each in inputs]
         if self.kind == "generation":
-            return [_prompt(given) for given in inputs]
+            return [_prompt(each) for each in inputs]
         if self.modality == "text":
             expected = "two texts" if self._pairs else "a text"
-            return [given if _is_text(given, self._pairs) else _unlike(given, expected) for given in inputs]
+            return [each if _is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
         Image.init()  # before the threads, which would all do it
         with ThreadPoolExecutor(_DECODERS) as threads:
             return list(threads.map(self._pixels, inputs))
 
-    def _pixels(self, given: object) -> Tensor | PartialLoraError:
+    def _pixels(self, image: object) -> Tensor | PartialLoraError:
         try:
-            image = read_image(given)
-            return self._transform.encode([image])["pixel_values"]
+            return self._transform.encode([read_image(image)])["pixel_values"]
         except PartialLoraError as error:
             return error
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # one odd image must not end a stream
-            return PartialLoraError(f"{_said(given)}: cannot be made into what the model reads ({_reason(error)})")
+        except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:  # it must not end a stream
+            return PartialLoraError(f"{_words(image)}: cannot be made into what the model reads ({_reason(error)})")
 
-    def _batch(self, encoded: list) -> dict[str, Tensor]:
-        return self._transform.encode(encoded) if self.modality == "text" else {"pixel_values": torch.cat(encoded)}
+    def _predict(self, inputs: list, encoded: list) -> list[Prediction | PartialLoraError]:
+        """Return the predictions for inputs that can be read."""
+        words = [_words(each) for each in inputs]
+        if self.kind == "generation":
+            texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
+            return [Prediction(*each, None, {}) for each in zip(words, texts, strict=True)]
+        if self.kind == "choice":
+            size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
+            scores = likelihoods(encoded, self._model.logits, self._transform, size)
+            return [_outcome(*each, options) for *each, (_, options) in zip(words, scores, inputs, strict=True)]
+        is_text = self.modality == "text"
+        batch = self._transform.encode(encoded) if is_text else {"pixel_values": torch.cat(encoded)}
+        logits = self._model.logits(batch)
+        logits = logits if self._outputs is None else logits[:, self._outputs]
+        return [_outcome(*each, self.labels) for each in zip(words, logits, strict=True)]
 
 
-def _outcome(said: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
+def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
     if not np.isfinite(logits).all():
-        return PartialLoraError(f"{said}: the model's output is not a finite number")
+        return PartialLoraError(f"{words}: the model's output is not a finite number")
     if not labels:
-        return Prediction(said, None, float(logits[0]), {})
+        return Prediction(words, None, float(logits[0]), {})
     chances = np.exp(log_softmax(logits))
     order = np.argsort(-logits, kind="stable")  # the first of equals, as argmax takes it
     scores = {labels[index]: float(chances[index]) for index in order}
-    return Prediction(said, labels[order[0]], float(chances[order[0]]), scores)
+    return Prediction(words, labels[order[0]], float(chances[order[0]]), scores)
 
 
-def read_image(given: object) -> Image.Image:
-    """An image as the rows of a data set are decoded, turned as its EXIF says; one that is decoded stays as it is.
+def read_image(image: object) -> Image.Image:
+    """Return an image decoded as the rows of a data set are, turned as its EXIF says; one that is decoded as it is.
 
     Raises PartialLoraError, naming the file, for one that is not there or not an image.
     """
-    if isinstance(given, Image.Image):
-        return given
-    if not isinstance(given, (str, Path)):
-        raise _unlike(given, "the path of an image, or a PIL image")
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, (str, Path)):
+        raise _unlike(image, "the path of an image, or a PIL image")
     try:
-        content = Path(given).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
+        content = Path(image).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
         if content:
             return datasets.Image().decode_example({"path": None, "bytes": content})
     except FileNotFoundError as error:
-        raise PartialLoraError(f"{given}: no such image file") from error
+        raise PartialLoraError(f"{image}: no such image file") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
-        raise PartialLoraError(f"{given}: not an image that can be read ({_reason(error)})") from error
-    raise PartialLoraError(f"{given}: not an image that can be read (an empty file)")
+        raise PartialLoraError(f"{image}: not an image that can be read ({_reason(error)})") from error
+    raise PartialLoraError(f"{image}: not an image that can be read (an empty file)")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = " ".join(str(error).split()) or type(error).__name__
-    return "its format is not known" if "cannot identify image file" in said else said[:200]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "its format is not known" if "cannot identify image file" in text else text[:200]
 
 
-def _said(given: object) -> str:
-    if isinstance(given, Image.Image):
-        return str(getattr(given, "filename", ""))
-    if is_question(given):
-        return "\t".join([given[0], *given[1]])
-    return "\t".join(given) if isinstance(given, (tuple, list)) else str(given)
+def _words(content: object) -> str:
+    """Return an input as a user would name it on the command line."""
+    if isinstance(content, Image.Image):
+        return str(getattr(content, "filename", ""))
+    if is_question(content):
+        return "\t".join([content[0], *content[1]])
+    return "\t".join(content) if isinstance(content, (tuple, list)) else str(content)
 
 
-def _prompt(given: object) -> str | PartialLoraError:
-    if not isinstance(given, str):
-        return _unlike(given, "a text")
-    return given if given.strip() else PartialLoraError("an empty prompt: expected a text")
+def _prompt(content: object) -> str | PartialLoraError:
+    if not isinstance(content, str):
+        return _unlike(content, "a text")
+    return content if content.strip() else PartialLoraError("an empty prompt: expected a text")
 
 
-def _is_text(given: object, pairs: bool) -> bool:
+def _is_text(content: object, pairs: bool) -> bool:
     if not pairs:
-        return isinstance(given, str)
-    return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, str) for part in given)
+        return isinstance(content, str)
+    return isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(part, str) for part in content)
 
 
-def _unlike(given: object, expected: str) -> PartialLoraError:
-    return PartialLoraError(f"an input of type {type(given).__name__}: expected {expected}")
+def _unlike(content: object, expected: str) -> PartialLoraError:
+    return PartialLoraError(f"an input of type {type(content).__name__}: expected {expected}")
 
 
 def _device(requested: str) -> str:
@@ -337,3 +236,88 @@ def _device(requested: str) -> str:
     if requested == "cuda" and not cuda:
         raise PartialLoraError("device=cuda: torch finds no CUDA device; use cpu")
     return "cuda" if cuda and requested != "cpu" else "cpu"
+
+
+# --- Questions to a causal language model: a prompt and its options, and the likelihood of each option.
+
+_FEATURES = datasets.Features(
+    {
+        "prompts": datasets.List(datasets.Value("string")),
+        "options": datasets.List(datasets.Value("string")),
+        "label": datasets.Value("int64"),
+    }
+)
+Rows = list[dict]  # one an option, as `CausalTransform.options` makes them
+
+
+def is_question(content: object) -> bool:
+    """Return whether something is a prompt and a list of options."""
+    if not isinstance(content, (tuple, list)) or len(content) != 2:
+        return False
+    prompt, options = content
+    listed = isinstance(options, (tuple, list)) and all(isinstance(option, str) for option in options)
+    return isinstance(prompt, str) and listed
+
+
+def rows_of(
+    transform: CausalTransform, layout: str | None, questions: Sequence[tuple[str, Sequence[str]]]
+) -> list[Rows | PartialLoraError]:
+    """Return the options of every question as the model reads them, or what is wrong with the question.
+
+    layout: the task's `format`. That of winogrande puts the options where the prompt has a _, and scores what follows.
+    """
+    outcomes: list = []
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        for prompt, options in questions:
+            problem = problem_of_question(prompt, options)
+            if layout == "winogrande" and not prompt.partition("_")[2].strip():
+                problem = problem or "expected a _ in the prompt, where the options go, and words after it"
+            outcomes.append(_unfit(prompt, problem) if problem else _rows(transform, layout, prompt, options))
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+    return outcomes
+
+
+def likelihoods(
+    questions: Sequence[Rows],
+    logits: Callable[[Mapping[str, Tensor], Callable], np.ndarray],
+    transform: CausalTransform,
+    size: int,
+) -> list[np.ndarray]:
+    """Return the log likelihood of every option of every question, a sum over its tokens.
+
+    Args:
+        logits: of a batch, reduced by a function (`RunModel.logits`).
+        size: options in a batch.
+    """
+    rows = [row for question in questions for row in question]
+    scores = [
+        logits(transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
+        for start in range(0, len(rows), size)
+    ]
+    ends = np.cumsum([len(question) for question in questions])
+    return np.split(np.concatenate(scores), ends[:-1])
+
+
+def _rows(
+    transform: CausalTransform, layout: str | None, prompt: str, options: Sequence[str]
+) -> Rows | PartialLoraError:
+    if layout == "winogrande":
+        before, _, after = prompt.partition("_")
+        prompts, answers = [before + option for option in options], [f" {after.strip()}"] * len(options)
+    else:
+        space = "" if prompt[-1].isspace() else " "
+        prompts, answers = [prompt] * len(options), [space + option for option in options]
+    row = {"prompts": [prompts], "options": [answers], "label": [0]}
+    try:
+        return transform.options(datasets.Dataset.from_dict(row, features=_FEATURES), cache_bytes=0).to_list()
+    except PartialLoraError:  # its words are about a row of a table
+        return _unfit(prompt, "an option is longer than the run's model.max_length")
+
+
+def _unfit(prompt: str, problem: str, most: int = 80) -> PartialLoraError:
+    quoted = f"{prompt[:most]!r}: " if prompt.strip() else ""
+    return PartialLoraError(f"{quoted}{problem}")

@@ -164,7 +164,9 @@ class TaskConfig:
     text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
     image_column: Optional[str] = None  # null: the one column of images
     label_column: Optional[str] = None  # null: the one column of class labels
-    format: Optional[str] = None  # choice: how rows of a known data set are read (tasks/formats); null: by the columns
+    format: Optional[str] = (
+        None  # choice: how rows of a known data set are read (tasks/questions); null: by the columns
+    )
     prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
     option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
     answer_column: Optional[str] = None  # choice: the place, letter or text of the right option

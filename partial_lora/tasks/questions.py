@@ -137,7 +137,7 @@ def format_choices(
     option_columns: Sequence[str],
     answer_column: str | None,
 ) -> dict[str, Dataset]:
-    """Return the rows of every split as `prompts` and `options`, a text for each option, and `label`, the right one's.
+    """Return every split's rows as `prompts` and `options`, a text for each option, and `label`, the right one's place.
 
     Args:
         format: one of `CHOICES`; None for a table, which is read by its columns.
@@ -149,12 +149,12 @@ def format_choices(
     empty option and a question with fewer than two.
     """
     if format is not None:
-        columns = _choices_of_format(splits, name, format)
+        choices = _choices_of_format(splits, name, format)
     else:
-        columns = _choices_of_columns(splits, name, prompt_columns, option_columns, answer_column)
+        choices = _choices_of_columns(splits, name, prompt_columns, option_columns, answer_column)
     return {
         split: Dataset.from_list(
-            [dict(zip(CHOICE_FEATURES, choice, strict=True)) for choice in columns[split]],
+            [dict(zip(CHOICE_FEATURES, choice, strict=True)) for choice in choices[split]],
             features=CHOICE_FEATURES,
             split=rows.split,
         )

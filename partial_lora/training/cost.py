@@ -101,7 +101,7 @@ def describe(
     return _with_bytes(_counts(base=base, head=head_count, **adapter), targets=len(shapes), adapter_bytes=saved)
 
 
-def foretold(
+def describe_adapted(
     adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
 ) -> dict[str, int | float | None]:
     """Return what `describe` does, counted on an adapter that exists (on the meta device, too) and masks nothing."""

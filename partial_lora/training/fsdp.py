@@ -92,14 +92,6 @@ class ShardedTrainer(Trainer):
         self._save(output_dir)
         self.accelerator.wait_for_everyone()  # the others then look for it
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        reshard(self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        reshard(self.model)
-        super()._load_best_model()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)

@@ -1,4 +1,4 @@
-"""Training of the kept entries and the head, by transformers' Trainer."""
+"""Training of the kept entries and the head by transformers' Trainer, which can be ended at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.utils.data import RandomSampler, get_worker_info
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import progress
@@ -30,64 +30,134 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
 
-# --- A Trainer that can be ended at any moment and goes on, in another process, as if it had not been.
+_MOST_WORKERS = 8  # that load data for one accelerator
+
+logger = logging.getLogger(__name__)
 
 
-class ResumingTrainer(Trainer):
-    """Trainer with checkpoints that are whole or absent, and hold what trains alone (checkpoints.py).
+class ResumableTrainer(fsdp.ShardedTrainer):
+    """Trainer that resumes, in another process too, as if it had never been ended.
 
-    versions: of the libraries that compute. keep: how many checkpoints are kept beside the best one.
+    Checkpoints are whole or absent, and hold what trains alone (checkpoints.py). All optimizer steps have the same
+    number of examples, in however many parts they are computed: the last rows of an epoch that fill no batch are left
+    out of it (other ones every epoch). Otherwise several processes, which share a short batch unevenly, would compute
+    something else than one, and so would several parts of a step. Evaluation leaves none out.
+
+    Args:
+        versions: of the libraries that compute.
+        keep: the number of checkpoints kept beside the best one.
+        length_grouped: True to put texts of like length in one batch.
+        final_after: from all steps to the one after which the method has its final size.
+        settings: Trainer's.
     """
 
-    def __init__(self, *, versions: Mapping[str, str], keep: int, **settings) -> None:
+    def __init__(
+        self,
+        *,
+        versions: Mapping[str, str],
+        keep: int,
+        length_grouped: bool,
+        final_after: Callable[[int], int],
+        **settings,
+    ) -> None:
         super().__init__(**settings)
         self._versions, self._keep = dict(versions), keep
+        self._length_grouped, self._final_after = length_grouped, final_after
         self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self._earlier, self._began = 0.0, time.perf_counter()
-        self._place = Path(self.args.output_dir)
+        self._earlier_seconds, self._began = 0.0, time.perf_counter()
+        self._checkpoint_parent = Path(self.args.output_dir)
 
     @property
     def mean_loss(self) -> float:
-        """The loss of this process over all steps, whichever attempt made them."""
+        """The loss of this process over the steps of all attempts."""
         return self._losses.item() / max(self.state.global_step, 1)
 
     @property
     def seconds(self) -> float:
-        """Wall seconds since training was first begun, those between attempts apart."""
-        return self._earlier + time.perf_counter() - self._began
+        """Wall seconds of training in all attempts, without the time between them."""
+        return self._earlier_seconds + time.perf_counter() - self._began
 
     def train(self, resume_from_checkpoint: Path | None = None):
         """Train; from a checkpoint (`checkpoints.resumable`) where there is one."""
         self._began = time.perf_counter()
         return super().train(resume_from_checkpoint and str(resume_from_checkpoint))
 
-    def _run_epoch(self, **settings):
-        """An epoch, or what is left of it: nothing after the last step, at which Trainer would make another one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**settings)
-
     def training_step(self, *arguments, **settings):
         loss = super().training_step(*arguments, **settings)
         self._losses += loss
         return loss
 
+    def _run_epoch(self, **settings):
+        if self._length_grouped:  # Trainer's own call does not reach through the wrappers that split and skip batches
+            self._sampler.set_epoch(settings["epoch"])
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would make another
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
+    # Batches
+
+    @property
+    def _step_size(self) -> int:
+        """The examples of one optimizer step."""
+        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    def get_train_dataloader(self):
+        self.args.dataloader_drop_last = len(self.train_dataset) >= self._step_size
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Draw texts of like length together, in batches of all processes: as one process alone would draw them.
+
+        Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
+        """
+        count = len(self.train_dataset)
+        if self.args.gradient_accumulation_steps > 1:  # otherwise an epoch would end with a step that lacks some parts
+            count -= count % self._step_size
+        if not self._length_grouped:
+            return RandomSampler(self.train_dataset, num_samples=count)
+        lengths = list(self.train_dataset["length"])
+        self._sampler = LengthSampler(self._step_size, lengths, self.args.data_seed, count)
+        return self._sampler
+
+    # Selection
+
+    def _determine_best_metric(self, metrics, trial):
+        """Select, of checkpoints with equal metrics, the one with the least loss.
+
+        With few validation rows many are equal, and the first of them has hardly been trained. A checkpoint from before
+        the method has its final size is never selected; the last one always has it, and is measured.
+        """
+        state = self.state
+        if state.global_step < self._final_after(state.max_steps):
+            return False
+        value = metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
+            state.best_global_step = state.global_step
+            return True
+        return super()._determine_best_metric(metrics, trial)
+
+    # Checkpoints
+
     def _get_output_dir(self, trial):
-        return str(self._place)
+        return str(self._checkpoint_parent)
 
     def _save_checkpoint(self, model, trial):
-        """A checkpoint under another name, sealed, and only then under its own; older ones go after that."""
+        """Write a checkpoint in a hidden folder, seal it, and only then give it its name and remove older ones."""
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self._place = final.with_name(".saving")
+        self._checkpoint_parent = final.with_name(".saving")
         try:
-            with _told(final):
+            with _checkpoint_named_on_error(final):
                 super()._save_checkpoint(model, trial)
-                self._seal(self._place / final.name, final)
+                self._seal(self._checkpoint_parent / final.name, final)
         finally:
             if self.args.should_save:
-                shutil.rmtree(self._place, ignore_errors=True)
-            self._place = final.parent
+                shutil.rmtree(self._checkpoint_parent, ignore_errors=True)
+            self._checkpoint_parent = final.parent
 
     def _seal(self, building: Path, final: Path) -> None:
         self._name_best()
@@ -95,14 +165,14 @@ class ResumingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written its own random state
         if self.args.should_save:
             self.state.save_to_json(str(building / checkpoints.STATE))
-            masks = checkpoints.shape_of(self.model)
-            checkpoints.Progress(losses, self.seconds, self._versions, masks).save(building)
-            seal(building, final)  # in the place of one of an attempt that went on from an earlier one
+            shape = checkpoints.shape_of(self.model)
+            checkpoints.Progress(losses, self.seconds, self._versions, shape).save(building)
+            seal(building, final)  # replaces that of an attempt which had resumed from an earlier one
             checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
         self.accelerator.wait_for_everyone()
 
     def _name_best(self) -> None:
-        """Trainer's state names a folder, which is not where it was while it was being written."""
+        """Name the best checkpoint in Trainer's state by its final folder, not by that in which it was written."""
         best = self.state.best_global_step
         self.state.best_model_checkpoint = best and os.path.join(self.args.output_dir, f"checkpoint-{best}")
 
@@ -110,58 +180,89 @@ class ResumingTrainer(Trainer):
         checkpoints.save_trainable(self.model, Path(output_dir), writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        fsdp.reshard(self.model)
         checkpoints.load_trainable(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self):
-        checkpoints.load_trainable(self.model, Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
         done = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         self._losses.zero_()
         if resume_from_checkpoint is not None:
             before = checkpoints.Progress.load(Path(resume_from_checkpoint))
-            own = self.args.process_index
-            alike = len(before.losses) == self.args.world_size
-            self._losses += before.losses[own] if alike else sum(before.losses) / len(before.losses)
-            self._earlier = before.seconds
+            same_world = len(before.losses) == self.args.world_size
+            mean = sum(before.losses) / len(before.losses)
+            self._losses += before.losses[self.args.process_index] if same_world else mean
+            self._earlier_seconds = before.seconds
             self._name_best()
         return done
 
 
 @contextmanager
-def _told(checkpoint: Path) -> Iterator[None]:
-    """A checkpoint that cannot be written ends the run in one line that names it."""
+def _checkpoint_named_on_error(checkpoint: Path) -> Iterator[None]:
+    """End the run in one line that names a checkpoint which cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-    except RuntimeError as error:  # torch.save's own, which has no errno
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_torch_save = ("PytorchStreamWriter", "inline_container")  # a RuntimeError without errno
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in of_torch_save):
             raise
-        reason = str(error).splitlines()[0]
-    else:
-        return
-    raise PartialLoraError(
-        f"{checkpoint} cannot be written ({reason}): make room there and run the command again, it goes on from "
-        "the last checkpoint"
-    )
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise PartialLoraError(
+            f"{checkpoint} cannot be written ({reason}): make room there and run the command again, it goes on from "
+            "the last checkpoint"
+        ) from error
 
 
-# --- What happens beside training: progress is told, and a run that is to end, or whose loss is no number, is ended
+class LengthSampler(LengthGroupedSampler):
+    """Batches of like length in an order that seed and epoch decide, so that a resumed run has the same one.
 
-logger = logging.getLogger(__name__)
+    count: the number of rows of an epoch; None stands for all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, count: int | None = None) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed, self._count = seed, len(lengths) if count is None else count
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self._count)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
 
 
-class Progress(TrainerCallback):
-    """Tells the parent which step training or evaluation is at, and the log what Trainer measured."""
+@dataclass
+class UninterruptedCollate:
+    """`collate`, in a process that ignores the signals to stop where that only loads data.
+
+    Schedulers signal every process of a job. One that loads data would die, and its training with it before the
+    checkpoint is made; it ends with the training in any case.
+    """
+
+    collate: Callable[[Sequence], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence) -> dict[str, Tensor]:
+        if get_worker_info() is not None:
+            for number in progress.STOPPING:
+                signal.signal(number, signal.SIG_IGN)
+        return self.collate(rows)
+
+
+class ReportProgress(TrainerCallback):
+    """Report each step of training and evaluation to the parent, and what Trainer measures to the log."""
 
     def __init__(self) -> None:
         self._stage, self._batches = "evaluate", 0
-        self._began, self._tokens = 0.0, 0
+        self._began, self._earlier_tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._stage = "validate"
-        self._began, self._tokens = time.monotonic(), state.num_input_tokens_seen
+        self._began, self._earlier_tokens = time.monotonic(), state.num_input_tokens_seen
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stage = "evaluate"
@@ -169,13 +270,10 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         detail = {} if loss is None else {"loss": loss}
-        if state.num_input_tokens_seen > self._tokens:
-            detail["tokens_per_second"] = self._rate(state.num_input_tokens_seen)
+        tokens = state.num_input_tokens_seen - self._earlier_tokens
+        if tokens > 0:  # a second since training began, validation and checkpoints included
+            detail["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
         progress.emit("train", state.global_step, state.max_steps, **detail)
-
-    def _rate(self, seen: int) -> float:
-        """Tokens a second since training began, looks at validation and checkpoints included."""
-        return (seen - self._tokens) / max(time.monotonic() - self._began, 1e-9)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self._batches += 1
@@ -189,7 +287,7 @@ class Progress(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
+    """End the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
 
     In fp16 such a step is routine, and skipped by the gradient scaler; there only a loss that is not finite ends it.
     """
@@ -213,7 +311,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class LogAtSave(TrainerCallback):
-    """Logs the loss wherever a checkpoint is made: what is not logged by then is lost to whoever goes on from it."""
+    """Log the loss wherever a checkpoint is made: what is not logged by then is lost to a run that resumes there."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log = control.should_log or control.should_save
@@ -221,173 +319,61 @@ class LogAtSave(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class StopOnRequest(TrainerCallback):
-    """Ends training after the step it is at, with a checkpoint, once a signal asks for that.
+class StopOnSignal(TrainerCallback):
+    """End training at a signal: after the current step, with a checkpoint.
 
-    In the last step of an epoch whose end has a look at validation, that comes first: who goes on begins with the next
-    epoch. Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would have
-    without this, and the last checkpoint is whole; but nothing disturbs the checkpoint of a stop. Several processes
-    stop after the same step.
+    In the last step of an epoch that ends with validation, that comes first: a resumed run begins with the next epoch.
+    Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would have without
+    this, and the last checkpoint is whole; but nothing interrupts the checkpoint of a stop. Several processes stop
+    after the same step.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._stepping, self._stopped, self._amid_epoch = False, False, False
-        self._before: dict[int, object] = {}
+        self._in_step, self._stopped, self._amid_epoch = False, False, False
+        self._handlers: dict[int, object] = {}
         self._group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
-        self._before = {number: signal.signal(number, self._hear) for number in progress.STOPPING}
+        self._handlers = {number: signal.signal(number, self._receive) for number in progress.STOPPING}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._stepping = True
+        self._in_step = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._asked():
+        if self._any_received():
             control.should_training_stop = self._stopped = True
             self._amid_epoch = not float(state.epoch).is_integer()
             control.should_save = control.should_save or self._amid_epoch or args.save_strategy != "epoch"
-        self._stepping = not (control.should_evaluate or control.should_save)
+        self._in_step = not (control.should_evaluate or control.should_save)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._stopped and self._amid_epoch:  # Trainer takes this for the end of an epoch
             control.should_evaluate = control.should_save = control.should_log = False
-        self._stepping = self._stepping and not (control.should_evaluate or control.should_save)
+        self._in_step = self._in_step and not (control.should_evaluate or control.should_save)
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._stopped:
             raise SystemExit(128 + (self.received or signal.SIGTERM))
 
-    def _hear(self, number: int, frame: object) -> None:
-        if self._stopped:  # the parent reminds
+    def _receive(self, number: int, frame: object) -> None:
+        if self._stopped:  # the parent repeats its signal
             return
         self.received = number
-        if not self._stepping:
-            self._before[number](number, frame)
+        if not self._in_step:
+            self._handlers[number](number, frame)
 
-    def _asked(self) -> bool:
-        """Whether any process has been asked to stop."""
+    def _any_received(self) -> bool:
+        """Return True where any process has received a signal."""
         if self._group is None:
             return self.received is not None
         flag = torch.tensor([self.received is not None], dtype=torch.int32)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
         return bool(flag)
-
-
-# --- The order in which texts are trained on.
-
-
-class ByLength(LengthGroupedSampler):
-    """Batches of like length in an order that seed and epoch decide, so that a resumed run goes on in the same one.
-
-    count: how many of the rows an epoch has; None stands for all.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, count: int | None = None) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed, self._count = seed, len(lengths) if count is None else count
-        self.set_epoch(0)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self._count)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self._seed + epoch)
-
-
-# --- The processes that load data for a training.
-
-_MOST_WORKERS = 8  # for one accelerator
-
-
-def loading_processes(requested: int | None, device: str, world_size: int) -> int:
-    """How many processes load data for this one: none on a CPU, which they would only compete for."""
-    if requested is not None:
-        return requested
-    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
-
-
-@dataclass
-class Undisturbed:
-    """Makes batches as `collate` does; in a process of its own, whatever asks the run to stop.
-
-    Schedulers that end a job signal every process of it. One that loads data would die of that, and its training with
-    it, before that has made its checkpoint; once that has ended it ends, too.
-    """
-
-    collate: Callable[[Sequence], dict[str, Tensor]]
-
-    def __call__(self, rows: Sequence) -> dict[str, Tensor]:
-        if get_worker_info() is not None:
-            for number in progress.STOPPING:
-                signal.signal(number, signal.SIG_IGN)
-        return self.collate(rows)
-
-
-class _Trainer(fsdp.ShardedTrainer, ResumingTrainer):
-    """Trainer whose optimizer steps all have the same number of examples, in however many parts they are computed.
-
-    The last rows of an epoch that fill no batch are left out of it (other ones every epoch); otherwise several
-    processes, which share a short batch unevenly, would compute something else than one, and so would several parts of
-    a step. Evaluation leaves none out.
-    """
-
-    def __init__(self, *, length_grouped: bool, final_after: Callable[[int], int], **settings) -> None:
-        super().__init__(**settings)
-        self._length_grouped = length_grouped
-        self._final_after = final_after
-
-    @property
-    def _batch_size(self) -> int:
-        """The examples of one optimizer step."""
-        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-
-    def get_train_dataloader(self):
-        self.args.dataloader_drop_last = len(self.train_dataset) >= self._batch_size
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = False
-
-    def _get_train_sampler(self, train_dataset=None):
-        """Texts of like length together, in batches of all processes: what one process alone would have drawn.
-
-        Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
-        """
-        count = len(self.train_dataset)
-        if self.args.gradient_accumulation_steps > 1:  # or the last parts of an epoch would be a step that lacks some
-            count -= count % self._batch_size
-        if not self._length_grouped:
-            return RandomSampler(self.train_dataset, num_samples=count)
-        self._by_length = ByLength(self._batch_size, list(self.train_dataset["length"]), self.args.data_seed, count)
-        return self._by_length
-
-    def _run_epoch(self, **settings):
-        if self._length_grouped:  # behind what shares out batches and skips some, it does not hear of the epoch
-            self._by_length.set_epoch(settings["epoch"])
-        super()._run_epoch(**settings)
-
-    def _determine_best_metric(self, metrics, trial):
-        """Of checkpoints that select equally well, the one with the least loss.
-
-        With few validation rows many are equal, and the first of them is one that has hardly been trained. One in which
-        the method has not come to its final size is none to choose; the last always has, and is measured.
-        """
-        if self.state.global_step < self._final_after(self.state.max_steps):
-            return False
-        state, value = self.state, metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
-        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-        if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
-            state.best_global_step = state.global_step
-            return True
-        return super()._determine_best_metric(metrics, trial)
 
 
 def mixed_precision(requested: str, device: str) -> str:
@@ -400,6 +386,13 @@ def mixed_precision(requested: str, device: str) -> str:
         return requested
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "no"
+
+
+def data_workers(requested: int | None, device: str, world_size: int) -> int:
+    """Return the number of processes that load data for this one: none beside a CPU, with which they would compete."""
+    if requested is not None:
+        return requested
+    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
 
 
 def build_trainer(
@@ -424,16 +417,22 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     sharded: bool = False,
     final_after: Callable[[int], int] = lambda steps: 0,
-) -> ResumingTrainer:
-    """A Trainer whose `train()` ends with the checkpoint, in `directory`, that did best on validation.
+) -> ResumableTrainer:
+    """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that is best on validation.
 
     AdamW without decay of biases and norms, a cosine schedule after linear warm-up, clipped gradients. Validation is
-    measured and a checkpoint kept every `config.save_steps` steps, or every epoch; training goes on from it under the
-    same `versions` of libraries alone. `selects`, one of the metrics that `measure` gives, says which did best, and of
-    equals the loss; none before step `final_after(steps)` is chosen. `collate` makes a batch of rows, `loss` its loss,
-    and `reduce(logits, labels)` what is kept of an evaluation's logits. Where `length_grouped`, rows have a column
-    `length`, and those of like length are put in one batch. `reads_tokens`: tokens are counted, so that progress tells
-    how many a second. `sharded`: parameters are shared out over the processes. `callbacks`: more.
+    measured and a checkpoint made every `config.save_steps` steps, or every epoch.
+
+    Args:
+        collate: from rows to a batch; loss: its loss, over the whole step (objectives.py).
+        measure: metrics of validation, of which `selects` names the one that selects a checkpoint.
+        reduce: from (logits, labels) of an evaluation's batch to what `measure` needs.
+        precision: "no", "bf16" or "fp16" (`mixed_precision`).
+        versions: of the libraries; training resumes under the same ones alone.
+        length_grouped: True where rows have a column `length`, and those of like length are put in one batch.
+        reads_tokens: True to count tokens, so that progress reports their rate.
+        sharded: True where parameters are sharded over the processes (fsdp.py).
+        final_after: from all steps to the one before which no checkpoint is selected.
     """
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     parts = world_size * accumulation
@@ -450,7 +449,7 @@ def build_trainer(
         )
     steps_per_epoch = max(1, len(train) // batch_size)
     total_steps = config.max_steps or max(1, int(config.epochs * steps_per_epoch))
-    # A short run still needs one look at validation, at its end.
+    # A short run still needs one validation, at its end.
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
     steps = min(config.save_steps or steps_per_epoch, total_steps)
     arguments = TrainingArguments(
@@ -485,13 +484,13 @@ def build_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=loading_processes(config.num_workers, device, world_size),
+        dataloader_num_workers=data_workers(config.num_workers, device, world_size),
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
     if sharded and device == "cpu":
         fsdp.allow_on_cpu()
-    fit = _Trainer(
+    trainer = ResumableTrainer(
         versions=versions,
         keep=config.save_total_limit,
         length_grouped=length_grouped,
@@ -500,14 +499,13 @@ def build_trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=Undisturbed(collate),
+        data_collator=UninterruptedCollate(collate),
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[*callbacks, Progress(), StopOnNonFinite(), StopOnRequest(), LogAtSave()],
+        callbacks=[*callbacks, ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()],
     )
     if sharded:
-        fsdp.reduce_in_float32(fit)
-    for own in (PrinterCallback, ProgressCallback):
-        fit.remove_callback(own)
-    return fit
+        fsdp.reduce_in_float32(trainer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -128,7 +128,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
         return DataLoader(rows, batch_size=size, collate_fn=transform.collate)
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate.said_of(trained, batches(rows), judge.reduce, lambda done, total: None)
+        return evaluate.logits_of(trained, batches(rows), judge.reduce, lambda done, total: None)
 
     metrics = {split: judge.judged(predict, trained.model, split).metrics for split in ("train", "test")}
     frozen = export.base_model(run).to(trained.device).eval()

@@ -18,7 +18,6 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from partial_lora import models
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import images as clip
 
@@ -127,7 +126,7 @@ def test_the_linear_head_predicts_what_the_whole_clip_does(folders, prompts):
     assert lengths.mean() > 2  # which they would not be by themselves
 
 
-def test_the_whole_clip_says_so_itself(folders):
+def test_the_logits_of_the_whole_clip_agree(folders):
     """transformers' own logits, with its own processing of several texts at once."""
     model = load("tiny_clip", labels=ANIMALS, **folders)
     whole, tokenizer = tiny_clip(), AutoTokenizer.from_pretrained(folders["text_weights"])
@@ -195,34 +194,33 @@ def rewritten(folder: str, target: Path, **text: object) -> str:
 
 def test_towers_of_two_clips_are_refused(folders, tmp_path):
     other = rewritten(folders["text_weights"], tmp_path)
-    with pytest.raises(PartialLoraError, match=r"model\.text_weights=.*: projects images of width 40, .* has 32; both"):
+    with pytest.raises(PartialLoraError, match=r"^model\.text_weights=.* 40, .* 32"):
         load("tiny_clip", **(folders | {"text_weights": other}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key"),
     [
-        ({"text_weights": None}, r"model\.text_weights=null: model=tiny_clip needs CLIP's text tower"),
-        ({"labels": []}, r"model=tiny_clip: a zero-shot head needs classes with names"),
-        ({"labels": ["cat"]}, r"expected at least two labels"),
-        ({"prompts": ["a photo"]}, r"model\.prompts: expected \{\} once, .* in 'a photo'"),
-        ({"prompts": []}, r"model\.prompts=\[\]: expected at least one"),
-        ({"text_args": {"hidden_size": 25}}, r"model\.text_args=.*: no geometry of CLIP's text tower"),
-        ({"image_size": 40}, r"model\.image_size=40: model=tiny_clip takes images of 32 pixels only"),
-        ({"architecture": "resnet18", "model_args": {}}, r"model\.architecture=resnet18: expected CLIP's vision trans"),
+        ({"text_weights": None}, r"model\.text_weights=null"),
+        ({"labels": []}, "model=tiny_clip"),
+        ({"labels": ["cat"]}, "model=tiny_clip"),
+        ({"prompts": ["a photo"]}, r"model\.prompts: .*'a photo'"),
+        ({"prompts": []}, r"model\.prompts=\[\]"),
+        ({"text_args": {"hidden_size": 25}}, r"model\.text_args="),
+        ({"image_size": 40}, r"model\.image_size=40: .* 32"),
+        ({"architecture": "resnet18", "model_args": {}}, r"model\.architecture=resnet18"),
     ],
 )
-def test_settings_that_make_no_zero_shot_head_are_named_in_one_line(changes, message):
-    with pytest.raises(PartialLoraError, match=message) as caught:
+def test_settings_that_make_no_zero_shot_head_are_named_in_one_line(changes, key):
+    with pytest.raises(PartialLoraError, match=f"^{key}") as caught:
         load("tiny_clip", **changes)
     assert "\n" not in str(caught.value)
 
 
 def test_text_tower_that_is_no_clip_is_refused(folders, tmp_path):
     load("tiny_bert").save_pretrained(tmp_path)
-    with pytest.raises(PartialLoraError, match=r"is a bert") as caught:
+    with pytest.raises(PartialLoraError, match=r"^model\.architecture=clip: .* bert") as caught:
         load("tiny_clip", **(folders | {"text_weights": str(tmp_path)}))
     assert "\n" not in str(caught.value)
-    with pytest.raises(PartialLoraError, match=r"model\.text_args=.*: of text_weights=random only"):
+    with pytest.raises(PartialLoraError, match=r"^model\.text_args=.*text_weights=random"):
         load("tiny_clip", **(folders | {"text_args": {"hidden_size": 24}}))
-    assert models.has_own_head("clip")

@@ -13,11 +13,11 @@ def test_targets_are_matched_as_peft_matches_them():
     assert target_names(model, ["attn.proj"]) == [f"vit.blocks.{block}.attn.proj" for block in range(3)]
     assert target_names(model, r".*\.1\.mlp\.fc[12]") == ["vit.blocks.1.mlp.fc1", "vit.blocks.1.mlp.fc2"]
     for targets in (["q_proj"], ["attn.proj", "q_proj"]):
-        with pytest.raises(PartialLoraError, match=r"target_modules: no module of Named matches 'q_proj'"):
+        with pytest.raises(PartialLoraError, match=r"^target_modules: .*'q_proj'"):
             target_names(model, targets)
-    with pytest.raises(PartialLoraError, match=r"target_modules=q_proj: no module of Named matches"):
+    with pytest.raises(PartialLoraError, match=r"^target_modules=q_proj: "):
         target_names(model, "q_proj")
-    with pytest.raises(PartialLoraError, match=r"vit.patch_embed.proj is a Conv2d, expected nn.Linear"):
+    with pytest.raises(PartialLoraError, match=r"^target_modules=.*vit\.patch_embed\.proj is a Conv2d"):
         target_names(model, ["proj"])
 
 

@@ -88,7 +88,7 @@ def spoilt(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"), [("missing", "has no tokenizer"), ("broken", "cannot read the tokenizer")]
 )
-def test_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path, kind, message):
+def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path, kind, message):
     spoilt(tmp_path, kind)
     with pytest.raises(PartialLoraError, match=rf"model=tiny: .*{message}") as caught:
         tokenizer(tmp_path)

@@ -74,7 +74,7 @@ def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> Non
     second = {0: frame(label, [0, 1, 0, 0]), 1: frame(label, [0, 1, 2, 0]), 7: frame(label, label)}
     found = compare(first, second, "accuracy")
     assert found.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
-    assert (found.seeds, found.examples, found.left_out, found.reason) == (2, 4, (5, 7), None)
+    assert (found.seeds, found.examples, found.reason) == (2, 4, None)
     assert found == compare(first, second, "accuracy")
     turned = compare(second, first, "accuracy")
     assert turned.difference == -found.difference
@@ -131,10 +131,10 @@ def test_one_seed_decides_nothing() -> None:
     good, poor = frame(label, label), frame(label, np.where(np.arange(500) < 100, 1 - label, label))
     alone = compare({0: good}, {0: poor, 1: poor}, "accuracy")
     assert alone.low > 0.1
-    assert (alone.verdict, alone.reason, alone.seeds, alone.left_out) == ("undecided", "one seed", 1, (1,))
+    assert (alone.verdict, alone.reason, alone.seeds) == ("undecided", "one seed", 1)
     assert compare({0: poor}, {0: good}, "accuracy").verdict == "undecided"
     two = compare({0: good, 1: good}, {0: poor, 1: poor}, "accuracy")
-    assert (two.verdict, two.reason, two.left_out) == ("better", None, ())
+    assert (two.verdict, two.reason) == ("better", None)
 
 
 def test_verdicts() -> None:

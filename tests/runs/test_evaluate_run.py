@@ -172,11 +172,6 @@ def test_a_person_reads_a_table(run, capsys) -> None:
     assert f"wrote {run.directory}/evaluations/cifar10-test-" in out
 
 
-def test_a_metric_that_is_no_number_has_no_value() -> None:
-    given = {"primary": "pearson", "pearson": float("nan"), "loss": 1.5}
-    assert evaluate_run._finite(given) == {"primary": "pearson", "pearson": None, "loss": 1.5}
-
-
 # Texts
 
 

@@ -93,12 +93,12 @@ def ends_as(unbroken: Path, place: Path) -> None:
 
 
 MOMENTS = (  # in the order of a run; and the checkpoints that are whole after each
-    ("partial_lora.store:Store.save:9", set()),  # calibrating
-    ("partial_lora.callbacks:Progress.on_step_end:3", {2}),  # between two checkpoints
-    ("partial_lora.resuming:seal:1", {2}),  # while the next one is saved
-    ("partial_lora.checkpoints:rotate:1", {2, 4}),  # before older ones are removed
+    ("partial_lora.calibration.curves:Store.save:9", set()),  # calibrating
+    ("partial_lora.training.trainer:Progress.on_step_end:3", {2}),  # between two checkpoints
+    ("partial_lora.training.trainer:seal:1", {2}),  # while the next one is saved
+    ("partial_lora.training.checkpoints:rotate:1", {2, 4}),  # before older ones are removed
     ("partial_lora.train:_save_adapter:1", {6}),  # while results are written
-    ("partial_lora.results:remove_checkpoints:1", {6}),  # when all has been said
+    ("partial_lora.runs.directory:remove_checkpoints:1", {6}),  # when all has been said
 )
 
 
@@ -197,7 +197,7 @@ def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path,
     assert not results.is_finished(run)
     with pytest.raises(PartialLoraError, match=rf"seed0: {file} has {size // 2} bytes, not {size}; the same `partial-"):
         finished_run(run)
-    assert results.prepare(run, anew=False) == [
+    assert results.prepare(run, overwrite=False) == [
         f"{run}: {file} has {size // 2} bytes, not {size}; the run is done again"
     ]
 

@@ -1,34 +1,163 @@
-"""How a run ends, as its parent sees it, and what its parent hears."""
+"""Runs as processes: how one ends, which process failed first, what reaches workers, and that none is left behind."""
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.utils.data import DataLoader, Dataset
 
-from partial_lora import files
-from partial_lora.runs import directory, launch, sweep
+from partial_lora import files, worker
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import directory, launch
+from partial_lora.runs.launch import Cluster, Failure
+from partial_lora.runs.schema import Config
+
+WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
+
+
+# How a run ended
 
 
 @pytest.mark.parametrize(
     ("record", "status"),
     [
-        ({"status": "finished"}, "finished"),  # in spite of it
+        ({"status": "finished"}, "finished"),  # in spite of the signal
         ({"status": "failed", "error": "checkpoint-3 cannot be written"}, "failed"),
         ({"status": "failed", "error": "interrupted"}, "interrupted"),
         ({"status": "running"}, "interrupted"),
     ],
 )
-def test_how_a_run_ended_is_what_its_record_says_of_it(tmp_path: Path, record: dict, status: str) -> None:
+def test_the_record_decides_how_a_run_ended_and_then_the_exit_code(tmp_path: Path, record: dict, status: str) -> None:
     files.write_json(tmp_path / "result.json", record)
-    assert launch._outcome(tmp_path, 143).status == status
+    outcome = launch._outcome(tmp_path, 143)
+    assert outcome.status == status
+    assert outcome.exit_code == {"finished": 0, "failed": 1, "interrupted": 143}[status]
 
 
-def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    (tmp_path / "predictions.parquet").write_text("")
+    for stage in ("train", "calibrate"):
+        assert launch._is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
+
+
+class Broken(Dataset):
+    """Rows of which none can be read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, row: int) -> int:
+        raise PartialLoraError(f"an image of the task cannot be read: row {row + 1}")
+
+
+def test_an_error_of_a_process_that_loads_data_is_one_line() -> None:
+    with pytest.raises(PartialLoraError) as raised:
+        list(DataLoader(Broken(), num_workers=1))
+    assert len(str(raised.value).splitlines()) > 5  # as torch hands it on
+    assert worker._in_one_line(raised.value) == "an image of the task cannot be read: row 1"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PartialLoraError("model.head=x: expected y"), "model.head=x: expected y"),
+        (KeyboardInterrupt(), directory.INTERRUPTED),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+    ],
+)
+def test_any_other_error_is_one_line_too(error: BaseException, line: str) -> None:
+    assert worker._in_one_line(error) == line
+
+
+# Which of several processes failed first
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch) -> Path:
+    """The folder where processes leave word of their failures."""
+    monkeypatch.setenv(launch.VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def fail(monkeypatch, rank: int, reason: str, second: float) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(time, "time", lambda: second)
+    launch.report_failure(reason)
+
+
+def test_the_first_to_fail_is_the_cause(words: Path, monkeypatch) -> None:
+    fail(monkeypatch, 0, "a connection was closed", 101.0)
+    fail(monkeypatch, 1, "out of memory", 100.5)
+    launch.report_exits({0: (1, 101), 1: (1, 100)})
+    assert launch.first_failure(words) == Failure(1, "out of memory")
+
+
+def test_a_process_that_was_killed_is_the_cause_of_its_peers_failures(words: Path, monkeypatch) -> None:
+    fail(monkeypatch, 0, "a connection was closed", 100.2)
+    launch.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
+    assert launch.first_failure(words) == Failure(1, "was ended by SIGKILL", explained=False)
+
+
+@pytest.mark.parametrize("code", [-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL])
+def test_an_end_by_the_launcher_after_a_failure_is_not_its_cause(words: Path, monkeypatch, code: int) -> None:
+    fail(monkeypatch, 0, "diverged", 100.2)
+    launch.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
+    assert launch.first_failure(words) == Failure(0, "diverged")
+
+
+def test_a_process_that_leaves_no_word_is_named(words: Path) -> None:
+    launch.report_exits({1: (3, 100)})
+    failure = launch.first_failure(words)
+    assert (failure.rank, failure.explained) == (1, False)
+    assert "code 3" in failure.reason
+
+
+def test_without_a_word_there_is_no_failure(words: Path, monkeypatch) -> None:
+    assert launch.first_failure(words) is None
+    monkeypatch.delenv(launch.VARIABLE)
+    launch.report_failure("nobody listens")
+    assert list(words.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "failure", "recorded"),
+    [
+        ("running", Failure(0, "was ended by SIGKILL", explained=False), "process 0 of 2 was ended by SIGKILL"),
+        ("running", None, "the worker was ended by SIGKILL before it could say why"),
+        ("failed", Failure(1, "was ended by SIGKILL", explained=False), "process 1 of 2 was ended by SIGKILL"),
+        ("failed", Failure(1, "OSError: disk full"), "process 1 of 2 failed: OSError: disk full"),
+        ("failed", Failure(0, "ValueError: no"), "its own account"),
+        ("failed", None, "its own account"),
+        ("finished", Failure(1, "was ended by SIGABRT", explained=False), None),
+        (None, Failure(None, "accelerate launch: no such port"), "accelerate launch: no such port"),
+    ],
+)
+def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tmp_path: Path) -> None:
+    (tmp_path / directory.CONFIG).write_text("seed: 3\n")
+    if status is not None:
+        own = {"error": "its own account"} if status == "failed" else {}
+        files.write_json(tmp_path / directory.RESULT, {"status": status, "seed": 3, **own})
+    launch._record_failure(tmp_path, failure, Cluster(processes=2), -signal.SIGKILL)
+    result = directory.read_result(tmp_path)
+    assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
+    assert result.get("error") == recorded
+
+
+# Signals, and the launcher between a parent and several workers
+
+
+def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
         with launch._stop_requests():
@@ -38,26 +167,67 @@ def test_who_is_not_to_hear_of_a_hangup_does_not(monkeypatch) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_who_has_a_run_does_not_wait_for_itself(tmp_path: Path) -> None:
-    own = sweep.Ledger.new(tmp_path)
-    other = sweep.Ledger(own.folder)
-    with own.claimed(tmp_path / "run"):
-        assert not own.is_under_way(tmp_path / "run")
-    script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
-    script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(own.folder), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-    )
+def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Popen:
+    """Two workers, started as a run's are."""
+    cluster = Cluster(processes=2, **changes)
+    command = launch.command(cluster, [str(WORKER), str(folder), str(seconds)])
+    variables = {launch.VARIABLE: str(folder / "words"), **launch.cluster_environment(cluster)}
+    (folder / "words").mkdir()
+    with open(folder / "log", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | variables, start_new_session=True)
+
+
+def written(folder: Path, what: str) -> list[dict]:
+    """What both workers wrote, once they have."""
+    end = time.monotonic() + 60
+    paths = [folder / f"{what}_{rank}.json" for rank in range(2)]
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.05)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def is_alive(pid: int) -> bool:
     try:
-        assert holder.stdout.readline() == "held\n"
-        assert other.is_under_way(tmp_path / "run")
-    finally:
-        holder.kill()
-        holder.wait()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-def test_a_number_that_is_none_is_none_in_a_record() -> None:
-    assert directory.finite([{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]) == [
-        {"grad_norm": None, "loss": 0.5},
-        [None, "x"],
-    ]
+def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, 2.0)
+    written(tmp_path, "began")
+    for _ in range(3):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    assert written(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
+    assert launch.first_failure(tmp_path / "words") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, 60.0)
+    workers = [each["pid"] for each in written(tmp_path, "began")]
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    end = time.monotonic() + 10
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    stage = {"zero_stage": 2, "gradient_accumulation_steps": 1}
+    file.write_text(
+        yaml.safe_dump({"distributed_type": "DEEPSPEED", "mixed_precision": "fp16", "deepspeed_config": stage})
+    )
+    launcher = launched(tmp_path, 0.0, kind="deepspeed", file=str(file))
+    assert launcher.wait(60) == 0
+    for each in written(tmp_path, "began"):
+        assert each["WORLD_SIZE"] == "2"
+        assert each["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert each["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        assert each["ACCELERATE_MIXED_PRECISION"] == "no"  # trainer.mixed_precision decides

@@ -302,6 +302,7 @@ def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path)
     assert not ledger.is_under_way(run)
     with ledger.claimed(run) as before:
         assert not before
+        assert not ledger.is_under_way(run)  # who has a run does not wait for itself
         with directory.locked(run):
             assert not ledger.is_orphaned(run)
     assert not ledger.is_under_way(run)
@@ -310,6 +311,18 @@ def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path)
         assert ledger.is_orphaned(run)
     with ledger.claimed(run) as before:
         assert before
+
+
+def test_a_claim_of_another_process_is_waited_for(tmp_path: Path) -> None:
+    ledger, run = Ledger.new(tmp_path), tmp_path / "run"
+    script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
+    script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(ledger.folder), str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert ledger.is_under_way(run)
+        holder.kill()
+    assert not ledger.is_under_way(run)
 
 
 def test_the_table_says_of_every_run_what_became_of_it() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from datasets import Dataset
 from finished_runs import trained
+from judged_tasks import choices, exchanges, literal
+from judged_tasks import trained as trained_by
 from rich.console import Console
-from test_judges import choices, exchanges, literal
-from test_judges import trained as trained_by
 from tiny_causal import merging_tokenizer
 from torch.nn import functional as F
 
@@ -108,36 +108,36 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "key"),
     [
-        ([], r"task\.members=None: expected the names of tasks"),
-        (["task.members=[sst2,nowhere]"], r"task\.members=nowhere: expected names out of "),
-        (["task.members=[sst2,sst2]"], r"every name once"),
-        (["task.members=[sst2,digits]"], r"one modality: sst2 is of text, digits of image"),
-        (["task.members=[sst2,piqa]"], r"one kind: sst2 is of label, piqa of choice"),
-        (["task.members=[sst2,stsb]"], r"task\.members=stsb: expected tasks of classes"),
-        (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size: no such key"),
-        (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b: expected a, or nothing"),
-        (["task.members={a: {modality: text}}"], r"task\.members\.a\.path: expected a value"),
-        (["task.members={a: {path: files, classes: two}}"], r"task\.members\.a\.classes: .*two"),
+        ([], r"task\.members=None"),
+        (["task.members=[sst2,nowhere]"], r"task\.members=nowhere"),
+        (["task.members=[sst2,sst2]"], r"task\.members"),
+        (["task.members=[sst2,digits]"], r"task\.members.*digits of image"),
+        (["task.members=[sst2,piqa]"], r"task\.members.*piqa of choice"),
+        (["task.members=[sst2,stsb]"], r"task\.members=stsb"),
+        (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size"),
+        (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b"),
+        (["task.members={a: {modality: text}}"], r"task\.members\.a\.path"),
+        (["task.members={a: {path: files, classes: two}}"], r"task\.members\.a\.classes"),
         (["task.members={a: {path: files, modality: sound}}"], r"task\.members, a: task\.modality=sound"),
-        (["task.members={a: {path: members, members: [sst2]}}"], r"expected tasks that are no mixtures"),
-        (["task.members=[sst2]", "task.data_files=/"], r"task\.data_files=/: expected files by member"),
-        (["task.members=[sst2]", "task.data_files={mrpc: /}"], r"expected files by member, \{sst2: \{train"),
+        (["task.members={a: {path: members, members: [sst2]}}"], r"task\.members"),
+        (["task.members=[sst2]", "task.data_files=/"], r"task\.data_files=/"),
+        (["task.members=[sst2]", "task.data_files={mrpc: /}"], r"task\.data_files=.*mrpc"),
         (["task.members=[sst2]", "task.data_files={sst2: /nowhere}"], r"sst2: task\.data_files=/nowhere"),
-        (["task.members=[sst2]", "task.label_column=x"], r"task\.label_column=x: .* each member's own"),
-        (["task.members=[sst2]", "task.mixing=some"], r"task\.mixing=some: expected proportional or equal"),
-        (["task.members=[sst2]", "calibration.score=f1"], r"calibration\.score=f1: expected one of .*, for a mixture"),
+        (["task.members=[sst2]", "task.label_column=x"], r"task\.label_column=x"),
+        (["task.members=[sst2]", "task.mixing=some"], r"task\.mixing=some"),
+        (["task.members=[sst2]", "calibration.score=f1"], r"calibration\.score=f1"),
     ],
 )
-def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], said: str) -> None:
-    with pytest.raises(PartialLoraError, match=said) as refusal:
+def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], key: str) -> None:
+    with pytest.raises(PartialLoraError, match=key) as refusal:
         composed("task=mixture", *overrides)
     assert "\n" not in str(refusal.value)
 
 
 def test_members_of_a_single_task_are_refused() -> None:
-    with pytest.raises(PartialLoraError, match=r"task\.members=\['sst2'\]: expected .* for task=mixture alone"):
+    with pytest.raises(PartialLoraError, match=r"task\.members=\['sst2'\]"):
         composed("task=cola", "task.members=[sst2]")
 
 
@@ -146,9 +146,9 @@ def test_numbers_that_only_the_rows_show_and_other_commands_are_refused(tables, 
     pandas.DataFrame({"text": WORDS * 9, "label": np.arange(54) / 7}).to_parquet(numbers)
     own = f"{{modality: text, path: files, data_files: '{numbers}'}}"
     chosen = composed("task=mixture", f"task.members={{numbers: {own}}}", "model=tiny_bert")
-    with pytest.raises(PartialLoraError, match=r"task\.members: the labels of numbers are real numbers"):
+    with pytest.raises(PartialLoraError, match=r"task\.members.*numbers"):
         mixture(chosen)
-    with pytest.raises(PartialLoraError, match=r"take one of its members, reviews, questions"):
+    with pytest.raises(PartialLoraError, match=r"reviews, questions"):
         build.task_of(composed(*members(tables, "reviews", "questions")))
 
 
@@ -399,7 +399,7 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(summary.summary(run.result, run.directory / "seed0"))
     assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
-    with pytest.raises(PartialLoraError, match=r"the run is of several tasks, .* choose --member a or b\.c$"):
+    with pytest.raises(PartialLoraError, match=r"--member a or b\.c$"):
         evaluate.evaluate_run(run)
 
 
@@ -502,5 +502,5 @@ def test_texts_of_several_sets_are_selected_by_their_mean_perplexity(tmp_path: P
 def test_main_metrics_that_cannot_be_averaged_are_refused() -> None:
     mixed = of_kind("generation", ("rouge_l", "perplexity"))
     second = dataclasses.replace(mixed.members[1], metrics=("perplexity",))
-    with pytest.raises(PartialLoraError, match=r"task\.members: expected first metrics .* 'b': 'perplexity'"):
+    with pytest.raises(PartialLoraError, match=r"task\.members.*'b': 'perplexity'"):
         judge_and_transform(dataclasses.replace(mixed, members=(mixed.members[0], second)))

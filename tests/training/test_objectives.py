@@ -1,4 +1,4 @@
-"""What selects and what reports, for options and for texts: against one sequence at a time, without padding."""
+"""Objectives of options and texts, against one sequence at a time without padding, and losses of parts of a step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tiny_causal import llama, merging_tokenizer
+from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
+from tiny_causal import llama
 
 from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
 from partial_lora.training import objectives
-from partial_lora.training.config import TrainerConfig
-from partial_lora.training.trainer import build_trainer
 
-TOKENIZER = merging_tokenizer()
 CACHE_BYTES = 2**20
 
 
@@ -27,65 +23,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
 
 
-def choices(count: int, first: int) -> Dataset:
-    """Questions with two or three options of unlike lengths, the right one at a place that moves."""
-    rows = []
-    for number in range(first, first + count):
-        options = [f" {number} is a bird", " the robin", " four and four"][: 2 + number % 2]
-        prompt = f"Question: what is {number}? Answer:"
-        rows.append({"prompts": [prompt] * len(options), "options": options, "label": number % len(options)})
-    return Dataset.from_list(rows)
-
-
-def exchanges(count: int, first: int) -> Dataset:
-    numbers = range(first, first + count)
-    return Dataset.from_dict(
-        {"prompt": [f"what is {n}?" for n in numbers], "response": [f"{n} is a bird" for n in numbers]}
-    )
-
-
 def task(kind: str, metrics: tuple[str, ...]) -> Task:
     rows = {"choice": choices, "generation": exchanges}[kind]
     splits = {"train": rows(12, 0), "validation": rows(7, 50), "test": rows(5, 80)}
     return Task(name="mine", modality="text", labels=(), metrics=metrics, kind=kind, **splits)
 
 
-def trained(judge: objectives.Judge, directory: Path):
-    model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    trainer = build_trainer(
-        model,
-        TrainerConfig(epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup=0.0),
-        versions={},
-        train=judge.train(),
-        validation=judge.validation(),
-        collate=judge.transform.collate,
-        loss=judge.loss,
-        reduce=judge.reduce,
-        measure=judge.measure,
-        selects=judge.selects,
-        length_grouped=True,
-        reads_tokens=True,
-        directory=directory,
-        device="cpu",
-        precision="no",
-        world_size=1,
-        seed=0,
-    )
-    trainer.train()
-    return trainer
-
-
-@torch.no_grad()
-def literal(model, prompt: str, answer: str, ends: bool = False) -> tuple[float, int]:
-    """The log likelihood of an answer after a prompt, token by token, and the number of its tokens."""
-    context = TOKENIZER(prompt)["input_ids"]
-    whole = TOKENIZER(prompt + answer)["input_ids"] + ([TOKENIZER.eos_token_id] if ends else [])
-    chances = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-    asked = range(len(context), len(whole))
-    return sum(float(chances[place - 1, whole[place]]) for place in asked), len(asked)
-
-
-def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
+def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
     chosen = task("choice", ("accuracy", "accuracy_norm"))
     judge = objectives.ByOptions(chosen, CausalTransform(TOKENIZER, 64, kind="choice"), CACHE_BYTES)
     trainer = trained(judge, tmp_path / "run")
@@ -109,7 +53,7 @@ def test_the_likeliest_option_is_the_prediction_and_selects(tmp_path: Path) -> N
     assert max(selected) == judge.judged(objectives.predicts(trainer), model, "validation").metrics["accuracy"]
 
 
-def test_texts_are_selected_by_perplexity_and_reported_by_what_is_written(tmp_path: Path) -> None:
+def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: Path) -> None:
     chosen = task("generation", ("rouge_l", "exact_match"))
     writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
     judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
@@ -161,7 +105,7 @@ def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
     assert len(set(written(Alone()))) > 1
 
 
-def test_the_loss_of_tokens_is_a_mean_over_those_asked_for_however_a_step_is_cut() -> None:
+def test_the_loss_of_tokens_is_a_mean_over_the_answers_however_a_step_is_cut() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(4, 6, 9, generator=generator), torch.randint(0, 9, (4, 6), generator=generator)
     labels[:, :3] = -100

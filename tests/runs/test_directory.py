@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,6 @@ import pytest
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs import launch
-from partial_lora.runs.schema import Config
 
 HOLD = """
 import sys, time
@@ -92,18 +91,10 @@ def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(
     assert not results.is_recorded(run)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_path: Path) -> None:
-    files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
-    (tmp_path / "predictions.parquet").write_text("")
-    for stage in ("train", "calibrate"):
-        assert launch._is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
-
-
 def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     with results.locked(run):
-        results.prepare(run, anew=True)
+        results.prepare(run, overwrite=True)
         assert [entry.name for entry in run.iterdir()] == [results.LOCK]
 
 
@@ -127,3 +118,10 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         results.locked(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_record_has_none_in_place_of_what_is_no_number() -> None:
+    assert results.finite([{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]) == [
+        {"grad_norm": None, "loss": 0.5},
+        [None, "x"],
+    ]

@@ -21,7 +21,7 @@ from partial_lora import cli
 from partial_lora import tasks as tasks_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, config, export
-from partial_lora.runs.finished import FinishedRun, asked_task
+from partial_lora.runs.finished import FinishedRun, one_task
 from partial_lora.runs.predict import Predictor
 
 
@@ -158,7 +158,7 @@ def test_a_run_of_one_task_has_no_members() -> None:
     single = dataclasses.replace(run, config=alone)
     with pytest.raises(PartialLoraError, match="--member films: the run is of one task, films; leave it out"):
         Predictor(single, device="cpu", member="films")
-    assert asked_task(single).member is None
+    assert one_task(single).member is None
 
 
 def test_a_mixture_is_refused_before_torch_is_there() -> None:
@@ -179,10 +179,10 @@ def test_members_are_listed_and_labels_that_are_not_recorded_are_missed() -> Non
     for names, listed in ((["a"], "--member a"), (["a", "b", "c"], "--member a, b or c")):
         several = finished_runs.changed(run, "task", members=dict.fromkeys(names, films))
         with pytest.raises(PartialLoraError, match=f"choose {listed}$"):
-            asked_task(several)
+            one_task(several)
     without = dataclasses.replace(run, result={key: value for key, value in run.result.items() if key != "labels"})
     with pytest.raises(PartialLoraError, match="no labels of films in it; train the run again"):
-        asked_task(without, "films")
+        one_task(without, "films")
 
 
 def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None:
@@ -190,7 +190,7 @@ def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None
     older = config.plain(run.config)
     del older["task"]["members"]["films"]["label_noise"]
     before = dataclasses.replace(run, config=config.load(older))
-    assert asked_task(before, "films").config.task == run.config.task.members["films"]
+    assert one_task(before, "films").config.task == run.config.task.members["films"]
 
 
 # Evaluations, and what is exported

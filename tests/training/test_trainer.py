@@ -1,0 +1,344 @@
+"""Training: what selects, what stops, and steps that do not depend on the number of processes or parts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import configured
+import datasets
+import numpy as np
+import pytest
+import torch
+from method_settings import adapted as adapted_by
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_trainer import BATCH, adapted, rows, trained_state, trainer
+from torch import nn
+from transformers import Trainer, default_data_collator
+
+from partial_lora import methods
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs import directory as results
+from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.training.config import TrainerConfig
+from partial_lora.training.trainer import (
+    LengthSampler,
+    UninterruptedCollate,
+    build_trainer,
+    data_workers,
+    mixed_precision,
+)
+
+
+def test_every_step_has_a_whole_batch_and_evaluation_sees_every_row(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, count=20)
+    seen = []
+    hook = training.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])) if module.training else None,
+        with_kwargs=True,
+    )
+    training.train()
+    hook.remove()
+    assert seen == [BATCH] * (3 * (20 // BATCH))
+    assert len(training.predict(rows(12)).predictions) == 12
+
+
+def test_fewer_rows_than_a_batch_still_train(tmp_path: Path) -> None:
+    model = adapted()
+    before = trained_state(model)
+    assert trainer(model, tmp_path, count=5).train().global_step == 3
+    assert any(not torch.equal(value, before[name]) for name, value in trained_state(model).items())
+
+
+def test_the_checkpoint_that_did_best_on_validation_is_what_is_left(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, epochs=6.0, learning_rate=0.3)
+    training.train()
+    measured = [entry["eval_accuracy"] for entry in training.state.log_history if "eval_accuracy" in entry]
+    assert len(measured) == 6
+    assert min(measured) < max(measured)  # else anything would do
+    assert training.evaluate()["eval_accuracy"] == max(measured)
+
+
+def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_left(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, epochs=4.0, learning_rate=3e-3)
+    training.compute_metrics = lambda said: {"accuracy": 0.5}
+    training.train()
+    losses_of = {entry["step"]: entry["eval_loss"] for entry in training.state.log_history if "eval_loss" in entry}
+    best = min(losses_of, key=losses_of.get)
+    assert best != min(losses_of)  # else the first would do
+    assert training.state.best_global_step == best
+    assert training.evaluate()["eval_loss"] == pytest.approx(losses_of[best])
+
+
+def getting_worse(said):
+    """A measure by which every look at validation is worse than the one before."""
+    getting_worse.looks += 1
+    return {"accuracy": -getting_worse.looks}
+
+
+def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_path: Path) -> None:
+    model, _ = adapted_by("adalora", "tiny_vit")
+    aids = methods.training("adalora", model)
+    settings = {"callbacks": aids.callbacks, "final_after": aids.final_after, "epochs": 10.0, "learning_rate": 0.05}
+    training = trainer(model, tmp_path, count=BATCH, size=32, save_total_limit=10, **settings)
+    getting_worse.looks = 0
+    training.compute_metrics = getting_worse
+    training.train()
+    assert training.state.best_global_step == 8  # of ten; the ranks are chosen in the eighth
+    assert aids.summary()["ranks"] <= aids.summary()["target_ranks"]
+    checkpoints.load_trainable(model, tmp_path / results.CHECKPOINTS / "checkpoint-4")
+    assert aids.summary()["ranks"] > aids.summary()["target_ranks"]
+
+
+def test_where_only_the_last_has_it_the_last_is_chosen(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, epochs=3.0, final_after=lambda steps: steps - 1)
+    getting_worse.looks = 0
+    training.compute_metrics = getting_worse
+    training.train()
+    assert training.state.best_global_step == training.state.max_steps == 6
+
+
+def test_a_bounded_run_ends_with_a_look_at_validation(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, max_steps=5, save_steps=2)
+    training.train()
+    steps = [entry["step"] for entry in training.state.log_history if "eval_accuracy" in entry]
+    assert steps == [2, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_moves(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.get_base_model().timm_model.norm.weight[0] = float("nan")
+    before = trained_state(model)
+    with pytest.raises(PartialLoraError, match=r"trainer\.learning_rate") as stop:
+        trainer(model, tmp_path).train()
+    assert "\n" not in str(stop.value)
+    assert all(torch.equal(value, before[name]) for name, value in trained_state(model).items())
+    assert not list((tmp_path / results.CHECKPOINTS).glob("*"))
+
+
+def test_a_batch_that_does_not_divide_among_the_accelerators_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=8"):
+        trainer(adapted(), tmp_path, world_size=3)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_is_that_of_the_device_and_never_of_the_processor(monkeypatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert mixed_precision("auto", "cpu") == "no"
+    assert mixed_precision("auto", "cuda") == ("bf16" if native else "no")
+    assert mixed_precision("no", "cpu") == "no"
+    assert mixed_precision("bf16", "cpu") == "bf16"
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_parts_of_a_step_add_up_to_the_mean_over_its_examples(real: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 1 if real else 3, generator=generator)
+    labels = torch.randn(7, generator=generator) if real else torch.arange(7) % 3
+    literal = nn.functional.mse_loss(logits[:, 0], labels) if real else nn.functional.cross_entropy(logits, labels)
+    parts = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]  # uneven, as accumulation and processes may be
+    total = sum(objectives.loss_of_batch(SimpleNamespace(logits=part), of, num_items_in_batch=7) for part, of in parts)
+    assert torch.allclose(total, literal)
+    assert torch.allclose(objectives.loss_of_batch(SimpleNamespace(logits=logits), labels), literal)
+
+
+def test_texts_of_like_length_share_a_batch_in_an_order_that_seed_and_epoch_decide() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 400).tolist()
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = LengthSampler(BATCH, lengths, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(400))
+    batches = np.array(lengths)[order(0, 0)].reshape(-1, BATCH)
+    assert np.ptp(batches, axis=1).mean() < 10 < np.ptp(np.array(lengths).reshape(-1, BATCH), axis=1).mean()
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 1) == order(0, 1)  # whatever epochs came before
+
+
+def test_every_epoch_of_a_training_by_length_has_its_own_order(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, count=24, length_grouped=True)
+    training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
+    seen = []
+    hook = training.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]) if module.training else None,
+        with_kwargs=True,
+    )
+    training.train()
+    predictions = training.predict(rows(12).add_column("length", list(range(12))[::-1]))
+    hook.remove()
+    assert predictions.label_ids.tolist() == list(rows(12)["labels"])  # evaluation keeps the order of the rows
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:6])
+    assert not torch.equal(first, second)
+    assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
+
+
+@pytest.mark.parametrize(("primary", "best"), [("pearson", max), ("mse", min)])
+def test_a_regression_is_selected_by_its_metric(tmp_path: Path, primary: str, best) -> None:
+    training = trainer(adapted(labels=()), tmp_path, epochs=5.0, metrics=(primary, "mse"), real=True)
+    training.train()
+    measured = [entry[f"eval_{primary}"] for entry in training.state.log_history if f"eval_{primary}" in entry]
+    assert min(measured) < max(measured)
+    assert training.evaluate()[f"eval_{primary}"] == pytest.approx(best(measured))
+
+
+def test_no_process_loads_data_beside_a_cpu_by_default() -> None:
+    assert data_workers(None, "cpu", 1) == 0
+    assert data_workers(3, "cpu", 1) == 3
+    assert 1 <= data_workers(None, "cuda", 1) <= 8
+
+
+def test_a_process_that_loads_data_outlives_a_signal() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, row: int) -> dict:
+            return {"row": row, "pid": os.getpid()}
+
+    def batch(some: list[dict]) -> dict:
+        return {key: torch.tensor([row[key] for row in some]) for key in some[0]}
+
+    loaded = iter(
+        torch.utils.data.DataLoader(Rows(), batch_size=4, num_workers=1, collate_fn=UninterruptedCollate(batch))
+    )
+    first = next(loaded)
+    assert first["pid"][0] != os.getpid()
+    os.kill(int(first["pid"][0]), signal.SIGTERM)
+    assert torch.cat([first["row"], *(each["row"] for each in loaded)]).tolist() == list(range(40))
+
+
+def test_texts_are_in_the_order_of_the_epoch_whatever_stands_between(tmp_path: Path, monkeypatch) -> None:
+    training = trainer(adapted(), tmp_path, count=24, length_grouped=True)
+    training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
+    sampler = training._get_train_sampler()
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **settings: None)
+    training._run_epoch(epoch=2)
+    own = LengthSampler(BATCH, list(range(24)), 0, 24)
+    own.set_epoch(2)
+    assert list(sampler) == list(own)
+
+
+# Steps in parts
+
+ROWS = 44  # five batches and half of one
+TARGETS = {"tiny_bert": ["query", "dense"], "tiny_llama": ["q_proj", "down_proj"], "tiny_vit": ["attn.qkv", "mlp.fc1"]}
+# Sums over parts are taken in another order; Adam makes of that what its small denominators let it.
+TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
+
+
+def inputs(name: str, count: int) -> datasets.Dataset:
+    """Return inputs of a model: texts with unlike numbers of tokens; of a causal model some tokens are no answer."""
+    columns = configured.inputs(name, rows=count, seed=count)
+    if "attention_mask" in columns:
+        lengths = torch.arange(count) % 6 + 3
+        columns["attention_mask"] = (torch.arange(9) < lengths[:, None]).long()
+        columns["length"] = lengths
+    labels = torch.arange(count) % 3
+    if name == "tiny_llama":
+        labels = columns["input_ids"].masked_fill(columns["attention_mask"] == 0, -100)
+        labels[:, :2] = -100
+    columns |= {"labels": labels}
+    return datasets.Dataset.from_dict({key: value.numpy() for key, value in columns.items()}).with_format("torch")
+
+
+def without_dropout(name: str) -> PeftModel:
+    model = configured.load(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(0)
+    head = configured.settings(name)["head"]
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=TARGETS[name], modules_to_save=[head] if head else None)
+    )
+
+
+def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
+    causal = name == "tiny_llama"
+    length_grouped = changes.pop("length_grouped", name == "tiny_bert")
+    settings = {"epochs": 2.0, "batch_size": BATCH, "eval_batch_size": 6, "learning_rate": 1e-2} | changes
+    return build_trainer(
+        without_dropout(name),
+        TrainerConfig(**settings, gradient_accumulation_steps=parts),
+        train=inputs(name, ROWS),
+        validation=inputs(name, 6),
+        directory=folder,
+        collate=lambda some: default_data_collator(
+            [{key: value for key, value in row.items() if key != "length"} for row in some]
+        ),
+        loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
+        reduce=metrics.log_likelihoods if causal else None,
+        measure=lambda outputs: (
+            {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
+            if causal
+            else metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+        ),
+        selects="perplexity" if causal else "accuracy",
+        device="cpu",
+        precision="no",
+        world_size=1,
+        seed=0,
+        versions={},
+        length_grouped=length_grouped,
+    )
+
+
+def first_gradient(training: Trainer) -> dict[str, torch.Tensor]:
+    """Return the gradient of the first step, before it is taken."""
+    training.args.max_grad_norm = 0.0  # as it is, not clipped
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(optimizer, args, kwargs) -> None:
+        for name, parameter in training.model.named_parameters():
+            if parameter.requires_grad:
+                found.setdefault(name, parameter.grad.clone())
+
+    training.create_optimizer()
+    training.optimizer.register_step_pre_hook(keep)
+    training.train()
+    return found
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_parts_of_a_step_have_its_gradient_and_its_loss(name: str, tmp_path: Path) -> None:
+    one, several = (in_parts(name, tmp_path / str(parts), parts) for parts in (1, 4))
+    expected, found = first_gradient(one), first_gradient(several)
+    assert expected.keys() == found.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, **TOLERANCE)
+    steps, parted = (
+        [(entry["step"], entry["loss"]) for entry in each.state.log_history if "loss" in entry]
+        for each in (one, several)
+    )
+    assert [step for step, _ in steps] == [step for step, _ in parted]
+    assert [loss for _, loss in parted] == pytest.approx([loss for _, loss in steps], abs=1e-6)
+
+
+@pytest.mark.parametrize("length_grouped", [False, True])
+def test_every_step_of_every_epoch_has_the_rows_it_had(length_grouped: bool, tmp_path: Path) -> None:
+    seen = []
+    for parts in (1, 4):
+        training = in_parts("tiny_bert", tmp_path / str(parts), parts, length_grouped=length_grouped)
+        seen.append([])
+        training.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen[-1].extend(kwargs["input_ids"].tolist()) if module.training else None,
+            with_kwargs=True,
+        )
+        assert training.train().global_step == 2 * (ROWS // BATCH)
+    assert len(seen[0]) == 2 * (ROWS // BATCH) * BATCH
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("batch_size", [6, 64])
+def test_a_batch_that_does_not_divide_into_parts_is_refused(batch_size: int, tmp_path: Path) -> None:
+    with pytest.raises(PartialLoraError, match=rf"trainer\.batch_size={batch_size}"):
+        in_parts("tiny_vit", tmp_path, 4, batch_size=batch_size)
