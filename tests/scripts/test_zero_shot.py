@@ -11,6 +11,8 @@ import torch
 import zero_shot
 from datasets import Dataset
 
+from partial_lora.runs.schema import Config, ModelConfig
+
 
 def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
     frame = pd.DataFrame({"label": [0, 1], "prediction": [0, 0], "prediction_norm": [0, 1]})
@@ -18,9 +20,9 @@ def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
     model = types.SimpleNamespace(eval=lambda: None)
     loop = {"accuracy": 0.5, "accuracy_norm": 1.0, "chosen": [0, 0], "chosen_by_length": [0, 1]}
     monkeypatch.setattr(zero_shot, "OUT", tmp_path / "zero_shot.json")
-    monkeypatch.setattr(zero_shot, "settings_of", lambda task, file: {"model": {"name": f"lm-{file}"}})
-    monkeypatch.setattr(zero_shot.loading, "model_of", lambda *arguments: model)
-    monkeypatch.setattr(zero_shot, "scored", lambda settings, model: (found, None))
+    monkeypatch.setattr(zero_shot, "config_of", lambda task, file: Config(model=ModelConfig(name=f"lm-{file}")))
+    monkeypatch.setattr(zero_shot.build, "model_of", lambda *arguments: model)
+    monkeypatch.setattr(zero_shot, "scored", lambda config, model: (found, None))
     monkeypatch.setattr(zero_shot, "literally", lambda *arguments: dict(loop))
     zero_shot.main(["piqa=a", "boolq=b"])
     records = json.loads((tmp_path / "zero_shot.json").read_text())
@@ -33,11 +35,9 @@ def test_the_literal_loop_divides_by_characters(monkeypatch) -> None:
     row = {"prompts": ["?", "?"], "options": [" éé", " abc"], "label": 1}
     tokens = {"?": [0], "? éé": [0, 1, 1, 1], "? abc": [0, 2, 2, 2]}
     monkeypatch.setattr(zero_shot, "LITERAL", 1)
-    monkeypatch.setattr(
-        zero_shot.loading, "task_of", lambda settings: types.SimpleNamespace(test=Dataset.from_list([row]))
-    )
+    monkeypatch.setattr(zero_shot.build, "task_of", lambda config: types.SimpleNamespace(test=Dataset.from_list([row])))
     found = zero_shot.literally(
-        {},
+        Config(),
         lambda input_ids: types.SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 3)),
         lambda text: {"input_ids": tokens[text]},
     )
