@@ -345,9 +345,9 @@ def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None
     assert (analysis["status"], analysis["what"], analysis["config"]) == ("finished", what, chosen)
     assert list(analysis["parts"]) == list(analyses.ANALYSES[what].parts(chosen))
     assert analysis["summary"] == json.loads(json.dumps(analyses.ANALYSES[what].summary(chosen, analysis["parts"])))
-    assert (folder / "table.md").read_text() == analyses.markdown(analysis)
+    assert (folder / "table.md").read_text(encoding="utf-8") == analyses.markdown(analysis)
     if what != "cost":
-        assert "poorly suited model" in (folder / "analysis.log").read_text()
+        assert "poorly suited model" in (folder / "analysis.log").read_text(encoding="utf-8")
     assert not [each for each in logging.getLogger("partial_lora").handlers if isinstance(each, logging.FileHandler)]
 
 

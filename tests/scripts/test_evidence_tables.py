@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,7 +298,7 @@ def test_costs_are_of_the_task_with_most_methods_and_of_the_benchmark(made: dict
 
 def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
     assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
-    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {place}"
+    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {shlex.quote(str(place))}"
     page = (folder / "table1.md").read_text(encoding="utf-8")
     assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
     assert "- missing: flowers17: no runs; make reproduce-table1" in page
