@@ -9,8 +9,8 @@ results/causal/zero_shot.json, a record a set as it is done, and prints both. Ab
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +70,16 @@ def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
     return {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean())} | said
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Score every TASK=FILE that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", metavar="TASK=FILE")
+    sets = [argument.partition("=") for argument in parser.parse_args(arguments).sets]
+    for task, _, file in sets:
+        if not file:
+            parser.error(f"{task}: expected TASK=FILE")
     records = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for argument in arguments:
-        task, _, file = argument.partition("=")
+    for task, _, file in sets:
         config = config_of(task, file)
         model = build.model_of(config.model, (), ()).eval()
         found, tokenizer = scored(config, model)
@@ -103,4 +108,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -69,14 +69,15 @@ def write(
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
-    curves = run.directory / "curves.svg"  # as the run has drawn them
+    curves = run.directory / "curves.svg"  # as the run has drawn them; there are none without a calibration
+    shown = [("Calibration curves", "What is left of the few-shot score.", _uri(curves))] if curves.is_file() else []
     content = {
         "title": _title([run]),
         "command": "",
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
         "lists": {},
         "tables": {},
-        "figures": [("Calibration curves", "What is left of the few-shot score.", _uri(curves))] * curves.is_file(),
+        "figures": shown,
         "sections": sections([[run]], examples, rows),
     }
     return _written(run.directory / PAGE, content)

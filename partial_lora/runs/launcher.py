@@ -1,6 +1,6 @@
 """`accelerate launch` that leaves word of which worker failed, and that hears a request to stop once.
 
-`python -m partial_lora.launcher …` takes what `accelerate launch …` takes. torchrun, which accelerate calls, turns
+`python -m partial_lora.runs.launcher …` takes what `accelerate launch …` takes. torchrun, which accelerate calls, turns
 every failure into exit code 1, and a second signal while it waits for its workers would make it leave them behind.
 """
 

@@ -33,7 +33,7 @@ _PARAMETER_LENGTH, _PARAMETERS_PER_REQUEST = 500, 100  # the limits of any MLflo
 
 logger = logging.getLogger(__name__)
 
-# transformers' own callbacks were tried in place of the four classes below, behind tests/training/test_tracking.py:
+# transformers' own callbacks were tried in place of the four classes below, behind tests/training/test_trackers.py:
 # half of the tests fail. They record TrainingArguments and the model's config, not this run's settings without their
 # credentials; they close the run when training ends, before test is evaluated; MLflow's uses the process-wide active
 # run, by which a failed run ends as "FINISHED". Of each callback, the lines that log numbers would have remained.

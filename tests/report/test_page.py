@@ -146,6 +146,14 @@ def test_a_run_leaves_a_page_with_its_own_test_images():
     assert len([each for each in again.all("img") if each["src"].startswith("data:image/webp")]) == 2
 
 
+def test_a_run_without_a_calibration_leaves_a_page(tmp_path):
+    directory = place(tmp_path, record("lora", history=[{"step": 10, "loss": 1.0}]))
+    assert not (directory / "calibration.json").exists()
+    page.draw_run(directory, record("lora")["config"])
+    assert page.is_drawn(directory, "train")
+    assert "Calibration curves" not in (directory / page.PAGE).read_text(encoding="utf-8")
+
+
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
     (tmp_path / "result.json").write_text('{"seed": 0}')
     page.draw_run(tmp_path, {})

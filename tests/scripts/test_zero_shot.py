@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 import zero_shot
 from datasets import Dataset
@@ -42,3 +43,11 @@ def test_the_literal_loop_divides_by_characters(monkeypatch) -> None:
         lambda text: {"input_ids": tokens[text]},
     )
     assert found["chosen_by_length"] == [1]
+
+
+@pytest.mark.parametrize("words", [[], ["piqa"]])
+def test_a_set_without_its_file_is_refused(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        zero_shot.main(words)
+    assert end.value.code == 2
+    assert "TASK=FILE" in capsys.readouterr().err
