@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from partial_lora.calibration.calibrate import calibrate
     from partial_lora.calibration.result import Calibration
     from partial_lora.errors import PartialLoraError
+    from partial_lora.runs.predict import Predictor
 
 # Resolved on first use, so that `partial-lora --help` does not import torch.
 _PUBLIC = {
@@ -17,6 +18,7 @@ _PUBLIC = {
     "PartialLoraConfig": "adapter",
     "PartialLoraError": "errors",
     "PartialLoraModel": "adapter",
+    "Predictor": "runs.predict",
     "calibrate": "calibration.calibrate",
     "load_compact": "adapter",
     "warm_start": "adapter",
@@ -28,6 +30,7 @@ __all__ = [
     "PartialLoraConfig",
     "PartialLoraError",
     "PartialLoraModel",
+    "Predictor",
     "calibrate",
     "load_compact",
     "warm_start",

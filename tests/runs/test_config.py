@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from partial_lora.calibration import importance
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import compose, config, identity, schema
+from partial_lora.runs import compose, config, identity
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig
 from partial_lora.training.config import TrainerConfig
@@ -161,10 +160,9 @@ def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPat
     after = config.plain(composed("method.rank=4"))
     after["method"]["a_new_key"] = "its default"
 
-    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema.Config)))
-    defaults.method.a_new_key = "its default"
     identifier = config.run_id(before)
-    monkeypatch.setattr(config.OmegaConf, "structured", lambda _: defaults)
+    defaults = {**identity.defaults(), "method.a_new_key": "its default"}
+    monkeypatch.setattr(identity, "defaults", lambda: defaults)
     assert config.run_id(after) == identifier
     after["method"]["a_new_key"] = "another value"
     assert config.run_id(after) != identifier
