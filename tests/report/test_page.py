@@ -17,6 +17,7 @@ from recorded_runs import budget, leave, place, record
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import page, records
+from partial_lora.runs.config import plain
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -132,7 +133,7 @@ def test_what_scrolls_is_named_and_can_be_reached(reported):
 
 def test_a_run_leaves_a_page_with_its_own_test_images():
     run = finished_runs.image_run()
-    page.draw_run(run.directory, run.settings)
+    page.draw_run(run.directory, plain(run.config))
     assert page.is_drawn(run.directory, "train")
     text = (run.directory / page.PAGE).read_text(encoding="utf-8")
     elements = Elements(text)
