@@ -94,7 +94,7 @@ def ends_as(unbroken: Path, place: Path) -> None:
 
 MOMENTS = (  # in the order of a run; and the checkpoints that are whole after each
     ("partial_lora.calibration.curves:Store.save:9", set()),  # calibrating
-    ("partial_lora.training.trainer:Progress.on_step_end:3", {2}),  # between two checkpoints
+    ("partial_lora.training.trainer:ReportProgress.on_step_end:3", {2}),  # between two checkpoints
     ("partial_lora.training.trainer:seal:1", {2}),  # while the next one is saved
     ("partial_lora.training.checkpoints:rotate:1", {2, 4}),  # before older ones are removed
     ("partial_lora.train:_save_adapter:1", {6}),  # while results are written
