@@ -115,9 +115,12 @@ def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Name the handles below the panels; the figure grows by the lines for which `panels` leaves no room."""
     if handles:
         room = figure.get_figwidth() * 12  # letters in a line, about
         across = max(1, int(room // (max(len(handle.get_label()) for handle in handles) + 9)))
+        down = -(-len(handles) // across)
+        figure.set_figheight(figure.get_figheight() + max(0, 0.17 * down - 0.9))
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(across, len(handles)), fontsize=8, frameon=False
         )
