@@ -176,7 +176,6 @@ def alone_and_together(place: Path) -> tuple[Path, Path]:
         own = (f"results_dir=by{processes}", f"trainer.num_processes={processes}")
         done = here(place, "train", *settings, *own, PARTIAL_LORA_CACHE=str(place / f"own_cache{processes}"))
         assert done.returncode == 0, done.stderr
-        assert ("in 2 processes" in done.stdout) == (processes == 2)
         found += [path.parent for path in place.glob(f"by{processes}/runs/*/*/*/*/result.json")]
     one, two = found
     assert one.relative_to(place / "by1") == two.relative_to(place / "by2")

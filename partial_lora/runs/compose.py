@@ -64,7 +64,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
     try:
         hydra = _hydra_of_plan(flags)
-        mode = RunMode.MULTIRUN if flags.multirun else hydra.get_mode(name, overrides)
+        mode = RunMode.MULTIRUN if flags.multirun else hydra.get_mode(name, overrides) or RunMode.RUN
         master = hydra.compose_config(name, overrides, run_mode=mode, with_log_configuration=False)
         if mode != RunMode.MULTIRUN:
             return _checked([([], master)])
