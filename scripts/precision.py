@@ -1,4 +1,4 @@
-"""Does bf16 make a training step faster on this processor? What trainer.mixed_precision=auto goes by.
+"""Time a training step in fp32 and bf16 on this processor: does trainer.mixed_precision=bf16 pay here?
 
 `python scripts/precision.py` prints processor seconds of a step (forward and backward, dense LoRA on vit_s14, one
 thread) in fp32 and bf16, interleaved, and the ratio of their medians.

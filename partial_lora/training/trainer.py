@@ -380,7 +380,7 @@ def mixed_precision(requested: str, device: str) -> str:
     """Return the number format that training computes in: "no" (fp32), "bf16" or "fp16".
 
     "auto" is bf16 on an accelerator that computes it natively, and fp32 on every processor: a result must not depend on
-    which one it is (docs/measured.md says what bf16 changes there).
+    which one it is (scripts/precision.py times a step in either).
     """
     if requested != "auto":
         return requested
