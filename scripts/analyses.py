@@ -1,4 +1,4 @@
-"""How far a calibration can be trusted: four analyses, each with its numbers, a table and a figure.
+"""Four analyses of how far a calibration can be trusted, each with its numbers, a table and a figure.
 
     python scripts/analyses.py agreement     # do measures of importance choose the same rows and columns?
     python scripts/analyses.py reliability   # do two halves of the examples give the same sparsities?
@@ -525,7 +525,7 @@ def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
 
 
 def cost_figure(analysis: Mapping) -> Figure:
-    """What the searches evaluate and take, and what each measure of importance takes."""
+    """Measure the evaluations and seconds of each search, and the seconds of each measure of importance."""
     searches, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
     searches, importance = searches.set_index("search"), importance.set_index("measure")
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""How far training has moved finished runs: train beside test accuracy, and linear CKA after each block.
+"""Measure how far training has moved finished runs: train beside test accuracy, and linear CKA after each block.
 
     python scripts/dynamics.py results/cpu/runs/digits/vit_s14/partial-1a2b3c4d/seed0
     python scripts/dynamics.py results/cpu --figure fig3        # the runs that figure shows; fig7 likewise

@@ -1,4 +1,4 @@
-"""What a run computes from, and so what tells it from others: its settings without those that change no result."""
+"""Identity of a run: the settings that it computes from, without those that change no result."""
 
 from __future__ import annotations
 

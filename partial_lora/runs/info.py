@@ -1,4 +1,4 @@
-"""What a run would train and write, counted on a model that has shapes and no weights: nothing is downloaded."""
+"""Size of a run, counted on a model that has shapes and no weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from partial_lora.training.cost import peak_memory
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run would hold.
+    """Size of a run that has not begun.
 
-    counts: counts and bytes as `parameters.describe` gives them. sparsity_is: where their sparsity is from. outputs: of
+    counts: counts and bytes as `training.cost` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new one. passes: of a calibration, at most. memory: of causal models, bytes at the
-    peak of a training step (`memory.peak_memory`) by what the frozen weights are kept in.
+    peak of a training step (`cost.peak_memory`) by what the frozen weights are kept in.
     """
 
     counts: dict[str, int | float | None]
@@ -59,7 +59,7 @@ def outline(config: Config) -> Outline:
 
 
 def _memory(config: Config, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:
-    """Of a causal model in bf16 and in 4 bits: a batch as the trainer takes it, of sequences as long as may be."""
+    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences that may be."""
     if config.model.family != "causal":
         return {}
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}

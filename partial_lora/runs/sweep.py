@@ -216,7 +216,7 @@ def _print_best(plan: Plan, begun: float, console: Console) -> None:
 
 
 class JobFailedError(PartialLoraError):
-    """What a sampler gets of a run that did not finish."""
+    """Return the value that a sampler gets of a run that did not finish."""
 
 
 def this_process() -> tuple[str, int]:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint adds to Trainer's own state.
+    """Part of a checkpoint beside Trainer's own state.
 
     losses: the sum of each process's losses over all steps. seconds: of training so far, in all attempts. versions: of
     the libraries that computed it; other ones may compute something else. shape: what trains and under which masks

@@ -1,4 +1,4 @@
-"""How far training has moved a run's model: accuracy on training rows beside test rows, and features by CKA.
+"""Distance that training has moved a run's model: accuracy on training rows beside test rows, and features by CKA.
 
 `measure` writes dynamics.json beside the record of a finished run whose weights are at hand; the figures read it,
 without torch. Linear CKA (Kornblith et al. 2019) compares the features after each block in the frozen and in the
@@ -72,7 +72,7 @@ def to_measure(cells: Sequence[Cell], most: int) -> list[Run]:
 
 
 def measured(cells: Sequence[Cell]) -> list[dict[int, dict]]:
-    """What was measured in each cell, by seed: of those that stand beside each other the seeds that all have.
+    """Return the measurements of each cell by seed; cells that stand beside each other have the same seeds.
 
     Of cells that have none in common, or nothing at all, each keeps its own.
     """
@@ -179,7 +179,7 @@ def drift(frozen: nn.Module, trained: RunModel, batches: Iterable[Mapping], bloc
 
 @contextlib.contextmanager
 def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What leaves the named modules while the context lasts."""
+    """Record the outputs of the named modules while the context lasts."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:

@@ -309,7 +309,7 @@ def interval(row: Mapping) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a claim: it holds, it does not, or it is undecided; at which place, by what numbers."""
+    """Verdict on a claim: it holds, it does not, or it is undecided; the place, and the numbers."""
 
     claim: str
     where: str

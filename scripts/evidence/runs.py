@@ -256,7 +256,7 @@ def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequen
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a table is made of: the runs of a results directory, and measurements of other kinds.
+    """Material of a table: the runs of a results directory, and measurements of other kinds.
 
     kept: the runs that can be compared; runs: all of them; notes: what was left out.
     """
