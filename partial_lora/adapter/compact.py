@@ -62,7 +62,10 @@ def write_compact(
     config = _writable_config(model, adapter_name)
     base, modules, masks = model.get_base_model(), base_modules(model), module_masks(model, adapter_name)
     kept = {
-        name: {factor: getattr(modules[name], f"lora_{factor}")[adapter_name].kept.detach().cpu() for factor in "AB"}
+        name: {
+            factor: getattr(modules[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
+            for factor in _trained_factors(config.columns)
+        }
         for name in masks
     }
     whole = _whole_tensors(model, adapter_name, masks)
@@ -256,7 +259,8 @@ def encode(compact: Compact) -> bytes:
     if compact.rounded:
         header["rounded"] = True
     tensors = {
-        name: torch.cat([both["A"].flatten(), both["B"].flatten()]).contiguous() for name, both in compact.kept.items()
+        name: torch.cat([value.flatten() for value in both.values()]).contiguous()
+        for name, both in compact.kept.items()
     } | {name: value.detach().cpu().contiguous().clone() for name, value in compact.whole.items()}
     if config.selection != "random":
         every = [getattr(mask, axis).kept for mask in masks.values() for axis in AXES]
@@ -319,7 +323,8 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             are_whole = all(type(number) is int for number in (*a, *b, rows, columns))
             if not are_whole or not 1 <= counts[name][axis] <= size:
                 raise PartialLoraError(f"module {name} keeps {counts[name][axis]} of {size} {axis}.")
-        kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity)
+        trained = _trained_factors(settings.get("columns", "masked"))
+        kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of = {}
     if settings.get("selection", "random") != "random":
         sizes = [axes[axis] for axes in counts.values() for axis in AXES]
@@ -346,14 +351,22 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     return Compact(config, geometries, masks, kept, tensors, base, rounded=bool(header.get("rounded")))
 
 
-def _factors(name: str, values: Tensor, geometry: Geometry, counts: Mapping, granularity: str) -> dict[str, Tensor]:
-    """Return the kept part of A and of B, out of one flat tensor."""
+def _trained_factors(columns: str) -> str:
+    """Return the factors whose values the file holds: A's only where they are not the seed's."""
+    return "B" if columns == "frozen" else "AB"
+
+
+def _factors(
+    name: str, values: Tensor, geometry: Geometry, counts: Mapping, granularity: str, trained: str
+) -> dict[str, Tensor]:
+    """Return the kept part of A and of B, out of one flat tensor; of those that are ``trained``."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
-    if granularity != "element":
+    if granularity == "rows_columns":
         shapes = {
             "A": [geometry.a[0], counts["columns"], *geometry.a[2:]],
             "B": [counts["rows"], *geometry.b[1:]],
         }
+    shapes = {factor: shapes[factor] for factor in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if values.dim() != 1 or len(values) != sum(sizes) or not values.is_floating_point():
         raise PartialLoraError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
@@ -21,6 +23,7 @@ from partial_lora.adapter.selection import (
     ModuleMasks,
     assign_sparsity,
     check_counts,
+    frozen_a,
     index_masks,
     random_masks,
     read_sparsity,
@@ -43,9 +46,11 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 
 CHOICES = {
-    "granularity": ("rows_columns", "element"),
+    "granularity": ("rows_columns", "element", "units"),
     "selection": ("random", "top"),
     "count": ("exact", "bernoulli"),
+    "columns": ("masked", "frozen"),
+    "fan_in": ("dense", "kept"),
 }
 
 PASSED = frozenset(
@@ -95,16 +100,21 @@ class PartialLoraConfig(LoraConfig):
         ΔW = (alpha / rank) · (u_row ⊙ B) (u_col ⊙ A)
 
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
-    keeps columns of A; for single entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
+    keeps columns of A; for entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
     parameter. Of a convolution, rows are its output channels and columns its input channels.
+
+    A module of which p of the rows and q of the columns stay can be drawn and scaled for that: ``fan_in`` and the two
+    exponents, with which its scaling is alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter has it as
+    the alpha of each module (``alpha_pattern``), and so has the config read from it.
 
     Attributes:
         sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
             "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
             the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
             calibration.json. 0, the default, is plain LoRA.
-        granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), or "element" (single
-            entries of both; "rows" then stands for B and "columns" for A wherever both are named).
+        granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), "units" (rows and columns
+            of its own for each unit of the rank, disjoint while they last), or "element" (single entries of both;
+            "rows" then stands for B and "columns" for A wherever both are named).
         selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
         mask_seed: the seed of random masks, a whole number; no other seed moves them.
         count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
@@ -115,6 +125,11 @@ class PartialLoraConfig(LoraConfig):
         indices: for "top" instead of ``scores``, the kept ones themselves: {module's full name: {"rows": [...],
             "columns": [...]}}, ascending, for every target module; for single entries flat row-major indices into B
             and A. ``sparsity`` is left out, or agrees.
+        columns: "masked", or "frozen": A stays whole as ``mask_seed`` draws it, and B's kept rows alone train. The
+            sparsity of columns then has no meaning.
+        fan_in: the number of inputs that A is drawn for: "dense", all of them, as PEFT does, or "kept", those that
+            stay, so that the features A x have at every sparsity the size they have in plain LoRA.
+        row_exponent, column_exponent: in [0, 1]; 0 leaves the scaling alone.
 
     Every other attribute is LoraConfig's own. Options that the masked form does not have (``use_dora``,
     ``rank_pattern``, initialisations that fit the factors to weights or data, ...) are refused by name.
@@ -130,6 +145,10 @@ class PartialLoraConfig(LoraConfig):
     count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
     scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
     indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
+    columns: str = field(default="masked", metadata={"help": "A: masked, or frozen (whole, and drawn by mask_seed)."})
+    fan_in: str = field(default="dense", metadata={"help": "The inputs that A is drawn for: dense (all) or kept."})
+    row_exponent: float = field(default=0.0, metadata={"help": "Scaling times (density of rows) ** -row_exponent."})
+    column_exponent: float = field(default=0.0, metadata={"help": "Likewise of columns."})
 
     def __post_init__(self) -> None:
         refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
@@ -158,6 +177,17 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError(
                 f"selection is {self.selection!r} with {has} of scores and indices: 'top' takes one, 'random' neither."
             )
+        for name in ("row_exponent", "column_exponent"):
+            exponent = getattr(self, name)
+            if not isinstance(exponent, Real) or isinstance(exponent, bool) or not 0 <= exponent <= 1:
+                raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
+            setattr(self, name, float(exponent))
+        if self.granularity == "units" and self.selection != "random":
+            raise PartialLoraError("granularity is 'units': it goes with selection 'random'.")
+        if self.columns == "frozen" and (self.granularity, self.fan_in) != ("rows_columns", "dense"):
+            raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns' and fan_in 'dense'.")
+        if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
+            raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' depends on no number of inputs.")
         self.sparsity = read_sparsity(self.sparsity)
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
@@ -169,30 +199,54 @@ class PartialLoraConfig(LoraConfig):
         masks.
         """
         self.check()  # again: attributes can be set
+        sparsity = self.sparsity
+        if self.columns == "frozen":
+            shares = assign_sparsity(sparsity, list(geometries))
+            sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
         for module in sorted((self.expected or {}).keys() - geometries.keys()):
             raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
         if self.selection == "random":
             masks = random_masks(
                 geometries,
-                self.sparsity,
+                sparsity,
                 granularity=self.granularity,
                 count=self.count,
                 mask_seed=self.mask_seed,
             )
         elif self.scores is not None:
-            masks = top_masks(geometries, self.sparsity, self.scores, granularity=self.granularity)
+            masks = top_masks(geometries, sparsity, self.scores, granularity=self.granularity)
         else:
             masks = index_masks(geometries, self.indices, granularity=self.granularity)
             if self.sparsity != 0:
-                check_counts(masks, self.sparsity)
+                check_counts(masks, sparsity)
+            if self.columns == "frozen":
+                for module, of_module in masks.items():
+                    if of_module.columns.sparsity:
+                        raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
         self.masks, self.geometries = masks, dict(geometries)
         return masks
 
+    def frozen_a(self, module: str) -> np.ndarray | None:
+        """Return the A of a module that this was last injected into where it is drawn by the seed, else None."""
+        if self.columns != "frozen":
+            return None
+        return frozen_a(self.geometries[module], mask_seed=self.mask_seed, module=module)
+
+    def alpha_of(self, module: str) -> float:
+        """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
+        masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
+        scale = masks.rows.density**-self.row_exponent * masks.columns.density**-self.column_exponent
+        return self.alpha_pattern.get(own, self.lora_alpha) * scale
+
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter, seen as dense."""
-        return LoraConfig(**{option.name: getattr(self, option.name) for option in fields(LoraConfig)})
+        options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
+        if self.row_exponent or self.column_exponent:
+            # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
+            options["alpha_pattern"] = {f"^{re.escape(module)}": self.alpha_of(module) for module in self.masks}
+        return LoraConfig(**options)
 
     def to_dict(self) -> dict:
         """Return everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
@@ -219,7 +273,7 @@ class PartialLoraConfig(LoraConfig):
         self.as_lora().save_pretrained(save_directory, **kwargs)
         # The number that "bernoulli" keeps is random: its file holds the requested sparsity, not the measured one.
         requested = assign_sparsity(self.sparsity, list(self.masks)) if self.count == "bernoulli" else None
-        own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count")}
+        own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count", "columns")}
         content = sidecar.describe(self.masks, self.geometries, requested, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory))
@@ -258,6 +312,7 @@ class PartialLoraConfig(LoraConfig):
             selection=saved["selection"],
             mask_seed=saved["mask_seed"],
             count=saved.get("count", "exact"),
+            columns=saved.get("columns", "masked"),
             indices=None
             if saved["selection"] == "random"
             else {module: entry["indices"] for module, entry in modules.items()},

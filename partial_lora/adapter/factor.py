@@ -1,16 +1,18 @@
 """The masked low-rank factors: modules of which only the kept entries exist as a parameter.
 
 For W (out × in), kept rows I and kept columns J, A (rank × in) is zero outside the columns J and B (out × rank) is zero
-outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Element-wise masks store the kept entries as a
-column (kept × 1): optimizers and schedules that tell weights from biases by their dimensions take them for weights.
+outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Masks over entries store the kept ones as a column
+(kept × 1): optimizers and schedules that tell weights from biases by their dimensions take them for weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -20,7 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
 GATHER_DENSITY = 0.5
-"""Up to this density, gathering the kept features beats matrix products with the zero-filled factor."""
+"""Up to this density of features, gathering them beats matrix products with the zero-filled factor."""
 
 SCATTER_DENSITY_PER_RANK = 0.01
 """Up to this density times the rank, adding to the kept features alone beats adding a zero-filled product to all."""
@@ -40,22 +42,21 @@ class MaskedFactor(nn.Module):
 
     Args:
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
-        mask: the indices that stay, along ``axis`` of the weight, or of its entries in row-major order.
-        axis: the masked axis of the weight; None where the mask is over single entries.
+        mask: what stays: rows of B or columns of A, or entries in row-major order.
+        entries: True where the mask is over entries.
 
     Where the mask keeps everything (``full``) it is the factor plain LoRA has, and treated alike.
     """
 
     axis_name: str
+    axis: int  # of the weight, along which W's own features lie
     rank: int
     in_groups = False  # a gather of features would mix groups up
 
-    def __init__(self, dense: nn.Module, mask: Mask, axis: int | None) -> None:
+    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
         super().__init__()
-        self.mask = mask
-        self.axis = axis
-        # Once, for the forward pass: a compiler that follows them into the mask warns of its read-only array.
-        self.full, self.density = len(mask.kept) == mask.size, mask.density
+        self.mask, self.entries = mask, entries
+        self.full = len(mask.kept) == mask.size
         self.shape = dense.weight.shape
         self.is_convolution = not isinstance(dense, nn.Linear)
         # How the dense factor is applied to its input.
@@ -65,17 +66,25 @@ class MaskedFactor(nn.Module):
         else:
             settings = ("stride", "padding", "dilation", "groups")
             self._apply_weight = partial(_convolve, **{name: getattr(dense, name) for name in settings})
-        # No buffer: DistributedDataParallel would send it every step, and a detour over the meta device would empty it.
-        self._index = torch.tensor(mask.kept, device=dense.weight.device)
+        self._places = {"kept": mask.kept}
+        if entries:
+            self._places |= _within_features(mask.kept, self.shape, self.axis)
+        # Once, for the forward pass: a compiler that follows them into the arrays warns that these are read-only.
+        self.touched = len(self._places["features" if entries else "kept"])
+        self.density = self.touched / self.shape[self.axis]
+        # No buffers: DistributedDataParallel would send them every step, and a detour over the meta device would empty
+        # them.
+        self._indices: dict[str, Tensor] = {}
+        self._move_indices(dense.weight.device)
         self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
 
     @property
     def gathers(self) -> bool:
-        """True where products with activations take their kept features; else the zero-filled factor takes them all.
+        """True where products with activations take the features that have kept entries; else they take all.
 
         Channels of a convolution are contiguous, so gathering them always pays.
         """
-        if self.axis is None or self.full or self.in_groups:
+        if self.density == 1 or self.in_groups:
             return False
         return self.is_convolution or self.density <= GATHER_DENSITY
 
@@ -87,20 +96,26 @@ class MaskedFactor(nn.Module):
     def _apply(self, *args, **kwargs) -> MaskedFactor:
         """Move the indices with the module: a compiler would take their moving later for a change."""
         moved = super()._apply(*args, **kwargs)
-        self.index_on(self.kept.device)
+        self._move_indices(self.kept.device)
         return moved
 
-    def index_on(self, device: torch.device) -> Tensor:
-        """Return the kept indices on ``device``."""
-        if self._index.device != device:
-            with torch.inference_mode(False):  # a tensor made inside inference mode could not serve training later
-                self._index = torch.tensor(self.mask.kept, device=device)
-        return self._index
+    def _move_indices(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # a tensor made inside inference mode could not serve training later
+            self._indices = {name: torch.tensor(places, device=device) for name, places in self._places.items()}
+
+    def _index(self, name: str, device: torch.device) -> Tensor:
+        if self._indices[name].device != device:
+            self._move_indices(device)
+        return self._indices[name]
+
+    def features_on(self, device: torch.device) -> Tensor:
+        """Return the features of W that have kept entries, ascending, on ``device``."""
+        return self._index("features" if self.entries else "kept", device)
 
     def keep(self, dense: Tensor) -> Tensor:
         """Return what the mask keeps of ``dense`` (a tensor like the dense factor), in the form of ``kept``."""
-        index = self.index_on(dense.device)
-        if self.axis is None:
+        index = self._index("kept", dense.device)
+        if self.entries:
             return dense.flatten().index_select(0, index).unsqueeze(1)
         return dense.index_select(self.axis, index)
 
@@ -108,8 +123,8 @@ class MaskedFactor(nn.Module):
         """Return the dense factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
         if self.full:
             return kept.view(self.shape)
-        index = self.index_on(kept.device)
-        if self.axis is None:
+        index = self._index("kept", kept.device)
+        if self.entries:
             return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept.squeeze(1)).view(self.shape)
         return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
 
@@ -149,20 +164,31 @@ class MaskedFactor(nn.Module):
         return kept
 
     def operand(self, kept: Tensor) -> Tensor:
-        """Return the matrix of a product: ``kept`` alone where features are gathered, else the dense factor."""
-        return kept if self.gathers else self.fill(kept)
+        """Return the matrix of a product: that of the gathered features, or the dense factor."""
+        if not self.gathers:
+            return self.fill(kept)
+        if not self.entries:
+            return kept
+        shape = [*self.shape]
+        shape[self.axis] = self.touched
+        narrow = kept.new_zeros(math.prod(shape))
+        return narrow.index_copy(0, self._index("narrow", kept.device), kept.squeeze(1)).view(shape)
 
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
         """Return the gradient of ``kept``, from that of `operand`."""
-        return gradient if self.gathers else self.keep(gradient).view_as(self.kept)
+        if not self.gathers:
+            return self.keep(gradient).view_as(self.kept)
+        if not self.entries:
+            return gradient
+        return gradient.flatten().index_select(0, self._index("narrow", gradient.device)).unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
         return self._apply_weight(x, self.fill(self.kept))
 
     def _gather(self, x: Tensor) -> Tensor:
-        """Return the kept features of an activation."""
-        index = self.index_on(x.device)
+        """Return the features of an activation that have kept entries."""
+        index = self.features_on(x.device)
         if self.is_convolution:
             return x.index_select(1, index)
         # As a matrix: on a CPU, selecting from the last dimension of anything else is four times slower.
@@ -189,39 +215,91 @@ class MaskedFactor(nn.Module):
             super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
-        what = "entries" if self.axis is None else self.axis_name
+        what = "entries" if self.entries else self.axis_name
         return f"{tuple(self.shape)}, kept={len(self.mask.kept)} of {self.mask.size} {what}"
 
 
 class FactorA(MaskedFactor):
     """A (rank × in), whose columns (input features or channels) are masked."""
 
-    axis_name = "columns"
-
-    def __init__(self, dense: nn.Module, mask: Mask, *, element: bool) -> None:
-        super().__init__(dense, mask, None if element else 1)
+    axis_name, axis = "columns", 1
 
     @property
     def rank(self) -> int:
         return self.shape[0]
 
+    def draw_for_kept(self) -> None:
+        """Bring A from PEFT's draw, for all inputs, to that for the kept ones: the same values, 1/√density as large."""
+        self.kept.data *= self.mask.density**-0.5
+
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """Return A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
 
-        Where features are gathered, the backward pass stores the kept features of x alone.
+        Where features are gathered, the backward pass stores those of x alone.
         """
         if self.gathers:
-            return self._apply_weight(dropout(self._gather(x)), self.kept)
+            return self._apply_weight(dropout(self._gather(x)), self.operand(self.kept))
         return self._apply_weight(dropout(x), self.fill(self.kept))
+
+
+class FrozenA(FactorA):
+    """A (rank × in) as a seed has drawn it: all of it is there, none of it trains, and no file has to hold it.
+
+    Args:
+        dense: the factor as PEFT has drawn it, whose place and number format it takes.
+        drawn: its values, in float32 (`selection.frozen_a`).
+    """
+
+    def __init__(self, dense: nn.Module, drawn: np.ndarray) -> None:
+        super().__init__(dense, Mask.full(dense.weight.shape[1]), entries=False)
+        self._drawn = drawn
+        # No parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send.
+        like = self.kept.detach()
+        del self.kept
+        self.kept = self._drawn_like(like)
+
+    def _drawn_like(self, like: Tensor) -> Tensor:
+        return like if like.is_meta else torch.from_numpy(self._drawn).to(like.device, like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> FrozenA:
+        """Follow the module to another device or number format, and back from the meta device with the same values."""
+        self.kept = self._drawn_like(fn(self.kept))
+        return super()._apply(fn, *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor, to be read; only its own values can be assigned."""
+        return self.kept.as_subclass(DenseView)
+
+    @weight.setter
+    def weight(self, dense: Tensor) -> None:
+        self._check_values(dense, "weight")
+
+    def _check_values(self, dense: Tensor, name: str) -> None:
+        """Refuse another factor than this, in the coarser of the two number formats."""
+        own = self.kept
+        same = dense.shape == own.shape and (
+            dense.is_meta
+            or own.is_meta
+            or torch.equal(dense.to(own), own)
+            or torch.equal(own.to(dense.dtype), dense.to(own.device))
+        )
+        if not same:
+            raise PartialLoraError(
+                f"{name} is not the frozen A that mask_seed draws: it was trained over another, load it with"
+                " PartialLoraConfig.from_pretrained of its own folder."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+        dense = state_dict.get(prefix + "weight")
+        if dense is not None:
+            self._check_values(whole(dense), prefix + "weight")
 
 
 class FactorB(MaskedFactor):
     """B (out × rank), whose rows (output features or channels) are masked."""
 
-    axis_name = "rows"
-
-    def __init__(self, dense: nn.Module, mask: Mask, *, element: bool) -> None:
-        super().__init__(dense, mask, None if element else 0)
+    axis_name, axis = "rows", 0
 
     @property
     def rank(self) -> int:
@@ -237,13 +315,25 @@ class FactorB(MaskedFactor):
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
         low = low * scaling  # the narrow one of the two
         if self.scatters:
-            change = self._apply_weight(low, self.kept)
-            index, features = self.index_on(change.device), 1 if self.is_convolution else -1
+            change = self._apply_weight(low, self.operand(self.kept))
+            index, features = self.features_on(change.device), 1 if self.is_convolution else -1
             if result.dtype == change.dtype:
                 return result.index_add(features, index, change)
             # Sum in the wider of the two, as `+` does; features that do not change need no such detour.
             return result.index_copy(features, index, (self._gather(result) + change).to(result.dtype))
         return result + self(low)
+
+
+def _within_features(entries: np.ndarray, shape: torch.Size, axis: int) -> dict[str, np.ndarray]:
+    """Return the features along ``axis`` that have any of ``entries`` (flat), and the entries' places among them alone.
+
+    "features" are ascending; "narrow" are flat row-major places in the tensor of these features.
+    """
+    places = list(np.unravel_index(entries, shape))
+    features, places[axis] = np.unique(places[axis], return_inverse=True)
+    narrow = [*shape]
+    narrow[axis] = len(features)
+    return {"features": features, "narrow": np.ravel_multi_index(places, narrow)}
 
 
 # The dense form of a masked factor, as code outside sees it: to be read, never written.

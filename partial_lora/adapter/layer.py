@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -11,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
+from partial_lora.adapter.factor import FactorA, FactorB, FrozenA, MaskedFactor
 from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
@@ -62,10 +63,11 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         inputs = _features_of(tokens, a)  # first, while they are still in the processor's cache
         dropped = _Dropout.draw(inputs, dropout)
-        low = dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T
+        low = (dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T).mul_(scaling)
         result = F.linear(tokens, weight, bias)
-        _add_product(result, low.mul_(scaling), b, kept_b)
-        ctx.save_for_backward(inputs, dropped.zeroed, weight, kept_a, kept_b)
+        _add_product(result, low, b, kept_b)
+        # What B's gradient needs is `low`; A's needs the inputs, which are wider but make `low` again.
+        ctx.save_for_backward(inputs if ctx.needs_input_grad[3] else low, dropped.zeroed, weight, kept_a, kept_b)
         ctx.a, ctx.b, ctx.scaling, ctx.dropout = a, b, scaling, dropout
         return result
 
@@ -80,17 +82,20 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
+        saved, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
         matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # as the features below were taken
         dropped = _Dropout(zeroed, ctx.dropout)
-        inputs = dropped(inputs).to(kept_a.dtype)
         outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
-        low = (inputs @ matrix_a.T).mul_(ctx.scaling)
         gradient_low = (outputs @ matrix_b).mul_(ctx.scaling)
-        gradient_a = a.kept_of_operand(gradient_low.T @ inputs)
+        gradient_a = gradient_x = gradient_bias = None
+        if ctx.needs_input_grad[3]:
+            inputs = dropped(saved).to(kept_a.dtype)
+            low = (inputs @ matrix_a.T).mul_(ctx.scaling)
+            gradient_a = a.kept_of_operand(gradient_low.T @ inputs)
+        else:
+            low = saved
         gradient_b = b.kept_of_operand(outputs.T @ low)
-        gradient_x = gradient_bias = None
         if ctx.needs_input_grad[0]:
             gradient_x = wide @ weight
             if zeroed is None:
@@ -120,14 +125,14 @@ class _Dropout:
 
 
 def _features_of(tokens: Tensor, factor: MaskedFactor) -> Tensor:
-    """Return the features (tokens × kept) that meet the factor's operand."""
-    return tokens.index_select(1, factor.index_on(tokens.device)) if factor.gathers else tokens
+    """Return the features (tokens × features) that meet the factor's operand."""
+    return tokens.index_select(1, factor.features_on(tokens.device)) if factor.gathers else tokens
 
 
 def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor) -> None:
     """Add low A (or low Bᵀ) to result in place, for low (tokens × rank)."""
     scatters = factor.scatters
-    matrix = kept if scatters else factor.fill(kept)
+    matrix = factor.operand(kept) if scatters else factor.fill(kept)
     if isinstance(factor, FactorB):
         matrix = matrix.T
     if scatters:
@@ -140,7 +145,7 @@ def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor
 
 def _scatter(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
     """Add change to result in place, on the kept features, in the wider dtype of the two."""
-    index = factor.index_on(result.device)
+    index = factor.features_on(result.device)
     if result.dtype == change.dtype:
         result.index_add_(1, index, change)
     else:
@@ -266,8 +271,19 @@ def _is_traced() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def mask_layer(layer: LoraLayer, adapter_name: str, masks: ModuleMasks) -> None:
-    """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps; its values stay as drawn."""
-    layer.lora_A[adapter_name] = FactorA(layer.lora_A[adapter_name], masks.columns, element=masks.element)
-    layer.lora_B[adapter_name] = FactorB(layer.lora_B[adapter_name], masks.rows, element=masks.element)
+def mask_layer(
+    layer: LoraLayer, adapter_name: str, masks: ModuleMasks, *, fan_in: str = "dense", frozen: np.ndarray | None = None
+) -> None:
+    """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
+
+    Its values stay as drawn, or become what they would be were the kept inputs all (``fan_in`` "kept"). ``frozen``: the
+    values of an A that does not train.
+    """
+    if frozen is None:
+        layer.lora_A[adapter_name] = FactorA(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
+        if fan_in == "kept":
+            layer.lora_A[adapter_name].draw_for_kept()
+    else:
+        layer.lora_A[adapter_name] = FrozenA(layer.lora_A[adapter_name], frozen)
+    layer.lora_B[adapter_name] = FactorB(layer.lora_B[adapter_name], masks.rows, entries=masks.element)
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -90,8 +90,11 @@ class PartialLoraModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors, with the random numbers plain LoRA takes; now most of them go.
-            layer = parent.get_submodule(target_name)
-            mask_layer(layer, adapter_name, lora_config.masks[base_name(current_key)])
+            layer, name = parent.get_submodule(target_name), base_name(current_key)
+            frozen = lora_config.frozen_a(name)
+            mask_layer(layer, adapter_name, lora_config.masks[name], fan_in=lora_config.fan_in, frozen=frozen)
+            layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
+            layer.set_scale(adapter_name, 1)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""

@@ -30,23 +30,27 @@ def describe(
     selection: str,
     mask_seed: int,
     count: str,
+    columns: str,
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    version, granularity, selection, mask_seed, count (of single entries only), and modules, for each:
+    version, granularity, selection, mask_seed, count (of single entries only), columns (where A is frozen), and
+    modules, for each:
     rows, columns (``sparsity``, or as measured where it is None), shape [out, in],
-    a, b (of single entries only: the shapes of the dense factors), sha256 {rows, columns} of the kept indices as
+    a, b (of masks over entries only: the shapes of the dense factors), sha256 {rows, columns} of the kept indices as
     little-endian int64, and indices {rows, columns} where the selection is not random.
     """
     content = {"version": VERSION, "granularity": granularity, "selection": selection, "mask_seed": mask_seed}
     if granularity == "element":
         content["count"] = count
+    if columns == "frozen":
+        content["columns"] = columns
     content["modules"] = {}
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
         entry = {axis: sparsity[module][axis] if sparsity else mask.sparsity for axis, mask in both.items()}
         entry["shape"] = list(of_module.shape)
-        if granularity == "element":
+        if granularity != "rows_columns":
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
         if selection != "random":
@@ -107,34 +111,38 @@ class _BrokenError(Exception):
 
 def _check(content: object) -> None:
     _expect(isinstance(content, dict), "the content", content, "one object")
-    for name, choices in (("granularity", ("rows_columns", "element")), ("selection", ("random", "top"))):
+    for name, choices in (("granularity", ("rows_columns", "element", "units")), ("selection", ("random", "top"))):
         if name in content:
             _expect_one_of(content, name, choices)
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
-    _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *["count"] * element, "modules"])
+    entries, frozen = content.get("granularity") != "rows_columns", "columns" in content
+    optional = [*["count"] * element, *["columns"] * frozen]
+    _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *optional, "modules"])
     _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
     _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
     if element:
         _expect_one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
+    if frozen:
+        _expect_one_of(content, "columns", ("frozen",))
     modules = content["modules"]
     _expect(isinstance(modules, dict) and modules != {}, "modules", modules, "an object with an entry for each module")
     for module, entry in modules.items():
-        _check_module(entry, f"modules[{module!r}]", element=element, top=top)
+        _check_module(entry, f"modules[{module!r}]", entries=entries, top=top)
 
 
-def _check_module(entry: object, key: str, *, element: bool, top: bool) -> None:
-    _expect_keys(entry, key, [*AXES, "shape", *["a", "b"] * element, "sha256", *["indices"] * top])
+def _check_module(entry: object, key: str, *, entries: bool, top: bool) -> None:
+    _expect_keys(entry, key, [*AXES, "shape", *["a", "b"] * entries, "sha256", *["indices"] * top])
     for axis in AXES:
         share = entry[axis]
         fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < 1
         _expect(fits, f"{key}[{axis!r}]", share, "a sparsity in [0, 1)")
-    for name in ("shape", *["a", "b"] * element):
+    for name in ("shape", *["a", "b"] * entries):
         sizes = entry[name]
         fits = isinstance(sizes, list) and len(sizes) >= 2 and all(_is_whole(size) and size > 0 for size in sizes)
         fits = fits and (name != "shape" or len(sizes) == 2)
         _expect(fits, f"{key}[{name!r}]", sizes, "[out, in]" if name == "shape" else "the shape of a factor")
     shape, a, b = tuple(entry["shape"]), tuple(entry.get("a", ())), tuple(entry.get("b", ()))
-    if element:
+    if entries:
         _expect(a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as by shape")
         fits = b[0] == shape[0] and a[0] % b[1] == 0 and len(b) == len(a)
         _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as by shape and a")
@@ -144,7 +152,7 @@ def _check_module(entry: object, key: str, *, element: bool, top: bool) -> None:
         _expect(fits, f"{key}['sha256'][{axis!r}]", digest, "64 hexadecimal digits")
     if top:
         _expect_keys(entry["indices"], f"{key}['indices']", AXES)
-        for axis, size in Geometry(shape, a, b).sizes("element" if element else "rows_columns").items():
+        for axis, size in Geometry(shape, a, b).sizes("element" if entries else "rows_columns").items():
             _check_indices(entry, key, axis, size)
 
 

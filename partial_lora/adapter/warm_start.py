@@ -57,6 +57,12 @@ def warm_start(
     does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
+    for name in ("columns", "row_exponent", "column_exponent"):
+        if getattr(config, name) != getattr(PartialLoraConfig, name):
+            raise PartialLoraError(
+                f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"
+                f" {getattr(PartialLoraConfig, name)!r}."
+            )
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
     own, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
     _check_fit(source, config, own, factors)

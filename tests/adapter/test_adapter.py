@@ -174,7 +174,7 @@ def test_indices_move_with_the_module():
     model = adapt(sparsity=0.5).to("meta")
     factors = [module for module in model.modules() if isinstance(module, MaskedFactor)]
     assert factors
-    assert {factor._index.device.type for factor in factors} == {"meta"}
+    assert {index.device.type for factor in factors for index in factor._indices.values()} == {"meta"}
 
 
 def test_shapes_are_known_on_the_meta_device():

@@ -116,7 +116,7 @@ def test_a_model_that_was_evaluated_in_inference_mode_on_a_new_device_trains(mon
     model, x = adapted(Perceptron), torch.randn(4, 12)
     for module in model.modules():
         if isinstance(module, MaskedFactor):
-            module._index = module._index.to("meta")  # as where the factor was made, before the model was moved
+            module._move_indices(torch.device("meta"))  # as where the factor was made, before the model was moved
     with torch.inference_mode():
         model(x)
     model(x).sum().backward()
