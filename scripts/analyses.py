@@ -122,7 +122,7 @@ class Subject:
                     importance=arguments["scores"],
                     search=search,
                     rank=self.config.method.rank,
-                    granularity=self.config.mask.granularity,
+                    granularity=self.config.mask.counted,
                 )
         return calibrated, score
 
@@ -132,13 +132,13 @@ class Subject:
 
     def record(self, calibrated: Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
-        rank, granularity = self.config.method.rank, self.config.mask.granularity
+        rank, granularity = self.config.method.rank, self.config.mask.counted
         units = budget.masked_units(self.shapes, rank, granularity)
         cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
         return {
             "baseline": calibrated.baseline,
             "joint": calibrated.joint,
-            "density": budget.kept_parameters(*units, calibrated.sparsity) / budget.dense_parameters(*units),
+            "density": budget.kept_parameters(*units, calibrated.sparsity) / budget.dense_parameters(self.shapes, rank),
             "cost": dict.fromkeys(cost) if calibrated.cached else cost,
             "sparsity": calibrated.sparsity,
             "warnings": calibrated.warnings,

@@ -23,11 +23,14 @@ Counts = dict[str, dict[str, int]]
 def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
     """Return what masks count in modules with W (out, in): {module: (units of B, of A)}, and the parameters of a unit.
 
-    A row of B and a column of A are `rank` parameters; where single entries are masked, a unit is one.
+    A row of B and a column of A are `rank` parameters; where single entries are masked ("element"), a unit is one. Of a
+    frozen A ("rows") nothing counts.
     """
-    if granularity == "rows_columns":
-        return shapes, rank
-    return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
+    if granularity == "element":
+        return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
+    if granularity == "rows":
+        return {module: (m, 0) for module, (m, _) in shapes.items()}, rank
+    return shapes, rank
 
 
 def dense_parameters(shapes: Shapes, rank: int) -> int:
@@ -42,12 +45,14 @@ def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[st
     return _cost({module: _kept(shapes[module], sparsity[module]) for module in shapes}, rank)
 
 
-def parameter_count(budget: float, shapes: Shapes, rank: int) -> int:
+def parameter_count(budget: float, shapes: Shapes, rank: int, granularity: str = "rows_columns") -> int:
     """Return the trainable parameters that a budget allows: at most 1 is a share of the dense adapter, more is a count.
 
-    Raises PartialLoraError for a budget that no adapter meets, or that is above the dense adapter.
+    Raises PartialLoraError for a budget that no adapter meets, or that is above all that masks can keep.
     """
-    dense, least = dense_parameters(shapes, rank), 2 * rank * len(shapes)
+    units, unit = masked_units(shapes, rank, granularity)
+    dense, most = dense_parameters(shapes, rank), dense_parameters(units, unit)
+    least = unit * sum(size > 0 for sizes in units.values() for size in sizes)
     if not 0 < budget < math.inf:
         raise PartialLoraError(f"calibration.budget={budget}: expected a share in (0, 1] or a count of parameters")
     count = math.floor(budget * dense + 1e-6) if budget <= 1 else math.floor(budget)
@@ -56,10 +61,9 @@ def parameter_count(budget: float, shapes: Shapes, rank: int) -> int:
             f"calibration.budget={budget:g}: allows {count} parameters, expected at least {least} "
             f"(one row and one column of each of {len(shapes)} modules at rank {rank})"
         )
-    if count > dense:
-        raise PartialLoraError(
-            f"calibration.budget={budget:g}: expected at most {dense}, the dense adapter's parameters"
-        )
+    if count > most:
+        whose = "the dense adapter's" if most == dense else "those of all rows of B"
+        raise PartialLoraError(f"calibration.budget={budget:g}: expected at most {most} parameters, {whose}")
     return count
 
 
@@ -124,7 +128,7 @@ def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
             kept[module][axis] += added
             room -= added
     return {
-        module: {axis: 1 - kept[module][axis] / size for axis, size in zip(AXES, shape, strict=True)}
+        module: {axis: 1 - kept[module][axis] / size if size else 0.0 for axis, size in zip(AXES, shape, strict=True)}
         for module, shape in shapes.items()
     }
 
@@ -146,7 +150,7 @@ def uniform_sparsity(shapes: Shapes, rank: int, count: int) -> float:
 
 
 def _kept(shape: tuple[int, int], sparsity: Mapping[str, float]) -> dict[str, int]:
-    return {axis: kept_count(size, sparsity[axis]) for axis, size in zip(AXES, shape, strict=True)}
+    return {axis: kept_count(size, sparsity[axis]) if size else 0 for axis, size in zip(AXES, shape, strict=True)}
 
 
 def _cost(kept: Counts, rank: int) -> int:

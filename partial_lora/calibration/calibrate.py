@@ -90,7 +90,8 @@ def calibrate(
             seed: passed to the measure.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         importance_options: passed to the measure.
-        rank, granularity: of the adapter that spends a budget; "element" where single entries of A and B are masked.
+        rank, granularity: of the adapter that spends a budget; "element" where single entries of A and B are masked,
+            "rows" where A is frozen.
         chance: the score of guessing, by default `score.chance`; a budget never follows a threshold below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
@@ -122,7 +123,7 @@ def calibrate(
     modules = target_linears(model, target_modules)
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
-    count = None if config.budget is None else budgets.parameter_count(config.budget, *units)
+    count = None if config.budget is None else budgets.parameter_count(config.budget, shapes, rank, granularity)
     if known is not None:
         _check_known(known, config, list(modules))
 
@@ -156,7 +157,7 @@ def calibrate(
         cached=cached,
         settings=dict(settings or {}),
     )
-    density = budgets.kept_parameters(*units, result.sparsity) / budgets.dense_parameters(*units)
+    density = budgets.kept_parameters(*units, result.sparsity) / budgets.dense_parameters(shapes, rank)
     result.warnings.extend(warnings_of(result, size=getattr(score, "size", None), density=density))
     for warning in result.warnings if peers.rank == 0 else ():
         logger.warning("calibration: %s", warning)

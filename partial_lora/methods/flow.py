@@ -35,14 +35,8 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
     else:
         masks = {module: _without_gaps(axes, setting.rank, setting.mask_seed, module) for module, axes in masks.items()}
     indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
-    config = PartialLoraConfig(
-        **setting.lora(),
-        granularity=setting.granularity,
-        selection="top",
-        indices=indices,
-        mask_seed=setting.mask_seed,
-    )
-    return get_peft_model(model, config)
+    chosen = setting.masked() | {"count": "exact", "selection": "top", "indices": indices}
+    return get_peft_model(model, PartialLoraConfig(**chosen))
 
 
 def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarray) -> Mask:

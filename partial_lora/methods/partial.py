@@ -27,7 +27,5 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
         }
         for module, sparsity in setting.sparsity.items()
     }
-    config = PartialLoraConfig(
-        **setting.lora(), sparsity=dict(setting.sparsity), selection="top", indices=indices, mask_seed=setting.mask_seed
-    )
+    config = PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity), selection="top", indices=indices)
     return get_peft_model(model, config)

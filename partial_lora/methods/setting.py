@@ -36,6 +36,10 @@ class Setting:
     mask_seed: int
     granularity: str = "rows_columns"
     count: str = "exact"
+    columns: str = "masked"
+    fan_in: str = "dense"
+    row_exponent: float = 0.0
+    column_exponent: float = 0.0
     sparsity: Sparsity | None = None
     scores: Scores | None = None
     new_modules: Sequence[str] = ()
@@ -57,12 +61,13 @@ class Setting:
         }
 
     def masked(self) -> dict:
-        """Return the arguments that every adapter with random masks shares."""
-        return self.lora() | {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
+        """Return the arguments that every masked adapter shares."""
+        names = ("granularity", "count", "mask_seed", "columns", "fan_in", "row_exponent", "column_exponent")
+        return self.lora() | {name: getattr(self, name) for name in names}
 
     def units(self) -> tuple[Shapes, int]:
         """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""
-        return masked_units(self.shapes, self.rank, self.granularity)
+        return masked_units(self.shapes, self.rank, "rows" if self.columns == "frozen" else self.granularity)
 
     def masks(self) -> dict[str, dict[str, Mask]]:
         """Draw the masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
@@ -140,7 +145,7 @@ _PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
 
 
 def expected_sparsity(
-    shapes: Mapping[str, tuple[int, int]], rank: int, calibration: CalibrationConfig
+    shapes: Shapes, rank: int, granularity: str, calibration: CalibrationConfig
 ) -> tuple[float | Sparsity, str]:
     """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
 
@@ -152,4 +157,5 @@ def expected_sparsity(
     if budget is None:
         budget = _PAPER_DENSITY
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
-    return uniform_sparsity(shapes, rank, parameter_count(budget, shapes, rank)), source
+    count = parameter_count(budget, shapes, rank, granularity)
+    return uniform_sparsity(*masked_units(shapes, rank, granularity), count), source

@@ -181,7 +181,7 @@ _SHAPE: Mapping[str, object] = {
     "config": {
         **{key: {"name": str} for key in ("task", "model", "method", "importance?")},
         "trainer": {"learning_rate": _NUMBER},
-        "mask?": {"granularity?": str},
+        "mask?": {"granularity?": str, "columns?": str},
         "calibration?": {"threshold?": _NUMBER, "budget?": _NUMBER},
     },
     "versions": {"*": str},
@@ -222,9 +222,9 @@ def _check(value: object, shape: Mapping, field: str = "") -> None:
 
 
 def method_of(result: Mapping) -> str:
-    """Return the name of a run's method; one whose masks are of single entries is another than of rows and columns."""
-    name = result["config"]["method"]["name"]
-    masks = (result["config"].get("mask") or {}).get("granularity", _ROWS_COLUMNS)
+    """Return the name of a run's method; one whose masks are of other things than rows and columns has them in it."""
+    name, mask = result["config"]["method"]["name"], result["config"].get("mask") or {}
+    masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
     return name if masks == _ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
 
 

@@ -90,7 +90,8 @@ def module_table(result: Mapping) -> Table:
 def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
     """Return the trainable parameters of one module's adapter."""
     config = result["config"]
-    granularity = config.get("mask", {}).get("granularity", "rows_columns")
+    mask = config.get("mask", {})
+    granularity = "rows" if mask.get("columns") == "frozen" else mask.get("granularity", "rows_columns")
     counted = masked_units({"module": tuple(shape)}, config["method"]["rank"], granularity)
     return kept_parameters(*counted, {"module": sparsity})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models
-from partial_lora.calibration.budget import dense_parameters, masked_units
+from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.runs.build import check_modality, setting_of
 from partial_lora.runs.schema import Config
@@ -42,9 +42,8 @@ def outline(config: Config) -> Outline:
     )
     shapes = cost.target_shapes(empty, **model.trained_modules)
     if methods.is_calibrated(methods.get(method.name)):
-        granularity = config.mask.granularity
-        units = masked_units(shapes, method.rank, granularity)
-        sparsity, source = methods.expected_sparsity(*units, calibration)
+        granularity = config.mask.counted
+        sparsity, source = methods.expected_sparsity(shapes, method.rank, granularity, calibration)
         modules = model.trained_modules
         counts = cost.describe(empty, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
     else:

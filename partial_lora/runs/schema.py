@@ -31,15 +31,33 @@ def plain_name(key: str, value: str) -> None:
 class MaskConfig:
     """The entries that a sparsity keeps."""
 
-    granularity: str = "rows_columns"
+    granularity: str = (
+        "rows_columns"  # units: other rows and columns for each unit of the rank; element: single entries
+    )
     count: str = "exact"
     seed: Optional[int] = None  # null: the run's seed
+    columns: str = "masked"  # frozen: A is whole, as mask.seed draws it, and the kept rows of B alone train
+    fan_in: str = "dense"  # kept: A is drawn for the columns that stay, dense: for all
+    row_exponent: float = 0.0  # the scaling alpha / rank of a module is multiplied by density of rows ** -row_exponent
+    column_exponent: float = 0.0  # and by density of columns ** -column_exponent
+
+    @property
+    def counted(self) -> str:
+        """What a budget is spent on (`budget.masked_units`): the granularity, or the rows alone."""
+        return "rows" if self.columns == "frozen" else self.granularity
 
     def __post_init__(self) -> None:
-        one_of("mask.granularity", self.granularity, "rows_columns", "element")
+        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units")
         one_of("mask.count", self.count, "exact", "bernoulli")
-        if self.granularity == "rows_columns":
+        if self.granularity != "element":
             one_of("mask.count", self.count, "exact")
+        one_of("mask.columns", self.columns, "masked", "frozen")
+        one_of("mask.fan_in", self.fan_in, "dense", "kept")
+        if self.columns == "frozen":
+            one_of("mask.granularity", self.granularity, "rows_columns")
+            one_of("mask.fan_in", self.fan_in, "dense")
+        for key in ("row_exponent", "column_exponent"):
+            require(0 <= getattr(self, key) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")
 
 
 KEY = "trainer.accelerate_config"
@@ -266,3 +284,6 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
         if self.method.name == "targeted":  # importance is of rows and columns
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
+        if self.method.name == "flow":  # it chooses the columns that others' rows are to meet
+            one_of("mask.granularity", self.mask.granularity, "rows_columns", "element")
+            one_of("mask.columns", self.mask.columns, "masked")

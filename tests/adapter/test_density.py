@@ -1,0 +1,208 @@
+"""Draws and scales that know the density of a module, rows and columns of each unit, and an A that no file holds."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from adapter_models import (
+    KINDS,
+    MIXED,
+    adapt,
+    dense_twin,
+    fill,
+    images,
+    layers,
+    logits,
+    optimizer_of,
+    step,
+    timm_convnext,
+    vit,
+)
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from partial_lora.adapter import (
+    PartialLoraConfig,
+    load_compact,
+    module_masks,
+    trainable_parameters,
+    write_compact,
+)
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import random_keys
+
+FORMS = {
+    "kept": {"fan_in": "kept"},
+    "scaled": {"row_exponent": 0.5, "column_exponent": 1.0},
+    "kept entries, scaled": {"granularity": "element", "fan_in": "kept", "column_exponent": 0.5},
+    "units": {"granularity": "units"},
+    "frozen": {"columns": "frozen", "row_exponent": 0.5},
+}
+BASES = [vit, timm_convnext]  # linear layers; convolutions, which store and gather otherwise
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
+BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
+
+
+def factors(model, which):
+    return {name: getattr(layer, f"lora_{which}")["default"] for name, layer in layers(model).items()}
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units"])
+def test_a_drawn_for_the_kept_inputs_has_features_of_the_size_of_plain_lora_s(granularity):
+    dense, kept = (adapt(sparsity=0.75, granularity=granularity, fan_in=fan_in) for fan_in in ("dense", "kept"))
+    for name, factor in factors(kept, "A").items():
+        torch.testing.assert_close(factor.kept, factors(dense, "A")[name].kept * factor.mask.density**-0.5)
+    torch.manual_seed(0)
+    x = torch.randn(20000, 1024)
+
+    def size_of_features(**settings):
+        model = nn.Sequential(nn.Linear(1024, 8, bias=False))
+        config = PartialLoraConfig(r=8, target_modules=["0"], granularity=granularity, **settings)
+        factor = PeftModel(model, config).base_model.model[0].lora_A["default"]
+        return (x @ factor.weight.detach().T).std().item()
+
+    plain = size_of_features(sparsity=0.0)
+    assert size_of_features(sparsity=0.9) == pytest.approx(plain * math.sqrt(0.1), rel=0.15)
+    assert size_of_features(sparsity=0.9, fan_in="kept") == pytest.approx(plain, rel=0.15)
+
+
+def test_the_scaling_is_that_of_the_densities_that_are_there():
+    model = adapt(sparsity=MIXED, row_exponent=0.5, column_exponent=0.25, alpha_pattern={"fc1": 3})
+    for name, masks in module_masks(model).items():
+        alpha = 3 if name.endswith("fc1") else 6
+        expected = alpha / 4 * masks.rows.density**-0.5 * masks.columns.density**-0.25
+        layer = layers(model)[name]
+        assert layer.scaling["default"] == pytest.approx(expected)
+        layer.scale_layer(2.0), layer.unscale_layer()  # back to what it was, as PEFT's callers expect
+        assert layer.scaling["default"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_saved_loaded_merged_and_resumed(form, base, tmp_path):
+    sparsity = {KINDS["wrapped_vit" if base is vit else "timm_convnext"].targets[0]: 0.95, ".*": 0.6}
+    model, batch = fill(adapt(base, sparsity=sparsity, **FORMS[form])), BATCH[base](3)
+    expected = logits(model, batch)
+    assert (expected - logits(base(), batch)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(dense_twin(model, base), batch), expected, **CLOSE)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path), batch), expected, **CLOSE)
+    again = PeftModel.from_pretrained(
+        base(), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path), is_trainable=True
+    )
+    assert torch.equal(logits(again, batch), expected)
+    assert trainable_parameters(again) == trainable_parameters(model)
+    write_compact(model, tmp_path)
+    assert torch.equal(logits(load_compact(base(), tmp_path), batch), expected)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), expected, **CLOSE)
+    losses = []
+    for each in (model, again):
+        optimizer = optimizer_of(each)
+        losses.append([step(each, optimizer, BATCH[base](seed)) for seed in range(3)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_units_have_rows_and_columns_of_their_own_that_are_disjoint_while_they_last():
+    for sparsity, count in ((0.8, 6), (0.6, 13)):
+        masks = module_masks(adapt(sparsity=sparsity, granularity="units"))["timm_model.blocks.0.attn.proj"]
+        a = masks.columns.dense().reshape(4, 32)
+        b = masks.rows.dense().reshape(32, 4)
+        name = "timm_model.blocks.0.attn.proj"
+        for axis, units in (("rows", b.T), ("columns", a)):
+            order = np.argsort(random_keys(32, mask_seed=0, module=name, axis=axis), kind="stable")
+            endless = [*order, *order]  # literally: dealt out one after the other
+            dealt = [endless[unit * count : (unit + 1) * count] for unit in range(4)]
+            assert [set(np.flatnonzero(unit)) for unit in units] == [set(hand) for hand in dealt]
+            assert units.any(axis=0).sum() == min(32, 4 * count)
+
+
+def test_a_frozen_a_is_the_seed_s_as_peft_would_draw_it_and_never_trains():
+    model = adapt(sparsity=0.5, columns="frozen", seed=1)
+    drawn = {name: factor.weight.clone() for name, factor in factors(model, "A").items()}
+    again = factors(adapt(columns="frozen", sparsity=0.5, seed=7), "A")
+    assert all(torch.equal(drawn[name], a.weight) for name, a in again.items())
+    other = factors(adapt(sparsity=0.5, columns="frozen", mask_seed=1), "A")
+    plain = factors(adapt(), "A")
+    for name, a in drawn.items():
+        assert not torch.equal(a, other[name].weight)
+        bound = 1 / math.sqrt(a.shape[1])
+        assert a.abs().max() <= bound
+        assert a.std() == pytest.approx(plain[name].weight.std().item(), rel=0.3)
+    assert not any("lora_A" in name for name, _ in model.named_parameters())
+    model.set_adapter("default")
+    optimizer = optimizer_of(model)
+    step(model, optimizer, images())
+    moved = model.to(torch.bfloat16).to(torch.float32).to("meta").to_empty(device="cpu")
+    for name, factor in factors(moved, "A").items():
+        assert torch.equal(factor.weight, drawn[name])
+    assert trainable_parameters(model) == sum(b.kept.numel() for b in factors(model, "B").values())
+
+
+def test_a_frozen_a_trains_b_as_lora_with_a_frozen_does():
+    model = adapt(sparsity=0.0, columns="frozen")
+    for factor in factors(model, "B").values():
+        factor.full = False  # the fused operation, which leaves what is dense to PEFT
+    twin = dense_twin(model, vit)
+    for factor in factors(twin, "A").values():
+        factor.weight.requires_grad_(False)
+    losses = []
+    for each in (model, twin):
+        optimizer = optimizer_of(each)
+        losses.append([step(each, optimizer, images(seed)) for seed in range(4)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] != losses[0][0]
+
+
+def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
+    def saved(columns):
+        layer = nn.Sequential(nn.Linear(64, 64))
+        model = PeftModel(layer, PartialLoraConfig(r=4, target_modules=["0"], sparsity=0.25, columns=columns))
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            model(torch.randn(10, 64)).sum().backward()
+        return shapes
+
+    assert (10, 64) in saved("masked")
+    assert (10, 4) in saved("frozen")
+    assert (10, 64) not in saved("frozen")
+
+
+def test_an_a_of_another_seed_is_refused(tmp_path):
+    model = fill(adapt(sparsity=0.5, columns="frozen"))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if "lora_A" in key)
+    save_file({**tensors, name: tensors[name] + 1}, path)
+    config = PartialLoraConfig.from_pretrained(tmp_path)
+    with pytest.raises((PartialLoraError, RuntimeError), match="lora_A"):
+        PeftModel.from_pretrained(vit(), tmp_path, config=config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"row_exponent": 1.5}, "row_exponent"),
+        ({"column_exponent": -0.1}, "column_exponent"),
+        ({"row_exponent": "half"}, "row_exponent"),
+        ({"fan_in": "some"}, "fan_in"),
+        ({"fan_in": "kept", "init_lora_weights": "gaussian"}, "fan_in"),
+        ({"columns": "none"}, "columns"),
+        ({"columns": "frozen", "granularity": "element"}, "columns"),
+        ({"granularity": "units", "count": "bernoulli"}, "count"),
+        (
+            {"granularity": "units", "selection": "top", "scores": {"m": {"rows": [1.0], "columns": [1.0]}}},
+            "granularity",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(settings, key):
+    with pytest.raises(PartialLoraError, match=key):
+        PartialLoraConfig(target_modules=["qkv"], sparsity=0.5, **settings)
