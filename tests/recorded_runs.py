@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 import copy
-import io
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
+from partial_lora import files
 from partial_lora.report import records
-from partial_lora.runs.directory import PREDICTIONS, RESULT
+from partial_lora.runs import directory
 
-LABEL = np.arange(200) % 4
+EXAMPLES = 200
+LABEL = np.arange(EXAMPLES) % 4
+UNCALIBRATED = ("lora", "dora", "probe")
+_CONFIG = {
+    "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
+    "model": {"name": "vit", "image_size": 56, "target_modules": ["qkv"]},
+    "method": {"name": "partial", "rank": 16, "alpha": 16.0},
+    "importance": {"name": "svd"},
+    "calibration": {"threshold": 0.9, "budget": None, "seed": None, "search": "scan", "repair": False},
+    "mask": {"granularity": "rows_columns", "count": "exact", "seed": None},
+    "trainer": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
+}
 
 
-def record(method="partial", *, seed=0, accuracy=0.9861, task="digits", model="vit_s14", **changes) -> dict:
-    """A result.json; changes: whole fields of it."""
-    calibrated = method in ("partial", "targeted", "uniform")
-    dense = 0 if method == "probe" else 1_000
-    trainable = 700 if calibrated else dense
-    calibration = {"baseline": 0.86875, "joint": 0.4, "threshold": 0.9, "search": "scan", "evaluations": 1234}
+def record(
+    method: str = "partial",
+    test: float = 0.9861,
+    *,
+    seed: int = 0,
+    task: str = "digits",
+    model: str = "vit",
+    threshold: float = 0.9,
+    budget: float | None = None,
+    share: float | None = None,
+    calibration: dict | None = None,
+    **changes: object,
+) -> dict:
+    """A result.json.
+
+    share: of the dense adapter, what trains. calibration: changes of its record. changes: whole fields, and settings by
+    their full key with two underscores for the dot (method__rank=8).
+    """
+    config = copy.deepcopy(_CONFIG) | {"seed": seed}
+    config["calibration"] |= {"threshold": threshold, "budget": budget}
+    settings = {key: value for key, value in changes.items() if "__" in key}
+    for key, value in {"task__name": task, "model__name": model, "method__name": method, **settings}.items():
+        group, _, name = key.partition("__")
+        config[group][name] = value
+    calibrated = method not in UNCALIBRATED
+    dense = 0 if method == "probe" else 1000 * config["method"]["rank"] // 16
+    trainable = round(dense * (share or budget or 0.7)) if calibrated else dense
+    scores = {"primary": "accuracy", "accuracy": test, "loss": 0.1}
+    chosen = {
+        "baseline": 0.8,
+        "joint": 0.1,
+        "chance": 0.1,
+        "threshold": threshold,
+        "budget": budget,
+        "search": "scan",
+        "evaluations": 1234,
+        "cached": False,
+        "reliability": {"spearman_brown": 0.75, "pearson": 0.6},
+    }
     return {
         "status": "finished",
         "seed": seed,
-        "config": {
-            "model": {"name": model},
-            "task": {"name": task},
-            "method": {"name": method, "rank": 16, "alpha": 16.0},
-            "calibration": {"threshold": 0.9, "budget": None},
-            "trainer": {"learning_rate": 1e-3},
-        },
-        "versions": {"partial-lora": "0.1.0", "torch": "2.13.0"},
+        "config": config,
+        "versions": {"partial-lora": "0.1.0"},
         "git_commit": "0123456789abcdef",
         "device": "cpu",
+        "preset": "cpu",
+        "tuning": "tuned",
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": {"calibrate": 60.0 if calibrated else 0.0, "train": 100.0, "evaluate": 2.5},
         "peak_memory_bytes": 1 << 30,
@@ -46,72 +86,67 @@ def record(method="partial", *, seed=0, accuracy=0.9861, task="digits", model="v
             "head": 3850,
             "adapter_sparsity": 1 - trainable / dense if dense else None,
         },
-        "sparsity": {"blocks.0.qkv": {"rows": 0.2, "columns": 0.4}, "blocks.1.qkv": {"rows": 0.4, "columns": 0.5}},
-        "calibration": calibration | {"seconds": 59.0, "cached": False} if calibrated else None,
-        "metrics": {
-            "validation": {"primary": "accuracy", "accuracy": 0.98, "loss": 0.1},
-            "test": {"primary": "accuracy", "accuracy": accuracy, "loss": 0.1},
-        },
+        "sparsity": {
+            "blocks.0.qkv": {"rows": 0.25, "columns": 0.4},
+            "blocks.1.qkv": {"rows": 0.0, "columns": 0.95},
+        }
+        if calibrated
+        else None,
+        "calibration": chosen | (calibration or {}) if calibrated else None,
+        "metrics": {"validation": scores, "test": scores},
         "history": [],
-    } | changes
+        "cost": {
+            "adapter_bytes": 4000,
+            "optimizer_bytes": 2000 + seed,
+            "step_seconds": 0.25,
+            "saved_activation_bytes": 1e6,
+        },
+    } | {key: value for key, value in changes.items() if key not in settings}
 
 
-def budget(result: dict, share: float) -> dict:
-    """The record of a run at a budget."""
-    changed = copy.deepcopy(result)
-    changed["config"]["calibration"]["budget"] = share
-    return changed
-
-
-def place(results_dir: Path, result: dict, *, id: str = "0a1b2c3d") -> Path:
-    """Write a record where its run would lie; gives that directory."""
+def place(results_dir: Path, result: dict, *, id: str | None = None) -> Path:
+    """Write a record where its run would lie; gives that directory. id: by default one for its settings."""
     config = result["config"]
+    settings = json.dumps(config | {"seed": None}, sort_keys=True)
+    id = id or hashlib.sha256(settings.encode()).hexdigest()[:8]
     names = config["task"]["name"], config["model"]["name"], f"{config['method']['name']}-{id}"
-    directory = results_dir.joinpath("runs", *names, f"seed{result['seed']}")
-    directory.mkdir(parents=True)
-    (directory / RESULT).write_text(json.dumps(result))
-    return directory
+    folder = results_dir.joinpath("runs", *names, f"seed{result['seed']}")
+    folder.mkdir(parents=True)
+    files.write_json(folder / directory.RESULT, result)
+    return folder
 
 
 def leave(
     results_dir: Path,
-    method: str,
+    method: str = "partial",
+    test: float | None = None,
     *,
-    wrong: int,
-    seed: int = 0,
-    budget: float | None = None,
-    settings: dict | None = None,
-    importance: str = "svd",
-    mask_seed: int | None = None,
-    **mask: object,
-) -> None:
-    """Write a run and its predictions, wrong about the first examples; settings: of its trainer, mask: of its masks."""
-    calibrated = method not in ("lora", "probe")
-    result = record(method, seed=seed, accuracy=1 - wrong / 200, model="vit", tuning="tuned")
-    result["config"] |= {
-        "method": {"name": method},
-        "importance": {"name": importance},
-        "mask": {"granularity": "rows_columns", "seed": mask_seed, **mask},
-        "calibration": {"threshold": 0.9, "budget": budget},
-        "trainer": {"learning_rate": 1e-3} | (settings or {}),
-    }
-    result["parameters"] |= {"adapter_trainable": 130, "adapter_sparsity": 0.87}
-    result["calibration"] = {"reliability": {"spearman_brown": 0.75}} if calibrated else None
-    result["cost"] = {"adapter_bytes": 4000, "optimizer_bytes": 2000 + seed, "step_seconds": 0.25}
-    own = [*(settings or {}).values(), *mask.values(), *([] if importance == "svd" else [importance])]
-    own += [] if mask_seed is None else [f"mask{mask_seed}"]
-    directory = place(results_dir, result, id=f"{budget}-{''.join(map(str, own))}".replace(".", ""))
-    predicted = np.where(np.arange(200) < wrong, (LABEL + 1) % 4, LABEL)
-    pd.DataFrame({"label": LABEL, "prediction": predicted}).to_parquet(directory / PREDICTIONS)
+    wrong: int = 0,
+    members: dict[str, int] | None = None,
+    id: str | None = None,
+    **changes: object,
+) -> Path:
+    """Write a run of EXAMPLES test examples, `wrong` about the first, with its predictions; gives its directory.
+
+    test: its score instead, without predictions. members: {name: wrong} makes it a mixture. changes: of `record`.
+    """
+    frame = _predicted(wrong)
+    if members:
+        each = {f"{name}/accuracy": 1 - count / EXAMPLES for name, count in members.items()}
+        scores = {"primary": "average", "average": float(np.mean(list(each.values()))), **each}
+        own = {name: {"metrics": ["accuracy"]} for name in members}
+        changes |= {"task": "mixture", "task__members": own, "metrics": {"validation": scores, "test": scores}}
+        frame = pd.concat([_predicted(count).assign(member=name) for name, count in members.items()], ignore_index=True)
+    folder = place(results_dir, record(method, 1 - wrong / EXAMPLES if test is None else test, **changes), id=id)
+    if test is None:
+        frame.to_parquet(folder / directory.PREDICTIONS)
+    return folder
+
+
+def _predicted(wrong: int) -> pd.DataFrame:
+    return pd.DataFrame({"label": LABEL, "prediction": np.where(np.arange(EXAMPLES) < wrong, (LABEL + 1) % 4, LABEL)})
 
 
 def rows_of(results_dir: Path) -> pd.DataFrame:
     """The rows of the runs under a results directory."""
     return records.table(records.read(results_dir)[0])
-
-
-def drawn(table: object, width: int = 100) -> str:
-    """A table as a terminal shows it."""
-    console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(table)
-    return console.file.getvalue()

@@ -12,7 +12,7 @@ import finished_runs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recorded_runs import budget, leave, place, record
+from recorded_runs import leave, place, record
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
@@ -24,43 +24,53 @@ _VOID = {"meta", "link", "img", "br", "input", "hr"}
 
 
 class Elements(HTMLParser):
-    """Every element of a page, and that they close in the order in which they opened."""
+    """Every element of a page; fails where they do not close in the order in which they opened."""
 
     def __init__(self, text):
         super().__init__()
-        self.found, self.stack = [], []
+        self.every, self.stack = [], []
         self.feed(text)
         assert self.stack == []
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.every.append((tag, dict(attributes)))
         if tag not in _VOID:
             self.stack.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.every.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
         assert self.stack.pop() == tag
 
     def all(self, tag):
-        return [attributes for name, attributes in self.found if name == tag]
+        return [attributes for name, attributes in self.every if name == tag]
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """A report over runs of several methods, one of them with a task's name that must not become markup."""
+    """A report over runs of several methods, one of them with a model's name that must not become markup."""
     folder = tmp_path_factory.mktemp("results")
     history = [{"step": step, "loss": 1 / step, "eval_accuracy": 0.5 + step / 100} for step in (10, 20, 30)]
-    warned = record()["calibration"] | {"warnings": ["blocks.0.attention.self.query." * 3 + "dense keeps nothing"]}
+    warned = {"warnings": ["blocks.0.attention.self.query." * 3 + "dense keeps nothing"]}
     for seed in (0, 1, 2):
-        place(folder, record(seed=seed, accuracy=0.9 + seed / 100, history=history, calibration=warned))
-    place(folder, record("lora", accuracy=0.3, history=history))
-    place(folder, budget(record("uniform", accuracy=1.0), 0.13))
-    place(folder, record("probe", model="<b>&amp;", accuracy=0.08))
+        place(folder, record(test=0.9 + seed / 100, seed=seed, history=history, calibration=warned))
+    place(folder, record("lora", 0.3, history=history))
+    place(folder, record("uniform", 1.0, budget=0.13))
+    place(folder, record("probe", 0.08, model="<b>&amp;"))
     place(folder, record("probe", seed=5, status="failed", error="<script>alert(1)</script>"))
     assert cli.report([str(folder)]) == 1
     return folder / "report" / "index.html"
+
+
+@pytest.fixture(scope="module")
+def text(reported):
+    return reported.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def elements(text):
+    return Elements(text)
 
 
 def test_the_same_records_give_the_same_bytes(reported):
@@ -72,58 +82,31 @@ def test_the_same_records_give_the_same_bytes(reported):
     assert content() == before
 
 
-def test_what_could_not_be_compared_or_drawn_is_said_and_ends_nothing(tmp_path, capsys):
-    for seed in (0, 1):
-        leave(tmp_path, "partial", wrong=20, seed=seed)
-        leave(tmp_path, "lora", wrong=20, seed=seed, settings={"epochs": 50.0})
-    (broken,) = tmp_path.glob("runs/*/*/lora*/seed1/predictions.parquet")
-    pq.write_table(pa.table({"label": [0], "prediction": [0], "label_name": ["a"], "logits": [1.0]}), broken)
-    assert cli.report([str(tmp_path)]) == 0
-    said = "lora-None-500: trained under other conditions than partial at threshold 0.9: trainer.epochs 50 against 5"
-    assert f"not compared: runs/digits/vit/{said}" in capsys.readouterr().out
-    text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
-    assert "Not compared" in text
-    assert said in text
-    broken.with_name("predictions.parquet").rename(broken.parents[1] / "seed0" / "predictions.parquet")
-    assert cli.report([str(tmp_path)]) == 0
-    text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
-    assert "hardest examples cannot be told from predictions.parquet" in text
-
-
-def test_nothing_is_fetched(reported):
-    text = reported.read_text(encoding="utf-8")
-    elements = Elements(text)
-    for tag, attributes in elements.found:
+def test_nothing_is_fetched(text, elements):
+    for tag, attributes in elements.every:
         for name in ("src", "href", "srcset", "action"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, name, value)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text.replace("base64", ""))
 
 
-def test_words_of_records_are_no_markup(reported):
-    text = reported.read_text(encoding="utf-8")
+def test_words_of_records_are_no_markup(text):
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "&lt;b&gt;&amp;amp;" in text
 
 
-def test_every_folder_has_a_section_with_all_there_is_to_say(reported):
-    text = reported.read_text(encoding="utf-8")
-    elements = Elements(text)
+def test_every_folder_has_a_section_with_all_there_is_to_say(text, elements):
     sections = [each["id"] for each in elements.all("details") if each.get("id", "").startswith("run-")]
     assert sections == [f"run-{number}" for number in range(1, 5)]
-    assert "91.00 ± 1.00 %" in text
-    assert "70.00 % of the dense adapter" in text
-    assert "few-shot score" in text
+    for part in ("91.00 ± 1.00 %", "70.00 % of the dense adapter", "few-shot score", "calibration.budget"):
+        assert part in text
     assert text.count('role="img"') == 4  # two lines each of two methods that logged any
     assert "training loss: seed 0 from 0.1 to 0.0333; seed 1" in text
-    assert 'style="--s:0.45">45<' not in text
-    assert 'style="--s:0.40">40<' in text
-    assert "calibration.budget" in text
+    assert 'style="--s:0.40">40<' in text  # of the map of sparsities
 
 
-def test_what_scrolls_is_named_and_can_be_reached(reported):
-    elements = Elements(reported.read_text(encoding="utf-8"))
+def test_what_scrolls_is_named_and_can_be_reached(elements):
     scrolling = [each for each in elements.all("div") if each.get("class") in ("wide", "paper")]
     assert scrolling
     assert all(each["tabindex"] == "0" and each["aria-label"] for each in scrolling)
@@ -131,43 +114,69 @@ def test_what_scrolls_is_named_and_can_be_reached(reported):
     assert all(each["type"] == "button" for each in elements.all("button"))
 
 
+def test_seeds_of_a_folder_share_a_section_whose_numbers_are_means(tmp_path):
+    for seed, (kept, rows) in enumerate([(600, 0.2), (800, 0.6)]):
+        warned = {"joint": 0.4 + seed / 10, "warnings": ["of both", f"of seed {seed}"]}
+        sparsity = {"blocks.0.qkv": {"rows": rows, "columns": 0.5}}
+        cost = {"adapter_bytes": kept * 4}
+        place(tmp_path, record(seed=seed, share=kept / 1000, sparsity=sparsity, calibration=warned, cost=cost))
+    place(tmp_path, record("lora"))
+    lora, *both = records.read(tmp_path)[0]
+    section, dense = page.sections([both, [lora]], 0)
+    assert section["facts"]["adapter, trainable"] == "700 (70.00 % of the dense adapter), mean of 2 seeds"
+    assert section["facts"]["adapter on disk"] == "3 KB, mean of 2 seeds"
+    assert section["facts"]["few-shot score"].startswith("0.8000 intact, 0.4500 ")
+    assert section["facts"]["few-shot score"].endswith(", mean of 2 seeds")
+    assert section["map"]["axes"]["rows"] == [("qkv", [pytest.approx(0.4)])]
+    assert section["warnings"] == ["of both", "of seed 0", "of seed 1"]
+    assert (dense["own"], section["own"]) == ({"method.name": "lora"}, {"method.name": "partial"})
+    assert "trainer.learning_rate" in section["shared"]
+    assert "seed" not in section["shared"]
+    ((alone,),) = (page.sections([both[:1]], 0),)
+    assert alone["facts"]["adapter, trainable"] == "600 (60.00 % of the dense adapter)"
+
+
 def test_a_run_leaves_a_page_with_its_own_test_images():
     run = finished_runs.image_run()
+
+    def pictures():
+        text = (run.directory / page.PAGE).read_text(encoding="utf-8")
+        images = [each for each in Elements(text).all("img") if each["src"].startswith("data:image/webp")]
+        return len(images), text
+
     page.draw_run(run.directory, plain(run.config))
     assert page.is_drawn(run.directory, "train")
-    text = (run.directory / page.PAGE).read_text(encoding="utf-8")
-    elements = Elements(text)
-    images = [each for each in elements.all("img") if each["src"].startswith("data:image/webp")]
-    assert len(images) == page.EXAMPLES
+    count, text = pictures()
+    assert count == page.EXAMPLES
     assert "Calibration curves" in text
     assert "every level of every module passes" in text  # what its calibration warns of
     (run.directory / page.PAGE).unlink()
     assert cli.report([str(run.directory), "--examples", "2"]) == 0
-    again = Elements((run.directory / page.PAGE).read_text(encoding="utf-8"))
-    assert len([each for each in again.all("img") if each["src"].startswith("data:image/webp")]) == 2
+    assert pictures()[0] == 2
 
 
-def test_a_run_without_a_calibration_leaves_a_page(tmp_path):
-    directory = place(tmp_path, record("lora", history=[{"step": 10, "loss": 1.0}]))
-    assert not (directory / "calibration.json").exists()
-    page.draw_run(directory, record("lora")["config"])
+def test_a_run_without_a_calibration_leaves_a_page_and_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
+    result = record("lora", history=[{"step": 10, "loss": 1.0}])
+    directory = place(tmp_path, result)
+    page.draw_run(directory, result["config"])
     assert page.is_drawn(directory, "train")
     assert "Calibration curves" not in (directory / page.PAGE).read_text(encoding="utf-8")
-
-
-def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
+    assert not caplog.text
     (tmp_path / "result.json").write_text('{"seed": 0}')
     page.draw_run(tmp_path, {})
-    assert "no page could be made" in caplog.text
+    assert str(tmp_path) in caplog.text
     assert not (tmp_path / page.PAGE).exists()
+
+
+# The command
 
 
 def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     for seed, accuracy in enumerate((0.98, 0.985, 0.9925)):
-        place(tmp_path, record(seed=seed, accuracy=accuracy))
+        place(tmp_path, record(test=accuracy, seed=seed))
     place(tmp_path, record("lora", task="cifar10"))
-    place(tmp_path, budget(record(), 0.13), id="1")
+    place(tmp_path, record(budget=0.13))
     arguments = [str(tmp_path), "--where", "task=digits", "--by", "calibration.budget", "--spread", "interval"]
     assert cli.report(arguments) == 0
     text = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
@@ -182,7 +191,21 @@ def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys,
     assert "seed9/result.json: failed: no space left" in capsys.readouterr().err
 
 
-def test_a_folder_where_nothing_finished_is_refused(tmp_path, capsys):
+def test_what_could_not_be_compared_or_drawn_is_named_and_ends_nothing(tmp_path, capsys):
+    for seed in (0, 1):
+        leave(tmp_path, "partial", wrong=20, seed=seed)
+        broken = leave(tmp_path, "lora", wrong=20, seed=seed, id="long", trainer__epochs=50.0)
+    columns = {"label": [0], "prediction": [0], "label_name": ["a"], "logits": [1.0]}
+    pq.write_table(pa.table(columns), broken.with_name("seed0") / "predictions.parquet")
+    assert cli.report([str(tmp_path)]) == 0
+    text = (tmp_path / "report" / page.PAGE).read_text(encoding="utf-8")
+    difference = "trainer.epochs 50 against 3"
+    assert re.search(rf"not compared: runs/digits/vit/lora-long: .*{difference}", capsys.readouterr().out)
+    assert re.search(rf"Not compared.*lora-long: .*{difference}", text, re.DOTALL)
+    assert "hardest examples cannot be told from predictions.parquet" in text
+
+
+def test_a_folder_where_nothing_finished_is_refused_and_nothing_written(tmp_path, capsys):
     place(tmp_path, record(status="running"))
     with pytest.raises(PartialLoraError, match=str(tmp_path)):
         cli.report([str(tmp_path)])
@@ -197,72 +220,51 @@ def test_a_report_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+# A real browser
+
 SORTS = """<script>
 addEventListener("load", () => {
 const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
 const at = heads.findIndex((head) => head.textContent.startsWith("test"));
-const told = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent).join("|");
+const column = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent).join("|");
 heads[at].querySelector("button").focus();
 heads[at].querySelector("button").click();
-const rising = told();
+const rising = column();
 heads[at].querySelector("button").click();
 const focused = document.activeElement === heads[at].querySelector("button");
 document.querySelectorAll("details").forEach((each) => { each.open = true; });
 const fits = document.documentElement.scrollWidth <= innerWidth;
-parent.document.body.dataset.told = [rising, told(), heads[at].getAttribute("aria-sort"), focused, fits].join(";");
+const order = heads[at].getAttribute("aria-sort");
+parent.document.body.dataset.seen = [rising, column(), order, focused, fits].join(";");
 });
 </script>"""
 FRAME = '<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{}px;height:900px">'
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(reported, tmp_path, width):
+def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(text, tmp_path, width):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    page_with_script = reported.read_text(encoding="utf-8").replace("</body>", f"{SORTS}</body>")
-    (tmp_path / "page.html").write_text(page_with_script, encoding="utf-8")
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"{SORTS}</body>"), encoding="utf-8")
     outer, shot = tmp_path / "frame.html", tmp_path / "page.png"  # Chromium's own window is never below 500 pixels
     outer.write_text(FRAME.format(width), encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={max(width, 500)},900", outer.as_uri()]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)
+    command += [f"--window-size={max(width, 500)},900"]
+    done, _ = (
+        subprocess.run(
+            [*command, option, outer.as_uri()], capture_output=True, encoding="utf-8", timeout=120, check=True
+        )
+        for option in ("--dump-dom", f"--screenshot={shot}")
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
-    rising, falling, said, focused, fits = re.search(r'data-told="([^"]*)"', done.stdout)[1].split(";")
+    rising, falling, order, focused, fits = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
     assert rising.split("|") == ["8.00", "30.00", "91.00 ± 1.00", "100.00"]
     assert falling.split("|") == rising.split("|")[::-1]
-    assert (said, focused, fits) == ("descending", "true", "true")
-    command = [each for each in command if each != "--dump-dom"]
-    subprocess.run([*command[:-1], f"--screenshot={shot}", command[-1]], capture_output=True, timeout=120, check=True)
+    assert (order, focused, fits) == ("descending", "true", "true")
     from PIL import Image
 
     with Image.open(shot) as image:
         assert image.width == max(width, 500)
         assert len(image.crop((0, 0, width, 900)).convert("L").getcolors()) > 20  # something is drawn
-
-
-def test_numbers_of_several_seeds_are_means_and_their_warnings_are_told_once(tmp_path):
-    for seed, (kept, rows) in enumerate([(600, 0.2), (800, 0.6)]):
-        of_seed = record(seed=seed, cost={"adapter_bytes": kept * 4})
-        of_seed["parameters"] |= {"adapter_trainable": kept, "adapter_sparsity": 1 - kept / 1000}
-        of_seed["sparsity"] = {"blocks.0.qkv": {"rows": rows, "columns": 0.5}}
-        of_seed["calibration"] |= {"joint": 0.4 + seed / 10, "warnings": ["of both", f"of seed {seed}"]}
-        place(tmp_path, of_seed)
-    both = records.read(tmp_path)[0]
-    ((section,), (alone,)) = page.sections([both], 0), page.sections([both[:1]], 0)
-    assert section["facts"]["adapter, trainable"] == "700 (70.00 % of the dense adapter), mean of 2 seeds"
-    assert section["facts"]["adapter on disk"] == "3 KB, mean of 2 seeds"
-    score = "0.8688 intact, 0.4500 with all sparsities at once, mean of 2 seeds"
-    assert section["facts"]["few-shot score"] == score
-    assert section["map"]["axes"]["rows"] == [("qkv", [pytest.approx(0.4)])]
-    assert section["warnings"] == ["of both", "of seed 0", "of seed 1"]
-    assert alone["facts"]["adapter, trainable"] == "600 (60.00 % of the dense adapter)"
-
-
-def test_seeds_of_a_folder_share_its_settings(reported):
-    found, _ = records.read(reported.parents[1])
-    made = page.sections([[run] for run in found if run.row["method"] in ("lora", "uniform")], 0)
-    assert made[0]["own"]["method.name"] == "lora"
-    assert "trainer.learning_rate" in made[0]["shared"]
-    assert not any(key in made[0]["own"] for key in ("seed", "results_dir"))
