@@ -62,8 +62,15 @@ def files(rows: dict[str, datasets.Dataset], name: str) -> dict[str, str]:
     return {split: str(folder / f"{split}.parquet") for split in rows}
 
 
+def written(value: object) -> str:
+    """A value as an override has it; a path may have spaces in it."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {written(each)}' for key, each in value.items())}}}"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
 def override(paths: dict[str, str]) -> str:
-    return f"task.data_files={{{','.join(f'{split}: {path!r}' for split, path in paths.items())}}}"
+    return f"task.data_files={written(paths)}"
 
 
 def encoded(colour: int, seed: int) -> bytes:

@@ -1,97 +1,93 @@
-"""Settings: what is refused, by which name, and what a run's id depends on."""
+"""Settings: what is refused, by which key, and what a run's id depends on."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from finished_runs import override, written
 
 from partial_lora.calibration import importance
-from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import compose, config, identity
+from partial_lora.runs import compose, config, directory, identity
 from partial_lora.runs.compose import composed
-from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig
-from partial_lora.training.config import TrainerConfig
+from partial_lora.runs.schema import Config
+
+OUT_OF_RANGE = yaml.safe_load("""
+calibration: {threshold: 1.01, budget: 1.5, max_sparsity: 1.0, shots: 0, share: 0.6, levels: 0.0, seed: -1, memory: -1,
+  max_samples: 0, search: binary, axes: both, scope: backward, chance: "0.1", score: precision}
+importance: {k: 0, energy: 1.5, rounds: 0, fraction: 1.0, steps: -1, learning_rate: 0.0}
+mask: {granularity: block, count: bernoulli}  # the latter of single entries alone
+method: {rank: 0, alpha: 0.0, dropout: 1.0, projections: 0}
+model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1, 1], max_length: 1, head: null,
+  family: diffusion, dtype: int8, prompts: [a photo], text_weights: random, quantization: nf4, interpolation: lanczos,
+  attn_implementation: hub/kernel}
+task: {name: ../up, validation_share: 1.0, label_noise: 1.5, text_columns: [a, b, c], modality: sound, metrics: [bleu],
+  train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
+  mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
+trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup: 1.0, batch_size: 0,
+  num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0}
+""")
 
 
 @pytest.mark.parametrize(
-    ("kind", "key", "value"),
-    [
-        *((CalibrationConfig, "threshold", value) for value in (0.0, 1.01)),
-        *((CalibrationConfig, "budget", value) for value in (0.0, 1.5)),
-        (CalibrationConfig, "max_sparsity", 1.0),
-        (CalibrationConfig, "shots", 0),
-        (CalibrationConfig, "share", 0.6),
-        (CalibrationConfig, "levels", 0.0),
-        (CalibrationConfig, "search", "binary"),
-        (CalibrationConfig, "axes", "both"),
-        (CalibrationConfig, "scope", "backward"),
-        (CalibrationConfig, "chance", "0.1"),
-        (CalibrationConfig, "score", "precision"),
-        (CalibrationConfig, "memory", -1),
-        (CalibrationConfig, "seed", -1),
-        (ImportanceConfig, "k", 0),
-        (ImportanceConfig, "energy", 1.5),
-        (ImportanceConfig, "rounds", 0),
-        (ImportanceConfig, "fraction", 1.0),
-        (ImportanceConfig, "steps", -1),
-        (ImportanceConfig, "learning_rate", 0.0),
-        (MaskConfig, "granularity", "block"),
-        (MaskConfig, "count", "bernoulli"),
-        (MethodConfig, "rank", 0),
-        (MethodConfig, "dropout", 1.0),
-        (ModelConfig, "image_size", 0),
-        (ModelConfig, "target_modules", []),
-        (ModelConfig, "mean", [0.5]),
-        (ModelConfig, "family", "diffusion"),
-        (ModelConfig, "dtype", "int8"),
-        (ModelConfig, "prompts", ["a photo"]),
-        (ModelConfig, "text_weights", "random"),
-        (TaskConfig, "name", "../up"),
-        (TaskConfig, "validation_share", 1.0),
-        (TaskConfig, "label_noise", 1.5),
-        (TaskConfig, "text_columns", ["a", "b", "c"]),
-        (TaskConfig, "modality", "sound"),
-        (TaskConfig, "metrics", ["bleu"]),
-        (TaskConfig, "train_samples", 0),
-        (TaskConfig, "data_files", {"training": "rows.parquet"}),
-        (TrainerConfig, "learning_rate", 0.0),
-        (TrainerConfig, "epochs", float("inf")),
-        (TrainerConfig, "mixed_precision", "fp8"),
-        (Config, "seed", -1),
-    ],
+    ("group", "key", "value"), [(group, *each) for group, keys in OUT_OF_RANGE.items() for each in keys.items()]
 )
-def test_a_value_out_of_range_is_refused_by_its_key(kind: type, key: str, value: object) -> None:
-    group = kind.__name__.removesuffix("Config").lower()
-    with pytest.raises(PartialLoraError) as refusal:
-        kind(**{key: value})
-    assert str(refusal.value).startswith(f"{group}.{key}=".removeprefix("."))
+def test_a_value_out_of_range_is_refused_by_its_key(group: str, key: str, value: object) -> None:
+    kinds = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    with pytest.raises(PartialLoraError, match=rf"^{group}\.{key}=") as refusal:
+        kinds[group](**{key: value})
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("overrides", "names"),
     [
-        ("calibration.threshold=0", "calibration.threshold"),
-        ("calibration.file=/nowhere/calibration.json", "calibration.file"),
-        ("data_dir=/nowhere", "data_dir"),
-        ("task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}", "task.data_files.train"),
-        ("task.data_files=/nowhere", "task.data_files"),
-        ("method.name=foo", "method.name"),
-        ("importance.name=foo", "importance.name"),
-        ("model.family=clip", "model.text_weights"),
-        ("+trainer.lr=1", "trainer.lr"),
-        ("+learning_rate=1", "learning_rate"),
+        (["seed=-1"], ["seed=-1"]),
+        (["calibration.threshold=0"], ["calibration.threshold=0"]),
+        (["calibration.file=/nowhere/calibration.json"], ["calibration.file"]),
+        (["data_dir=/nowhere"], ["data_dir"]),
+        (["task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}"], ["task.data_files.train"]),
+        (["task.data_files=/nowhere"], ["task.data_files"]),
+        (["method.name=foo"], ["method.name"]),
+        (["importance.name=foo"], ["importance.name"]),
+        (["model.family=clip"], ["model.text_weights"]),
+        (["+trainer.lr=1"], ["trainer.lr"]),
+        (["+learning_rate=1"], ["learning_rate"]),
+        (["trainer.num_processes=3"], ["trainer.batch_size=32", "trainer.num_processes=3"]),
+        (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
+        (["calibration.file={file}", "calibration.reliability=true"], ["calibration.reliability", "calibration.file"]),
+        (["mask=element", "method=targeted"], ["mask.granularity=element"]),
     ],
 )
-def test_what_is_wrong_or_not_there_is_refused_before_a_run_starts(override: str, key: str) -> None:
+def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
     with pytest.raises(PartialLoraError) as refusal:
-        composed(override)
-    assert str(refusal.value).startswith(key)
+        composed(*(each.format(file=__file__) if "file}" in each else each for each in overrides))
+    assert str(refusal.value).startswith(names[0])
+    assert all(name in str(refusal.value) for name in names)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("method.ran", "method.rank"),
+        ("trainer.lr", "trainer.learning_rate"),  # as other tools call it
+        ("lr", "trainer.learning_rate"),
+        ("batch_size", "trainer.batch_size"),
+        ("trainer.rank", "method.rank"),
+        *((key, None) for key in ("model.colour", "colour", "trainer.name")),
+    ],
+)
+def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
+    assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
+    assert "mean" not in config.no_such_key(key, "hydra")
+    assert set(config._ELSEWHERE.values()) <= set(identity.defaults())
 
 
 def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,27 +108,6 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     assert config.load(older) == chosen
 
 
-def test_the_batch_has_to_divide_among_the_processes() -> None:
-    with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32.*trainer\.num_processes=3"):
-        composed("trainer.num_processes=3")
-
-
-def test_a_repair_does_not_go_with_a_budget_nor_reliability_with_a_file(tmp_path: Path) -> None:
-    assert composed("calibration.repair=true").calibration.repair
-    with pytest.raises(PartialLoraError, match=r"^calibration\.repair=True: expected false: calibration\.budget=0\.13"):
-        composed("calibration=budget", "calibration.repair=true")
-    file = tmp_path / "calibration.json"
-    file.write_text("{}")
-    with pytest.raises(PartialLoraError, match=r"^calibration\.reliability=True: expected false: a calibration\.file"):
-        composed(f"calibration.file={file}", "calibration.reliability=true")
-
-
-def test_targeted_has_no_importance_of_single_entries() -> None:
-    assert composed("mask=element", "mask.count=bernoulli").mask.count == "bernoulli"
-    with pytest.raises(PartialLoraError, match=r"^mask\.granularity=element: expected rows_columns"):
-        composed("mask=element", "method=targeted")
-
-
 def test_every_group_file_composes() -> None:
     for folder in config.conf_dir().iterdir():
         if folder.is_dir() and folder.name not in ("experiment", "preset"):
@@ -143,143 +118,128 @@ def test_every_group_file_composes() -> None:
 
 
 def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
-    chosen = composed("importance=imp").importance
     for name, options in importance.OPTIONS.items():
         measure = (importance.MEASURES | importance.NEEDS_DATA)[name]
         defaults = {key: value.default for key, value in inspect.signature(measure).parameters.items()}
-        assert {key: getattr(chosen, key) for key in options} == {key: defaults[key] for key in options}
+        assert {key: getattr(ImportanceConfig(), key) for key in options} == {key: defaults[key] for key in options}
+
+
+# Ids and directories
 
 
 def test_the_ids_of_runs_never_change() -> None:
     assert config.run_id(composed()) == "3501512c"
     assert config.run_id(composed("calibration=budget", "method=uniform", "model=tiny_vit")) == "c8c12eb5"
+    place = config.run_directory(composed("seed=2", "results_dir=here"))
+    assert place == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")
 
 
 def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = config.plain(composed("method.rank=4"))
-    after = config.plain(composed("method.rank=4"))
-    after["method"]["a_new_key"] = "its default"
-
-    identifier = config.run_id(before)
+    settings = config.plain(composed("method.rank=4"))
+    identifier = config.run_id(settings)
     defaults = {**identity.defaults(), "method.a_new_key": "its default"}
     monkeypatch.setattr(identity, "defaults", lambda: defaults)
-    assert config.run_id(after) == identifier
-    after["method"]["a_new_key"] = "another value"
-    assert config.run_id(after) != identifier
+    settings["method"]["a_new_key"] = "its default"
+    assert config.run_id(settings) == identifier
+    settings["method"]["a_new_key"] = "another value"
+    assert config.run_id(settings) != identifier
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=3",
-        "results_dir=/else",
-        "overwrite=true",
-        "keep_records=true",
-        "trainer.tuned_on=mnist",
+def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_happens() -> None:
+    usual = config.run_id(composed())
+    where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true", "trainer.tuned_on=mnist")
+    where += (
         "trainer.device=cpu",
         "trainer.num_processes=2",
         "calibration.memory=0",
         "task.cache_bytes=0",
         "data_dir=.",
-    ],
-)
-def test_where_and_on_what_a_run_happens_is_not_in_its_id(override: str) -> None:
-    assert config.run_id(composed(override)) == config.run_id(composed())
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora"),
-        *("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true"),
-        *("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true"),
-        *("importance=snip", "importance.rounds=4", "task.label_noise=0.2"),
-    ],
-)
-def test_what_a_run_computes_from_is_in_its_id(override: str) -> None:
-    assert config.run_id(composed(override)) != config.run_id(composed())
+    )
+    assert config.run_id(composed(*where)) == usual
+    what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
+    what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
+    what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
+    what += ("importance.rounds=4", "task.label_noise=0.2")
+    assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
 
 
 @pytest.mark.parametrize("experiment", ["methods", "tune"])
 def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
-    given = (f"experiment={experiment}", "trainer.tuned=null")
-    first, second = (composed(*given, f"seed={seed}") for seed in (0, 1))
+    chosen = (f"experiment={experiment}", "trainer.tuned=null")
+    first, second = (composed(*chosen, f"seed={seed}") for seed in (0, 1))
     assert config.run_directory(first).parent == config.run_directory(second).parent
     assert [each.calibration_seed for each in (first, second)] == [0, 1]
     assert config.calibration_directory(first) != config.calibration_directory(second)  # which have no folder of a seed
-    assert config.run_id(first) != config.run_id(composed(*given, "seed=0", "calibration.seed=0"))
+    assert config.run_id(first) != config.run_id(composed(*chosen, "seed=0", "calibration.seed=0"))
 
 
-def test_files_enter_the_id_by_content(tmp_path: Path) -> None:
-    def identifier(folder: Path) -> str:
-        return config.run_id(composed(f"task.data_files={{train: {folder / 'a'}, test: {folder / 'b'}}}"))
-
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    (first / "a").write_text("rows")
-    (first / "b").write_text("other rows")
-    shutil.copytree(first, second)
-    assert identifier(first) == identifier(second)
-    (second / "b").write_text("edited rows")
-    assert identifier(first) != identifier(second)
-
-
-def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path) -> None:
-    def identifier(folder: Path) -> str:
-        return config.run_id(composed(f"task.data_files={folder}"))
-
+@pytest.mark.parametrize("override", ["task.data_files={}", "model.weights={}", "task.path={}"])
+def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: str) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     (first / "cats").mkdir(parents=True)
     (first / "cats" / "a.png").write_text("pixels")
     shutil.copytree(first, second)
-    assert identifier(first) == identifier(second)
+
+    def ids() -> list[str]:
+        return [config.run_id(composed(override.format(folder))) for folder in (first, second)]
+
+    assert len(set(ids())) == 1
     (second / "cats" / "a.png").rename(second / "cats" / "b.png")
-    assert identifier(first) != identifier(second)
+    assert len(set(ids())) == 2
     (second / "cats" / "b.png").rename(second / "cats" / "a.png")
     (second / ".DS_Store").write_text("of no image")
-    assert identifier(first) == identifier(second)
+    assert len(set(ids())) == 1
     (second / "cats" / "a.png").write_text("others")
-    assert identifier(first) != identifier(second)
+    assert len(set(ids())) == 2
 
 
-@pytest.mark.parametrize("key", ["model.weights", "task.path"])
-def test_a_folder_in_place_of_a_repository_enters_the_id_by_content(tmp_path: Path, key: str) -> None:
-    folders = [tmp_path / name for name in ("first", "second")]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-    assert config.run_id(composed(f"{key}={folders[0]}")) == config.run_id(composed(f"{key}={folders[1]}"))
-    (folders[1] / "config.json").write_text("{ }")
-    assert config.run_id(composed(f"{key}={folders[0]}")) != config.run_id(composed(f"{key}={folders[1]}"))
+def test_a_preset_is_recorded_and_no_setting() -> None:
+    chosen = composed("preset=paper", "trainer.tuned=null", "task=digits")
+    assert directory.new(config.plain(chosen))["preset"] == "paper"
+    assert config.run_id(chosen) == config.run_id(dataclasses.replace(chosen, preset=None))
 
 
-def test_the_directory_of_a_run() -> None:
-    directory = config.run_directory(composed("seed=2", "results_dir=here"))
-    assert directory == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")
+# A folder of many tasks' files
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("method.ran", "method.rank"),
-        ("trainer.learning_rte", "trainer.learning_rate"),
-        ("trainer.lr", "trainer.learning_rate"),
-        ("lr", "trainer.learning_rate"),
-        ("batch_size", "trainer.batch_size"),
-        ("trainer.rank", "method.rank"),
-    ],
-)
-def test_the_key_that_was_meant_is_named(key: str, meant: str) -> None:
-    assert config.no_such_key(key).startswith(f"{key}: no such key; did you mean {meant}? ")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("sst2/train", "sst2/test", "cola/train", "cola/validation", "mine/train"):
+        file = tmp_path / "data" / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"rows of {name}")
+    return tmp_path / "data"
 
 
-@pytest.mark.parametrize("key", ["model.colour", "colour", "trainer.name"])
-def test_nothing_is_guessed(key: str) -> None:
-    assert config.no_such_key(key) == f"{key}: no such key; `partial-lora train --cfg job` lists the keys there are"
+def in_folder(folder: Path, name: str, *splits: str) -> dict[str, str]:
+    return {split: str(folder / name / f"{split}.parquet") for split in splits}
 
 
-def test_other_tools_names_stand_for_keys_that_exist() -> None:
-    assert set(config._ELSEWHERE.values()) <= set(identity.defaults())
-    assert config.no_such_key("hydra.lr", "hydra").endswith(
-        "no such key; `partial-lora train --cfg hydra` lists the keys there are"
-    )
+def test_tasks_and_members_take_the_splits_that_are_there_unless_they_name_files_of_their_own(folder: Path) -> None:
+    def files(*overrides: str):
+        return composed(f"data_dir={folder}", *overrides).task
+
+    mine = in_folder(folder, "mine", "train")
+    assert files("task=sst2").data_files == in_folder(folder, "sst2", "train", "test")
+    assert files("task=cola").data_files == in_folder(folder, "cola", "train", "validation")
+    assert files("task=sst2", f"task.data_files={mine['train']}").data_files == mine["train"]
+    assert files("task=digits").data_files is None  # which comes out of a package
+    mixture = files("task=mixture", "task.members=[sst2,cola]", f"task.data_files={written({'cola': mine})}")
+    assert [mixture.members[name].data_files for name in ("sst2", "cola")] == [
+        in_folder(folder, "sst2", "train", "test"),
+        mine,
+    ]
+
+
+def test_the_id_is_that_of_the_same_files_named_one_by_one_and_goes_by_their_content(folder: Path) -> None:
+    by_folder = config.run_id(composed(f"data_dir={folder}", "task=sst2"))
+    files = in_folder(folder, "sst2", "train", "test")
+    assert by_folder == config.run_id(composed("task=sst2", override(files)))
+    (folder / "sst2" / "train.parquet").write_text("edited rows")
+    assert by_folder != config.run_id(composed(f"data_dir={folder}", "task=sst2"))
+
+
+@pytest.mark.parametrize("overrides", [["task=rte"], ["task=mixture", "task.members=[sst2,rte]"]])
+def test_a_task_without_training_rows_there_is_refused_by_name(folder: Path, overrides: list[str]) -> None:
+    with pytest.raises(PartialLoraError, match=r"^data_dir=.*/data: .*/data/rte/train\.parquet"):
+        composed(f"data_dir={folder}", *overrides)
