@@ -71,7 +71,7 @@ def write_compact(
     whole = _whole_tensors(model, adapter_name, masks)
     compact = Compact(
         config=config,
-        geometries={name: geometry(name, modules[name], config.r) for name in masks},
+        geometries={name: geometry(name, modules[name], config.rank_of(name)) for name in masks},
         masks=masks,
         kept=kept,
         whole=whole,
@@ -398,7 +398,7 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
     for name, expected in compact.geometries.items():
         if name not in modules:
             raise PartialLoraError(f"{path}: this model has no module {name}, which the adapter is for.")
-        here = geometry(name, modules[name], compact.config.r)
+        here = geometry(name, modules[name], compact.config.rank_of(name))
         if here != expected:
             raise PartialLoraError(
                 f"{path}: {name} is {here.shape[0]} x {here.shape[1]} in this model (A {here.a}, B {here.b}), but"

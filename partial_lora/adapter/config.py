@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -59,7 +60,16 @@ PASSED = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
         # How each adapter is sized, scaled, drawn and run.
-        *("r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
+        *(
+            "r",
+            "rank_pattern",
+            "lora_alpha",
+            "alpha_pattern",
+            "use_rslora",
+            "lora_dropout",
+            "init_lora_weights",
+            "fan_in_fan_out",
+        ),
         *("inference_mode", "runtime_config"),
         # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -69,7 +79,6 @@ PASSED = frozenset(
 
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
-    "rank_pattern": "every module has one rank, which is what other readers of the adapter expect",
     "lora_bias": "it would train entries that no mask covers",
     "target_parameters": "only linear layers and convolutions are masked, not single parameters",
     "layer_replication": "two modules would share one name, and their masks",
@@ -131,8 +140,9 @@ class PartialLoraConfig(LoraConfig):
             stay, so that the features A x have at every sparsity the size they have in plain LoRA.
         row_exponent, column_exponent: in [0, 1]; 0 leaves the scaling alone.
 
-    Every other attribute is LoraConfig's own. Options that the masked form does not have (``use_dora``,
-    ``rank_pattern``, initialisations that fit the factors to weights or data, ...) are refused by name.
+    Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank below ``r``; a saved adapter
+    has rank ``r`` everywhere, theirs filled up with zeros. Options that the masked form does not have (``use_dora``,
+    initialisations that fit the factors to weights or data, ...) are refused by name.
 
     Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
     get_peft_model, before the model is changed, where the settings do not fit the model's modules.
@@ -234,6 +244,10 @@ class PartialLoraConfig(LoraConfig):
             return None
         return frozen_a(self.geometries[module], mask_seed=self.mask_seed, module=module)
 
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module."""
+        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module), self.r)
+
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
         masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
@@ -243,10 +257,17 @@ class PartialLoraConfig(LoraConfig):
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter, seen as dense."""
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
-        if self.row_exponent or self.column_exponent:
-            # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
-            options["alpha_pattern"] = {f"^{re.escape(module)}": self.alpha_of(module) for module in self.masks}
+        if self.masks and (self.row_exponent or self.column_exponent or self.rank_pattern):
+            # The rank is r everywhere, and the scaling what it is here.
+            options["rank_pattern"] = {}
+            options["alpha_pattern"] = {
+                _only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
+            }
         return LoraConfig(**options)
+
+    def _padding(self, rank: int) -> float:
+        """Return the factor of alpha that makes up for a rank that is filled up to ``r``."""
+        return math.sqrt(self.r / rank) if self.use_rslora else self.r / rank
 
     def to_dict(self) -> dict:
         """Return everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
@@ -274,7 +295,7 @@ class PartialLoraConfig(LoraConfig):
         # The number that "bernoulli" keeps is random: its file holds the requested sparsity, not the measured one.
         requested = assign_sparsity(self.sparsity, list(self.masks)) if self.count == "bernoulli" else None
         own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count", "columns")}
-        content = sidecar.describe(self.masks, self.geometries, requested, **own)
+        content = sidecar.describe(self.masks, self.geometries, requested, rank=self.r, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory))
 
@@ -317,8 +338,17 @@ class PartialLoraConfig(LoraConfig):
             if saved["selection"] == "random"
             else {module: entry["indices"] for module, entry in modules.items()},
         )
+        ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
+        config.rank_pattern = {_only(module): rank for module, rank in ranks.items()}
+        for module, rank in ranks.items():
+            config.alpha_pattern[_only(module)] /= config._padding(rank)
         config.expected = modules
         return config
+
+
+def _only(module: str) -> str:
+    """Return the pattern of one module. PEFT matches it with the end of a name, so it begins where the name does."""
+    return f"^{re.escape(module)}"
 
 
 def refuse_options(config: LoraConfig) -> None:
@@ -348,6 +378,11 @@ def refuse_options(config: LoraConfig) -> None:
             ) from None
     if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
         raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
+    for module, rank in config.rank_pattern.items():
+        if not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= rank <= config.r:
+            raise PartialLoraError(
+                f"rank_pattern[{module!r}] is {rank!r}: expected a whole number from 1 to r={config.r}."
+            )
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:

@@ -49,7 +49,7 @@ class MaskedFactor(nn.Module):
     """
 
     axis_name: str
-    axis: int  # of the weight, along which W's own features lie
+    axis: int  # of the weight, along which W's own features lie; the rank lies along the other
     rank: int
     in_groups = False  # a gather of features would mix groups up
 
@@ -128,6 +128,22 @@ class MaskedFactor(nn.Module):
             return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept.squeeze(1)).view(self.shape)
         return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
 
+    def padded(self, dense: Tensor, rank: int) -> Tensor:
+        """Return a dense factor with as many units of zeros that it has ``rank``, as on disk."""
+        missing = rank - self.rank
+        if missing <= 0 or self.in_groups:  # which all have the same rank
+            return dense
+        zeros = dense.new_zeros([missing if axis == 1 - self.axis else size for axis, size in enumerate(dense.shape)])
+        return torch.cat([dense, zeros], dim=1 - self.axis)
+
+    def _unpadded(self, dense: Tensor) -> Tensor:
+        """Return a factor from disk without the units of zeros, if there are any; the inverse of `padded`."""
+        unit = 1 - self.axis
+        if dense.dim() != len(self.shape) or dense.shape[unit] <= self.shape[unit]:
+            return dense
+        own, zeros = dense.split([self.shape[unit], dense.shape[unit] - self.shape[unit]], dim=unit)
+        return dense if not zeros.is_meta and zeros.any() else own
+
     @property
     def weight(self) -> Tensor:
         """The dense factor, zero where masked; gradients reach ``kept`` through it.
@@ -203,6 +219,7 @@ class MaskedFactor(nn.Module):
     ) -> None:
         own = {}
         dense, kept = (state_dict.get(prefix + name) for name in ("weight", "kept"))
+        dense = dense if dense is None else self._unpadded(dense)
         if dense is None and kept is not None:  # parameters copied by their names, as an average of weights is
             own[prefix + "kept"] = sharded_like(self.kept, whole(kept))
         elif dense is None:
@@ -293,7 +310,7 @@ class FrozenA(FactorA):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
         dense = state_dict.get(prefix + "weight")
         if dense is not None:
-            self._check_values(whole(dense), prefix + "weight")
+            self._check_values(self._unpadded(whole(dense)), prefix + "weight")
 
 
 class FactorB(MaskedFactor):

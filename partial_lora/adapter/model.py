@@ -68,7 +68,8 @@ class PartialLoraModel(LoraModel):
                 raise PartialLoraError(
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
                 )
-        return {base_name(name): geometry(name, modules[name], peft_config.r) for name in targets}
+        ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
+        return {base_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT refuses what does not work with LoRA by the name of the method.
@@ -99,6 +100,9 @@ class PartialLoraModel(LoraModel):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
         own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        for name, config in own.items():
+            if config.rank_pattern:
+                raise PartialLoraError(f"adapter {name!r} has a rank_pattern: PEFT combines adapters of one rank.")
         dense = {name: config.as_lora() for name, config in own.items() if isinstance(config, PartialLoraConfig)}
         self.peft_config.update(dense)  # PEFT makes the new config after the first of these
         try:
@@ -120,16 +124,19 @@ class PartialLoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
-        """Return the adapter's part of a state dict, every factor dense.
+        """Return the adapter's part of a state dict, every factor dense and of rank r.
 
-        A masked factor writes itself so; but ZeRO's stage 3 gathers a state dict by the names of
-        parameters, and has its kept entries under ``kept``.
+        A masked factor writes itself dense; but ZeRO's stage 3 gathers a state dict by the names of parameters, and has
+        its kept entries under ``kept``.
         """
         state = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        for key in [key for key in state if key.endswith(".kept")]:
-            factor = model.get_submodule(key.removesuffix(".kept"))
+        for key in [key for key in state if key.endswith((".kept", ".weight"))]:
+            path, _, name = key.rpartition(".")
+            factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
-                state[key.removesuffix("kept") + "weight"] = factor.fill(state.pop(key))
+                config = model.peft_config[path.rpartition(".")[2]]
+                dense = factor.fill(state.pop(key)) if name == "kept" else state[key]
+                state[f"{path}.weight"] = factor.padded(dense, config.r)
         return state
 
     @classmethod

@@ -26,6 +26,7 @@ def describe(
     geometries: Mapping[str, Geometry],
     sparsity: Sparsity | None,
     *,
+    rank: int,
     granularity: str,
     selection: str,
     mask_seed: int,
@@ -37,8 +38,9 @@ def describe(
     version, granularity, selection, mask_seed, count (of single entries only), columns (where A is frozen), and
     modules, for each:
     rows, columns (``sparsity``, or as measured where it is None), shape [out, in],
-    a, b (of masks over entries only: the shapes of the dense factors), sha256 {rows, columns} of the kept indices as
-    little-endian int64, and indices {rows, columns} where the selection is not random.
+    rank (where it is not that of the adapter), a, b (of masks over entries only: the shapes of the dense factors),
+    sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns} where the selection
+    is not random.
     """
     content = {"version": VERSION, "granularity": granularity, "selection": selection, "mask_seed": mask_seed}
     if granularity == "element":
@@ -50,6 +52,8 @@ def describe(
         both = {axis: getattr(of_module, axis) for axis in AXES}
         entry = {axis: sparsity[module][axis] if sparsity else mask.sparsity for axis, mask in both.items()}
         entry["shape"] = list(of_module.shape)
+        if geometries[module].a[0] != rank:
+            entry["rank"] = geometries[module].a[0]
         if granularity != "rows_columns":
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
@@ -131,11 +135,14 @@ def _check(content: object) -> None:
 
 
 def _check_module(entry: object, key: str, *, entries: bool, top: bool) -> None:
-    _expect_keys(entry, key, [*AXES, "shape", *["a", "b"] * entries, "sha256", *["indices"] * top])
+    ranked = isinstance(entry, dict) and "rank" in entry
+    _expect_keys(entry, key, [*AXES, "shape", *["rank"] * ranked, *["a", "b"] * entries, "sha256", *["indices"] * top])
     for axis in AXES:
         share = entry[axis]
         fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < 1
         _expect(fits, f"{key}[{axis!r}]", share, "a sparsity in [0, 1)")
+    if ranked:
+        _expect(_is_whole(entry["rank"]) and entry["rank"] > 0, f"{key}['rank']", entry["rank"], "a rank")
     for name in ("shape", *["a", "b"] * entries):
         sizes = entry[name]
         fits = isinstance(sizes, list) and len(sizes) >= 2 and all(_is_whole(size) and size > 0 for size in sizes)

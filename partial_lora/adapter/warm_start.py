@@ -57,11 +57,12 @@ def warm_start(
     does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
-    for name in ("columns", "row_exponent", "column_exponent"):
-        if getattr(config, name) != getattr(PartialLoraConfig, name):
+    plain = PartialLoraConfig()
+    for name in ("columns", "row_exponent", "column_exponent", "rank_pattern"):
+        if getattr(config, name) != getattr(plain, name):
             raise PartialLoraError(
                 f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"
-                f" {getattr(PartialLoraConfig, name)!r}."
+                f" {getattr(plain, name)!r}."
             )
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
     own, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
@@ -152,6 +153,8 @@ def _check_fit(
     for key in factors:
         if key not in source.tensors:
             raise PartialLoraError(f"{source.name} has no {key}, which the adapter has: give both the same targets.")
+    if source.config.rank_pattern:
+        raise PartialLoraError(f"{source.name} has rank_pattern={source.config.rank_pattern}: expected one rank.")
     if source.config.r != config.r:
         raise PartialLoraError(f"{source.name} has r={source.config.r}, the adapter r={config.r}: give both the same.")
     for key, value in source.tensors.items():

@@ -191,6 +191,7 @@ REFUSALS = [
     ({}, lambda f: rewrite(f, use_dora=True), "use_dora=True"),
     ({}, lambda f: rewrite(f, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     ({}, lambda f: rewrite(f, rank_pattern={"fc1": 2}), "rank_pattern"),
+    ({"rank_pattern": {"fc1": 2}}, None, "rank_pattern"),
     ({}, lambda f: rewrite(f, peft_type="LOHA"), "LOHA"),
     ({}, lambda f: (f / CONFIG).unlink(), CONFIG),
     ({}, lambda f: cut(f, CONFIG), CONFIG),
