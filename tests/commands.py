@@ -22,10 +22,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import accelerate.commands.launch  # noqa: F401  what a launcher imports: once, for all of them
 import datasets
 import huggingface_hub
 import torch
-from accelerate.commands import launch as _  # noqa: F401  what a launcher imports: once, for all of them
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import partial_lora.train  # noqa: F401  and what a worker does
@@ -58,10 +58,16 @@ def command(place: Path, *arguments: str, **changes: str) -> subprocess.Complete
     )
 
 
-def begun(place: Path, *arguments: str, **changes: str) -> subprocess.Popen:
-    """The command under way, as a fork, with pipes for what it prints; its workers are forks, too."""
+def begun(place: Path, *arguments: str, first: Callable[[], object] = lambda: None, **changes: str) -> subprocess.Popen:
+    """The command under way, as a fork, with pipes for what it prints; its workers are forks, too. It draws nothing."""
+
+    def before_all_else() -> None:
+        cli._draw = lambda *given: None
+        first()
+
     return forked(
         [sys.executable, "-m", "partial_lora", *arguments],
+        first=before_all_else,
         cwd=place,
         env=environment(place, **changes),
         stdout=subprocess.PIPE,
@@ -76,8 +82,8 @@ def here(
 ) -> subprocess.CompletedProcess:
     """What `command` gives, of the command in this process and its workers as forks.
 
-    drawn: with the figures and the page, which take longer than a tiny model. first: called in each process that is
-    started, before all else.
+    drawn: with the figures and the page, which take longer than a tiny model. first: called in every fork before all
+    else.
     """
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     os.chdir(place)
@@ -119,6 +125,14 @@ def forked(
     return subprocess.Popen(args, env=env, preexec_fn=run, restore_signals=False, **given)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _descriptors() -> set[int]:
     """The open ones, without that by which they are listed."""
     found = map(int, os.listdir("/dev/fd"))
@@ -142,12 +156,12 @@ def _run(
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         gc.enable()
         gc.freeze()  # what a new process would not have is not to be looked through again and again
-        # A fork's first call into torch makes its pool anew, and two threads that make it at once (images are decoded in
-        # several) fail with "Invalid thread pool!": so it is made here. A new process has no such pool.
+        # A fork's first call into torch makes its pool anew, and two threads that make it at once (images are decoded
+        # in several) fail with "Invalid thread pool!": so it is made here. A new process has no such pool.
         torch.set_num_threads(torch.get_num_threads())
         logging.getLogger().handlers.clear()  # the tests' own
         sys.argv = [module, *words]
-        with forking():
+        with forking(first):
             first()
             PROGRAMS[module]()
             code = 0

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from commands import begun, command, environment, here
 
-TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4")
+TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 
 
 @pytest.fixture(scope="module")
