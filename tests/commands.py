@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import accelerate.commands.launch  # noqa: F401  what a launcher imports: once, for all of them
@@ -120,7 +120,7 @@ def forked(
     args: list[str], *, env: Mapping[str, str], first: Callable[[], object] = lambda: None, **given
 ) -> subprocess.Popen:
     """A `Popen` of a program of this package, in which a fork of this process runs on where a new one would begin."""
-    module, *words = [word for word in args[1:] if word not in ("-u", "-m")]
+    module, *words = args[args.index("-m") + 1 :]
     run = partial(_run, module, words, dict(env), _descriptors(), first)
     return subprocess.Popen(args, env=env, preexec_fn=run, restore_signals=False, **given)
 
@@ -161,6 +161,7 @@ def _run(
         torch.set_num_threads(torch.get_num_threads())
         logging.getLogger().handlers.clear()  # the tests' own
         sys.argv = [module, *words]
+        sys.modules["__main__"] = ModuleType("__main__")  # not what pytest began as
         with forking(first):
             first()
             PROGRAMS[module]()
