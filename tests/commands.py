@@ -1,7 +1,7 @@
-"""Commands as a user types them: in a process of their own, or in this one, where their workers are forks of it.
+"""Commands as a user types them: in an interpreter of their own, or in this one and forks of it.
 
-A worker that starts from nothing imports for longer than a tiny model trains. A fork has imported all that this process
-has, and is in everything else a process of its own: with its environment, its session, its log and its end.
+An interpreter imports for longer than a tiny model trains. A fork has imported all that this process has, and is in
+everything else a process of its own: with its environment, its session, its log and its end.
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ import contextlib
 import gc
 import io
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import accelerate.commands.launch  # noqa: F401  what a launcher imports: once, for all of them
 import datasets
 import huggingface_hub
 import torch
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-import partial_lora.train  # noqa: F401  what a worker imports: once, for all of them
+import partial_lora.train  # noqa: F401  and what a worker does
 from partial_lora import cli, progress, worker
-from partial_lora.runs import launch
+from partial_lora.runs import launch, launcher
 
-WORKER = ["-m", "partial_lora.worker"]
+PROGRAMS = {
+    "partial_lora": lambda: sys.exit(cli.main(sys.argv[1:])),
+    "partial_lora.worker": worker.main,
+    "partial_lora.runs.launcher": launcher.main,
+}
 
 
 def environment(place: Path, **changes: str) -> dict[str, str]:
@@ -38,7 +46,7 @@ def environment(place: Path, **changes: str) -> dict[str, str]:
 
 
 def command(place: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
-    """`partial-lora` in a process of its own, in the folder `place`; changes: of its environment."""
+    """`partial-lora` in an interpreter of its own, in the folder `place`; changes: of its environment."""
     return subprocess.run(
         [sys.executable, "-m", "partial_lora", *arguments],
         cwd=place,
@@ -50,28 +58,41 @@ def command(place: Path, *arguments: str, **changes: str) -> subprocess.Complete
     )
 
 
-def here(
-    place: Path, *arguments: str, first: Callable[[], object] = lambda: None, **changes: str
-) -> subprocess.CompletedProcess:
-    """What `command` gives, without a new interpreter: a lone worker is a fork, several are started as ever.
+def begun(place: Path, *arguments: str, first: Callable[[], object] = lambda: None, **changes: str) -> subprocess.Popen:
+    """The command under way, as a fork, with pipes for what it prints; its workers are forks, too. It draws nothing."""
 
-    first: called in a worker before all else.
+    def before_all_else() -> None:
+        cli._draw = lambda *given: None
+        first()
+
+    return forked(
+        [sys.executable, "-m", "partial_lora", *arguments],
+        first=before_all_else,
+        cwd=place,
+        env=environment(place, **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def here(
+    place: Path, *arguments: str, drawn: bool = False, first: Callable[[], object] = lambda: None, **changes: str
+) -> subprocess.CompletedProcess:
+    """What `command` gives, of the command in this process and its workers as forks.
+
+    drawn: with the figures and the page, which take longer than a tiny model. first: called in every fork before all
+    else.
     """
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
-
-    def start(words: list[str], **given) -> Forked | subprocess.Popen:
-        return Forked(words, first=first, **given) if words[1:3] == WORKER else popen(words, **given)
-
-    popen = subprocess.Popen
-    own = SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)
     os.chdir(place)
     try:
         with (
             mock.patch.dict(os.environ, environment(place, **changes), clear=True),
             mock.patch.object(sys, "argv", list(sys.argv)),
-            mock.patch.object(launch, "subprocess", own),
-            mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),  # read as they were imported
-            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+            contextlib.nullcontext() if drawn else mock.patch.object(cli, "_draw"),
+            forking(first),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -81,62 +102,77 @@ def here(
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-class Forked:
-    """A worker that is a fork of this process; in so far as its parent needs it, a `subprocess.Popen`."""
-
-    def __init__(
-        self,
-        words: list[str],
-        *,
-        stdout: io.IOBase,
-        stderr: io.IOBase,
-        env: Mapping[str, str],
-        pass_fds: tuple[int, ...],
-        start_new_session: bool,
-        first: Callable[[], object],
-    ) -> None:
-        assert stdout is stderr
-        assert start_new_session
-        begin = (words[3:], stdout.fileno(), dict(env), first)
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=begin)
-        self._process.start()
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.pid, timeout)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self._process.terminate()
+@contextlib.contextmanager
+def forking(first: Callable[[], object] = lambda: None):
+    """Start what this package starts as forks, and reach no network, as the libraries would know from the start."""
+    start = partial(forked, first=first)
+    own = SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired, run=subprocess.run)
+    with (
+        mock.patch.object(launch, "subprocess", own),
+        mock.patch.object(subprocess_handler, "Popen", start),  # the launcher's
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+    ):
+        yield
 
 
-def _work(words: list[str], log: int, variables: dict[str, str], first: Callable[[], object]) -> None:
-    """Be a worker: what `python -m partial_lora.worker` does, in a process that this one's tests have been in."""
-    for number in progress.STOPPING:
-        signal.signal(number, signal.SIG_DFL)  # of what its parent does about them it knows nothing
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(variables)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    gc.freeze()  # what a new process would not have is not to be looked through again and again
-    # A fork's first call into torch makes its pool anew, and two threads that make it at once (images are decoded in
-    # several) fail with "Invalid thread pool!": so it is made here. A worker that starts from nothing has no such pool.
-    torch.set_num_threads(torch.get_num_threads())
-    logging.getLogger().handlers.clear()  # the tests' own
-    sys.argv = ["partial_lora.worker", *words]
-    first()
-    worker.main()
+def forked(
+    args: list[str], *, env: Mapping[str, str], first: Callable[[], object] = lambda: None, **given
+) -> subprocess.Popen:
+    """A `Popen` of a program of this package, in which a fork of this process runs on where a new one would begin."""
+    module, *words = args[args.index("-m") + 1 :]
+    run = partial(_run, module, words, dict(env), _descriptors(), first)
+    return subprocess.Popen(args, env=env, preexec_fn=run, restore_signals=False, **given)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _descriptors() -> set[int]:
+    """The open ones, without that by which they are listed."""
+    found = map(int, os.listdir("/dev/fd"))
+    return {each for each in found if Path(f"/dev/fd/{each}").exists() or each < 3}
+
+
+def _run(
+    module: str, words: list[str], variables: dict[str, str], earlier: set[int], first: Callable[[], object]
+) -> None:
+    """Be `python -m MODULE …`, in a process that this one's tests have been in, and do not come back."""
+    for descriptor in _descriptors() - earlier:  # at the end of one of them Popen waits for the program to begin
+        os.close(descriptor)
+    code = 1
+    try:
+        for number in progress.STOPPING:
+            signal.signal(number, signal.SIG_DFL)  # of what its parent does about them it knows nothing
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        gc.enable()
+        gc.freeze()  # what a new process would not have is not to be looked through again and again
+        # A fork's first call into torch makes its pool anew, and two threads that make it at once (images are decoded
+        # in several) fail with "Invalid thread pool!": so it is made here. A new process has no such pool.
+        torch.set_num_threads(torch.get_num_threads())
+        logging.getLogger().handlers.clear()  # the tests' own
+        sys.argv = [module, *words]
+        sys.modules["__main__"] = ModuleType("__main__")  # not what pytest began as
+        with forking(first):
+            first()
+            PROGRAMS[module]()
+            code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else end.code is not None
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            threading._shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

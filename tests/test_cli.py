@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
-from commands import command, environment, here
+from commands import begun, command, environment, here
 
-TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4")
+TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_seeds_and_thresholds_share_one_calibration(place: Path, trained) -> Non
 def test_a_finished_run_is_not_run_again_unless_asked_to(place: Path, trained) -> None:
     directory, before = record(place, threshold=0.9, seed=0)
     (directory / "index.html").unlink()  # as where the parent was killed once the worker had ended
-    again = here(place, "train", *TINY)
+    again = here(place, "train", *TINY, drawn=True)
     assert again.returncode == 0
     assert (directory / "index.html").is_file()
     assert "not run again" in again.stdout
@@ -149,7 +149,8 @@ def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
 
 
 def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> None:
-    done = here(place, "calibrate", *TINY, "results_dir=told", "calibration.seed=3", COLUMNS="100")
+    told = ("results_dir=told", "calibration.seed=3")
+    done = here(place, "calibrate", *TINY, *told, drawn=True, COLUMNS="100")
     assert done.returncode == 0, done.stderr
     (run,) = (path.parent for path in place.glob("told/calibrations/*/*/*/result.json"))
     result = json.loads((run / "result.json").read_text())
@@ -272,27 +273,19 @@ def test_report_tabulates_the_runs(place: Path, trained) -> None:
 
 def exporting(place: Path, *arguments: str) -> subprocess.Popen:
     """An export that has begun to write: the folder beside its own is there."""
-    running = subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", "export", *arguments],
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    running = begun(place, "export", *arguments)
     deadline = time.monotonic() + 120
     while not list(place.glob("stopped_export/.out.*")):
         assert running.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
     return running
 
 
 def test_export_from_another_directory_is_checked_and_says_so(place: Path, trained, tmp_path: Path) -> None:
     directory, _ = record(place, method="partial", threshold=0.9, seed=0)
     cache = str(place / "cache")
-    done = command(
+    done = here(
         tmp_path, "export", str(directory), "--to", "compact", "--out", "mine", "--check", PARTIAL_LORA_CACHE=cache
     )
     assert done.returncode == 0, done.stderr

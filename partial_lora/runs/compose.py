@@ -243,7 +243,9 @@ def composed(*overrides: str) -> Config:
 def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=Config)
 
 
 def _hydra(command: str, arguments: list[str], job: Callable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ def resolve(composed: DictConfig) -> Config:
     Raises PartialLoraError, in one line that names the key, for an unknown key, a missing value, a value of another
     type or out of range, and a file that is not there.
     """
-    unknown = _unknown_keys(composed, OmegaConf.structured(Config))
+    unknown = _unknown_keys(composed, _schema())
     if unknown:
         raise PartialLoraError(no_such_key(unknown[0]))
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -49,7 +50,7 @@ def resolve(composed: DictConfig) -> Config:
     for group in ("method", "importance"):
         name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
         require(name in known, f"{group}.name", name, f"one of {', '.join(known)}")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))  # runs every __post_init__
+    config = OmegaConf.to_object(OmegaConf.merge(_schema(), composed))  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
     fits = not task.members or task.kind != "label" or config.calibration.score in _SCORES
@@ -61,6 +62,12 @@ def resolve(composed: DictConfig) -> Config:
         return config
     rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which is of the rate
     return replace(config, trainer=replace(trainer, **rate))
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Return the schema as a node, to be read alone: a sweep of hundreds of runs need not make it for each."""
+    return OmegaConf.structured(Config)
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:

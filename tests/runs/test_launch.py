@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import is_alive
 from torch.utils.data import DataLoader, Dataset
 
 from partial_lora import files, worker
@@ -185,13 +186,6 @@ def written(folder: Path, what: str) -> list[dict]:
         assert time.monotonic() < end, (folder / "log").read_text()
         time.sleep(0.05)
     return [json.loads(path.read_text()) for path in paths]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_path: Path) -> None:

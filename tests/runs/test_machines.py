@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas
 import pytest
 import yaml
-from commands import environment, here
+from commands import begun, here, is_alive
 from safetensors.torch import load_file
 
 SETTINGS = (
@@ -33,17 +31,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"prompt": f"say {number}", "response": f"{number} it is"} for number in range(first, first + count)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def begin(place: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", "train", *arguments],
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def generation(*arguments: str) -> tuple[str, ...]:
@@ -83,7 +70,7 @@ def together(place: Path, alone) -> list[tuple[int, str, str]]:
     given = generation(
         "results_dir=together", "trainer.accelerate_config=accelerate.yaml", "trainer.gradient_accumulation_steps=2"
     )
-    machines = [begin(place, *given, f"trainer.machine_rank={rank}") for rank in (1, 0)]
+    machines = [begun(place, "train", *given, f"trainer.machine_rank={rank}") for rank in (1, 0)]
     said = [machine.communicate(timeout=300) for machine in machines]
     return [(machine.returncode, *each) for machine, each in zip(machines, said, strict=True)][::-1]
 
@@ -137,30 +124,23 @@ def test_a_machine_that_comes_back_to_a_finished_run_skips_it(place: Path, toget
     assert {path: path.stat().st_mtime_ns for path in run_of(place, "together")[0].rglob("*")} == before
 
 
-def processes_of(results: Path) -> dict[int, str | None]:
-    """The processes whose command line names a results directory, and their rank in the run."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(results) not in (folder / "cmdline").read_text():
-                continue
-            variables = dict(each.split("=", 1) for each in (folder / "environ").read_text().split("\0") if "=" in each)
-        except OSError:
-            continue
-        found[int(folder.name)] = variables.get("RANK")
-    return found
-
-
 def test_a_killed_process_is_named_and_none_is_left(place: Path) -> None:
-    results, rank = place / "killed", "0"  # which can no longer write the record
+    results, ranks, rank = place / "killed", place / "ranks", "0"  # which can no longer write the record
+    ranks.mkdir()
+
+    def sign() -> None:
+        (ranks / str(os.getpid())).write_text(os.environ.get("RANK", ""))
+
     long = ("model=tiny_vit", "method=lora", "trainer.epochs=300", "trainer.num_processes=2", "trainer.device=cpu")
-    running = begin(place, *long, f"results_dir={results}")
+    running = begun(place, "train", *long, f"results_dir={results}", first=sign)
     end = time.monotonic() + 120
     while not any("step 10 " in path.read_text() for path in results.glob("runs/*/*/*/*/train.log")):
         assert running.poll() is None
         assert time.monotonic() < end
         time.sleep(0.1)
-    (victim,) = (pid for pid, own in processes_of(results).items() if own == rank)
+    processes = {int(path.name): path.read_text() for path in ranks.iterdir()}
+    assert sorted(processes.values()) == ["", "", "0", "1"]  # the command, the launcher and the two that train
+    (victim,) = (pid for pid, own in processes.items() if own == rank)
     os.kill(victim, signal.SIGKILL)
     said = running.communicate(timeout=60)[1]  # none of them waits longer for a peer that is gone
     assert running.returncode == 1
@@ -168,4 +148,4 @@ def test_a_killed_process_is_named_and_none_is_left(place: Path) -> None:
     assert line.startswith(f"partial-lora: process {rank} of 2 was ended by SIGKILL (log: ")
     _, result = run_of(place, results.name)
     assert (result["status"], result["error"]) == ("failed", f"process {rank} of 2 was ended by SIGKILL")
-    assert processes_of(results) == {}
+    assert not any(map(is_alive, processes))

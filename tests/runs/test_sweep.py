@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import command, environment, here
+from commands import begun, command, here
 from rich.console import Console
 
 from partial_lora import cli
@@ -23,33 +23,21 @@ from partial_lora.runs.compose import plan
 from partial_lora.runs.sweep import Ledger
 
 TINY = ("model=tiny_vit", "trainer.max_steps=8", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.3")
-RATES = "trainer.learning_rate=0.01,0.05,1e30"  # the last one diverges
+RATES = "trainer.learning_rate=0.05,1e30"  # the second diverges
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 LONG = ("train", "-m", "model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.epochs=200", "seed=0,1,2")
 
 
-def started(place: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "partial_lora", *arguments],
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def records(place: Path, results_dir: str = "results") -> dict[float, dict]:
-    """The records of the runs by their learning rates."""
+    """The records of the runs, by their learning rates."""
     found = [json.loads(path.read_text()) for path in place.glob(f"{results_dir}/runs/*/*/*/*/result.json")]
     return {result["config"]["trainer"]["learning_rate"]: result for result in found}
 
 
-def statuses(out: str) -> dict[str, str]:
+def statuses(out: str) -> list[tuple[str, str]]:
     """How each run of a printed table ended."""
     table = out[out.index(" run ") :]
-    return dict(re.findall(r"^ (\S+=\S+) +(finished|skipped|failed|refused|interrupted|not started) ", table, re.M))
+    return re.findall(r"^ (\S+=\S+) +(finished|skipped|failed|refused|interrupted|not started) ", table, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -59,32 +47,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(place: Path) -> subprocess.CompletedProcess:
-    """Three runs, two at a time, of which one fails."""
-    return command(place, "train", "-m", *TINY, RATES, *JOBLIB)
+    """Three jobs side by side, of which two are the same run and one fails."""
+    return command(place, "train", "-m", *TINY, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
 
 
 def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
     assert swept.returncode == 1
-    assert {rate: result["status"] for rate, result in records(place).items()} == {
-        0.01: "finished",
-        0.05: "finished",
-        1e30: "failed",
-    }
-    assert statuses(swept.stdout) == {
-        "trainer.learning_rate=0.01": "finished",
-        "trainer.learning_rate=0.05": "finished",
-        "trainer.learning_rate=1e+30": "failed",
-    }
+    assert {rate: result["status"] for rate, result in records(place).items()} == {0.05: "finished", 1e30: "failed"}
+    assert statuses(swept.stdout)[1] == ("trainer.learning_rate=1e+30", "failed")
     accuracy = records(place)[0.05]["metrics"]["test"]["accuracy"]
     assert re.search(rf"^ trainer\.learning_rate=0\.05 .* {accuracy:.4f} ", swept.stdout, re.M)
-    assert "3 runs: 2 finished, 1 failed; the same command again does what is missing" in swept.stdout
     (line,) = swept.stderr.strip().splitlines()
-    assert line.startswith("partial-lora: job 2: trainer.learning_rate=1e+30: failed: the loss is not finite")
+    assert line.startswith("partial-lora: job 1: trainer.learning_rate=1e+30: failed: ")
+
+
+def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path, swept) -> None:
+    (_, first), _, (_, third) = statuses(swept.stdout)
+    assert {first, third} == {"finished", "skipped"}
+    assert records(place)[0.05]["attempts"] == 1
+    accuracy = records(place)[0.05]["metrics"]["test"]["accuracy"]
+    assert swept.stdout.count(f"{accuracy:.4f}") == 4  # of each as it ends, and in the table
 
 
 def test_runs_side_by_side_share_a_calibration(place: Path, swept) -> None:
     assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
-    assert records(place)[0.01]["sparsity"] == records(place)[0.05]["sparsity"]
+    assert records(place)[0.05]["sparsity"] == records(place)[1e30]["sparsity"]
 
 
 def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
@@ -95,11 +82,11 @@ def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
 
 def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Path, swept) -> None:
     before = records(place)
-    again = command(place, "train", "-m", *TINY, RATES, "hydra/launcher=submitit_local")
+    again = begun(place, "train", "-m", *TINY, RATES, "hydra/launcher=submitit_local")
+    out, _ = again.communicate(timeout=300)
     assert again.returncode == 1
-    assert list(statuses(again.stdout).values()) == ["skipped", "skipped", "failed"]
+    assert [status for _, status in statuses(out)] == ["skipped", "failed"]
     after = records(place)
-    assert after[0.01] == before[0.01]
     assert after[0.05] == before[0.05]
     assert (before[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
     assert {path.name for path in place.iterdir()} == {"results", "cache"}
@@ -108,14 +95,14 @@ def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Pa
 
 def test_a_sampler_goes_by_the_primary_metric_on_validation(place: Path, swept) -> None:
     sampler = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2")
-    done = here(place, "train", "-m", *TINY, RATES.removesuffix(",1e30"), *sampler)
+    done = here(place, "train", "-m", *TINY, "trainer.learning_rate=0.01,0.05", *sampler)
     assert done.returncode == 0, done.stderr
-    assert list(statuses(done.stdout).values()) == ["skipped", "skipped"]
+    assert sorted(status for _, status in statuses(done.stdout)) == ["finished", "skipped"]
     validation = [records(place)[rate]["metrics"]["validation"]["accuracy"] for rate in (0.01, 0.05)]
     best = yaml.safe_load((place / "results" / "sweep" / "optimization_results.yaml").read_text())
     assert best["best_value"] == min(validation)  # the sweeper minimises unless told otherwise
     assert f"best on validation: {best['best_value']:.4f} with trainer.learning_rate=" in done.stdout
-    assert "direction=minimize seeks the worst accuracy; expected maximize" in done.stderr
+    assert "direction=minimize" in done.stderr
 
 
 @pytest.mark.parametrize("allowed", [0.0, 1.0])
@@ -133,15 +120,6 @@ def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, a
     assert "beware" not in done.stderr
 
 
-def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path) -> None:
-    done = command(place, "calibrate", "-m", *TINY, "seed=0,1", *JOBLIB)  # a calibration does not depend on the seed
-    assert done.returncode == 0, done.stderr
-    assert sorted(statuses(done.stdout).values()) == ["finished", "skipped"]
-    (calibrated,) = place.glob("results/calibrations/*/*/*/result.json")
-    joint = json.loads(calibrated.read_text())["calibration"]["joint"]
-    assert done.stdout.count(f"{joint:.4f}") == 4  # of each as it ends, and in the table
-
-
 def workers(results_dir: Path) -> list[int]:
     """The workers, on this machine, of runs under a results directory."""
     found = []
@@ -157,7 +135,7 @@ def workers(results_dir: Path) -> list[int]:
 
 def under_way(place: Path, results_dir: str) -> subprocess.Popen:
     """A sweep of which two runs have their workers."""
-    running = started(place, *LONG, *JOBLIB, f"results_dir={results_dir}")
+    running = begun(place, *LONG, *JOBLIB, f"results_dir={results_dir}")
     deadline = time.monotonic() + 120
     locks = f"{results_dir}/runs/*/*/*/*/.lock"  # which name a worker before it is another program than its parent
     while sum("worker" in lock.read_text() for lock in place.glob(locks)) < 2 or len(workers(place / results_dir)) < 2:
@@ -178,7 +156,7 @@ def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: sig
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number
     assert workers(place / name) == []
-    assert statuses(out) == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "not started"}
+    assert dict(statuses(out)) == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "not started"}
     assert len(list(place.glob(f"{name}/runs/*/*/*/*"))) == 2
     assert "Traceback" not in err
     assert not list((place / name / "sweep").glob(".jobs-*"))
@@ -191,16 +169,16 @@ def test_when_a_launcher_gives_up_no_worker_is_left_behind(place: Path) -> None:
     out, err = running.communicate(timeout=60)
     assert running.returncode == 1
     assert workers(place / "given_up") == []
-    assert statuses(out) == {"seed=0": "failed", "seed=1": "failed", "seed=2": "not started"}
+    assert dict(statuses(out)) == {"seed=0": "failed", "seed=1": "failed", "seed=2": "not started"}
     assert "hydra/launcher=joblib hydra/sweeper=basic: TerminatedWorkerError" in err
 
 
 def test_ray_runs_jobs_too(place: Path, swept) -> None:
     pytest.importorskip("ray", reason="ray is large and not among what tests need: pip install 'partial-lora[ray]'")
     cluster = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
-    done = command(place, "train", "-m", *TINY, "trainer.learning_rate=0.01,0.02", "hydra/launcher=ray", *cluster)
+    done = command(place, "train", "-m", *TINY, "trainer.learning_rate=0.05,0.02", "hydra/launcher=ray", *cluster)
     assert done.returncode == 0, done.stderr
-    assert list(statuses(done.stdout).values()) == ["skipped", "finished"]
+    assert [status for _, status in statuses(done.stdout)] == ["skipped", "finished"]
     assert records(place)[0.02]["status"] == "finished"
 
 
