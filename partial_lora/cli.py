@@ -168,7 +168,8 @@ def _print_outline(config: Config) -> int:
     console.print(cost.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
-    text = f"{run.sparsity_is}; {head}; a calibration takes at most {run.passes:,} passes"
+    passes = f"calibration takes at most {run.passes:,} passes" if run.passes else "nothing is calibrated"
+    text = f"{run.sparsity_is}; {head}; {passes}"
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"

@@ -63,7 +63,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
-        calibration, scores = None, None
+        scores, sparsity = None, None
         if calibrated:
             with timed(record, "calibrate"):
                 draws = build.draws_of(config, task.train)
@@ -78,17 +78,19 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                     agreement["reliability"] = halves_few_shot(**arguments)
                 calibration = build.with_reliability(calibration, agreement["reliability"])
             record["calibration"] = calibration.summary() | agreement
-            record["sparsity"] = calibration.sparsity
+            record["sparsity"] = sparsity = calibration.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
                 files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             return
+        if not calibrated and (sparsity := build.fixed_sparsity(config, shapes)):
+            record["fixed"] = {"budget": config.calibration.budget}
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)
-    setting = build.setting_of(config, shapes, calibration.sparsity if calibration else None, scores)
+    setting = build.setting_of(config, shapes, sparsity, scores)
     adapted = method(model, setting)
     dense = dense_parameters(shapes, setting.rank)
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)

@@ -38,7 +38,7 @@ def best_rates(records: Iterable[Mapping], known: Iterable[Mapping] = ()) -> tup
     searched: dict[tuple, list[Mapping]] = {}
     left_out = []
     for record in records:
-        key, why = key_of(record["config"], record["calibration"]), record.get("error") or record["status"]
+        key, why = key_of(record["config"], _point(record)), record.get("error") or record["status"]
         diverged = record["status"] == "failed" and "loss is not finite" in why
         if diverged or (record["status"] == "finished" and record["metrics"]):
             searched.setdefault(key, []).append(record)
@@ -49,6 +49,11 @@ def best_rates(records: Iterable[Mapping], known: Iterable[Mapping] = ()) -> tup
     if uneven is not None:
         raise PartialLoraError(uneven)
     return entries, left_out
+
+
+def _point(record: Mapping) -> Mapping | None:
+    """Return what has decided the size of a run: its calibration, or what was fixed in its place."""
+    return record["calibration"] or record.get("fixed")
 
 
 def entry_of(key: tuple[str, ...], records: Iterable[Mapping], earlier: Mapping | None) -> dict:
@@ -90,10 +95,10 @@ def entry_of(key: tuple[str, ...], records: Iterable[Mapping], earlier: Mapping 
 def shared(key: tuple, by_rate: Mapping[float, list[Mapping]], earlier: Mapping | None) -> tuple[dict, list[int]]:
     """Return the settings and seeds that the runs of all rates have; raises PartialLoraError where they differ."""
     first, *_ = by_rate
-    settings = settings_of(by_rate[first][0]["config"], by_rate[first][0]["calibration"])
+    settings = settings_of(by_rate[first][0]["config"], _point(by_rate[first][0]))
     for rate, runs in by_rate.items():
         for each in runs:
-            for name, own, other in differing(settings, settings_of(each["config"], each["calibration"])):
+            for name, own, other in differing(settings, settings_of(each["config"], _point(each))):
                 raise PartialLoraError(
                     f"{named(key)}: {name}={word(own)} at learning rate {first:g}, {word(other)} at {rate:g}: a search "
                     "must be the same for all; keep runs of other settings in another results_dir"

@@ -16,7 +16,7 @@ from partial_lora.runs import directory
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
-UNCALIBRATED = ("lora", "dora", "probe")
+UNCALIBRATED = ("lora", "dora", "probe", "entries")
 _CONFIG = {
     "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
     "model": {"name": "vit", "image_size": 56, "target_modules": ["qkv"]},

@@ -23,6 +23,8 @@ def run(rate: float, worth: float | None, *overrides: str, loss: float = 1.0, se
     settings["trainer"]["learning_rate"] = rate
     calibrated = settings["method"]["name"] in ("partial", "uniform")
     entry = directory.new(settings) | {"calibration": {"threshold": 0.9} if calibrated else None}
+    if settings["method"]["name"] == "entries":
+        entry["fixed"] = {"budget": settings["calibration"]["budget"]}
     if worth is None:
         return entry | {"status": "failed", "error": "the loss is not finite at step 3 with learning rate 0.03: lower"}
     validation = {"primary": "accuracy", "accuracy": worth, "loss": loss}

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from commands import begun, command, environment, here
 
+from partial_lora.runs import build
+
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 
 
@@ -249,6 +251,39 @@ def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
     (again,) = (path.parent for path in place.glob("again/runs/*/*/targeted-*/seed0/result.json"))
     kept = [json.loads((path / "adapter" / "partial_lora.json").read_text())["modules"] for path in (run, again)]
     assert kept[0] == kept[1]
+
+
+def no_draws() -> None:
+    """In a worker: an end to whoever draws examples, for a head, for importance or for a calibration."""
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("drawn")
+
+    build.draws_of = refuse
+
+
+def test_entries_spend_a_budget_without_a_calibration(place: Path, trained) -> None:
+    entries, known = (*TINY, "method=entries", "results_dir=entries"), set(place.glob("cache/calibrations/*"))
+    planned = here(place, "info", *entries)
+    assert "nothing is calibrated" in planned.stdout
+    done = here(place, "train", "-m", *entries, "calibration.budget=null,0.3,2000", first=no_draws)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in place.glob("entries/runs/*/*/*/*/result.json")]
+    spent = {result["fixed"]["budget"]: result["parameters"]["adapter_trainable"] for result in records}
+    dense = records[0]["parameters"]["adapter_dense"]
+    assert spent == {0.13: int(0.13 * dense), 0.3: int(0.3 * dense), 2000.0: 2000}
+    assert f"{spent[0.13]:,}" in planned.stdout
+    assert all(result["seconds"]["calibrate"] == 0 and result["calibration"] is None for result in records)
+    assert not list(place.glob("entries/runs/*/*/*/*/calibration.json"))
+    assert set(place.glob("cache/calibrations/*")) == known
+    again = here(place, "train", *entries, "calibration.budget=0.13")  # what null stands for, so the same run
+    assert "budget 0.13" in again.stdout
+    assert "not run again" in again.stdout
+    reported = here(place, "report", "entries")
+    assert reported.returncode == 0, reported.stderr
+    table = pandas.read_csv(place / "entries" / "report" / "table.csv", comment="#")
+    assert set(table["method"]) == {"entries"}
+    assert set(table["operating_point"]) == {"budget 0.13", "budget 0.3", "budget 2,000"}
 
 
 def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:

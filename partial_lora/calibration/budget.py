@@ -133,6 +133,11 @@ def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
     }
 
 
+def even_sparsity(shapes: Shapes, rank: int, count: int) -> Sparsity:
+    """Return one density everywhere that spends `count` parameters, and not one more, as `scaled` does."""
+    return scaled({module: dict.fromkeys(AXES, 0.5) for module in shapes}, shapes, rank, count)  # any one density
+
+
 def uniform_sparsity(shapes: Shapes, rank: int, count: int) -> float:
     """Return the one sparsity that, on every module and axis, trains as many parameters as `count` allows.
 

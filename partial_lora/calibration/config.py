@@ -8,6 +8,10 @@ from typing import Optional
 
 from partial_lora.errors import one_of, positive, require
 
+PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
+# Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
+BUDGETED = ("entries",)
+
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
 
 

@@ -28,6 +28,7 @@ __all__ = [
 METHODS: dict[str, Method] = {
     "partial": partial.partial,
     "targeted": partial.targeted,
+    "entries": partial.entries,
     "flow": flow.flow,
     "uniform": controls.uniform,
     "shuffled": controls.shuffled,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.budget import TOLERANCE, Shapes, scaled
+from partial_lora.calibration.budget import TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting, calibrated
@@ -31,8 +31,8 @@ def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     Modules of one shape gain a row or column at the same sparsity; where the budget does not reach for all of them, the
     first in the model's order have one more.
     """
-    equal = {module: dict.fromkeys(AXES, 0.5) for module in setting.sparsity}  # any one sparsity: it is scaled
-    return _masked_at_budget(model, setting, equal)
+    even = even_sparsity(*setting.units(), setting.budget())
+    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=even))
 
 
 @calibrated

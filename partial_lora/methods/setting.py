@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
-from partial_lora.calibration.config import CalibrationConfig
+from partial_lora.calibration.config import PAPER_BUDGET, CalibrationConfig
 from partial_lora.calibration.result import Calibration
 from partial_lora.masks import AXES, Mask, Sparsity
 
@@ -22,10 +22,10 @@ Scores = Mapping[str, tuple[Tensor, Tensor]]
 class Setting:
     """Everything that a method may use.
 
-    `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, and `scores` the importance it chose by,
-    {module: (rows, columns)}; both are None for a method that is not calibrated. `shapes` are those of W (out, in) of
-    every module to adapt, as it is before it is quantised. `new_modules` have no pre-trained weights and train whole,
-    as the head does.
+    `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, or what is fixed in its place, and
+    `scores` the importance it chose by, {module: (rows, columns)}; both are None for a method that has no use for them.
+    `shapes` are those of W (out, in) of every module to adapt, as it is before it is quantised. `new_modules` have no
+    pre-trained weights and train whole, as the head does.
     """
 
     target_modules: Sequence[str]
@@ -141,9 +141,6 @@ class Training:
         return penalised
 
 
-_PAPER_DENSITY = 0.13  # of the trainable parameters, in the paper's abstract
-
-
 def expected_sparsity(
     shapes: Shapes, rank: int, granularity: str, calibration: CalibrationConfig
 ) -> tuple[float | Sparsity, str]:
@@ -155,7 +152,7 @@ def expected_sparsity(
         return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
     budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
     if budget is None:
-        budget = _PAPER_DENSITY
+        budget = PAPER_BUDGET
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
     count = parameter_count(budget, shapes, rank, granularity)
     return uniform_sparsity(*masked_units(shapes, rank, granularity), count), source

@@ -198,6 +198,7 @@ _SHAPE: Mapping[str, object] = {
         "warnings?": list,
         "reliability?": {"spearman_brown?": _NUMBER},
     },
+    "fixed?": {"budget?": _NUMBER},
     "cost?": {"*?": _NUMBER},
     "files?": {"*?": _NUMBER},
     "metrics": {"test": {"primary": str}},
@@ -225,13 +226,14 @@ def method_of(result: Mapping) -> str:
     """Return the name of a run's method; one whose masks are of other things than rows and columns has them in it."""
     name, mask = result["config"]["method"]["name"], result["config"].get("mask") or {}
     masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
-    return name if masks == _ROWS_COLUMNS or result.get("calibration") is None else f"{name} ({masks})"
+    unmasked = result.get("calibration") is None and result.get("fixed") is None
+    return name if masks == _ROWS_COLUMNS or unmasked or name == "entries" else f"{name} ({masks})"
 
 
 def operating_point(result: Mapping) -> str:
     """Return where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
     if result["calibration"] is None:
-        return NONE
+        return rates.operating_point(result["fixed"]) if result.get("fixed") else NONE
     settings = result["config"]["calibration"]
     own = result["calibration"] if settings.get("file") else settings  # a file has its own point
     return rates.operating_point(own)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
-from partial_lora.calibration.config import CalibrationConfig
+from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
+from partial_lora.calibration.config import BUDGETED, CalibrationConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
 from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
@@ -269,13 +270,24 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
 
 
+def fixed_sparsity(config: Config, shapes: Shapes) -> methods.Sparsity | None:
+    """Return the sparsities that are known without a calibration; None where it is one that finds them.
+
+    A method that spends a budget gets one share everywhere, of which it may make others that cost as much.
+    """
+    if config.method.name not in BUDGETED:
+        return None
+    masks = shapes, config.method.rank, config.mask.counted
+    return even_sparsity(*masked_units(*masks), parameter_count(config.calibration.budget, *masks))
+
+
 def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
     sparsity: methods.Sparsity | None = None,
     scores: methods.Scores | None = None,
 ) -> methods.Setting:
-    """Return what a method makes an adapter of: the settings, the shapes of the modules, and what calibration gave."""
+    """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     return methods.Setting(
         **config.model.trained_modules,
         rank=config.method.rank,

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from partial_lora.calibration.config import BUDGETED, PAPER_BUDGET
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import file_sha256
 from partial_lora.runs import identity
@@ -36,7 +37,7 @@ def conf_dir() -> Path:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """Return the checked settings of a run: members of a mixture, data files and a tuned learning rate filled in.
+    """Return the checked settings of a run: a mixture's members, data files, budget and tuned rate filled in.
 
     Raises PartialLoraError, in one line that names the key, for an unknown key, a missing value, a value of another
     type or out of range, and a file that is not there.
@@ -58,6 +59,8 @@ def resolve(composed: DictConfig) -> Config:
     if config.data_dir is not None:
         task = _with_files(task, Path(config.data_dir))
     config, trainer = replace(config, task=task), config.trainer
+    if config.method.name in BUDGETED and config.calibration.budget is None:
+        config = replace(config, calibration=replace(config.calibration, budget=PAPER_BUDGET))
     if trainer.tuned is None:
         return config
     rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which is of the rate

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from partial_lora import methods, models
 from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
-from partial_lora.runs.build import check_modality, setting_of
+from partial_lora.runs.build import check_modality, fixed_sparsity, setting_of
 from partial_lora.runs.schema import Config
 from partial_lora.training import cost
 from partial_lora.training.cost import peak_memory
@@ -21,8 +21,8 @@ class Outline:
     """Size of a run that has not begun.
 
     counts: counts and bytes as `training.cost` gives them. sparsity_is: where their sparsity is from. outputs: of
-    the head; 0 for a model without a new one. passes: of a calibration, at most. memory: of causal models, bytes at the
-    peak of a training step (`cost.peak_memory`) by what the frozen weights are kept in.
+    the head; 0 for a model without a new one. passes: of its calibration, at most; 0 without one. memory: of causal
+    models, bytes at the peak of a training step (`cost.peak_memory`) by what the frozen weights are kept in.
     """
 
     counts: dict[str, int | float | None]
@@ -41,9 +41,16 @@ def outline(config: Config) -> Outline:
         family=model.family, architecture=model.architecture, model_args=model.model_args, num_labels=outputs or 2
     )
     shapes = cost.target_shapes(empty, **model.trained_modules)
-    if methods.is_calibrated(methods.get(method.name)):
-        granularity = config.mask.counted
+    granularity, passes = config.mask.counted, 0
+    sparsity = fixed_sparsity(config, shapes)
+    if sparsity is not None:
+        source = f"calibration.budget={calibration.budget:g}"
+    elif methods.is_calibrated(methods.get(method.name)):
         sparsity, source = methods.expected_sparsity(shapes, method.rank, granularity, calibration)
+        levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
+        axes = 1 if calibration.axes == "joint" else 2
+        passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
+    if sparsity is not None:
         modules = model.trained_modules
         counts = cost.describe(empty, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
     else:
@@ -51,9 +58,6 @@ def outline(config: Config) -> Outline:
         dense = dense_parameters(shapes, method.rank)
         counts = cost.describe_adapted(adapted, model.head, new_modules=model.new_modules, dense=dense)
         source = "counted on the adapter itself"
-    levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
-    axes = 1 if calibration.axes == "joint" else 2
-    passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
     return Outline(counts, source, outputs, passes, _memory(config, empty, shapes, counts))
 
 

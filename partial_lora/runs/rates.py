@@ -21,7 +21,7 @@ from partial_lora.runs import identity
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
-NO_POINT = "–"  # of a method that is not calibrated
+NO_POINT = "–"  # of a method whose size no point decides
 
 
 def operating_point(calibration: Mapping) -> str:
@@ -88,8 +88,9 @@ _APART = {
 def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
     """Return the key (`KEY`) of a run's settings.
 
-    calibration: read only where it is that of a calibration.file, which has its own threshold and budget. None for a
-    method that is not calibrated: it has neither masks nor an operating point.
+    calibration: a record's `calibration`, or what it has `fixed` in its place; read only where it is that of a
+    calibration.file, which has its own threshold and budget. None for a method that has neither masks nor an operating
+    point.
     """
     names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
     if calibration is None:
@@ -102,8 +103,8 @@ def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
 def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any]:
     """Return the settings that matter to a run's learning rate, by full key: how long it trains, and no defaults.
 
-    calibration: as for `key_of`. A method that is not calibrated has none of calibration and masks; a calibration.file
-    has those that it says of itself, which is not on how many examples it was made.
+    calibration: as for `key_of`. A method without an operating point has none of calibration and masks; a
+    calibration.file has those that it says of itself, which is not on how many examples it was made.
     """
     shown = redacted(settings)  # as a record has them
     if calibration is not None and shown["calibration"].get("file") is not None:
@@ -188,13 +189,13 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str
     """Return the keys of a trainer out of a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
 
     The rate is that of the same task, model, method, masks and operating point, or of the nearest point that was
-    searched (`nearest`); a method that is not calibrated has one for all masks and points. stand_in: a task whose rates
-    are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at which other point,
-    on which other task and with which other settings it was searched for. Raises PartialLoraError, naming the file,
-    where it has none.
+    searched (`nearest`); a method without an operating point has one for all masks and points. stand_in: a task whose
+    rates are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at which other
+    point, on which other task and with which other settings it was searched for. Raises PartialLoraError, naming the
+    file, where it has none.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
-    calibration, wanted = None, key_of(settings, None)  # of a method that is not calibrated
+    calibration, wanted = None, key_of(settings, None)  # of a method without an operating point
     key = _nearest(wanted, entries, stand_in)
     if key is None or key[0] != wanted[0]:
         of_file = _calibration(settings)

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import yaml
 from omegaconf import MISSING
 
-from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import BUDGETED, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError, one_of, positive, require
 from partial_lora.training.config import TrainerConfig
 
@@ -287,3 +287,15 @@ class Config:
         if self.method.name == "flow":  # it chooses the columns that others' rows are to meet
             one_of("mask.granularity", self.mask.granularity, "rows_columns", "element")
             one_of("mask.columns", self.mask.columns, "masked")
+        if self.method.name == "entries":
+            one_of("mask.granularity", self.mask.granularity, "element")
+        if self.method.name in BUDGETED:
+            self._check_budgeted()
+
+    def _check_budgeted(self) -> None:
+        """Refuse what a method that only spends a budget would ignore."""
+        calibration, standard = self.calibration, CalibrationConfig()
+        for key in ("threshold", "file", "repair", "reliability"):
+            value, usual = getattr(calibration, key), getattr(standard, key)
+            expected = f"{usual}: method={self.method.name} spends calibration.budget and is not calibrated"
+            require(value == usual, f"calibration.{key}", value, expected)

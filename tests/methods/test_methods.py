@@ -17,13 +17,14 @@ from partial_lora import methods, models
 from partial_lora.adapter import module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
 from partial_lora.runs import config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
 from partial_lora.training import cost
 
-CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted")
+CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries")
 MASKED = ("uniform", "shuffled", "inverted", "flow")
 
 
@@ -112,6 +113,22 @@ def test_uniform_keeps_the_same_share_everywhere() -> None:
     narrowest = min(min(shape) for shape in setting.shapes.values())
     assert np.ptp(shares["rows"] + shares["columns"]) <= 1.5 / narrowest
     assert np.ptp([each for axes in setting.sparsity.values() for each in axes.values()]) > 0.5
+
+
+def test_entries_are_drawn_one_by_one_at_one_share_of_every_factor() -> None:
+    model, setting = adapted("entries", "tiny_vit", seed=3)
+    shares = []
+    for module, masks in module_masks(model).items():
+        m, n = setting.shapes[module]
+        for axis, size in (("rows", 4 * m), ("columns", 4 * n)):
+            kept = getattr(masks, axis).kept
+            keys = random_keys(size, mask_seed=3, module=module, axis=axis)
+            assert kept.tolist() == sorted(np.argsort(keys)[: len(kept)])
+            shares.append((len(kept), size))
+    spent = sum(kept for kept, _ in shares)
+    assert spent == setting.budget()
+    share = spent / sum(size for _, size in shares)
+    assert all(abs(kept - share * size) <= 1.5 for kept, size in shares)
 
 
 def test_shuffled_gives_each_shape_its_own_sparsities_in_an_order_of_the_seed() -> None:

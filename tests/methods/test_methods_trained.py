@@ -21,12 +21,13 @@ from partial_lora.report import records
 from partial_lora.runs import directory, export
 from partial_lora.runs.predict import Predictor
 
-OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank")
+OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries")
 
 
 def settings_of(method: str) -> tuple[str, ...]:
-    """On the pictures, with the calibration of Partial-LoRA's."""
+    """On the pictures, with the calibration of Partial-LoRA's, if any."""
     known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
+    known = "calibration.budget=0.3" if method == "entries" else known
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")

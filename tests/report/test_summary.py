@@ -48,6 +48,9 @@ def test_a_run_in_a_few_lines():
     assert "calibrate –" in text
     assert "threshold" not in text
     assert "partial (element) · vit" in of_run(mask__granularity="element")
+    budgeted = of_run("entries", mask__granularity="element", fixed={"budget": 0.13})
+    assert "entries · vit · digits · budget 0.13 · seed 0" in budgeted
+    assert "calibrate –" in budgeted
     assert "poorly suited" in of_run(calibration={"warnings": ["poorly suited model"]})
 
 

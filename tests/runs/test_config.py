@@ -63,6 +63,12 @@ def test_a_value_out_of_range_is_refused_by_its_key(group: str, key: str, value:
         (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
         (["calibration.file={file}", "calibration.reliability=true"], ["calibration.reliability", "calibration.file"]),
         (["mask=element", "method=targeted"], ["mask.granularity=element"]),
+        (["method=entries", "mask.granularity=rows_columns"], ["mask.granularity=rows_columns"]),
+        (["method=entries", "mask=rows_columns"], ["mask.granularity=rows_columns"]),
+        (["method=entries", "calibration.threshold=0.5"], ["calibration.threshold=0.5", "method=entries"]),
+        (["method=entries", "calibration.file={file}"], ["calibration.file", "method=entries"]),
+        (["method=entries", "calibration.repair=true"], ["calibration.repair"]),
+        (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
@@ -106,6 +112,14 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     older = config.plain(chosen)
     del older["calibration"]["memory"], older["keep_records"]
     assert config.load(older) == chosen
+
+
+def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_given() -> None:
+    chosen = composed("method=entries")
+    assert (chosen.mask.granularity, chosen.calibration.budget) == ("element", 0.13)
+    assert config.run_id(chosen) == config.run_id(composed("method=entries", "calibration=budget"))
+    assert composed("calibration.budget=0.05", "method=entries", "calibration=threshold").calibration.budget == 0.05
+    assert composed("method=partial").calibration.budget is None
 
 
 def test_every_group_file_composes() -> None:

@@ -55,6 +55,19 @@ def tuning_of(chosen: Config) -> str:
     return directory.new(config.plain(chosen))["tuning"]
 
 
+def test_what_spends_a_budget_without_a_calibration_has_rates_by_budget(tmp_path: Path) -> None:
+    entries = [search(worths, "method=entries", f"calibration.budget={share}") for share, worths in WORTHS.items()]
+    rates.save(tmp_path / "tuning.json", tune.best_rates([run for each in entries for run in each])[0])
+    given = ("model=tiny_vit", "method=entries", f"trainer.tuned={tmp_path / 'tuning.json'}")
+    found = {share: composed(*given, f"calibration.budget={share}") for share in (0.13, 0.02)}
+    assert {share: each.trainer.learning_rate for share, each in found.items()} == {0.13: 3e-3, 0.02: 3e-2}
+    assert {tuning_of(each) for each in found.values()} == {"tuned"}
+    assert tuning_of(composed(*given, "calibration.budget=0.015")) == "tuned at budget 0.02"
+
+
+WORTHS = {0.13: [0.5, 0.9, 0.8, 0.7], 0.02: [0.5, 0.6, 0.7, 0.8]}
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "results" / "tuning.json"
