@@ -173,6 +173,8 @@ def _print_outline(config: Config) -> int:
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
+    if len(rates := config.trainer.learning_rates) > 1:
+        text += f"; learning rates: {', '.join(f'{part} {rate:g}' for part, rate in rates.items())}"
     console.print(text, highlight=False, soft_wrap=True)
     return 0
 

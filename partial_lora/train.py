@@ -133,6 +133,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         versions=computed_by,
         callbacks=[tracking, *aids.callbacks, cost],
         final_after=aids.final_after,
+        heads=setting.whole(),
     )
     shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))

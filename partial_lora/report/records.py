@@ -290,7 +290,7 @@ def without_common_start(kinds: Sequence[str]) -> list[str]:
 
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows of which one may be the best
-_OF_METHOD = ("method.", "calibration.", "mask.", "importance.")
+_OF_METHOD = ("method.", "calibration.", "mask.", "importance.", "trainer.loraplus_ratio")
 _NAMED = ("method.name", "calibration.threshold", "calibration.budget")  # the method's columns
 _RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
 _PRECISION = "trainer.mixed_precision"
@@ -303,9 +303,9 @@ _COMPARED_BY = {"accuracy", "accuracy_norm", "mse", "exact_match", "rouge_l", "f
 def conditions(result: Mapping) -> dict[str, object]:
     """Return all that may not differ between runs that are compared, by full key, where it is no default.
 
-    Left out are what defines a method (its own group, importance, calibration and mask), its learning rate, the seed,
-    and what changes no result. Keys that are newer than a record are what the schema has. The precision is the one that
-    was computed in: `trainer.mixed_precision=auto` depends on the device.
+    Left out are what defines a method (its own group, importance, calibration, mask and LoRA+), its learning rate, the
+    seed, and what changes no result. Keys that are newer than a record are what the schema has. The precision is the
+    one that was computed in: `trainer.mixed_precision=auto` depends on the device.
     """
     shared = {
         key: value

@@ -300,6 +300,7 @@ def calibration_directory(config: Config) -> Path:
 
 _ELSEWHERE = {  # what other tools call it
     "lr": "trainer.learning_rate",
+    "loraplus_lr_ratio": "trainer.loraplus_ratio",
     "r": "method.rank",
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",

@@ -254,6 +254,10 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     if kind == "deepspeed":
         installed = importlib.util.find_spec("deepspeed") is not None
         require(installed, schema.KEY, "DEEPSPEED", "a machine with DeepSpeed (`pip install deepspeed`)")
+        rate, ratio, one = trainer.head_learning_rate, trainer.loraplus_ratio, _has_one_rate(file)
+        why = "an optimizer or scheduler in DeepSpeed's own file has one learning rate for all"
+        require(rate is None or not one, "trainer.head_learning_rate", rate, f"null: {why}")
+        require(ratio == 1 or not one, "trainer.loraplus_ratio", ratio, f"1: {why}")
     several = machines > 1
     return Cluster(
         processes=processes,
@@ -299,6 +303,16 @@ def cluster_environment(cluster: Cluster) -> dict[str, str]:
     if cluster.hides_accelerators:
         added["CUDA_VISIBLE_DEVICES"] = ""
     return added
+
+
+def _has_one_rate(file: Mapping) -> bool:
+    """Return True where a file of `accelerate config` leaves the optimizer or the schedule to DeepSpeed."""
+    named = (file.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    try:
+        own = json.loads(Path(named).read_text(encoding="utf-8")) if named else {}
+    except (OSError, ValueError):  # accelerate says what is wrong with it
+        return False
+    return "optimizer" in own or "scheduler" in own
 
 
 def _accelerators(on_cpu: bool) -> int:

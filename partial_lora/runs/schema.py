@@ -252,6 +252,11 @@ class MethodConfig:
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
 
+# Methods that train no product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
+_WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
+_MASKED = ("partial", "targeted", "uniform", "shuffled", "inverted")  # methods that may freeze A (mask.columns)
+
+
 @dataclass
 class Config:
     """A run."""
@@ -291,6 +296,7 @@ class Config:
             one_of("mask.granularity", self.mask.granularity, "element")
         if self.method.name in BUDGETED:
             self._check_budgeted()
+        self._check_rates()
 
     def _check_budgeted(self) -> None:
         """Refuse what a method that only spends a budget would ignore."""
@@ -299,3 +305,14 @@ class Config:
             value, usual = getattr(calibration, key), getattr(standard, key)
             expected = f"{usual}: method={self.method.name} spends calibration.budget and is not calibrated"
             require(value == usual, f"calibration.{key}", value, expected)
+
+    def _check_rates(self) -> None:
+        """Refuse learning rates of parts that the model or its adapter does not have."""
+        name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
+        fits = ratio == 1 or name not in _WITHOUT_PRODUCT
+        require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
+        fits = ratio == 1 or name not in _MASKED or self.mask.columns != "frozen"
+        require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
+        fits = head_rate is None or self.model.head is not None or bool(self.model.new_modules)
+        expected = f"null for model={self.model.name}, which has no head"
+        require(fits, "trainer.head_learning_rate", head_rate, expected)

@@ -22,7 +22,9 @@ class TrainerConfig:
     batch_size: int = 32  # of one optimizer step, over all processes and accumulation steps
     gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
     eval_batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of the adapter; and of all that trains whole, unless that has its own
+    head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: the one above
+    loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the rate of B is this many times that of A
     tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
     tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
     tuned_elsewhere: Optional[str] = None  # never set by hand: where that rate was searched for, if not for such a run
@@ -42,6 +44,16 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)  # trackers, beside the local history
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of the adapter, and those of its B and of the head where they have their own."""
+        rates = {"adapter": self.learning_rate}
+        if self.loraplus_ratio != 1:
+            rates["B"] = self.loraplus_ratio * self.learning_rate
+        if self.head_learning_rate is not None:
+            rates["head"] = self.head_learning_rate
+        return rates
+
+    @property
     def local_batch_size(self) -> int:
         """The examples that a process computes at once."""
         return max(1, self.batch_size // ((self.num_processes or 1) * self.gradient_accumulation_steps))
@@ -53,6 +65,9 @@ class TrainerConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
         positive("trainer.learning_rate", self.learning_rate)
+        positive("trainer.loraplus_ratio", self.loraplus_ratio)
+        if self.head_learning_rate is not None:
+            positive("trainer.head_learning_rate", self.head_learning_rate)
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)

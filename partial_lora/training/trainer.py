@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -48,6 +49,8 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         keep: the number of checkpoints kept beside the best one.
         length_grouped: True to put texts of like length in one batch.
         final_after: from all steps to the one after which the method has its final size.
+        rates: learning rates (`TrainerConfig.learning_rates`).
+        heads: the names of the modules that train whole, in the model that is adapted.
         settings: Trainer's.
     """
 
@@ -58,10 +61,14 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         keep: int,
         length_grouped: bool,
         final_after: Callable[[int], int],
+        rates: Mapping[str, float],
+        heads: Sequence[str],
         **settings,
     ) -> None:
         super().__init__(**settings)
         self._versions, self._keep = dict(versions), keep
+        self._rates, self._heads = dict(rates), list(heads)
+        self._logged_rates: dict[str, float] = {}
         self._length_grouped, self._final_after = length_grouped, final_after
         self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._earlier_seconds, self._began = 0.0, time.perf_counter()
@@ -94,6 +101,45 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**settings)
+
+    # Learning rates
+
+    def create_optimizer(self, model=None):
+        """Create Trainer's optimizer, its groups parted where B or the head has a learning rate of its own.
+
+        PEFT's `create_loraplus_optimizer` has no rate for the head: it gives the head's weight that of A, and its bias,
+        as all vectors, that of B. Nor does it decay weights by Trainer's rules.
+        """
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if len(self._rates) > 1:  # else the groups are those of checkpoints from before there were other rates
+                self.optimizer.param_groups[:] = self._parted(self.model if model is None else model)
+        return self.optimizer
+
+    def _parted(self, model: nn.Module) -> list[dict]:
+        """Return Trainer's groups by learning rate, the adapter's first: Trainer logs the rate of the first."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parts = {id(value): "B" for name, value in model.named_parameters() if "lora_B" in name.split(".")}
+        parts |= {id(value): "head" for name in self._heads for value in base.get_submodule(name).parameters()}
+        parts = {key: part for key, part in parts.items() if part in self._rates}
+        groups = [
+            {**group, "params": own, "lr": rate, "part": part}
+            for part, rate in self._rates.items()
+            for group in self.optimizer.param_groups
+            if (own := [value for value in group["params"] if parts.get(id(value), "adapter") == part])
+        ]
+        for part in self._rates.keys() - {group["part"] for group in groups} - {"adapter"}:
+            raise PartialLoraError(f"{_KEYS[part]}: nothing trains here that it is a learning rate of; leave it out")
+        return groups
+
+    def _get_learning_rate(self):
+        self._logged_rates = current_rates(self.optimizer)  # of the step, before the schedule goes on
+        return super()._get_learning_rate()
+
+    def log(self, logs, start_time=None):
+        if "learning_rate" in logs:
+            logs |= {name: rate for name, rate in self._logged_rates.items() if name not in logs}
+        super().log(logs, start_time)
 
     # Batches
 
@@ -286,6 +332,16 @@ class ReportProgress(TrainerCallback):
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
 
 
+_KEYS = {"B": "trainer.loraplus_ratio", "head": "trainer.head_learning_rate"}  # of parts with a rate of their own
+
+
+def current_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Return the learning rates of the next step, by the names that they have in the history."""
+    groups = optimizer.param_groups
+    own = {f"{group['part']}_learning_rate": group["lr"] for group in groups if group.get("part") in _KEYS}
+    return {"learning_rate": groups[0]["lr"]} | own
+
+
 class StopOnNonFinite(TrainerCallback):
     """End the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
 
@@ -294,19 +350,22 @@ class StopOnNonFinite(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
-            self._stop(state.global_step, logs.get("learning_rate", args.learning_rate))
+            self._stop(state.global_step, {"learning_rate": args.learning_rate, **logs})
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if args.fp16:
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
-            self._stop(state.global_step + 1, optimizer.param_groups[0]["lr"])
+            self._stop(state.global_step + 1, current_rates(optimizer))
 
-    def _stop(self, step: int, learning_rate: float) -> None:
+    def _stop(self, step: int, rates: Mapping[str, float]) -> None:
+        own = {part: key for part, key in _KEYS.items() if f"{part}_learning_rate" in rates}
+        others = ", ".join(f"{part} {rates[f'{part}_learning_rate']:.3g}" for part in own)
         raise PartialLoraError(
-            f"the loss is not finite at step {step} with learning rate {learning_rate:.3g}: "
-            "lower trainer.learning_rate, or set trainer.mixed_precision=no"
+            f"the loss is not finite at step {step} with learning rate {rates['learning_rate']:.3g}"
+            f"{f' ({others})' if others else ''}: lower {' or '.join(['trainer.learning_rate', *own.values()])}, "
+            "or set trainer.mixed_precision=no"
         )
 
 
@@ -417,6 +476,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     sharded: bool = False,
     final_after: Callable[[int], int] = lambda steps: 0,
+    heads: Sequence[str] = (),
 ) -> ResumableTrainer:
     """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that is best on validation.
 
@@ -433,6 +493,7 @@ def build_trainer(
         reads_tokens: True to count tokens, so that progress reports their rate.
         sharded: True where parameters are sharded over the processes (fsdp.py).
         final_after: from all steps to the one before which no checkpoint is selected.
+        heads: the names of the modules that train whole beside the adapter: the head and what is new like it.
     """
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     parts = world_size * accumulation
@@ -495,6 +556,8 @@ def build_trainer(
         keep=config.save_total_limit,
         length_grouped=length_grouped,
         final_after=final_after,
+        rates=config.learning_rates,
+        heads=heads,
         model=model,
         args=arguments,
         train_dataset=train,

@@ -81,7 +81,9 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
     calibration = run.record.get("calibration") or {}
     rows_of_training = task.get("train_samples")
     # The sparsities that an uncalibrated method does without make no other run of it.
-    own = {key: value for key, value in of_method(config).items() if calibration or key.startswith("method.")}
+    own = {
+        key: value for key, value in of_method(config).items() if calibration or key.startswith(("method.", "trainer."))
+    }
     row = run.row | {
         "mixture": "",
         "kind": _kind(task),
