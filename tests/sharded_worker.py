@@ -51,9 +51,10 @@ def adapted(seed: int = 0) -> PeftModel:
 
 def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **changes: object) -> Trainer:
     settings = {"batch_size": 8, "max_steps": STEPS, "save_steps": HALF, "epochs": 1.0} | changes
+    rates = {"learning_rate": 1e-2, "head_learning_rate": 3e-3, "loraplus_ratio": 4.0}
     return build_trainer(
         model,
-        TrainerConfig(**settings, eval_batch_size=5, learning_rate=1e-2),
+        TrainerConfig(**settings, eval_batch_size=5, **rates),
         train=rows(40),
         validation=rows(12),
         directory=folder / directory.CHECKPOINTS,
@@ -69,6 +70,7 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
         seed=0,
         versions={},
         sharded=sharded,
+        heads=["timm_model.head"],
     )
 
 

@@ -446,6 +446,9 @@ def test_info_downloads_nothing(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
     assert "13.0%" in done.stdout
+    assert "learning rates" not in done.stdout
+    own = here(place, "info", "model=tiny_vit", "trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
+    assert "learning rates: adapter 0.001, B 0.004, head 0.002" in own.stdout
 
 
 def test_the_first_words_come_without_torch() -> None:

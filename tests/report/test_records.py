@@ -112,6 +112,7 @@ def test_a_module_has_a_kind_and_a_depth():
     [
         {"method__name": "lora", "method__rank": 4, "importance__name": "snip"},
         {"calibration__seed": 3, "mask__granularity": "element"},
+        {"trainer__loraplus_ratio": 4.0},
         {"trainer__learning_rate": 0.1, "trainer__tuned": "tuning.json", "trainer__tuned_elsewhere": "tuned at 0.5"},
         {"seed": 1, "trainer__num_processes": 2},
         {"trainer__weight_decay": 0.01, "trainer__mixed_precision": "no"},  # defaults that an earlier record may lack
@@ -122,10 +123,12 @@ def test_settings_of_a_method_and_those_that_change_no_result_are_no_conditions(
 
 
 def test_all_other_settings_are_conditions_and_named_where_they_differ():
-    other = conditions(record(trainer__epochs=50.0, trainer__max_steps=9, task__train_samples=None))
+    changed = {"trainer__epochs": 50.0, "trainer__max_steps": 9, "trainer__head_learning_rate": 0.01}
+    other = conditions(record(**changed, task__train_samples=None))
     assert sorted(differences(other, conditions(record()))) == [
         "task.train_samples null against 600",
         "trainer.epochs 50 against 3",
+        "trainer.head_learning_rate 0.01 against null",
         "trainer.max_steps 9 against null",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,24 @@ def test_what_cannot_be_shared_out_is_refused(given: dict, quantization: str | N
 def test_keys_and_a_file_that_do_not_go_together_are_refused(content, given, said, tmp_path: Path) -> None:
     with pytest.raises(PartialLoraError, match=said):
         launch.cluster_of(settings(accelerate_config=file(tmp_path, **content), **given))
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler", None])
+@pytest.mark.parametrize("own", [{"head_learning_rate": 1e-3}, {"loraplus_ratio": 4.0}])
+def test_an_optimizer_of_deepspeeds_own_has_one_learning_rate(monkeypatch, tmp_path: Path, section, own: dict) -> None:
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "zero.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2}} | ({section: {}} if section else {}))
+    )
+    named = {"deepspeed_config_file": str(tmp_path / "zero.json")}
+    given = {"accelerate_config": file(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=named)}
+    assert launch.cluster_of(settings(**given)).kind == "deepspeed"
+    if section is None:
+        assert launch.cluster_of(settings(**given, **own)).kind == "deepspeed"
+    else:
+        (key,) = own
+        with pytest.raises(PartialLoraError, match=rf"^trainer\.{key}="):
+            launch.cluster_of(settings(**given, **own))
 
 
 def test_workers_have_their_share_of_this_machines_threads(monkeypatch, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from finished_runs import override, written
+from method_settings import adapted
 
+from partial_lora import methods
 from partial_lora.calibration import importance
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.errors import PartialLoraError
@@ -31,7 +33,7 @@ task: {name: ../up, validation_share: 1.0, label_noise: 1.5, text_columns: [a, b
   train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
 trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup: 1.0, batch_size: 0,
-  num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0}
+  head_learning_rate: 0.0, loraplus_ratio: .inf, num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0}
 """)
 
 
@@ -43,6 +45,9 @@ def test_a_value_out_of_range_is_refused_by_its_key(group: str, key: str, value:
     with pytest.raises(PartialLoraError, match=rf"^{group}\.{key}=") as refusal:
         kinds[group](**{key: value})
     assert "\n" not in str(refusal.value)
+
+
+CAUSAL = ("model=tiny_llama", "task=arc_easy")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,8 @@ def test_a_value_out_of_range_is_refused_by_its_key(group: str, key: str, value:
         (["method=entries", "calibration.file={file}"], ["calibration.file", "method=entries"]),
         (["method=entries", "calibration.repair=true"], ["calibration.repair"]),
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
+        (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
+        ([*CAUSAL, "trainer.head_learning_rate=1e-2"], ["trainer.head_learning_rate=0.01", "model=tiny_llama"]),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
@@ -85,6 +92,7 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
         ("method.ran", "method.rank"),
         ("trainer.lr", "trainer.learning_rate"),  # as other tools call it
         ("lr", "trainer.learning_rate"),
+        ("loraplus_lr_ratio", "trainer.loraplus_ratio"),
         ("batch_size", "trainer.batch_size"),
         ("trainer.rank", "method.rank"),
         *((key, None) for key in ("model.colour", "colour", "trainer.name")),
@@ -120,6 +128,19 @@ def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_
     assert config.run_id(chosen) == config.run_id(composed("method=entries", "calibration=budget"))
     assert composed("calibration.budget=0.05", "method=entries", "calibration=threshold").calibration.budget == 0.05
     assert composed("method=partial").calibration.budget is None
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+def test_the_ratio_of_loraplus_is_of_methods_that_train_a_product(method: str) -> None:
+    given = (f"method={method}", "trainer.head_learning_rate=1e-2")
+    model, _ = adapted(method, "tiny_vit")
+    trains = {name for name, value in model.named_parameters() if value.requires_grad}
+    if all(any(f".{factor}.default." in name for name in trains) for factor in ("lora_A", "lora_B")):
+        assert composed(*given, "trainer.loraplus_ratio=4").trainer.loraplus_ratio == 4
+    else:
+        assert composed(*given).trainer.head_learning_rate == 1e-2
+        with pytest.raises(PartialLoraError, match=rf"^trainer\.loraplus_ratio=4\.0: .*method={method}"):
+            composed(*given, "trainer.loraplus_ratio=4")
 
 
 def test_every_group_file_composes() -> None:
@@ -173,7 +194,7 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
     what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
     what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
     what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
-    what += ("importance.rounds=4", "task.label_noise=0.2")
+    what += ("importance.rounds=4", "task.label_noise=0.2", "trainer.head_learning_rate=1", "trainer.loraplus_ratio=4")
     assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
 
 

@@ -154,6 +154,17 @@ def test_another_tasks_rates_stand_in_where_that_is_asked_for(file: Path, overri
         composed(*given, "trainer.tuned_on=gtsrb")
 
 
+def test_a_tuned_rate_is_that_of_the_adapter(file: Path) -> None:
+    own = ("trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
+    settings = composed("model=tiny_vit", f"trainer.tuned={file}", *own)
+    assert settings.trainer.learning_rates == {"adapter": 1e-2, "B": 4e-2, "head": 2e-3}
+    assert tuning_of(settings) == "tuned elsewhere (trainer.head_learning_rate=null, trainer.loraplus_ratio=1)"
+    rates.save(file, tune.best_rates(search([0.9, 0.8, 0.7, 0.6], *own))[0])
+    settings = composed("model=tiny_vit", f"trainer.tuned={file}", *own)
+    assert settings.trainer.learning_rates == {"adapter": 1e-3, "B": 4e-3, "head": 2e-3}
+    assert tuning_of(settings) == "tuned"
+
+
 def test_a_task_with_rates_of_its_own_needs_none_to_stand_in(file: Path) -> None:
     rates.save(file, tune.best_rates(search([0.9, 0.8, 0.7, 0.6], "task=cifar10"))[0])
     given = ("model=tiny_vit", f"trainer.tuned={file}", "trainer.tuned_on=digits")

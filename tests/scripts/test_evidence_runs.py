@@ -25,6 +25,7 @@ def kept(place: Path) -> tuple[list[tuple], list[str]]:
         ("calibration__scope", "cumulative"),
         ("task__train_samples", 150),
         ("trainer__epochs", 50),
+        ("trainer__head_learning_rate", 0.01),
     ],
 )
 def test_a_run_of_other_settings_or_conditions_is_left_out_and_its_setting_named(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from commands import here
+from finished_runs import SHORT, cache, image_run, override, picture_files, trained
 from method_settings import adapted as adapted_by
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from tiny_trainer import RESUMED, EndAfter, EndedError, adapted, masked, resumable, trained_state, trainer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -17,6 +21,7 @@ from transformers import Trainer
 from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
+from partial_lora.runs import directory
 from partial_lora.runs.schema import _WITHOUT_PRODUCT
 from partial_lora.training import cost
 from partial_lora.training.config import TrainerConfig
@@ -173,6 +178,31 @@ def test_a_training_with_several_rates_resumes_as_if_it_had_not_been_ended(tmp_p
     expected = trained_state(unbroken.model)
     assert all(torch.equal(value, expected[name]) for name, value in trained_state(resumed.model).items())
     assert logged(resumed) == logged(unbroken)
+
+
+def test_two_processes_with_steps_in_parts_train_as_one(tmp_path: Path) -> None:
+    known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
+    rates = ("trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
+    settings = ("model=tiny_vit", "task=cifar10", known, override(picture_files()), *rates)
+    one = trained("of-several-rates", *settings)
+    parts = ("trainer.num_processes=2", "trainer.gradient_accumulation_steps=2", f"results_dir={tmp_path}")
+    done = here(tmp_path, "train", *SHORT, *settings, *parts, PARTIAL_LORA_CACHE=cache())
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/*/*/*/*/result.json")
+    histories = [
+        [entry for entry in result["history"] if "grad_norm" in entry]
+        for result in (one.result, json.loads(path.read_text()))
+    ]
+    for expected, found in zip(*histories, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        for name in ("learning_rate", "B_learning_rate", "head_learning_rate"):
+            assert found[name] == expected[name]
+        assert expected["B_learning_rate"] == pytest.approx(4 * expected["learning_rate"])
+        assert expected["head_learning_rate"] == pytest.approx(expected["learning_rate"] / 5)
+    own, shared = (load_file(each / "adapter_model.safetensors") for each in (one.adapter, path.parent / "adapter"))
+    assert own.keys() == shared.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(shared[name], value, atol=1e-4, rtol=0)
 
 
 def test_the_history_has_the_rate_of_every_part(tmp_path: Path) -> None:
