@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from adapter_models import KINDS, adapt, fill, layers, logits, loss_of, optimizer_of, step
+from adapter_models import KINDS, adapt, fill, layers, logits, loss_of, step
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,6 +86,15 @@ def difference(one: dict, other: dict) -> float:
 
 def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with two learning rates, in groups as Trainer has them where B has its own."""
+    trains = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_b = [parameter for name, parameter in trains.items() if ".lora_B." in name]
+    rest = [parameter for name, parameter in trains.items() if ".lora_B." not in name]
+    groups = [{"params": rest, "lr": 0.01, "part": "adapter"}, {"params": of_b, "lr": 0.02, "part": "B"}]
+    return torch.optim.AdamW(groups, weight_decay=0.1)
 
 
 def reference(case: Case) -> torch.nn.Module:
