@@ -26,6 +26,7 @@ import accelerate.commands.launch  # noqa: F401  what a launcher imports: once, 
 import datasets
 import huggingface_hub
 import torch
+from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import partial_lora.train  # noqa: F401  and what a worker does
@@ -160,6 +161,7 @@ def _run(
         # in several) fail with "Invalid thread pool!": so it is made here. A new process has no such pool.
         torch.set_num_threads(torch.get_num_threads())
         logging.getLogger().handlers.clear()  # the tests' own
+        AcceleratorState._reset_state(reset_partial_state=True)  # else two processes would each take itself for the one
         sys.argv = [module, *words]
         sys.modules["__main__"] = ModuleType("__main__")  # not what pytest began as
         with forking(first):
