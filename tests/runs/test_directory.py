@@ -23,41 +23,37 @@ with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     files.write_json(path, {"status": "running"})
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="JSON"):  # which has no word for it
+        files.write_json(path, {"loss": math.nan})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         files.write_json(path, {"status": "finished"})
     assert json.loads(path.read_text()) == {"status": "running"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_json_refuses_what_it_has_no_word_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(tmp_path / "result.json", {"loss": float("nan")})
-    assert list(tmp_path.iterdir()) == []
+def test_a_record_has_none_in_place_of_what_is_no_number() -> None:
+    values = [{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]
+    assert results.finite(values) == [{"grad_norm": None, "loss": 0.5}, [None, "x"]]
 
 
-FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-
-
-def finished(directory: Path) -> Path:
-    (directory / "adapter").mkdir(parents=True)
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The files of a finished run."""
     for name in FILES:
-        (directory / name).write_text("")
-    files.write_json(directory / "result.json", {"status": "finished"})
-    return directory
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    files.write_json(tmp_path / "result.json", {"status": "finished"})
+    return tmp_path
 
 
-def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
+def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
     assert results.is_finished(run)
     whole = (run / "result.json").read_text()
     for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"status": "running"})):
@@ -75,24 +71,21 @@ def test_only_a_whole_finished_run_counts_as_finished(tmp_path: Path) -> None:
 
 
 def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "predictions.parquet").write_text("rows")
+    (tmp_path / "predictions.parquet").write_text("rows")
     record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
-    files.write_json(run / "result.json", record)
-    assert results.is_recorded(run)
-    assert not results.is_finished(run)
-    others = ({"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
-    for other in others:
-        files.write_json(run / "result.json", record | other)
-        assert not results.is_recorded(run), other
-    files.write_json(run / "result.json", record)
-    (run / "predictions.parquet").unlink()
-    assert not results.is_recorded(run)
+    changes = ({}, {"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
+    recorded = []
+    for change in changes:
+        files.write_json(tmp_path / "result.json", record | change)
+        recorded.append(results.is_recorded(tmp_path))
+        assert not results.is_finished(tmp_path)
+    assert recorded == [True, False, False, False]
+    files.write_json(tmp_path / "result.json", record)
+    (tmp_path / "predictions.parquet").unlink()
+    assert not results.is_recorded(tmp_path)
 
 
-def test_clearing_leaves_the_lock_alone(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
+def test_clearing_leaves_the_lock_alone(run: Path) -> None:
     with results.locked(run):
         results.prepare(run, overwrite=True)
         assert [entry.name for entry in run.iterdir()] == [results.LOCK]
@@ -102,7 +95,7 @@ def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: P
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(PartialLoraError, match=f"in use by pid {holder.pid} on "), results.locked(tmp_path):
+        with pytest.raises(PartialLoraError, match=f"{tmp_path}.* pid {holder.pid} "), results.locked(tmp_path):
             pass
     finally:
         holder.kill()
@@ -114,14 +107,7 @@ def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: P
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(PartialLoraError, match="results_dir: cannot write to"),
+        pytest.raises(PartialLoraError, match=f"^results_dir: .*{tmp_path}"),
         results.locked(tmp_path / "file" / "run"),
     ):
         pass
-
-
-def test_a_record_has_none_in_place_of_what_is_no_number() -> None:
-    assert results.finite([{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]) == [
-        {"grad_norm": None, "loss": 0.5},
-        [None, "x"],
-    ]

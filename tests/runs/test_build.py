@@ -1,0 +1,71 @@
+"""What groups of settings stand for: models whose head trains in float32, draws by shots or by share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from configured import inputs, settings
+
+from partial_lora import methods
+from partial_lora.calibration.config import CalibrationConfig
+from partial_lora.errors import PartialLoraError
+from partial_lora.models.targets import target_linears
+from partial_lora.runs import build
+from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
+
+
+def model_of(name: str, **changes: object):
+    return build.model_of(ModelConfig(**settings(name, **changes)), ["a", "b"])
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
+def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
+    with pytest.raises(PartialLoraError, match=rf"^model={model} .*task=mine .*{task}") as refusal:
+        build.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("tiny_bert", {"max_length": 129}, "max_length=129"),  # it has positions for 128 tokens
+        ("tiny_vit", {"head": "timm_model.norm"}, r"model\.head=timm_model\.norm"),
+        ("tiny_vit", {"new_modules": ["pool"]}, r"model\.new_modules"),
+    ],
+)
+def test_a_model_without_positions_or_modules_for_its_settings_is_refused(name: str, changes: dict, key: str) -> None:
+    model_of(name)
+    with pytest.raises(PartialLoraError, match=key):
+        model_of(name, **changes)
+
+
+def test_relative_positions_have_no_longest_text() -> None:
+    tokens = torch.randint(3, 250, (1, 256))
+    assert model_of("tiny_deberta", max_length=1280)(input_ids=tokens).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("modality", "share", "drawn"),
+    [
+        ("image", 0.03, {"shots": 4, "max_samples": 9}),
+        ("text", 0.03, {"share": 0.03, "max_samples": 9}),
+        ("text", 0.0, {"shots": 4, "max_samples": 9}),
+    ],
+)
+def test_texts_are_drawn_by_share_unless_that_is_nothing(modality: str, share: float, drawn: dict) -> None:
+    calibration = CalibrationConfig(shots=4, share=share, max_samples=9)
+    assert build.draw_settings(Config(calibration=calibration, task=TaskConfig(modality=modality))) == drawn
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("tiny_deberta", torch.bfloat16), ("tiny_vit", torch.float16)])
+def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dtype: torch.dtype) -> None:
+    chosen = ModelConfig(**settings(name, dtype=str(dtype).removeprefix("torch.")))
+    model = build.model_of(chosen, ["a", "b"])
+    frozen = target_linears(model, **chosen.trained_modules)
+    assert {module.weight.dtype for module in frozen.values()} == {dtype}
+    setting = methods.Setting(**chosen.trained_modules, rank=2, alpha=2.0, dropout=0.0, mask_seed=0)
+    adapted = methods.get("lora")(model, setting)
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
+    adapted(**batch).logits.sum().backward()
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    assert {value.dtype for value in trained} == {value.grad.dtype for value in trained} == {torch.float32}
