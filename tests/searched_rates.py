@@ -1,9 +1,11 @@
-"""What runs of a search for learning rates leave: records of a tiny model, with the validation that a test says."""
+"""Records of a search for learning rates by a tiny model, with the validation that a test wants."""
 
 from __future__ import annotations
 
 import copy
 import functools
+
+import tune
 
 from partial_lora.runs import directory
 from partial_lora.runs.compose import composed
@@ -13,23 +15,29 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @functools.cache
-def known(*overrides: str) -> dict:
+def settings(*overrides: str) -> dict:
     return plain(composed("model=tiny_vit", *overrides))
 
 
-def run(rate: float, worth: float | None, *overrides: str, loss: float = 1.0, seed: int = 0) -> dict:
-    """What a run of the search leaves; `worth` None for one that diverged."""
-    settings = copy.deepcopy(known(*overrides)) | {"seed": seed}
-    settings["trainer"]["learning_rate"] = rate
-    calibrated = settings["method"]["name"] in ("partial", "uniform")
-    entry = directory.new(settings) | {"calibration": {"threshold": 0.9} if calibrated else None}
-    if settings["method"]["name"] == "entries":
-        entry["fixed"] = {"budget": settings["calibration"]["budget"]}
-    if worth is None:
+def run(rate: float, value: float | None, *overrides: str, loss: float = 1.0, seed: int = 0) -> dict:
+    """The record of a run. value: its metric on validation; None for one that diverged."""
+    own = copy.deepcopy(settings(*overrides)) | {"seed": seed}
+    own["trainer"]["learning_rate"] = rate
+    calibrated = own["method"]["name"] in ("partial", "uniform")
+    entry = directory.new(own) | {"calibration": {"threshold": 0.9} if calibrated else None}
+    if own["method"]["name"] == "entries":
+        entry["fixed"] = {"budget": own["calibration"]["budget"]}
+    if value is None:
         return entry | {"status": "failed", "error": "the loss is not finite at step 3 with learning rate 0.03: lower"}
-    validation = {"primary": "accuracy", "accuracy": worth, "loss": loss}
+    validation = {"primary": "accuracy", "accuracy": value, "loss": loss}
     return entry | {"status": "finished", "metrics": {"validation": validation, "test": {"accuracy": 0.0}}}
 
 
-def search(worths, *overrides: str, seed: int = 0) -> list[dict]:
-    return [run(rate, worth, *overrides, seed=seed) for rate, worth in zip(RATES, worths, strict=True)]
+def search(values, *overrides: str, seed: int = 0, losses=(1.0, 1.0, 1.0, 1.0)) -> list[dict]:
+    rates = zip(RATES, values, losses, strict=True)
+    return [run(rate, value, *overrides, loss=loss, seed=seed) for rate, value, loss in rates]
+
+
+def best(*records: dict, before: list[dict] = ()) -> list[dict]:
+    """The entries that the records of searches come to."""
+    return tune.best_rates(records, before)[0]

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import tune
-from searched_rates import RATES, known, run, search
+from searched_rates import RATES, best, run, search, settings
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import records as runs
-from partial_lora.runs import config, directory
-from partial_lora.runs import rates as tuning
+from partial_lora.report import records
+from partial_lora.runs import config, directory, rates
 from partial_lora.tasks import metrics
+
+LORA = ("method=lora",)
 
 
 def refused(*parts: str):
@@ -23,21 +24,11 @@ def refused(*parts: str):
     return pytest.raises(PartialLoraError, match=".*".join(map(re.escape, parts)))
 
 
-def write(folder: Path, records: list[dict]) -> str:
-    """Write records as runs and return their results_dir."""
-    for record in records:
-        place = folder / config.run_directory(config.load(record["config"]))
-        place.mkdir(parents=True)
-        files.write_json(place / directory.RESULT, record)
-    return str(folder / "results")
-
-
 def test_the_rate_is_that_of_the_best_validation() -> None:
-    (lora, partial), left_out = tune.best_rates(
-        [*search([0.5, 0.9, 0.8, None], "method=lora"), *search([0.5, 0.6, 0.7, 0.8], "calibration.budget=0.13")]
-    )
+    budget = search([0.5, 0.6, 0.7, 0.8], "calibration.budget=0.13")
+    (lora, partial), left_out = tune.best_rates([*search([0.5, 0.9, 0.8, None], *LORA), *budget])
     assert left_out == []
-    settings = lora.pop("settings")
+    own = lora.pop("settings")
     assert lora == {
         "task": "digits",
         "model": "tiny_vit",
@@ -52,55 +43,62 @@ def test_the_rate_is_that_of_the_best_validation() -> None:
         "seeds": [0],
         "at_edge": False,
     }
-    assert {"trainer.epochs": 5.0, "trainer.max_steps": None, "trainer.batch_size": 32}.items() <= settings.items()
-    assert settings["model.architecture"] == known()["model"]["architecture"]
-    assert partial["settings"] == settings  # nothing of either is other than the schema has it
+    assert {"trainer.epochs": 5.0, "trainer.max_steps": None, "trainer.batch_size": 32}.items() <= own.items()
+    assert own["model.architecture"] == settings()["model"]["architecture"]
+    assert partial["settings"] == own  # nothing of either is other than the schema has it
     assert (partial["operating_point"], partial["learning_rate"], partial["at_edge"]) == ("budget 0.13", 3e-2, True)
 
 
 def test_equals_are_decided_by_loss_and_seeds_are_averaged() -> None:
-    even = [run(rate, 0.9, "method=lora", loss=loss) for rate, loss in zip(RATES, (3, 1, 1, 2), strict=True)]
-    assert tune.best_rates(even)[0][0]["learning_rate"] == 3e-3
-    two = [*search([0.2, 0.9, 0.5, 0.4], "method=lora"), *search([0.2, 0.1, 0.7, 0.4], "method=lora", seed=1)]
-    (entry,), _ = tune.best_rates(two)
+    assert best(*search([0.9] * 4, *LORA, losses=(3, 1, 1, 2)))[0]["learning_rate"] == 3e-3
+    two = [*search([0.2, 0.9, 0.5, 0.4], *LORA), *search([0.2, 0.1, 0.7, 0.4], *LORA, seed=1)]
+    (entry,) = best(*two)
     assert (entry["learning_rate"], entry["validation"], entry["seeds"]) == (1e-2, pytest.approx(0.6), [0, 1])
-    for record in two[1:3]:  # a rate that one seed fails at is none
-        record |= {"status": "failed", "error": "the loss is not finite", "metrics": {}}
-    assert tune.best_rates(two)[0][0]["learning_rate"] == 3e-2
+    two[2] |= {"status": "failed", "error": "the loss is not finite", "metrics": {}}
+    assert best(*two)[0]["learning_rate"] == 3e-3  # a rate that one seed fails at is none
 
 
 @pytest.mark.parametrize("metric", sorted(metrics.LOWER_IS_BETTER))
 def test_the_best_may_be_the_lowest(metric: str) -> None:
-    records = search([0.5, 0.9, 0.2, 0.7], "method=lora")
-    for record in records:
-        record["metrics"]["validation"] |= {"primary": metric, metric: record["metrics"]["validation"]["accuracy"]}
-    assert tune.best_rates(records)[0][0]["learning_rate"] == 1e-2
+    runs = search([0.5, 0.9, 0.2, 0.7], *LORA)
+    for each in runs:
+        each["metrics"]["validation"] |= {"primary": metric, metric: each["metrics"]["validation"]["accuracy"]}
+    assert best(*runs)[0]["learning_rate"] == 1e-2
 
 
-def test_every_method_is_searched_for_as_long() -> None:
-    lora = search([0.5, 0.9, 0.8, 0.7], "method=lora")
-
-    def beside(*overrides: str, rates=RATES, seed: int = 0) -> None:
-        tune.best_rates([*lora, *(run(rate, 0.5, *overrides, seed=seed) for rate in rates)])
-
-    beside("method=dora")
-    beside("method=partial", "trainer.eval_batch_size=8", "calibration.reliability=true", "method.rank=4")
-    for key, other, own in (
-        ("trainer.epochs", "9", "5"),
-        ("trainer.max_steps", "3", "null"),
-        ("trainer.batch_size", "8", "32"),
-        ("task.train_samples", "90", "null"),
-    ):
-        with refused("dora", f"{key}={other}", "lora", f"{key}={own}"):
-            beside("method=dora", f"{key}={other}")
-    with refused("dora", "5 learning rates", "4 learning rates"):
-        beside("method=dora", rates=(*RATES, 1e-1))
-    with refused("dora", "seeds [7]", "seeds [0]"):
-        beside("method=dora", seed=7)
-    with refused("lora", "3 learning rates, expected at least 4"):
-        tune.best_rates(lora[:3])
-    with refused("lora", "finite"):
-        tune.best_rates(search([None] * 4, "method=lora"))
+@pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        (lambda: search([0.5] * 4, "method=dora"), None),
+        (lambda: search([0.5] * 4, "trainer.eval_batch_size=8", "calibration.reliability=true", "method.rank=4"), None),
+        *(
+            (
+                lambda key=key, value=value: search([0.5] * 4, "method=dora", f"{key}={value}"),
+                (f"{key}={value}", f"{key}={own}"),
+            )
+            for key, value, own in (
+                ("trainer.epochs", "9", "5"),
+                ("trainer.max_steps", "3", "null"),
+                ("trainer.batch_size", "8", "32"),
+                ("task.train_samples", "90", "null"),
+            )
+        ),
+        (
+            lambda: [run(rate, 0.5, "method=dora") for rate in (*RATES, 1e-1)],
+            ("dora", "5 learning rates", "lora", "4 learning rates"),
+        ),
+        (lambda: search([0.5] * 4, "method=dora", seed=7), ("dora", "seeds [7]", "lora", "seeds [0]")),
+        (lambda: search([0.5] * 4, "method=dora")[:3], ("dora", "3 learning rates")),
+        (lambda: search([None] * 4, "method=dora"), ("dora", "finite")),
+    ],
+)
+def test_every_method_is_searched_for_as_long(others, names) -> None:
+    lora = search([0.5, 0.9, 0.8, 0.7], *LORA)
+    if names is None:
+        best(*lora, *others())
+    else:
+        with refused(*names):
+            best(*lora, *others())
 
 
 @pytest.mark.parametrize(
@@ -114,81 +112,77 @@ def test_every_method_is_searched_for_as_long() -> None:
 def test_the_runs_of_one_search_agree_in_settings_and_seeds(override: str, own: str, other: str) -> None:
     alike = search([0.5, 0.6, 0.7, 0.6])
     for mixed in ([alike[0], run(3e-3, 0.9, override), *alike[2:]], [*alike, run(3e-3, 0.9, override)]):
-        with refused("partial (rows_columns, threshold 0.9)", own, "at learning rate 0.001", other, "at 0.003"):
-            tune.best_rates(mixed)
-    with refused("partial", "seeds [0] at learning rate 0.001, [0,1] at 0.01"):
-        tune.best_rates([*alike, run(1e-2, 0.1, seed=1)])
+        with refused("partial (rows_columns, threshold 0.9)", own, "0.001", other, "0.003"):
+            best(*mixed)
+    with refused("partial", "seeds [0]", "0.001", "[0,1]", "0.01"):
+        best(*alike, run(1e-2, 0.1, seed=1))
 
 
 def test_what_is_not_calibrated_has_neither_masks_nor_points() -> None:
-    masked = [run(rate, 0.5, "method=lora", "mask=element", "calibration=budget", seed=1) for rate in RATES]
-    (entry,), _ = tune.best_rates([*search([0.5, 0.9, 0.8, 0.7], "method=lora"), *masked])
+    masked = search([0.5] * 4, *LORA, "mask=element", "calibration=budget", seed=1)
+    (entry,) = best(*search([0.5, 0.9, 0.8, 0.7], *LORA), *masked)
     assert (entry["masks"], entry["operating_point"], entry["seeds"]) == ("–", "–", [0, 1])
 
 
 def test_a_search_with_a_calibration_file_is_at_its_point(tmp_path: Path) -> None:
-    calibration = tmp_path / "calibration.json"
-    files.write_json(calibration, {"threshold": 0.42, "budget": 0.13})
-    records = search([0.5, 0.6, 0.9, 0.8], f"calibration.file={calibration}")
-    for record in records:
-        record["calibration"] = {"threshold": 0.42, "budget": 0.13, "axes": "joint", "search": "scan"}
-    ((entry,), _) = tune.best_rates(records)
-    assert entry["operating_point"] == runs.operating_point(records[0]) == "budget 0.13"
+    content = {"threshold": 0.42, "budget": 0.13, "axes": "joint", "search": "scan"}
+    files.write_json(tmp_path / "calibration.json", content)
+    runs = search([0.5, 0.6, 0.9, 0.8], f"calibration.file={tmp_path / 'calibration.json'}")
+    (entry,) = best(*(each | {"calibration": content} for each in runs))
+    assert entry["operating_point"] == records.operating_point(runs[0] | {"calibration": content}) == "budget 0.13"
     assert entry["settings"]["calibration.axes"] == "joint"
 
 
 def test_a_run_that_failed_in_another_way_is_left_out_and_named() -> None:
-    interrupted = run(1e-1, None, "method=lora") | {"error": "interrupted"}
-    (entry,), (line,) = tune.best_rates([*search([0.5, 0.9, 0.8, 0.7], "method=lora"), interrupted])
+    interrupted = run(1e-1, None, *LORA) | {"error": "interrupted"}
+    (entry,), (line,) = tune.best_rates([*search([0.5, 0.9, 0.8, 0.7], *LORA), interrupted])
     assert len(entry["tried"]) == 4
     assert "lora, learning rate 0.1: interrupted" in line
 
 
 def test_a_search_goes_on_with_what_the_file_has_tried() -> None:
-    before, _ = tune.best_rates(search([0.5, 0.0, 0.9, None], "method=lora"))
-    (entry,), _ = tune.best_rates([run(1e-1, 0.8, "method=lora", loss=2.0)], before)
+    before = best(*search([0.5, 0.0, 0.9, None], *LORA))
+    (entry,) = best(run(1e-1, 0.8, *LORA, loss=2.0), before=before)
     assert entry["tried"] == {"0.001": 0.5, "0.003": 0.0, "0.01": 0.9, "0.03": None, "0.1": 0.8}
     assert entry["losses"] == before[0]["losses"] | {"0.1": 2.0}
     assert (entry["learning_rate"], entry["at_edge"]) == (1e-2, False)
-    (entry,), _ = tune.best_rates([run(3e-4, 0.95, "method=lora")], before)
+    (entry,) = best(run(3e-4, 0.95, *LORA), before=before)
     assert (entry["learning_rate"], entry["at_edge"]) == (3e-4, True)
-    (entry,), _ = tune.best_rates(search([0.5, 0.6, 0.7, 0.8], "method=dora"), before)
+    (entry,) = best(*search([0.5, 0.6, 0.7, 0.8], "method=dora"), before=before)
     assert list(entry["tried"]) == ["0.001", "0.003", "0.01", "0.03"]
-    with refused("trainer.epochs=5 in the file, 9 in the runs"):
-        tune.best_rates([run(1e-1, 0.5, "method=lora", "trainer.epochs=9")], before)
-    with refused("seeds=[0] in the file, [1] in the runs"):
-        tune.best_rates([run(1e-1, 0.5, "method=lora", seed=1)], before)
+    with refused("trainer.epochs=5", "9"):
+        best(run(1e-1, 0.5, *LORA, "trainer.epochs=9"), before=before)
+    with refused("seeds=[0]", "[1]"):
+        best(run(1e-1, 0.5, *LORA, seed=1), before=before)
 
 
-def test_where_losses_were_not_kept_the_choice_among_equals_stands() -> None:
-    even = [run(rate, 0.9, "method=lora", loss=loss) for rate, loss in zip(RATES, (3, 1, 2, 2), strict=True)]
-    (before,), _ = tune.best_rates(even)
+def test_where_losses_are_not_in_the_file_the_choice_among_equals_stands() -> None:
+    (before,) = best(*search([0.9] * 4, *LORA, losses=(3, 1, 2, 2)))
     del before["losses"]
-    (entry,), _ = tune.best_rates([run(3e-4, 0.9, "method=lora", loss=0.01)], [before])
+    (entry,) = best(run(3e-4, 0.9, *LORA, loss=0.01), before=[before])
     assert entry["learning_rate"] == before["learning_rate"] == 3e-3
     assert entry["losses"] == dict.fromkeys(before["tried"]) | {"0.0003": 0.01}
 
 
-def test_the_command_reads_runs_and_writes_the_file(tmp_path: Path, capsys) -> None:
-    runs_of = write(tmp_path, search([0.5, 0.9, 0.8, None], "method=lora"))
+def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path: Path, capsys) -> None:
+    def results(name: str, runs: list[dict]) -> str:
+        for each in runs:
+            place = tmp_path / name / config.run_directory(config.load(each["config"]))
+            place.mkdir(parents=True)
+            files.write_json(place / directory.RESULT, each)
+        return str(tmp_path / name / "results")
+
     out = tmp_path / "tuning.json"
-    assert tune.main([runs_of, "--out", str(out)]) == 0
+    assert tune.main([results("four", search([0.5, 0.9, 0.8, None], *LORA)), "--out", str(out)]) == 0
     assert "lora: 0.003   [0.001: 0.5000  0.003: 0.9000  0.01: 0.8000  0.03: not finite]" in capsys.readouterr().out
     content = out.read_bytes()
     assert json.loads(content)["entries"][0]["learning_rate"] == 3e-3
-    assert tune.main([str(tmp_path / "nothing"), "--out", str(out)]) == 2
-    assert str(tmp_path / "nothing") in capsys.readouterr().err
-    longer = write(tmp_path / "longer", search([0.5, 0.9, 0.8, None], "method=dora", "trainer.epochs=9"))
-    assert tune.main([longer, "--out", str(out)]) == 2
-    assert "trainer.epochs=5" in capsys.readouterr().err
-    assert out.read_bytes() == content
-
-
-def test_the_command_goes_on_with_a_search(tmp_path: Path, capsys) -> None:
-    out = tmp_path / "tuning.json"
-    tuning.save(out, tune.best_rates(search([0.5, 0.9, 0.8, 0.7], "method=lora"))[0])
-    runs_of = write(tmp_path, [run(3e-4, 0.95, "method=lora")])
-    assert tune.main([runs_of, "--out", str(out)]) == 2  # one rate is no search
-    assert tune.main([runs_of, "--out", str(out), "--extend"]) == 1
+    one = results("one", [run(3e-4, 0.95, *LORA)])
+    longer = results("longer", search([0.5, 0.9, 0.8, None], "method=dora", "trainer.epochs=9"))
+    for wrong, names in ((str(tmp_path / "none"), str(tmp_path / "none")), (longer, "trainer.epochs=5"), (one, "lora")):
+        assert tune.main([wrong, "--out", str(out)]) == 2
+        assert names in capsys.readouterr().err
+        assert out.read_bytes() == content
+    assert tune.main([one, "--out", str(out), "--extend"]) == 1  # the best is at the edge
     assert "lora: 0.0003   [0.0003: 0.9500  0.001: " in capsys.readouterr().out
-    assert [len(entry["tried"]) for entry in tuning.load(out)] == [5]
+    assert [len(entry["tried"]) for entry in rates.load(out)] == [5]
