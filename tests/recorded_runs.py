@@ -143,6 +143,14 @@ def leave(
     return folder
 
 
+def measure(folder: Path, train: float, test: float, cka: dict[str, float] | None = None) -> None:
+    """Write what scripts/dynamics.py measures of a run into its directory."""
+    from evidence.dynamics import DYNAMICS, VERSION  # which loads torch
+
+    metrics = {"train": {"primary": "accuracy", "accuracy": train}, "test": {"primary": "accuracy", "accuracy": test}}
+    files.write_json(folder / DYNAMICS, {"version": VERSION, "metrics": metrics, "cka": cka or {"blocks.0": 0.99}})
+
+
 def _predicted(wrong: int) -> pd.DataFrame:
     return pd.DataFrame({"label": LABEL, "prediction": np.where(np.arange(EXAMPLES) < wrong, (LABEL + 1) % 4, LABEL)})
 

@@ -10,13 +10,23 @@ from types import SimpleNamespace
 import dynamics as script
 import numpy as np
 import pytest
+import recorded_runs
 import torch
-from evidence import dynamics
-from evidence.dynamics import DYNAMICS, Moments, drift, gap, measure, measured, positions, read_dynamics, to_measure
-from evidence_records import dynamics as content_of
-from evidence_records import leave
+from evidence.dynamics import (
+    DYNAMICS,
+    Cell,
+    Moments,
+    drift,
+    gap,
+    measure,
+    measured,
+    positions,
+    read_dynamics,
+    to_measure,
+)
 from finished_runs import cache, changed, image_run
 from peft import LoraConfig, get_peft_model
+from recorded_runs import leave
 from transformers import BertConfig, BertForSequenceClassification
 
 from partial_lora.errors import PartialLoraError
@@ -28,13 +38,13 @@ from partial_lora.runs.predict import RunModel
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:
     """By Gram matrices and the centring matrix, as the definition has it."""
-    count = len(first)
-    centring = np.eye(count) - 1 / count
+    centring = np.eye(len(first)) - 1 / len(first)
     grams = [centring @ each @ each.T @ centring for each in (first, second)]
     return np.trace(grams[0] @ grams[1]) / np.sqrt(np.trace(grams[0] @ grams[0]) * np.trace(grams[1] @ grams[1]))
 
 
-def of_batches(first: np.ndarray, second: np.ndarray, *ends: int) -> float:
+def cka(first: np.ndarray, second: np.ndarray, *ends: int) -> float:
+    """By batches that end at these examples."""
     moments = Moments()
     for start, end in zip((0, *ends), (*ends, len(first)), strict=True):
         moments.add(torch.tensor(first[start:end]), torch.tensor(second[start:end]))
@@ -45,11 +55,11 @@ def test_sums_over_batches_give_the_cka_of_the_definition() -> None:
     generator = np.random.default_rng(0)
     first = generator.normal(size=(40, 5)) + 3.0
     second = first @ generator.normal(size=(5, 7)) + 2 * generator.normal(size=(40, 7)) - 1.0
-    assert of_batches(first, second, 13, 14) == pytest.approx(literal_cka(first, second), rel=1e-9)
+    assert cka(first, second, 13, 14) == pytest.approx(literal_cka(first, second), rel=1e-9)
     assert 0.1 < literal_cka(first, second) < 0.9
     rotation = np.linalg.qr(generator.normal(size=(5, 5)))[0]
-    assert of_batches(first, 5 * first @ rotation + 2) == pytest.approx(1)
-    assert np.isnan(of_batches(first, np.ones((40, 2))))
+    assert cka(first, 5 * first @ rotation + 2) == pytest.approx(1)
+    assert np.isnan(cka(first, np.ones((40, 2))))
 
 
 def test_positions_are_tokens_without_padding_and_places_of_maps() -> None:
@@ -64,9 +74,8 @@ def test_positions_are_tokens_without_padding_and_places_of_maps() -> None:
 def test_a_trained_run_is_measured_on_the_rows_it_has_seen_and_not_seen(monkeypatch) -> None:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", cache())
     run = image_run()
-    content = measure(run, device="cpu")
+    content, recorded = measure(run, device="cpu"), run.result["metrics"]["test"]
     assert read_dynamics(run.directory) == json.loads(json.dumps(content))
-    recorded = run.result["metrics"]["test"]
     assert content["metrics"]["test"]["accuracy"] == pytest.approx(recorded["accuracy"])
     assert content["metrics"]["test"]["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
     assert content["metrics"]["train"]["loss"] != pytest.approx(recorded["loss"], rel=1e-4)
@@ -85,8 +94,8 @@ def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monke
     shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 3}
     torch.manual_seed(0)
     frozen = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **shape)).eval()
-    targets = ["bert.encoder.layer.1.intermediate.dense"]
-    adapted = get_peft_model(copy.deepcopy(frozen), LoraConfig(target_modules=targets)).eval()
+    lora = LoraConfig(target_modules=["bert.encoder.layer.1.intermediate.dense"])
+    adapted = get_peft_model(copy.deepcopy(frozen), lora).eval()
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
@@ -94,25 +103,25 @@ def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monke
     tokens, mask = torch.arange(20).reshape(4, 5), torch.tensor([[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     counts, add = [], Moments.add
     monkeypatch.setattr(Moments, "add", lambda self, *pair: (counts.append([*map(len, pair)]), add(self, *pair)))
-    found = drift(frozen, trained, [{"input_ids": tokens, "attention_mask": mask}], "bert.encoder.layer")
+    moved = drift(frozen, trained, [{"input_ids": tokens, "attention_mask": mask}], "bert.encoder.layer")
     assert counts == [[13, 13]] * 3
-    assert found["bert.encoder.layer.0"] == pytest.approx(1, abs=1e-12)
-    assert max(found["bert.encoder.layer.1"], found["bert.encoder.layer.2"]) < 1 - 1e-4
+    assert moved["bert.encoder.layer.0"] == pytest.approx(1, abs=1e-12)
+    assert max(moved["bert.encoder.layer.1"], moved["bert.encoder.layer.2"]) < 1 - 1e-4
 
 
 def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused(tmp_path: Path) -> None:
     run = image_run()
     of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.config, run.result)
-    with pytest.raises(PartialLoraError, match="rows"):
-        measure(of_other_files, device="cpu")
-    mixture = {"path": "members", "members": {"a": run.config.task}}
-    for other in (changed(run, "model", blocks=None), changed(run, "task", **mixture)):
-        with pytest.raises(PartialLoraError, match=rf"{run.directory}.*(model\.blocks|mixture)"):
+    mixture = changed(run, "task", path="members", members={"a": run.config.task})
+    without = changed(run, "model", blocks=None)
+    for other, key in ((of_other_files, "task.data_files"), (without, r"model\.blocks"), (mixture, "mixture")):
+        with pytest.raises(PartialLoraError, match=key):
             measure(other, device="cpu")
 
 
 def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(tmp_path: Path, capsys) -> None:
-    done = leave(tmp_path, "lora", 0.9, measured=content_of(1.0, 0.9))
+    done = leave(tmp_path, "lora", 0.9)
+    recorded_runs.measure(done, 1.0, 0.9)
     before = (done / DYNAMICS).read_bytes()
     record = leave(tmp_path, "partial", 0.9)
     assert script.main([str(tmp_path), "--where", "method=lora"]) == 0
@@ -136,20 +145,20 @@ def test_a_figure_has_its_runs_measured_among_those_chosen(tmp_path: Path) -> No
 def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: Path) -> None:
     for method, seeds in {"lora": range(5), "partial": range(1, 6)}.items():
         for seed in seeds:
-            known = content_of(0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
-            folder = leave(tmp_path, method, 0.9, seed=seed, measured=known)
+            folder = leave(tmp_path, method, 0.9, seed=seed)
+            recorded_runs.measure(folder, 0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
             (folder / "adapter").mkdir() if seed == 4 else None
 
-    def cells() -> list[dynamics.Cell]:
-        found: dict[tuple, dict] = {}
+    def cells() -> list[Cell]:
+        every: dict[tuple, dict] = {}
         for run in records.read(tmp_path)[0]:
-            found.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
-        return [(task, cell) for (task, _), cell in sorted(found.items())]
+            every.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
+        return [(task, cell) for (task, _), cell in sorted(every.items())]
 
     chosen = [(run.row["method"], run.row["seed"]) for run in to_measure(cells(), 3)]
     assert chosen == [(method, seed) for method in ("lora", "partial") for seed in (1, 3, 4)]
     for task in ("digits", "cifar10"):
-        leave(tmp_path, "lora", 0.9, task=task, seed=7, measured=content_of(0.9, 0.8))
+        recorded_runs.measure(leave(tmp_path, "lora", 0.9, task=task, seed=7), 0.9, 0.8)
     assert [sorted(cell) for cell in measured(cells())] == [[7], [3], [3]]
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from evidence import figures
 from evidence.figures import FIGURES
-from evidence_records import dynamics, leave
 from matplotlib.image import imread
+from recorded_runs import leave, measure
 from scipy.stats import t as student
 
 from partial_lora.errors import PartialLoraError
@@ -29,6 +29,11 @@ def only(table: pd.DataFrame, **wanted: object) -> pd.Series:
     return table.iloc[0]
 
 
+def half(values) -> float:
+    """Half of Student's 95 % interval of a mean."""
+    return student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
 def thresholds(place: Path) -> None:
     """Partial at three points, two controls, the dense ends; and runs of other experiments, which are not theirs."""
     for seed, test in enumerate((0.90, 0.92, 0.97)):
@@ -40,11 +45,9 @@ def thresholds(place: Path) -> None:
     leave(place, "probe", 0.60)
     for seed in range(4):  # more of them than of the usual ones
         leave(place, "partial", 0.1, seed=seed, task__train_samples=150)
-    leave(place, "partial", 0.2, method__rank=64)
-    leave(place, "partial", 0.3, importance__name="snip")
-    leave(place, "partial", 0.4, mask__granularity="element")
-    leave(place, "partial", 0.4, mask__seed=3)
-    leave(place, "partial", 0.4, task__label_noise=0.2)
+    for setting in ("method__rank=64", "importance__name=snip", "mask__granularity=element", "mask__seed=3"):
+        name, value = setting.split("=")
+        leave(place, "partial", 0.2, **{name: int(value) if value.isdigit() else value})
 
 
 def test_means_are_of_the_usual_runs_alone_and_of_the_seeds_that_all_have(tmp_path: Path) -> None:
@@ -53,8 +56,8 @@ def test_means_are_of_the_usual_runs_alone_and_of_the_seeds_that_all_have(tmp_pa
     row = only(table, method="partial", point="threshold 0.9")
     values = [0.90, 0.92, 0.97]
     assert (row["n"], row["seeds"], row["parameters"]) == (3, "0 1 2", 700)
-    half = student.ppf(0.975, 2) * np.std(values, ddof=1) / math.sqrt(3)
-    assert (row["mean"], row["std"], row["half"]) == pytest.approx((np.mean(values), np.std(values, ddof=1), half))
+    expected = np.mean(values), np.std(values, ddof=1), half(values)
+    assert (row["mean"], row["std"], row["half"]) == pytest.approx(expected)
     assert only(table, method="partial", point="budget 0.13")["parameters"] == 130
     assert "missing: digits, partial, threshold 0.7, 0.8" in notes
     place = tmp_path / "common"
@@ -80,26 +83,23 @@ def test_fig1_draws_two_points_only_where_no_task_has_three_and_mixtures_never(t
 
 
 def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path: Path) -> None:
+    place = tmp_path / "cpu"
     for seed, rows in enumerate((0.2, 0.4)):
         names = [f"m.blocks.{block}.{kind}" for block in (0, 11) for kind in ("qkv", "fc")]
-        sparsity = {name: {"rows": rows, "columns": int(name.split(".")[2]) / 10} for name in names}
-        leave(tmp_path, seed=seed, sparsity=sparsity)
+        sparsity = {name: {"rows": rows, "columns": int(name.split(".")[2]) / 12} for name in names}
+        leave(place, seed=seed, sparsity=sparsity)
     moved = {"m.blocks.0.qkv": {"rows": 0.99, "columns": 0.99}}
-    leave(tmp_path, "uniform", sparsity=moved)
-    leave(tmp_path, budget=0.13, sparsity=moved)
-    leave(tmp_path, "uniform", task="cifar10")
-    table, notes = numbers("fig2", tmp_path)
+    leave(place, "uniform", sparsity=moved)
+    leave(place, budget=0.13, sparsity=moved)
+    leave(place, "uniform", task="cifar10")
+    table, notes = numbers("fig2", place)
     assert len(table) == 8
     row = only(table, kind="qkv", axis="rows", block="11")
     assert (row["depth"], row["n"], row["low"], row["high"], row["mean"]) == (1, 2, 0.2, 0.4, pytest.approx(0.3))
-    assert only(table, kind="fc", axis="columns", block="11")["mean"] == pytest.approx(1.1)
+    assert only(table, kind="fc", axis="columns", block="11")["mean"] == pytest.approx(11 / 12)
     assert notes == ["missing: cifar10, vit, runs of partial, targeted or flow", "missing: tasks other than digits"]
-
-
-def test_fig2_takes_causal_runs_from_beside_the_cpu_preset(tmp_path: Path) -> None:
-    leave(tmp_path / "cpu", "targeted")
-    leave(tmp_path / "causal", task="piqa", model="smollm2_135m")
-    assert set(numbers("fig2", tmp_path / "cpu")[0]["task"]) == {"digits", "piqa"}
+    leave(tmp_path / "causal", task="piqa", model="smollm2_135m")  # which lies beside the preset's
+    assert set(numbers("fig2", place)[0]["task"]) == {"digits", "piqa"}
 
 
 def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
             {"step": 1, "loss": 2.0 + seed, "grad_norm": 4.0},
             {"step": 5, "loss": 1.0 + seed, "grad_norm": None},
         ]
-        measured = dynamics(0.99, 0.95 - seed / 10, {"blocks.0": 0.9, "blocks.1": 0.5 + seed / 10})
-        leave(tmp_path, "partial", 0.95, seed=seed, history=history, measured=measured)
+        folder = leave(tmp_path, "partial", 0.95, seed=seed, history=history)
+        measure(folder, 0.99, 0.95 - seed / 10, {"blocks.0": 0.9, "blocks.1": 0.5 + seed / 10})
     leave(tmp_path, "lora", 0.96, history=history)
     leave(tmp_path, "partial", 0.9, task="cifar10")  # without lora beside it
     table, (note,) = numbers("fig3", tmp_path)
@@ -127,8 +127,8 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
 def test_fig3_draws_what_was_measured_before_what_was_not(tmp_path: Path) -> None:
     for task in "abcd":
         for method in ("lora", "partial"):
-            measured = dynamics(0.9, 0.8) if task == "d" else None
-            leave(tmp_path, method, 0.8, task=task, history=[{"step": 1, "loss": 1.0}], measured=measured)
+            folder = leave(tmp_path, method, 0.8, task=task, history=[{"step": 1, "loss": 1.0}])
+            measure(folder, 0.9, 0.8) if task == "d" else None
     assert set(numbers("fig3", tmp_path)[0]["task"]) == {"d", "a", "b"}
 
 
@@ -188,7 +188,7 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
     tests = {"partial": (0.90, 0.91, 0.95), "targeted": (0.88, 0.92, 0.90)}
     for method, values in tests.items():
         for seed, test in enumerate(values):
-            leave(tmp_path, method, test, seed=seed, budget=0.13, measured=dynamics(1.0, test), **noisy)
+            measure(leave(tmp_path, method, test, seed=seed, budget=0.13, **noisy), 1.0, test)
             leave(tmp_path, method, test + 0.01, seed=seed, budget=0.13)
             leave(tmp_path, method, 0.1 * seed, seed=seed + 3, budget=0.13)  # seeds that no noisy run has
             leave(tmp_path, method, 0.5, seed=seed)  # at another point
@@ -198,8 +198,8 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
     table, (note,) = numbers("fig7", tmp_path)
     each = np.subtract(*tests.values())
     row = only(table, part="difference", train_samples=300, label_noise=0.2)
-    assert (row["n"], row["seeds"], row["difference"]) == (3, "0 1 2", pytest.approx(each.mean()))
-    assert row["half"] == pytest.approx(student.ppf(0.975, 2) * each.std(ddof=1) / math.sqrt(3))
+    assert (row["n"], row["seeds"]) == (3, "0 1 2")
+    assert (row["difference"], row["half"]) == pytest.approx((each.mean(), half(each)))
     plain = only(table, part="difference", train_samples=600, label_noise=0.0)
     assert (plain["seeds"], plain["difference"]) == ("0 1 2", pytest.approx(each.mean()))
     masks = table[table["part"] == "over masks"].sort_values("mask_seed")
@@ -216,15 +216,15 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
 def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_path: Path) -> None:
     thresholds(tmp_path)
     leave(tmp_path, "lora", 0.5, seed=1, trainer__epochs=9)
-    said = []
-    png, svg, csv = figures.make("fig1", tmp_path, say=said.append)
+    printed = []
+    png, svg, csv = figures.make("fig1", tmp_path, say=printed.append)
     assert min(imread(png).shape[:2]) > 200
     assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert csv.parent == tmp_path / "figures"
     first, *notes = [line for line in csv.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert first == f"# python scripts/reproduce.py fig1 --results {tmp_path}"
-    assert {note.removeprefix("# ") for note in notes} <= set(said)
-    assert any("trainer.epochs" in line for line in said)
+    assert {note.removeprefix("# ") for note in notes} <= set(printed)
+    assert any("trainer.epochs" in line for line in printed)
     assert len(pd.read_csv(csv, comment="#")) == 6
     table, _ = numbers("fig1", tmp_path)
     figure = FIGURES["fig1"].draw(table)
@@ -236,29 +236,24 @@ def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_pa
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_without_runs_a_figure_names_what_makes_them(name: str, tmp_path: Path) -> None:
-    place = tmp_path / "cpu"
+def test_each_figure_is_drawn_from_few_runs_and_without_any_names_what_makes_them(name: str, tmp_path: Path) -> None:
+    place, printed = tmp_path / "cpu", []
     stale = place / "figures" / f"{name}.png"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    said = []
-    assert figures.make(name, place, say=said.append) == []
-    assert said[-1].endswith(f"in {place}; make reproduce-{name}")
+    assert figures.make(name, place, say=printed.append) == []
+    assert printed[-1].endswith(f"in {place}; make reproduce-{name}")
     assert not stale.exists()
     leave(place, "partial", 0.9, task="sst2", model="minilm_l6")  # one run alone is no reason to fail
-    figures.make(name, place, say=said.append)
-
-
-def test_every_figure_is_drawn_from_few_runs(tmp_path: Path) -> None:
-    thresholds(tmp_path)
-    leave(tmp_path, "targeted", 0.9, budget=0.13)
-    leave(tmp_path, "partial", 0.7, budget=0.01, calibration__max_sparsity=0.995)
-    leave(tmp_path, "partial", 0.8, budget=0.26, share=0.26, method__rank=8)
-    leave(tmp_path, "lora", 0.9, task="trec", history=[{"step": 1, "loss": 2.0, "grad_norm": 1.0}])
-    leave(tmp_path, "partial", 0.9, task="trec")
-    agreement(tmp_path, 0.5)
-    for name in FIGURES:
-        assert len(figures.make(name, tmp_path, say=lambda note: None)) == 3, name
+    figures.make(name, place, say=printed.append)
+    thresholds(place)
+    leave(place, "targeted", 0.9, budget=0.13)
+    leave(place, "partial", 0.7, budget=0.01, calibration__max_sparsity=0.995)
+    leave(place, "partial", 0.8, budget=0.26, share=0.26, method__rank=8)
+    leave(place, "lora", 0.9, task="trec", history=[{"step": 1, "loss": 2.0, "grad_norm": 1.0}])
+    leave(place, "partial", 0.9, task="trec")
+    agreement(place, 0.5)
+    assert len(figures.make(name, place, say=printed.append)) == 3
 
 
 def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:

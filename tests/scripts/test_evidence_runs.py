@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from evidence.runs import COLUMNS, Evidence, collect, comparable, gather, missing, planned, usual
-from evidence_records import leave
+from recorded_runs import leave
 
 
 def kept(place: Path) -> tuple[list[tuple], list[str]]:
+    """The runs that are compared, and notes on the others."""
     runs, notes = comparable(collect(place)[0])
     return sorted(zip(runs["method"], runs["operating_point"], runs["seed"], strict=True)), notes
 
@@ -21,16 +22,13 @@ def kept(place: Path) -> tuple[list[tuple], list[str]]:
         ("mask__seed", 3),
         ("task__label_noise", 0.2),
         ("calibration__repair", True),
-        ("calibration__max_sparsity", 0.99),
         ("calibration__scope", "cumulative"),
         ("task__train_samples", 150),
         ("trainer__epochs", 50),
         ("trainer__head_learning_rate", 0.01),
     ],
 )
-def test_a_run_of_other_settings_or_conditions_is_left_out_and_its_setting_named(
-    tmp_path: Path, setting: str, value: object
-) -> None:
+def test_a_run_of_other_settings_or_conditions_is_left_out_and_its_setting_named(tmp_path, setting, value) -> None:
     for method, budget in (("lora", None), ("partial", None), ("partial", 0.13)):
         leave(tmp_path, method, budget=budget)
     leave(tmp_path, seed=1, **{setting: value})
@@ -42,16 +40,13 @@ def test_a_run_of_other_settings_or_conditions_is_left_out_and_its_setting_named
     assert (len(known), notes) == (4, [])  # of a figure that varies it
 
 
-def test_settings_that_an_uncalibrated_method_does_not_read_make_no_other_run_of_it(tmp_path: Path) -> None:
-    leave(tmp_path, "lora", seed=0)
-    leave(tmp_path, "lora", seed=1, calibration__seed=1)
-    leave(tmp_path, "lora", seed=2, calibration__max_sparsity=0.99)
+def test_settings_that_a_method_does_not_read_make_no_other_run_of_it(tmp_path: Path) -> None:
+    for seed, settings in enumerate(({}, {"calibration__seed": 1}, {"calibration__max_sparsity": 0.99})):
+        leave(tmp_path, "lora", seed=seed, **settings)
     for seed in range(2):  # nor does the draw of a calibration
         leave(tmp_path, seed=seed, calibration__seed=seed)
-    assert kept(tmp_path) == (
-        [*(("lora", "–", seed) for seed in range(3)), *(("partial", "threshold 0.9", seed) for seed in range(2))],
-        [],
-    )
+    lora = [("lora", "–", seed) for seed in range(3)]
+    assert kept(tmp_path) == ([*lora, *(("partial", "threshold 0.9", seed) for seed in range(2))], [])
 
 
 def test_of_several_rates_the_tuned_count_and_of_these_those_run_last(tmp_path: Path) -> None:
@@ -81,19 +76,19 @@ def test_members_of_a_mixture_are_tasks_with_predictions_of_their_own(tmp_path: 
     leave(tmp_path, members={"sst2": 20, "mrpc": 50})
     runs, problems = collect(tmp_path)
     assert problems == []
-    assert runs[["task", "mixture", "test"]].to_numpy().tolist() == [
-        ["sst2", "sst2+mrpc", 0.9],
-        ["mrpc", "sst2+mrpc", 0.75],
-    ]
+    rows = runs[["task", "mixture", "test"]].to_numpy().tolist()
+    assert rows == [["sst2", "sst2+mrpc", 0.9], ["mrpc", "sst2+mrpc", 0.75]]
     frames = [each.predictions for each in runs["outcome"]]
     assert [(frame["label"] != frame["prediction"]).sum() for frame in frames] == [20, 50]
 
 
 def test_kinds_names_broken_predictions_and_what_is_not_finished(tmp_path: Path) -> None:
-    text = {"task__modality": "text"}
-    leave(tmp_path, task="piqa", task__kind="choice", **text)
-    leave(tmp_path, task="sst2", mask__granularity="element", **text)
-    leave(tmp_path, task="gsm8k", task__kind="generation", **text)
+    for task, settings in {
+        "piqa": {"task__kind": "choice"},
+        "sst2": {"mask__granularity": "element"},
+        "gsm8k": {"task__kind": "generation"},
+    }.items():
+        leave(tmp_path, task=task, task__modality="text", **settings)
     (leave(tmp_path, "lora", seed=4) / "predictions.parquet").write_bytes(b"no parquet")
     (tmp_path / "runs/digits/vit/lora-x/seed0").mkdir(parents=True)
     runs, (problem,) = collect(tmp_path)
@@ -104,18 +99,16 @@ def test_kinds_names_broken_predictions_and_what_is_not_finished(tmp_path: Path)
         "sst2": ("texts", "partial (element)", "svd"),
         "digits": ("images", "lora", "–"),
     }
-    assert [row.outcome.predictions is None for row in runs.itertuples()] == [
-        row.task == "digits" for row in runs.itertuples()
-    ]
+    assert runs.loc[[each.predictions is None for each in runs["outcome"]], "task"].tolist() == ["digits"]
 
 
-def test_of_nothing_there_is_an_empty_frame_and_files_are_found_in_both_places(tmp_path: Path) -> None:
+def test_of_nothing_there_is_an_empty_frame_and_the_nearer_of_two_files_counts(tmp_path: Path) -> None:
     place = tmp_path / "cpu"
     runs, problems = collect(place)
     assert (list(runs.columns), len(runs), problems, len(comparable(runs)[0])) == (list(COLUMNS), 0, [], 0)
     evidence = Evidence(place, runs, runs)
     assert evidence.files("bench/adapter.json") == []
-    for folder in (tmp_path, place):  # the nearer one counts
+    for folder in (tmp_path, place):
         file = folder / "bench" / "adapter.json"
         file.parent.mkdir(parents=True)
         file.touch()

@@ -15,7 +15,7 @@ from evidence import paired, tables
 from evidence.paired import FAILS, HOLDS, OPEN, WORSE, Pair, average, between
 from evidence.runs import gather
 from evidence.tables import Table
-from evidence_records import EXAMPLES, leave
+from recorded_runs import EXAMPLES, leave
 from scipy import stats
 
 from partial_lora.errors import PartialLoraError
@@ -37,6 +37,10 @@ def row_of(table: Table | pd.DataFrame, **where: object) -> dict:
     return row
 
 
+def part(table: Table, name: str, **where: object) -> pd.DataFrame:
+    return table.numbers[(table.numbers[["part", *where]] == [name, *where.values()]).all(axis=1)]
+
+
 def verdicts(table: Table) -> list[tuple[str, str]]:
     return [(each.where, each.verdict) for each in table.verdicts]
 
@@ -44,14 +48,14 @@ def verdicts(table: Table) -> list[tuple[str, str]]:
 # Paired differences, exact and beside a literal bootstrap
 
 
-def outcomes(right: np.ndarray | list[float]) -> dict[int, SimpleNamespace]:
+def outcomes(right) -> dict[int, SimpleNamespace]:
     """Outcomes by seed: right about these examples (seeds, examples), or of these scores without predictions."""
-    found = {}
+    of_seeds = {}
     for seed, row in enumerate(right):
         label = np.arange(np.size(row)) % 2
         frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)}) if np.ndim(row) else None
-        found[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
-    return found
+        of_seeds[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
+    return of_seeds
 
 
 def pair(first, second, metric: str = "accuracy") -> Pair:
@@ -64,24 +68,23 @@ def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndar
 
 
 def by_comparison(one: Pair, **settings: object):
+    """The package's comparison of the same two methods."""
     sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
     return compare(*sides, one.metric, **settings)
 
 
 def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
     """The mean over tasks of the mean difference, in every draw of all seeds and each task's examples, one by one."""
-    generator, found = np.random.default_rng(7), []
-    every = max(map(len, tasks))
-    while len(found) < draws:
-        drawn_seeds = generator.integers(every, size=every)
-        means = []
+    generator, every, means = np.random.default_rng(7), max(map(len, tasks)), []
+    while len(means) < draws:
+        drawn_seeds, parts = generator.integers(every, size=every), []
         for differences in tasks:
             seeds = [seed for seed in drawn_seeds if seed < len(differences)]
             examples = generator.integers(differences.shape[1], size=differences.shape[1])
-            means.append(differences[np.ix_(seeds, examples)])
-        if all(map(len, means)):
-            found.append(np.mean([each.mean() for each in means]))
-    return np.array(found)
+            parts.append(differences[np.ix_(seeds, examples)])
+        if all(map(len, parts)):
+            means.append(np.mean([each.mean() for each in parts]))
+    return np.array(means)
 
 
 def test_on_one_task_it_is_the_package_s_comparison() -> None:
@@ -93,10 +96,7 @@ def test_on_one_task_it_is_the_package_s_comparison() -> None:
     assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
     turned = between([pair(*base), pair(*base[::-1])])
     assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
-
-
-def test_a_metric_of_all_examples_together_has_the_comparison_s_interval() -> None:
-    one = pair(*drawn(9, 2, 60, 0.95, 0.6), metric="matthews")
+    one = pair(*drawn(9, 2, 60, 0.95, 0.6), metric="pearson")  # of all examples together
     expected, found = by_comparison(one, draws=1_000), between([one])
     assert found.difference == pytest.approx(expected.difference)
     assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.01)
@@ -135,7 +135,7 @@ def test_without_predictions_the_interval_is_students() -> None:
     assert other.over == "–"  # other examples: scores alone
 
 
-def test_of_one_seed_nothing_is_decided() -> None:
+def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     one = pair(*drawn(5, 1, 200, 0.99, 0.3))
     found = between([one])
     assert (found.verdict, found.over, found.seeds, found.low > 0) == ("undecided", "examples", 1, True)
@@ -144,9 +144,6 @@ def test_of_one_seed_nothing_is_decided() -> None:
     assert np.isnan([alone.low, alone.high]).all()
     both = average({"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]})
     assert (both.verdict, both.seeds, both.over) == ("undecided", 1, "examples; seeds and examples")
-
-
-def test_what_cannot_be_paired_is_refused() -> None:
     with pytest.raises(PartialLoraError, match="seed"):
         between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
     with pytest.raises(PartialLoraError, match="perplexity"):
@@ -215,36 +212,31 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(place: Path) -> dict[str, Table]:
-    found = gather(place)
-    return {name: make(found) for name, make in tables.TABLES.items()}
+    evidence = gather(place)
+    return {name: make(evidence) for name, make in tables.TABLES.items()}
 
 
-def test_means_deviations_and_averages(made: dict) -> None:
-    scores = made["table1"].numbers.query(
-        "part == 'score' and operating_point == 'budget 0.13' and method == 'partial'"
-    )
+def test_table1_has_means_and_differences_at_each_point_and_on_average(made: dict) -> None:
+    scores = part(made["table1"], "score", operating_point="budget 0.13", method="partial")
     digits, cifar10 = (np.array([1 - (wrong + 2 * seed) / EXAMPLES for seed in range(3)]) for wrong in (50, 100))
     row, mean = row_of(scores, task="digits"), row_of(scores, task="average")
     assert (row["mean"], row["std"], row["n"]) == pytest.approx((digits.mean(), digits.std(ddof=1), 3))
     of_seeds = (digits + cifar10) / 2  # a seed is one draw on all tasks
     assert (mean["mean"], mean["std"]) == pytest.approx((of_seeds.mean(), of_seeds.std(ddof=1)))
     assert (mean["parameters"], mean["share"], mean["n"]) == (130, pytest.approx(0.13), 3)
-
-
-def test_differences_are_paired_at_each_point_and_on_average(made: dict) -> None:
-    paired = made["table1"].numbers.query("part == 'difference'")
-    row = row_of(paired, first="partial", second="lora", operating_point="budget 0.13", task="average")
+    differences = part(made["table1"], "difference")
+    row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="average")
     assert row["difference"] == pytest.approx(-42 / EXAMPLES)
     assert row["low"] < row["difference"] < row["high"] < -0.1
     assert (row["tasks"], row["seeds"], row["examples"], row["verdict"]) == (2, 3, 2 * EXAMPLES, "worse")
-    assert len(paired) == 3 * 2 * 3  # pairs, points, two tasks and their average
+    assert len(differences) == 3 * 2 * 3  # pairs, points, two tasks and their average
+    assert not part(made["table1"], "score")["best"].any()  # lora is the best at 13 % alone
 
 
 def test_verdicts_of_the_tables(made: dict) -> None:
-    at_budget = "vit, svd, budget 0.13"
-    assert (at_budget, FAILS) in verdicts(made["table1"])
+    assert ("vit, svd, budget 0.13", FAILS) in verdicts(made["table1"])
+    assert ("vit, mean over svd, snip and imp, threshold 0.9", HOLDS) in verdicts(made["table2"])
     assert ("lm, svd, threshold 0.9", OPEN) in verdicts(made["table3"])  # one seed
-    assert ("lm, budget 0.13", HOLDS) not in verdicts(made["table3"])
     by_claim = {each.claim: each.verdict for each in made["table4"].verdicts}
     assert by_claim["partial is better than uniform"] == HOLDS
     assert by_claim["partial is better than shuffled"] == FAILS
@@ -255,20 +247,38 @@ def test_verdicts_of_the_tables(made: dict) -> None:
     assert {each.verdict for each in made["table7"].verdicts} == {HOLDS}
 
 
-def test_random_and_deterministic_masks_over_all_measures(made: dict, tmp_path: Path) -> None:
-    paired = made["table2"].numbers.query("part == 'difference' and operating_point == 'threshold 0.9'")
-    row = row_of(paired, importance="mean over svd, snip and imp")
-    each = paired.query("task == 'digits' and importance in ['svd', 'snip', 'imp']")["difference"]
+def test_table2_averages_over_the_measures_that_have_both_methods_on_a_task(made: dict, tmp_path: Path) -> None:
+    differences = part(made["table2"], "difference", operating_point="threshold 0.9")
+    row = row_of(differences, importance="mean over svd, snip and imp")
+    each = differences.query("task == 'digits' and importance in ['svd', 'snip', 'imp']")["difference"]
     assert (row["task"], row["difference"], len(each)) == ("digits", pytest.approx(each.mean()), 3)
-    assert ("vit, mean over svd, snip and imp, threshold 0.9", HOLDS) in verdicts(made["table2"])
     for method in ("partial", "targeted"):  # of svd on one task and of snip on another there is no mean
         for measure, task in {"svd": "a", "snip": "b"}.items():
             leave(tmp_path, method, task=task, importance__name=measure)
     leave(tmp_path, "partial", task="a", importance__name="imp")  # without its other half
-    assert set(make("table2", tmp_path).numbers.query("part == 'difference'")["importance"]) == {"svd", "snip"}
+    assert set(part(make("table2", tmp_path), "difference")["importance"]) == {"svd", "snip"}
 
 
-def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> None:
+def test_table3_has_the_frozen_model_beside_its_own_runs_and_no_generated_answers(made: dict, tmp_path: Path) -> None:
+    shown = next(iter(made["table3"].shown.values())).set_index("method")
+    assert shown["piqa"].to_dict() == {"zero-shot": "61.00", "lora": "65.00", "partial": "63.00"}
+    for model in ("small", "large"):
+        for task in ("piqa", "boolq"):
+            leave(tmp_path, "lora", wrong=70, task=task, model=model, **CHOICE)
+    leave(tmp_path, "lora", task="gsm8k", task__kind="generation", task__modality="text")
+    scores = {"piqa": 0.75, "boolq": 0.5}
+    frozen = {task: {"model": "small", "package": {"accuracy": score}} for task, score in scores.items()}
+    (tmp_path / "zero_shot.json").write_text(json.dumps(frozen))
+    table = make("table3", tmp_path)
+    zero_shot = part(table, "score", method="zero-shot").set_index(["model", "task"])["mean"].to_dict()
+    assert zero_shot == {("small", "boolq"): 0.5, ("small", "piqa"): 0.75, ("small", "average"): 0.625}
+    lacking = {line for line in table.missing if line.endswith("zero-shot")}
+    assert lacking == {"large, boolq: zero-shot", "large, piqa: zero-shot"}
+    assert set(table.numbers["task"]) == {"boolq", "piqa", "average"}
+    assert any("1 run on gsm8k" in note for note in table.notes)
+
+
+def test_table4_has_controls_beside_partial_with_their_reliability(made: dict) -> None:
     (shown,) = made["table4"].shown.values()
     rows = shown.set_index("method")
     assert rows.loc["uniform", ["partial is", "n"]].tolist() == ["better", "3"]
@@ -277,148 +287,7 @@ def test_controls_stand_beside_partial_with_their_reliability(made: dict) -> Non
     assert made["table4"].missing[0].startswith("vit, digits: inverted svd budget 0.13, low_rank svd budget 0.13, ")
 
 
-def test_members_stand_beside_runs_of_their_own(made: dict) -> None:
-    numbers = made["table6"].numbers
-    together = row_of(numbers.query("part == 'score'"), method="partial", task="average")
-    assert together["mean"] == pytest.approx(1 - (12 + 66) / 2 / EXAMPLES)
-    row = row_of(numbers.query("part == 'difference'"), first="lora", second="lora, alone", task="average")
-    assert (row["difference"], row["over"]) == (pytest.approx(-(2 + 6) / 2 / EXAMPLES), "seeds and examples")
-    assert any("partial svd threshold 0.9" in line for line in made["table6"].missing)
-
-
-def test_costs_are_of_the_task_with_most_methods_and_of_the_benchmark(made: dict) -> None:
-    runs = made["table7"].numbers.query("part == 'runs'")
-    assert set(runs["task"]) == {"digits"}
-    assert row_of(runs, method="lora")["optimizer_bytes"] == 2001
-    bench = row_of(made["table7"], part="bench", model="vit_b16", rank=16, method="partial")
-    assert (bench["parameters"], bench["file_bytes"]) == (306_816, 1_235_704)
-    assert bench["step"] == pytest.approx(0.941, abs=1e-3)
-    assert "runs of vera; make reproduce-table7" in made["table7"].missing
-
-
-def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
-    assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
-    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {shlex.quote(str(place))}"
-    page = (folder / "table1.md").read_text(encoding="utf-8")
-    assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
-    assert "- missing: flowers17: no runs; make reproduce-table1" in page
-    numbers = pd.read_csv(folder / "table1.csv", comment="#")
-    assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
-    written = (folder / "table4.tex").read_text(encoding="utf-8")
-    assert written.startswith(f"% {command.replace('table1', 'table4')}\n")
-    assert r"95.00 $\pm$ 0.00 \%" in written
-    assert "−" not in written.split("\n", 2)[2]
-    claims = (folder / "claims.md").read_text(encoding="utf-8")
-    assert all(each.found in claims and each.where in claims for table in made.values() for each in table.verdicts)
-    printed = capsys.readouterr().out
-    assert f"wrote {folder / 'table4.csv'}" in printed
-    assert "missing: vit, digits: inverted svd budget 0.13, " in printed
-
-
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> None:
-    assert reproduce.main([name, "--results", str(tmp_path / "cpu")]) == 0
-    table = make(name, tmp_path / "cpu")
-    assert table.missing
-    assert {each.verdict for each in table.verdicts} == {OPEN}
-    assert (tmp_path / "cpu" / "tables" / f"{name}.md").is_file()
-
-
-# Single cases
-
-
-def test_a_method_without_a_task_has_no_average(tmp_path: Path) -> None:
-    for task, methods in {"a": ("lora", "partial"), "b": ("lora",)}.items():
-        for method in methods:
-            leave(tmp_path, method, wrong=20, task=task)
-    table = make("table1", tmp_path)
-    shown = next(iter(table.shown.values())).set_index("method")
-    assert shown.loc["lora", ["a", "b", "average"]].tolist() == ["90.00"] * 3
-    assert shown.loc["partial", ["a", "b", "average"]].tolist() == ["90.00", "–", "–"]
-
-
-def test_an_average_is_of_the_tasks_with_a_common_seed_and_one_of_several_tasks_stands_for_none(tmp_path: Path) -> None:
-    for task, worse, seed in (("a", 0, 0), ("b", 80, 0), ("c", 0, 7)):
-        for more in range(2):
-            leave(tmp_path, "lora", seed=more, wrong=20, task=task)
-            leave(tmp_path, "partial", seed=seed + more, wrong=20 + worse, task=task)
-    table = make("table1", tmp_path)
-    rows = table.numbers.query("part == 'difference' and second == 'lora'").set_index("task")
-    assert list(rows.index) == ["a", "b", "average"]
-    assert (rows.loc["average", "difference"], rows.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
-    assert table.shown["Differences"]["task"].tolist() == ["a", "b", "average of 2"]
-    assert ("vit, svd, threshold 0.9", FAILS) in verdicts(table)
-    without = rows.drop(index="average").reset_index()
-    assert {each.verdict for each in paired.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
-
-
-def test_only_what_beats_all_at_its_point_is_marked(made: dict, tmp_path: Path) -> None:
-    assert not made["table1"].numbers.query("part == 'score'")["best"].any()  # lora is the best at 13 % alone
-    for seed in range(2):
-        for method, wrong, budget in (("lora", 14, None), ("partial", 2, None), ("targeted", 20, None)):
-            leave(tmp_path, method, seed=seed, wrong=wrong, budget=budget)
-        leave(tmp_path, "partial", seed=seed, wrong=20, budget=0.13)  # beats targeted, not lora
-        leave(tmp_path, "targeted", seed=seed, wrong=60, budget=0.13)
-    table = make("table1", tmp_path)
-    marked = table.numbers.query("part == 'score'").query("best == True")
-    assert marked[["method", "operating_point"]].to_numpy().tolist() == [["partial", "threshold 0.9"]]
-    assert [score for score in next(iter(table.shown.values()))["digits"] if "**" in score] == ["**99.00 ± 0.00**"]
-    for file in tmp_path.rglob("predictions.parquet"):
-        file.unlink()
-    again = make("table1", tmp_path).numbers
-    assert not again.query("part == 'score'")["best"].any()
-    assert set(again.query("part == 'difference'")["over"]) == {"seeds"}
-
-
-def test_notes_name_rates_that_differ_calibrations_that_are_shared_and_ceilings(tmp_path: Path) -> None:
-    for task, draw in (("digits", None), ("signdigits", 0)):
-        for seed in range(2):
-            leave(tmp_path, "lora", seed=seed, task=task, wrong=2)
-            leave(tmp_path, seed=seed, task=task, calibration__seed=draw, trainer__learning_rate=0.25)
-    leave(tmp_path, "dora", task="signdigits", method__rank=4)
-    table = make("table1", tmp_path)
-    notes = "\n".join(table.notes)
-    assert "on digits, signdigits: 0.001: lora; 0.25: partial (threshold 0.9)." in notes
-    assert "On signdigits seeds share a calibration" in notes
-    assert "98 % or above on digits, signdigits" in notes
-    assert "signdigits, vit: 1 run left out" in notes
-    evidence = gather(tmp_path)
-    assert tables.left_out(evidence.kept.query("task == 'digits'"), evidence) == []  # a note of signdigits is none
-    leave(tmp_path, "lora", task="trec", trainer__learning_rate=0.5)  # a task with one rate beside others'
-    assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).kept)
-
-
-def test_a_table_without_runs_names_those_of_other_settings(tmp_path: Path) -> None:
-    leave(tmp_path, "lora", method__rank=8)
-    for name in ("table1", "table5", "table7"):
-        assert any("method.rank" in note for note in make(name, tmp_path).notes), name
-
-
-def test_a_frozen_model_stands_beside_causal_runs_of_its_own(made: dict, tmp_path: Path) -> None:
-    shown = next(iter(made["table3"].shown.values())).set_index("method")
-    assert shown["piqa"].to_dict() == {"zero-shot": "61.00", "lora": "65.00", "partial": "63.00"}
-    for model in ("small", "large"):
-        for task in ("piqa", "boolq"):
-            leave(tmp_path, "lora", wrong=70, task=task, model=model, **CHOICE)
-    scores = {"piqa": 0.75, "boolq": 0.5}
-    frozen = {task: {"model": "small", "package": {"accuracy": score}} for task, score in scores.items()}
-    (tmp_path / "zero_shot.json").write_text(json.dumps(frozen))
-    table = make("table3", tmp_path)
-    found = table.numbers.query("method == 'zero-shot'").set_index(["model", "task"])["mean"]
-    assert found.to_dict() == {("small", "boolq"): 0.5, ("small", "piqa"): 0.75, ("small", "average"): 0.625}
-    lacking = {line for line in table.missing if line.endswith("zero-shot")}
-    assert lacking == {"large, boolq: zero-shot", "large, piqa: zero-shot"}
-
-
-def test_generated_answers_are_not_averaged_with_choices(tmp_path: Path) -> None:
-    for task, kind in (("sst2", "label"), ("piqa", "choice"), ("gsm8k", "generation")):
-        leave(tmp_path, "lora", task=task, task__kind=kind, task__modality="text")
-    table = make("table3", tmp_path)
-    assert set(table.numbers["task"]) == {"sst2", "piqa", "average"}
-    assert any("1 run on gsm8k" in note for note in table.notes)
-
-
-def test_a_calibration_counts_once_however_many_seeds_and_methods_share_it(made: dict, tmp_path: Path) -> None:
+def test_table5_counts_a_calibration_once_however_many_seeds_and_methods_share_it(made: dict, tmp_path: Path) -> None:
     row = row_of(made["table5"], part="joint", task="cifar10", operating_point="threshold 0.9")
     assert (row["n"], row["ratio"], row["low"], row["seconds"]) == (3, pytest.approx(0.125), pytest.approx(0.125), 60)
     mixed = row_of(made["table5"], part="joint", task="digits+cifar10")
@@ -437,9 +306,7 @@ def test_a_calibration_counts_once_however_many_seeds_and_methods_share_it(made:
     repair = row_of(table, part="repair")
     assert (repair["n"], repair["before"], repair["steps"], repair["kept"]) == (2, 0.2, 6.5, pytest.approx(0.7))
     alone = next(each for each in tables.calibrations(tmp_path) if "repaired" in each["calibration"])
-    assert np.isnan(
-        tables.repairs([alone | {"parameters": None}])["kept"]
-    ).all()  # as `partial-lora calibrate` leaves it
+    assert np.isnan(tables.repairs([alone | {"parameters": None}])["kept"]).all()  # of `partial-lora calibrate`
 
 
 @pytest.mark.parametrize(
@@ -455,3 +322,111 @@ def test_one_task_that_fails_refutes_that_a_score_is_kept(tmp_path: Path, shares
         for seed in range(2 if share else 1):
             leave(tmp_path, seed=seed, task=task, calibration={"joint": 0.8 * (share or 0.5)})
     assert verdicts(make("table5", tmp_path)) == [("threshold 0.9", verdict)]
+
+
+def test_table6_has_members_beside_runs_of_their_own(made: dict) -> None:
+    together = row_of(part(made["table6"], "score"), method="partial", task="average")
+    assert together["mean"] == pytest.approx(1 - (12 + 66) / 2 / EXAMPLES)
+    row = row_of(part(made["table6"], "difference"), first="lora", second="lora, alone", task="average")
+    assert (row["difference"], row["over"]) == (pytest.approx(-(2 + 6) / 2 / EXAMPLES), "seeds and examples")
+    assert any("partial svd threshold 0.9" in line for line in made["table6"].missing)
+
+
+def test_table7_has_costs_of_the_task_with_most_methods_and_of_the_benchmark(made: dict) -> None:
+    runs = part(made["table7"], "runs")
+    assert set(runs["task"]) == {"digits"}
+    assert row_of(runs, method="lora")["optimizer_bytes"] == 2001
+    bench = row_of(made["table7"], part="bench", model="vit_b16", rank=16, method="partial")
+    assert (bench["parameters"], bench["file_bytes"]) == (306_816, 1_235_704)
+    assert bench["step"] == pytest.approx(0.941, abs=1e-3)
+    assert "runs of vera; make reproduce-table7" in made["table7"].missing
+
+
+def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
+    assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
+    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {shlex.quote(str(place))}"
+    page = (folder / "table1.md").read_text(encoding="utf-8")
+    assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
+    assert "- missing: flowers17: no runs; make reproduce-table1" in page
+    numbers = pd.read_csv(folder / "table1.csv", comment="#")
+    assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
+    latex = (folder / "table4.tex").read_text(encoding="utf-8")
+    assert latex.startswith(f"% {command.replace('table1', 'table4')}\n")
+    assert r"95.00 $\pm$ 0.00 \%" in latex
+    assert "−" not in latex.split("\n", 2)[2]
+    claims = (folder / "claims.md").read_text(encoding="utf-8")
+    assert all(each.found in claims and each.where in claims for table in made.values() for each in table.verdicts)
+    printed = capsys.readouterr().out
+    assert f"wrote {folder / 'table4.csv'}" in printed
+    assert "missing: vit, digits: inverted svd budget 0.13, " in printed
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> None:
+    assert reproduce.main([name, "--results", str(tmp_path / "cpu")]) == 0
+    table = make(name, tmp_path / "cpu")
+    assert table.missing
+    assert {each.verdict for each in table.verdicts} == {OPEN}
+    assert (tmp_path / "cpu" / "tables" / f"{name}.md").is_file()
+    leave(tmp_path, "lora", method__rank=8)
+    if name in ("table1", "table5", "table7"):  # which name the settings of those that are left out
+        assert any("method.rank" in note for note in make(name, tmp_path).notes)
+
+
+# Single cases
+
+
+def test_an_average_is_of_tasks_that_a_method_has_all_with_a_common_seed(tmp_path: Path) -> None:
+    for task, worse, seed in (("a", 0, 0), ("b", 80, 0), ("c", 0, 7)):
+        for more in range(2):
+            leave(tmp_path, "lora", seed=more, wrong=20, task=task)
+            leave(tmp_path, "partial", seed=seed + more, wrong=20 + worse, task=task)
+    leave(tmp_path, "targeted", wrong=20, task="a")
+    table = make("table1", tmp_path)
+    shown = next(iter(table.shown.values())).set_index("method")
+    assert {score.strip("*") for score in shown.loc["lora", ["a", "b", "c", "average"]]} == {"90.00 ± 0.00"}
+    assert shown.loc["targeted", ["a", "b", "c", "average"]].tolist() == ["90.00", "–", "–", "–"]
+    rows = part(table, "difference", first="partial", second="lora").set_index("task")
+    assert list(rows.index) == ["a", "b", "average"]
+    assert (rows.loc["average", "difference"], rows.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
+    assert "average of 2" in table.shown["Differences"]["task"].tolist()
+    assert ("vit, svd, threshold 0.9", FAILS) in verdicts(table)
+    without = rows.drop(index="average").reset_index()  # one of several tasks stands for none
+    assert {each.verdict for each in paired.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
+
+
+def test_only_what_beats_all_at_its_point_is_marked(tmp_path: Path) -> None:
+    for seed in range(2):
+        for method, wrong, budget in (("lora", 14, None), ("partial", 2, None), ("targeted", 20, None)):
+            leave(tmp_path, method, seed=seed, wrong=wrong, budget=budget)
+        leave(tmp_path, "partial", seed=seed, wrong=20, budget=0.13)  # beats targeted, not lora
+        leave(tmp_path, "targeted", seed=seed, wrong=60, budget=0.13)
+    table = make("table1", tmp_path)
+    marked = part(table, "score", best=True)
+    assert marked[["method", "operating_point"]].to_numpy().tolist() == [["partial", "threshold 0.9"]]
+    assert [score for score in next(iter(table.shown.values()))["digits"] if "**" in score] == ["**99.00 ± 0.00**"]
+    for file in tmp_path.rglob("predictions.parquet"):
+        file.unlink()
+    again = make("table1", tmp_path)
+    assert not part(again, "score")["best"].any()
+    assert set(part(again, "difference")["over"]) == {"seeds"}
+
+
+def test_notes_name_rates_that_differ_calibrations_that_are_shared_and_ceilings(tmp_path: Path) -> None:
+    for task, draw in (("digits", None), ("signdigits", 0)):
+        for seed in range(2):
+            leave(tmp_path, "lora", seed=seed, task=task, wrong=2)
+            leave(tmp_path, seed=seed, task=task, calibration__seed=draw, trainer__learning_rate=0.25)
+    leave(tmp_path, "dora", task="signdigits", method__rank=4)
+    notes = "\n".join(make("table1", tmp_path).notes)
+    for note in (
+        "on digits, signdigits: 0.001: lora; 0.25: partial (threshold 0.9).",
+        "On signdigits seeds share a calibration",
+        "98 % or above on digits, signdigits",
+        "signdigits, vit: 1 run left out",
+    ):
+        assert note in notes
+    evidence = gather(tmp_path)
+    assert tables.left_out(evidence.kept.query("task == 'digits'"), evidence) == []  # a note of signdigits is none
+    leave(tmp_path, "lora", task="trec", trainer__learning_rate=0.5)  # a task with one rate beside others'
+    assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).kept)

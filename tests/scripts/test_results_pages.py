@@ -1,30 +1,117 @@
-"""What the pages for people say of the evidence is what its tables say."""
+"""The numbers that pages for people have of the evidence are those of one row of one table each."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 
+import pandas as pd
 import pytest
 
 from partial_lora.runs import config
 
 ROOT = config.conf_dir().parent
-PAGES = ("README.md", "results/README.md")
-TABLES = ("results/*/tables/*.md", "results/*/report/comparison.md")
-INTERVAL = re.compile(r"([+−-]\d+\.\d+) \[([+−-]\d+\.\d+), ([+−-]\d+\.\d+)\]")
+SIGNED = r"([+−]\d+\.\d+)"
+NUMBER = re.compile(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|(\d+\.\d+) ± (\d+\.\d+)")  # a difference, or a score
+WHERE = ["task", "model", "mixture", "operating_point"]
+
+# For each page where its numbers are from, in their order: a table, what its row is of, and the method whose score or
+# the two methods whose difference it has. Measure svd where no other is named.
+SOURCES = {
+    "README.md": """
+cpu/tables/table4: digits: lora
+cpu/tables/table4: digits, budget 0.13: partial − lora; partial; targeted; partial − targeted; uniform;\
+ partial − uniform; shuffled; partial − shuffled; inverted; partial − inverted; partial (element);\
+ partial − partial (element); flow; partial − flow; low_rank; partial − low_rank; random_weights;\
+ partial − random_weights
+cpu/tables/table1: average, budget 0.13: partial − lora
+cpu/tables/table1: average, threshold 0.9: partial − lora
+cpu/tables/table1: average, budget 0.13: partial − targeted
+cpu/tables/table1: average, threshold 0.9: partial − targeted
+digits_rate/tables/table1: average, budget 0.13: partial − targeted
+longer/report/comparison: digits, budget 0.13: partial − lora
+""",
+    "results/README.md": """
+cpu/tables/table1: average, budget 0.13: partial − lora
+cpu/tables/table1: gtsrb, budget 0.13: partial − lora
+cpu/tables/table1: digits, budget 0.13: partial − lora
+cpu/tables/table1: average, threshold 0.9: partial − lora
+cpu/tables/table2: average, budget 0.13: partial − targeted
+cpu/tables/table2: signdigits, budget 0.13: targeted
+digits_rate/tables/table1: average, budget 0.13: partial − targeted
+cpu/tables/table2: digits, budget 0.13, mean over svd, snip and imp: partial − targeted
+cpu/tables/table2: average, threshold 0.9: partial − targeted
+digits_rate/tables/table1: average, threshold 0.9: partial − targeted
+same_rate/report/comparison: digits, threshold 0.9: partial − targeted
+same_rate/report/comparison: cifar10, threshold 0.9: partial − targeted
+same_rate/report/comparison: signdigits, threshold 0.9: partial − targeted
+cpu/tables/table3: minilm_l6, average, budget 0.13: partial − targeted
+cpu/tables/table3: minilm_l6, average, threshold 0.9: partial − targeted
+cpu/tables/table3: sst2, threshold 0.9: partial − targeted
+cpu/tables/table3: trec, threshold 0.9: partial − targeted
+cpu/tables/table3: minilm_l6, average, budget 0.13: partial − lora
+cpu/tables/table3: minilm_l6, average, threshold 0.9: partial − lora
+cpu/tables/table3: sst2: lora
+sst2_rate/report/comparison: sst2, budget 0.13: partial − lora
+sst2_rate/report/comparison: sst2, threshold 0.9: partial − lora
+cpu/tables/table3: trec, budget 0.13: partial − lora
+cpu/tables/table3: trec, threshold 0.9: partial − lora
+cpu/tables/table3: smollm2_135m, average, budget 0.13: partial − lora
+cpu/tables/table3: smollm2_135m, average, threshold 0.9: partial − lora
+cpu/tables/table4: digits, budget 0.13: partial − uniform; partial − shuffled; partial − inverted
+longer/report/comparison: digits, budget 0.13: uniform − partial
+cpu/tables/table4: digits, budget 0.13: partial − targeted; partial − partial (element); partial − flow;\
+ partial − low_rank; partial − random_weights; partial − vera
+cpu/report/comparison: digits, budget 0.05: partial − low_rank
+cpu/report/comparison: digits, budget 0.02: partial − low_rank
+cpu/report/comparison: digits, budget 0.01: partial − low_rank
+cpu/tables/table6: digits+signdigits, average, budget 0.13: partial − lora
+cpu/tables/table6: digits+signdigits, average, threshold 0.9: partial − lora
+cpu/tables/table6: digits+signdigits, average: lora − lora, alone
+longer/report/comparison: digits, budget 0.13: lora; lora − partial; partial; uniform; uniform − partial
+""",
+}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs a checkout")
 
 
-def intervals(text: str) -> set[tuple[float, ...]]:
-    """Every difference with the ends of its interval that a text has."""
-    return {tuple(float(number.replace("−", "-")) for number in found) for found in INTERVAL.findall(text)}
+@cache
+def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
+    """What a row has, the score of a method or the difference of two; what it is of; its measure of importance where
+    that is not svd; and its numbers in points, a score with its deviation or a difference with its interval."""
+    made = []
+    for row in pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").to_dict("records"):
+        where, measure = {row.get(name) for name in WHERE}, {row.get("importance", "svd")} - {"svd", "–"}
+        difference, low, high = (100 * row[name] for name in ("difference", "low", "high"))
+        if row.get("part") == "difference":
+            made.append((f"{row['first']} − {row['second']}", where, measure, [difference, low, high]))
+            continue
+        mean, std = ("mean", "std") if "mean" in row else ("test_mean", "test_std")
+        made.append((row["method"], where, measure, [100 * row[mean], 100 * row[std]]))
+        if "comparison" in table:  # which sets every method beside partial
+            made.append((f"{row['method']} − partial", where, measure, [difference, low, high]))
+            made.append((f"partial − {row['method']}", where, measure, [-difference, -high, -low]))
+    return made
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_interval_on_a_page_is_one_of_a_table(page: str) -> None:
-    there = {each for pattern in TABLES for file in ROOT.glob(pattern) for each in intervals(file.read_text("utf-8"))}
-    there |= {(-difference, -high, -low) for difference, low, high in there}  # the other way round
-    said = intervals((ROOT / page).read_text("utf-8"))
-    assert said
-    assert not said - there
+@pytest.mark.parametrize("page", SOURCES)
+def test_every_number_on_a_page_is_that_of_its_row(page: str) -> None:
+    sources = []
+    for line in SOURCES[page].strip().splitlines():
+        table, where, methods = line.split(": ")
+        sources += [(table, {*re.split(r", (?!snip)", where)}, method) for method in re.split("; ?", methods)]
+    shown = [[each for each in match if each] for match in NUMBER.findall((ROOT / page).read_text("utf-8"))]
+    assert len(shown) == len(sources)
+    for numbers, (table, where, method) in zip(shown, sources, strict=True):
+        own = [
+            values
+            for what, words, measure, values in rows(table)
+            if what == method and measure <= where <= words | measure
+        ]
+        assert len(own) == 1, (table, where, method, own)
+        half_a_digit = 0.51 * 10.0 ** -len(numbers[0].partition(".")[2])
+        assert own[0] == pytest.approx([float(each.replace("−", "-")) for each in numbers], abs=half_a_digit), (
+            table,
+            where,
+            method,
+        )
