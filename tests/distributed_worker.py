@@ -363,5 +363,5 @@ def main(rank: int, group: str, folder: Path) -> None:
 
 def start(group: str, folder: Path) -> list[dict]:
     """What each process found, by the name of the check. An error in one of them is raised here."""
-    torch.multiprocessing.spawn(main, args=(group, folder), nprocs=WORLD)
+    torch.multiprocessing.start_processes(main, args=(group, folder), nprocs=WORLD, start_method="fork")
     return [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(WORLD)]

@@ -138,4 +138,4 @@ def start(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(main, args=(folder, port), nprocs=WORLD)
+    torch.multiprocessing.start_processes(main, args=(folder, port), nprocs=WORLD, start_method="fork")
