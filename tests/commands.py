@@ -46,10 +46,12 @@ def environment(place: Path, **changes: str) -> dict[str, str]:
     return os.environ | own | {"COLUMNS": "200"} | changes
 
 
-def command(place: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+def command(
+    place: Path, *arguments: str, before: tuple[str, ...] = (), **changes: str
+) -> subprocess.CompletedProcess:
     """`partial-lora` in an interpreter of its own, in the folder `place`; changes: of its environment."""
     return subprocess.run(
-        [sys.executable, "-m", "partial_lora", *arguments],
+        [*before, sys.executable, "-m", "partial_lora", *arguments],
         cwd=place,
         env=environment(place, **changes),
         capture_output=True,

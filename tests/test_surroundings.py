@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from commands import command, here
 from finished_runs import override, picture_files
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tracked import in_mlflow, points_of, without_clock
 
@@ -28,19 +29,6 @@ SECRET = "correct-horse-battery-staple"  # without the shape of a token: only th
 TINY = ("model=tiny_vit", "method=lora", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.device=cpu")
 
 
-def command(place: Path, *arguments: str, before: tuple[str, ...] = (), **changes: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PARTIAL_LORA_CACHE": str(place / "cache"), "HF_HOME": str(place / "hf")} | changes
-    return subprocess.run(
-        [*before, sys.executable, "-m", "partial_lora", *arguments],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="module")
 def secretive(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A finished run with a secret in its environment and in its settings, as the name of a folder of the user's."""
@@ -48,7 +36,7 @@ def secretive(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     (place / SECRET).mkdir()
     files = {split: shutil.copy(file, place / SECRET) for split, file in picture_files().items()}
     given = (*TINY, "task=cifar10", override(files))
-    done = command(place, "train", *given, "trainer.report_to=[tensorboard,mlflow]", HF_TOKEN=SECRET)
+    done = here(place, "train", *given, "trainer.report_to=[tensorboard,mlflow]", drawn=True, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stderr
     (directory,) = (path.parent for path in place.glob("results/runs/*/*/*/*/result.json"))
     return SimpleNamespace(place=place, done=done, directory=directory, given=given)
@@ -88,16 +76,14 @@ def test_trackers_have_what_the_record_has(secretive, monkeypatch) -> None:
 
 
 def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(secretive) -> None:
-    place, unreachable = secretive.place, "http://127.0.0.1:9"
-    done = command(
-        place,
-        "train",
-        *TINY,
-        f"model.weights=someone/{SECRET}",
-        "results_dir=failed",
-        HF_TOKEN=SECRET,
-        HF_ENDPOINT=unreachable,
-    )
+    place = secretive.place
+
+    def unreachable() -> None:
+        constants.ENDPOINT, constants.HF_HUB_OFFLINE = "http://127.0.0.1:9", False
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+
+    given = (f"model.weights=someone/{SECRET}", "results_dir=failed")
+    done = here(place, "train", *TINY, *given, first=unreachable, HF_TOKEN=SECRET)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert f"model=tiny_vit: cannot download someone/{HIDDEN} from the model hub (" in line
