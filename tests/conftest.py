@@ -20,6 +20,9 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 _HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
 os.environ["HF_HOME"] = _HF_HOME.name
 
+# Nobody cuts the power while tests run: to wait for the disk would only take longer where it is busy.
+os.fsync = lambda descriptor: None
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from accelerate.state import AcceleratorState
 from adapter_models import KINDS, adapt, fill, layers, logits, loss_of, step
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -340,6 +341,7 @@ CHECKS = {
 
 def main(rank: int, group: str, folder: Path) -> None:
     """One of the processes: run a group of checks and write down what they found."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings before the fork
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import torch
 import torch.multiprocessing
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, default_data_collator
@@ -86,6 +87,7 @@ def main(rank: int, folder: Path, port: int) -> None:
     ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXPECTED), str(WORLD))
     os.environ.update({**ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings before the fork
     torch.set_num_threads(1)
     assert fsdp.ask("fsdp")
     own = distributed.join("cpu")
