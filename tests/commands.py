@@ -46,9 +46,7 @@ def environment(place: Path, **changes: str) -> dict[str, str]:
     return os.environ | own | {"COLUMNS": "200"} | changes
 
 
-def command(
-    place: Path, *arguments: str, before: tuple[str, ...] = (), **changes: str
-) -> subprocess.CompletedProcess:
+def command(place: Path, *arguments: str, before: tuple[str, ...] = (), **changes: str) -> subprocess.CompletedProcess:
     """`partial-lora` in an interpreter of its own, in the folder `place`; changes: of its environment."""
     return subprocess.run(
         [*before, sys.executable, "-m", "partial_lora", *arguments],
