@@ -57,8 +57,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     method = methods.get(config.method.name)
     calibrated = methods.is_calibrated(method) or stage == "calibrate"
-    # What is calibrated are weights; codes of 4 or 8 bits come back for training.
-    with models.dequantised(model, values=calibrated):
+    # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
+    with models.dequantised(model, values=calibrated or methods.is_ranked(method)):
         targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
@@ -87,6 +87,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             return
         if not calibrated and (sparsity := build.fixed_sparsity(config, shapes)):
             record["fixed"] = {"budget": config.calibration.budget}
+        if not calibrated and methods.is_ranked(method):
+            with timed(record, "importance"):
+                draws = build.draws_of(config, task.train)
+                scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)

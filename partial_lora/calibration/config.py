@@ -10,7 +10,7 @@ from partial_lora.errors import one_of, positive, require
 
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 # Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
-BUDGETED = ("entries",)
+BUDGETED = ("entries", "ticket")
 
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
 
@@ -24,8 +24,8 @@ class ImportanceConfig:
     energy: float = 0.9  # svd: share of the squared spectrum
     rounds: int = 3  # imp: how often it prunes
     fraction: float = 0.2  # imp: share of the rows and columns left that a round prunes
-    steps: int = 10  # imp: optimizer steps before each pruning
-    learning_rate: float = 1e-5  # imp: of those steps
+    steps: int = 10  # imp: optimizer steps before each pruning; adapter: in all
+    learning_rate: float = 1e-5  # imp, adapter: of those steps
 
     def __post_init__(self) -> None:
         require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
@@ -33,6 +33,8 @@ class ImportanceConfig:
         require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
         require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
         require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
+        untrained = self.name == "adapter" and self.steps == 0
+        require(not untrained, "importance.steps", self.steps, "at least 1, for importance=adapter: B starts from zero")
         positive("importance.learning_rate", self.learning_rate)
 
 

@@ -153,15 +153,18 @@ def importance_few_shot(
     draws: Draws,
     head: str | None,
     seed: int,
+    rank: int = 16,
+    alpha: float = 16.0,
     new_head: bool = True,
     sizes: Sequence[int] = (),
 ) -> Scores:
     """Return the importance of every row and column of the modules, by the measure that `config` names.
 
     A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
-    that one is not new; any other sees the weights alone. sizes: of a mixture, how many classes each member has.
+    that one is not new; any other sees the weights alone. rank, alpha: of the adapter. sizes: of a mixture, how many
+    classes each member has.
     """
-    measure, options = config.name, options_of(config)
+    measure, options = config.name, options_of(config, rank, alpha)
     targets = {name: model.get_submodule(name) for name in modules}
     if measure not in NEEDS_DATA:
         return {
@@ -174,9 +177,10 @@ def importance_few_shot(
         return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
 
 
-def options_of(config: ImportanceConfig) -> dict[str, object]:
-    """Return the keys that the measure of these settings takes."""
-    return {name: getattr(config, name) for name in OPTIONS[config.name]}
+def options_of(config: ImportanceConfig, rank: int, alpha: float) -> dict[str, object]:
+    """Return what the measure of these settings takes: its keys and, if it trains an adapter, the size of that."""
+    options = {name: getattr(config, name) for name in OPTIONS[config.name]}
+    return options | ({"rank": rank, "alpha": alpha} if config.name == "adapter" else {})
 
 
 def calibrate_few_shot(
@@ -192,6 +196,7 @@ def calibrate_few_shot(
     architecture: Mapping[str, object],
     rank: int,
     granularity: str,
+    alpha: float = 16.0,
     head: str | None,
     blocks: str | None,
     new_head: bool = True,
@@ -217,7 +222,7 @@ def calibrate_few_shot(
     decides = {
         "version": VERSION,
         "architecture": dict(architecture),
-        "importance": {"seed": config.seed, "name": importance.name} | options_of(importance),
+        "importance": {"seed": config.seed, "name": importance.name} | options_of(importance, rank, alpha),
         "modules": sorted(scores),
         "levels": config.levels,
         "max_sparsity": config.max_sparsity,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -390,6 +392,63 @@ def _train(
     return {name: weight.detach() for name, weight in trained.items()}
 
 
+def adapter(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    *,
+    loss: Loss,
+    seed: int = 0,
+    rank: int = 16,
+    alpha: float = 16.0,
+    steps: int = 30,
+    learning_rate: float = 1e-3,
+) -> dict[str, Scores]:
+    """Return the norms of the rows of B and of the columns of A that a dense adapter of these modules trains to.
+
+    Row i scores |B_i| |A|, column j |A_j| |B|. Within one factor that is the order of the norms. Across factors and
+    modules norms alone say nothing, since cB and A / c are the same adapter, A starts from numbers that shrink with the
+    width of W, and B from zero. The product stays the same, and is as much as can be lost of BA with the row (column):
+    no more than that is the norm of B_i A and of B A_j.
+    The adapter trains for `steps` steps by AdamW without decay, drawn with `seed` as `get_peft_model` draws it; it is
+    taken off again, and torch's random numbers go on as if it had never been. A run of that seed and rank starts from
+    the same A: what is kept of it is a winning ticket, rewound to the values that it was trained from.
+    Source: Frankle and Carbin 2019 (arXiv 1803.03635), one-shot pruning by magnitude with resetting, of rows and
+    columns of an adapter's factors in place of entries of a network's weights. Raises PartialLoraError for training
+    that diverges.
+    """
+    named = "|".join(map(re.escape, modules))  # a list would match the ends of other names, too
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=f"({named})")
+    device = next(model.parameters()).device
+    drawn = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with differentiable(model, {}), drawn:
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+        try:
+            layers = {name: model.get_submodule(name) for name in modules}
+            factors = {
+                f"{name}.{factor}": getattr(layer, factor)["default"]
+                for name, layer in layers.items()
+                for factor in ("lora_A", "lora_B")
+            }
+            optimizer = torch.optim.AdamW(
+                [each.weight for each in factors.values()], lr=learning_rate, weight_decay=0.0
+            )
+            for batch in _training_batches(batches, steps, torch.Generator().manual_seed(seed)):
+                for name, gradient in gradients(model, factors, batch, loss).items():
+                    factors[name].weight.grad = gradient
+                optimizer.step()
+        finally:
+            adapted.unload()
+    scores = {}
+    for name in modules:
+        a, b = (factors[f"{name}.{factor}"].weight.detach().double() for factor in ("lora_A", "lora_B"))
+        scores[name] = b.norm(dim=1) * a.norm(), a.norm(dim=0) * b.norm()
+        if not all(torch.isfinite(axis).all() for axis in scores[name]):
+            raise PartialLoraError(f"importance=adapter: training {name} diverged; lower importance.learning_rate")
+    return scores
+
+
 def _training_batches(batches: Sequence[Batch], steps: int, generator: torch.Generator) -> Iterator[Batch]:
     """Yield a batch a step, every example once before any comes again, in another order each time through."""
     for step in range(steps):
@@ -483,7 +542,12 @@ def _precise(tensor: Tensor) -> torch.dtype:
 # --- Scores by a measure's name
 
 MEASURES: dict[str, Callable[..., Scores]] = {"svd": svd, "magnitude": magnitude, "random": random}
-NEEDS_DATA: dict[str, Callable[..., dict[str, Scores]]] = {"snip": snip, "imp": imp, "activation": activation}
+NEEDS_DATA: dict[str, Callable[..., dict[str, Scores]]] = {
+    "snip": snip,
+    "imp": imp,
+    "activation": activation,
+    "adapter": adapter,
+}
 # The keys of the group `importance` that each measure takes.
 OPTIONS = {
     "svd": ("k", "energy"),
@@ -492,6 +556,7 @@ OPTIONS = {
     "snip": (),
     "imp": ("rounds", "fraction", "steps", "learning_rate"),
     "activation": (),
+    "adapter": ("steps", "learning_rate"),
 }
 
 Importance = str | Callable[..., Scores] | Mapping[str, Scores]

@@ -10,7 +10,16 @@ from peft import PeftModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods import controls, flow, full, partial, peft
-from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training, expected_sparsity, is_calibrated
+from partial_lora.methods.setting import (
+    Method,
+    Scores,
+    Setting,
+    Sparsity,
+    Training,
+    expected_sparsity,
+    is_calibrated,
+    is_ranked,
+)
 
 __all__ = [
     "METHODS",
@@ -22,6 +31,7 @@ __all__ = [
     "expected_sparsity",
     "get",
     "is_calibrated",
+    "is_ranked",
     "training",
 ]
 
@@ -29,6 +39,7 @@ METHODS: dict[str, Method] = {
     "partial": partial.partial,
     "targeted": partial.targeted,
     "entries": partial.entries,
+    "ticket": partial.ticket,
     "flow": flow.flow,
     "uniform": controls.uniform,
     "shuffled": controls.shuffled,

@@ -1,7 +1,10 @@
-"""Partial-LoRA, the paper's other method, Targeted-LoRA, and the form of mask that needs no calibration."""
+"""Partial-LoRA, the paper's other method, Targeted-LoRA, and two forms of mask that need no calibration."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -9,7 +12,7 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import even_sparsity, masked_units
 from partial_lora.calibration.search import AXES
 from partial_lora.masks import Mask
-from partial_lora.methods.setting import Setting, calibrated
+from partial_lora.methods.setting import Scores, Setting, calibrated, ranked
 
 
 @calibrated
@@ -19,6 +22,7 @@ def partial(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 @calibrated
+@ranked
 def targeted(model: nn.Module, setting: Setting) -> PeftModel:
     """Targeted-LoRA: the calibrated number of rows and columns of each module, the most important ones."""
     indices = {
@@ -41,3 +45,40 @@ def entries(model: nn.Module, setting: Setting) -> PeftModel:
     single = masked_units(setting.shapes, setting.rank, "element")
     masked = setting.masked() | {"granularity": "element", "sparsity": even_sparsity(*single, setting.budget())}
     return get_peft_model(model, PartialLoraConfig(**masked))
+
+
+@ranked
+def ticket(model: nn.Module, setting: Setting) -> PeftModel:
+    """Train winning tickets of the adapter: the rows of B and columns of A that a short dense training makes largest.
+
+    All modules' rows and columns stand in one ranking (`importance.adapter`), as in global magnitude pruning, so that
+    it decides, too, how much each module keeps; nothing is calibrated. The budget is spent to the last row or column.
+    Source: Frankle and Carbin 2019 (arXiv 1803.03635), section 4 for one ranking of all layers: train, prune what is
+    smallest, rewind what is left, train that.
+    """
+    kept = setting.budget() // setting.rank
+    indices = {
+        module: {axis: mask.kept.tolist() for axis, mask in axes.items()}
+        for module, axes in largest(setting.scores, kept).items()
+    }
+    return get_peft_model(model, PartialLoraConfig(**setting.masked(), selection="top", indices=indices))
+
+
+def largest(scores: Scores, count: int) -> dict[str, dict[str, Mask]]:
+    """Return masks of the `count` rows and columns of all modules that score highest; of equals the first.
+
+    The highest of every module's rows and of its columns is among them: an adapter without either is none, and a
+    network that loses a whole layer has collapsed.
+    """
+    parts = {(module, axis): part for module, axes in scores.items() for axis, part in zip(AXES, axes, strict=True)}
+    values = np.concatenate([part.cpu().double().numpy() for part in parts.values()])
+    starts = np.cumsum([0, *map(len, parts.values())])
+    kept = np.zeros(len(values), dtype=bool)
+    for start, end in pairwise(starts):
+        kept[start + values[start:end].argmax()] = True
+    order = np.argsort(-values, kind="stable")
+    kept[order[~kept[order]][: count - kept.sum()]] = True
+    masks: dict[str, dict[str, Mask]] = {module: {} for module in scores}
+    for (module, axis), (start, end) in zip(parts, pairwise(starts), strict=True):
+        masks[module][axis] = Mask(int(end - start), np.flatnonzero(kept[start:end]))
+    return masks

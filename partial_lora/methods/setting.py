@@ -109,6 +109,17 @@ def calibrated(method: Method) -> Method:
     return method
 
 
+def ranked(method: Method) -> Method:
+    """Mark a method that chooses rows and columns by their importance, whether or not it is calibrated."""
+    method.ranked = True
+    return method
+
+
+def is_ranked(method: Method) -> bool:
+    """Return True where the method uses the importance of rows and columns."""
+    return getattr(method, "ranked", False)
+
+
 def is_calibrated(method: Method) -> bool:
     """Return True where the method uses the result of a calibration."""
     return getattr(method, "calibrated", False)

@@ -359,7 +359,9 @@ class Folder:
 
     @property
     def measure(self) -> str | None:
-        return (self.config.get("importance") or {}).get("name")
+        """The measure of importance that its sparsities were calibrated by."""
+        calibrated = self.runs[0].record.get("calibration") is not None
+        return (self.config.get("importance") or {}).get("name") if calibrated else None
 
     @cached_property
     def distance(self) -> int:
@@ -403,7 +405,7 @@ def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
 def paired(every: Sequence[Folder], reference: str) -> Pairing:
     """Return who is compared with whom: `reference` with all others of its `BLOCK`.
 
-    Methods that are not calibrated are compared at all points, those that are with references of the same measure of
+    Methods without a point are compared at all of them, and calibrated ones with references of the same measure of
     importance, the plainest measure first. A run that was repaired or whose masks have a seed of their own is no
     reference beside others. Of up to three references of a measure each is taken, of more the one whose own settings
     are nearest to the schema's.
@@ -423,7 +425,7 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
             order = sorted(alike, key=lambda key: (key[1] != usual, min(each.distance for each in alike[key])))
             for shared, measure in order:
                 own = [each for each in at_point if each.row["conditions"] == shared]
-                own = [each for each in own if each.row["operating_point"] == NONE or each.measure == measure]
+                own = [each for each in own if each.measure in (None, measure)]
                 for base in _references(alike[shared, measure], pairing):
                     pairing.pairs += [(each, base) for each in (base, *(each for each in own if each is not base))]
             for each in at_point:

@@ -33,7 +33,7 @@ def summary(result: Mapping, directory: Path) -> Table:
             "head, trainable": f"{numbers['head_parameters']:,}",
             "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
             "precision": numbers["precision"],
-            "seconds": _seconds(result, "calibrate", "train", "evaluate"),
+            "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": _warnings(result),
             "files": str(directory),
         }

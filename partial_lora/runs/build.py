@@ -198,6 +198,8 @@ def importance(
         draws=draws,
         head=config.model.head,
         seed=config.calibration_seed,
+        rank=config.method.rank,
+        alpha=config.method.alpha,
         new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
     )
@@ -225,6 +227,7 @@ def few_shot_arguments(
         "architecture": {"architecture": config.model.architecture, "model_args": config.model.model_args},
         "rank": config.method.rank,
         "granularity": config.mask.counted,
+        "alpha": config.method.alpha,
         "head": config.model.head,
         "new_head": not models.has_own_head(config.model.family),
         "blocks": config.model.blocks,

@@ -294,6 +294,10 @@ class Config:
             one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name == "entries":
             one_of("mask.granularity", self.mask.granularity, "element")
+        if self.method.name == "ticket":
+            one_of("importance.name", self.importance.name, "adapter")
+            one_of("mask.granularity", self.mask.granularity, "rows_columns")
+            one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name in BUDGETED:
             self._check_budgeted()
         self._check_rates()

@@ -135,6 +135,7 @@ def ten_classes() -> nn.Module:
 
 
 TARGETS = ["timm_model.blocks.0.attn.qkv", "timm_model.blocks.1.mlp.fc2"]
+ADAPTER = {"steps": 2, "learning_rate": 1e-3}
 IMP = {"rounds": 2, "fraction": 0.3, "steps": 2, "learning_rate": 1e-3}
 
 
@@ -151,7 +152,7 @@ def same(first: dict, second: dict) -> bool:
     return all(torch.equal(*pair) for name in first for pair in zip(first[name], second[name], strict=True))
 
 
-@pytest.mark.parametrize(("measure", "options"), [("snip", {}), ("imp", IMP), ("activation", {})])
+@pytest.mark.parametrize(("measure", "options"), [("snip", {}), ("imp", IMP), ("activation", {}), ("adapter", ADAPTER)])
 def test_importance_sees_the_fit_draw_and_never_the_scored_one(digits, measure: str, options: dict) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)

@@ -264,7 +264,7 @@ def test_a_measure_that_needs_data_is_not_taken_by_name_alone(name):
 def test_the_options_of_every_measure_are_those_it_takes():
     measures = importance.MEASURES | importance.NEEDS_DATA
     assert importance.OPTIONS.keys() == measures.keys()
-    shared = {"weight", "module", "model", "modules", "batches", "loss", "seed"}
+    shared = {"weight", "module", "model", "modules", "batches", "loss", "seed", "rank", "alpha"}
     for name, measure in measures.items():
         assert set(inspect.signature(measure).parameters) - shared == set(importance.OPTIONS[name])
 

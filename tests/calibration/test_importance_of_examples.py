@@ -8,6 +8,7 @@ import math
 import pytest
 import tiny_vit
 import torch
+from peft import LoraConfig, get_peft_model
 from scored_models import TARGETS, linears
 from torch import nn
 from torch.nn import functional
@@ -17,7 +18,12 @@ from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.targets import target_linears
 
-MEASURES = {"snip": {}, "activation": {}, "imp": {"steps": 2, "rounds": 2, "learning_rate": 1e-3}}
+MEASURES = {
+    "snip": {},
+    "activation": {},
+    "imp": {"steps": 2, "rounds": 2, "learning_rate": 1e-3},
+    "adapter": {"steps": 4, "learning_rate": 1e-2, "rank": 2},
+}
 
 
 class Perceptron(nn.Module):
@@ -111,7 +117,7 @@ def test_activation_is_the_weight_times_the_norm_of_what_enters(perceptron, modu
     assert_same(scores("activation", perceptron, modules, draw()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", ["snip", "activation", "imp"])  # A, which is drawn, would have to move along
 def test_scores_follow_the_units_when_they_change_places(name, perceptron, modules):
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     moved = copy.deepcopy(perceptron)
@@ -197,7 +203,7 @@ def test_dropout_is_off_and_gradients_are_on_whatever_the_caller_does(name, perc
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_module_that_nothing_reaches_is_named(name, perceptron, modules):
     perceptron.spare = nn.Linear(4, 4)
-    with pytest.raises(PartialLoraError, match=r"spare; leave it out"):
+    with pytest.raises(PartialLoraError, match=r"spare.*; leave it out"):
         scores(name, perceptron, modules | {"spare": perceptron.spare}, draw())
 
 
@@ -413,6 +419,65 @@ def test_examples_are_mixed_and_each_is_seen_before_any_comes_again(perceptron, 
     labels = {tuple(row.tolist()): int(label) for batch in batches for row, label in zip(*batch.values(), strict=True)}
     for batch in watched.batches:
         assert [labels[tuple(row.tolist())] for row in batch["inputs"]] == batch["labels"].tolist()
+
+
+def drawn_by_peft(perceptron, names, seed, rank):
+    """A of every module, as PEFT draws it for a run of that seed."""
+    torch.manual_seed(seed)
+    own = get_peft_model(copy.deepcopy(perceptron), LoraConfig(r=rank, target_modules=names)).get_base_model()
+    return {name: own.get_submodule(name).lora_A["default"].weight.detach().clone() for name in names}
+
+
+def literally_adapted(perceptron, names, batch, *, seed, rank, alpha, steps, learning_rate):
+    """The slow twin: W + alpha / rank B A written out, AdamW too, on all examples at once."""
+    model, weights, factors = copy.deepcopy(perceptron).eval(), {}, {}
+    for name, a in drawn_by_peft(perceptron, names, seed, rank).items():
+        weights[name] = model.get_submodule(name).weight.detach()
+        factors[name] = [torch.zeros(len(weights[name]), rank), a]
+    first = {name: [torch.zeros_like(factor) for factor in pair] for name, pair in factors.items()}
+    second = copy.deepcopy(first)
+    for step in range(1, steps + 1):
+        for pair in factors.values():
+            for factor in pair:
+                factor.requires_grad_(True)
+        whole = {name: weights[name] + alpha / rank * b @ a for name, (b, a) in factors.items()}
+        adapted = {f"{name}.weight": weight for name, weight in whole.items()}
+        logits = torch.func.functional_call(model, adapted, (batch["inputs"],))
+        functional.cross_entropy(logits, batch["labels"]).backward()
+        for name, pair in factors.items():
+            for place, factor in enumerate(pair):
+                first[name][place] = 0.9 * first[name][place] + 0.1 * factor.grad
+                second[name][place] = 0.999 * second[name][place] + 0.001 * factor.grad**2
+                root = (second[name][place] / (1 - 0.999**step)).sqrt()
+                update = first[name][place] / (1 - 0.9**step) / (root + 1e-8)
+                pair[place] = (factor - learning_rate * update).detach()
+    return {
+        name: (
+            torch.tensor([norm(row) * norm(a.flatten()) for row in b], dtype=torch.float64),
+            torch.tensor([norm(column) * norm(b.flatten()) for column in a.T], dtype=torch.float64),
+        )
+        for name, (b, a) in factors.items()
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_adapter_that_is_scored_is_a_dense_one_trained_briefly(steps, perceptron, modules):
+    options = {"rank": 3, "alpha": 6.0, "steps": steps, "learning_rate": 0.02}
+    (batch,) = draw((11,))
+    found = importance.data_scores("adapter", perceptron, modules, [batch], seed=5, options=options)
+    expected = literally_adapted(perceptron, list(modules), batch, seed=5, **options)
+    assert_same(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_trace_of_the_adapter_stays(perceptron, modules):
+    parts = dict(perceptron.named_modules())
+    scores("adapter", perceptron, modules, draw())
+    with pytest.raises(PartialLoraError, match=r"importance=adapter: training .* diverged"):
+        scores(
+            "adapter", perceptron, modules, draw(), loss=lambda model, batch: model(batch["inputs"]).sum() * math.nan
+        )
+    assert dict(perceptron.named_modules()) == parts
+    assert not hasattr(perceptron, "peft_config")
 
 
 def test_batches_of_other_lengths_stay_whole():

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from configured import inputs, load, loud, settings
+from configured import inputs, labels, load, loud, settings
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import set_seed
 
 from partial_lora import methods, models
 from partial_lora.adapter import module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
+from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import random_keys
+from partial_lora.masks import AXES, random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
 from partial_lora.runs import config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
 from partial_lora.training import cost
 
-CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries")
+CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries", "ticket")
 MASKED = ("uniform", "shuffled", "inverted", "flow")
 
 
@@ -129,6 +132,42 @@ def test_entries_are_drawn_one_by_one_at_one_share_of_every_factor() -> None:
     assert spent == setting.budget()
     share = spent / sum(size for _, size in shares)
     assert all(abs(kept - share * size) <= 1.5 for kept, size in shares)
+
+
+def test_tickets_are_the_largest_of_all_modules_in_one_ranking() -> None:
+    model, setting = adapted("ticket", "tiny_vit", seed=3)
+    parts = {
+        (module, axis): part.tolist()
+        for module, own in setting.scores.items()
+        for axis, part in zip(AXES, own, strict=True)
+    }
+    every = [(score, *part, place) for part, scores in parts.items() for place, score in enumerate(scores)]
+    kept = {(*part, max(range(len(scores)), key=scores.__getitem__)) for part, scores in parts.items()}
+    for _, *which in sorted(every, key=lambda each: -each[0]):
+        if len(kept) == setting.budget() // setting.rank:
+            break
+        kept.add(tuple(which))
+    masks = module_masks(model)
+    found = {(module, axis, int(i)) for module in masks for axis in AXES for i in getattr(masks[module], axis).kept}
+    assert found == kept
+
+
+def test_a_ticket_starts_from_the_values_of_a_that_it_was_scored_by() -> None:
+    model, batch = load("tiny_vit"), inputs("tiny_vit") | {"labels": labels("tiny_vit", {})}
+    setting = setting_of("tiny_vit", model)
+    modules, began = {name: model.get_submodule(name) for name in setting.shapes}, {}
+
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        for name in modules:
+            began.setdefault(name, model.get_submodule(name).lora_A["default"].weight.detach().clone())
+        return task_loss(model, batch)
+
+    scores = data_scores("adapter", model, modules, [batch], seed=7, options={"rank": 4, "steps": 2}, loss=loss)
+    set_seed(7)
+    ticket = methods.get("ticket")(model, dataclasses.replace(setting, scores=scores))
+    for name, masks in module_masks(ticket).items():
+        start = ticket.get_base_model().get_submodule(name).lora_A["default"].weight
+        assert torch.equal(start[:, masks.columns.kept], began[name][:, masks.columns.kept])
 
 
 def test_shuffled_gives_each_shape_its_own_sparsities_in_an_order_of_the_seed() -> None:

@@ -17,17 +17,18 @@ from method_settings import adapted
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from partial_lora.calibration.config import BUDGETED
 from partial_lora.report import records
 from partial_lora.runs import directory, export
 from partial_lora.runs.predict import Predictor
 
-OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries")
+OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries", "ticket")
 
 
 def settings_of(method: str) -> tuple[str, ...]:
     """On the pictures, with the calibration of Partial-LoRA's, if any."""
     known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
-    known = "calibration.budget=0.3" if method == "entries" else known
+    known = "calibration.budget=0.3" if method in BUDGETED else known
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")
@@ -74,6 +75,18 @@ def test_every_run_records_its_cost(method: str) -> None:
     assert expected <= cost["optimizer_bytes"] <= expected + 4 * 200  # and a step count for each tensor
     assert cost["step_seconds"] > 0
     assert cost["saved_activation_bytes"] > 32 * 17 * 32 * 4  # one layer's inputs: pictures, tokens, width, bytes
+
+
+def test_a_ticket_is_found_on_the_fit_draw_and_says_how_long_that_took() -> None:
+    run = run_of("ticket")
+    assert run.result["fixed"] == {"budget": 0.3}
+    assert run.result["calibration"] is None
+    assert run.result["seconds"]["importance"] > 0
+    parameters, shares = run.result["parameters"], run.result["sparsity"]
+    assert 0.3 * parameters["adapter_dense"] - 16 < parameters["adapter_trainable"] <= 0.3 * parameters["adapter_dense"]
+    assert len({share for axes in shares.values() for share in axes.values()}) > 10  # each module has shares of its own
+    sidecar = json.loads((run.adapter / "partial_lora.json").read_text())
+    assert sidecar["selection"] == "top"
 
 
 def test_with_a_frozen_fewer_activations_are_kept() -> None:

@@ -14,7 +14,6 @@ from method_settings import adapted
 
 from partial_lora import methods
 from partial_lora.calibration import importance
-from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import compose, config, directory, identity
 from partial_lora.runs.compose import composed
@@ -74,6 +73,11 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method=entries", "calibration.threshold=0.5"], ["calibration.threshold=0.5", "method=entries"]),
         (["method=entries", "calibration.file={file}"], ["calibration.file", "method=entries"]),
         (["method=entries", "calibration.repair=true"], ["calibration.repair"]),
+        (["method=ticket", "importance=svd"], ["importance.name=svd"]),
+        (["method=ticket", "mask=element"], ["mask.granularity=element"]),
+        (["method=ticket", "mask=frozen"], ["mask.columns=frozen"]),
+        (["method=ticket", "calibration.threshold=0.5"], ["calibration.threshold=0.5", "method=ticket"]),
+        (["importance=adapter", "importance.steps=0"], ["importance.steps=0", "importance=adapter"]),
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
         (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
         ([*CAUSAL, "trainer.head_learning_rate=1e-2"], ["trainer.head_learning_rate=0.01", "model=tiny_llama"]),
@@ -157,7 +161,8 @@ def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
     for name, options in importance.OPTIONS.items():
         measure = (importance.MEASURES | importance.NEEDS_DATA)[name]
         defaults = {key: value.default for key, value in inspect.signature(measure).parameters.items()}
-        assert {key: getattr(ImportanceConfig(), key) for key in options} == {key: defaults[key] for key in options}
+        chosen = composed(f"importance={name}").importance
+        assert {key: getattr(chosen, key) for key in options} == {key: defaults[key] for key in options}
 
 
 # Ids and directories
