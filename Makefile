@@ -14,6 +14,7 @@
 # make digits-rate   table 1's other images with the learning rates of digits (results/digits_rate)
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
+# make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour (results/bench)
@@ -26,7 +27,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate models bench calibration-analyses clean
+.PHONY: demo test test-all browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -152,6 +153,22 @@ same-rate: $(VENV)/.installed
 	$(SAME_RATE) task=digits
 	$(if $(FILES_AT),$(SAME_RATE) task=cifar10$(comma)signdigits $(OF_FILES_cpu) task.test_samples=1000)
 	$(BIN)/partial-lora report results/same_rate
+
+# Every form of mask at equal sizes (conf/experiment/forms.yaml). Texts take rates twice as high.
+KEPT = mask.fan_in=kept
+SCALED = $(KEPT)+mask.row_exponent=1
+FORMS = method=lora method=low_rank method=random_weights \
+	method=uniform method=uniform+$(KEPT) method=uniform+$(SCALED) \
+	method=entries method=entries+$(KEPT) method=entries+$(SCALED) \
+	method=uniform+mask=units+$(KEPT) method=uniform+mask=units+$(SCALED) method=uniform+mask=frozen+mask.row_exponent=1
+FORM_SIZES = calibration.budget=0.13,0.02
+FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=98+task.test_samples=1000)
+spaced = $(subst +,$(empty) $(empty),$(1))
+FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
+forms: $(VENV)/.installed
+	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form)) || test $$? = 1 &&)) true
+	$(BIN)/python scripts/forms.py results/forms
 
 SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
 sst2-rate: $(VENV)/.installed

@@ -210,3 +210,53 @@ def test_an_a_of_another_seed_is_refused(tmp_path):
 def test_what_does_not_go_together_is_refused_by_name(settings, key):
     with pytest.raises(PartialLoraError, match=key):
         PartialLoraConfig(target_modules=["qkv"], sparsity=0.5, **settings)
+
+
+class Wide(nn.Module):
+    """A wide layer, linear or a convolution, and a frozen read-out of what it computes."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Conv2d(256, 256, 3, padding=1) if convolution else nn.Linear(256, 256)
+        self.out = nn.Linear(256, 4)
+        self.shape = (32, 256, 4, 4) if convolution else (32, 256)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.wide(x))
+        return self.out(hidden.mean((2, 3)) if hidden.dim() == 4 else hidden)
+
+
+def change_of_outputs(density, *, convolution, steps, **settings):
+    """The root mean square change of the outputs after some steps of Adam at one small rate."""
+    base = Wide(convolution)
+    x, labels = torch.randn(base.shape, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 4
+    config = PartialLoraConfig(r=8, lora_alpha=8, target_modules=["wide"], sparsity=1 - density, **settings)
+    torch.manual_seed(2)
+    model = PeftModel(base, config)
+    before = model(x).detach()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(steps):
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (model(x).detach() - before).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units"])
+def test_a_step_moves_the_outputs_as_far_at_every_density(granularity, convolution):
+    """The coordinate check of scripts/density.py: one learning rate for every size, but not as PEFT draws A."""
+    densities = [1.0, 0.25, 0.0625]
+
+    def slope(steps, **settings):
+        changes = [
+            change_of_outputs(each, convolution=convolution, steps=steps, granularity=granularity, **settings)
+            for each in densities
+        ]
+        return np.polyfit(np.log(densities), np.log(changes), 1)[0]
+
+    aware = {"fan_in": "kept", "row_exponent": 1.0}
+    assert abs(slope(1, **aware)) < 0.2
+    assert abs(slope(10, **aware)) < 0.3
+    assert slope(1) == pytest.approx(1.5, abs=0.2)
