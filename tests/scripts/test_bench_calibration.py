@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import bench_calibration
 import bench_calibration_page
+import pytest
+import torch
 
 SIDES = ["scan", "bisect", "literal"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs the benchmark on a tiny model; once it is stopped before the literal reference, then it goes on."""
+    """A quick run that is stopped before the literal reference, and then goes on: its folder, and what it measured."""
     out, measured = tmp_path_factory.mktemp("bench"), []
     own, threads = bench_calibration.Question.measured, torch.get_num_threads()
 
@@ -29,14 +25,12 @@ def run(tmp_path_factory):
             raise KeyboardInterrupt
         return own(self, side, modules)
 
-    def start(*words):
-        bench_calibration.main(["--quick", "--threads", "1", "--literal", "5", "--out", str(out), *words])
-
+    words = ["--quick", "--threads", "1", "--literal", "5", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_calibration.Question, "measured", measure)
         with pytest.raises(KeyboardInterrupt):
-            start()
-        start()
+            bench_calibration.main(words)
+        bench_calibration.main(words)
     torch.set_num_threads(threads)
     return out, measured
 
@@ -46,36 +40,16 @@ def result(run):
     return json.loads((run[0] / "calibration.json").read_text(encoding="utf-8"))
 
 
-def test_a_stopped_run_goes_on_where_it_was(run, result):
+def test_a_stopped_run_goes_on_where_it_was_unless_the_code_has_changed(run, result, tmp_path, monkeypatch):
     out, measured = run
     assert measured == ["scan", "bisect", "literal", "literal"]
     assert sorted(path.name for path in out.iterdir()) == ["calibration.json", "calibration.md"]
     assert list(result["sides"]) == SIDES
-
-
-def test_what_is_kept_is_of_all_the_code_that_calibrates(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_calibration, "ROOT", tmp_path)
     inner = tmp_path / "partial_lora" / "tasks" / "draws.py"
     inner.parent.mkdir(parents=True)
-    inner.write_text("one")
-    before = bench_calibration._digest()
-    inner.write_text("other")
-    assert bench_calibration._digest() != before
-
-
-def test_all_sides_are_counted(result):
-    scan, bisect, literal = (result["sides"][side] for side in SIDES)
-    assert len(result["modules"]) == 12
-    assert list(scan["sparsity"]) == list(bisect["sparsity"]) == result["modules"]
-    assert len(literal["sparsity"]) == 5
-    assert {name.split(".", 3)[3] for name in literal["sparsity"]} == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
-    whole = result["blocks"] * result["examples"]
-    assert literal["evaluations"]["sample_blocks"] == whole * (literal["evaluations"]["passes"] + 1)
-    assert scan["evaluations"]["passes"] == result["literal"]["passes"]  # one for each level, cut short or not
-    assert (
-        scan["evaluations"]["sample_blocks"] < result["literal"]["sample_blocks"] == result["literal"]["passes"] * whole
-    )
-    assert bisect["evaluations"]["passes"] == 2 + 24 * 3 + fourth_questions(bisect["sparsity"])
+    digests = [bench_calibration._digest() for text in ("one", "other") if inner.write_text(text)]
+    assert digests[0] != digests[1]
 
 
 def fourth_questions(sparsity):
@@ -84,19 +58,32 @@ def fourth_questions(sparsity):
     return sum(round(value, 2) in deep for axes in sparsity.values() for value in axes.values())
 
 
-def test_another_answer_than_the_reference_is_no_result(result):
-    levels = [round(0.1 * number, 1) for number in range(1, 10)]
-    sides = json.loads(json.dumps(result["sides"]))
+def test_all_sides_are_counted(result):
+    scan, bisect, literal = (result["sides"][side] for side in SIDES)
+    assert len(result["modules"]) == 12
+    assert list(scan["sparsity"]) == list(bisect["sparsity"]) == result["modules"]
+    kinds = {name.split(".", 3)[3] for name in literal["sparsity"]}
+    assert (len(literal["sparsity"]), kinds) == (5, {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"})
     whole = result["blocks"] * result["examples"]
-    assert bench_calibration.literal(sides, levels, whole) == result["literal"]
-    name = next(iter(sides["literal"]["sparsity"]))
-    sides["scan"]["sparsity"][name]["rows"] += 0.1
-    with pytest.raises(SystemExit, match="not the literal reference's"):
-        bench_calibration.literal(sides, levels, whole)
-    sides = json.loads(json.dumps(result["sides"]))
-    sides["literal"]["evaluations"]["passes"] -= 1
-    with pytest.raises(SystemExit, match="the literal reference took"):
-        bench_calibration.literal(sides, levels, whole)
+    assert literal["evaluations"]["sample_blocks"] == whole * (literal["evaluations"]["passes"] + 1)
+    assert scan["evaluations"]["passes"] == result["literal"]["passes"]  # one for each level, cut short or not
+    of_reference = result["literal"]["passes"] * whole
+    assert scan["evaluations"]["sample_blocks"] < result["literal"]["sample_blocks"] == of_reference
+    assert bisect["evaluations"]["passes"] == 2 + 24 * 3 + fourth_questions(bisect["sparsity"])
+
+
+@pytest.mark.parametrize("wrong", [None, "sparsity", "passes"])
+def test_another_answer_than_the_reference_is_no_result(result, wrong):
+    sides, levels = copy.deepcopy(result["sides"]), [round(0.1 * number, 1) for number in range(1, 10)]
+    if wrong == "sparsity":
+        next(iter(sides["literal"]["sparsity"].values()))["rows"] += 0.1
+    if wrong == "passes":
+        sides["literal"]["evaluations"]["passes"] -= 1
+    if wrong is None:
+        assert bench_calibration.literal(sides, levels, result["blocks"] * result["examples"]) == result["literal"]
+    else:
+        with pytest.raises(SystemExit):
+            bench_calibration.literal(sides, levels, result["blocks"] * result["examples"])
 
 
 def test_passes_of_the_reference():
@@ -107,36 +94,34 @@ def test_passes_of_the_reference():
     assert bench_calibration.spread(3, 6) == [0, 1, 2]
 
 
-def test_how_it_judges():
-    def judged(blocks, wall, load=1.0, cpus=2):
-        side = {
-            "evaluations": {"sample_blocks": blocks},
-            "wall_seconds": wall,
-            "load": [0.5, load],
-            "usable_cpus": cpus,
-        }
-        result = {"sides": {"scan": side, "bisect": side}, "literal": {"sample_blocks": 300}, "threads": 2}
-        return [aim["verdict"] for aim in bench_calibration_page.judge(result)]
-
-    assert judged(100, 100) == ["met", "met", "met", "met"]
-    assert judged(150, 150) == ["met", "met", "not met", "not met"]
-    assert judged(151, 201) == ["not met"] * 4
-    assert judged(100, 201, load=6.0)[1] == "open: the machine was busy (load 6.0)"
-    assert judged(100, 201, cpus=1)[3] == "open: 2 threads had 1 processor"
+@pytest.mark.parametrize(
+    ("blocks", "seconds", "load", "cpus", "verdicts"),
+    [
+        (100, 100, 1.0, 2, ["met", "met", "met", "met"]),
+        (150, 150, 1.0, 2, ["met", "met", "not met", "not met"]),
+        (151, 201, 1.0, 2, ["not met", "not met", "not met", "not met"]),
+        (100, 201, 6.0, 2, ["met", "open: the machine was busy (load 6.0)"] * 2),
+        (100, 201, 1.0, 1, ["met", "open: 2 threads had 1 processor"] * 2),
+    ],
+)
+def test_how_it_judges(blocks, seconds, load, cpus, verdicts):
+    side = {"evaluations": {"sample_blocks": blocks}, "wall_seconds": seconds, "load": [0.5, load], "usable_cpus": cpus}
+    result = {"sides": {"scan": side, "bisect": side}, "literal": {"sample_blocks": 300}, "threads": 2}
+    assert [aim["verdict"] for aim in bench_calibration_page.judge(result)] == verdicts
 
 
-def test_the_page_says_all_of_it(run, result):
+def test_the_page_has_all_of_it(run, result):
     page = (run[0] / "calibration.md").read_text(encoding="utf-8")
     titles = [line for line in page.splitlines() if line.startswith("#")]
     assert titles[1:] == ["## Aims", "## Measured", "## Sparsities", "## How it was measured", "## Where"]
     assert f"{result['literal']['sample_blocks']:,}" in page
     other, of = bench_calibration_page.differing(result)
-    assert f"Bisect's differ in {other} of {of}" in page
+    assert f"{other} of {of}" in page
     assert all(name in page for name in result["sides"]["literal"]["sparsity"])
 
 
-def test_a_quick_run_is_not_kept_as_a_result():
+@pytest.mark.parametrize("words", [["--quick"], ["--threads", "0"]])
+def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit):
-        bench_calibration.arguments(["--quick"])
-    with pytest.raises(SystemExit):
-        bench_calibration.arguments(["--threads", "0"])
+        bench_calibration.arguments(words)
+    assert words[0] in capsys.readouterr().err

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import model_table
 
 from partial_lora.runs import config
 
-COMMITTED = Path(__file__).parents[2] / "results" / "models"
+COMMITTED = config.conf_dir().parent / "results" / "models"
 
 
 def test_every_model_is_in_the_tables_with_the_numbers_that_are_counted_now() -> None:

@@ -14,8 +14,6 @@ import theory
 
 from partial_lora.masks import kept_count
 
-SIZES = [(12, 20, 3, 0.5), (64, 48, 8, 0.13), (200, 300, 16, 0.3)]
-
 
 @pytest.fixture
 def rng() -> np.random.Generator:
@@ -45,23 +43,59 @@ def outside(shape: tuple[int, int], block) -> np.ndarray:
     return mask
 
 
+# The command, which simulates what it states
+
+
+def command(*words: str) -> list[str]:
+    return ["--rows", "60", "--columns", "40", "--rank", "8", "--sparsity", "0.87", "0", "--draws", "300", *words]
+
+
+@pytest.mark.parametrize(
+    "size", [(12, 20, 3, 1, 0.5), (64, 48, 8, 2, 0.87), (200, 300, 16, 4, 0.7), (60, 40, 8, 4, 0.0)]
+)
+def test_bounds_and_simulated_values_agree(size) -> None:
+    lines = theory.lines(theory.Setting(*size, delta=0.05, draws=1000, seed=0))
+    simulated = [line for line in lines if line["holds"]]
+    assert len(simulated) >= 12
+    for line in simulated:
+        slack = 5 * (line["standard_error"] or 0) + 1e-12
+        assert line["holds"] == "at least" or line["simulated"] <= line["bound"] + slack, line
+        assert line["holds"] == "at most" or line["simulated"] >= line["bound"] - slack, line
+
+
+def test_the_command_prints_and_draws_the_same_numbers_every_time(tmp_path, capsys) -> None:
+    theory.main(command("--json"))
+    half, whole = json.loads(capsys.readouterr().out)
+    assert [half["sparsity"], whole["sparsity"]] == [0.87, 0]
+    assert half["lines"][0]["bound"] == pytest.approx(1 - (8 / 60) * (5 / 40))
+    assert [line["bound"] for line in whole["lines"] if line["what"].startswith("rank that")] == [4, 4, 4]
+    for file in (tmp_path / "one.svg", tmp_path / "two.svg"):
+        theory.main(command("--figure", str(file)))
+        assert "0.9833" in capsys.readouterr().out
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("sparsity=1", "sparsity=often", "sparsity=0.9999999", "rows=0", "target-rank=17"),
+        *("delta=0", "draws=1", "figure=bounds.txt", "widht=3"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_exit_code_2(argument, capsys) -> None:
+    name, value = argument.split("=")
+    with pytest.raises(SystemExit) as ended:
+        theory.main([f"--{name}", value])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert f"--{name}" in printed.err.splitlines()[-1]
+    assert not printed.out
+
+
 # Rows and columns
 
 
-@pytest.mark.parametrize("counted", [True, False])
-@pytest.mark.parametrize(("m", "n", "rank", "keep"), SIZES)
-def test_the_least_error_is_one_minus_p_q(m, n, rank, keep, counted, rng) -> None:
-    target = low_rank(m, n, rank, rng) * np.exp(rng.standard_normal((m, 1)))  # uneven rows
-    a, b = kept_count(m, 1 - keep), kept_count(n, 1 - keep / 2)
-    errors = theory.least_errors(target, a, b, draws=3000, rng=rng, counted=counted)
-    least = theory.least_error(a / m, b / n)
-    assert agrees(errors, least)
-    assert agrees((errors - least) ** 2, theory.error_deviation(target, a, b, counted=counted) ** 2)
-    for delta in (0.05, 0.3):
-        assert np.quantile(errors, 1 - delta) >= theory.least_precision(a / m, b / n, delta)
-
-
-def test_no_update_inside_the_mask_is_nearer_than_the_restricted_target(rng) -> None:
+def test_the_error_of_a_mask_is_that_of_the_nearest_update_inside_it(rng) -> None:
     target = low_rank(10, 14, 3, rng)
     block = np.array([1, 4, 5, 8]), np.array([0, 2, 3, 9, 13])
     inside = ~outside(target.shape, block)
@@ -72,11 +106,21 @@ def test_no_update_inside_the_mask_is_nearer_than_the_restricted_target(rng) -> 
         assert relative_error(target, best + inside * low_rank(10, 14, 3, rng) * rng.choice([1e-3, 1])) > least
     errors = [relative_error(target, theory.best_update(target, *block, rank)) for rank in (1, 2, 3)]
     assert errors[0] > errors[1] > errors[2] == pytest.approx(least)
-    # the simulation draws masks and takes this error for each
     (simulated,) = theory.least_errors(target, 4, 5, draws=1, rng=np.random.default_rng(7))
     same = np.random.default_rng(7)
     drawn = [np.flatnonzero(theory.indicators(size, kept, draws=1, rng=same)) for size, kept in ((10, 4), (14, 5))]
     assert simulated == pytest.approx(relative_error(target, theory.best_update(target, *drawn, 3)))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_least_error_of_an_uneven_target_is_one_minus_p_q(counted, rng) -> None:
+    target, a, b = low_rank(64, 48, 8, rng) * np.exp(rng.standard_normal((64, 1))), 8, 3
+    errors = theory.least_errors(target, a, b, draws=3000, rng=rng, counted=counted)
+    least = theory.least_error(a / 64, b / 48)
+    assert agrees(errors, least)
+    assert agrees((errors - least) ** 2, theory.error_deviation(target, a, b, counted=counted) ** 2)
+    for delta in (0.05, 0.3):
+        assert np.quantile(errors, 1 - delta) >= theory.least_precision(a / 64, b / 48, delta)
 
 
 def test_rows_that_are_not_kept_bound_the_error_of_outputs_for_any_inputs(rng) -> None:
@@ -106,7 +150,6 @@ def test_another_solution_is_exact_and_far_from_the_dense_one(rng) -> None:
         assert not update[outside((m, n), block)].any()
         distances.append(relative_error(dense, update))
     assert min(distances) > 0.5
-    assert np.mean(distances) >= theory.least_error(a / m, b / n) - 0.02
     for few in ((outputs - 1, b), (a, examples - 1)):
         with pytest.raises(AssertionError):
             theory.another_solution(readout, inputs, change, np.arange(few[0]), np.arange(few[1]))
@@ -119,17 +162,15 @@ def test_another_solution_is_exact_and_far_from_the_dense_one(rng) -> None:
 def test_a_group_keeps_a_member_at_the_size_of_the_union_bound(groups, keep, delta, rng) -> None:
     size, least = theory.group_size(groups, keep, delta), theory.least_group_size(groups, keep, delta)
     assert least in (size, size - 1)
-    for one in (size, max(1, size // 2)):
-        full = [(rng.random((groups, one)) < keep).any(1).all() for _ in range(3000)]
-        assert agrees(full, theory.group_probability(groups, one, keep))
+    full = [(rng.random((groups, least)) < keep).any(1).all() for _ in range(3000)]
+    assert agrees(full, theory.group_probability(groups, least, keep))
     assert theory.group_probability(groups, least, keep) >= 1 - delta
     assert least == 1 or theory.group_probability(groups, least - 1, keep) < 1 - delta
 
 
-@pytest.mark.parametrize(("m", "r", "keep"), [(2, 2, 0.5), (3, 2, 0.7), (1, 5, 0.6)])
-def test_masks_of_entries_are_seldom_masks_of_rows(m, r, keep, rng) -> None:
-    drawn = rng.random((40_000, m, r)) < keep
-    assert agrees((drawn == drawn[:, :, :1]).all((1, 2)), 10 ** theory.row_mask_probability(m, r, keep))
+def test_masks_of_entries_are_seldom_masks_of_rows(rng) -> None:
+    drawn = rng.random((40_000, 3, 2)) < 0.7
+    assert agrees((drawn == drawn[:, :, :1]).all((1, 2)), 10 ** theory.row_mask_probability(3, 2, 0.7))
 
 
 def test_the_worst_distance_is_that_of_every_point_tried_one_by_one(rng) -> None:
@@ -155,18 +196,15 @@ def test_fewer_values_than_counted_never_reach_everything_and_some_more_do(rng) 
 # Entries of B
 
 
-@pytest.mark.parametrize(("m", "t", "keep"), [(20, 1, 0.5), (30, 3, 0.4), (100, 2, 0.7)])
-def test_ranks_that_suffice_do(m, t, keep, rng) -> None:
-    enough, blocks = theory.sufficient_rank(m, t, keep, 0.1), theory.block_rank(m, t, keep, 0.1)
-    assert enough <= blocks
-    assert m * theory.short_row(enough, t, keep) <= 0.1
-    assert enough == t or m * theory.short_row(enough - 1, t, keep) > 0.1
+@pytest.mark.parametrize(("m", "t", "keep"), [(20, 1, 0.5), (30, 3, 0.4), (768, 4, 0.13)])
+def test_the_ranks_that_suffice_and_are_necessary_are_the_first_that_do(m, t, keep, rng) -> None:
+    enough, needed = theory.sufficient_rank(m, t, keep, 0.1), theory.necessary_rank(m, t, keep, 0.1)
+    assert t < needed <= enough <= theory.block_rank(m, t, keep, 0.1)
+    assert m * theory.short_row(enough, t, keep) <= 0.1 < m * theory.short_row(enough - 1, t, keep)
     assert theory.exact_probability(m, enough, t, keep) >= 0.9
-    for rank in (enough, max(t, enough // 2)):
-        full = [(theory.entry_mask(m, rank, keep, rng=rng).sum(1) >= t).all() for _ in range(3000)]
-        assert agrees(full, theory.exact_probability(m, rank, t, keep))
-    in_blocks = [theory.entry_mask(m * t, blocks // t, keep, rng=rng).any(1).all() for _ in range(1000)]
-    assert np.mean(in_blocks) >= 0.9 - 5 * (0.09 / 1000) ** 0.5
+    drawn = [theory.entry_mask(m, needed - 1, keep, rng=rng) for _ in range(300)]
+    shortages = [np.maximum(0, t - mask.sum(1)).mean() for mask in drawn]
+    assert agrees(shortages, theory.expected_shortage(needed - 1, t, keep))
 
 
 def test_masks_of_an_exact_count_have_the_same_union_bound(rng) -> None:
@@ -178,7 +216,7 @@ def test_masks_of_an_exact_count_have_the_same_union_bound(rng) -> None:
     assert np.mean([(mask.sum(1) >= t).all() for mask in drawn]) >= 0.9
 
 
-@pytest.mark.parametrize("t", [1, 2, 4])
+@pytest.mark.parametrize("t", [1, 4])
 def test_rows_that_keep_the_targets_rank_make_it_exact(t, rng) -> None:
     m, n, r = 30, 17, 9
     mask = np.zeros((m, r), dtype=bool)
@@ -219,31 +257,7 @@ def test_what_masks_leave_reachable_has_no_more_dimensions_than_counted(m, r, t,
     assert too_few > 0
 
 
-@pytest.mark.parametrize(("m", "t", "keep"), [(768, 4, 0.5), (768, 4, 0.13), (100, 2, 0.4), (50, 1, 0.3)])
-def test_below_the_necessary_rank_few_masks_leave_enough(m, t, keep, rng) -> None:
-    needed = theory.necessary_rank(m, t, keep, 0.05)
-    assert t < needed <= theory.sufficient_rank(m, t, keep, 0.05)
-    drawn = [theory.entry_mask(m, needed - 1, keep, rng=rng) for _ in range(300)]
-    shortages = [np.maximum(0, t - mask.sum(1)).mean() for mask in drawn]
-    assert agrees(shortages, theory.expected_shortage(needed - 1, t, keep))
-    enough = np.mean([theory.dimension_bound(mask, t) == m * t for mask in drawn])
-    assert enough < 0.95 + 5 * (0.05 / 300) ** 0.5
-
-
 # First order
-
-
-@pytest.mark.parametrize(("m", "n", "r", "keep"), SIZES)
-def test_random_blocks_hold_p_q_of_a_gradient_and_top_in_turn_never_less(m, n, r, keep, rng) -> None:
-    a, b = kept_count(m, 1 - keep), kept_count(n, 1 - keep)
-    expected = a / m * b / n
-    gradients = rng.standard_normal((m, n)), theory.concentrated_gradient(m, n, rng=rng), low_rank(m, n, 1, rng)
-    for gradient in gradients:
-        drawn = [draw_block(m, n, a, b, rng) for _ in range(2000)]
-        assert agrees([theory.mass(gradient, *block) for block in drawn], expected)
-        assert theory.mass(gradient, *theory.top_in_turn(gradient, a, b)) >= expected
-        start = theory.start_gradients(gradient, drawn, r, 0.25, rng=rng)
-        assert agrees(start, theory.start_gradient(r, 0.25, a / m, b / n))
 
 
 def test_rows_and_columns_chosen_apart_can_hold_nothing_at_all() -> None:
@@ -292,46 +306,3 @@ def test_a_block_that_keeps_its_share_of_the_gradient_holds_a_solution_as_good_a
         assert loss <= losses[0] * theory.contraction(min(masses), mu, beta, steps) * (1 + 1e-9)
     assert losses[-1] < 1e-3 * losses[0]
     assert relative_error(wanted @ np.linalg.pinv(inputs), weight) > 0.5  # not by approximating the dense solution
-
-
-# The command
-
-COMMAND = ["--rows", "60", "--columns", "40", "--rank", "8", "--sparsity", "0.87", "0", "--draws", "300"]
-
-
-def test_the_command_prints_bounds_and_simulated_values_that_agree(capsys) -> None:
-    theory.main([*COMMAND, "--json"])
-    reported = json.loads(capsys.readouterr().out)
-    assert [one["sparsity"] for one in reported] == [0.87, 0]
-    for line in (line for one in reported for line in one["lines"] if line["holds"]):
-        slack = 5 * (line["standard_error"] or 0) + 1e-12
-        assert line["holds"] == "at least" or line["simulated"] <= line["bound"] + slack, line
-        assert line["holds"] == "at most" or line["simulated"] >= line["bound"] - slack, line
-    assert reported[0]["lines"][0]["bound"] == pytest.approx(1 - (8 / 60) * (5 / 40))
-    for line in reported[1]["lines"][:2]:  # where all is kept nothing is lost
-        assert (line["bound"], line["simulated"]) == (0, pytest.approx(0))
-    ranks = [line["bound"] for line in reported[1]["lines"] if line["what"].startswith("rank that")]
-    assert ranks == [4, 4, 4]
-    theory.main(COMMAND)
-    assert "0.9833" in capsys.readouterr().out
-
-
-def test_the_figure_is_written_and_the_same_twice(tmp_path) -> None:
-    one, two = tmp_path / "one.svg", tmp_path / "two.svg"
-    for file in (one, two):
-        theory.main([*COMMAND, "--figure", str(file)])
-    assert one.read_bytes() == two.read_bytes()
-
-
-WRONG = "sparsity=1 sparsity=often sparsity=0.9999999 rows=0 target-rank=17 delta=0 draws=1 figure=bounds.txt widht=3"
-
-
-@pytest.mark.parametrize("argument", WRONG.split())
-def test_a_wrong_argument_is_named_and_exit_code_2(argument, capsys) -> None:
-    name, value = argument.split("=")
-    with pytest.raises(SystemExit) as ended:
-        theory.main([f"--{name}", value])
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert f"--{name}" in printed.err.splitlines()[-1]
-    assert not printed.out
