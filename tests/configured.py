@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from torch import Tensor, nn
 
 from partial_lora import models
+from partial_lora.errors import PartialLoraError
 
 FOLDER = Path(__file__).parents[1] / "conf" / "model"
 ALL = sorted(file.stem for file in FOLDER.glob("*.yaml"))
@@ -42,6 +44,18 @@ def load(name: str, labels=LABELS, seed: int = 0, **changes: object) -> nn.Modul
     chosen = settings(name, **changes)
     torch.manual_seed(seed)
     return models.load(labels=labels, **{key: chosen[key] for key in models.SETTINGS if key in chosen})
+
+
+def refused(key: str, name: str, **changes: object) -> None:
+    """Assert that loading fails in one line that begins with a key."""
+    with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
+        load(name, **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def logits(model: nn.Module, name: str) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(name)).logits
 
 
 def loud(model: nn.Module, gain: float = 8.0) -> nn.Module:

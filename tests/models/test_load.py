@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from configured import LABELS, inputs, load, loud, settings
+from configured import LABELS, inputs, load, logits, loud, refused, settings
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, DebertaV2Model, LlamaForCausalLM, Qwen2ForCausalLM
 
 from partial_lora import models
-from partial_lora.errors import PartialLoraError
 from partial_lora.models import images
 
 VIT, BERT, DEBERTA, LLAMA = (
     settings(name)["model_args"] for name in ("tiny_vit", "tiny_bert", "tiny_deberta", "tiny_llama")
 )
 WITH_HEAD = ("tiny_vit", "tiny_bert", "tiny_deberta")
-TRAINED = (*WITH_HEAD, "tiny_llama", "tiny_qwen")
 
 
 @pytest.fixture
@@ -46,25 +44,12 @@ def pretrained(tmp_path):
     return save
 
 
-def rewrite(folder: Path, change) -> None:
-    """Change the state dict in a folder."""
-    state = change(load_file(folder / "model.safetensors"))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def refused(match: str, name: str, **changes: object) -> None:
-    with pytest.raises(PartialLoraError, match=match) as caught:
-        load(name, **changes)
-    assert "\n" not in str(caught.value)
-
-
 def head(model: nn.Module, name: str) -> nn.Linear:
     return model.get_submodule(settings(name)["head"])
 
 
-def logits(model: nn.Module, name: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs(name)).logits
+def digest(model: nn.Module, name: str) -> str:
+    return models.weights_digest(model, settings(name)["head"] or "")
 
 
 def test_weights_of_a_folder_are_loaded_whole_under_a_new_head(pretrained):
@@ -86,32 +71,34 @@ def test_weights_of_a_folder_are_loaded_whole_under_a_new_head(pretrained):
 def test_the_head_alone_comes_of_the_callers_generator(name, pretrained):
     for weights in ("random", str(pretrained(name))):
         one, other, again = (load(name, weights=weights, seed=seed) for seed in (1, 2, 1))
+        after = torch.rand(1)
         torch.manual_seed(1)
         expected = nn.init.normal_(torch.empty(3, 32), std=0.02)
-        number = torch.rand(1)
+        assert torch.equal(torch.rand(1), after)
         assert torch.equal(head(one, name).weight, expected)
         assert torch.equal(head(again, name).weight, expected)
         assert not torch.equal(head(other, name).weight, expected)
         assert not head(one, name).bias.any()
-        assert len({models.weights_digest(model, settings(name)["head"]) for model in (one, other, again)}) == 1
-        load(name, weights=weights, seed=1)
-        assert torch.equal(torch.rand(1), number)
+        assert len({digest(model, name) for model in (one, other, again)}) == 1
 
 
-def test_a_causal_model_is_loaded_whole_and_nothing_is_drawn(pretrained):
-    for name, kind in (("tiny_llama", LlamaForCausalLM), ("tiny_qwen", Qwen2ForCausalLM)):
-        folder = pretrained(name)
-        model = load(name, weights=str(folder), labels=["a", "b"])
-        number = torch.rand(1)
-        torch.manual_seed(0)
-        assert torch.equal(torch.rand(1), number)
-        assert type(model) is kind
-        assert torch.equal(logits(model, name), logits(kind.from_pretrained(folder).eval(), name))
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tiny_llama")
-    assert len(list(folder.glob("*.safetensors"))) > 1
+@pytest.mark.parametrize(("name", "kind"), [("tiny_llama", LlamaForCausalLM), ("tiny_qwen", Qwen2ForCausalLM)])
+def test_a_causal_model_is_loaded_whole_and_nothing_is_drawn(pretrained, name, kind, tmp_path):
+    folder = pretrained(name)
+    model = load(name, weights=str(folder), labels=["a", "b"])
+    number = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), number)
+    assert type(model) is kind
+    assert torch.equal(logits(model, name), logits(kind.from_pretrained(folder).eval(), name))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tiny_llama")
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (name == "tiny_qwen")
     for changes in ({}, {"quantization": "nf4"}):  # random weights are those of every run
-        one, other = (load("tiny_llama", seed=seed, **changes) for seed in (1, 2))
-        assert models.weights_digest(one, "") == models.weights_digest(other, "")
+        assert len({digest(load(name, seed=seed, **changes), name) for seed in (1, 2)}) == 1
+    model.save_pretrained(tmp_path / "again")  # nothing of how it is used here, such as without a cache, is saved
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "again" / file).read_text() == (folder / file).read_text()
+    assert '"use_cache": true' in (folder / "config.json").read_text()
 
 
 def test_pooler_without_pretrained_weights_is_the_same_in_every_run_and_one_with_them_is_kept(pretrained, tmp_path):
@@ -130,65 +117,44 @@ def test_pooler_without_pretrained_weights_is_the_same_in_every_run_and_one_with
     assert not torch.equal(again.classifier.weight, whole.classifier.weight)
 
 
-def test_weights_in_old_names_are_found(pretrained):
+def test_weights_in_old_names_are_loaded(pretrained):
     """BERT's published weights call a layer norm's weight and bias gamma and beta, and have a head of their own."""
     folder = pretrained("tiny_bert")
-    expected = load("tiny_bert", weights=str(folder))
-
-    def old(state: dict) -> dict:
-        renamed = {}
-        for key, value in state.items():
-            for new, past in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
-                key = key.replace(new, past)
-            renamed[f"bert.{key}"] = value
-        return renamed | {"cls.predictions.bias": torch.zeros(260), "bert.embeddings.position_ids": torch.arange(128)}
-
-    rewrite(folder, old)
-    model = load("tiny_bert", weights=str(folder))
-    assert models.weights_digest(model, "classifier") == models.weights_digest(expected, "classifier")
+    expected, renamed = digest(load("tiny_bert", weights=str(folder)), "tiny_bert"), {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        renamed[f"bert.{old}"] = value
+    renamed |= {"cls.predictions.bias": torch.zeros(260), "bert.embeddings.position_ids": torch.arange(128)}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert digest(load("tiny_bert", weights=str(folder)), "tiny_bert") == expected
 
 
-def test_no_labels_are_one_real_number_and_its_weights_can_learn_classes(pretrained, tmp_path):
-    wanted = torch.tensor([0.5, -1.0, 2.0, 0.0])
-    for name in ("tiny_bert", "tiny_vit"):
-        model = load(name, weights=str(pretrained(name)), labels=[])
-        output = model(**inputs(name), labels=wanted)
-        assert output.logits.shape == (4, 1)
-        torch.testing.assert_close(output.loss, nn.functional.mse_loss(output.logits[:, 0], wanted))
-        model.save_pretrained(tmp_path / f"regression-{name}")
-        again = load(name, weights=str(tmp_path / f"regression-{name}"))
-        classes = torch.tensor([0, 1, 2, 0])
-        output = again(**inputs(name), labels=classes)
-        torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, classes))
-
-
-@pytest.mark.parametrize("name", ["tiny_vit", "tiny_bert"])
-def test_labels_survive_saving(name, pretrained, tmp_path):
-    model = load(name, weights=str(pretrained(name)))
-    model.save_pretrained(tmp_path / "saved")
-    again = type(model).from_pretrained(tmp_path / "saved").eval()
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_vit"])
+def test_labels_survive_saving_and_no_labels_are_one_real_number(name, pretrained, tmp_path):
+    folder = str(pretrained(name))
+    model = load(name, weights=folder)
+    model.save_pretrained(tmp_path / "classes")
+    again = type(model).from_pretrained(tmp_path / "classes").eval()
     assert again.config.id2label == model.config.id2label == dict(enumerate(LABELS))
     assert model.config.label2id == {label: number for number, label in enumerate(LABELS)}
     assert torch.equal(logits(again, name), logits(model, name))
     if name == "tiny_bert":  # else the loss is multiplied by the steps of accumulation
         assert model.accepts_loss_kwargs is False
+    wanted, classes = torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([0, 1, 2, 0])
+    number = load(name, weights=folder, labels=[])
+    output = number(**inputs(name), labels=wanted)
+    assert output.logits.shape == (4, 1)
+    torch.testing.assert_close(output.loss, nn.functional.mse_loss(output.logits[:, 0], wanted))
+    number.save_pretrained(tmp_path / "number")
+    output = load(name, weights=str(tmp_path / "number"))(**inputs(name), labels=classes)  # which can learn classes
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, classes))
 
 
-def test_what_is_saved_again_of_a_causal_model_is_what_was_loaded(pretrained, tmp_path):
-    """Nothing of how a model is trained here, such as without a cache, ends up in the configs of others."""
-    folder = pretrained("tiny_llama")
-    load("tiny_llama", weights=str(folder)).save_pretrained(tmp_path / "again")
-    for file in ("config.json", "generation_config.json"):
-        assert (tmp_path / "again" / file).read_text() == (folder / file).read_text()
-    assert '"use_cache": true' in (folder / "config.json").read_text()
-
-
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*WITH_HEAD, "tiny_llama", "tiny_qwen"])
 def test_empty_has_the_shapes_of_the_loaded_model_and_no_memory(name):
     chosen = {key: settings(name)[key] for key in ("family", "architecture", "model_args") if key in settings(name)}
-    empty = models.empty(**chosen, num_labels=3).state_dict()
+    empty, loaded = models.empty(**chosen, num_labels=3).state_dict(), load(name).state_dict()
     assert {tensor.device.type for tensor in empty.values()} == {"meta"}
-    loaded = load(name).state_dict()
     assert {key: value.shape for key, value in empty.items()} == {key: value.shape for key, value in loaded.items()}
 
 
@@ -207,56 +173,46 @@ def test_images_of_other_sizes_fit_where_the_architecture_takes_them(pretrained)
         ("tiny_vit", "timm_model.blocks.2.mlp.fc1.weight", None),
         ("tiny_bert", "bert.encoder.layer.2.output.dense.weight", None),
         ("tiny_deberta", "deberta.encoder.rel_embeddings.weight", None),
-        *(("tiny_qwen", key, quantization)
-          for key in ("model.layers.2.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight")
-          for quantization in (None, "nf4")),
+        ("tiny_qwen", "model.norm.weight", None),
+        ("tiny_qwen", "lm_head.weight", None),
+        ("tiny_qwen", "model.layers.2.mlp.down_proj.weight", "nf4"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_weight_is_named(pretrained, name, key, quantization):
     folder = pretrained(name)
     stored = key.removeprefix("bert.").removeprefix("deberta.")
     (file,) = [file for file in folder.glob("*.safetensors") if stored in load_file(file)]
     state = {other: value for other, value in load_file(file).items() if other != stored}
     save_file(state, file, metadata={"format": "pt"})
-    refused(rf"^model={name}: {key} is missing in .*{name}", name, weights=str(folder), quantization=quantization)
+    refused(rf"model={name}: {key} .*{folder}", name, weights=str(folder), quantization=quantization)
 
 
 def test_broken_weights_are_named(pretrained):
     folder = pretrained("tiny_vit")
     large = {"model_args": {**VIT, "img_size": 64}, "image_size": 64}
-    refused(r"timm_model\.pos_embed is of another shape", "tiny_vit", weights=str(folder), **large)
+    refused(r"model=tiny_vit: .*timm_model\.pos_embed", "tiny_vit", weights=str(folder), **large)
     os.truncate(folder / "model.safetensors", 5000)
-    refused("^model=tiny_vit: cannot read the weights", "tiny_vit", weights=str(folder))
-
-
-def test_a_pickle_of_an_encoder_is_read_without_its_code_and_of_others_not_at_all(pretrained, tmp_path):
-    for name in ("tiny_bert", "tiny_vit", "tiny_llama"):
-        folder = pretrained(name)
-        expected, state = load(name, weights=str(folder)), load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        torch.save(state, folder / "pytorch_model.bin")
-        if name != "tiny_bert":
-            refused(f"^model={name}: cannot read the weights", name, weights=str(folder))
-            continue
-        model = load(name, weights=str(folder))
-        assert models.weights_digest(model, "classifier") == models.weights_digest(expected, "classifier")
-
-        class Harmful:
-            def __reduce__(self):
-                return Path.touch, (tmp_path / "ran",)
-
-        torch.save(state | {"harm": Harmful()}, folder / "pytorch_model.bin")
-        refused("^model=tiny_bert: cannot read the weights", name, weights=str(folder))
-        assert not (tmp_path / "ran").exists()
-
-
-def test_a_folder_with_code_of_its_own_is_refused(pretrained, tmp_path):
+    refused(f"model=tiny_vit: .*{folder}", "tiny_vit", weights=str(folder))
     folder = pretrained("tiny_bert")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "of_nobody"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    refused(r"^model\.weights=", "tiny_bert", weights=str(folder))
+    refused(rf"model\.weights={folder}", "tiny_bert", weights=str(folder))
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_vit", "tiny_llama"])
+def test_a_pickle_of_an_encoder_is_read_without_its_code_and_of_others_not_at_all(name, pretrained, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = pretrained(name)
+    expected, state = digest(load(name, weights=str(folder)), name), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    if name == "tiny_bert":
+        assert digest(load(name, weights=str(folder)), name) == expected
+        torch.save(state | {"harm": Harmful()}, folder / "pytorch_model.bin")
+    refused(f"model={name}: .*{folder}", name, weights=str(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -273,7 +229,7 @@ def test_a_folder_with_code_of_its_own_is_refused(pretrained, tmp_path):
     ],
 )
 def test_weights_of_another_geometry_are_refused(pretrained, name, changes, key):
-    refused(rf"^{key}.*set that", name, **{"weights": str(pretrained(name)), **changes})
+    refused(key, name, **{"weights": str(pretrained(name)), **changes})
 
 
 @pytest.mark.parametrize(
@@ -284,34 +240,33 @@ def test_weights_of_another_geometry_are_refused(pretrained, name, changes, key)
         ("tiny_vit", {"architecture": "vit_of_nobody"}, r"model\.architecture=vit_of_nobody"),
         ("tiny_vit", {"model_args": {"depht": 3}}, r"model\.model_args=.*depht"),
         ("tiny_vit", {"weights": "bundled:nothing"}, r"model\.weights=bundled:nothing.*bundled:vit_s14"),
-        ("tiny_vit", {"labels": ["cat"]}, "model=tiny_vit: expected at least two"),
-        ("tiny_vit", {"dtype": "int8"}, r"model\.dtype=int8: expected one of float32, bfloat16, float16"),
-        ("tiny_vit", {"family": "onnx"}, r"model\.family=onnx: expected one of timm, clip, encoder"),
+        ("tiny_vit", {"labels": ["cat"]}, "model=tiny_vit"),
+        ("tiny_vit", {"dtype": "int8"}, r"model\.dtype=int8"),
+        ("tiny_vit", {"family": "onnx"}, r"model\.family=onnx"),
         ("tiny_vit", {"text_weights": "random"}, r"model\.text_weights=random.*family=timm"),
         ("tiny_vit", {"quantization": "nf4"}, r"model\.quantization=nf4.*family=timm"),
-        ("tiny_bert", {"labels": ["cat"]}, "model=tiny_bert: expected at least two"),
+        ("tiny_bert", {"labels": ["cat"]}, "model=tiny_bert"),
         ("tiny_bert", {"architecture": "berd"}, r"model\.architecture=berd"),
         ("tiny_bert", {"architecture": "vit"}, r"model\.architecture=vit"),
         ("tiny_bert", {"model_args": BERT | {"hiden_size": 3}}, r"model\.model_args\.hiden_size"),
         ("tiny_bert", {"model_args": BERT | {"hidden_size": "wide"}}, r"model\.model_args=.*hidden_size"),
-        ("tiny_bert", {"model_args": BERT | {"num_attention_heads": 5}}, r"model\.model_args="),
         ("tiny_bert", {"model_args": BERT | {"vocab_size": 99}}, r"model\.model_args\.vocab_size=99.*260"),
-        ("tiny_llama", {"architecture": "vit"}, r"model\.architecture=vit"),
         ("tiny_llama", {"model_args": LLAMA | {"num_attention_heads": 5}}, r"model\.model_args="),
         ("tiny_llama", {"model_args": LLAMA | {"vocab_size": 99}}, r"model\.model_args\.vocab_size=99.*260"),
         ("tiny_deberta", {"attn_implementation": "sdpa"}, r"model\.attn_implementation=sdpa"),
-        ("tiny_llama", {"attn_implementation": "fused"}, r"model\.attn_implementation=fused"),
         ("tiny_vit", {"attn_implementation": "flash_attention_2"}, r"model\.attn_implementation=flash_attention_2"),
         ("tiny_convnext", {"attn_implementation": "eager"}, r"model\.attn_implementation=eager"),
     ],
 )
 def test_settings_that_fit_no_model_are_named(name, changes, key):
-    refused(rf"^{key}", name, **changes)
+    refused(key, name, **changes)
 
 
-def small() -> nn.Module:
+def small(last: str = "2") -> nn.Module:
     """A model with buffers, of the same numbers everywhere."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = nn.Sequential()
+    for name, module in {"0": nn.Linear(3, 4), "1": nn.BatchNorm1d(4), last: nn.Linear(4, 2)}.items():
+        model.add_module(name, module)
     for number, tensor in enumerate(model.state_dict().values()):
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + number)
     return model
@@ -324,7 +279,4 @@ def test_a_digest_tells_every_weight_and_buffer_but_the_heads_and_is_the_same_ev
         changed = small()
         changed.state_dict()[name].view(-1)[-1] += 1
         assert (models.weights_digest(changed, "2") == digest) == name.startswith("2."), name
-    renamed = nn.Sequential()
-    for name, module in small().named_children():
-        renamed.add_module(f"{name}2" if name == "2" else name, module)
-    assert models.weights_digest(renamed, "2") != digest  # a module's name, not any prefix of it
+    assert models.weights_digest(small("22"), "2") != digest  # a module's name, not any prefix of it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -18,34 +17,36 @@ from partial_lora.models import texts
 TEXTS = ["the owl sleeps by day", "the cat and the dog sleep by night", "a day and a night", "owls, cats and dogs"]
 
 
-def tokenizer(weights: object):
-    return models.tokenizer(name="tiny", weights=str(weights))
+def tokenizer(weights: object, family: str = "encoder"):
+    return models.tokenizer(name="tiny", weights=str(weights), family=family)
 
 
 def test_random_weights_read_bytes():
     built = tokenizer("random")
-    assert len(built) == texts.VOCABULARY == 260 < 300
-    read = built(["ab", "é!"], padding=True, return_tensors="pt")
-    assert set(read) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert len(built) == texts.VOCABULARY == 260
+    read = built(["ab", "é!"], padding=True)
     cls, sep, pad = built.cls_token_id, built.sep_token_id, built.pad_token_id
-    assert pad == 0
-    assert read["input_ids"][0].tolist() == [cls, *built.convert_tokens_to_ids(["a", "b"]), sep, pad]
-    assert read["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]  # é is two bytes
-    assert built.decode(read["input_ids"][1], skip_special_tokens=True) == "é!"
+    assert read["input_ids"][0] == [cls, *built.convert_tokens_to_ids(["a", "b"]), sep, pad]
+    assert read["attention_mask"] == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]  # é is two bytes
     assert built("ab", "c")["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     every = "".join(map(chr, range(1, 0x500)))
     numbers = built(every)["input_ids"]
     assert max(numbers) < 260
-    assert built.unk_token is None
     assert built.decode(numbers, skip_special_tokens=True) == every
 
 
-@pytest.mark.parametrize("name", ["tiny_bert", "tiny_deberta"])
-def test_random_models_have_room_for_it(name):
-    read = tokenizer("random")(TEXTS, TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
-    assert load(name)(**read).logits.shape == (4, 3)
-    assert settings(name)["model_args"]["vocab_size"] == texts.VOCABULARY
-    assert settings(name)["model_args"]["max_position_embeddings"] >= 128  # the schema's max_length
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_deberta", "tiny_llama", "tiny_qwen"])
+def test_random_models_have_room_for_it_and_share_its_special_tokens(name):
+    model, family = load(name), settings(name)["family"]
+    read = tokenizer("random", family)
+    assert model.config.vocab_size == len(read)
+    assert model.config.max_position_embeddings >= 128  # the schema's max_length
+    if family == "causal":
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        assert [getattr(model.config, each) for each in names] == [getattr(read, each) for each in names]
+    else:
+        batch = read(TEXTS, TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
+        assert model(**batch).logits.shape == (4, 3)
 
 
 def test_words_of_a_vocabulary_file(tmp_path):
@@ -53,8 +54,7 @@ def test_words_of_a_vocabulary_file(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl", "sleep", "##s"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 128}))
-    read = tokenizer(tmp_path)("The owl sleeps")["input_ids"]
-    assert read == [2, 5, 6, 7, 8, 3]
+    assert tokenizer(tmp_path)("The owl sleeps")["input_ids"] == [2, 5, 6, 7, 8, 3]
 
 
 def test_sentencepiece_model_of_deberta(tmp_path):
@@ -68,50 +68,32 @@ def test_sentencepiece_model_of_deberta(tmp_path):
     load("tiny_deberta").save_pretrained(tmp_path)
     (tmp_path / "spm.model").write_bytes(written.getvalue())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
-    own = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    built = tokenizer(tmp_path)
+    own, built = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()), tokenizer(tmp_path)
     for text in TEXTS:
         assert built(text)["input_ids"] == [1, *own.encode(text), 2]
     pair = built(TEXTS[0], TEXTS[1])["input_ids"]
     assert pair == [1, *own.encode(TEXTS[0]), 2, *own.encode(TEXTS[1]), 2]
-    assert built.pad_token_id == 0
-    assert built.mask_token_id == 29
+    assert (built.pad_token_id, built.mask_token_id) == (0, 29)
 
 
-def spoilt(folder: Path, kind: str) -> None:
-    load("tiny_bert").save_pretrained(folder)
-    if kind == "broken":
-        BertTokenizer().save_pretrained(folder)
-        (folder / "tokenizer.json").write_text("{}")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"), [("missing", "has no tokenizer"), ("broken", "cannot read the tokenizer")]
-)
-def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path, kind, message):
-    spoilt(tmp_path, kind)
-    with pytest.raises(PartialLoraError, match=rf"model=tiny: .*{message}") as caught:
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path, broken):
+    load("tiny_bert").save_pretrained(tmp_path)
+    if broken:
+        BertTokenizer().save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(PartialLoraError, match=rf"^model=tiny: .*{tmp_path}") as refusal:
         tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(refusal.value)
 
 
-def test_padding_is_the_end_of_a_text_where_nothing_else_is(tmp_path):
+@pytest.mark.parametrize(("own", "expected"), [(None, "[SEP]"), ("[MASK]", "[MASK]")])
+def test_padding_is_the_end_of_a_text_where_nothing_else_is(tmp_path, own, expected):
     """Llama's tokenizers have no token for it; one that has keeps its own."""
-    for own, expected in ((None, "[SEP]"), ("[MASK]", "[MASK]")):
-        load("tiny_llama").save_pretrained(tmp_path)
-        built = texts.byte_tokenizer()
-        built.pad_token = own
-        built.save_pretrained(tmp_path)
-        read = models.tokenizer(name="tiny", weights=str(tmp_path), family="causal")
-        assert read.pad_token == expected
-        masked = read(["a", "abc"], padding=True)["attention_mask"]
-        assert masked == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-
-
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen"])
-def test_random_causal_models_share_the_tokens_of_bytes(name):
-    read, model = models.tokenizer(name=name, weights="random", family="causal"), load(name)
-    config = model.config
-    ids = (read.pad_token_id, read.bos_token_id, read.eos_token_id)
-    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == ids
-    assert len(read) == config.vocab_size
+    load("tiny_llama").save_pretrained(tmp_path)
+    built = texts.byte_tokenizer()
+    built.pad_token = own
+    built.save_pretrained(tmp_path)
+    read = tokenizer(tmp_path, "causal")
+    assert read.pad_token == expected
+    assert read(["a", "abc"], padding=True)["attention_mask"] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
