@@ -32,7 +32,7 @@ def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     first in the model's order have one more.
     """
     even = even_sparsity(*setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=even))
+    return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(even)))
 
 
 @calibrated
@@ -52,7 +52,7 @@ def inverted(model: nn.Module, setting: Setting) -> PeftModel:
 
 def _masked_at_budget(model: nn.Module, setting: Setting, sparsity: Sparsity) -> PeftModel:
     at_budget = scaled(sparsity, *setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=at_budget))
+    return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(at_budget)))
 
 
 def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping[str, float]]:

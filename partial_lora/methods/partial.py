@@ -18,7 +18,7 @@ from partial_lora.methods.setting import Scores, Setting, calibrated, ranked
 @calibrated
 def partial(model: nn.Module, setting: Setting) -> PeftModel:
     """Partial-LoRA: the calibrated number of rows and columns of each module, drawn at random."""
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity)))
+    return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(setting.sparsity)))
 
 
 @calibrated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
 from partial_lora.calibration.config import PAPER_BUDGET, CalibrationConfig
 from partial_lora.calibration.result import Calibration
-from partial_lora.masks import AXES, Mask, Sparsity
+from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 
 Scores = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -45,6 +46,7 @@ class Setting:
     new_modules: Sequence[str] = ()
     shapes: Shapes = field(default_factory=dict)
     projections: int = 256
+    ranks: str = "one"
 
     def whole(self) -> list[str]:
         """Return the names of the modules that train whole beside the adapter."""
@@ -64,6 +66,19 @@ class Setting:
         """Return the arguments that every masked adapter shares."""
         names = ("granularity", "count", "mask_seed", "columns", "fan_in", "row_exponent", "column_exponent")
         return self.lora() | {name: getattr(self, name) for name in names}
+
+    def randomly_masked(self, sparsity: Sparsity) -> dict:
+        """Return the arguments of an adapter with random masks of these sparsities.
+
+        With ranks of their own ("auto"), modules have the scaling alpha / rank of theirs, as LoRA has: a step then
+        moves the outputs as far as at any other rank.
+        """
+        if self.ranks == "one":
+            return self.masked() | {"sparsity": dict(sparsity)}
+        wide = {name: widest(self.shapes[name], self.rank, axes) for name, axes in sparsity.items()}
+        # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
+        ranks = {f"^{re.escape(name)}": rank for name, (rank, _) in wide.items() if rank != self.rank}
+        return self.masked() | {"sparsity": {name: axes for name, (_, axes) in wide.items()}, "rank_pattern": ranks}
 
     def units(self) -> tuple[Shapes, int]:
         """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""
@@ -98,6 +113,21 @@ class Setting:
         A control that draws Bernoulli masks of its own has them in expectation.
         """
         return sum(self.counts().values())
+
+
+def widest(shape: tuple[int, int], rank: int, sparsity: Mapping[str, float]) -> tuple[int, dict[str, float]]:
+    """Return the lowest rank at which a module of W (out, in) trains as many parameters, and its sparsities there.
+
+    Rows and columns are then as many as there can be, so that the module reaches most of W at its size; they keep the
+    ratio of their numbers as far as there are any left. Fewer parameters than the rank stay unused.
+    """
+    m, n = shape
+    kept = [kept_count(size, sparsity[axis]) for axis, size in zip(AXES, shape, strict=True)]
+    parameters = rank * sum(kept)
+    lowest = -(-parameters // (m + n))
+    each = parameters // lowest  # rows and columns together
+    rows = min(m, each - 1, max(1, each - n, round(each * kept[0] / sum(kept))))
+    return lowest, {"rows": 1 - rows / m, "columns": 1 - min(n, each - rows) / n}
 
 
 Method = Callable[[nn.Module, Setting], PeftModel]

@@ -294,6 +294,7 @@ def setting_of(
     return methods.Setting(
         **config.model.trained_modules,
         rank=config.method.rank,
+        ranks=config.method.ranks,
         alpha=config.method.alpha,
         dropout=config.method.dropout,
         projections=config.method.projections,

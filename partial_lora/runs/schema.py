@@ -235,18 +235,31 @@ class TaskConfig:
             require(valid, "task.data_files", self.data_files, expected)
 
 
+_NOMINAL_RANK = 16
+_RANKED = ("partial", "uniform", "shuffled", "inverted")  # methods whose random rows and columns go with any rank
+
+
 @dataclass
 class MethodConfig:
     """The method, and the adapter's size before masking."""
 
     name: str = "partial"
-    rank: int = 16
+    rank: Any = (
+        16  # a number; auto: sizes are of rank 16, and each module has the rank that reaches most of W at its size
+    )
     alpha: float = 16.0
     dropout: float = 0.0
     projections: int = 256  # vera: rank of the random matrices that all modules share
+    ranks: str = "one"  # auto: what method.rank=auto sets
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "method.rank", self.rank, "at least 1")
+        if self.rank == "auto":
+            self.rank, self.ranks = _NOMINAL_RANK, "auto"
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+        require(whole, "method.rank", self.rank, "a whole number, at least 1, or auto")
+        one_of("method.ranks", self.ranks, "one", "auto")
+        if self.ranks == "auto":
+            require(self.name in _RANKED, "method.rank", "auto", f"a whole number, for method={self.name}")
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         positive("method.alpha", self.alpha)
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
@@ -287,6 +300,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        if self.method.ranks == "auto":
+            one_of("mask.granularity", self.mask.granularity, "rows_columns")
+            one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name == "targeted":  # importance is of rows and columns
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
         if self.method.name == "flow":  # it chooses the columns that others' rows are to meet

@@ -11,6 +11,7 @@ import torch
 from configured import inputs, labels, load, loud, settings
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
@@ -20,8 +21,9 @@ from partial_lora.adapter import module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, random_keys
+from partial_lora.masks import AXES, kept_count, random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
+from partial_lora.methods.setting import widest
 from partial_lora.runs import config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
@@ -116,6 +118,28 @@ def test_uniform_keeps_the_same_share_everywhere() -> None:
     narrowest = min(min(shape) for shape in setting.shapes.values())
     assert np.ptp(shares["rows"] + shares["columns"]) <= 1.5 / narrowest
     assert np.ptp([each for axes in setting.sparsity.values() for each in axes.values()]) > 0.5
+
+
+@pytest.mark.parametrize("share", [0.02, 0.13, 0.6, 1.0])
+def test_ranks_of_their_own_reach_most_of_w_at_the_size_of_each_module(share: float) -> None:
+    sparsity = {"rows": 1 - share, "columns": 1 - share / 2}
+    for m, n in ((48, 16), (16, 48), (384, 384), (2, 3)):
+        kept = kept_count(m, sparsity["rows"]) + kept_count(n, sparsity["columns"])
+        rank, chosen = widest((m, n), 16, sparsity)
+        reach = kept_count(m, chosen["rows"]) + kept_count(n, chosen["columns"])
+        assert 0 <= 16 * kept - rank * reach < rank
+        assert all(16 * kept > lower * (m + n) for lower in range(1, rank))  # all of W's at a lower rank is less
+
+
+def test_modules_with_ranks_of_their_own_have_the_size_and_loras_scaling() -> None:
+    reference, setting = adapted("partial", "tiny_vit", high=0.8)
+    own, _ = adapted("partial", "tiny_vit", high=0.8, ranks="auto")
+    sizes = [counted(model, setting)["adapter_trainable"] for model in (own, reference)]
+    assert 0 <= sizes[1] - sizes[0] < 4 * len(setting.shapes)
+    layers = [layer for layer in own.modules() if isinstance(layer, LoraLayer)]
+    assert len({layer.r["default"] for layer in layers}) > 1
+    for layer in layers:
+        assert layer.scaling["default"] == pytest.approx(setting.alpha / layer.lora_A["default"].rank)
 
 
 def test_entries_are_drawn_one_by_one_at_one_share_of_every_factor() -> None:
