@@ -27,7 +27,8 @@ from partial_lora.progress import handling, leave
 from partial_lora.runs import directory, launch
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
-from partial_lora.runs.schema import Config
+from partial_lora.runs.rates import starting_point
+from partial_lora.runs.schema import MASKED, Config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,8 +174,11 @@ def _print_outline(config: Config) -> int:
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
-    if len(rates := config.trainer.learning_rates) > 1:
-        text += f"; learning rates: {', '.join(f'{part} {rate:g}' for part, rate in rates.items())}"
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
+    text += f"\nlearning rate: {rates}"
+    if config.method.name in MASKED:
+        density = run.counts["adapter_trainable"] / run.counts["adapter_dense"]
+        text += f"; to try first: {starting_point(plain(config), density)}"
     console.print(text, highlight=False, soft_wrap=True)
     return 0
 

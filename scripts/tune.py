@@ -20,7 +20,19 @@ from statistics import fmean
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.directory import read_result
-from partial_lora.runs.rates import KEY, differing, key_in, key_of, load, named, save, settings_of, unevenness, word
+from partial_lora.runs.rates import (
+    FILE,
+    KEY,
+    differing,
+    key_in,
+    key_of,
+    load,
+    named,
+    save,
+    settings_of,
+    unevenness,
+    word,
+)
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 FEWEST = 4  # learning rates of a search
@@ -149,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the runs, write the file and print its new entries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
-    parser.add_argument("--out", type=Path, default=Path("results/tuning.json"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     given = parser.parse_args(arguments)
     try:

@@ -12,9 +12,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.calibration.budget import kept_parameters, masked_units
+from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units
 from partial_lora.masks import AXES
 from partial_lora.report.records import NONE, method_of, number, operating_point, place, row, without_common_start
+from partial_lora.runs.rates import starting_point
+from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import SHARES
 
 
@@ -57,6 +59,7 @@ def calibration_summary(result: Mapping, directory: Path) -> Group:
         "threshold": _threshold(calibration),
         "reliability": _reliability(calibration.get("reliability")),
         "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
+        "learning rate": _starting_point(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": _warnings(result),
         "files": str(directory),
@@ -94,6 +97,16 @@ def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) 
     granularity = "rows" if mask.get("columns") == "frozen" else mask.get("granularity", "rows_columns")
     counted = masked_units({"module": tuple(shape)}, config["method"]["rank"], granularity)
     return kept_parameters(*counted, {"module": sparsity})
+
+
+def _starting_point(result: Mapping) -> str:
+    """Return the learning rate to try first, of a masked adapter; nothing of a record that was made without shapes."""
+    config, shapes = result["config"], result.get("shapes")
+    if not shapes or config["method"]["name"] not in MASKED:
+        return ""
+    kept = sum(_kept(result, shapes[module], axes) for module, axes in result["sparsity"].items())
+    dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
+    return f"to try first: {starting_point(config, kept / dense)}"
 
 
 def _by_member(test: Mapping) -> dict[str, str]:

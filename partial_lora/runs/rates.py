@@ -1,4 +1,4 @@
-"""The file of learning rates that searches chose on validation, and the rate that a run takes from it.
+"""The file of learning rates that searches chose on validation, and the rate that a run takes from it or may try first.
 
 It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
 {rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,51 @@ def _calibration(settings: Mapping) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"calibration.file={file}: no calibration.json that says its threshold") from error
     return content
+
+
+# --- A learning rate to try first, where none was searched for.
+
+_EXPONENTS = ("row_exponent", "column_exponent")
+FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
+
+
+def starting_rate(
+    dense: float, density: float, *, fan_in: str = "dense", row_exponent: float = 0.0, column_exponent: float = 0.0
+) -> float:
+    """Return the learning rate for a masked adapter to try first: dense LoRA's, divided by √density.
+
+    Of an A that was drawn for all inputs the columns J stay, so that A x is smaller and the first steps move the
+    outputs by less. The rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the
+    density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a
+    factor of 3, of this one. Where the mask knows its density (`fan_in`, the exponents) dense LoRA's rate stays.
+
+    Args:
+        dense: the rate that suits dense LoRA.
+        density: the share of dense LoRA's parameters that trains, in (0, 1].
+        fan_in, row_exponent, column_exponent: of `mask`.
+    """
+    aware = fan_in == "kept" or row_exponent > 0 or column_exponent > 0
+    return dense if aware else dense / math.sqrt(density)
+
+
+def dense_rate(settings: Mapping) -> tuple[float, str]:
+    """Return the learning rate of dense LoRA for a run's model and task, and where it is from.
+
+    It was searched for (`trainer.tuned`, else FILE), or is the default.
+    """
+    trainer, method = settings["trainer"], settings["method"]
+    file = Path(trainer.get("tuned") or FILE)
+    if file.is_file():
+        lora = {**settings, "method": {**method, "name": "lora"}}
+        with suppress(PartialLoraError):  # it has none of such a run
+            return tuned(str(file), lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
+    return identity.defaults()["trainer.learning_rate"], "the default"
+
+
+def starting_point(settings: Mapping, density: float) -> str:
+    """Return the learning rate for a run to try first and what it is derived from, in words."""
+    dense, source = dense_rate(settings)
+    known = {name: value for name, value in settings["mask"].items() if name in ("fan_in", *_EXPONENTS)}
+    rate = starting_rate(dense, density, **known)
+    of_dense = f"dense LoRA's {dense:g} ({source})"
+    return of_dense if rate == dense else f"{rate:.2g}, {of_dense} / √{density:.3g}"

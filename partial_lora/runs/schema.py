@@ -267,7 +267,7 @@ class MethodConfig:
 
 # Methods that train no product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
 _WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
-_MASKED = ("partial", "targeted", "uniform", "shuffled", "inverted")  # methods that may freeze A (mask.columns)
+MASKED = ("partial", "targeted", "entries", "flow", "uniform", "shuffled", "inverted")  # methods that read mask.*
 
 
 @dataclass
@@ -331,7 +331,7 @@ class Config:
         name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
         fits = ratio == 1 or name not in _WITHOUT_PRODUCT
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
-        fits = ratio == 1 or name not in _MASKED or self.mask.columns != "frozen"
+        fits = ratio == 1 or name not in MASKED or self.mask.columns != "frozen"
         require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
         fits = head_rate is None or self.model.head is not None or bool(self.model.new_modules)
         expected = f"null for model={self.model.name}, which has no head"

@@ -211,3 +211,44 @@ def test_experiments_search_without_a_file_and_compare_with_it(file: Path) -> No
     comparing = tuned(file, "experiment=methods method=lora")
     assert comparing.trainer.epochs == searching.trainer.epochs
     assert comparing.trainer.learning_rate == 3e-3
+
+
+# A learning rate to try first
+
+
+@pytest.mark.parametrize(("dense", "density"), [(1e-3, 1.0), (1e-3, 0.25), (3e-3, 0.01)])
+def test_a_masked_adapter_starts_from_the_dense_rate_over_the_root_of_its_density(dense: float, density: float) -> None:
+    assert rates.starting_rate(dense, density) == pytest.approx(dense * density**-0.5)
+    for aware in ({"fan_in": "kept"}, {"row_exponent": 0.5}, {"column_exponent": 1.0}):
+        assert rates.starting_rate(dense, density, **aware) == dense
+
+
+def test_rates_that_were_searched_for_are_within_a_step_of_the_one_to_try_first() -> None:
+    committed = Path(__file__).parents[2] / rates.FILE
+    entries = {rates.key_in(entry): entry["learning_rate"] for entry in rates.load(committed)}
+    masked = {key: rate for key, rate in entries.items() if key[2] == "partial" and key[-1].startswith("budget")}
+    assert len(masked) > 9
+    for (task, model, *_, point), rate in masked.items():
+        dense = entries[task, model, "lora", rates.NO_POINT, rates.NO_POINT]
+        expected = rates.starting_rate(dense, float(point.removeprefix("budget ")))
+        assert expected / 3.01 < rate < expected * 3.01
+
+
+def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
+    file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def of(*overrides: str) -> tuple[float, str]:
+        return rates.dense_rate(config.plain(composed("model=tiny_vit", *overrides)))
+
+    monkeypatch.chdir(tmp_path)  # which has the file where searches leave it
+    assert of("trainer.learning_rate=0.5") == (3e-3, f"searched for, {rates.FILE}")
+    assert of("method=entries", "mask.fan_in=kept") == (3e-3, f"searched for, {rates.FILE}")
+    assert of("task=cifar10")[0] == 1e-3
+    other = file.with_name("other.json")
+    rates.save(other, best(*search([0.9, 0.8, 0.7, 0.6]), *search([0.5, 0.6, 0.7, 0.8], "method=lora")))
+    assert of(f"trainer.tuned={other}") == (3e-2, f"searched for, {other}")
+    assert of("task=cifar10", f"trainer.tuned={other}", "trainer.tuned_on=digits")[0] == 3e-2
+    file.write_text("{")
+    assert of() == (1e-3, "the default")
+    monkeypatch.chdir("/")
+    assert of() == (1e-3, "the default")
