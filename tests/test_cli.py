@@ -158,7 +158,7 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
     result = json.loads((run / "result.json").read_text())
     lines = done.stdout.splitlines()
     for module, axes in result["sparsity"].items():
-        (line,) = (line for line in lines if f" {module} " in line)
+        (line,) = (line for line in lines if line.startswith(f" {module} "))
         assert f" {axes['rows']:.3f} " in line
         assert f" {axes['columns']:.3f} " in line
     assert max(map(len, lines[lines.index("calibrate done") :])) <= 100

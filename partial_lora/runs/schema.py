@@ -267,7 +267,8 @@ class MethodConfig:
 
 # Methods that train no product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
 _WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
-MASKED = ("partial", "targeted", "entries", "flow", "uniform", "shuffled", "inverted")  # methods that read mask.*
+# Methods whose adapter is masked, as `mask` says.
+MASKED = ("partial", "targeted", "ticket", "entries", "flow", "uniform", "shuffled", "inverted")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import set_seed
 
 from partial_lora import methods, models
-from partial_lora.adapter import module_masks, module_sparsity
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
@@ -27,6 +27,7 @@ from partial_lora.methods.setting import widest
 from partial_lora.runs import config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
+from partial_lora.runs.schema import MASKED as MASKED_METHODS
 from partial_lora.training import cost
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries", "ticket")
@@ -100,6 +101,12 @@ def test_controls_meet_a_budget_on_the_default_model(share: float) -> None:
         setting = setting_of("vit_s14", fresh, rank=16, alpha=16.0, sparsity=sparsity)
         own = counted(methods.get(method)(fresh, setting), setting)["adapter_trainable"]
         assert own == pytest.approx(setting.budget(), rel=0.01), method
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+def test_the_methods_whose_adapter_is_masked_are_known_by_name(method: str) -> None:
+    settings_of_adapter = adapted(method, "tiny_vit")[0].peft_config["default"]
+    assert isinstance(settings_of_adapter, PartialLoraConfig) is (method in MASKED_METHODS)
 
 
 def test_every_method_starts_from_the_same_head_and_changes_nothing_before_it_trains() -> None:
