@@ -446,7 +446,8 @@ def test_info_downloads_nothing(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
     assert "13.0%" in done.stdout
-    assert "learning rate: adapter 0.001; to try first: 0.0028, dense LoRA's 0.001 (the default) / √0.13" in done.stdout
+    first = "to try first: 0.0028 at density 0.13, from dense LoRA's 0.001 (the default)"
+    assert f"learning rate: adapter 0.001; {first}" in done.stdout
     own = here(place, "info", "model=tiny_vit", "trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
     assert "learning rate: adapter 0.001, B 0.004, head 0.002; to try first: " in own.stdout
     assert "to try first" not in here(place, "info", "model=tiny_vit", "method=lora").stdout

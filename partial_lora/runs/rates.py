@@ -299,27 +299,36 @@ def _calibration(settings: Mapping) -> dict:
 
 # --- A learning rate to try first, where none was searched for.
 
-_EXPONENTS = ("row_exponent", "column_exponent")
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
 def starting_rate(
-    dense: float, density: float, *, fan_in: str = "dense", row_exponent: float = 0.0, column_exponent: float = 0.0
+    dense: float,
+    density: float,
+    *,
+    columns: str = "masked",
+    fan_in: str = "dense",
+    row_exponent: float = 0.0,
+    column_exponent: float = 0.0,
 ) -> float:
-    """Return the learning rate for a masked adapter to try first: dense LoRA's, divided by √density.
+    """Return the learning rate for a masked adapter to try first, from the one that suits dense LoRA.
 
-    Of an A that was drawn for all inputs the columns J stay, so that A x is smaller and the first steps move the
-    outputs by less. The rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the
+    At one rate Adam's first step moves the outputs p √q as far as dense LoRA's, p the density of rows and q of columns
+    (docs/theory.md): in all the density to the power 1.5, of which an A drawn for the kept columns, or a whole one,
+    takes away 0.5, and an exponent itself. Where nothing of the power is left, dense LoRA's rate stays. Where all of it
+    is, the best rate is dense LoRA's / √density: that is a third of the power, by measurement, and in between a third
+    is an assumption. The rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the
     density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a
-    factor of 3, of this one. Where the mask knows its density (`fan_in`, the exponents) dense LoRA's rate stays.
+    factor of 3, of this one.
 
     Args:
         dense: the rate that suits dense LoRA.
         density: the share of dense LoRA's parameters that trains, in (0, 1].
-        fan_in, row_exponent, column_exponent: of `mask`.
+        columns, fan_in, row_exponent, column_exponent: of `mask`.
     """
-    aware = fan_in == "kept" or row_exponent > 0 or column_exponent > 0
-    return dense if aware else dense / math.sqrt(density)
+    knows_columns = fan_in == "kept" or columns == "frozen"
+    power = 1.5 - 0.5 * knows_columns - row_exponent - column_exponent
+    return dense * density ** (-max(power, 0.0) / 3)
 
 
 def dense_rate(settings: Mapping) -> tuple[float, str]:
@@ -339,7 +348,6 @@ def dense_rate(settings: Mapping) -> tuple[float, str]:
 def starting_point(settings: Mapping, density: float) -> str:
     """Return the learning rate for a run to try first and what it is derived from, in words."""
     dense, source = dense_rate(settings)
-    known = {name: value for name, value in settings["mask"].items() if name in ("fan_in", *_EXPONENTS)}
-    rate = starting_rate(dense, density, **known)
-    of_dense = f"dense LoRA's {dense:g} ({source})"
-    return of_dense if rate == dense else f"{rate:.2g}, {of_dense} / √{density:.3g}"
+    known = ("columns", "fan_in", "row_exponent", "column_exponent")
+    rate = starting_rate(dense, density, **{name: settings["mask"][name] for name in known if name in settings["mask"]})
+    return f"{rate:.2g} at density {density:.3g}, from dense LoRA's {dense:g} ({source})"

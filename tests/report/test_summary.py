@@ -126,8 +126,7 @@ def test_a_calibration_ends_with_a_learning_rate_to_try_first(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)  # where nothing was searched for
     rows = math.floor(0.75 * 1152 + 0.5) + math.floor(0.6 * 384 + 0.5) + 1152 + math.floor(0.05 * 384 + 0.5)
     density = rows / (2 * (1152 + 384))
-    assert f"{1e-3 / math.sqrt(density):.2g}, dense LoRA's 0.001 (the default) / √{density:.3g}" in of_calibration()
-    aware = of_calibration(mask__fan_in="kept")
-    assert "dense LoRA's 0.001 (the default)" in aware
-    assert "√" not in aware
+    assert f"{1e-3 / math.sqrt(density):.2g} at density {density:.3g}, from dense LoRA's 0.001" in of_calibration()
+    aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
+    assert f"0.001 at density {density:.3g}, from dense LoRA's 0.001 (the default)" in aware
     assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)

@@ -217,10 +217,15 @@ def test_experiments_search_without_a_file_and_compare_with_it(file: Path) -> No
 
 
 @pytest.mark.parametrize(("dense", "density"), [(1e-3, 1.0), (1e-3, 0.25), (3e-3, 0.01)])
-def test_a_masked_adapter_starts_from_the_dense_rate_over_the_root_of_its_density(dense: float, density: float) -> None:
+def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_density(dense, density) -> None:
     assert rates.starting_rate(dense, density) == pytest.approx(dense * density**-0.5)
-    for aware in ({"fan_in": "kept"}, {"row_exponent": 0.5}, {"column_exponent": 1.0}):
-        assert rates.starting_rate(dense, density, **aware) == dense
+    for aware in ({"row_exponent": 1.0}, {"row_exponent": 0.5, "column_exponent": 0.5}):
+        assert rates.starting_rate(dense, density, fan_in="kept", **aware) == dense
+        assert rates.starting_rate(dense, density, columns="frozen", **aware) == dense
+    assert rates.starting_rate(dense, density, row_exponent=1.0, column_exponent=1.0) == dense  # never below it
+    between = [rates.starting_rate(dense, density, fan_in="kept", row_exponent=power) for power in (0.0, 0.3, 0.6)]
+    assert between == sorted(between, reverse=True)
+    assert dense <= between[-1] <= between[0] <= rates.starting_rate(dense, density)
 
 
 def test_rates_that_were_searched_for_are_within_a_step_of_the_one_to_try_first() -> None:
