@@ -56,7 +56,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     method = methods.get(config.method.name)
-    calibrated = methods.is_calibrated(method) or stage == "calibrate"
+    calibrated = (methods.is_calibrated(method) and config.calibration.sparsity is None) or stage == "calibrate"
     # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated or methods.is_ranked(method)):
         targets = target_names(model, **config.model.trained_modules)
@@ -86,7 +86,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         if stage == "calibrate":
             return
         if not calibrated and (sparsity := build.fixed_sparsity(config, shapes)):
-            record["fixed"] = {"budget": config.calibration.budget}
+            record["fixed"] = build.fixed_point(config.calibration)
         if not calibrated and methods.is_ranked(method):
             with timed(record, "importance"):
                 draws = build.draws_of(config, task.train)

@@ -662,8 +662,11 @@ def analyse(what: str, settings: dict, command: str) -> int:
 
     Raises PartialLoraError where a calibration is refused, or another process holds the directory.
     """
-    if settings["calibration"]["file"]:
-        raise PartialLoraError("calibration.file: an analysis calibrates itself, on draws that differ; leave it out")
+    for key in ("file", "sparsity"):
+        if settings["calibration"][key] is not None:
+            raise PartialLoraError(
+                f"calibration.{key}: an analysis calibrates itself, on draws that differ; leave it out"
+            )
     folder = folder_of(settings, what)
     path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
     print(f"analyse {what} {folder}")

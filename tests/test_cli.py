@@ -286,6 +286,16 @@ def test_entries_spend_a_budget_without_a_calibration(place: Path, trained) -> N
     assert set(table["operating_point"]) == {"budget 0.13", "budget 0.3", "budget 2,000"}
 
 
+@pytest.mark.parametrize("given", ["calibration=fixed", "calibration.sparsity=0.5", "method=entries"])
+def test_where_nothing_is_calibrated_calibrate_is_refused_and_leaves_nothing(place: Path, given: str) -> None:
+    for more in ([], ["-m", "seed=0,1"]):
+        done = here(place, "calibrate", *TINY, given, "results_dir=nothing", *more)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"partial-lora: {'method.name' if 'method' in given else 'calibration.sparsity'}=")
+        assert not (place / "nothing").exists()
+
+
 def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
     settings = (*TINY, "mask=element", "calibration.threshold=0.7", "calibration.budget=0.3")
     done = here(place, "train", *settings)

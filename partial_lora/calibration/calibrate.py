@@ -40,7 +40,7 @@ from partial_lora.calibration.search import (
     threshold_of,
     walk,
 )
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.targets import target_linears
 
@@ -112,6 +112,7 @@ def calibrate(
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
     config = replace(config or CalibrationConfig(), **changes)
+    require(config.sparsity is None, "calibration.sparsity", config.sparsity, "null: a calibration finds it")
     chance = getattr(score, "chance", None) if chance is None else chance
     if chance is None and config.chance == "majority":
         raise PartialLoraError(

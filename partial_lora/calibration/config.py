@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from partial_lora.errors import one_of, positive, require
+from partial_lora.files import flatten
 
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 # Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
 BUDGETED = ("entries", "ticket")
+UNIFORM = "uniform"  # in place of a sparsity: the same for every module and axis, so that calibration.budget is spent
 
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
 
@@ -38,6 +42,13 @@ class ImportanceConfig:
         positive("importance.learning_rate", self.learning_rate)
 
 
+def _as_floats(sparsity: Any) -> Any:
+    """Return checked shares as they are, but 0.0 for 0: an id is of how a value is written."""
+    if isinstance(sparsity, Mapping):
+        return {str(name): _as_floats(share) for name, share in sparsity.items()}
+    return sparsity if sparsity == UNIFORM else float(sparsity)
+
+
 @dataclass
 class CalibrationConfig:
     """Choice of the sparsity of each module and axis on a handful of examples."""
@@ -58,6 +69,8 @@ class CalibrationConfig:
     chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
     score: str = "auto"  # what is left of the model; auto: the task's primary metric
     reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
+    # In place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform.
+    sparsity: Any = None
     memory: int = 2**31  # bytes that may be kept between passes; changes no result
 
     def __post_init__(self) -> None:
@@ -83,3 +96,24 @@ class CalibrationConfig:
         require(not (self.repair and budget is not None), "calibration.repair", self.repair, fixed)
         used = "false: a calibration.file is used as it is, and its draws are not at hand"
         require(not (self.reliability and self.file), "calibration.reliability", self.reliability, used)
+        if self.sparsity is not None:
+            self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        """Refuse a sparsity that is none, and keys that would decide nothing beside it."""
+        sparsity, name = self.sparsity, "calibration.sparsity"
+        if isinstance(sparsity, Mapping):
+            require(len(sparsity) > 0, name, dict(sparsity), "a share, {module or pattern: share}, or uniform")
+            for module, axes in sparsity.items():
+                whole = not isinstance(axes, Mapping) or axes.keys() == {"rows", "columns"}
+                require(whole, f"{name}.{module}", axes, "a share, or {rows: share, columns: share}")
+        for key, share in flatten({name: sparsity}).items() if sparsity != UNIFORM else ():
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            expected = "the share removed, in [0, 1)" + (", or uniform" if key == name else "")
+            require(number and 0 <= share < 1, key, share, expected)
+        self.sparsity = _as_floats(sparsity)
+        for key in ("threshold", "budget", "file", "repair", "reliability"):
+            value, usual = getattr(self, key), getattr(type(self), key)
+            spent = key == "budget" and sparsity == UNIFORM
+            expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} is in its place"
+            require(value == usual or spent, f"calibration.{key}", value, expected)

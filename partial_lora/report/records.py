@@ -291,7 +291,7 @@ def without_common_start(kinds: Sequence[str]) -> list[str]:
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows of which one may be the best
 _OF_METHOD = ("method.", "calibration.", "mask.", "importance.", "trainer.loraplus_ratio")
-_NAMED = ("method.name", "calibration.threshold", "calibration.budget")  # the method's columns
+_NAMED = ("method.name", "calibration.threshold", "calibration.budget", "calibration.sparsity")  # the method's columns
 _RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
 _PRECISION = "trainer.mixed_precision"
 _MOST_NAMED = 5
@@ -476,9 +476,16 @@ def _nearest(folder: Folder, references: Sequence[Folder]) -> str:
 
 
 def point_order(point: str) -> tuple[int, float]:
-    """Order points: methods without a calibration, thresholds from high to low, budgets from large to small."""
+    """Order points: methods without one, thresholds from high to low, budgets and sparsities from large to small ones.
+
+    Modules with sparsities of their own come last.
+    """
     kind, _, value = point.partition(" ")
-    return ((NONE, "threshold", "budget").index(kind), -float(value.replace(",", "") or 0))
+    place = (NONE, "threshold", "budget", "sparsity").index(kind)
+    if value.startswith("of modules"):
+        return place, 1.0
+    number = float(value.replace(",", "") or 0)
+    return place, number if kind == "sparsity" else -number
 
 
 # Runs averaged: over their seeds, or over all that share what the reader names.

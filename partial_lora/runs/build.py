@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
+from partial_lora.adapter.selection import assign_sparsity, read_sparsity
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CalibrationConfig
+from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
 from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
@@ -274,14 +275,27 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
 
 
 def fixed_sparsity(config: Config, shapes: Shapes) -> methods.Sparsity | None:
-    """Return the sparsities that are known without a calibration; None where it is one that finds them.
+    """Return the sparsities that are known without a calibration; None where one finds them, or there are none.
 
-    A method that spends a budget gets one share everywhere, of which it may make others that cost as much.
+    A method that spends a budget by a rule of its own gets one share everywhere that costs as much. Raises
+    PartialLoraError for `calibration.sparsity` of other modules than are adapted.
     """
-    if config.method.name not in BUDGETED:
+    calibration, budgeted = config.calibration, config.method.name in BUDGETED
+    if not budgeted and (calibration.sparsity is None or not methods.is_calibrated(methods.get(config.method.name))):
         return None
-    masks = shapes, config.method.rank, config.mask.counted
-    return even_sparsity(*masked_units(*masks), parameter_count(config.calibration.budget, *masks))
+    if budgeted or calibration.sparsity == UNIFORM:
+        masks = shapes, config.method.rank, config.mask.counted
+        return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
+    try:
+        return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
+    except PartialLoraError as error:
+        raise PartialLoraError(f"calibration.{error}") from error
+
+
+def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
+    """Return what decides the size of a run that is not calibrated."""
+    key = "sparsity" if calibration.budget is None else "budget"
+    return {key: getattr(calibration, key)}
 
 
 def setting_of(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
 from partial_lora.runs.schema import Config
@@ -201,9 +202,10 @@ def compose(
         return 0
     with _in_one_line(arguments):
         planned = plan(arguments)
-    for line in planned.refused:
+    refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
+    for line in filter(None, dict.fromkeys(refused)):
         print(f"partial-lora: {line}", file=sys.stderr)
-    if planned.refused:
+    if any(refused):
         return USAGE_ERROR
     if planned.is_sweep and sweep is not None:
         return sweep(planned, hydra)
@@ -220,6 +222,14 @@ def compose(
         if code > USAGE_ERROR:
             break
     return code
+
+
+def _uncalibrated(config: Config) -> str | None:
+    """Return why a run has no calibration that could be made alone; None where it has."""
+    if config.method.name in BUDGETED:
+        return f"method.name={config.method.name}: expected another method for calibrate: this one is not calibrated"
+    sparsity = config.calibration.sparsity
+    return None if sparsity is None else f"calibration.sparsity={sparsity}: expected null for calibrate, which finds it"
 
 
 def composed(*overrides: str) -> Config:

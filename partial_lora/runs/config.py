@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from partial_lora.calibration.config import BUDGETED, PAPER_BUDGET
+from partial_lora.calibration.config import BUDGETED, PAPER_BUDGET, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import file_sha256
 from partial_lora.runs import identity
@@ -59,8 +59,7 @@ def resolve(composed: DictConfig) -> Config:
     if config.data_dir is not None:
         task = _with_files(task, Path(config.data_dir))
     config, trainer = replace(config, task=task), config.trainer
-    if config.method.name in BUDGETED and config.calibration.budget is None:
-        config = replace(config, calibration=replace(config.calibration, budget=PAPER_BUDGET))
+    config = replace(config, calibration=_with_budget(config.calibration, config.method.name))
     if trainer.tuned is None:
         return config
     rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which is of the rate
@@ -71,6 +70,18 @@ def resolve(composed: DictConfig) -> Config:
 def _schema() -> DictConfig:
     """Return the schema as a node, to be read alone: a sweep of hundreds of runs need not make it for each."""
     return OmegaConf.structured(Config)
+
+
+def _with_budget(calibration: CalibrationConfig, method: str) -> CalibrationConfig:
+    """Return the settings with the budget that null stands for where there is no calibration, but a size to meet.
+
+    A method that spends a budget by a rule of its own needs not be told that nothing is calibrated.
+    """
+    if method in BUDGETED:
+        calibration = replace(calibration, sparsity=None)
+    elif calibration.sparsity != UNIFORM:
+        return calibration
+    return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
 
 
 def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
@@ -268,6 +279,8 @@ def run_id(config: Config | Mapping) -> str:
         is_file = own in _FILES or own.startswith("task.data_files.")
         if is_file or (own in _PLACES and Path(value).is_dir()):
             changed[key] = _digest(Path(value))
+    if isinstance(shares := settings.get("calibration", {}).get("sparsity"), Mapping):
+        changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
@@ -307,7 +320,6 @@ _ELSEWHERE = {  # what other tools call it
     "num_train_epochs": "trainer.epochs",
     "per_device_train_batch_size": "trainer.batch_size",
     "gpus": "trainer.num_processes",
-    "sparsity": "calibration.budget",
 }
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from partial_lora import methods, models
 from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
-from partial_lora.runs.build import check_modality, fixed_sparsity, setting_of
+from partial_lora.runs.build import check_modality, fixed_point, fixed_sparsity, setting_of
 from partial_lora.runs.schema import Config
 from partial_lora.training import cost
 from partial_lora.training.cost import peak_memory
@@ -44,7 +44,7 @@ def outline(config: Config) -> Outline:
     granularity, passes = config.mask.counted, 0
     sparsity = fixed_sparsity(config, shapes)
     if sparsity is not None:
-        source = f"calibration.budget={calibration.budget:g}"
+        source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
     elif methods.is_calibrated(methods.get(method.name)):
         sparsity, source = methods.expected_sparsity(shapes, method.rank, granularity, calibration)
         levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))

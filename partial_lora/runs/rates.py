@@ -9,6 +9,7 @@ are those that matter to the rate (`settings_of`), of all its runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -26,8 +27,15 @@ NO_POINT = "–"  # of a method whose size no point decides
 
 
 def operating_point(calibration: Mapping) -> str:
-    """Return the point of {"threshold", "budget"}: the budget, a share or a count of parameters, where there is one."""
-    key = "threshold" if calibration.get("budget") is None else "budget"
+    """Return the point of {"threshold", "budget", "sparsity"}: the budget, a share or a count of parameters, if any.
+
+    A sparsity that is fixed goes before a threshold. Modules with shares of their own are named by a digest of these.
+    """
+    sparsity, budget = calibration.get("sparsity"), calibration.get("budget")
+    if isinstance(sparsity, Mapping):
+        digest = hashlib.sha256(json.dumps(sparsity).encode()).hexdigest()[:6]
+        return f"sparsity of modules {digest}"
+    key = "budget" if budget is not None else "threshold" if sparsity is None else "sparsity"
     value = calibration[key]
     return f"{key} {value:g}" if value <= 1 else f"{key} {value:,.0f}"
 
@@ -35,8 +43,8 @@ def operating_point(calibration: Mapping) -> str:
 def nearest(point: str, others: Iterable[str]) -> str | None:
     """Return the nearest of other points of the same kind; of two as near the one that keeps more; None without any.
 
-    Thresholds are as far apart as their difference, budgets as their ratio. A threshold, a share and a count of
-    parameters say nothing of each other before calibration.
+    Thresholds are as far apart as their difference, budgets and what a sparsity leaves as their ratio. Points of other
+    kinds say nothing of each other, and shares of modules nothing of any.
     """
     kind, value = _parted(point)
     values = {other: number for other, (its, number) in ((each, _parted(each)) for each in others) if its == kind}
@@ -50,10 +58,18 @@ def nearest(point: str, others: Iterable[str]) -> str | None:
 
 
 def _parted(point: str) -> tuple[str, float]:
-    """Return the kind (threshold, share or count) and the value of a point."""
+    """Return the kind (threshold, sparsity, share, count, or the point itself) and the value of a point.
+
+    The value of a sparsity is what is kept.
+    """
     name, _, number = point.partition(" ")
-    value = float(number.replace(",", "") or "nan")
-    return ("count" if value > 1 else "share") if name == "budget" else name, value
+    try:
+        value = float(number.replace(",", ""))
+    except ValueError:
+        return point, math.nan
+    if name == "budget":
+        return ("count" if value > 1 else "share"), value
+    return name, 1 - value if name == "sparsity" else value
 
 
 # --- The key that has a learning rate of its own, and the settings that a search was made with.
@@ -114,7 +130,9 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
     found = {
         key: identity.wherever(identity.plain(key, names), value)
         for key, value in identity.computed_from(shown).items()
-        if identity.plain(key, names) not in _APART and not (calibration is None and key.startswith(_CALIBRATED))
+        if identity.plain(key, names) not in _APART
+        and not key.startswith("calibration.sparsity")  # of each module, perhaps
+        and not (calibration is None and key.startswith(_CALIBRATED))
     }
     length = {f"trainer.{name}": shown["trainer"].get(name) for name in _LENGTH}
     return length | dict(sorted(found.items()))

@@ -7,6 +7,7 @@ values equal to them: a new key then leaves the ids of old runs alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, Optional
 import yaml
 from omegaconf import MISSING
 
-from partial_lora.calibration.config import BUDGETED, CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError, one_of, positive, require
 from partial_lora.training.config import TrainerConfig
 
@@ -322,10 +323,10 @@ class Config:
     def _check_budgeted(self) -> None:
         """Refuse what a method that only spends a budget would ignore."""
         calibration, standard = self.calibration, CalibrationConfig()
-        for key in ("threshold", "file", "repair", "reliability"):
+        for key in ("threshold", "file", "sparsity", "repair", "reliability"):
             value, usual = getattr(calibration, key), getattr(standard, key)
-            expected = f"{usual}: method={self.method.name} spends calibration.budget and is not calibrated"
-            require(value == usual, f"calibration.{key}", value, expected)
+            expected = f"{json.dumps(usual)}: method={self.method.name} spends calibration.budget and is not calibrated"
+            require(value in (usual, UNIFORM), f"calibration.{key}", value, expected)
 
     def _check_rates(self) -> None:
         """Refuse learning rates of parts that the model or its adapter does not have."""

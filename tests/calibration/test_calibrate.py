@@ -344,6 +344,7 @@ def test_importance_by_name_by_function_or_given(model, batches):
         ({"importance_options": {"k": 99}}, r"importance.k=99: .*vit.blocks.0.attn.qkv"),
         ({"budget": 2.0}, r"calibration.budget=2: .*192"),
         ({"budget": -1}, r"calibration.budget=-1: "),
+        ({"sparsity": 0.5}, r"calibration.sparsity=0.5: "),
         ({"budget": 1e9}, r"calibration.budget=1e.09: "),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from configured import inputs, labels, load, loud, settings
 from method_settings import adapted, drawn_sparsity, setting_of
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -18,13 +18,13 @@ from transformers import set_seed
 
 from partial_lora import methods, models
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
-from partial_lora.calibration.budget import dense_parameters, kept_parameters
+from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, kept_count, random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
 from partial_lora.methods.setting import widest
-from partial_lora.runs import config
+from partial_lora.runs import build, config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
 from partial_lora.runs.schema import MASKED as MASKED_METHODS
@@ -337,3 +337,75 @@ def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path
     model.save_pretrained(tmp_path)
     held = sum(value.nbytes for value in load_file(tmp_path / "adapter_model.safetensors").values())
     assert foretold["adapter_bytes"] == held + 4 * 7 * 33
+
+
+# Shares that are fixed in place of a calibration
+
+CALIBRATED = [name for name, method in methods.METHODS.items() if methods.is_calibrated(method)]
+
+
+def fixed(method: str, *overrides: str) -> tuple[PeftModel, methods.Setting]:
+    """A tiny model as a run with `calibration.sparsity` adapts it, and the setting."""
+    chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
+    model = load("tiny_vit")
+    drawn = setting_of("tiny_vit", model)
+    sparsity = build.fixed_sparsity(chosen, drawn.shapes)
+    setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
+    return methods.get(method)(model, setting), setting
+
+
+@pytest.mark.parametrize("more", [[], ["mask=element"], ["mask=units"], ["mask=frozen"]])
+def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
+    model, setting = fixed("partial", "calibration.sparsity=0.75", *more)
+    mask = composed(*more).mask
+    config = PartialLoraConfig(
+        r=8,
+        target_modules=list(setting.shapes),
+        sparsity=0.75,
+        granularity=mask.granularity,
+        columns=mask.columns,
+        mask_seed=0,
+    )
+    assert module_masks(model) == module_masks(get_peft_model(load("tiny_vit"), config))
+
+
+def test_modules_have_the_share_of_the_first_pattern_that_names_them() -> None:
+    model, setting = fixed("partial", "calibration.sparsity={attn.qkv: 0.75, .*fc1: {rows: 0.5, columns: 0}, .*: 0.25}")
+    shares = {"qkv": (0.75, 0.75), "fc1": (0.5, 0.0)}
+    found = module_sparsity(model)
+    assert found == {
+        module: dict(zip(AXES, shares.get(module.rpartition(".")[2], (0.25, 0.25)), strict=True))
+        for module in setting.shapes
+    }
+    for wrong in ("{nothing: 0.5, .*: 0.1}", "{attn.qkv: 0.5}", "{*x: 0.5}"):
+        with pytest.raises(PartialLoraError, match=r"^calibration\.sparsity ") as refusal:
+            fixed("partial", f"calibration.sparsity={wrong}")
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: str) -> None:
+    model, setting = fixed(method, "calibration.budget=2000")
+    spent = counted(model, setting)["adapter_trainable"]
+    assert spent == pytest.approx(2000, rel=0.01 if method == "low_rank" else 0)
+    assert setting.budget() == 2000
+
+
+def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
+    model, setting = fixed("uniform", "calibration.budget=2000")
+    calibrated = scaled(drawn_sparsity(setting.shapes, 1), *setting.units(), 2000)
+    after = methods.get("uniform")(load("tiny_vit"), dataclasses.replace(setting, sparsity=calibrated))
+    assert module_masks(model) == module_masks(after)
+
+
+def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
+    for method in ("lora", "probe", "full"):
+        assert build.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
+
+
+def test_info_counts_what_a_fixed_share_leaves() -> None:
+    planned = outline(composed("model=tiny_vit", "method.rank=8", "calibration=fixed", "calibration.sparsity=0.75"))
+    model, setting = fixed("partial", "calibration.sparsity=0.75")
+    assert planned.counts["adapter_trainable"] == counted(model, setting)["adapter_trainable"]
+    assert planned.passes == 0
+    assert outline(composed("model=tiny_vit")).passes > 0

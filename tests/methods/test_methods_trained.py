@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.report import records
-from partial_lora.runs import directory, export
+from partial_lora.runs import build, directory, export
 from partial_lora.runs.predict import Predictor
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries", "ticket")
@@ -87,6 +87,27 @@ def test_a_ticket_is_found_on_the_fit_draw_and_says_how_long_that_took() -> None
     assert len({share for axes in shares.values() for share in axes.values()}) > 10  # each module has shares of its own
     sidecar = json.loads((run.adapter / "partial_lora.json").read_text())
     assert sidecar["selection"] == "top"
+
+
+def test_fixed_shares_train_without_a_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (
+        "model=tiny_vit",
+        "task=cifar10",
+        "calibration=fixed",
+        "calibration.sparsity=0.5",
+        override(picture_files()),
+    )
+    run = trained("fixed-targeted", *given, "method=targeted", "importance=adapter", "importance.steps=2")
+    assert run.result["seconds"]["importance"] > 0
+    monkeypatch.setattr(build, "draws_of", None)  # for random masks nobody is to draw examples
+    other = trained("fixed-partial", *given)
+    assert "importance" not in other.result["seconds"]
+    for each in (run, other):
+        assert (each.result["calibration"], each.result["fixed"]) == (None, {"sparsity": 0.5})
+        assert each.result["seconds"]["calibrate"] == 0
+        assert not (each.directory / directory.CALIBRATION).exists()
+        assert {share for axes in each.result["sparsity"].values() for share in axes.values()} == {0.5}
+        assert records.run_of(each.result, each.directory).row["operating_point"] == "sparsity 0.5"
 
 
 def test_with_a_frozen_fewer_activations_are_kept() -> None:

@@ -17,6 +17,12 @@ from partial_lora.runs import rates
 from partial_lora.runs.directory import PREDICTIONS, RESULT
 
 
+def test_points_are_in_the_order_of_kinds_and_of_sizes() -> None:
+    ordered = ["–", "threshold 0.9", "threshold 0.5", "budget 2,000", "budget 0.13", "budget 0.05"]
+    ordered += ["sparsity 0.5", "sparsity 0.87", "sparsity of modules 1e5a2b"]
+    assert sorted(sorted(ordered), key=records.point_order) == ordered
+
+
 def test_a_finished_run_is_a_row(tmp_path):
     place(tmp_path, record(), id="0a1b2c3d")
     (run,), problems = records.read(tmp_path)

@@ -77,6 +77,21 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method=ticket", "mask=element"], ["mask.granularity=element"]),
         (["method=ticket", "mask=frozen"], ["mask.columns=frozen"]),
         (["method=ticket", "calibration.threshold=0.5"], ["calibration.threshold=0.5", "method=ticket"]),
+        (["calibration=fixed", "calibration.sparsity=1"], ["calibration.sparsity=1"]),
+        (["calibration=fixed", "calibration.sparsity=true"], ["calibration.sparsity=True"]),
+        (["calibration=fixed", "calibration.sparsity=even"], ["calibration.sparsity=even"]),
+        (["calibration.sparsity={}"], ["calibration.sparsity={}"]),
+        (["calibration.sparsity={a: {rows: 0.3}}"], ["calibration.sparsity.a="]),
+        (["calibration.sparsity={a: {rows: 0.3, columns: x}}"], ["calibration.sparsity.a.columns=x"]),
+        (
+            ["calibration.sparsity=0.5", "calibration.budget=0.1"],
+            ["calibration.budget=0.1", "calibration.sparsity=0.5"],
+        ),
+        (["calibration=fixed", "calibration.threshold=0.8"], ["calibration.threshold=0.8", "calibration.sparsity"]),
+        (["calibration=fixed", "calibration.file={file}"], ["calibration.file", "calibration.sparsity"]),
+        (["calibration=fixed", "calibration.repair=true"], ["calibration.repair"]),
+        (["calibration=fixed", "calibration.reliability=true"], ["calibration.reliability", "calibration.sparsity"]),
+        (["calibration.sparsity=0.5", "method=entries"], ["calibration.sparsity=0.5", "method=entries"]),
         (["importance=adapter", "importance.steps=0"], ["importance.steps=0", "importance=adapter"]),
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
         (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
@@ -146,6 +161,20 @@ def test_the_ratio_of_loraplus_is_of_methods_that_train_a_product(method: str) -
         assert composed(*given).trainer.head_learning_rate == 1e-2
         with pytest.raises(PartialLoraError, match=rf"^trainer\.loraplus_ratio=4\.0: .*method={method}"):
             composed(*given, "trainer.loraplus_ratio=4")
+
+
+def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_count_in_their_order() -> None:
+    assert composed("calibration=fixed").calibration.budget == composed("method=entries").calibration.budget == 0.13
+    ids = [
+        config.run_id(composed("calibration=fixed", f"calibration.sparsity={share}")) for share in ("0", "0.0", "0.5")
+    ]
+    assert ids[0] == ids[1] != ids[2]
+    patterns = ("{.*qkv: 0.9, .*: 0.5}", "{.*: 0.5, .*qkv: 0.9}")
+    assert len({config.run_id(composed(f"calibration.sparsity={each}")) for each in patterns}) == 2
+    for method in ("entries", "ticket"):  # which never calibrate
+        assert composed(f"method={method}", "calibration=fixed") == composed(f"method={method}")
+    chosen = composed("calibration.sparsity={attn.qkv: {rows: 0.5, columns: 0}, .*: 0.9}")
+    assert config.load(config.plain(chosen)) == chosen
 
 
 def test_every_group_file_composes() -> None:

@@ -25,6 +25,8 @@ from partial_lora.runs.schema import Config
         ("budget 0.05", ["budget 0.01", "budget 0.13"], "budget 0.13"),  # by ratio; by difference it were 0.01
         ("budget 20,000", ["budget 0.13", "budget 10,000", "budget 2,000,000"], "budget 10,000"),
         ("budget 0.13", ["threshold 0.9", "budget 10,000"], None),
+        ("sparsity 0.95", ["sparsity 0.99", "sparsity 0.87", "budget 0.05"], "sparsity 0.87"),  # by what is kept
+        ("sparsity of modules 0a1b2c", ["sparsity of modules 12e345", "sparsity 0.5"], None),
     ],
 )
 def test_the_nearest_operating_point(point: str, others: list[str], expected: str | None) -> None:
@@ -35,6 +37,10 @@ def test_a_point_in_words() -> None:
     assert rates.operating_point({"threshold": 0.9}) == "threshold 0.9"
     assert rates.operating_point({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"
     assert rates.operating_point({"threshold": 0.9, "budget": 153344.0}) == "budget 153,344"  # to the last parameter
+    assert rates.operating_point({"threshold": 0.9, "budget": None, "sparsity": 0.87}) == "sparsity 0.87"
+    assert rates.operating_point({"threshold": 0.9, "budget": 0.05, "sparsity": "uniform"}) == "budget 0.05"
+    modules = [rates.operating_point({"sparsity": {"qkv": share}}) for share in (0.5, 0.5, 0.6)]
+    assert modules[0] == modules[1] != modules[2]
 
 
 @functools.cache
