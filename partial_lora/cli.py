@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.progress import handling, leave
+from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, launch
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
@@ -130,10 +131,9 @@ def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
     is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
     if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
         return
-    _prepare_libraries()
-    from partial_lora.report import page
-
-    if not page.is_drawn(outcome.directory, stage):
+    if not directory.is_drawn(outcome.directory, stage):
+        with _libraries():
+            from partial_lora.report import page
         page.draw_run(outcome.directory, plain(config))
 
 
@@ -161,9 +161,9 @@ def info(arguments: list[str]) -> int:
 def _print_outline(config: Config) -> int:
     from rich.console import Console
 
-    from partial_lora.runs.info import outline
-    from partial_lora.training import cost
-
+    with _libraries():
+        from partial_lora.runs.info import outline
+        from partial_lora.training import cost
     run = outline(config)
     console = Console()
     console.print(cost.table(run.counts, run.memory))
@@ -210,9 +210,8 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     run = finished.finished_run(parsed.run)
     task, trainer = finished.evaluation_settings(run, parsed.overrides, parsed.member)
-    _prepare_libraries()
-    from partial_lora.runs.evaluate import evaluate_run
-
+    with _libraries():
+        from partial_lora.runs.evaluate import evaluate_run
     with _bar("evaluate") as advance:
         done = evaluate_run(
             run,
@@ -242,11 +241,14 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _prepare_libraries() -> None:
-    """Set what torch, datasets and the hub read when they are imported: threads that sleep, no bars of their own."""
+@contextmanager
+def _libraries() -> Iterator[None]:
+    """Import torch, datasets and their kin inside the block, with what they read then: no bars, threads that sleep."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with launch.importing():
+        yield
 
 
 _WIDEST = 32  # columns that a label is padded to, at most
@@ -280,9 +282,8 @@ def predict(arguments: Sequence[str]) -> int:
         raise PartialLoraError(
             "nothing to predict: expected an image, a folder, a text, @FILE or - as INPUT, and at least one line in it"
         )
-    _prepare_libraries()
-    from partial_lora.runs.predict import Predictor
-
+    with _libraries():
+        from partial_lora.runs.predict import Predictor
     predictor = Predictor(run, device=parsed.device, max_new_tokens=parsed.max_new_tokens, member=parsed.member)
     size = parsed.batch_size or run.config.trainer.eval_batch_size
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
@@ -421,8 +422,8 @@ def export(arguments: Sequence[str]) -> int:
 
     with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
         run = finished_run(parsed.run)
-        from partial_lora.runs import export
-
+        with _libraries():
+            from partial_lora.runs import export
         done = export.export(run, parsed.to, parsed.out, check=parsed.check)
     console = Console()
     written = "written again, as it was" if done.existed else "written"
@@ -437,9 +438,6 @@ def export(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
-    from partial_lora.report import figures, page, records, tables
-    from partial_lora.report.statistics import best
-
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
         description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
@@ -459,18 +457,21 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
     parser.add_argument(
         "--spread",
-        choices=tables.SPREADS,
-        default=tables.SPREADS[0],
+        choices=tuple(SPREADS),
+        default=next(iter(SPREADS)),
         help="what follows ±: the standard deviation over runs, or half the 95 %% interval of their mean",
     )
     parser.add_argument(
         "--examples",
         type=int,
-        default=page.EXAMPLES,
+        default=EXAMPLES,
         metavar="N",
         help="how many of the hardest test examples the page shows for each row (default: %(default)s; 0: none)",
     )
     parsed = parser.parse_args(list(arguments))
+    with _libraries():
+        from partial_lora.report import figures, page, records, tables
+        from partial_lora.report.statistics import best
     place = parsed.results_dir
     if (place / directory.RESULT).is_file():
         _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])

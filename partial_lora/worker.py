@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -66,12 +67,15 @@ def work(place: Path, stage: str) -> int:
     try:
         if is_main:
             files.write_json(place / directory.RESULT, record)
-        from transformers.utils import logging as transformers_logging
+        chosen = config.load(settings)
+        launch.hide_quantiser(chosen.model)
+        with launch.importing():  # torch and its kin: what fails to import is recorded, too
+            from transformers.utils import logging as transformers_logging
 
-        from partial_lora.train import run  # torch and its kin: what fails to import is recorded, too
-
+            from partial_lora.train import run
+        gc.freeze()  # nor is it looked through again in training
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
-        run(config.load(settings), place, record, stage)
+        run(chosen, place, record, stage)
         if is_main:
             files.sync(place)  # before the record says that it is there
         record |= {"status": "finished", "files": directory.file_sizes(place)}

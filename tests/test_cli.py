@@ -463,17 +463,38 @@ def test_info_downloads_nothing(place: Path) -> None:
     assert "to try first" not in here(place, "info", "model=tiny_vit", "method=lora").stdout
 
 
-def test_the_first_words_come_without_torch() -> None:
-    script = """
-import sys
-from partial_lora.cli import main
-for arguments in (["--help"], ["train", "--help"], ["train", "--cfg", "job"]):
-    try:
-        main(arguments)
-    except SystemExit:
-        pass
-assert not {"torch", "transformers", "pandas"} & set(sys.modules), set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def imported(place: Path, script: str) -> set[str]:
+    """The modules that a script imports, in a process of its own."""
+    script += "\nimport sys\nprint('imported', *(name for name, module in sys.modules.items() if module))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=place, env=environment(place), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert "threshold" in done.stdout
+    return set(done.stdout.rpartition("imported ")[2].split())
+
+
+def test_neither_help_nor_a_wrong_argument_waits_for_a_library(place: Path) -> None:
+    help = [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["report", "--help"]]
+    wrong = [["trainer.lr=1"], ["model=nothing"], ["task=image_table", "task.data_files.train=nowhere.csv"]]
+    wrong = [["report", "--by"]] + [[command, *each] for command in ("train", "info") for each in wrong]
+    script = f"""
+from partial_lora.cli import main
+def code(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
+assert [code(each) for each in {help + wrong!r}] == {[0] * len(help) + [2] * len(wrong)!r}
+"""
+    assert not {"torch", "transformers", "numpy", "pandas", "matplotlib"} & imported(place, script)
+
+
+def test_a_worker_imports_what_its_run_needs(place: Path) -> None:
+    script = """
+from partial_lora.runs.compose import composed
+from partial_lora.runs.launch import hide_quantiser
+hide_quantiser(composed("model=tiny_llama", "task=arc_easy").model)
+import partial_lora.train
+"""
+    others = {"bitsandbytes", "torch._inductor.compile_fx", "timm", "sklearn", "scipy.stats", "evaluate", "matplotlib"}
+    assert not (others | {"mlflow", "tensorboard", "trackio", "wandb"}) & imported(place, script)

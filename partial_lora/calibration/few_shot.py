@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
 from partial_lora import progress
@@ -69,6 +68,8 @@ def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[n
     Classes: a multinomial logistic regression with C = 1; one without an example gets a zero row and a bias that no
     other logit falls below. Real numbers: a ridge regression with a penalty of 1.
     """
+    from sklearn.linear_model import LogisticRegression, Ridge  # half a second, and not every run fits a head
+
     if np.issubdtype(labels.dtype, np.floating):
         ridge = Ridge(alpha=1.0).fit(inputs, labels)
         return ridge.coef_.reshape(1, -1).astype(np.float32), np.float32(ridge.intercept_).reshape(1)

@@ -11,7 +11,6 @@ from itertools import combinations
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Sparsity
@@ -74,6 +73,8 @@ def correlation(first: Sparsity, second: Sparsity) -> dict:
     Where all sparsities of one side are equal, or there are fewer than three, they are None and `said` is the reason.
     Raises PartialLoraError, naming the first module, for calibrations of different modules.
     """
+    from scipy.stats import pearsonr, spearmanr  # half a second, and few runs ask how far to trust a calibration
+
     pairs = paired(first, second)
     reason = ""
     if len(pairs) < _FEWEST:

@@ -19,8 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from scipy import stats
-from sklearn import metrics
+from scipy.special import entr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,23 +184,31 @@ def f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) 
 
     classes: how many there are; None for as many as are seen.
     """
+    from sklearn.metrics import f1_score  # like scipy.stats, imported by those runs that have such a metric
+
     if (classes or max(predictions.max(), labels.max()) + 1) == 2:
-        return float(metrics.f1_score(labels, predictions, pos_label=1, zero_division=0))
-    return float(metrics.f1_score(labels, predictions, average="macro", zero_division=0))
+        return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return Matthews' correlation of two or more classes; 0 for a constant."""
-    return float(metrics.matthews_corrcoef(labels, predictions))
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the linear correlation; 0 for a constant, which says nothing of the labels."""
+    from scipy import stats
+
     return _correlation(stats.pearsonr, predictions, labels)
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the correlation of the ranks; 0 for a constant."""
+    from scipy import stats
+
     return _correlation(stats.spearmanr, predictions, labels)
 
 
@@ -309,7 +316,7 @@ class Loss(Measure):
         labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
             return -float(labels.double().var(0, correction=0).mean())
-        return -float(stats.entropy(_class_shares(batches)))
+        return -float(entr(_class_shares(batches)).sum())
 
 
 def _per_example(labels: Tensor) -> bool:

@@ -7,17 +7,12 @@ that of CLIP is its zero-shot classifier.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+import transformers  # not the classes: it imports each when it is used, TimmWrapper with all of timm
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    PreTrainedTokenizerBase,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-)
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
@@ -31,6 +26,9 @@ from partial_lora.models.weights import (
     one_line,
     quiet,
 )
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
 
 
 def load_timm(
@@ -74,17 +72,17 @@ def _load(
     _set_attention(shapes, attn_implementation)
     with fixed_seed():
         if weights == RANDOM:
-            config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **head)
-            model = TimmWrapperForImageClassification(config).to(dtype)
+            config = transformers.TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **head)
+            model = transformers.TimmWrapperForImageClassification(config).to(dtype)
         else:
             folder = folder_of(weights, name)
             with quiet():
-                config = TimmWrapperConfig.from_pretrained(folder, **head)
+                config = transformers.TimmWrapperConfig.from_pretrained(folder, **head)
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
             config.model_args = {**(config.model_args or {}), **model_args}
             model = load_weights(
-                TimmWrapperForImageClassification,
+                transformers.TimmWrapperForImageClassification,
                 folder,
                 config,
                 name=name,
@@ -103,9 +101,11 @@ def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmW
     Raises PartialLoraError for an architecture or an argument that timm does not know.
     """
     try:
-        config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), num_labels=num_labels)
+        config = transformers.TimmWrapperConfig(
+            architecture=architecture, model_args=dict(model_args), num_labels=num_labels
+        )
         with torch.device("meta"):
-            return TimmWrapperForImageClassification(config)
+            return transformers.TimmWrapperForImageClassification(config)
     except ImportError as error:
         raise PartialLoraError(
             f"model.architecture={architecture}: timm has no such model; `timm.list_models()` lists what it has"
@@ -265,12 +265,12 @@ def _whole_clip(
         raise PartialLoraError(f"model.text_args={text_args}: of text_weights=random only; {text_weights} has its own")
     folder = folder_of(text_weights, name, text=True)
     try:
-        config = CLIPConfig.from_pretrained(folder)
+        config = transformers.CLIPConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({one_line(error)})") from error
     check_architecture("clip", config.model_type, text_weights)
     clip = load_weights(
-        CLIPModel,
+        transformers.CLIPModel,
         folder,
         config,
         name=name,
@@ -294,11 +294,11 @@ def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedToke
     }
     shortest = {"hidden_size": width, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1}
     try:
-        config = CLIPConfig(
+        config = transformers.CLIPConfig(
             text_config=text, vision_config=shortest, projection_dim=text_args.get("projection_dim", width)
         )
         with fixed_seed():
-            return CLIPModel(config).eval(), tokenizer
+            return transformers.CLIPModel(config).eval(), tokenizer
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise PartialLoraError(
             f"model.text_args={text_args}: no geometry of CLIP's text tower ({one_line(error)})"

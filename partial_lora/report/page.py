@@ -21,17 +21,16 @@ from markupsafe import Markup
 
 from partial_lora.files import flatten, write_atomic
 from partial_lora.masks import AXES, Sparsity
+from partial_lora.report import EXAMPLES
 from partial_lora.report.examples import Example, hardest, predictions, rows_of, with_inputs
 from partial_lora.report.figures import Shown, draw_calibration, mean_sparsity, points, selected, training_curve
 from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of
 from partial_lora.report.summary import measured, percent
-from partial_lora.runs.directory import CALIBRATION, PREDICTIONS, RESULT
+from partial_lora.runs.directory import CALIBRATION, CURVES, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
 
-PAGE = "index.html"
-EXAMPLES = 6
 _WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lines
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 _OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
@@ -69,7 +68,7 @@ def write(
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
-    curves = run.directory / "curves.svg"  # as the run has drawn them; there are none without a calibration
+    curves = run.directory / CURVES  # as the run has drawn them; there are none without a calibration
     shown = [("Calibration curves", "What is left of the few-shot score.", _uri(curves))] if curves.is_file() else []
     content = {
         "title": _title([run]),
@@ -87,7 +86,7 @@ def draw_run(directory: Path, settings: Mapping) -> None:
     """Draw a finished run's figures and page, or a calibration's figures, out of the files in its directory.
 
     settings: those of the run, whose paths are not redacted as in its record. The run does not depend on a drawing, so
-    that what goes wrong is only logged. The file that `is_drawn` looks for comes last.
+    that what goes wrong is only logged. The file by which `directory.is_drawn` knows comes last.
     """
     try:
         record = json.loads((directory / RESULT).read_text(encoding="utf-8"))
@@ -99,11 +98,6 @@ def draw_run(directory: Path, settings: Mapping) -> None:
             write_run(run_of(record, directory), rows_of(settings, fetch=True))
     except Exception as error:
         logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
-
-
-def is_drawn(directory: Path, stage: str) -> bool:
-    """Return whether the drawing of a stage, "train" or "calibrate", came to its end."""
-    return (directory / (PAGE if stage == "train" else "curves.svg")).is_file()
 
 
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.report import SPREADS
 from partial_lora.report.records import COSTS, NONE, Folder, Predictions, Run, distinct, folders, group, paired
 from partial_lora.report.statistics import MARGIN, compare, reliability
 from partial_lora.report.summary import cell, measured, percent
@@ -40,11 +41,6 @@ _CONDITIONS = (
     "Conditions stand for all settings outside method, importance, calibration, mask, learning rate and seed: rows of "
     "other conditions were trained otherwise, and are not compared."
 )
-_SPREAD = {
-    "std": "± is one standard deviation over the n runs of a row.",
-    "interval": "± is half the 95 % interval of the mean over the n runs of a row (Student's t).",
-}
-SPREADS = tuple(_SPREAD)
 _WORDS = {"task", "model", "method", "operating point", "metric", "tuning", "precision", "conditions", "id"}
 _WORDS |= {"against", "verdict"}
 _NOT_ON_SCREEN = {"head parameters", "sparsity", "learning rate", "tuning", "conditions"}
@@ -104,7 +100,7 @@ def notes(
 ) -> list[str]:
     """Return what a reader of a grouped table has to know, a sentence or two each."""
     below = {
-        _SPREAD[spread]: (table["n"] > 1).any(),
+        SPREADS[spread]: (table["n"] > 1).any(),
         _BEST: marked,
         _CONDITIONS: not by and _conditions_differ(table),
         _UNTUNED: (table["tuning"] == "untuned").any(),

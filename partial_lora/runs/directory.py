@@ -30,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 TRACKERS = "trackers.json"  # the trackers' names of the run, so that a resumed one goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
+CURVES = "curves.svg"  # of a calibration
+PAGE = "index.html"
 LOCK = ".lock"
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
@@ -66,6 +68,11 @@ def is_calibrated(directory: Path) -> bool:
     result = read_result(directory)
     whole = bool(result) and result["status"] == "finished" and not missing(directory, result)
     return whole and (Path(directory) / CALIBRATION).is_file()
+
+
+def is_drawn(directory: Path, stage: str) -> bool:
+    """Return whether the drawing of a stage, "train" or "calibrate", came to its end."""
+    return (Path(directory) / (PAGE if stage == "train" else CURVES)).is_file()
 
 
 def _is_trained(result: Mapping | None) -> bool:

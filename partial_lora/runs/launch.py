@@ -7,6 +7,7 @@ setting touches no other, and a sweep starts its next run with nothing left over
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import logging
@@ -28,7 +29,7 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import redacted
 from partial_lora.runs import directory, schema
 from partial_lora.runs.config import calibration_directory, plain, run_directory
-from partial_lora.runs.schema import Config
+from partial_lora.runs.schema import Config, ModelConfig
 from partial_lora.training.config import TrainerConfig
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -497,7 +498,7 @@ def _record_failure(place: Path, failure: Failure | None, cluster: Cluster, code
         files.write_json(place / directory.RESULT, result | {"status": "failed", "error": redacted(reason)})
 
 
-# --- No code of the model hub runs here: what is fetched from it is data.
+# --- What is imported into a process of this package, and what not.
 
 _ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the user to install them
 
@@ -505,6 +506,7 @@ _ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the
 def refuse_hub_code() -> None:
     """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
 
+    No code of the hub runs here: what is fetched from it is data.
     transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
     way of the package `kernels`; it computes without them, and its advice to install them is kept from the terminal.
     Code of a repository's own (trust_remote_code) is never asked for.
@@ -512,3 +514,24 @@ def refuse_hub_code() -> None:
     os.environ["USE_HUB_KERNELS"] = "NO"
     sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
     logging.getLogger(_ASKS_FOR_KERNELS).setLevel(logging.ERROR)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import inside the block without looking for garbage: all of it stays, and looking takes a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def hide_quantiser(model: ModelConfig) -> None:
+    """Keep PEFT from importing bitsandbytes into a worker whose model is not quantised; to be called before both.
+
+    PEFT asks for it whatever a model is made of, and it imports torch's compiler: 1.5 s of a start. Text models out of
+    a folder or from the hub may have been stored quantised, whatever the settings say, and keep it.
+    """
+    stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
+    if model.quantization is None and not stored:
+        sys.modules.setdefault("bitsandbytes", None)

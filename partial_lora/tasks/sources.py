@@ -18,7 +18,6 @@ from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from sklearn.datasets import load_digits
 
 from partial_lora.errors import PartialLoraError, shortlist
 
@@ -53,6 +52,8 @@ def read(
 
 def digits() -> Dataset:
     """Return scikit-learn's digits: 1,797 grey images (8 x 8), the 17 grey levels stretched to 0..255."""
+    from sklearn.datasets import load_digits  # half a second, with all of scikit-learn
+
     bunch = load_digits()
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)

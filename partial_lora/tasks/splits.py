@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import ClassLabel, Dataset
-from sklearn.model_selection import train_test_split
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.sources import first_line
@@ -35,6 +34,8 @@ def cut(
 
     Raises PartialLoraError for a class too small to have rows on both sides.
     """
+    from sklearn.model_selection import train_test_split  # half a second, and many tasks come with all their splits
+
     classes = _classes(rows)
     labels = np.asarray(rows["label"]) if classes else None
     try:

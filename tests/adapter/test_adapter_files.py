@@ -114,8 +114,11 @@ def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
         from peft import PeftModel, get_peft_model
         from torch import nn
 
+        libraries = {name.split(".")[0] for name in sys.modules}
         from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
 
+        more = {name.split(".")[0] for name in sys.modules} - libraries
+        assert more == {"partial_lora"}, more  # the import costs what PEFT's does
         base = nn.Sequential(nn.Linear(8, 8))
         model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
         model.save_pretrained("saved")

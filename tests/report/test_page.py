@@ -18,6 +18,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import page, records
 from partial_lora.runs.config import plain
+from partial_lora.runs.directory import is_drawn
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -145,7 +146,7 @@ def test_a_run_leaves_a_page_with_its_own_test_images():
         return len(images), text
 
     page.draw_run(run.directory, plain(run.config))
-    assert page.is_drawn(run.directory, "train")
+    assert is_drawn(run.directory, "train")
     count, text = pictures()
     assert count == page.EXAMPLES
     assert "Calibration curves" in text
@@ -159,7 +160,7 @@ def test_a_run_without_a_calibration_leaves_a_page_and_a_page_that_cannot_be_mad
     result = record("lora", history=[{"step": 10, "loss": 1.0}])
     directory = place(tmp_path, result)
     page.draw_run(directory, result["config"])
-    assert page.is_drawn(directory, "train")
+    assert is_drawn(directory, "train")
     assert "Calibration curves" not in (directory / page.PAGE).read_text(encoding="utf-8")
     assert not caplog.text
     (tmp_path / "result.json").write_text('{"seed": 0}')

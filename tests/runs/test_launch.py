@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from partial_lora import files, worker
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory, launch
+from partial_lora.runs.compose import composed
 from partial_lora.runs.launch import Cluster, Failure
 from partial_lora.runs.schema import Config
 
@@ -225,3 +226,20 @@ def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> N
         assert each["ACCELERATE_USE_DEEPSPEED"] == "true"
         assert each["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
         assert each["ACCELERATE_MIXED_PRECISION"] == "no"  # trainer.mixed_precision decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_hidden"),
+    [
+        (("model=vit_b16",), True),
+        (("model=smollm2_135m", "task=arc_easy"), True),
+        (("model=tiny_llama", "task=arc_easy", "model.quantization=nf4"), False),
+        (("model=bert_base", "task=sst2"), False),  # what a config on the hub says is not known yet
+        (("model=tiny_llama", "task=arc_easy", "model.weights=folder"), False),
+    ],
+)
+def test_the_quantiser_is_hidden_from_models_that_cannot_be_quantised(monkeypatch, overrides, is_hidden: bool) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # to be put back as it was
+    del sys.modules["bitsandbytes"]
+    launch.hide_quantiser(composed(*overrides).model)
+    assert sys.modules.get("bitsandbytes", "not hidden") is (None if is_hidden else "not hidden")
