@@ -49,7 +49,7 @@ def table(counts: dict[str, dict]) -> str:
         [
             f"`{name}`",
             f"{each['base']:,}",
-            each["targets"],
+            each["adapted_modules"],
             f"{each['adapter_dense']:,}",
             f"{each['adapter_trainable']:,}",
             f"{each['head']:,}",

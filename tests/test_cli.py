@@ -68,7 +68,8 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
     assert result["status"] == "finished"
     assert set(result["seconds"]) == {"calibrate", "train", "evaluate"}
     parameters = result["parameters"]
-    assert set(parameters) == {"base", "adapter_dense", "adapter_trainable", "head", "adapter_sparsity"}
+    counts = {"base", "adapter_dense", "adapter_trainable", "head", "adapted_modules", "saturated_modules"}
+    assert set(parameters) == counts | {"adapter_sparsity"}
     assert {"baseline", "joint", "threshold", "search", "evaluations", "seconds", "cached"} <= set(
         result["calibration"]
     )

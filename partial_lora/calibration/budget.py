@@ -45,6 +45,29 @@ def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[st
     return _cost({module: _kept(shapes[module], sparsity[module]) for module in shapes}, rank)
 
 
+def saturated(
+    shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float, granularity: str = "rows_columns"
+) -> list[str]:
+    """Return the modules of W (out, in) that train as many numbers as the block of W has that these can change.
+
+    Rows I and columns J change |I| |J| entries of W by rank * (|I| + |J|) numbers: where that is no less, a lower rank
+    with more rows and columns reaches more of W at the same size. Rows and columns of each unit of the rank, and single
+    entries, are taken to be different ones while they last.
+    """
+    units, unit = masked_units(shapes, rank, granularity)
+    found = []
+    for module, (m, n) in shapes.items():
+        kept = _kept(
+            units[module], sparsity[module] if isinstance(sparsity, Mapping) else dict.fromkeys(AXES, sparsity)
+        )
+        rows, columns = kept["rows"], n if granularity == "rows" else kept["columns"]
+        if granularity == "units":
+            rows, columns = rank * rows, rank * columns
+        if unit * sum(kept.values()) >= min(m, rows) * min(n, columns):
+            found.append(module)
+    return found
+
+
 def parameter_count(budget: float, shapes: Shapes, rank: int, granularity: str = "rows_columns") -> int:
     """Return the trainable parameters that a budget allows: at most 1 is a share of the dense adapter, more is a count.
 

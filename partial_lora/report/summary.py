@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units
+from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.masks import AXES
 from partial_lora.report.records import NONE, method_of, number, operating_point, place, row, without_common_start
 from partial_lora.runs.rates import starting_point
@@ -55,6 +55,7 @@ def calibration_summary(result: Mapping, directory: Path) -> Group:
     lines = {
         "calibration": _title(result),
         "mean sparsity": f"{' · '.join(chosen)} over {len(sparsity)} modules",
+        "saturated": _saturated(result),
         "score": score,
         "threshold": _threshold(calibration),
         "reliability": _reliability(calibration.get("reliability")),
@@ -92,11 +93,26 @@ def module_table(result: Mapping) -> Table:
 
 def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
     """Return the trainable parameters of one module's adapter."""
-    config = result["config"]
-    mask = config.get("mask", {})
-    granularity = "rows" if mask.get("columns") == "frozen" else mask.get("granularity", "rows_columns")
-    counted = masked_units({"module": tuple(shape)}, config["method"]["rank"], granularity)
+    counted = masked_units({"module": tuple(shape)}, result["config"]["method"]["rank"], _counted(result["config"]))
     return kept_parameters(*counted, {"module": sparsity})
+
+
+def _counted(config: Mapping) -> str:
+    """Return what a budget is spent on (`MaskConfig.counted`)."""
+    mask = config.get("mask", {})
+    return "rows" if mask.get("columns") == "frozen" else mask.get("granularity", "rows_columns")
+
+
+def _saturated(result: Mapping) -> str:
+    """Return how many modules could do with a lower rank; nothing where none could, or each has a rank of its own."""
+    config, sparsity, shapes = result["config"], result["sparsity"], result.get("shapes")
+    if not shapes or config["method"].get("ranks", "one") != "one":
+        return ""
+    full = saturated(
+        {name: tuple(shapes[name]) for name in sparsity}, config["method"]["rank"], sparsity, _counted(config)
+    )
+    words = f"{len(full)} of {len(sparsity)} modules have as many parameters as the block of W that they reach"
+    return f"{words}; method.rank=auto reaches more" if full else ""
 
 
 def _starting_point(result: Mapping) -> str:

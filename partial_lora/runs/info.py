@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models
-from partial_lora.calibration.budget import dense_parameters
+from partial_lora.adapter.selection import assign_sparsity
+from partial_lora.calibration.budget import Shapes, dense_parameters, saturated
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
+from partial_lora.methods.setting import widest
 from partial_lora.runs.build import check_modality, fixed_point, fixed_sparsity, setting_of
 from partial_lora.runs.schema import Config
 from partial_lora.training import cost
@@ -53,12 +55,21 @@ def outline(config: Config) -> Outline:
     if sparsity is not None:
         modules = model.trained_modules
         counts = cost.describe(empty, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
+        if method.ranks == "auto":  # lower, so that fewer are saturated
+            counts["saturated_modules"] = _saturated(shapes, method.rank, sparsity)
     else:
         adapted = methods.get(method.name)(empty, setting_of(config, shapes))
         dense = dense_parameters(shapes, method.rank)
         counts = cost.describe_adapted(adapted, model.head, new_modules=model.new_modules, dense=dense)
         source = "counted on the adapter itself"
     return Outline(counts, source, outputs, passes, _memory(config, empty, shapes, counts))
+
+
+def _saturated(shapes: Shapes, rank: int, sparsity: float | methods.Sparsity) -> int:
+    """Count the saturated modules where each has the rank that reaches most of W at its size."""
+    shares = assign_sparsity(sparsity, list(shapes))
+    wide = {name: (shape, *widest(shape, rank, shares[name])) for name, shape in shapes.items()}
+    return sum(bool(saturated({name: shape}, own, {name: axes})) for name, (shape, own, axes) in wide.items())
 
 
 def _memory(config: Config, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:

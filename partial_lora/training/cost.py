@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 
 from partial_lora.adapter.factor import GATHER_DENSITY
-from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units
+from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Sparsity
 from partial_lora.models import size_of
@@ -88,36 +88,34 @@ def describe(
     """Return what training this model would hold and write, read off its shapes alone (the meta device is enough).
 
     `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. The result has the
-    counts of result.json's `parameters`; `targets`, the number of adapted modules; and bytes: `adapter_bytes` of the
-    tensors in a saved adapter (PEFT's format, zeros where masked, the head and `new_modules` included), `compact_bytes`
-    with the kept entries alone, `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
+    counts of result.json's `parameters` and bytes: `adapter_bytes` of the tensors in a saved adapter (PEFT's format,
+    zeros where masked, the head and `new_modules` included), `compact_bytes` with the kept entries alone,
+    `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32.
     """
     whole = _trained_whole(model, head, new_modules)
     head_count = sum(size_of(parameter) for module in whole for parameter in module.parameters())
     base = sum(size_of(parameter) for parameter in model.parameters()) - head_count
     shapes = {} if sparsity is None else target_shapes(model, target_modules, head, new_modules)
     adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
-    saved = _FP32 * (adapter["dense"] + head_count)
-    return _with_bytes(_counts(base=base, head=head_count, **adapter), targets=len(shapes), adapter_bytes=saved)
+    full = len(saturated(shapes, rank, sparsity, granularity)) if shapes else 0
+    counts = _counts(base=base, head=head_count, **adapter, modules=len(shapes), saturated=full)
+    return _with_bytes(counts, adapter_bytes=_FP32 * (adapter["dense"] + head_count))
 
 
 def describe_adapted(
     adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
 ) -> dict[str, int | float | None]:
     """Return what `describe` does, counted on an adapter that exists (on the meta device, too) and masks nothing."""
-    targets = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return _with_bytes(
         measured(adapted, head, new_modules=new_modules, dense=dense),
-        targets=targets,
         adapter_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
     )
 
 
-def _with_bytes(counts: dict, *, targets: int, adapter_bytes: int) -> dict[str, int | float | None]:
+def _with_bytes(counts: dict, *, adapter_bytes: int) -> dict[str, int | float | None]:
     trainable = counts["adapter_trainable"] + counts["head"]
     return counts | {
-        "targets": targets,
         "adapter_bytes": adapter_bytes,
         "compact_bytes": _FP32 * trainable,
         "gradient_bytes": _FP32 * trainable,
@@ -138,8 +136,9 @@ def measured(
     `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; `new_modules`,
     which train whole, too, are counted with the head. `dense`, what a method of another kind is compared with, is by
     default the size of the `.weight` of every lora_A and lora_B. Where every weight trains, all but the head are the
-    adapter's. Raises PartialLoraError, naming it, where a parameter outside of these trains: no column of a table would
-    count it.
+    adapter's. `saturated_modules` counts the modules that train as many numbers as the block of W has that these can
+    change (`budget.saturated`). Raises PartialLoraError, naming it, where a parameter outside of these trains: no
+    column of a table would count it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
@@ -157,8 +156,8 @@ def measured(
             )
         base += size_of(parameter)
     trained = [parameter for key, parameter in adapter_parts.items() if key not in in_heads]
+    lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if dense is None:
-        lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
         factors = [part[adapter] for layer in lora for part in (layer.lora_A, layer.lora_B) if adapter in part]
         dense = sum((part.weight if isinstance(part, nn.Module) else part).numel() for part in factors)
     in_head = [parameter for module in heads for parameter in module.parameters()]
@@ -167,16 +166,31 @@ def measured(
         dense=dense if trained else 0,
         trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
         head=sum(parameter.numel() for parameter in in_head if parameter.requires_grad),
+        modules=sum(any(adapter in getattr(layer, name) for name in layer.adapter_layer_names) for layer in layers),
+        saturated=sum(_is_saturated(layer, adapter) for layer in lora),
     )
+
+
+def _is_saturated(layer: LoraLayer, adapter: str) -> bool:
+    """Return True where A and B train as many numbers as there are in the rows and columns of W that they touch."""
+    factors = [part[adapter] for part in (layer.lora_B, layer.lora_A) if adapter in part]
+    if len(factors) < 2 or not all(isinstance(factor, nn.Module) for factor in factors):  # AdaLoRA's are parameters
+        return False
+    sizes = zip(factors, (layer.out_features, layer.in_features), strict=True)
+    rows, columns = (getattr(factor, "touched", size) for factor, size in sizes)
+    trained = [each for factor in factors for each in factor.parameters() if each.requires_grad]
+    return sum(each.numel() for each in trained) >= rows * columns
 
 
 def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
     """Return what `describe` does, and the peak of memory by the format of the weights, as a table for a terminal."""
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
-    sparsity = info["adapter_sparsity"]
+    sparsity, full = info["adapter_sparsity"], ""
+    if info["saturated_modules"]:
+        full = f"{info['saturated_modules']:,} saturated: a lower rank reaches more of W"
     rows = [
         ("base model, frozen", f"{info['base']:,}", ""),
-        ("adapted modules", f"{info['targets']:,}", ""),
+        ("adapted modules", f"{info['adapted_modules']:,}", full),
         ("adapter, dense", f"{info['adapter_dense']:,}", ""),
         ("adapter, trainable", f"{info['adapter_trainable']:,}", "" if share is None else f"{share:.1%} of dense"),
         ("adapter sparsity", "–" if sparsity is None else f"{sparsity:.3f}", "measured in entries"),
@@ -198,7 +212,9 @@ def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[s
     return columns
 
 
-def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, int | float | None]:
+def _counts(
+    *, base: int, dense: int, trainable: int, head: int, modules: int, saturated: int
+) -> dict[str, int | float | None]:
     """Return `parameters` of result.json; without an adapter, or with one larger than the dense, sparsity is None."""
     return {
         "base": base,
@@ -206,6 +222,8 @@ def _counts(*, base: int, dense: int, trainable: int, head: int) -> dict[str, in
         "adapter_trainable": trainable,
         "head": head,
         "adapter_sparsity": 1 - trainable / dense if 0 < trainable <= dense else None,
+        "adapted_modules": modules,
+        "saturated_modules": saturated,
     }
 
 

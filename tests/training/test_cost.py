@@ -16,6 +16,7 @@ from torch import nn
 
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.calibration.budget import saturated
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 from partial_lora.training import cost
@@ -103,9 +104,10 @@ def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
         "adapter_trainable": DENSE,
         "head": HEAD,
         "adapter_sparsity": 0.0,
+        "adapted_modules": 4,
+        "saturated_modules": 0,
     }
     assert {key: described[key] for key in found} == found
-    assert described["targets"] == 4
 
 
 def test_describe_masked():
@@ -138,6 +140,7 @@ def test_a_probe_has_no_adapter():
     described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=None)
     probe = adapted(target_modules=DUMMY_TARGET_MODULES)
     expected = {"base": BASE, "adapter_dense": 0, "adapter_trainable": 0, "head": HEAD, "adapter_sparsity": None}
+    expected |= {"adapted_modules": 0, "saturated_modules": 0}
     assert cost.measured(probe, "head") == expected
     assert {key: described[key] for key in expected} == expected
 
@@ -180,6 +183,41 @@ def test_measured_on_a_masked_adapter_is_what_was_described():
     described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     found = cost.measured(model, "head")
     assert found == {key: described[key] for key in found}
+
+
+def reached(model) -> dict[str, tuple[int, int]]:
+    """The numbers that each module trains, and the entries of W in the rows and columns that these touch."""
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            factors = layer.lora_B["default"], layer.lora_A["default"]
+            trained = [each for factor in factors for each in factor.parameters() if each.requires_grad]
+            for each in trained:
+                nn.init.constant_(each, 1.0)
+            b, a = (factor.weight != 0 for factor in factors)
+            found[name] = sum(each.numel() for each in trained), int(b.any(1).sum() * a.any(0).sum())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("masks", "granularity"),
+    [
+        ({}, "rows_columns"),
+        ({"granularity": "units"}, "units"),
+        ({"granularity": "element"}, "element"),
+        ({"columns": "frozen"}, "rows"),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_modules_are_saturated_that_train_as_many_numbers_as_they_reach(masks, granularity, rank, share):
+    options = {"r": rank, "target_modules": TARGETS, "modules_to_save": ["head"], "sparsity": share}
+    model = get_peft_model(Model(), PartialLoraConfig(**options, **masks))
+    literal = {name for name, (trained, block) in reached(model).items() if trained >= block}
+    assert cost.measured(model, "head")["saturated_modules"] == len(literal)
+    predicted = set(saturated(SHAPES, rank, share, granularity))
+    # Rows and columns of single entries are random, so that fewer may be touched than there are entries.
+    assert predicted <= literal if granularity == "element" else predicted == literal
 
 
 def test_measured_counts_only_what_trains():
