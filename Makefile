@@ -155,12 +155,13 @@ same-rate: $(VENV)/.installed
 	$(BIN)/partial-lora report results/same_rate
 
 # Every form of mask at equal sizes (conf/experiment/forms.yaml). Texts take rates twice as high.
-KEPT = mask.fan_in=kept
-SCALED = $(KEPT)+mask.row_exponent=1
+PLAIN = mask.fan_in=dense+mask.row_exponent=0
+KEPT = mask.fan_in=kept+mask.row_exponent=0
+SCALED = mask.fan_in=kept+mask.row_exponent=1
 FORMS = method=lora method=low_rank method=random_weights \
-	method=uniform method=uniform+$(KEPT) method=uniform+$(SCALED) \
-	method=entries method=entries+$(KEPT) method=entries+$(SCALED) \
-	method=uniform+mask=units+$(KEPT) method=uniform+mask=units+$(SCALED) method=uniform+mask=frozen+mask.row_exponent=1
+	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
+	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+$(SCALED) \
+	method=partial+mask=units+$(SCALED) method=partial+mask=frozen+mask.row_exponent=1
 FORM_SIZES = calibration.budget=0.13,0.02
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=98+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
