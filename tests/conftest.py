@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +21,6 @@ os.environ["HF_HOME"] = _HF_HOME.name
 
 # Nobody cuts the power while tests run: to wait for the disk would only take longer where it is busy.
 os.fsync = lambda descriptor: None
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_finish() -> None:
@@ -52,14 +49,6 @@ def _refused(name: str, answer: Callable[[], object]) -> Callable[[], object]:
         return answer()
 
     return ask
-
-
-@pytest.fixture(scope="session")
-def cifar10_files() -> dict[str, str]:
-    folder = SHARED / "cifar10"
-    if not folder.is_dir():
-        pytest.skip(f"the real CIFAR-10 rows are not on this machine (looked in {folder})")
-    return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
 
 
 @pytest.fixture
