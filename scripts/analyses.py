@@ -269,11 +269,11 @@ def reliability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]
     def part(seed: int, subject: Subject) -> dict:
         draws = subject.draws()
         labels = tasks.strata(subject.task.train)[draws.scored]
-        halves, found = [], []
+        halves, calibrations = [], []
         for half in reliability.split_half(labels, seed):
-            found.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))
-            halves.append(subject.record(found[-1]) | {"examples": len(half)})
-        first, second = (each.sparsity for each in found)
+            calibrations.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))
+            halves.append(subject.record(calibrations[-1]) | {"examples": len(half)})
+        first, second = (each.sparsity for each in calibrations)
         of_axis = {
             axis: reliability.correlation(*({m: {axis: s[m][axis]} for m in s} for s in (first, second)))
             for axis in AXES
@@ -288,9 +288,9 @@ def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     each = [part["reliability"] for part in parts.values()]
     summary = {key: moments(one[key] for one in each) for key in ("pearson", "spearman", "spearman_brown")}
     summary |= {axis: moments(part[axis]["pearson"] for part in parts.values()) for axis in AXES}
-    said = [f"{name}: {part['reliability']['said']}" for name, part in parts.items() if part["reliability"]["said"]]
+    reasons = [f"{name}: {part['reliability']['said']}" for name, part in parts.items() if part["reliability"]["said"]]
     verdict = reliability.verdict(summary["spearman_brown"]["mean"])
-    return summary | {"splits": len(parts), "said": said + ([verdict] if verdict else [])}
+    return summary | {"splits": len(parts), "said": reasons + ([verdict] if verdict else [])}
 
 
 def reliability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:

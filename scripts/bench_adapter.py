@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure, or profile, and write what was found."""
+    """Measure, or profile, and write record and page."""
     options = arguments(argv)
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
@@ -101,7 +101,7 @@ def _cells(options: argparse.Namespace, parts: Path, key: Mapping) -> list[dict]
 
 
 def _finished(part: Path, key: Mapping) -> dict | None:
-    """What an earlier, interrupted run measured with the same settings and the same code; None if nothing."""
+    """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
     try:
         saved = json.loads(part.read_text())
     except (OSError, ValueError):
@@ -175,7 +175,7 @@ def kept_entries(model: torch.nn.Module) -> int:
 
 
 def describe_machine(malloc: list[str]) -> dict:
-    """Where and with what the numbers were made."""
+    """Return the machine, the versions and the commit that the numbers were made with."""
     made = directory.new({"seed": SEED})
     return {
         "cpu": _cpu_name(),
@@ -208,7 +208,7 @@ def _digest() -> str:
 
 
 def _uncommitted() -> bool | None:
-    """Whether the measured code or the benchmark differs from the commit; None without git."""
+    """Return True where the measured code or the benchmark differs from the commit; None without git."""
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *map(str, _sources())]
     try:
         return bool(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -227,13 +227,13 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _profiles(options: argparse.Namespace) -> list[dict]:
-    found = []
+    profiles = []
     for name, rank in product(options.models, options.ranks):
         model = (QUICK_MODELS if options.quick else MODELS)[name]
         profile = bench_profile.profile(*build_cell(options, model, rank))
-        found.append({"model": name, "title": model.title, "rank": rank, **profile})
+        profiles.append({"model": name, "title": model.title, "rank": rank, **profile})
         print(f"{name} rank {rank}: profiled", flush=True)
-    return found
+    return profiles
 
 
 if __name__ == "__main__":

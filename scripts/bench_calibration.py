@@ -1,4 +1,4 @@
-"""What does calibration cost, against Algorithm 1 done literally? The second benchmark behind `make bench`.
+"""Cost of a calibration beside Algorithm 1 done literally: the second benchmark behind `make bench`.
 
 `python scripts/bench_calibration.py` runs a default scan and a bisect of the default model and task with nothing known,
 and the literal reference: every (module, axis, level) one full pass over the whole scored draw, levels upward to the
@@ -52,7 +52,7 @@ class Literal:
 
 
 class Question:
-    """What is calibrated: the model with its few-shot head, the scored draw and the importance of every module."""
+    """A model with its few-shot head, the scored draw and the importance of every module, to be calibrated."""
 
     def __init__(self, config: Config) -> None:
         model, chosen = config.model, config.calibration
@@ -80,7 +80,7 @@ class Question:
         with few_shot_head(self.model, self.head, self.fit):
             score = FewShotScore(self.model, self.scored, "accuracy", self.blocks)
             began, spent = time.perf_counter(), time.process_time()
-            found = calibrate(
+            calibration = calibrate(
                 self.model,
                 Literal(score) if side == "literal" else score,
                 target_modules=list(modules),
@@ -93,9 +93,9 @@ class Question:
             "wall_seconds": wall,
             "cpu_seconds": cpu,
             "evaluations": asdict(score.evaluations),
-            "baseline": found.baseline,
-            "joint": found.joint,
-            "sparsity": found.sparsity,
+            "baseline": calibration.baseline,
+            "joint": calibration.joint,
+            "sparsity": calibration.sparsity,
             "load": [load, os.getloadavg()[0]],
             "usable_cpus": len(os.sched_getaffinity(0)),
         }
@@ -117,7 +117,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure every side, or read what an interrupted run has measured, and write what was found."""
+    """Measure every side, or read what an interrupted run has measured, and write record and page."""
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     machine = describe_machine(malloc=[])
@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:
-    """What the literal reference evaluates and takes on all modules.
+    """Return what the literal reference evaluates and takes on all modules.
 
     Its passes follow from the scan's sparsities: for each curve every level up to the first failure; one for the
     baseline, one for the joint score. Raises SystemExit where its own run, on some modules, says anything else.
@@ -197,7 +197,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def _finished(part: Path, key: Mapping) -> dict | None:
-    """What an earlier, interrupted run measured with the same settings and the same code; None if nothing."""
+    """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
     try:
         saved = json.loads(part.read_text())
     except (OSError, ValueError):

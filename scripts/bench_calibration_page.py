@@ -27,7 +27,7 @@ def judge(result: Mapping) -> list[dict]:
 
 
 def _excuse(result: Mapping, measured: Mapping) -> str:
-    """Why a time says nothing: fewer processors than threads, or others at work on them."""
+    """Return why a time says nothing: fewer processors than threads, or others at work on them."""
     usable, threads = measured["usable_cpus"], result["threads"]
     if usable < threads:
         return f"open: {threads} threads had {usable} processor{'s' * (usable != 1)}"
@@ -36,7 +36,7 @@ def _excuse(result: Mapping, measured: Mapping) -> str:
 
 
 def differing(result: Mapping) -> tuple[int, int]:
-    """How many sparsities bisect finds that the scan does not, and of how many."""
+    """Count the sparsities that bisect and scan differ in, and all of them."""
     scan, bisect = (result["sides"][side]["sparsity"] for side in ("scan", "bisect"))
     pairs = [(scan[module][axis], bisect[module][axis]) for module in scan for axis in scan[module]]
     return sum(one != other for one, other in pairs), len(pairs)

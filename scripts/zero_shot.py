@@ -1,4 +1,4 @@
-"""What a frozen causal model says of multiple choice: this package's scores beside a literal loop over the options.
+"""Scores of a frozen causal model on multiple choice: this package's beside a literal loop over the options.
 
     python scripts/zero_shot.py arc_easy=DATA/arc_easy/test.parquet piqa=DATA/piqa/test.parquet
 
@@ -29,30 +29,30 @@ LITERAL = 100  # questions of each set
 
 
 def config_of(task: str, file: str) -> Config:
-    """The settings of experiment=causal, with a file of test rows alone."""
+    """Compose the settings of experiment=causal, with a file of test rows alone."""
     return composed("experiment=causal", f"task={task}", f"task.data_files={{train: {file}, test: {file}}}")
 
 
 def scored(config: Config, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
-    """What this package says of the test split, and the tokenizer that it reads with."""
+    """Return this package's judgement of the test split, and the tokenizer that it reads with."""
     task = build.task_of(config)
     transform = build.transform_of(config.model, config.task)
     judge = build.judge_of(config, task, transform, Alone())
 
     def predict(rows):
-        kept = []
+        answers = []
         for batch in DataLoader(rows, batch_size=32, collate_fn=transform.collate):
             with torch.inference_mode():
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            kept.append(judge.reduce(logits, batch["labels"]).numpy())
-        return np.concatenate(kept), np.empty(0)
+            answers.append(judge.reduce(logits, batch["labels"]).numpy())
+        return np.concatenate(answers), np.empty(0)
 
     return judge.judged(predict, model, "test"), transform.tokenizer
 
 
 @torch.inference_mode()
 def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
-    """The same of the first questions, without anything of this package but the texts."""
+    """Answer the first questions without anything of this package but the texts."""
     rows = build.task_of(config).test.select(range(LITERAL))
     chosen, chosen_by_length, right = [], [], []
     for row in rows:
@@ -66,8 +66,8 @@ def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
         chosen_by_length.append(int(np.argmax(np.array(sums) / lengths)))
         right.append(row["label"])
     hits, by_length = np.equal(chosen, right), np.equal(chosen_by_length, right)
-    said = {"chosen": chosen, "chosen_by_length": chosen_by_length}
-    return {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean())} | said
+    scores = {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean())}
+    return scores | {"chosen": chosen, "chosen_by_length": chosen_by_length}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,16 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     for task, _, file in sets:
         config = config_of(task, file)
         model = build.model_of(config.model, (), ()).eval()
-        found, tokenizer = scored(config, model)
+        judged, tokenizer = scored(config, model)
         loop = literally(config, model, tokenizer)
-        own = found.predictions.iloc[:LITERAL]
+        own = judged.predictions.iloc[:LITERAL]
         agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
             own["prediction_norm"], loop.pop("chosen_by_length")
         )
         records[task] = {
             "model": config.model.name,
-            "questions": len(found.predictions),
-            "package": {key: found.metrics[key] for key in ("accuracy", "accuracy_norm")},
+            "questions": len(judged.predictions),
+            "package": {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")},
             "first": {
                 "questions": LITERAL,
                 "package": {

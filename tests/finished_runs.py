@@ -169,8 +169,8 @@ def questions(count: int, first: int) -> list[dict]:
         options = [f"a {colour} one", "none of them", f"{number} or more"][: 2 + number % 2]
         place = number % len(options)
         options[0], options[place] = options[place], options[0]
-        asked = f"which {'very ' * (number % 4)}{colour} one is it? ({number})"
-        rows.append({"question": asked, "options": options, "answer": place})
+        question = f"which {'very ' * (number % 4)}{colour} one is it? ({number})"
+        rows.append({"question": question, "options": options, "answer": place})
     return rows
 
 

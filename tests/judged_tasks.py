@@ -64,5 +64,5 @@ def literal(model, prompt: str, answer: str, ends: bool = False) -> tuple[float,
     context = TOKENIZER(prompt)["input_ids"]
     whole = TOKENIZER(prompt + answer)["input_ids"] + ([TOKENIZER.eos_token_id] if ends else [])
     chances = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-    asked = range(len(context), len(whole))
-    return sum(float(chances[place - 1, whole[place]]) for place in asked), len(asked)
+    places = range(len(context), len(whole))
+    return sum(float(chances[place - 1, whole[place]]) for place in places), len(places)

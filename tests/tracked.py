@@ -20,17 +20,17 @@ def stored(place: Path) -> Run:
 
 def in_mlflow(place: Path) -> dict[str, dict[int, float]]:
     client, run = MlflowClient((place / "mlruns").as_uri()), stored(place)
-    found = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
-    return {name: {each.step: each.value for each in points} for name, points in found.items()}
+    metrics = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: {each.step: each.value for each in points} for name, points in metrics.items()}
 
 
 def points_of(history: list[dict]) -> dict[str, dict[int, float]]:
     """Return a history as trackers should have it: by metric and step."""
-    found: dict[str, dict[int, float]] = {}
+    metrics: dict[str, dict[int, float]] = {}
     for entry in history:
         for name, value in rewrite_logs({key: value for key, value in entry.items() if key != "step"}).items():
-            found.setdefault(name, {})[entry["step"]] = value
-    return found
+            metrics.setdefault(name, {})[entry["step"]] = value
+    return metrics
 
 
 def without_clock(points: Mapping[str, dict]) -> dict[str, dict]:

@@ -213,13 +213,13 @@ def _check(value: object, shape: Mapping, field: str = "") -> None:
     for key, expected in shape.items():
         name = key.removesuffix("?")
         for each in value if name == "*" else (name,):
-            found = value.get(each)
-            if found is None and not key.endswith("?"):
+            content = value.get(each)
+            if content is None and not key.endswith("?"):
                 raise ValueError(f"foreign, no {field}{each} in it")
-            if found is not None and isinstance(expected, Mapping):
-                _check(found, expected, f"{field}{each}.")
-            elif found is not None and not isinstance(found, expected):
-                raise ValueError(f"foreign, its {field}{each} is {found!r:.40}, expected {_TYPES[expected]}")
+            if content is not None and isinstance(expected, Mapping):
+                _check(content, expected, f"{field}{each}.")
+            elif content is not None and not isinstance(content, expected):
+                raise ValueError(f"foreign, its {field}{each} is {content!r:.40}, expected {_TYPES[expected]}")
 
 
 def method_of(result: Mapping) -> str:

@@ -80,7 +80,7 @@ def module_table(result: Mapping) -> Table:
     drawn.add_column("type", overflow="fold")
     for name in ("shape", "rows", "columns", "parameters\nkept"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    kept = {module: _kept(result, shapes[module], axes) for module, axes in sparsity.items() if module in shapes}
+    kept = {module: _parameters(result, shapes[module], axes) for module, axes in sparsity.items() if module in shapes}
     for (module, axes), kind in zip(sparsity.items(), kinds, strict=True):
         shape = " × ".join(map(str, shapes[module])) if module in shapes else NONE
         counted = f"{kept[module]:,}" if module in kept else NONE
@@ -91,10 +91,10 @@ def module_table(result: Mapping) -> Table:
     return drawn
 
 
-def _kept(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
+def _parameters(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
     """Return the trainable parameters of one module's adapter."""
-    counted = masked_units({"module": tuple(shape)}, result["config"]["method"]["rank"], _counted(result["config"]))
-    return kept_parameters(*counted, {"module": sparsity})
+    units = masked_units({"module": tuple(shape)}, result["config"]["method"]["rank"], _counted(result["config"]))
+    return kept_parameters(*units, {"module": sparsity})
 
 
 def _counted(config: Mapping) -> str:
@@ -120,7 +120,7 @@ def _starting_point(result: Mapping) -> str:
     config, shapes = result["config"], result.get("shapes")
     if not shapes or config["method"]["name"] not in MASKED:
         return ""
-    kept = sum(_kept(result, shapes[module], axes) for module, axes in result["sparsity"].items())
+    kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
     dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
     return f"to try first: {starting_point(config, kept / dense)}"
 

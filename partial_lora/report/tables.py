@@ -276,13 +276,13 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     metric = pair[1].row["metric"]
     both = sorted(set(pair[0].seeds) & set(pair[1].seeds))  # no matter whether the others' predictions are there
     try:
-        found = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
+        comparison = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
     except (PartialLoraError, ValueError, KeyError) as error:
         return " ".join(str(error).split())
     return {
-        **{name: getattr(found, name) for name in ("difference", "low", "high", "verdict", "reason")},
-        "pairs": found.seeds,
-        "examples": found.examples,
+        **{name: getattr(comparison, name) for name in ("difference", "low", "high", "verdict", "reason")},
+        "pairs": comparison.seeds,
+        "examples": comparison.examples,
     }
 
 

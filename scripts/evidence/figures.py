@@ -123,21 +123,21 @@ Group = tuple[dict, pd.DataFrame, list[str]]  # what its runs have in common, on
 
 def groups(known: pd.DataFrame, by: Sequence[str]) -> list[Group]:
     """The runs that agree in the columns `by`, settled."""
-    found = []
+    parts = []
     for key, cell in known.groupby(list(by), sort=False, dropna=False):
         one, notes = settled(cell.rename(columns={"point": "operating_point"}))
-        found.append((dict(zip(by, key, strict=True)), one.sort_values("seed"), notes))
-    return found
+        parts.append((dict(zip(by, key, strict=True)), one.sort_values("seed"), notes))
+    return parts
 
 
-def _by_seed(found: Sequence[Group]) -> list[Cell]:
+def _by_seed(parts: Sequence[Group]) -> list[Cell]:
     """The runs of each group by seed; methods and points under one condition stand beside each other."""
     return [
         (
             tuple(value for name, value in where.items() if name not in ("method", "point")),
             dict(zip(one["seed"], one["run"], strict=True)),
         )
-        for where, one, _ in found
+        for where, one, _ in parts
     ]
 
 
@@ -148,13 +148,13 @@ def means(known: pd.DataFrame, by: Sequence[str]) -> Numbers:
     parameters, share of the dense adapter and sparsity as means. Of a task and model all means are over the seeds that
     all of them have, if these are two at least: scores of unlike seeds differ by the seeds, too.
     """
-    found = groups(known, by)
+    parts = groups(known, by)
     seeds: dict[tuple, set[int]] = {}
-    for where, one, _ in found:
+    for where, one, _ in parts:
         place = tuple(where[name] for name in PLACE)
         seeds[place] = seeds.get(place, set(one["seed"])) & set(one["seed"])
     rows = []
-    for where, one, _ in found:
+    for where, one, _ in parts:
         common = seeds[tuple(where[name] for name in PLACE)]
         one = one[one["seed"].isin(common)] if len(common) > 1 else one
         std = float(one["test"].std())
@@ -165,7 +165,7 @@ def means(known: pd.DataFrame, by: Sequence[str]) -> Numbers:
             | {name: float(one[name].mean()) for name in ("parameters", "share", "sparsity")}
         )
     columns = [*by, "n", "seeds", "mean", "std", "half", "parameters", "share", "sparsity"]
-    return pd.DataFrame(rows, columns=columns), [note for *_, notes in found for note in notes]
+    return pd.DataFrame(rows, columns=columns), [note for *_, notes in parts for note in notes]
 
 
 def places(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -206,7 +206,7 @@ def level(axes: Axes, part: pd.DataFrame, method: str) -> None:
 
 
 def above(figure: Figure, text: str) -> None:
-    """What markers, lines and bars mean, over all panels, in as many lines as its width needs."""
+    """Draw the legend of markers, lines and bars over all panels, in as many lines as its width needs."""
     unbroken = text.replace(" %", "\N{NO-BREAK SPACE}%")
     figure.suptitle(textwrap.fill(unbroken, int(_LETTERS * figure.get_figwidth())), fontsize=9)
 
@@ -416,8 +416,8 @@ def fig3(known: pd.DataFrame, results_dir: Path) -> Numbers:
     the test's metric on training and test rows and their difference; linear CKA after each block (x counts from 1).
     """
     rows, notes, unmeasured = [], [], []
-    found = _groups_of_fig3(known)
-    for (where, one, left_out), contents in zip(found, measured(_by_seed(found)), strict=True):
+    parts = _groups_of_fig3(known)
+    for (where, one, left_out), contents in zip(parts, measured(_by_seed(parts)), strict=True):
         notes += left_out
         for logged in ("loss", "grad_norm"):
             points = band([run.record.get("history", []) for run in one["run"]], logged)
@@ -544,12 +544,12 @@ def fig4(known: pd.DataFrame, results_dir: Path) -> Numbers:
 
 def levels(sizes: Sequence[float]) -> list[float]:
     """For each size the smallest of those that are the same within five percent, from the smallest on."""
-    lowest, found = None, {}
+    lowest, level_of = None, {}
     for size in sorted(sizes):
         if lowest is None or size > lowest * 1.05:
             lowest = size
-        found[size] = lowest
-    return [found[size] for size in sizes]
+        level_of[size] = lowest
+    return [level_of[size] for size in sizes]
 
 
 def draw_fig4(table: pd.DataFrame) -> Figure:
@@ -612,7 +612,7 @@ def fig5(known: pd.DataFrame, results_dir: Path) -> Numbers:
 
 def _agreements(results_dir: Path) -> list[dict]:
     """A row for every two measures of every analysis and point; of analyses in both folders the nearer one."""
-    found: dict[tuple[str, ...], list[dict]] = {}
+    by_analysis: dict[tuple[str, ...], list[dict]] = {}
     for place in (results_dir, results_dir.parent):
         for file in sorted(place.glob("analyses/agreement/*/*/analysis.json")):
             try:
@@ -627,8 +627,8 @@ def _agreements(results_dir: Path) -> list[dict]:
                 ]
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
-            found.setdefault(file.parts[-3:-1], rows)
-    return [row for rows in found.values() for row in rows]
+            by_analysis.setdefault(file.parts[-3:-1], rows)
+    return [row for rows in by_analysis.values() for row in rows]
 
 
 def draw_fig5(table: pd.DataFrame) -> Figure:
@@ -752,10 +752,10 @@ def fig7(known: pd.DataFrame, results_dir: Path) -> Numbers:
     what other masks do to a run (its mask.seed moves alone), and what other seeds do. "gap": the metric on the rows
     that were trained on, with the labels they had, less that on test rows, means over the seeds that were measured.
     """
-    found = _groups_of_fig7(known)
-    notes = [note for *_, left_out in found for note in left_out]
-    pairs = _pairs(found)
-    rows = [*pairs, *_masks(known, found), *_gaps_of(found)] if pairs else []
+    conditions = _groups_of_fig7(known)
+    notes = [note for *_, left_out in conditions for note in left_out]
+    pairs = _pairs(conditions)
+    rows = [*pairs, *_masks(known, conditions), *_gaps_of(conditions)] if pairs else []
     columns = ["part", *PLACE, "method", *_CONDITION, "seed", "mask_seed", "n", "seeds", "test"]
     columns += [*_RANDOM_AND_TARGETED, "difference", "half", "train", "gap"]
     table = pd.DataFrame(rows, columns=columns)
@@ -783,10 +783,10 @@ def _groups_of_fig7(known: pd.DataFrame) -> list[Group]:
     return groups(own.sort_values(by, kind="stable"), by)
 
 
-def _pairs(found: Sequence[Group]) -> list[dict]:
+def _pairs(conditions: Sequence[Group]) -> list[dict]:
     """A row a condition, of the seeds that all conditions of its place have, if there are two such."""
     by_condition: dict[tuple, dict[str, pd.Series]] = {}
-    for where, one, _ in found:
+    for where, one, _ in conditions:
         condition = tuple(where[name] for name in (*PLACE, *_CONDITION))
         by_condition.setdefault(condition, {})[where["method"]] = one.set_index("seed")["test"]
     both = {condition: pd.DataFrame(tests).dropna() for condition, tests in by_condition.items() if len(tests) == 2}
@@ -807,14 +807,14 @@ def _pairs(found: Sequence[Group]) -> list[dict]:
     return rows
 
 
-def _masks(known: pd.DataFrame, found: Sequence[Group]) -> list[dict]:
+def _masks(known: pd.DataFrame, conditions: Sequence[Group]) -> list[dict]:
     """Runs whose mask.seed is set, that of the same seed whose is not, and the runs over seeds they stand beside.
 
     A mask.seed that is not set is the run's seed; runs with one all have the training rows of the whole.
     """
     known = known[known["method"].isin(_RANDOM_AND_TARGETED) & (known["point"] == BUDGET)]
     rows = []
-    for where, over_seeds, _ in found:
+    for where, over_seeds, _ in conditions:
         most = known.loc[known["task"] == where["task"], "train_samples"].max()
         if where["train_samples"] != most or where["label_noise"] != 0:
             continue
@@ -835,9 +835,9 @@ def _masks(known: pd.DataFrame, found: Sequence[Group]) -> list[dict]:
     return rows
 
 
-def _gaps_of(found: Sequence[Group]) -> list[dict]:
+def _gaps_of(conditions: Sequence[Group]) -> list[dict]:
     rows = []
-    for (where, _, _), contents in zip(found, measured(_by_seed(found)), strict=True):
+    for (where, _, _), contents in zip(conditions, measured(_by_seed(conditions)), strict=True):
         if not contents:
             continue
         both = pd.DataFrame({seed: gap(content) for seed, content in contents.items()}, index=["train", "test"]).T

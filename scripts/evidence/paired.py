@@ -257,7 +257,7 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
     Better is a 95 % interval, over test examples and seeds, that is above zero. Beside every point stand those that are
     not calibrated, and these are set beside all. What has kept no predictions, or nothing beside it, is not marked.
     """
-    found = set()
+    best = set()
     for (*_, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
         rows = dict(iter(part.groupby(ROW, sort=False)))
         sign = -1 if part["metric"].iloc[0] in LOWER_IS_BETTER else 1
@@ -265,16 +265,16 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
             others = [rows[key] for key in rows if key != row and (NONE in (key[3], row[3]) or key[3] == row[3])]
             others.sort(key=lambda each: -sign * each["test"].mean())  # the likeliest to refute come first
             if others and all(_beats(own, other, sign) for other in others):
-                found.add((*row, task))
-    return found
+                best.add((*row, task))
+    return best
 
 
 def _beats(own: pd.DataFrame, other: pd.DataFrame, sign: int) -> bool:
     pair = Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0])
     if sign * own["test"].mean() <= sign * other["test"].mean() or not pair.seeds:
         return False
-    found = between([pair], draws=2_000)
-    return found.over == BOTH and min(sign * found.low, sign * found.high) > 0
+    interval = between([pair], draws=2_000)
+    return interval.over == BOTH and min(sign * interval.low, sign * interval.high) > 0
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
@@ -361,14 +361,14 @@ def judged(
         for where, own in at_point.groupby(WHERE, sort=False):
             one = own if len(own) == 1 else own[own["task"] == AVERAGE]
             row = one.iloc[0].to_dict() if len(one) else None
-            found = "no average over tasks" if row is None else _found(row)
-            verdicts.append(Verdict(claim, ", ".join(filter(None, where)), judge(row), found))
+            finding = "no average over tasks" if row is None else _finding(row)
+            verdicts.append(Verdict(claim, ", ".join(filter(None, where)), judge(row), finding))
         if at_point.empty:
             verdicts.append(Verdict(claim, point, judge(None), "no runs of both"))
     return verdicts
 
 
-def _found(row: Mapping) -> str:
+def _finding(row: Mapping) -> str:
     where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks, at least"
     where += f"{',' * (row['tasks'] == 1)} {counted(row['seeds'], 'seed')}"
     return f"{interval(row)}{' points' if in_points(row) else ''}, {where}"

@@ -137,12 +137,12 @@ def at_points(
 def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The runs that tables set beside each other, one for each task, model, method, point and seed; and notes."""
     ordinary, notes = usual(runs)
-    kept = [ordinary.iloc[:0]]
+    parts = [ordinary.iloc[:0]]
     for _, cell in ordinary.groupby([*PLACE, *CELL], sort=False):
         one, left_out = settled(cell)
-        kept.append(one)
+        parts.append(one)
         notes += left_out
-    return pd.concat(kept).reset_index(drop=True), notes
+    return pd.concat(parts).reset_index(drop=True), notes
 
 
 def usual(runs: pd.DataFrame, varied: Collection[str] = ()) -> tuple[pd.DataFrame, list[str]]:
@@ -152,7 +152,7 @@ def usual(runs: pd.DataFrame, varied: Collection[str] = ()) -> tuple[pd.DataFram
     those of the most training rows; where the number of rows is varied, each number has its own. Whatever else there
     is has a note.
     """
-    fixed, kept, notes = VARIED.difference(varied), [runs.iloc[:0]], []
+    fixed, parts, notes = VARIED.difference(varied), [runs.iloc[:0]], []
     for place, part in runs.groupby(PLACE, sort=False):
         moved = [fixed & {*shared, *own} for shared, own in zip(part["conditions"], part["own"], strict=True)]
         ordinary = part[[not each for each in moved]]
@@ -169,11 +169,11 @@ def usual(runs: pd.DataFrame, varied: Collection[str] = ()) -> tuple[pd.DataFram
                 cells=("cell", "nunique"), n=("seed", "size"), rows=("train_samples", "max")
             )
             shared = _first(ranked)
-            kept.append(alike[alike["words"] == shared].drop(columns=["words", "cell"]))
+            parts.append(alike[alike["words"] == shared].drop(columns=["words", "cell"]))
             if len(other := alike[alike["words"] != shared]):
                 named = _differing([shared, *other["words"]])
                 notes.append(_left_out(place, len(other), f"under other conditions ({named})"))
-    return pd.concat(kept), notes
+    return pd.concat(parts), notes
 
 
 def settled(cell: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -205,8 +205,8 @@ def _first(ranked: pd.DataFrame) -> str:
 
 def _words(settings: Mapping, without: Collection[str]) -> str:
     """Settings as one comparable text."""
-    kept = {key: value for key, value in settings.items() if key not in without and value is not None}
-    return json.dumps(kept, sort_keys=True, default=str)
+    chosen = {key: value for key, value in settings.items() if key not in without and value is not None}
+    return json.dumps(chosen, sort_keys=True, default=str)
 
 
 def _differing(words: Iterable[str]) -> str:
@@ -260,12 +260,12 @@ def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequen
 class Evidence:
     """Material of a table: the runs of a results directory, and measurements of other kinds.
 
-    kept: the runs that can be compared; runs: all of them; notes: what was left out.
+    comparable: the runs that can stand beside each other; runs: all of them; notes: what was left out.
     """
 
     results_dir: Path
     runs: pd.DataFrame
-    kept: pd.DataFrame
+    comparable: pd.DataFrame
     notes: tuple[str, ...] = ()
 
     def files(self, pattern: str) -> list[Path]:
@@ -278,5 +278,5 @@ def gather(results_dir: Path) -> Evidence:
     """The evidence in a preset's results directory, and in what lies beside it."""
     results_dir = Path(results_dir)
     runs, problems = collect(results_dir, *(results_dir.parent / name for name in BESIDE.get(results_dir.name, ())))
-    kept, notes = comparable(runs)
-    return Evidence(results_dir, runs, kept, (*problems, *notes))
+    beside, notes = comparable(runs)
+    return Evidence(results_dir, runs, beside, (*problems, *notes))

@@ -287,7 +287,7 @@ _BEST = "Bold: better than every other of its task and operating point, by such 
 
 
 def notes_of(numbers: pd.DataFrame, runs: pd.DataFrame, evidence: Evidence) -> list[str]:
-    """What has to be known of scores and differences: intervals, ceilings, learning rates, calibrations, other runs."""
+    """Notes below scores and differences: intervals, ceilings, learning rates, calibrations, other runs."""
     paired, scored = part_of(numbers, DIFFERENCE), part_of(numbers, SCORE)
     notes = [_BEST] if len(scored) and scored["best"].any() else []
     if len(paired):
@@ -351,7 +351,7 @@ def shared_calibrations(runs: pd.DataFrame) -> list[str]:
 
 def left_out(runs: pd.DataFrame, evidence: Evidence) -> list[str]:
     """The notes of the evidence that are of a table's tasks, or of tasks that no table has any runs of."""
-    tasks = set(runs["task"]) | set(runs["mixture"]) | (set(evidence.runs["task"]) - set(evidence.kept["task"]))
+    tasks = set(runs["task"]) | set(runs["mixture"]) | (set(evidence.runs["task"]) - set(evidence.comparable["task"]))
     named = [re.compile(rf"(?<![\w+]){re.escape(task)}(?![\w+])") for task in tasks if task]
     return [note for note in evidence.notes if any(name.search(note) for name in named)]
 
@@ -396,7 +396,7 @@ def _together(*parts: pd.DataFrame) -> pd.DataFrame:
 
 def table1(evidence: Evidence) -> Table:
     """Table 1, images: dense LoRA beside calibrated masks of random and of the most important rows and columns."""
-    runs = at_points(evidence.kept, _DENSE_AND_SPARSE, POINTS)
+    runs = at_points(evidence.comparable, _DENSE_AND_SPARSE, POINTS)
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
     numbers = pd.concat([scores(runs), differences(runs, _PAIRS)], ignore_index=True)
     wanted = planned(_DENSE_AND_SPARSE, POINTS)
@@ -416,7 +416,7 @@ _MEASURES = ("svd", "snip", "imp")
 def table2(evidence: Evidence) -> Table:
     """Table 2: random masks against those of the most important rows and columns, by three measures of importance."""
     methods, command = ("targeted", "partial"), "make reproduce-table2"
-    runs = at_points(evidence.kept, methods, POINTS, _MEASURES)
+    runs = at_points(evidence.comparable, methods, POINTS, _MEASURES)
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
     numbers = _together(scores(runs), differences(runs, [("partial", "targeted")]), over_measures(runs))
     tasks = _planned(evidence, "table2")
@@ -452,7 +452,7 @@ def over_measures(runs: pd.DataFrame) -> pd.DataFrame:
 
 def table3(evidence: Evidence) -> Table:
     """Table 3, language: encoders that classify, causal models on multiple choice, the frozen model beside them."""
-    runs = at_points(evidence.kept, _DENSE_AND_SPARSE, POINTS)
+    runs = at_points(evidence.comparable, _DENSE_AND_SPARSE, POINTS)
     runs = runs[runs["mixture"] == ""]
     generated, runs = runs[runs["kind"] == "generation"], runs[runs["kind"].isin(["texts", "causal"])]
     files = evidence.files("zero_shot.json") or evidence.files("causal/zero_shot.json")
@@ -460,8 +460,8 @@ def table3(evidence: Evidence) -> Table:
     numbers = _together(frozen, scores(runs), differences(runs, _PAIRS))
     lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), _planned(evidence, "table3"), "make reproduce-table3")
     known = set(zip(frozen["model"], frozen["task"], strict=True)) if len(frozen) else set()
-    asked = runs.loc[runs["kind"] == "causal", ["model", "task"]].drop_duplicates().itertuples(index=False)
-    lacking += [f"{model}, {task}: zero-shot" for model, task in asked if (model, task) not in known]
+    causal = runs.loc[runs["kind"] == "causal", ["model", "task"]].drop_duplicates().itertuples(index=False)
+    lacking += [f"{model}, {task}: zero-shot" for model, task in causal if (model, task) not in known]
     notes = ["zero-shot: the frozen model, by `python scripts/zero_shot.py`."] if len(frozen) else []
     if len(generated):
         tasks = ", ".join(sorted(set(generated["task"])))
@@ -500,7 +500,7 @@ def table4(evidence: Evidence) -> Table:
     It is of the tasks that have controls of how much is kept.
     """
     methods, command = ("partial", *_HOW_MUCH, *_WHICH, *UNCALIBRATED), "make reproduce-table4"
-    runs = at_points(evidence.kept, methods, (BUDGET,))
+    runs = at_points(evidence.comparable, methods, (BUDGET,))
     tasks = set(runs.loc[runs["method"].isin(_HOW_MUCH), "task"])
     runs = runs[runs["task"].isin(tasks) & (runs["mixture"] == "")]
     scored = scores(runs)
@@ -528,8 +528,8 @@ def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     beside = {(row["model"], row["task"], row["second"]): row for row in _rows(numbers, DIFFERENCE)}
 
     def other(row: Mapping, text: Callable[[Mapping], str]) -> str:
-        found = beside.get((row["model"], row["task"], row["method"]))
-        return text(found) if found else NONE
+        pair = beside.get((row["model"], row["task"], row["method"]))
+        return text(pair) if pair else NONE
 
     def score(row: Mapping) -> str:
         text = measured(row["metric"], row["mean"], row["std"])
@@ -543,8 +543,8 @@ def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "n": ("n", ".0f"),
             "score": score,
             "partial − it [95 %]": lambda row: other(row, interval),
-            "over seeds": lambda row: other(row, lambda found: f"{found['seeds']:.0f}"),
-            "partial is": lambda row: other(row, lambda found: found["verdict"]),
+            "over seeds": lambda row: other(row, lambda pair: f"{pair['seeds']:.0f}"),
+            "partial is": lambda row: other(row, lambda pair: pair["verdict"]),
             "parameters": ("parameters", ",.0f"),
             "of dense": ("share", ".1%"),
             "reliability": ("reliability", ".2f"),
@@ -567,15 +567,17 @@ _CALIBRATION = ["task", "model", "importance", "operating_point"]
 
 def table5(evidence: Evidence) -> Table:
     """Table 5, calibration: what it costs, what all sparsities do at once, what repair gives back, how stable it is."""
-    runs = at_points(evidence.kept, ("partial",), POINTS, ("svd", "snip", "imp", "magnitude", "activation", "random"))
+    runs = at_points(
+        evidence.comparable, ("partial",), POINTS, ("svd", "snip", "imp", "magnitude", "activation", "random")
+    )
     repaired = repairs(calibrations(evidence.results_dir))
     files = {name: evidence.files(f"analyses/{name}/*/*/analysis.json") for name in ANALYSES}
-    analyses = [json.loads(file.read_text(encoding="utf-8")) for found in files.values() for file in found]
+    analyses = [json.loads(file.read_text(encoding="utf-8")) for paths in files.values() for file in paths]
     measured = pd.DataFrame([row for analysis in analyses for row in of_analysis(analysis)])
     numbers = pd.concat([joint(runs), repaired, measured], ignore_index=True)
     lacking = [] if len(runs) else ["calibrated runs of partial; make reproduce-table1"]
     lacking += [] if len(repaired) else ["calibrations with calibration.repair=true; make reproduce-table5"]
-    lacking += [f"analysis of {name}; make calibration-analyses" for name, found in files.items() if not found]
+    lacking += [f"analysis of {name}; make calibration-analyses" for name, paths in files.items() if not paths]
     notes = [
         "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
         "95 % interval of the mean over calibrations (Student's t).",
@@ -603,15 +605,15 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
     # Of runs that share a calibration the one that made it says how long that took; the others found it in the cache.
     made = known.sort_values("calibrate_seconds", na_position="last", kind="stable")
     known = known.loc[made.drop_duplicates([*_CALIBRATION, "draw"]).index.sort_values()]
-    found = known.groupby(_CALIBRATION, sort=False).agg(
+    means = known.groupby(_CALIBRATION, sort=False).agg(
         n=("draw", "size"),
         **{name: (name, "mean") for name in ("baseline", "joint", "chance", "ratio")},
         deviation=("ratio", "std"),
         kept=("share_of_dense", "mean"),
         seconds=("calibrate_seconds", "mean"),
     )
-    halves = [half_interval(row.deviation, row.n) for row in found.itertuples()]
-    return found.assign(part=JOINT, low=found["ratio"] - halves, high=found["ratio"] + halves).reset_index()
+    halves = [half_interval(row.deviation, row.n) for row in means.itertuples()]
+    return means.assign(part=JOINT, low=means["ratio"] - halves, high=means["ratio"] + halves).reset_index()
 
 
 def calibrations(results_dir: Path) -> list[dict]:
@@ -624,7 +626,7 @@ def calibrations(results_dir: Path) -> list[dict]:
 
 
 def repairs(records: Iterable[Mapping]) -> pd.DataFrame:
-    """What repairs did to the joint score, and how many steps that took, means over calibrations."""
+    """Return what repairs did to the joint score, and in how many steps, as means over calibrations."""
     rows = []
     for record in records:
         config, calibration = record["config"], record["calibration"]
@@ -651,7 +653,7 @@ def repairs(records: Iterable[Mapping]) -> pd.DataFrame:
 
 
 def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
-    """Whether the model still scores 90 % with all sparsities at once, as it does with each of them alone.
+    """Judge whether the model still scores 90 % with all sparsities at once, as it does with each of them alone.
 
     The claim is of every task: one whose interval is below 90 % refutes it, whatever the others say.
     """
@@ -665,8 +667,8 @@ def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
     ends = "" if math.isnan(lowest["low"]) else f" [{lowest['low']:.1%}, {lowest['high']:.1%}]"
     of = f"{lowest['task']}, {lowest['importance']}, {counted(lowest['n'], 'calibration')}"
     counts = f"on {holding} of {len(rows)} tasks and measures, refuted on {failing}"
-    found = f"{counts}; lowest {lowest['ratio']:.1%}{ends} ({of})"
-    return [Verdict(claim, THRESHOLD, FAILS if failing else HOLDS if holding == len(rows) else OPEN, found)]
+    finding = f"{counts}; lowest {lowest['ratio']:.1%}{ends} ({of})"
+    return [Verdict(claim, THRESHOLD, FAILS if failing else HOLDS if holding == len(rows) else OPEN, finding)]
 
 
 def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -732,9 +734,9 @@ def _readable_analyses(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def table6(evidence: Evidence) -> Table:
     """Table 6, several tasks at once: one adapter for all, by member and on average, beside an adapter for each."""
     methods, command = ("lora", "partial"), "make reproduce-table6"
-    kept = at_points(evidence.kept, methods, POINTS)
-    mixed = kept[kept["mixture"] != ""]
-    runs = pd.concat([mixed, alone(kept, mixed)], ignore_index=True)
+    pool = at_points(evidence.comparable, methods, POINTS)
+    mixed = pool[pool["mixture"] != ""]
+    runs = pd.concat([mixed, alone(pool, mixed)], ignore_index=True)
     pairs = [("partial", "lora"), *((method, f"{method}, alone") for method in methods)]
     numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
     mixtures = [name for name in _planned(evidence, "table6") if name not in set(mixed["mixture"])]
@@ -752,14 +754,14 @@ def table6(evidence: Evidence) -> Table:
     )
 
 
-def alone(kept: pd.DataFrame, mixed: pd.DataFrame) -> pd.DataFrame:
+def alone(runs: pd.DataFrame, mixed: pd.DataFrame) -> pd.DataFrame:
     """The runs of one task that is a member of a mixture of the same model, as methods beside that mixture."""
-    single = kept[kept["mixture"] == ""]
-    found = [single.head(0)]
+    single = runs[runs["mixture"] == ""]
+    parts = [single.head(0)]
     for (model, mixture), part in mixed.groupby(["model", "mixture"], sort=False):
         own = single[(single["model"] == model) & single["task"].isin(part["task"])]
-        found.append(own.assign(mixture=mixture, method=own["method"] + ", alone"))
-    return pd.concat(found)
+        parts.append(own.assign(mixture=mixture, method=own["method"] + ", alone"))
+    return pd.concat(parts)
 
 
 BENCH, RUNS = "bench", "runs"
@@ -776,7 +778,7 @@ def table7(evidence: Evidence) -> Table:
     methods = ("lora", "partial", "dora", "vera", "adalora", "lorafa", "random_weights", "low_rank", "full")
     files = evidence.files("bench/adapter.json")
     bench = of_bench(json.loads(files[0].read_text(encoding="utf-8"))["cells"] if files else [])
-    runs = most_methods(at_points(evidence.kept, methods, POINTS))
+    runs = most_methods(at_points(evidence.comparable, methods, POINTS))
     numbers = pd.concat([bench, of_costs(runs)], ignore_index=True)
     lacking = [] if files else ["the benchmark of the adapter; make bench"]
     lacking += [f"runs of {method}; make reproduce-table7" for method in methods if method not in set(runs["method"])]
@@ -845,9 +847,9 @@ def of_costs(runs: pd.DataFrame) -> pd.DataFrame:
     columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
     columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
     columns |= {name: (name, "mean") for name in (*COSTS, "peak_memory_bytes")}
-    found = runs.groupby(["task", "model", "operating_point", "method"], sort=False).agg(**columns).reset_index()
-    order = found["operating_point"].map(point_order)
-    return found.assign(part=RUNS, _order=order).sort_values(["_order", "method"], kind="stable").drop(columns="_order")
+    means = runs.groupby(["task", "model", "operating_point", "method"], sort=False).agg(**columns).reset_index()
+    order = means["operating_point"].map(point_order)
+    return means.assign(part=RUNS, _order=order).sort_values(["_order", "method"], kind="stable").drop(columns="_order")
 
 
 def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -869,7 +871,7 @@ def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _less_than_dense(rows: Sequence[Mapping]) -> list[Verdict]:
-    """Whether a step of partial takes less time than dense LoRA's, and what it saves of memory and bytes."""
+    """Judge whether a step of partial takes less time than dense LoRA's, and what it saves of memory and bytes."""
     own = [row for row in rows if row["method"] == "partial"]
     dense = {(row["model"], row["rank"]): row for row in rows if row["method"] == _VARIANTS["lora"]}
     where = f"13 % of the parameters, {len(own)} models and ranks"

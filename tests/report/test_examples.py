@@ -71,9 +71,9 @@ def test_the_worst_over_all_runs_come_first():
     ],
 )
 def test_every_kind_of_prediction_has_a_loss(columns, worst, losses):
-    found = examples.hardest([pa.table(columns)], 2)
-    assert [each.index for each in found] == worst
-    assert [each.loss for each in found] == pytest.approx(losses)
+    hardest = examples.hardest([pa.table(columns)], 2)
+    assert [each.index for each in hardest] == worst
+    assert [each.loss for each in hardest] == pytest.approx(losses)
 
 
 def test_inputs_are_shown_of_the_same_rows_alone():

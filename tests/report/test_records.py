@@ -180,10 +180,10 @@ def test_runs_under_other_conditions_are_named_once_and_not_paired(tmp_path):
         leave(tmp_path, "partial", wrong=20, budget=budget)
     leave(tmp_path, "probe", wrong=0, id="x", trainer__epochs=50.0, **others)
     leave(tmp_path, "lora", wrong=0, trainer__learning_rate=0.1, trainer__num_workers=4)  # no other conditions
-    found = compared(tmp_path)
-    assert set(found.rows["method"]) == {"partial", "lora"}
-    assert found.problems == ()
-    (apart,) = found.apart
+    comparison = compared(tmp_path)
+    assert set(comparison.rows["method"]) == {"partial", "lora"}
+    assert comparison.problems == ()
+    (apart,) = comparison.apart
     assert apart.startswith("runs/digits/vit/probe-x: ")
     assert "threshold 0.9 and budget 0.13: trainer.epochs 50 against 3, trainer.key0 0 against" in apart
     assert apart.endswith("2 more")
@@ -201,15 +201,15 @@ def test_up_to_three_references_are_each_compared_with(tmp_path):
     leave(tmp_path, "lora", wrong=20)
     for rate in (0.1, 0.2, 0.3):
         leave(tmp_path, "partial", wrong=20, trainer__learning_rate=rate)
-    found = compared(tmp_path)
-    assert found.uncompared == ()
-    assert found.rows.groupby("reference").size().tolist() == [4, 4, 4]
-    shown = tables.readable_differences(found.rows)
+    comparison = compared(tmp_path)
+    assert comparison.uncompared == ()
+    assert comparison.rows.groupby("reference").size().tolist() == [4, 4, 4]
+    shown = tables.readable_differences(comparison.rows)
     assert (shown["id"] == shown["against"]).sum() == shown["verdict"].tolist().count("reference") == 3
     leave(tmp_path, "partial", wrong=20, trainer__learning_rate=0.4)
-    found = compared(tmp_path)
-    assert found.rows.empty
-    assert "--where trainer.learning_rate=" in found.uncompared[0]
+    comparison = compared(tmp_path)
+    assert comparison.rows.empty
+    assert "--where trainer.learning_rate=" in comparison.uncompared[0]
 
 
 def test_of_many_references_the_nearest_to_the_schema_is_taken(tmp_path):
@@ -217,13 +217,13 @@ def test_of_many_references_the_nearest_to_the_schema_is_taken(tmp_path):
         leave(tmp_path, method, wrong=20, id="x")
     for number in range(3):
         leave(tmp_path, "partial", wrong=20, mask__count=f"another {number}")
-    found = compared(tmp_path)
-    assert found.problems == ()
-    assert set(found.rows["reference"]) == {"runs/digits/vit/partial-x"}
-    assert len(found.rows) == 5
-    (remark,) = found.remarks
+    comparison = compared(tmp_path)
+    assert comparison.problems == ()
+    assert set(comparison.rows["reference"]) == {"runs/digits/vit/partial-x"}
+    assert len(comparison.rows) == 5
+    (remark,) = comparison.remarks
     assert remark.startswith("runs/digits/vit/partial-x: ")
-    assert f"{remark}." in tables.notes_of_differences(found)
+    assert f"{remark}." in tables.notes_of_differences(comparison)
 
 
 def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_path):
@@ -251,9 +251,9 @@ def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_pa
 def test_a_task_without_a_metric_of_examples_is_remarked(tmp_path, of):
     for method in ("partial", "lora"):
         leave(tmp_path, method, **of)
-    found = compared(tmp_path)
-    assert (found.problems, found.known, len(found.remarks)) == ((), False, 1)
-    assert found.remarks[0].startswith(("mixture: ", "digits: "))
+    comparison = compared(tmp_path)
+    assert (comparison.problems, comparison.known, len(comparison.remarks)) == ((), False, 1)
+    assert comparison.remarks[0].startswith(("mixture: ", "digits: "))
 
 
 # Averages and choices

@@ -69,11 +69,11 @@ def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> Non
     label = [0, 1, 2, 1]
     first = {0: frame(label, [0, 1, 2, 1]), 1: frame(label, [0, 1, 2, 0]), 5: frame(label, [2, 2, 0, 0])}
     second = {0: frame(label, [0, 1, 0, 0]), 1: frame(label, [0, 1, 2, 0]), 7: frame(label, label)}
-    found = compare(first, second, "accuracy")
-    assert found.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
-    assert (found.seeds, found.examples, found.reason) == (2, 4, None)
-    assert found == compare(first, second, "accuracy")
-    assert compare(second, first, "accuracy").difference == -found.difference
+    comparison = compare(first, second, "accuracy")
+    assert comparison.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
+    assert (comparison.seeds, comparison.examples, comparison.reason) == (2, 4, None)
+    assert comparison == compare(first, second, "accuracy")
+    assert compare(second, first, "accuracy").difference == -comparison.difference
     same = compare(first, first, "accuracy")
     assert (same.difference, same.low, same.high, same.verdict) == (0, 0, 0, "matches")
 
@@ -109,10 +109,10 @@ def test_a_difference_on_the_same_examples_holds_that_would_not_on_others() -> N
     label, right = drawn.integers(2, size=400), drawn.uniform(size=(3, 400)) < 0.7
     better = right.copy()
     better[:, :20] = True
-    found = compare(right_or_wrong(label, better), right_or_wrong(label, right), "accuracy")
-    assert found.verdict == "better"
+    comparison = compare(right_or_wrong(label, better), right_or_wrong(label, right), "accuracy")
+    assert comparison.verdict == "better"
     spread = np.sqrt(2 * 0.7 * 0.3 / 400)  # of two independent accuracies
-    assert found.high - found.low < 2 * 1.96 * spread / 2
+    assert comparison.high - comparison.low < 2 * 1.96 * spread / 2
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -138,11 +138,11 @@ def test_a_metric_of_all_examples_together_is_computed_in_every_draw_and_less_ma
     drawn = np.random.default_rng(0)
     label = drawn.integers(2, size=60)
     good, poor = (right_or_wrong(label, drawn.uniform(size=(2, 60)) < share) for share in (0.95, 0.6))
-    found = compare(good, poor, "matthews", draws=200)
+    comparison = compare(good, poor, "matthews", draws=200)
     means = [np.mean([matthews_corrcoef(label, each["prediction"]) for each in side.values()]) for side in (good, poor)]
-    assert found.difference == pytest.approx(means[0] - means[1])
-    assert found.low < found.difference < found.high
-    assert found.verdict == "better"
+    assert comparison.difference == pytest.approx(means[0] - means[1])
+    assert comparison.low < comparison.difference < comparison.high
+    assert comparison.verdict == "better"
     numbers = drawn.normal(size=60)
     near, far = (
         {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(2)} for scale in (0.1, 2.0)

@@ -148,9 +148,9 @@ def written(results_dir):
 
 
 def test_each_is_compared_with_the_reference_at_its_point(results):
-    found = compared(results)
-    assert found.uncompared == ()
-    rows = {(row.operating_point, row.method): row for row in found.rows.itertuples()}
+    comparison = compared(results)
+    assert comparison.uncompared == ()
+    rows = {(row.operating_point, row.method): row for row in comparison.rows.itertuples()}
     assert rows.keys() == {
         *(("threshold 0.9", method) for method in ("partial", "lora")),
         *(("budget 0.13", method) for method in ("partial", "partial (element)", "uniform", "lora")),
@@ -193,22 +193,22 @@ def test_what_cannot_be_compared_is_named(results):
     (folder,) = results.glob("runs/*/*/uniform-0/seed1")
     (folder / PREDICTIONS).unlink()
     leave(results, "targeted", wrong=3, seed=4)
-    found = compared(results)
-    (broken,), (other_seeds,) = found.problems, found.apart
+    comparison = compared(results)
+    (broken,), (other_seeds,) = comparison.problems, comparison.apart
     assert "uniform-0/seed1" in broken
     assert "targeted" in other_seeds
-    assert found.rows.query("method == 'targeted'")["difference"].isna().all()
+    assert comparison.rows.query("method == 'targeted'")["difference"].isna().all()
 
 
 def test_differences_are_over_the_seeds_that_both_have(tmp_path):
     for seed in (0, 1, 2):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed + 2)
-    found = compared(tmp_path)
-    shown = tables.readable_differences(found.rows).set_index("method")
+    comparison = compared(tmp_path)
+    shown = tables.readable_differences(comparison.rows).set_index("method")
     assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
     assert shown.loc["partial", "n"] == "3"
-    alone = tables.notes_of_differences(found)
+    alone = tables.notes_of_differences(comparison)
     for seed in (0, 1):
         leave(tmp_path, "lora", wrong=60, seed=seed)
     several = tables.notes_of_differences(compared(tmp_path))
@@ -216,16 +216,16 @@ def test_differences_are_over_the_seeds_that_both_have(tmp_path):
     assert set(several) < set(alone)
     (unneeded,) = tmp_path.glob(f"runs/*/*/lora*/seed4/{PREDICTIONS}")
     unneeded.unlink()
-    found = compared(tmp_path)
-    assert found.problems == ()
-    assert found.rows.set_index("method").loc["lora", "pairs"] == 3
+    comparison = compared(tmp_path)
+    assert comparison.problems == ()
+    assert comparison.rows.set_index("method").loc["lora", "pairs"] == 3
 
 
 def test_records_without_predictions_are_no_problem_but_remarked(results):
     for file in results.rglob(PREDICTIONS):
         file.unlink()
-    found = compared(results)
-    assert (found.problems, found.known, len(found.remarks)) == ((), False, 1)
+    comparison = compared(results)
+    assert (comparison.problems, comparison.known, len(comparison.remarks)) == ((), False, 1)
     others = [run for run in records.read(results)[0] if run.row["method"] != "partial"]
     (remark,) = tables.differences(others, Predictions(results)).remarks
     assert "partial" in remark

@@ -63,29 +63,29 @@ def snapshot(run: FinishedRun) -> dict[str, bytes]:
 def test_without_overrides_it_is_what_the_run_recorded(of, evaluate) -> None:
     own = getattr(finished_runs, of)()
     before = snapshot(own)
-    found = {split: evaluate("--split", split, of=own) for split in ("test", "validation")}
-    for split, evaluation in found.items():
+    evaluations = {split: evaluate("--split", split, of=own) for split in ("test", "validation")}
+    for split, evaluation in evaluations.items():
         assert evaluation["metrics"] == pytest.approx(own.result["metrics"][split], abs=1e-6)
-    assert bool(found["test"]["labels"]) == (of in ("image_run", "text_run"))
-    recorded, again = predictions(own.directory), predictions(found["test"]["folder"])
+    assert bool(evaluations["test"]["labels"]) == (of in ("image_run", "text_run"))
+    recorded, again = predictions(own.directory), predictions(evaluations["test"]["folder"])
     if "logits" in recorded:
         np.testing.assert_allclose(np.stack(again.pop("logits")), np.stack(recorded.pop("logits")), atol=1e-5)
     pandas.testing.assert_frame_equal(again, recorded, atol=1e-6)
     # On validation texts are judged by their likelihood, and none is written.
-    written = (Path(found["validation"]["folder"]) / results.PREDICTIONS).exists()
+    written = (Path(evaluations["validation"]["folder"]) / results.PREDICTIONS).exists()
     assert written == (of != "generation_run")
     assert snapshot(own) == before
 
 
 def test_the_folder_is_named_by_the_question_and_holds_its_answer(run, evaluate) -> None:
-    found = evaluate("--split", "train")
-    folder = Path(found.pop("folder"))
+    evaluation = evaluate("--split", "train")
+    folder = Path(evaluation.pop("folder"))
     assert folder.parent == run.directory / "evaluations"
     assert folder.name.startswith("cifar10-train-")
-    assert json.loads((folder / "evaluation.json").read_text()) == found
+    assert json.loads((folder / "evaluation.json").read_text()) == evaluation
     assert {file.name for file in folder.iterdir()} == {"evaluation.json", "predictions.parquet"}
-    assert found["examples"] == len(predictions(folder)) == 54
-    assert found["labels"] == list(finished_runs.COLOURS)
+    assert evaluation["examples"] == len(predictions(folder)) == 54
+    assert evaluation["labels"] == list(finished_runs.COLOURS)
     assert evaluate("--split", "train", "task.cache_bytes=0", "task.test_samples=9")["folder"] != str(folder)
     assert evaluate("--split", "train")["folder"] == str(folder)
 
@@ -104,25 +104,25 @@ def test_a_person_reads_a_table(run, capsys) -> None:
 def test_labels_in_another_order_are_matched_by_name(run, evaluate) -> None:
     rows = {"train": (20, 0), "test": (7, 100)}
     turned = {split: pictures(*each, ("blue", "red", "green")) for split, each in rows.items()}
-    found = evaluate(override(files(turned, "turned")))
-    assert found["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
+    evaluation = evaluate(override(files(turned, "turned")))
+    assert evaluation["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
     columns = ["label", "label_name", "prediction_name"]
-    pandas.testing.assert_frame_equal(predictions(found["folder"])[columns], predictions(run.directory)[columns])
+    pandas.testing.assert_frame_equal(predictions(evaluation["folder"])[columns], predictions(run.directory)[columns])
 
 
 def test_other_rows_of_the_run_s_own_columns_are_one_key(run, evaluate, tmp_path) -> None:
     pictures(2, 300).to_parquet(str(tmp_path / "more.parquet"))
-    found = evaluate(f"task.data_files.test={tmp_path}/more.parquet", "trainer.eval_batch_size=4")
-    assert found["examples"] == 6
-    assert list(predictions(found["folder"])["label_name"]) == [*finished_runs.COLOURS] * 2
+    evaluation = evaluate(f"task.data_files.test={tmp_path}/more.parquet", "trainer.eval_batch_size=4")
+    assert evaluation["examples"] == 6
+    assert list(predictions(evaluation["folder"])["label_name"]) == [*finished_runs.COLOURS] * 2
 
 
 def test_another_task_is_taken_whole(run, evaluate) -> None:
     """Nothing of the run's own task is mixed into the group file that is named in its place."""
-    found = evaluate("task=digits", override(finished_runs.picture_files()))
-    assert found["task"]["path"] == "bundled:digits"
-    assert found["task"]["revision"] is None  # cifar10 has one
-    assert found["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
+    evaluation = evaluate("task=digits", override(finished_runs.picture_files()))
+    assert evaluation["task"]["path"] == "bundled:digits"
+    assert evaluation["task"]["revision"] is None  # cifar10 has one
+    assert evaluation["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
 
 
 def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate) -> None:
@@ -131,17 +131,17 @@ def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate) -> None
         {"question": "red?", "choices": {"text": ["a rose", "coal", n], "label": ["A", "B", "C"]}, "answerKey": "A"}
         for n in ("milk", "the night sky", "snow")
     ]
-    found = evaluate(
+    evaluation = evaluate(
         "task=arc_challenge", override(finished_runs.tables({"train": rows * 4, "test": rows}, "arc")), of=own
     )
-    answered = predictions(found["folder"])
-    assert (found["examples"], len(answered), set(answered["label"])) == (3, 3, {0})
-    assert found["metrics"]["accuracy"] == np.mean(answered["prediction"] == 0)
+    answered = predictions(evaluation["folder"])
+    assert (evaluation["examples"], len(answered), set(answered["label"])) == (3, 3, {0})
+    assert evaluation["metrics"]["accuracy"] == np.mean(answered["prediction"] == 0)
     assert answered["scores"].map(len).tolist() == [3, 3, 3]
     other = ("task=text_generation", *finished_runs.GENERATION, override(finished_runs.exchange_files()))
-    found = evaluate(*other, "task.max_new_tokens=4", of=own)
-    assert list(found["metrics"]) == ["primary", "perplexity", "loss", "rouge_l"]
-    assert predictions(found["folder"])["prediction"].str.len().max() <= 4
+    evaluation = evaluate(*other, "task.max_new_tokens=4", of=own)
+    assert list(evaluation["metrics"]) == ["primary", "perplexity", "loss", "rouge_l"]
+    assert predictions(evaluation["folder"])["prediction"].str.len().max() <= 4
 
 
 # Refusals
@@ -172,8 +172,8 @@ def test_a_task_of_other_labels_inputs_or_answers_is_refused_by_both(run) -> Non
     assert "the run does not know 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in refused(run, "task=digits")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "pink"])})
     pink = pictures(6, 0).filter(lambda label: label < 2, input_columns="label").cast(features)
-    said = refused(run, override(files({"train": pink, "test": pink}, "pink")))
-    assert "the run does not know pink and the task lacks blue, green" in said
+    message = refused(run, override(files({"train": pink, "test": pink}, "pink")))
+    assert "the run does not know pink and the task lacks blue, green" in message
     questions = ("task=choice_table", *finished_runs.CHOICE, override(finished_runs.question_files()))
     sentences = ("task=text_table", override(finished_runs.sentence_files()))
     for of, overrides, words in (

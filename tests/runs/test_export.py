@@ -76,8 +76,8 @@ def in_this_process(inputs, *, model: Path, adapter: Path | None = None, library
         return loaded.eval()(**inputs).logits
 
 
-def close(found: torch.Tensor, own: torch.Tensor) -> None:
-    torch.testing.assert_close(found, own, atol=1e-5 * max(1, own.abs().max().item()), rtol=0)
+def close(exported: torch.Tensor, own: torch.Tensor) -> None:
+    torch.testing.assert_close(exported, own, atol=1e-5 * max(1, own.abs().max().item()), rtol=0)
 
 
 def nothing_left(folder: Path) -> bool:

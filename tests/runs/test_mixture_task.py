@@ -70,15 +70,17 @@ def test_texts_pairs_and_images_are_answered_by_their_member_s_head(of, member, 
             image.save(words[-1])
     else:
         words = ["\t".join(row[key] for key in ("text", "text_pair") if key in row) for row in rows]
-    found = printed(cli.predict, run, "--device", "cpu", "--member", member, *words)
-    assert [list(each) for each in found] == [["input", "member", "label", "score", "scores"]] * len(rows)
-    assert [(each["input"], each["member"]) for each in found] == [(each, member) for each in words]
+    predictions = printed(cli.predict, run, "--device", "cpu", "--member", member, *words)
+    assert [list(each) for each in predictions] == [["input", "member", "label", "score", "scores"]] * len(rows)
+    assert [(each["input"], each["member"]) for each in predictions] == [(each, member) for each in words]
     own = recorded(run, member)
     assert own["prediction"].nunique() > 1  # it has learned something, so that a mistake would show
-    assert [each["label"] for each in found] == list(own["prediction_name"])
+    assert [each["label"] for each in predictions] == list(own["prediction_name"])
     chances = softmax(np.stack(own["logits"]), axis=-1)
     assert chances.shape[1] == len(labels)
-    np.testing.assert_allclose([[each["scores"][label] for label in labels] for each in found], chances, atol=1e-5)
+    np.testing.assert_allclose(
+        [[each["scores"][label] for label in labels] for each in predictions], chances, atol=1e-5
+    )
 
 
 def test_questions_and_prompts_are_read_and_written_as_their_member_s_are() -> None:
@@ -86,17 +88,17 @@ def test_questions_and_prompts_are_read_and_written_as_their_member_s_are() -> N
     questions = [(row["question"], row["options"]) for row in finished_runs.questions(9, 100)]
     blanks = [(row["sentence"], [row["option1"], row["option2"]]) for row in mixed_runs.blanks(6, 100)]
     for member, rows in (("questions", questions), ("blanks", blanks)):
-        found = Predictor(run, device="cpu", member=member).predict(rows)
-        for each, (_, options), row in zip(found, rows, recorded(run, member).itertuples(), strict=True):
+        predictions = Predictor(run, device="cpu", member=member).predict(rows)
+        for each, (_, options), row in zip(predictions, rows, recorded(run, member).itertuples(), strict=True):
             np.testing.assert_allclose([each.scores[option] for option in options], row.scores, atol=1e-5)
     with pytest.raises(PartialLoraError, match="_"):  # where the options go
         Predictor(run, device="cpu", member="blanks").predict([questions[0]])
     run = mixed_runs.generation_mixture()
     for member, first, most in (("long", 100, 12), ("short", 200, 5)):
         prompts = [row["prompt"] for row in finished_runs.exchanges(5, first)]
-        found = Predictor(run, device="cpu", member=member).predict(prompts)
-        assert [each.label for each in found] == list(recorded(run, member)["prediction"])
-        assert max(len(each.label) for each in found) == most  # bytes, one a token
+        predictions = Predictor(run, device="cpu", member=member).predict(prompts)
+        assert [each.label for each in predictions] == list(recorded(run, member)["prediction"])
+        assert max(len(each.label) for each in predictions) == most  # bytes, one a token
 
 
 # Refusals
@@ -160,12 +162,12 @@ def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None
 def test_a_member_is_evaluated_as_the_run_itself_did(of, printed) -> None:
     run = getattr(mixed_runs, of)()
     for member in run.config.task.members:
-        (found,) = printed(cli.evaluate, run, "--member", member)
-        own = {name: value for name, value in found["metrics"].items() if name != "primary"}
+        (evaluation,) = printed(cli.evaluate, run, "--member", member)
+        own = {name: value for name, value in evaluation["metrics"].items() if name != "primary"}
         expected = {name: run.result["metrics"]["test"][f"{member}/{name}"] for name in own}
         assert own == pytest.approx(expected, abs=1e-6)
-        assert found["member"] == found["task"]["name"] == member
-        frames = pandas.read_parquet(Path(found["folder"]) / "predictions.parquet"), recorded(run, member)
+        assert evaluation["member"] == evaluation["task"]["name"] == member
+        frames = pandas.read_parquet(Path(evaluation["folder"]) / "predictions.parquet"), recorded(run, member)
         pandas.testing.assert_frame_equal(
             *(frame.drop(columns="logits", errors="ignore") for frame in frames), atol=1e-5
         )
@@ -176,8 +178,8 @@ def test_other_rows_are_judged_by_the_head_of_the_member_that_is_named(printed) 
     for member in ("colours", "films"):  # of the latter 21 of 43 rows, since mixing is equal
         assert printed(cli.evaluate, run, "--member", member, "--split", "train")[0]["examples"] == 21
     files = finished_runs.files({"test": finished_runs.sentences(3, 300)}, "mixed-more")
-    (found,) = printed(cli.evaluate, run, "--member", "films", f"task.data_files.test={files['test']}")
-    assert (found["examples"], found["labels"]) == (6, ["good", "bad"])
+    (evaluation,) = printed(cli.evaluate, run, "--member", "films", f"task.data_files.test={files['test']}")
+    assert (evaluation["examples"], evaluation["labels"]) == (6, ["good", "bad"])
     other = ("task=text_table", finished_runs.override(finished_runs.sentence_files()))
     (again,) = printed(cli.evaluate, run, "--member", "films", *other)
     assert again["metrics"]["accuracy"] == run.result["metrics"]["test"]["films/accuracy"]
@@ -190,8 +192,8 @@ def test_other_rows_are_judged_by_the_head_of_the_member_that_is_named(printed) 
 def test_a_model_without_heads_answers_another_task_as_none_of_its_members(printed) -> None:
     run = mixed_runs.choice_mixture()
     other = ("task=choice_table", *finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
-    (found,) = printed(cli.evaluate, run, *other, "task.test_samples=3")
-    assert (found["examples"], "member" in found) == (3, False)
+    (evaluation,) = printed(cli.evaluate, run, *other, "task.test_samples=3")
+    assert (evaluation["examples"], "member" in evaluation) == (3, False)
     with pytest.raises(PartialLoraError, match=r"^--member questions: "):
         cli.evaluate([str(run.directory), "--member", "questions", *other])
 

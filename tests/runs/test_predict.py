@@ -62,12 +62,14 @@ def test_images_are_predicted_as_the_run_itself_did(run, predictor, photos) -> N
     own = recorded(run)
     assert own["prediction_name"].nunique() > 1  # it has learned something, so that a mistake would show
     for size in SIZES:
-        found = predictor.predict(photos, batch_size=size)
-        assert [(each.input, each.label) for each in found] == list(zip(photos, own["prediction_name"], strict=True))
-        np.testing.assert_allclose([each.score for each in found], own["score"], atol=1e-5)
-        scores = [[each.scores[label] for label in finished_runs.COLOURS] for each in found]
+        predictions = predictor.predict(photos, batch_size=size)
+        assert [(each.input, each.label) for each in predictions] == list(
+            zip(photos, own["prediction_name"], strict=True)
+        )
+        np.testing.assert_allclose([each.score for each in predictions], own["score"], atol=1e-5)
+        scores = [[each.scores[label] for label in finished_runs.COLOURS] for each in predictions]
         np.testing.assert_allclose(scores, softmax(np.stack(own["logits"]), axis=-1), atol=1e-5)
-    for each in found:  # the most probable first
+    for each in predictions:  # the most probable first
         assert list(each.scores.values()) == sorted(each.scores.values(), reverse=True)
         assert next(iter(each.scores.items())) == (each.label, each.score)
     opened = [datasets.Image().decode_example({"path": path, "bytes": None}) for path in photos[:5]]
@@ -82,23 +84,23 @@ def test_texts_are_predicted_as_the_run_itself_did() -> None:
     run, rows = finished_runs.text_run(), finished_runs.sentences(10, 100)
     own, predictor = recorded(run), Predictor(run, device="cpu")
     for size in SIZES:
-        found = predictor.predict(rows["text"], batch_size=size)
-        assert [(each.input, each.label) for each in found] == list(
+        predictions = predictor.predict(rows["text"], batch_size=size)
+        assert [(each.input, each.label) for each in predictions] == list(
             zip(rows["text"], own["prediction_name"], strict=True)
         )
-        np.testing.assert_allclose([each.score for each in found], own["score"], atol=1e-5)
+        np.testing.assert_allclose([each.score for each in predictions], own["score"], atol=1e-5)
 
 
 def test_pairs_are_predicted_as_the_number_that_the_run_itself_had() -> None:
     run, rows = finished_runs.pair_run(), finished_runs.scored_pairs(20, 100)
     predictor, pairs = Predictor(run, device="cpu"), list(zip(rows["first"], rows["second"], strict=True))
-    found = predictor.predict(pairs)
-    assert [each.input for each in found] == [f"{first}\t{second}" for first, second in pairs]
-    np.testing.assert_allclose([each.score for each in found], recorded(run)["prediction"], atol=1e-5)
-    assert all((each.label, each.scores) == (None, {}) for each in found)
+    predictions = predictor.predict(pairs)
+    assert [each.input for each in predictions] == [f"{first}\t{second}" for first, second in pairs]
+    np.testing.assert_allclose([each.score for each in predictions], recorded(run)["prediction"], atol=1e-5)
+    assert all((each.label, each.scores) == (None, {}) for each in predictions)
     assert predictor.labels == []
     swapped = predictor.predict([(second, first) for first, second in pairs])
-    assert [each.score for each in swapped] != [each.score for each in found]
+    assert [each.score for each in swapped] != [each.score for each in predictions]
 
 
 def test_options_are_as_likely_as_the_run_itself_had_them() -> None:
@@ -106,8 +108,8 @@ def test_options_are_as_likely_as_the_run_itself_had_them() -> None:
     own, predictor = recorded(run), Predictor(run, device="cpu")
     assert own["prediction"].nunique() > 1
     for size in SIZES:
-        found = predictor.predict([(row["question"], row["options"]) for row in rows], batch_size=size)
-        for each, row, expected in zip(found, rows, own.itertuples(), strict=True):
+        predictions = predictor.predict([(row["question"], row["options"]) for row in rows], batch_size=size)
+        for each, row, expected in zip(predictions, rows, own.itertuples(), strict=True):
             assert each.input == "\t".join([row["question"], *row["options"]])
             assert each.label == row["options"][expected.prediction] == next(iter(each.scores))
             np.testing.assert_allclose([each.scores[option] for option in row["options"]], expected.scores, atol=1e-5)
@@ -118,8 +120,8 @@ def test_texts_are_written_as_the_run_itself_wrote_them() -> None:
     own, predictor = list(recorded(run)["prediction"]), Predictor(run, device="cpu")
     assert len(set(own)) > 1
     for size in SIZES:
-        found = predictor.predict(prompts, batch_size=size)
-        assert found == [Prediction(prompt, text, None, {}) for prompt, text in zip(prompts, own, strict=True)]
+        predictions = predictor.predict(prompts, batch_size=size)
+        assert predictions == [Prediction(prompt, text, None, {}) for prompt, text in zip(prompts, own, strict=True)]
     short = Predictor(run, device="cpu", max_new_tokens=3).predict(prompts)
     assert max(len(each.label) for each in short) == 3  # bytes, one a token
     assert all(text.startswith(each.label) for text, each in zip(own, short, strict=True))

@@ -119,7 +119,7 @@ def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: P
     for method, seeds in {"partial": 3, "targeted": 2, "flow": 1, "dora": 1}.items():
         for seed in range(seeds):
             leave(tmp_path, method, seed=seed, budget=None if method == "dora" else 0.13)
-    runs, point = gather(tmp_path).kept, ("budget 0.13",)
+    runs, point = gather(tmp_path).comparable, ("budget 0.13",)
     (line,) = missing(runs, planned(("partial", "targeted", "lora"), point), (), "make")
     assert line == "vit, digits: targeted svd budget 0.13 seed 2, lora"
     assert missing(runs, planned(("flow", "dora"), point), (), "make") == []

@@ -89,27 +89,32 @@ def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
 
 def test_on_one_task_it_is_the_package_s_comparison() -> None:
     one = pair(*drawn(0, 3, 80, 0.8, 0.7))
-    found, expected = between([one]), by_comparison(one)
-    assert (found.difference, found.low, found.high) == (expected.difference, expected.low, expected.high)
-    assert (found.seeds, found.examples, found.verdict, found.over) == (3, 80, expected.verdict, "seeds and examples")
+    interval, expected = between([one]), by_comparison(one)
+    assert (interval.difference, interval.low, interval.high) == (expected.difference, expected.low, expected.high)
+    assert (interval.seeds, interval.examples, interval.verdict, interval.over) == (
+        3,
+        80,
+        expected.verdict,
+        "seeds and examples",
+    )
     base = drawn(4, 2, 40, 0.9, 0.5)
     assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
     turned = between([pair(*base), pair(*base[::-1])])
     assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
     one = pair(*drawn(9, 2, 60, 0.95, 0.6), metric="pearson")  # of all examples together
-    expected, found = by_comparison(one, draws=1_000), between([one])
-    assert found.difference == pytest.approx(expected.difference)
-    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.01)
+    expected, interval = by_comparison(one, draws=1_000), between([one])
+    assert interval.difference == pytest.approx(expected.difference)
+    assert interval.high - interval.low == pytest.approx(expected.high - expected.low, rel=0.01)
 
 
 def test_the_average_is_that_of_a_literal_bootstrap_of_both_tasks() -> None:
     arrays = [drawn(1, 2, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7)]
-    found = average({str(place): [pair(*each)] for place, each in enumerate(arrays)})
+    interval = average({str(place): [pair(*each)] for place, each in enumerate(arrays)})
     differences = [first.astype(float) - second for first, second in arrays]
-    assert found.difference == pytest.approx(np.mean([each.mean() for each in differences]))
+    assert interval.difference == pytest.approx(np.mean([each.mean() for each in differences]))
     expected = np.quantile(literally(differences, 4_000), [0.025, 0.975])
-    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.012)
-    assert (found.seeds, found.examples) == (2, 80)
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=0.012)
+    assert (interval.seeds, interval.examples) == (2, 80)
 
 
 def test_examples_are_lucky_on_one_task_and_seeds_on_all() -> None:
@@ -124,11 +129,16 @@ def test_examples_are_lucky_on_one_task_and_seeds_on_all() -> None:
 
 
 def test_without_predictions_the_interval_is_students() -> None:
-    found = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
+    interval = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
     values = np.array([0.05, -0.01, 0.05])
     expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-4)
-    assert (found.difference, found.seeds, found.over, found.verdict) == (pytest.approx(0.03), 3, "seeds", "undecided")
+    assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-4)
+    assert (interval.difference, interval.seeds, interval.over, interval.verdict) == (
+        pytest.approx(0.03),
+        3,
+        "seeds",
+        "undecided",
+    )
     falling = between([pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity")])
     assert (falling.difference < 0, falling.verdict) == (True, "better")  # less is better
     other = between([pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5))])
@@ -137,8 +147,8 @@ def test_without_predictions_the_interval_is_students() -> None:
 
 def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     one = pair(*drawn(5, 1, 200, 0.99, 0.3))
-    found = between([one])
-    assert (found.verdict, found.over, found.seeds, found.low > 0) == ("undecided", "examples", 1, True)
+    interval = between([one])
+    assert (interval.verdict, interval.over, interval.seeds, interval.low > 0) == ("undecided", "examples", 1, True)
     alone = between([pair([0.9], [0.5])])
     assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
     assert np.isnan([alone.low, alone.high]).all()
@@ -427,6 +437,8 @@ def test_notes_name_rates_that_differ_calibrations_that_are_shared_and_ceilings(
     ):
         assert note in notes
     evidence = gather(tmp_path)
-    assert tables.left_out(evidence.kept.query("task == 'digits'"), evidence) == []  # a note of signdigits is none
+    assert (
+        tables.left_out(evidence.comparable.query("task == 'digits'"), evidence) == []
+    )  # a note of signdigits is none
     leave(tmp_path, "lora", task="trec", trainer__learning_rate=0.5)  # a task with one rate beside others'
-    assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).kept)
+    assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).comparable)

@@ -15,5 +15,5 @@ def test_every_model_is_in_the_tables_with_the_numbers_that_are_counted_now() ->
     names = {file.stem for file in (config.conf_dir() / "model").glob("*.yaml")}
     kept = json.loads((COMMITTED / "models.json").read_text(encoding="utf-8"))
     assert kept.keys() == names
-    assert kept == model_table.found()
+    assert kept == model_table.outlines()
     assert (COMMITTED / "models.md").read_text(encoding="utf-8") == model_table.page(kept)

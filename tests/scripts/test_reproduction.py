@@ -1,4 +1,4 @@
-"""The commands of `make reproduce`: all compose, find their learning rates, share runs, and are as many as is said."""
+"""Commands of `make reproduce`: all compose, search for rates that are lacking, share runs; as many as documented."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def entries(words: tuple[str, ...], preset: str) -> list[dict]:
     """What scripts/tune.py would keep of a sweep that searches, by what its words say."""
     given = {"model": MODELS[preset], "calibration": "", "mask": "rows_columns"}
     given |= dict(word.split("=", 1) for word in words if "=" in word)
-    found = []
     points = [POINTS.get(point, NO_POINT) for point in given["calibration"].split(",")]
     if "calibration.budget" in given:
         points = [f"budget {budget}" for budget in given["calibration.budget"].split(",")]
+    rates = []
     for task, method, point in product(given["task"].split(","), given["method"].split(","), points):
         placed = (given["mask"], point) if method not in UNCALIBRATED else (NO_POINT, NO_POINT)
         key = dict(zip(rate_settings.KEY, (task, given["model"], method, *placed), strict=True))
-        found.append(key | {"learning_rate": 1e-3, "tried": {"0.001": 0.5}, "seeds": [1000], "settings": {}})
-    return found
+        rates.append(key | {"learning_rate": 1e-3, "tried": {"0.001": 0.5}, "seeds": [1000], "settings": {}})
+    return rates
 
 
 @cache
@@ -110,9 +110,9 @@ def composed(words: tuple[str, ...]):
     @cache
     def settings(combination: tuple[str, ...]) -> Config:
         run = hydra.config_loader.load_sweep_config(master, list(combination))
-        found = compose._checked([(combination, run)])
-        assert not found.refused, (words, found.refused)
-        return found.runs[0][1]
+        plan = compose._checked([(combination, run)])
+        assert not plan.refused, (words, plan.refused)
+        return plan.runs[0][1]
 
     combinations = compose._combinations(compose._sweep_overrides(master, hydra.config_loader))
     return [tuple(each) for each in combinations], settings
@@ -134,8 +134,8 @@ def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(name: str, preset: str) -> None:
     header = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-    said = {case: int(count) for case, count in re.findall(r"(cpu|without DATA|paper) (\d+)[,.]", header)}
-    assert set(said) == {"cpu", "without DATA", "paper"}
+    stated = {case: int(count) for case, count in re.findall(r"(cpu|without DATA|paper) (\d+)[,.]", header)}
+    assert set(stated) == {"cpu", "without DATA", "paper"}
     counted = {preset: 0, "without DATA": 0}
     for words in trainings(f"runs-{name}", preset):
         combinations, settings = composed(words)
@@ -144,10 +144,10 @@ def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(
         if "experiment=causal" not in words:
             assert last.preset == preset
             assert last.results_dir == f"results/{preset}"
-    assert counted[preset] == said[preset]
+    assert counted[preset] == stated[preset]
     if preset == "cpu":
         bare = trainings(f"runs-{name}", preset, "nowhere")
-        assert sum(len(composed(words)[0]) for words in bare) == said["without DATA"]
+        assert sum(len(composed(words)[0]) for words in bare) == stated["without DATA"]
     assert commands(f"reproduce-{name}", preset)[-1][1:] == (
         "scripts/reproduce.py",
         name,
@@ -199,23 +199,19 @@ def test_a_task_of_which_not_every_method_has_a_rate_is_searched(place: Path, ra
     """As after `make tune`, which searches on digits alone, or after a search that ended early."""
     whole = rate_settings.load(Path(RATES["cpu"]))
     known = [entry for entry in whole if entry["task"] != "gtsrb" or entry["method"] in rated]
-    found = searched_with(known, "runs-table1", "cpu")
-    assert {word for words in found for word in words if word.startswith("task=")} == {"task=gtsrb"}
-    assert {word for words in found for word in words if word.startswith("method=")} == {
-        "method=lora",
-        "method=partial,targeted",
-    }
+    words = {word for words in searched_with(known, "runs-table1", "cpu") for word in words}
+    assert {word for word in words if word.startswith("task=")} == {"task=gtsrb"}
+    assert {word for word in words if word.startswith("method=")} == {"method=lora", "method=partial,targeted"}
 
 
 def on_digits(target: str) -> set[Path]:
     """The directories of a target's runs on digits with seed 0, of three methods that stand for all."""
-    found = set()
+    runs, methods = set(), {f"method={name}" for name in ("lora", "partial", "uniform")}
     for words in trainings(target, "cpu"):
         combinations, settings = composed(words)
-        shown = {f"method={name}" for name in ("lora", "partial", "uniform")}
-        chosen = [each for each in combinations if "seed=0" in each and shown & {*each, *words}]
-        found |= {config.run_directory(settings(each)) for each in chosen if "task=digits" in words}
-    return found
+        chosen = [each for each in combinations if "seed=0" in each and methods & {*each, *words}]
+        runs |= {config.run_directory(settings(each)) for each in chosen if "task=digits" in words}
+    return runs
 
 
 def test_tables_share_the_runs_that_they_have_in_common() -> None:
@@ -225,8 +221,7 @@ def test_tables_share_the_runs_that_they_have_in_common() -> None:
     assert table1 | table4 < methods
     for name in ("fig4", "fig7"):
         firsts = (composed(words) for words in trainings(f"runs-{name}", "cpu"))
-        found = {config.run_directory(settings(combinations[0])) for combinations, settings in firsts}
-        assert len(found & table1) == 1
+        assert len(table1 & {config.run_directory(settings(combinations[0])) for combinations, settings in firsts}) == 1
 
 
 def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
@@ -234,7 +229,6 @@ def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
         lines = [each[2:] for each in commands("runs-table5", preset) if each[1] == "scripts/analyses.py"]
         assert len(lines) == 4
         for words in lines:
-            _, _, rest = analyses.parse(words)
-            found = compose.plan(rest)
-            assert not found.refused
-            assert [settings.results_dir for _, settings in found.runs] == [results]
+            plan = compose.plan(analyses.parse(words)[2])
+            assert not plan.refused
+            assert [settings.results_dir for _, settings in plan.runs] == [results]

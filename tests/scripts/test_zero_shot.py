@@ -1,4 +1,4 @@
-"""The frozen model's scores name the model that they are of."""
+"""Scores of a frozen model: under its name, by characters; a set without a file is refused."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from partial_lora.runs.schema import Config, ModelConfig
 
 def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
     frame = pd.DataFrame({"label": [0, 1], "prediction": [0, 0], "prediction_norm": [0, 1]})
-    found = types.SimpleNamespace(predictions=frame, metrics={"accuracy": 0.5, "accuracy_norm": 1.0})
+    judged = types.SimpleNamespace(predictions=frame, metrics={"accuracy": 0.5, "accuracy_norm": 1.0})
     model = types.SimpleNamespace(eval=lambda: None)
     loop = {"accuracy": 0.5, "accuracy_norm": 1.0, "chosen": [0, 0], "chosen_by_length": [0, 1]}
     monkeypatch.setattr(zero_shot, "OUT", tmp_path / "zero_shot.json")
     monkeypatch.setattr(zero_shot, "config_of", lambda task, file: Config(model=ModelConfig(name=f"lm-{file}")))
     monkeypatch.setattr(zero_shot.build, "model_of", lambda *arguments: model)
-    monkeypatch.setattr(zero_shot, "scored", lambda config, model: (found, None))
+    monkeypatch.setattr(zero_shot, "scored", lambda config, model: (judged, None))
     monkeypatch.setattr(zero_shot, "literally", lambda *arguments: dict(loop))
     zero_shot.main(["piqa=a", "boolq=b"])
     records = json.loads((tmp_path / "zero_shot.json").read_text())
@@ -37,12 +37,9 @@ def test_the_literal_loop_divides_by_characters(monkeypatch) -> None:
     tokens = {"?": [0], "? éé": [0, 1, 1, 1], "? abc": [0, 2, 2, 2]}
     monkeypatch.setattr(zero_shot, "LITERAL", 1)
     monkeypatch.setattr(zero_shot.build, "task_of", lambda config: types.SimpleNamespace(test=Dataset.from_list([row])))
-    found = zero_shot.literally(
-        Config(),
-        lambda input_ids: types.SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 3)),
-        lambda text: {"input_ids": tokens[text]},
-    )
-    assert found["chosen_by_length"] == [1]
+    model = lambda input_ids: types.SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 3))  # noqa: E731
+    answers = zero_shot.literally(Config(), model, lambda text: {"input_ids": tokens[text]})
+    assert answers["chosen_by_length"] == [1]
 
 
 @pytest.mark.parametrize("words", [[], ["piqa"]])
