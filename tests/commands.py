@@ -24,14 +24,20 @@ from unittest import mock
 
 import accelerate.commands.launch  # noqa: F401  what a launcher imports: once, for all of them
 import datasets
+import evaluate  # noqa: F401
 import huggingface_hub
 import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from transformers import conversion_mapping
 
 import partial_lora.train  # noqa: F401  and what a worker does
 from partial_lora import cli, progress, worker
 from partial_lora.runs import launch, launcher
+from partial_lora.tasks import sources
+
+sources.digits()  # what every process would make for itself: once, for all of them
+conversion_mapping.get_checkpoint_conversion_mapping("")
 
 PROGRAMS = {
     "partial_lora": lambda: sys.exit(cli.main(sys.argv[1:])),

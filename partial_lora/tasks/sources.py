@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -50,6 +51,7 @@ def read(
     return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
 
 
+@functools.cache  # they are encoded as files of images
 def digits() -> Dataset:
     """Return scikit-learn's digits: 1,797 grey images (8 x 8), the 17 grey levels stretched to 0..255."""
     from sklearn.datasets import load_digits  # half a second, with all of scikit-learn

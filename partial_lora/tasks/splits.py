@@ -37,7 +37,7 @@ def cut(
     from sklearn.model_selection import train_test_split  # half a second, and many tasks come with all their splits
 
     classes = _classes(rows)
-    labels = np.asarray(rows["label"]) if classes else None
+    labels = np.asarray(rows["label"][:]) if classes else None
     try:
         rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
@@ -56,7 +56,7 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
     classes = _classes(rows)
     if count < len(classes):
         raise PartialLoraError(f"task.{key}={count}: expected at least one row for each of {len(classes)} classes")
-    labels = np.asarray(rows["label"]) if classes else np.zeros(len(rows), dtype=np.int64)
+    labels = np.asarray(rows["label"][:]) if classes else np.zeros(len(rows), dtype=np.int64)
     return rows.select(np.sort(_in_turn(_shuffled(labels, np.random.default_rng(seed)))[:count]))
 
 
@@ -113,7 +113,7 @@ class Draws:
 
 def strata(rows: Dataset) -> np.ndarray:
     """Return the labels by which draws of a task's rows are stratified; real zeros for rows without any."""
-    return np.asarray(rows["label"]) if "label" in rows.column_names else np.zeros(len(rows))
+    return np.asarray(rows["label"][:]) if "label" in rows.column_names else np.zeros(len(rows))
 
 
 def few_shot_draws(
@@ -241,7 +241,7 @@ def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], nam
     if classes < 2:
         have = "a single class" if classes else "real numbers"
         raise PartialLoraError(f"task.label_noise={share}: {name} has {have} as labels, expected two classes or more")
-    labels = np.array(rows["label"], dtype=np.int64)
+    labels = np.array(rows["label"][:], dtype=np.int64)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(labels))
     steps = generator.integers(1, classes, len(labels))  # 1 to classes - 1 classes on: never the same one

@@ -23,7 +23,7 @@ from partial_lora.runs import directory as record
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
 
-TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3")
+TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3", "calibration.levels=0.2")
 
 
 class Place:
