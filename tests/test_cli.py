@@ -290,7 +290,7 @@ def test_entries_spend_a_budget_without_a_calibration(place: Path, trained) -> N
 @pytest.mark.parametrize("given", ["calibration=fixed", "calibration.sparsity=0.5", "method=entries"])
 def test_where_nothing_is_calibrated_calibrate_is_refused_and_leaves_nothing(place: Path, given: str) -> None:
     for more in ([], ["-m", "seed=0,1"]):
-        done = here(place, "calibrate", *TINY, given, "results_dir=nothing", *more)
+        done = here(place, "calibrate", *more, *TINY, given, "results_dir=nothing")
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"partial-lora: {'method.name' if 'method' in given else 'calibration.sparsity'}=")
