@@ -126,8 +126,10 @@ def test_going_backwards_costs_no_more_than_going_forwards():
     assert ran["backwards"] <= ran["forwards"] < 0.75 * 2 * 3 * len(names)
 
 
-@pytest.mark.parametrize("family", BLOCKS)
-@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize(
+    ("family", "order"),
+    [("vit", "forwards"), ("vit", "backwards"), ("bert", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
+)
 def test_what_depends_on_a_settled_module_is_forgotten(family, order):
     model, inputs, names = made(family)
     reuse = Reuse(model, BLOCKS[family], 2**31)

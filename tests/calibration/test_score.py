@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -187,13 +188,12 @@ def test_a_score_is_what_its_definition_says(case):
     baseline = score(model)
     assert baseline == pytest.approx(twin(model, batches), abs=1e-5)
     found = set()
-    for name in [name for name in linears(model, "") if name.startswith(blocks)][::3]:
-        for rows in (5, 12):
-            with Altered(model, name, rows):
-                low, high = score.bounds(model, name, all_of_it)
-                assert low == high == pytest.approx(twin(model, batches), abs=1e-5)
-                assert low == score(model)
-                found.add(low)
+    for name, rows in zip([name for name in linears(model, "") if name.startswith(blocks)][::4], cycle((12, 5))):
+        with Altered(model, name, rows):
+            low, high = score.bounds(model, name, all_of_it)
+            assert low == high == pytest.approx(twin(model, batches), abs=1e-5)
+            assert low == score(model)
+            found.add(low)
     assert len(found) > 2
 
 
@@ -203,7 +203,7 @@ def test_bounds_hold_decide_and_go_on(case):
     model, batches, blocks = draw()
     score = FewShotScore(model, batches, measure, blocks)
     baseline = score(model)
-    for name in [name for name in linears(model, "") if name.startswith(blocks)][::2]:
+    for name in [name for name in linears(model, "") if name.startswith(blocks)][::4]:
         for share in (0.5, 0.9):
             needed = baseline / share if baseline < 0 else baseline * share
 
