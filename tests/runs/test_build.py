@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from configured import inputs, settings
+from refusals import refusal
 
 from partial_lora import methods
 from partial_lora.calibration.config import CalibrationConfig
-from partial_lora.errors import PartialLoraError
 from partial_lora.models.targets import target_linears
 from partial_lora.runs import build
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
@@ -20,22 +20,21 @@ def model_of(name: str, **changes: object):
 
 @pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
 def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
-    with pytest.raises(PartialLoraError, match=rf"^model={model} .*task=mine .*{task}") as refusal:
+    with refusal(f"model={model} ", "task=mine ", task):
         build.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "key"),
     [
-        ("tiny_bert", {"max_length": 129}, "max_length=129"),  # it has positions for 128 tokens
+        ("tiny_bert", {"max_length": 129}, ".*max_length=129"),  # it has positions for 128 tokens
         ("tiny_vit", {"head": "timm_model.norm"}, r"model\.head=timm_model\.norm"),
         ("tiny_vit", {"new_modules": ["pool"]}, r"model\.new_modules"),
     ],
 )
 def test_a_model_without_positions_or_modules_for_its_settings_is_refused(name: str, changes: dict, key: str) -> None:
     model_of(name)
-    with pytest.raises(PartialLoraError, match=key):
+    with refusal(key):
         model_of(name, **changes)
 
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from finished_runs import override, written
 from method_settings import adapted
+from refusals import refusal
 
 from partial_lora import methods
 from partial_lora.calibration import importance
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import compose, config, directory, identity
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
@@ -42,9 +42,8 @@ trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, w
 )
 def test_a_value_out_of_range_is_refused_by_its_key(group: str, key: str, value: object) -> None:
     kinds = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    with pytest.raises(PartialLoraError, match=rf"^{group}\.{key}=") as refusal:
+    with refusal(f"{group}.{key}="):
         kinds[group](**{key: value})
-    assert "\n" not in str(refusal.value)
 
 
 CAUSAL = ("model=tiny_llama", "task=arc_easy")
@@ -99,11 +98,8 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
     ],
 )
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
-    with pytest.raises(PartialLoraError) as refusal:
+    with refusal(names[0], *names):
         composed(*(each.format(file=__file__) if "file}" in each else each for each in overrides))
-    assert str(refusal.value).startswith(names[0])
-    assert all(name in str(refusal.value) for name in names)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +155,7 @@ def test_the_ratio_of_loraplus_is_of_methods_that_train_a_product(method: str) -
         assert composed(*given, "trainer.loraplus_ratio=4").trainer.loraplus_ratio == 4
     else:
         assert composed(*given).trainer.head_learning_rate == 1e-2
-        with pytest.raises(PartialLoraError, match=rf"^trainer\.loraplus_ratio=4\.0: .*method={method}"):
+        with refusal("trainer.loraplus_ratio=4.0: ", f"method={method}"):
             composed(*given, "trainer.loraplus_ratio=4")
 
 
@@ -311,5 +307,5 @@ def test_the_id_is_that_of_the_same_files_named_one_by_one_and_goes_by_their_con
 
 @pytest.mark.parametrize("overrides", [["task=rte"], ["task=mixture", "task.members=[sst2,rte]"]])
 def test_a_task_without_training_rows_there_is_refused_by_name(folder: Path, overrides: list[str]) -> None:
-    with pytest.raises(PartialLoraError, match=r"^data_dir=.*/data: .*/data/rte/train\.parquet"):
+    with refusal("data_dir=.*/data: .*/data/rte/train.parquet"):
         composed(f"data_dir={folder}", *overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import numpy as np
 import pandas
 import pytest
 from finished_runs import files, override, pictures
+from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, finished
 from partial_lora.runs import directory as results
 from partial_lora.runs import evaluate as evaluate_run
@@ -46,11 +47,9 @@ def predictions(folder: Path | str) -> pandas.DataFrame:
     return pandas.read_parquet(Path(folder) / results.PREDICTIONS)
 
 
-def refused(run: FinishedRun, *arguments: str) -> str:
-    with pytest.raises(PartialLoraError) as error:
+def refused(run: FinishedRun, begins: str, *arguments: str) -> None:
+    with refusal(begins):
         cli.evaluate([str(run.directory), *arguments])
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def snapshot(run: FinishedRun) -> dict[str, bytes]:
@@ -165,31 +164,26 @@ def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate) -> None
     ],
 )
 def test_what_a_finished_run_keeps_and_what_is_wrong_is_refused_by_its_key(run, argument, key) -> None:
-    assert refused(run, argument).startswith(key)
+    refused(run, re.escape(key), argument)
 
 
 def test_a_task_of_other_labels_inputs_or_answers_is_refused_by_both(run) -> None:
-    assert "the run does not know 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in refused(run, "task=digits")
+    refused(run, "task=digits: .*0, 1, 2, 3, 4, 5, 6, 7, 8, 9", "task=digits")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "pink"])})
     pink = pictures(6, 0).filter(lambda label: label < 2, input_columns="label").cast(features)
-    message = refused(run, override(files({"train": pink, "test": pink}, "pink")))
-    assert "the run does not know pink and the task lacks blue, green" in message
+    refused(run, "task=cifar10: .* pink .* blue, green", override(files({"train": pink, "test": pink}, "pink")))
     questions = ("task=choice_table", *finished_runs.CHOICE, override(finished_runs.question_files()))
     sentences = ("task=text_table", override(finished_runs.sentence_files()))
-    for of, overrides, words in (
-        (finished_runs.image_run, ("task.modality=text",), "texts.*images"),
-        (finished_runs.pair_run, sentences, "labels.*numbers"),
-        (finished_runs.text_run, questions, "choice"),
-        (finished_runs.choice_run, sentences, "label"),
-    ):
-        with pytest.raises(PartialLoraError, match=words):
-            cli.evaluate([str(of().directory), *overrides])
+    refused(run, ".*texts.*images", "task.modality=text")
+    refused(finished_runs.pair_run(), ".*labels.*numbers", *sentences)
+    refused(finished_runs.text_run(), ".*choice", *questions)
+    refused(finished_runs.choice_run(), ".*label", *sentences)
 
 
 def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> None:
     folder = Path(evaluate()["folder"])
     monkeypatch.setattr(evaluate_run, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
-    assert refused(run).startswith(str(folder))
+    refused(run, str(folder))
     assert not (folder / "evaluation.json").exists()
 
 
@@ -211,7 +205,7 @@ def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tm
     pictures(21, 0).to_parquet(data["train"])  # three rows more: validation would be cut anew
     other_test = f"task.data_files.test={usual['test']}"
     for harmless in ((), ("task.test_samples=9",), ("task.cache_bytes=0",), (other_test, "--split=validation")):
-        assert refused(own, *harmless).startswith("task.data_files=")
+        refused(own, "task.data_files=", *harmless)
     assert evaluate(other_test, of=own)["examples"] == 21
 
 
@@ -220,7 +214,7 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
     (tmp_path / "photos" / "a").mkdir(parents=True)
     own = with_files(run, tmp_path, {"train": finished_runs.picture_files()["train"]})  # its test split is cut from it
     for files_of in (f".train={tmp_path}/more.parquet", f"={tmp_path}/more.parquet", f"={tmp_path}/photos"):
-        assert refused(own, f"task.data_files{files_of}").startswith("task.data_files.train")
+        refused(own, "task.data_files.train", f"task.data_files{files_of}")
 
 
 def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:
@@ -230,7 +224,7 @@ def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:
         features = rows.features | {"label": datasets.ClassLabel(names=["red", "green", "zebra"])}
         rows.cast(datasets.Features(features)).to_parquet(path)
     moved = finished_runs.changed(run, "task", data_files=renamed)  # the same settings as its own record has
-    with pytest.raises(PartialLoraError, match=r"zebra.*blue"):
+    with refusal("", "zebra", "blue"):
         evaluate_run.evaluate_run(moved, device="cpu")
 
 
@@ -239,5 +233,5 @@ def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     task, _ = finished.evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
     assert task.data_files == {"train": str(tmp_path), "test": str(tmp_path)}
     hub = finished_runs.changed(run, "task", data_files=None)
-    with pytest.raises(PartialLoraError, match=r"^task\.data_files\.test: "):
+    with refusal("task.data_files.test: "):
         finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import inputs
 from partial_lora.runs.inputs import Input
 
@@ -79,7 +79,7 @@ def test_pairs_and_questions_have_tabs_between_their_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "how", "names"),
+    ("argument", "how", "begins"),
     [
         *((each, {"modality": "image"}, f"^{each}: ") for each in ("a sunny day", "cat.png", "empty", "a\0b")),
         ("", {"modality": "image"}, "^'': "),
@@ -93,10 +93,9 @@ def test_pairs_and_questions_have_tabs_between_their_parts() -> None:
         ("which one?", {"kind": "choice"}, r"^'which one\?': "),
     ],
 )
-def test_what_is_no_input_is_refused_by_name(photos, argument: str, how: dict, names: str) -> None:
-    with pytest.raises(PartialLoraError, match=names) as error:
+def test_what_is_no_input_is_refused_by_name(photos, argument: str, how: dict, begins: str) -> None:
+    with refusal(begins):
         read(argument, **how)
-    assert "\n" not in str(error.value)
     assert contents("photos") == ["photos"]  # a word that is also a folder is a text
 
 
@@ -114,5 +113,5 @@ def test_lines_are_read_one_by_one_and_once() -> None:
     stream, _ = inputs.read(["first", "-"], modality="text", pairs=False, stdin=endless)
     assert [each.content for each in itertools.islice(stream, 4)] == ["first", "again", "again", "again"]
     assert endless.lines == 3
-    with pytest.raises(PartialLoraError, match=r"^-: "):
+    with refusal("-: "):
         read("-", "@-")

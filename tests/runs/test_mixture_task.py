@@ -14,10 +14,10 @@ import numpy as np
 import pandas
 import pytest
 from datasets import Image
+from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, config, export
 from partial_lora.runs.finished import FinishedRun, one_task
 from partial_lora.runs.predict import Predictor
@@ -91,7 +91,7 @@ def test_questions_and_prompts_are_read_and_written_as_their_member_s_are() -> N
         predictions = Predictor(run, device="cpu", member=member).predict(rows)
         for each, (_, options), row in zip(predictions, rows, recorded(run, member).itertuples(), strict=True):
             np.testing.assert_allclose([each.scores[option] for option in options], row.scores, atol=1e-5)
-    with pytest.raises(PartialLoraError, match="_"):  # where the options go
+    with refusal("", "_"):  # where the options go
         Predictor(run, device="cpu", member="blanks").predict([questions[0]])
     run = mixed_runs.generation_mixture()
     for member, first, most in (("long", 100, 12), ("short", 200, 5)):
@@ -106,30 +106,29 @@ def test_questions_and_prompts_are_read_and_written_as_their_member_s_are() -> N
 
 @pytest.mark.parametrize("member", [None, "film"])
 def test_a_member_of_a_mixture_has_to_be_named(member) -> None:
-    run, words = mixed_runs.text_mixture(), r"--member films or colours$"
+    run, words = mixed_runs.text_mixture(), ".*--member films or colours$"
     option = [] if member is None else ["--member", member]
     for command in (
         lambda: cli.predict([str(run.directory), "a text", *option]),
         lambda: cli.evaluate([str(run.directory), *option]),
         lambda: Predictor(run, device="cpu", member=member),
     ):
-        with pytest.raises(PartialLoraError, match=words) as refusal:
+        with refusal(words):
             command()
-        assert "\n" not in str(refusal.value)
 
 
 def test_members_are_listed_and_a_run_of_one_task_has_none() -> None:
     run = mixed_runs.text_mixture()
     films = run.config.task.members["films"]
     for names, listed in ((["a"], "--member a"), (["a", "b", "c"], "--member a, b or c")):
-        with pytest.raises(PartialLoraError, match=f"{listed}$"):
+        with refusal(f".*{listed}$"):
             one_task(finished_runs.changed(run, "task", members=dict.fromkeys(names, films)))
     without = dataclasses.replace(run, result={key: value for key, value in run.result.items() if key != "labels"})
-    with pytest.raises(PartialLoraError, match=r"result\.json: .* films "):
+    with refusal("", "result.json: ", " films "):
         one_task(without, "films")
     single = dataclasses.replace(run, config=dataclasses.replace(run.config, task=films))
     assert one_task(single).member is None
-    with pytest.raises(PartialLoraError, match=r"^--member films: "):
+    with refusal("--member films: "):
         one_task(single, "films")
 
 
@@ -184,8 +183,8 @@ def test_other_rows_are_judged_by_the_head_of_the_member_that_is_named(printed) 
     (again,) = printed(cli.evaluate, run, "--member", "films", *other)
     assert again["metrics"]["accuracy"] == run.result["metrics"]["test"]["films/accuracy"]
     assert Path(again["folder"]).name.startswith("films-text_table-test-")
-    for member, names in ((["--member", "colours"], "bad, good.*blue, green, red"), ([], "--member films or colours")):
-        with pytest.raises(PartialLoraError, match=names):
+    for member, names in ((["--member", "colours"], ".*bad, good.*blue, green, red"), ([], ".*--member films or colours")):
+        with refusal(names):
             cli.evaluate([str(run.directory), *member, *other])
 
 
@@ -194,7 +193,7 @@ def test_a_model_without_heads_answers_another_task_as_none_of_its_members(print
     other = ("task=choice_table", *finished_runs.CHOICE, finished_runs.override(finished_runs.question_files()))
     (evaluation,) = printed(cli.evaluate, run, *other, "task.test_samples=3")
     assert (evaluation["examples"], "member" in evaluation) == (3, False)
-    with pytest.raises(PartialLoraError, match=r"^--member questions: "):
+    with refusal("--member questions: "):
         cli.evaluate([str(run.directory), "--member", "questions", *other])
 
 

@@ -17,6 +17,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
+from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
@@ -169,7 +170,7 @@ def test_a_broken_image_is_named_and_the_others_of_its_batch_go_on(predictor, ph
     assert isinstance(error, PartialLoraError)
     assert str(error).startswith(f"{broken}: not an image that can be read (")
     assert [first, second] == predictor.predict(photos[:2])
-    with pytest.raises(PartialLoraError, match=str(broken)):
+    with refusal(str(broken)):
         predictor.predict([photos[0], broken])
 
 
@@ -333,7 +334,7 @@ def test_an_input_that_cannot_be_read_is_named_and_the_others_are_predicted(phot
 
 
 @pytest.mark.parametrize(
-    ("of", "arguments", "names"),
+    ("of", "arguments", "begins"),
     [
         ("image_run", ["a red picture"], "^a red picture: "),
         ("image_run", [], "nothing to predict"),
@@ -345,20 +346,20 @@ def test_an_input_that_cannot_be_read_is_named_and_the_others_are_predicted(phot
         ("pair_run", ["alone"], "^'alone': "),
     ],
 )
-def test_a_wrong_input_is_refused_before_the_model_is_there(monkeypatch, of, arguments, names) -> None:
+def test_a_wrong_input_is_refused_before_the_model_is_there(monkeypatch, of, arguments, begins) -> None:
     monkeypatch.setattr(predicting, "Predictor", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(sys, "stdin", Stdin([]))
-    with pytest.raises(PartialLoraError, match=names) as error:
+    with refusal(begins):
         cli.predict([str(getattr(finished_runs, of)().directory), *arguments])
-    assert "\n" not in str(error.value)
 
 
 def test_a_run_or_a_device_that_is_not_there_is_refused(run, photos, monkeypatch, tmp_path) -> None:
-    for refused in (lambda: cli.predict([str(tmp_path / "none"), "a text"]), lambda: Predictor(tmp_path)):
-        with pytest.raises(PartialLoraError, match=f"^{tmp_path}"):
-            refused()
+    with refusal(str(tmp_path)):
+        cli.predict([str(tmp_path / "none"), "a text"])
+    with refusal(str(tmp_path)):
+        Predictor(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(PartialLoraError, match=r"^device=cuda: "):
+    with refusal("device=cuda: "):
         cli.predict([str(run.directory), photos[0], "--device", "cuda"])
     assert RunModel(run, "auto").device == "cpu"
 

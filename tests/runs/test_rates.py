@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 from searched_rates import best, run, search
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, directory, rates
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
@@ -97,7 +97,7 @@ def test_runs_find_their_rate_in_the_file(file: Path, overrides: str, rate: floa
     ],
 )
 def test_a_run_without_a_rate_is_refused_by_what_is_missing(file: Path, overrides: str, missing: str) -> None:
-    with pytest.raises(PartialLoraError, match=rf"^trainer\.tuned.*{missing}"):
+    with refusal(rf"trainer\.tuned.*{missing}"):
         tuned(file, overrides)
 
 
@@ -169,7 +169,7 @@ def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Pa
         assert chosen.trainer.learning_rate == 3e-2  # of budget 0.13, though the settings have threshold 0.9
         assert tuning_of(chosen) == where
     files.write_json(calibration, {})
-    with pytest.raises(PartialLoraError, match=rf"^calibration\.file={calibration}: "):
+    with refusal(f"calibration.file={calibration}: "):
         tuned(file, f"calibration.file={calibration}")
     assert tuned(file, f"calibration.file={calibration} method=lora").trainer.learning_rate == 3e-3  # it reads none
 
@@ -194,7 +194,7 @@ def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
         (more, r"lora .*5 learning rates, .*partial \(rows_columns, budget 0\.13\) with 4"),
         (again, r"lora .*seeds \[3\], .* seeds \[0\]"),
     ):
-        with pytest.raises(PartialLoraError, match=values):
+        with refusal(values):
             rates.save(file, entries)
         assert file.read_bytes() == before
     rates.save(file, [entry | {"task": "trec"} for entry in longer])  # of another task, as long as it likes
@@ -207,7 +207,7 @@ def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
 )
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "it.json").write_text(content)
-    with pytest.raises(PartialLoraError, match=rf"^trainer\.tuned={tmp_path / 'it.json'}: "):
+    with refusal(f"trainer.tuned={tmp_path / 'it.json'}: "):
         tuned(tmp_path / "it.json", "")
 
 

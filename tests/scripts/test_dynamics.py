@@ -27,9 +27,9 @@ from evidence.dynamics import (
 from finished_runs import cache, changed, image_run
 from peft import LoraConfig, get_peft_model
 from recorded_runs import leave
+from refusals import refusal
 from transformers import BertConfig, BertForSequenceClassification
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.report import records
 from partial_lora.runs import export
 from partial_lora.runs.finished import FinishedRun
@@ -114,8 +114,8 @@ def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused(tmp_path: P
     of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.config, run.result)
     mixture = changed(run, "task", path="members", members={"a": run.config.task})
     without = changed(run, "model", blocks=None)
-    for other, key in ((of_other_files, "task.data_files"), (without, r"model\.blocks"), (mixture, "mixture")):
-        with pytest.raises(PartialLoraError, match=key):
+    for other, key in ((of_other_files, ".*task.data_files"), (without, ".*model.blocks"), (mixture, ".*mixture")):
+        with refusal(key):
             measure(other, device="cpu")
 
 

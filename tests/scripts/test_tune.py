@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import tune
+from refusals import refusal
 from searched_rates import RATES, best, run, search, settings
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError
 from partial_lora.report import records
 from partial_lora.runs import config, directory, rates
 from partial_lora.tasks import metrics
@@ -21,7 +21,7 @@ LORA = ("method=lora",)
 
 def refused(*parts: str):
     """A refusal that names these, in this order."""
-    return pytest.raises(PartialLoraError, match=".*".join(map(re.escape, parts)))
+    return refusal(".*".join(["", *map(re.escape, parts)]))
 
 
 def test_the_rate_is_that_of_the_best_validation() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from refusals import refusal
 from tiny_causal import bytes_tokenizer, merging_tokenizer
 
 from partial_lora import tasks
 from partial_lora.calibration.score import Loss, OptionLikelihood
-from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES
 
 BOUND = 2**20
@@ -167,7 +167,7 @@ def test_a_chat_is_written_by_the_template_up_to_the_end_of_the_reply() -> None:
     (option, _) = choice(tokenizer, 99, chat=True).options(item, cache_bytes=0)
     assert tokenizer.decode(option["input_ids"]) == whole.removesuffix("</s>\n")
     assert [each["input_ids"][: each["answer_start"]] for each in (row, option)] == [context] * 2
-    with pytest.raises(PartialLoraError, match=r"^task\.chat_template=true: "):
+    with refusal("task.chat_template=true: "):
         tasks.CausalTransform(merging_tokenizer(), 99, chat=True)
 
 
@@ -187,9 +187,8 @@ def test_an_answer_without_room_is_one_line_that_names_its_row() -> None:
     tokenizer = merging_tokenizer()
     rows = completions(("two", "four"), ("two", "and four " * 9))
     tokens = len(tokenizer.encode(" " + "and four " * 9, add_special_tokens=False)) + 1
-    with pytest.raises(PartialLoraError, match=rf"^model\.max_length={tokens}: .*row 2 of the train rows") as refusal:
+    with refusal(f"model.max_length={tokens}: ", "row 2 of the train rows"):
         tasks.CausalTransform(tokenizer, tokens).prepare(rows, cache_bytes=0)
-    assert "\n" not in str(refusal.value)
     (_, row) = tasks.CausalTransform(tokenizer, tokens + 1).prepare(rows, cache_bytes=0)
     assert (row["answer_start"], row["length"]) == (1, tokens + 1)
 

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.questions import CHOICES
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
@@ -64,9 +64,8 @@ def load(folder: Path, rows: list[dict], name: str = "rows.json", **settings: ob
 
 
 def refused(key: str, *arguments: object, **settings: object) -> None:
-    with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
+    with refusal(key):
         load(*arguments, **settings)
-    assert "\n" not in str(refusal.value)
 
 
 def choice(layout: str) -> dict:

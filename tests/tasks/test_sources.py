@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.errors import PartialLoraError
 
 TEXTS = [f"text number {number}" for number in range(12)]
 ANIMALS = ["dog", "cat"] * 6
@@ -67,11 +67,8 @@ def images(folder: Path, *classes: str, count: int = 4) -> str:
 
 def refused(key: str, *names: str, of: object, modality: str = "text", **settings: object) -> None:
     """Assert that loading fails in one line that begins with a key and gives all the names."""
-    with pytest.raises(PartialLoraError, match=f"^{re.escape(key)}") as refusal:
+    with refusal(re.escape(key), *names):
         load(of, modality, **settings)
-    line = str(refusal.value)
-    assert "\n" not in line
-    assert [name for name in names if name not in line] == []
 
 
 def sizes(task: tasks.Task) -> list[int]:
@@ -146,7 +143,7 @@ def test_a_class_too_small_to_cut_is_named_with_the_rows_that_it_needs(tmp_path:
     file, less = csv(tmp_path, labels), csv(tmp_path, labels[:-1], "less.csv")
     assert len(load(file, split_seed=0).labels) == 3
     refused("task=own: ", "class c (of 3)", "task.train_samples=20", "at least 3", of=file, train_samples=20)
-    with pytest.raises(PartialLoraError, match=r"^task=own: .*class c \(of 2\) .*at least 3"):
+    with refusal("task=own: ", "class c (of 2) ", "at least 3"):
         [load(less, split_seed=seed) for seed in range(20)]  # until test takes one of the two
 
 
@@ -399,7 +396,7 @@ def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused_and_validati
         return tasks.load(name="animals", path=str(tmp_path), test_split=test_split)
 
     for split in ("tset", "train"):
-        with pytest.raises(PartialLoraError, match=rf"^task\.test_split={split}: .*test, validation"):
+        with refusal(f"task.test_split={split}: ", "test, validation"):
             of_hub(split)
     task = of_hub("validation")
     assert sizes(task) == [54, 6, 21]

@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 from omegaconf import OmegaConf
+from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import config, schema
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -55,9 +55,8 @@ def load(name: str, **changes: object) -> tasks.Task:
 
 
 def refused(key: str, name: str, **changes: object) -> None:
-    with pytest.raises(PartialLoraError, match=key) as refusal:
+    with refusal(key):
         load(name, **changes)
-    assert "\n" not in str(refusal.value)
 
 
 def shared(name: str) -> dict[str, str]:
@@ -77,7 +76,7 @@ def test_a_task_is_called_as_its_file_is_and_its_rows_are_pinned(name: str) -> N
     of_files = chosen["path"] == "files"
     assert chosen["name"] == name
     if of_files:
-        refused(rf"^task={name} .*task\.data_files", name)
+        refused(rf"task={name} .*task\.data_files", name)
     elif chosen["path"] != "bundled:digits":
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", chosen["path"])
         assert re.fullmatch(r"[0-9a-f]{40}", chosen["revision"])
@@ -111,7 +110,7 @@ def test_glue_reports_on_rows_with_labels_that_select_nothing(name: str, tmp_pat
     assert len(task.labels) == classes
     if classes:
         other = "test_matched" if name == "mnli" else "test"
-        refused("9 rows of the test split", name, **here, test_split=other)
+        refused("task=.* 9 rows of the test split", name, **here, test_split=other)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -152,7 +151,7 @@ def test_a_hub_that_is_not_there_is_named_at_once(monkeypatch, tmp_path: Path) -
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("rows of the hub were read"))
     monkeypatch.setattr("partial_lora.tasks.sources.HfApi.dataset_info", unreachable)
-    refused(r"^task=sst2: .*nyu-mll/glue .*no route to host.*task=digits", "sst2")
+    refused(r"task=sst2: .*nyu-mll/glue .*no route to host.*task=digits", "sst2")
     (tmp_path / "nyu-mll___glue").mkdir()
     with pytest.raises(pytest.fail.Exception):  # out of the hub's own cache
         load("sst2")
@@ -160,4 +159,4 @@ def test_a_hub_that_is_not_there_is_named_at_once(monkeypatch, tmp_path: Path) -
 
 def test_a_subset_that_is_not_there_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"sentence": ["a"], "label": [0]}).to_parquet(tmp_path / "train.parquet")
-    refused(rf"^task=sst2: .*{tmp_path}.*task\.subset=sst2", "sst2", path=str(tmp_path), revision=None)
+    refused(rf"task=sst2: .*{tmp_path}.*task\.subset=sst2", "sst2", path=str(tmp_path), revision=None)

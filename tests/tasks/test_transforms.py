@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
 from partial_lora import tasks
-from partial_lora.errors import PartialLoraError
 
 BOUND = 2**20
 PIXELS = {"image_size": 12, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
@@ -145,9 +145,8 @@ def unreadable(name: str, rows: datasets.Dataset) -> None:
         lambda: transform.prepare(rows, cache_bytes=0),
         lambda: transform.batches(rows, 4),
     ):
-        with pytest.raises(PartialLoraError, match=name) as refusal:
+        with refusal(f".*{name}"):
             make()
-        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [b"no image", None])
