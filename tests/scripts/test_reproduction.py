@@ -7,19 +7,18 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import analyses
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from partial_lora.runs import compose, config
 from partial_lora.runs import rates as rate_settings
 from partial_lora.runs.rates import NO_POINT
-from partial_lora.runs.schema import Config
 
 ROOT = config.conf_dir().parent
 NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]
@@ -56,11 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In that directory; what is composed there leaves no Hydra behind for the tests of other files."""
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    yield
-    GlobalHydra.instance().clear()
 
 
 @cache
@@ -97,36 +93,26 @@ def entries(words: tuple[str, ...], preset: str) -> list[dict]:
 
 
 @cache
-def composed(words: tuple[str, ...]):
-    """The overrides of every run of a sweep, and what gives the settings of one of them."""
-    from hydra._internal.utils import get_args_parser
-    from hydra.types import RunMode
+def combinations(words: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The overrides of every run of a sweep, by its words and the values that its experiment's file names."""
+    (experiment,) = (word.partition("=")[2] for word in words if word.startswith("experiment="))
+    file = yaml.safe_load((config.conf_dir() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    named = file.get("hydra", {}).get("sweeper", {}).get("params", {})
+    overrides = [f"{key}={value}" for key, value in named.items()] + [word for word in words if "=" in word]
+    return [tuple(each) for each in compose._combinations(OverridesParser.create().parse_overrides(overrides))]
 
-    flags = get_args_parser().parse_args(list(words))
-    hydra = compose._hydra_of_plan(flags)
-    overrides = list(flags.overrides)
-    master = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
 
-    @cache
-    def settings(combination: tuple[str, ...]) -> Config:
-        run = hydra.config_loader.load_sweep_config(master, list(combination))
-        plan = compose._checked([(combination, run)])
-        assert not plan.refused, (words, plan.refused)
-        return plan.runs[0][1]
-
-    combinations = compose._combinations(compose._sweep_overrides(master, hydra.config_loader))
-    return [tuple(each) for each in combinations], settings
+settings = cache(lambda combination: compose.composed(*combination))
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> None:
     for words in searches(preset):
-        combinations, settings = composed(words)
-        last = settings(combinations[-1])
+        last = settings(combinations(words)[-1])
         assert last.seed >= 1000  # no run of a table has it
         assert last.trainer.tuned is None
         assert last.results_dir == str(Path(RATES[preset]).parent / "tune")
-        rates = [word for word in combinations[0] if word.startswith("trainer.learning_rate=")]
+        rates = [word for word in combinations(words)[0] if word.startswith("trainer.learning_rate=")]
         assert len(rates) == 1
 
 
@@ -138,16 +124,15 @@ def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(
     assert set(stated) == {"cpu", "without DATA", "paper"}
     counted = {preset: 0, "without DATA": 0}
     for words in trainings(f"runs-{name}", preset):
-        combinations, settings = composed(words)
-        counted[preset] += len(combinations)
-        last = settings(combinations[-1])
+        counted[preset] += len(combinations(words))
+        last = settings(combinations(words)[-1])
         if "experiment=causal" not in words:
             assert last.preset == preset
             assert last.results_dir == f"results/{preset}"
     assert counted[preset] == stated[preset]
     if preset == "cpu":
         bare = trainings(f"runs-{name}", preset, "nowhere")
-        assert sum(len(composed(words)[0]) for words in bare) == stated["without DATA"]
+        assert sum(len(combinations(words)) for words in bare) == stated["without DATA"]
     assert commands(f"reproduce-{name}", preset)[-1][1:] == (
         "scripts/reproduce.py",
         name,
@@ -208,8 +193,7 @@ def on_digits(target: str) -> set[Path]:
     """The directories of a target's runs on digits with seed 0, of three methods that stand for all."""
     runs, methods = set(), {f"method={name}" for name in ("lora", "partial", "uniform")}
     for words in trainings(target, "cpu"):
-        combinations, settings = composed(words)
-        chosen = [each for each in combinations if "seed=0" in each and methods & {*each, *words}]
+        chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
         runs |= {config.run_directory(settings(each)) for each in chosen if "task=digits" in words}
     return runs
 
@@ -220,8 +204,8 @@ def test_tables_share_the_runs_that_they_have_in_common() -> None:
     assert (len(table1), len(table4), len(methods)) == (3, 4, 7)
     assert table1 | table4 < methods
     for name in ("fig4", "fig7"):
-        firsts = (composed(words) for words in trainings(f"runs-{name}", "cpu"))
-        assert len(table1 & {config.run_directory(settings(combinations[0])) for combinations, settings in firsts}) == 1
+        firsts = (settings(combinations(words)[0]) for words in trainings(f"runs-{name}", "cpu"))
+        assert len(table1 & set(map(config.run_directory, firsts))) == 1
 
 
 def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:
