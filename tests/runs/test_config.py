@@ -174,12 +174,17 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
 
 
 def test_every_group_file_composes() -> None:
-    for folder in config.conf_dir().iterdir():
-        if folder.is_dir() and folder.name not in ("experiment", "preset"):
-            for file in folder.glob("*.yaml"):
-                needed = ["task.members=[sst2,mrpc]"] if file.stem == "mixture" else []
-                group = getattr(composed(f"{folder.name}={file.stem}", *needed), folder.name)
-                assert getattr(group, "name", file.stem) == file.stem
+    groups = {
+        folder.name: sorted(each.stem for each in folder.glob("*.yaml")) for folder in config.conf_dir().iterdir()
+    }
+    some = ("task", "model", "importance", "mask", "trainer")  # any of one goes with any of the others
+    assert groups.keys() == {*some, "method", "calibration", "experiment", "preset"}
+    most = max(len(groups[group]) for group in some)
+    choices = [{group: groups[group][number % len(groups[group])] for group in some} for number in range(most)]
+    for choice in [*choices, *({group: name} for group in ("method", "calibration") for name in groups[group])]:
+        needed = ["task.members=[sst2,mrpc]"] if choice.get("task") == "mixture" else []
+        found = composed(*(f"{group}={name}" for group, name in choice.items()), *needed)
+        assert {group: getattr(getattr(found, group), "name", name) for group, name in choice.items()} == choice
 
 
 def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
