@@ -161,12 +161,13 @@ def info(arguments: list[str]) -> int:
 def _print_outline(config: Config) -> int:
     from rich.console import Console
 
-    with _libraries():
-        from partial_lora.runs.info import outline
-        from partial_lora.training import cost
-    run = outline(config)
+    from partial_lora.runs.info import outline
+    from partial_lora.training import size
+
+    with _libraries():  # which some methods are counted with
+        run = outline(config)
     console = Console()
-    console.print(cost.table(run.counts, run.memory))
+    console.print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
     passes = f"calibration takes at most {run.passes:,} passes" if run.passes else "nothing is calibrated"

@@ -1,17 +1,24 @@
-"""Masks: the kept rows, columns or single entries of a module, as a value that checks itself."""
+"""Masks: the kept rows, columns or single entries of a module, as a value that checks itself; and their sparsities."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
 
 AXES = ("rows", "columns")
+GATHER_DENSITY = 0.5
+"""Up to this density of features, gathering them beats matrix products with the zero-filled factor."""
 
 Sparsity = Mapping[str, Mapping[str, float]]
 """The share removed of each module and axis: {module: {"rows": s, "columns": s}}."""
@@ -138,3 +145,84 @@ def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndar
     """Draw a 64-bit number for each row, column or entry (size,), from seed, module name and axis alone."""
     entropy = hashlib.sha256(f"{mask_seed}/{module}/{axis}".encode()).digest()[:16]
     return np.random.PCG64(int.from_bytes(entropy, "big")).random_raw(size)
+
+
+# The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and axis.
+
+
+def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
+    """Return the sparsity setting in its one form: a number, or {module or pattern: {"rows": s, "columns": s}}.
+
+    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
+    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
+    """
+    if isinstance(sparsity, (str, PathLike)):
+        return _calibrated_sparsity(Path(sparsity))
+    if not isinstance(sparsity, Mapping):
+        return _share(sparsity, "sparsity")
+    if not sparsity:
+        raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
+    read = {}
+    for module, value in sparsity.items():
+        key = f"sparsity[{module!r}]"
+        if not isinstance(value, Mapping):
+            read[str(module)] = dict.fromkeys(AXES, _share(value, key))
+        elif set(value) != set(AXES):
+            raise PartialLoraError(f"{key} has {sorted(map(str, value))}: expected rows and columns.")
+        else:
+            read[str(module)] = {axis: _share(value[axis], f"{key}[{axis!r}]") for axis in AXES}
+    return read
+
+
+def _calibrated_sparsity(path: Path) -> float | Sparsity:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
+    except OSError as error:
+        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise PartialLoraError(
+            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
+        ) from None
+    try:
+        return read_sparsity(sparsity)
+    except PartialLoraError as error:
+        raise PartialLoraError(f"{path}: {error}") from None
+
+
+def _share(value: object, key: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
+    return float(value)
+
+
+def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
+    """Return one {"rows": s, "columns": s} for each of `modules`, in their order.
+
+    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
+    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
+    without a module.
+    """
+    if not isinstance(sparsity, Mapping):
+        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
+    entries = {}
+    for module in modules:
+        matching = (entry for entry in sparsity if _matches(entry, module))
+        entries[module] = module if module in sparsity else next(matching, None)
+        if entries[module] is None:
+            raise PartialLoraError(
+                f"sparsity has no entry for the target module {module}: add one, or do not target it."
+            )
+    for entry in sparsity:
+        if entry not in entries and not any(_matches(entry, module) for module in modules):
+            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
+    return {module: sparsity[entry] for module, entry in entries.items()}
+
+
+def _matches(entry: str, module: str) -> bool:
+    try:
+        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
+    except re.error:
+        raise PartialLoraError(
+            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
+        ) from None

@@ -16,12 +16,13 @@ from transformers import set_seed
 from partial_lora import files, methods, models
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration.budget import dense_parameters
+from partial_lora.calibration.config import CALIBRATED, RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
-from partial_lora.runs.config import plain
+from partial_lora.runs.config import fixed_point, fixed_sparsity, plain
 from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.schema import Config
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
@@ -56,9 +57,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     method = methods.get(config.method.name)
-    calibrated = (methods.is_calibrated(method) and config.calibration.sparsity is None) or stage == "calibrate"
+    calibrated = (config.method.name in CALIBRATED and config.calibration.sparsity is None) or stage == "calibrate"
     # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
-    with models.dequantised(model, values=calibrated or methods.is_ranked(method)):
+    with models.dequantised(model, values=calibrated or config.method.name in RANKED):
         targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
@@ -85,9 +86,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                 files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             return
-        if not calibrated and (sparsity := build.fixed_sparsity(config, shapes)):
-            record["fixed"] = build.fixed_point(config.calibration)
-        if not calibrated and methods.is_ranked(method):
+        if not calibrated and (sparsity := fixed_sparsity(config, shapes)):
+            record["fixed"] = fixed_point(config.calibration)
+        if not calibrated and config.method.name in RANKED:
             with timed(record, "importance"):
                 draws = build.draws_of(config, task.train)
                 scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))

@@ -28,10 +28,10 @@ from partial_lora.adapter.config import PartialLoraConfig
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import PartialLoraModel, adapter_tensors, base_modules, check_unmerged, module_masks
-from partial_lora.adapter.selection import Geometry, ModuleMasks, assign_sparsity, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.masks import AXES
+from partial_lora.masks import AXES, assign_sparsity
 
 FILE_NAME = "partial_lora.safetensors"
 VERSION = 1

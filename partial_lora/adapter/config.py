@@ -22,18 +22,16 @@ from partial_lora.adapter import sidecar
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
-    assign_sparsity,
     check_counts,
     frozen_a,
     index_masks,
     random_masks,
-    read_sparsity,
     read_values,
     top_masks,
 )
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
-from partial_lora.masks import AXES
+from partial_lora.masks import AXES, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):

@@ -19,10 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional as F
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask
-
-GATHER_DENSITY = 0.5
-"""Up to this density of features, gathering them beats matrix products with the zero-filled factor."""
+from partial_lora.masks import GATHER_DENSITY, Mask
 
 SCATTER_DENSITY_PER_RANK = 0.01
 """Up to this density times the rank, adding to the kept features alone beats adding a zero-filled product to all."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, kept_count, random_keys
+from partial_lora.masks import AXES, Mask, Sparsity, assign_sparsity, kept_count, random_keys
 
 Values = dict[str, dict[str, np.ndarray]]
 """Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
@@ -212,87 +207,6 @@ def _numbers(values: object, key: str) -> np.ndarray:
     numbers = numbers.astype(np.int64 if whole else np.float64)
     numbers.flags.writeable = False
     return numbers
-
-
-# The sparsity setting: from a number, a dictionary or a calibration.json to one sparsity for each module and axis.
-
-
-def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
-    """Return the sparsity setting in its one form: a number, or {module or pattern: {"rows": s, "columns": s}}.
-
-    Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
-    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
-    """
-    if isinstance(sparsity, (str, PathLike)):
-        return _calibrated_sparsity(Path(sparsity))
-    if not isinstance(sparsity, Mapping):
-        return _share(sparsity, "sparsity")
-    if not sparsity:
-        raise PartialLoraError("sparsity is empty: give a number or at least one module with its sparsity.")
-    read = {}
-    for module, value in sparsity.items():
-        key = f"sparsity[{module!r}]"
-        if not isinstance(value, Mapping):
-            read[str(module)] = dict.fromkeys(AXES, _share(value, key))
-        elif set(value) != set(AXES):
-            raise PartialLoraError(f"{key} has {sorted(map(str, value))}: expected rows and columns.")
-        else:
-            read[str(module)] = {axis: _share(value[axis], f"{key}[{axis!r}]") for axis in AXES}
-    return read
-
-
-def _calibrated_sparsity(path: Path) -> float | Sparsity:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
-        sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
-    except OSError as error:
-        raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise PartialLoraError(
-            f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
-        ) from None
-    try:
-        return read_sparsity(sparsity)
-    except PartialLoraError as error:
-        raise PartialLoraError(f"{path}: {error}") from None
-
-
-def _share(value: object, key: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
-        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
-    return float(value)
-
-
-def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
-    """Return one {"rows": s, "columns": s} for each of ``modules``, in their order.
-
-    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
-    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
-    without a module.
-    """
-    if not isinstance(sparsity, Mapping):
-        return {module: dict.fromkeys(AXES, sparsity) for module in modules}
-    entries = {}
-    for module in modules:
-        matching = (entry for entry in sparsity if _matches(entry, module))
-        entries[module] = module if module in sparsity else next(matching, None)
-        if entries[module] is None:
-            raise PartialLoraError(
-                f"sparsity has no entry for the target module {module}: add one, or do not target it."
-            )
-    for entry in sparsity:
-        if entry not in entries and not any(_matches(entry, module) for module in modules):
-            raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")
-    return {module: sparsity[entry] for module, entry in entries.items()}
-
-
-def _matches(entry: str, module: str) -> bool:
-    try:
-        return entry == module or re.match(rf"(.*\.)?({entry})$", module) is not None
-    except re.error:
-        raise PartialLoraError(
-            f"sparsity names {entry!r}, which is neither a module nor a regular expression."
-        ) from None
 
 
 # The base layers that a masked adapter fits on, and the shapes of its factors there.

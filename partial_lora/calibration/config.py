@@ -14,6 +14,9 @@ from partial_lora.files import flatten
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 # Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
 BUDGETED = ("entries", "ticket")
+# Those whose sparsities, or whose number of parameters, come from calibration.
+CALIBRATED = ("partial", "targeted", "flow", "uniform", "shuffled", "inverted", "low_rank", "random_weights")
+RANKED = ("targeted", "ticket")  # by the importance of rows and columns, whether or not they are calibrated
 UNIFORM = "uniform"  # in place of a sparsity: the same for every module and axis, so that calibration.budget is spent
 
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")

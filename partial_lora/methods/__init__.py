@@ -10,16 +10,7 @@ from peft import PeftModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods import controls, flow, full, partial, peft
-from partial_lora.methods.setting import (
-    Method,
-    Scores,
-    Setting,
-    Sparsity,
-    Training,
-    expected_sparsity,
-    is_calibrated,
-    is_ranked,
-)
+from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training
 
 __all__ = [
     "METHODS",
@@ -28,10 +19,7 @@ __all__ = [
     "Setting",
     "Sparsity",
     "Training",
-    "expected_sparsity",
     "get",
-    "is_calibrated",
-    "is_ranked",
     "training",
 ]
 

@@ -19,12 +19,11 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
-from partial_lora.methods.setting import Setting, calibrated
+from partial_lora.methods.setting import Setting
 
 # --- Other sparsities of the modules, at the same parameters in all.
 
 
-@calibrated
 def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: one sparsity for every module and axis. Does it matter how much each module keeps?
 
@@ -35,13 +34,11 @@ def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(even)))
 
 
-@calibrated
 def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: the sparsities of `partial`, permuted among modules of one shape. Does it matter which has which?"""
     return _masked_at_budget(model, setting, permuted(setting.sparsity, setting.shapes, setting.mask_seed))
 
 
-@calibrated
 def inverted(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: the densities of `partial` in reverse order over the modules.
 
@@ -91,7 +88,6 @@ def reversed_ranks(sparsity: Sparsity) -> dict[str, dict[str, float]]:
 _MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their proportional share
 
 
-@calibrated
 def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: dense LoRA of as low a rank as gives it the trainable parameters of `partial`, to within 1 %.
 
@@ -155,7 +151,6 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
 _ADAPTER = "default"
 
 
-@calibrated
 def random_weights(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: random entries of W itself train, in every module as many as `partial` has parameters there.
 

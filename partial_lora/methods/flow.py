@@ -9,11 +9,10 @@ from torch import nn
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, random_keys
-from partial_lora.methods.setting import Setting, calibrated
+from partial_lora.methods.setting import Setting
 from partial_lora.models.targets import chains
 
 
-@calibrated
 def flow(model: nn.Module, setting: Setting) -> PeftModel:
     """Partial-LoRA with as many rows and columns, drawn at random so that what one module writes the next one reads.
 

@@ -12,17 +12,14 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import even_sparsity, masked_units
 from partial_lora.calibration.search import AXES
 from partial_lora.masks import Mask
-from partial_lora.methods.setting import Scores, Setting, calibrated, ranked
+from partial_lora.methods.setting import Scores, Setting
 
 
-@calibrated
 def partial(model: nn.Module, setting: Setting) -> PeftModel:
     """Partial-LoRA: the calibrated number of rows and columns of each module, drawn at random."""
     return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(setting.sparsity)))
 
 
-@calibrated
-@ranked
 def targeted(model: nn.Module, setting: Setting) -> PeftModel:
     """Targeted-LoRA: the calibrated number of rows and columns of each module, the most important ones."""
     indices = {
@@ -47,7 +44,6 @@ def entries(model: nn.Module, setting: Setting) -> PeftModel:
     return get_peft_model(model, PartialLoraConfig(**masked))
 
 
-@ranked
 def ticket(model: nn.Module, setting: Setting) -> PeftModel:
     """Train winning tickets of the adapter: the rows of B and columns of A that a short dense training makes largest.
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units, parameter_count, uniform_sparsity
-from partial_lora.calibration.config import PAPER_BUDGET, CalibrationConfig
-from partial_lora.calibration.result import Calibration
+from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 
 Scores = Mapping[str, tuple[Tensor, Tensor]]
@@ -133,28 +130,6 @@ def widest(shape: tuple[int, int], rank: int, sparsity: Mapping[str, float]) -> 
 Method = Callable[[nn.Module, Setting], PeftModel]
 
 
-def calibrated(method: Method) -> Method:
-    """Mark a method whose sparsities, or whose number of parameters, come from calibration."""
-    method.calibrated = True
-    return method
-
-
-def ranked(method: Method) -> Method:
-    """Mark a method that chooses rows and columns by their importance, whether or not it is calibrated."""
-    method.ranked = True
-    return method
-
-
-def is_ranked(method: Method) -> bool:
-    """Return True where the method uses the importance of rows and columns."""
-    return getattr(method, "ranked", False)
-
-
-def is_calibrated(method: Method) -> bool:
-    """Return True where the method uses the result of a calibration."""
-    return getattr(method, "calibrated", False)
-
-
 @dataclass(frozen=True)
 class Training:
     """Additions of a method to training.
@@ -180,20 +155,3 @@ class Training:
             return value + penalty() / parts if value.requires_grad else value
 
         return penalised
-
-
-def expected_sparsity(
-    shapes: Shapes, rank: int, granularity: str, calibration: CalibrationConfig
-) -> tuple[float | Sparsity, str]:
-    """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
-
-    The controls of the method have as many parameters.
-    """
-    if calibration.file:
-        return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
-    budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
-    if budget is None:
-        budget = PAPER_BUDGET
-        source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
-    count = parameter_count(budget, shapes, rank, granularity)
-    return uniform_sparsity(*masked_units(shapes, rank, granularity), count), source

@@ -1,17 +1,40 @@
 """Pre-trained models, each loaded whole and checked, with a new head for the task."""
 
-from partial_lora.models.load import (
-    SETTINGS,
-    empty,
-    enable_gradient_checkpointing,
-    has_own_head,
-    head_name,
-    load,
-    weights_digest,
-)
-from partial_lora.models.quantization import dequantised, size_of
-from partial_lora.models.texts import tokenizer
-from partial_lora.models.weights import in_full_precision
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from partial_lora.models.family import (
+        SETTINGS,
+        empty,
+        enable_gradient_checkpointing,
+        has_own_head,
+        head_name,
+        load,
+        weights_digest,
+    )
+    from partial_lora.models.quantization import dequantised, size_of
+    from partial_lora.models.texts import tokenizer
+    from partial_lora.models.weights import in_full_precision
+
+# Imported on first use, so that `partial-lora info` can count without torch.
+_MODULES = {
+    "family": (
+        "SETTINGS",
+        "empty",
+        "enable_gradient_checkpointing",
+        "has_own_head",
+        "head_name",
+        "load",
+        "weights_digest",
+    ),
+    "quantization": ("dequantised", "size_of"),
+    "texts": ("tokenizer",),
+    "weights": ("in_full_precision",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "SETTINGS",
@@ -26,3 +49,9 @@ __all__ = [
     "tokenizer",
     "weights_digest",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

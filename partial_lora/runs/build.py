@@ -13,47 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
-from partial_lora.adapter.selection import assign_sparsity, read_sparsity
-from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
 from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
+from partial_lora.runs.config import check_modality
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
 logger = logging.getLogger(__name__)
-
-_MODALITY = {"timm": "image", "clip": "image", "encoder": "text", "causal": "text"}
-_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models that read these
-_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # of what models of a family do
-
-
-def modality(model: ModelConfig) -> str:
-    """Return what a model reads: "image" or "text"."""
-    return _MODALITY[model.family]
-
-
-def check_modality(model: ModelConfig, task: TaskConfig) -> None:
-    """Raise PartialLoraError where the task's inputs are not what the model reads, or its answers not what it gives."""
-    if modality(model) != task.modality:
-        raise PartialLoraError(
-            f"model={model.name} reads {modality(model)}s, and task={task.name} has {task.modality}s: choose another "
-            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
-            f"model={_EXAMPLE[task.modality]}"
-        )
-    causal = model.family == "causal"
-    if causal != (task.kind != "label"):
-        kinds = "chooses options or writes texts" if causal else "tells labels"
-        other = "minilm_l6" if causal else "smollm2_135m"
-        raise PartialLoraError(
-            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
-            f"model such as model={other}"
-        )
 
 
 def task_of(config: Config, *, mixtures: bool = False) -> Task:
@@ -80,7 +52,7 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
     if chosen.members:
         members = [transform_of(model, member) for member in chosen.members.values()]
         return tasks.MixtureTransform(members, task)
-    if modality(model) == "image":
+    if model.modality == "image":
         return tasks.ImageTransform(
             image_size=model.image_size, mean=model.mean, std=model.std, interpolation=model.interpolation
         )
@@ -139,7 +111,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
         except AttributeError as error:
             kind = type(loaded).__name__
             raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
-    if modality(model) == "text":
+    if model.modality == "text":
         _check_length(loaded, model)
     return loaded
 
@@ -272,30 +244,6 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
         return calibration
     logger.warning("calibration: %s", weak)
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
-
-
-def fixed_sparsity(config: Config, shapes: Shapes) -> methods.Sparsity | None:
-    """Return the sparsities that are known without a calibration; None where one finds them, or there are none.
-
-    A method that spends a budget by a rule of its own gets one share everywhere that costs as much. Raises
-    PartialLoraError for `calibration.sparsity` of other modules than are adapted.
-    """
-    calibration, budgeted = config.calibration, config.method.name in BUDGETED
-    if not budgeted and (calibration.sparsity is None or not methods.is_calibrated(methods.get(config.method.name))):
-        return None
-    if budgeted or calibration.sparsity == UNIFORM:
-        masks = shapes, config.method.rank, config.mask.counted
-        return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
-    try:
-        return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
-    except PartialLoraError as error:
-        raise PartialLoraError(f"calibration.{error}") from error
-
-
-def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
-    """Return what decides the size of a run that is not calibrated."""
-    key = "sparsity" if calibration.budget is None else "budget"
-    return {key: getattr(calibration, key)}
 
 
 def setting_of(

@@ -17,13 +17,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from partial_lora.calibration.config import BUDGETED, PAPER_BUDGET, UNIFORM, CalibrationConfig
+from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
+from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import file_sha256
+from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs import identity
 from partial_lora.runs.identity import defaults
 from partial_lora.runs.rates import tuned
-from partial_lora.runs.schema import Config, TaskConfig, accelerate_file, plain_name
+from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, accelerate_file, plain_name
 from partial_lora.training.config import TRACKERS
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
@@ -234,6 +236,54 @@ def _with_files(task: TaskConfig, folder: Path) -> TaskConfig:
             "there, set task.data_files, or leave data_dir out"
         )
     return replace(task, data_files={split: str(file) for split, file in files.items() if file.is_file()})
+
+
+# --- What settings say of a run before it begins.
+
+_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models that read these
+_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # of what models of a family do
+
+
+def check_modality(model: ModelConfig, task: TaskConfig) -> None:
+    """Raise PartialLoraError where the task's inputs are not what the model reads, or its answers not what it gives."""
+    if model.modality != task.modality:
+        raise PartialLoraError(
+            f"model={model.name} reads {model.modality}s, and task={task.name} has {task.modality}s: choose another "
+            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
+            f"model={_EXAMPLE[task.modality]}"
+        )
+    causal = model.family == "causal"
+    if causal != (task.kind != "label"):
+        kinds = "chooses options or writes texts" if causal else "tells labels"
+        other = "minilm_l6" if causal else "smollm2_135m"
+        raise PartialLoraError(
+            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
+            f"model such as model={other}"
+        )
+
+
+def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
+    """Return the sparsities that are known without a calibration; None where one finds them, or there are none.
+
+    A method that spends a budget by a rule of its own gets one share everywhere that costs as much. Raises
+    PartialLoraError for `calibration.sparsity` of other modules than are adapted.
+    """
+    calibration, budgeted = config.calibration, config.method.name in BUDGETED
+    if not budgeted and (calibration.sparsity is None or config.method.name not in CALIBRATED):
+        return None
+    if budgeted or calibration.sparsity == UNIFORM:
+        masks = shapes, config.method.rank, config.mask.counted
+        return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
+    try:
+        return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
+    except PartialLoraError as error:
+        raise PartialLoraError(f"calibration.{error}") from error
+
+
+def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
+    """Return what decides the size of a run that is not calibrated."""
+    key = "sparsity" if calibration.budget is None else "budget"
+    return {key: getattr(calibration, key)}
 
 
 # --- Settings as plain data: config.yaml, and `config` in result.json.

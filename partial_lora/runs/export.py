@@ -236,7 +236,7 @@ def _transform(run: FinishedRun) -> Transform:
 def _inputs(run: FinishedRun) -> dict[str, Tensor]:
     """Return random pixels, or sentences of unlike length, all but the longest padded on the right."""
     generator = torch.Generator().manual_seed(0)
-    if build.modality(run.config.model) == "image":
+    if run.config.model.modality == "image":
         size = run.config.model.image_size
         return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
     transform = _transform(run)

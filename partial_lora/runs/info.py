@@ -1,30 +1,35 @@
-"""Size of a run, counted on a model that has shapes and no weights: nothing is downloaded."""
+"""Size of a run, counted on the skeleton of its model: nothing is downloaded, and for most methods nothing is built."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from partial_lora import methods, models
-from partial_lora.adapter.selection import assign_sparsity
-from partial_lora.calibration.budget import Shapes, dense_parameters, saturated
+from partial_lora.calibration.budget import (
+    Shapes,
+    dense_parameters,
+    masked_units,
+    parameter_count,
+    uniform_sparsity,
+)
+from partial_lora.calibration.config import CALIBRATED, PAPER_BUDGET
+from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
-from partial_lora.methods.setting import widest
-from partial_lora.runs.build import check_modality, fixed_point, fixed_sparsity, setting_of
+from partial_lora.masks import Sparsity
+from partial_lora.models.skeleton import Skeleton, skeleton
+from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity
 from partial_lora.runs.schema import Config
-from partial_lora.training import cost
-from partial_lora.training.cost import peak_memory
+from partial_lora.training import size
 
 
 @dataclass(frozen=True)
 class Outline:
     """Size of a run that has not begun.
 
-    counts: counts and bytes as `training.cost` gives them. sparsity_is: where their sparsity is from. outputs: of
+    counts: counts and bytes as `training.size` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new one. passes: of its calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`cost.peak_memory`) by what the frozen weights are kept in.
+    models, bytes at the peak of a training step (`size.peak_memory`) by what the frozen weights are kept in.
     """
 
     counts: dict[str, int | float | None]
@@ -39,47 +44,63 @@ def outline(config: Config) -> Outline:
     model, method, calibration = config.model, config.method, config.calibration
     check_modality(model, config.task)
     outputs = 0 if model.head is None else 1 if config.task.regression else config.task.classes or 2
-    empty = models.empty(
-        family=model.family, architecture=model.architecture, model_args=model.model_args, num_labels=outputs or 2
-    )
-    shapes = cost.target_shapes(empty, **model.trained_modules)
+    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    bare = skeleton(**geometry, outputs=outputs or 2)
+    shapes = bare.targets(**model.trained_modules)
     granularity, passes = config.mask.counted, 0
     sparsity = fixed_sparsity(config, shapes)
     if sparsity is not None:
         source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
-    elif methods.is_calibrated(methods.get(method.name)):
-        sparsity, source = methods.expected_sparsity(shapes, method.rank, granularity, calibration)
+    elif method.name in CALIBRATED:
+        sparsity, source = _expected_sparsity(config, shapes)
         levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
         axes = 1 if calibration.axes == "joint" else 2
         passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
+    elif method.name == "lora":
+        sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
     if sparsity is not None:
         modules = model.trained_modules
-        counts = cost.describe(empty, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
-        if method.ranks == "auto":  # lower, so that fewer are saturated
-            counts["saturated_modules"] = _saturated(shapes, method.rank, sparsity)
+        counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
     else:
-        adapted = methods.get(method.name)(empty, setting_of(config, shapes))
-        dense = dense_parameters(shapes, method.rank)
-        counts = cost.describe_adapted(adapted, model.head, new_modules=model.new_modules, dense=dense)
+        counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2})
         source = "counted on the adapter itself"
-    return Outline(counts, source, outputs, passes, _memory(config, empty, shapes, counts))
+    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts))
 
 
-def _saturated(shapes: Shapes, rank: int, sparsity: float | methods.Sparsity) -> int:
-    """Count the saturated modules where each has the rank that reaches most of W at its size."""
-    shares = assign_sparsity(sparsity, list(shapes))
-    wide = {name: (shape, *widest(shape, rank, shares[name])) for name, shape in shapes.items()}
-    return sum(bool(saturated({name: shape}, own, {name: axes})) for name, (shape, own, axes) in wide.items())
+def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity, str]:
+    """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
+
+    The controls of the method have as many parameters.
+    """
+    calibration, masks = config.calibration, (shapes, config.method.rank, config.mask.counted)
+    if calibration.file:
+        return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
+    budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
+    if budget is None:
+        budget = PAPER_BUDGET
+        source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
+    return uniform_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
 
 
-def _memory(config: Config, empty: PreTrainedModel, shapes: Mapping, counts: Mapping) -> dict[str, dict[str, int]]:
+def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int | float | None]:
+    """Return the counts of a method of another kind, on an adapter that is made on the meta device."""
+    from partial_lora import methods, models
+    from partial_lora.runs.build import setting_of
+    from partial_lora.training.cost import describe_adapted
+
+    adapted = methods.get(config.method.name)(models.empty(**geometry), setting_of(config, shapes))
+    dense = dense_parameters(shapes, config.method.rank)
+    return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
+
+
+def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:
     """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences that may be."""
     if config.model.family != "causal":
         return {}
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
     return {
-        name: peak_memory(
-            empty, shapes=shapes, counts=counts, rank=config.method.rank, quantization=quantization, **batch
+        name: size.peak_memory(
+            model, shapes=shapes, counts=counts, rank=config.method.rank, quantization=quantization, **batch
         )
         for name, quantization in (("bf16", None), ("nf4", "nf4"))
     }

@@ -129,6 +129,11 @@ class ModelConfig:
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
 
     @property
+    def modality(self) -> str:
+        """What the model reads: "image" or "text"."""
+        return "text" if self.family in ("encoder", "causal") else "image"
+
+    @property
     def trained_modules(self) -> dict[str, Any]:
         """The names of the modules that are adapted and of those that train whole, as arguments."""
         return {"target_modules": self.target_modules, "head": self.head, "new_modules": self.new_modules}

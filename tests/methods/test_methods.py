@@ -19,6 +19,7 @@ from transformers import set_seed
 from partial_lora import methods, models
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
+from partial_lora.calibration.config import CALIBRATED
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, kept_count, random_keys
@@ -341,15 +342,13 @@ def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path
 
 # Shares that are fixed in place of a calibration
 
-CALIBRATED = [name for name, method in methods.METHODS.items() if methods.is_calibrated(method)]
-
 
 def fixed(method: str, *overrides: str) -> tuple[PeftModel, methods.Setting]:
     """A tiny model as a run with `calibration.sparsity` adapts it, and the setting."""
     chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
     model = load("tiny_vit")
     drawn = setting_of("tiny_vit", model)
-    sparsity = build.fixed_sparsity(chosen, drawn.shapes)
+    sparsity = config.fixed_sparsity(chosen, drawn.shapes)
     setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
     return methods.get(method)(model, setting), setting
 
@@ -400,7 +399,7 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "probe", "full"):
-        assert build.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
+        assert config.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
 
 
 def test_info_counts_what_a_fixed_share_leaves() -> None:

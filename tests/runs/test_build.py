@@ -10,7 +10,7 @@ from refusals import refusal
 from partial_lora import methods
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build
+from partial_lora.runs import build, config
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 
 
@@ -21,7 +21,7 @@ def model_of(name: str, **changes: object):
 @pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
 def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
     with refusal(f"model={model} ", "task=mine ", task):
-        build.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
+        config.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 
@@ -19,7 +20,8 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import saturated
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.training import cost
+from partial_lora.models.skeleton import Skeleton, skeleton, skeleton_of
+from partial_lora.training import cost, size
 
 
 class Block(nn.Module):
@@ -62,18 +64,18 @@ def adapted(**options):
 
 
 def test_adapter_parameters_by_hand():
-    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
+    assert size.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
     sparsity = {"a": {"rows": 0.9, "columns": 0.5}, "b": {"rows": 0.0, "columns": 0.8}}
     # a keeps 3 rows and 5 columns, b 10 rows and 2 columns
-    assert cost.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
+    assert size.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
 
 
 def test_adapter_parameters_count_what_the_masks_keep():
     for share in (0.0, 0.33, 0.87, 0.999):
         rows_columns = sum(4 * (kept_count(m, share) + kept_count(n, share)) for m, n in SHAPES.values())
         entries = sum(kept_count(4 * m, share) + kept_count(4 * n, share) for m, n in SHAPES.values())
-        assert cost.adapter_parameters(SHAPES, 4, share)["trainable"] == rows_columns
-        assert cost.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == entries
+        assert size.adapter_parameters(SHAPES, 4, share)["trainable"] == rows_columns
+        assert size.adapter_parameters(SHAPES, 4, share, "element")["trainable"] == entries
 
 
 @pytest.mark.parametrize("change", [{"blocks.0.qkv": None}, {"blocks.7.qkv": {"rows": 0.5, "columns": 0.5}}])
@@ -81,22 +83,22 @@ def test_a_sparsity_for_other_modules_is_refused_by_name(change):
     sparsity = {name: {"rows": 0.5, "columns": 0.5} for name in SHAPES} | change
     sparsity = {name: each for name, each in sparsity.items() if each}
     with pytest.raises(PartialLoraError, match=next(iter(change)).replace(".", r"\.")):
-        cost.adapter_parameters(SHAPES, 4, sparsity)
+        size.adapter_parameters(SHAPES, 4, sparsity)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, r"blocks\.\d\.(qkv|proj)"])
 def test_target_shapes_are_the_modules_peft_adapts(targets):
     names = {name.removesuffix(".lora_A") for name, _ in adapted().get_base_model().named_modules() if "lora_A" in name}
-    shapes = cost.target_shapes(Model(), targets, "head")
+    shapes = skeleton_of(Model()).targets(targets, "head")
     assert shapes == SHAPES
     assert set(shapes) == {name for name in names if not name.endswith("default")}
-    assert "head" not in cost.target_shapes(Model(), ["qkv", "head"], "head")
+    assert "head" not in skeleton_of(Model()).targets(["qkv", "head"], "head")
 
 
 def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
     with torch.device("meta"):
-        outline = Model()
-    described = cost.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+        outline = skeleton_of(Model())
+    described = size.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
     found = cost.measured(adapted(), "head")
     assert found == {
         "base": BASE,
@@ -112,7 +114,7 @@ def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
 
 def test_describe_masked():
     sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
-    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    described = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     trainable = 2 * 3 * ((3 + 5) + (1 + 5))
     assert described["adapter_trainable"] == trainable
     assert described["adapter_sparsity"] == pytest.approx(1 - trainable / DENSE)
@@ -123,7 +125,7 @@ def test_describe_masked():
 
 def test_predicted_bytes_are_those_of_peft_and_adamw(tmp_path):
     model = adapted()
-    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
+    described = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.nbytes for tensor in saved.values()) == described["adapter_bytes"]
@@ -137,7 +139,7 @@ def test_predicted_bytes_are_those_of_peft_and_adamw(tmp_path):
 
 
 def test_a_probe_has_no_adapter():
-    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=None)
+    described = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=None)
     probe = adapted(target_modules=DUMMY_TARGET_MODULES)
     expected = {"base": BASE, "adapter_dense": 0, "adapter_trainable": 0, "head": HEAD, "adapter_sparsity": None}
     expected |= {"adapted_modules": 0, "saturated_modules": 0}
@@ -180,7 +182,7 @@ def test_measured_on_a_masked_adapter_is_what_was_described():
     sparsity = {name: {"rows": 0.9, "columns": 0.5} for name in SHAPES}
     options = {"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]}
     model = get_peft_model(Model(), PartialLoraConfig(**options, sparsity=sparsity, mask_seed=0))
-    described = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    described = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     found = cost.measured(model, "head")
     assert found == {key: described[key] for key in found}
 
@@ -249,9 +251,9 @@ def test_a_head_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("sparsity", [0.87, None])
 def test_the_table_has_the_numbers_within_80_columns(sparsity):
-    info = cost.describe(Model(), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
+    info = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     console = Console(file=io.StringIO(), width=80)
-    console.print(cost.table(info))
+    console.print(size.table(info))
     text = console.file.getvalue()
     assert f"{info['base']:,}" in text
     assert f"{info['adapter_dense']:,}" in text
@@ -270,13 +272,17 @@ def model_args(name: str) -> dict:
     return settings(name)["model_args"] | GEOMETRY
 
 
-def described(name: str, sparsity: float, targets: list[str] | None = None) -> tuple[nn.Module, dict, dict]:
-    """The model's outline, the shapes of its targets and its counts."""
-    chosen = settings(name)
-    model = models.empty(family="causal", architecture=chosen["architecture"], model_args=model_args(name))
-    adapted = {"target_modules": targets or chosen["target_modules"], "head": None}
-    shapes = cost.target_shapes(model, **adapted)
-    return model, shapes, cost.describe(model, **adapted, rank=RANK, sparsity=sparsity)
+def bare(name: str, args: dict) -> Skeleton:
+    """The skeleton of a causal model."""
+    return skeleton(family="causal", architecture=settings(name)["architecture"], model_args=args, outputs=2)
+
+
+def described(name: str, sparsity: float, targets: list[str] | None = None) -> tuple[Skeleton, dict, dict]:
+    """The model's skeleton, the shapes of its targets and its counts."""
+    model = bare(name, model_args(name))
+    adapted = {"target_modules": targets or settings(name)["target_modules"], "head": None}
+    shapes = model.targets(**adapted)
+    return model, shapes, size.describe(model, **adapted, rank=RANK, sparsity=sparsity)
 
 
 def held(model: nn.Module) -> int:
@@ -305,8 +311,7 @@ def held(model: nn.Module) -> int:
 )
 def test_frozen_weights_take_the_bytes_that_are_counted(name, dtype, quantization):
     model = load(name, model_args=model_args(name), dtype=dtype, quantization=quantization)
-    outline = models.empty(family="causal", architecture=settings(name)["architecture"], model_args=model_args(name))
-    assert cost.weight_bytes(outline, dtype, quantization) == held(model)
+    assert size.weight_bytes(bare(name, model_args(name)), dtype, quantization) == held(model)
 
 
 def kept(
@@ -371,8 +376,8 @@ CASES = [
 def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsity, dtype, quantization, few):
     targets = ["q_proj", "v_proj"] if few else settings(name)["target_modules"]
     model, shapes, counts = described(name, sparsity, targets)
-    found = cost.activations(
-        model.config,
+    found = size.activations(
+        model,
         shapes,
         rank=RANK,
         density=counts["adapter_trainable"] / counts["adapter_dense"],
@@ -386,14 +391,13 @@ def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsit
     assert found.blocks * found.entering + found.after == pytest.approx(checkpointed, rel=0.05)
 
 
-def estimate(name: str, *, outline: nn.Module | None = None, sparsity: float = 0.87, **changes: object) -> dict:
-    chosen = settings(name)
-    model = outline or models.empty(**{key: chosen[key] for key in ("family", "architecture", "model_args")})
-    adapted = {"target_modules": chosen["target_modules"], "head": None}
-    shapes = cost.target_shapes(model, **adapted)
-    counts = cost.describe(model, **adapted, rank=16, sparsity=sparsity)
+def estimate(name: str, *, sparsity: float = 0.87, **changes: object) -> dict:
+    model = bare(name, settings(name)["model_args"])
+    adapted = {"target_modules": settings(name)["target_modules"], "head": None}
+    shapes = model.targets(**adapted)
+    counts = size.describe(model, **adapted, rank=16, sparsity=sparsity)
     asked = {"shapes": shapes, "counts": counts, "rank": 16, "batch_size": 4, "length": 512}
-    return cost.peak_memory(model, **(asked | changes))
+    return size.peak_memory(model, **(asked | changes))
 
 
 def test_peak_is_the_sum_of_its_parts_and_counts_each_once():
@@ -424,19 +428,18 @@ def test_dense_adapters_keep_more_and_longer_batches_in_proportion():
 
 def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
     """Where log-probabilities are small, the most is kept when a block has been computed again."""
-    outline, shapes, _ = described("tiny_llama", 0.0)
+    model, shapes, _ = described("tiny_llama", 0.0)
     one = {"rank": RANK, "density": 1.0, "size": 4, "quantization": None, "batch_size": 1, "length": 10}
-    found = cost.activations(outline.config, shapes, **one)
+    found = size.activations(model, shapes, **one)
     assert found.block > found.after + found.gradient
     assert found.peak_checkpointed == found.blocks * found.entering + found.block + found.logits
-    many = cost.activations(
-        outline.config.__class__(**(outline.config.to_dict() | {"vocab_size": 10**5})), shapes, **one
-    )
+    words = dataclasses.replace(model, config={**model.config, "vocab_size": 10**5})
+    many = size.activations(words, shapes, **one)
     assert many.peak_checkpointed == many.blocks * many.entering + many.after + many.logits + many.gradient
 
 
 def test_model_of_another_kind_is_refused_in_one_line():
-    outline = models.empty(architecture="vit_tiny_patch16_224", num_labels=2)
+    image = skeleton(family="timm", architecture="vit_tiny_patch16_224", model_args={}, outputs=2)
     with pytest.raises(PartialLoraError, match=r"model\.architecture") as caught:
-        cost.activations(outline.config, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
+        size.activations(image, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
     assert "\n" not in str(caught.value)

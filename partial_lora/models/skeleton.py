@@ -1,0 +1,150 @@
+"""Skeletons of models: names, classes and shapes, from which `partial-lora info` counts without importing torch.
+
+Those of the models in conf/model lie in skeletons.json, as timm and transformers build them; a model of another
+geometry is built, on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partial_lora.errors import PartialLoraError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FILE = Path(__file__).with_name("skeletons.json")
+_CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its numbers.
+
+    modules: the class of every module, by full name in the model's order; "" is the model. parameters: shapes by full
+    name; one that several modules share is there once. linears: (out, in) of the linear modules with plain weights.
+    output: the linear module that gives a causal model's words. config: the keys of the model's config that decide how
+    much memory its activations take.
+    """
+
+    modules: Mapping[str, str]
+    parameters: Mapping[str, tuple[int, ...]]
+    linears: Mapping[str, tuple[int, int]]
+    output: str | None = None
+    config: Mapping[str, int | str | None] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The class of the model."""
+        return self.modules[""]
+
+    def size(self, module: str = "") -> int:
+        """Count the parameters in a module, or in all of the model."""
+        return sum(math.prod(shape) for name, shape in self.parameters.items() if _is_in(name, module))
+
+    def targets(
+        self, target_modules: str | Sequence[str], head: str | None = None, new_modules: Sequence[str] = ()
+    ) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of the modules to adapt, by full name in the model's order, matched as PEFT matches them.
+
+        target_modules: a list of names or suffixes, or one regular expression, as PEFT's LoraConfig takes them. Raises
+        PartialLoraError where nothing matches, or something that is no linear layer with a plain weight. `head` and
+        `new_modules` train whole and are no targets: a pattern passes over them, as PEFT does with modules_to_save.
+        """
+        if isinstance(target_modules, str):
+            matched = [name for name in self.modules if re.fullmatch(target_modules, name)]
+        else:
+            target_modules, ends = list(target_modules), {name: f".{name}" for name in self.modules}
+            matched = [name for name in ends if ends[name].endswith(tuple(f".{target}" for target in target_modules))]
+            for target in target_modules:
+                if not any(ends[name].endswith(f".{target}") for name in matched):
+                    raise PartialLoraError(f"target_modules: no module of {self.kind} matches {target!r}")
+        whole = [*new_modules, *([] if head is None else [head])]
+        matched = [name for name in matched if not any(_is_in(name, module) for module in whole)]
+        if not matched:
+            raise PartialLoraError(f"target_modules={target_modules}: no module of {self.kind} matches")
+        for name in matched:
+            if name not in self.linears:
+                raise PartialLoraError(
+                    f"target_modules={target_modules}: {name} is a {self.modules[name]}, expected nn.Linear of plain "
+                    "weights; longer names leave it out"
+                )
+        return {name: self.linears[name] for name in matched}
+
+
+def _is_in(name: str, module: str) -> bool:
+    return module in ("", name) or name.startswith(f"{module}.")
+
+
+def skeleton_of(model: nn.Module) -> Skeleton:
+    """Return the skeleton of a model, on the meta device or any other."""
+    from torch import nn
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    plain = {name: each.weight for name, each in linears.items() if each.weight.is_floating_point()}
+    config = getattr(model, "config", None)
+    output = model.get_output_embeddings() if hasattr(config, "vocab_size") else None
+    return Skeleton(
+        modules={name: type(module).__name__ for name, module in model.named_modules()},
+        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        linears={name: tuple(weight.shape) for name, weight in plain.items() if weight.ndim == 2},
+        output=next((name for name, module in linears.items() if module is output), None),
+        config={key: getattr(config, key) for key in _CONFIG if hasattr(config, key)},
+    )
+
+
+def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton:
+    """Return the skeleton of a model with these settings; outputs: of its head, where it has one.
+
+    Raises PartialLoraError for an architecture or an argument that the family's library does not know.
+    """
+    stored = _stored().get(key_of(family, architecture, model_args))
+    if stored is not None:
+        return _read(stored, outputs)
+    from partial_lora.models.family import empty
+
+    return skeleton_of(empty(family=family, architecture=architecture, model_args=model_args, num_labels=outputs))
+
+
+# --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. Equal trees
+# that follow each other are one, under the numbers of the first and the last ("0-11").
+
+
+def key_of(family: str, architecture: str, model_args: Mapping) -> str:
+    """Return the name of a geometry among the stored ones."""
+    return json.dumps([family, architecture, dict(model_args)], sort_keys=True)
+
+
+@cache
+def _stored() -> dict[str, dict]:
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def _read(stored: Mapping, outputs: int) -> Skeleton:
+    modules, parameters, linears = {}, {}, {}
+    for name, node in _walk(stored["tree"]):
+        modules[name] = node["class"]
+        own = {key: tuple(shape) for key, shape in node.get("parameters", {}).items()}
+        if name == stored["head"]:
+            own = {key: (outputs, *shape[1:]) for key, shape in own.items()}
+        parameters |= {f"{name}.{key}" if name else key: shape for key, shape in own.items()}
+        if node["class"] == "Linear":
+            linears[name] = own["weight"]
+    for name in stored["shared"]:
+        del parameters[name]
+    return Skeleton(modules, parameters, linears, output=stored["output"], config=stored["config"])
+
+
+def _walk(node: Mapping, name: str = "") -> Iterator[tuple[str, Mapping]]:
+    yield name, node
+    for key, child in node.get("modules", {}).items():
+        first, _, last = key.partition("-")
+        for each in range(int(first), int(last) + 1) if last else [key]:
+            yield from _walk(child, f"{name}.{each}" if name else str(each))

@@ -1,0 +1,40 @@
+"""Skeletons of models: those that are stored are those of the models that the libraries build."""
+
+from __future__ import annotations
+
+import pytest
+import skeletons
+from configured import ALL, settings
+
+from partial_lora import models
+from partial_lora.errors import PartialLoraError
+from partial_lora.models import skeleton as module
+from partial_lora.models.skeleton import key_of, skeleton, skeleton_of
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_stored_of_a_model_is_what_is_built(name: str, monkeypatch) -> None:
+    """Where this fails, timm or transformers or the file in conf/model has changed: `python scripts/skeletons.py`."""
+    model = skeletons.settings_of(name)
+    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    built = {outputs: skeleton_of(models.empty(**geometry, num_labels=outputs)) for outputs in (2, 7)}
+    monkeypatch.setattr(models.family, "empty", None)  # it is not built again
+    for outputs, expected in built.items():
+        stored = skeleton(**geometry, outputs=outputs)
+        assert stored == expected
+        assert list(stored.modules) == list(expected.modules)  # in the model's order, as calibration goes
+
+
+def test_nothing_is_stored_that_no_model_has() -> None:
+    every = map(skeletons.settings_of, ALL)
+    assert module._stored().keys() == {key_of(each.family, each.architecture, each.model_args) for each in every}
+
+
+def test_another_geometry_is_built() -> None:
+    chosen = settings("tiny_llama")
+    args = chosen["model_args"] | {"num_hidden_layers": 2}
+    assert key_of("causal", "llama", args) not in module._stored()
+    found = skeleton(family="causal", architecture="llama", model_args=args, outputs=2)
+    assert found == skeleton_of(models.empty(family="causal", architecture="llama", model_args=args))
+    with pytest.raises(PartialLoraError, match=r"^model\.model_args\.layers"):
+        skeleton(family="causal", architecture="llama", model_args={"layers": 2}, outputs=2)
