@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import finished_runs
@@ -130,20 +128,6 @@ def test_members_are_listed_and_a_run_of_one_task_has_none() -> None:
     assert one_task(single).member is None
     with refusal("--member films: "):
         one_task(single, "films")
-
-
-def test_a_mixture_is_refused_before_torch_is_there() -> None:
-    script = (
-        "import sys\nfrom partial_lora import cli\nfrom partial_lora.errors import PartialLoraError\n"
-        "try:\n    cli.predict([sys.argv[1], 'a text'])\n"
-        "except PartialLoraError as error:\n    print(error)\nprint('torch' in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", script, str(mixed_runs.text_mixture().directory)]
-    *_, refusal, torch_is_there = subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert refusal.endswith("--member films or colours")
-    assert torch_is_there == "False"
 
 
 def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None:

@@ -40,7 +40,8 @@ def pictures(seed: int = 0) -> datasets.Dataset:
     generator = np.random.default_rng(seed)
     sizes = generator.integers(10, 30, (10, 2))
     images = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    return of_images(images[0].convert("L"), images[1].convert("RGBA"), *images[2:])
+    modes = ("L", "RGBA", "P", "LA", "1", "CMYK")
+    return of_images(*(image.convert(mode) for image, mode in zip(images, modes, strict=False)), *images[len(modes) :])
 
 
 def tokenizer(pairs: bool = True) -> PreTrainedTokenizerFast:
