@@ -309,22 +309,6 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, when):
     assert nothing_left(tmp_path / "out")
 
 
-def test_an_export_that_fails_at_the_last_step_leaves_the_one_before(tmp_path, monkeypatch):
-    out = export.export(image_run(), "compact", tmp_path / "out").folder
-    rename = Path.rename
-
-    def failing(self, target):
-        if self.name.startswith(".") and not self.name.endswith(".replaced"):
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with refusal("", "No space left on device"):
-        export.export(image_run(), "compact", out)
-    assert [entry.name for entry in out.iterdir()] == ["partial_lora.safetensors"]
-    assert not list(tmp_path.glob(".*"))
-
-
 # Runs that cannot be exported
 
 

@@ -88,6 +88,7 @@ def test_pixels_are_those_of_torchvision_in_every_way_of_making_them() -> None:
     assert all(map(same, transform.batches(rows, 4), parts))
     for bound in (BOUND, 0):
         prepared = transform.prepare(rows, cache_bytes=bound)
+        assert transform.lengths == ("length" in prepared.column_names)
         assert same(transform.collate(prepared.__getitems__([7, 2])), {k: v[[7, 2]] for k, v in expected.items()})
         workers = DataLoader(prepared, batch_size=4, num_workers=2, collate_fn=transform.collate)
         assert [same(*pair) for pair in zip(workers, parts, strict=True)] == [True] * 3
@@ -224,6 +225,7 @@ def test_tokens_are_those_of_the_tokenizer_padded_to_the_longest_of_the_batch(pa
     columns = (SENTENCES, SENTENCES[::-1]) if pairs else (SENTENCES,)
     for bound in (BOUND, 0):
         prepared = transform.prepare(rows, cache_bytes=bound)
+        assert transform.lengths  # by which batches are grouped
         tokens = tokenizer()(*columns, truncation=True, max_length=8)["input_ids"]
         assert prepared["length"][:] == [len(each) for each in tokens]
         for start, batch in zip((0, 4), transform.batches(rows, 4), strict=True):
