@@ -85,7 +85,7 @@ def test_pixels_are_those_of_torchvision_in_every_way_of_making_them() -> None:
     pixels = torch.stack([v2.Compose(steps)(image) for image in rows["image"]])
     expected = {"pixel_values": pixels, "labels": torch.tensor(rows["label"][:])}
     parts = [{name: value[start : start + 4] for name, value in expected.items()} for start in (0, 4, 8)]
-    assert all(map(same, transform.batches(rows, 4), parts))
+    assert all(same(*pair) for pair in zip(transform.batches(rows, 4), parts, strict=True))
     for bound in (BOUND, 0):
         prepared = transform.prepare(rows, cache_bytes=bound)
         assert transform.lengths == ("length" in prepared.column_names)
