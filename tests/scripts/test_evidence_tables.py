@@ -437,8 +437,7 @@ def test_notes_name_rates_that_differ_calibrations_that_are_shared_and_ceilings(
     ):
         assert note in notes
     evidence = gather(tmp_path)
-    assert (
-        tables.left_out(evidence.comparable.query("task == 'digits'"), evidence) == []
-    )  # a note of signdigits is none
+    of_digits = evidence.comparable.query("task == 'digits'")
+    assert tables.left_out(of_digits, evidence) == []  # a note of signdigits is none
     leave(tmp_path, "lora", task="trec", trainer__learning_rate=0.5)  # a task with one rate beside others'
     assert "Learning rates of vit on trec: 0.5: lora." in tables.learning_rates(gather(tmp_path).comparable)
