@@ -92,6 +92,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             with timed(record, "importance"):
                 draws = build.draws_of(config, task.train)
                 scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
+            for warning in draws.warnings:
+                logger.warning("importance: %s", warning)
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)

@@ -40,8 +40,8 @@ class ImportanceConfig:
         require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
         require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
         require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
-        untrained = self.name == "adapter" and self.steps == 0
-        require(not untrained, "importance.steps", self.steps, "at least 1, for importance=adapter: B starts from zero")
+        moves = self.name != "adapter" or self.steps > 1  # B is zero at first, and with it the gradient of A
+        require(moves, "importance.steps", self.steps, "at least 2, for importance=adapter: A moves from the second on")
         positive("importance.learning_rate", self.learning_rate)
 
 

@@ -45,7 +45,7 @@ def entries(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def ticket(model: nn.Module, setting: Setting) -> PeftModel:
-    """Train winning tickets of the adapter: the rows of B and columns of A that a short dense training makes largest.
+    """Train winning tickets of the adapter: the rows of B and columns of A that a short dense training moves farthest.
 
     All modules' rows and columns stand in one ranking (`importance.adapter`), as in global magnitude pruning, so that
     it decides, too, how much each module keeps; nothing is calibrated. The budget is spent to the last row or column.

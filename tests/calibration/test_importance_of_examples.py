@@ -431,9 +431,10 @@ def drawn_by_peft(perceptron, names, seed, rank):
 def literally_adapted(perceptron, names, batch, *, seed, rank, alpha, steps, learning_rate):
     """The slow twin: W + alpha / rank B A written out, AdamW too, on all examples at once."""
     model, weights, factors = copy.deepcopy(perceptron).eval(), {}, {}
-    for name, a in drawn_by_peft(perceptron, names, seed, rank).items():
+    drawn = drawn_by_peft(perceptron, names, seed, rank)
+    for name, a in drawn.items():
         weights[name] = model.get_submodule(name).weight.detach()
-        factors[name] = [torch.zeros(len(weights[name]), rank), a]
+        factors[name] = [torch.zeros(len(weights[name]), rank), a.clone()]
     first = {name: [torch.zeros_like(factor) for factor in pair] for name, pair in factors.items()}
     second = copy.deepcopy(first)
     for step in range(1, steps + 1):
@@ -453,8 +454,8 @@ def literally_adapted(perceptron, names, batch, *, seed, rank, alpha, steps, lea
                 pair[place] = (factor - learning_rate * update).detach()
     return {
         name: (
-            torch.tensor([norm(row) * norm(a.flatten()) for row in b], dtype=torch.float64),
-            torch.tensor([norm(column) * norm(b.flatten()) for column in a.T], dtype=torch.float64),
+            torch.tensor([norm(row) for row in b], dtype=torch.float64),
+            torch.tensor([norm(column) for column in (a - drawn[name]).T], dtype=torch.float64),
         )
         for name, (b, a) in factors.items()
     }

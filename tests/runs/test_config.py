@@ -91,7 +91,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["calibration=fixed", "calibration.repair=true"], ["calibration.repair"]),
         (["calibration=fixed", "calibration.reliability=true"], ["calibration.reliability", "calibration.sparsity"]),
         (["calibration.sparsity=0.5", "method=entries"], ["calibration.sparsity=0.5", "method=entries"]),
-        (["importance=adapter", "importance.steps=0"], ["importance.steps=0", "importance=adapter"]),
+        (["importance=adapter", "importance.steps=1"], ["importance.steps=1", "importance=adapter"]),
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
         (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
         ([*CAUSAL, "trainer.head_learning_rate=1e-2"], ["trainer.head_learning_rate=0.01", "model=tiny_llama"]),
