@@ -159,14 +159,15 @@ def slopes(measured: pd.DataFrame) -> pd.DataFrame:
     """Return for every form and step the slope of log change against log density, and its 95 % interval over seeds."""
     plain = measured[measured["density"] == 1]
     rows = []
-    for form, own in measured.groupby("form", sort=False):
-        row: dict = {"form": form}
+    for form in FORMS:
+        own, row = measured[measured["form"] == form], {"form": form}
         for step in STEPS:
             fits = []
             for seed, part in own[own["step"] == step].groupby("seed"):
                 at_one = plain[(plain["seed"] == seed) & (plain["step"] == step)]
                 points = part if "frozen" in form else pd.concat([at_one, part[part["density"] < 1]])
-                fits.append(np.polyfit(np.log(points["density"]), np.log(points["change"]), 1)[0])
+                if len(points) > 1:
+                    fits.append(np.polyfit(np.log(points["density"]), np.log(points["change"]), 1)[0])
             half = stats.t.ppf(0.975, len(fits) - 1) * stats.sem(fits) if len(fits) > 1 else math.nan
             row[f"step {step}"] = f"{np.mean(fits):+.2f} ± {half:.2f}"
         rows.append(row)
@@ -181,7 +182,8 @@ def draw(measured: pd.DataFrame, out: Path) -> None:
     print(table.to_string(index=False))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(STEPS), sharey=False), STEPS, strict=True):
-        for form, own in measured[measured["step"] == step].groupby("form", sort=False):
+        for form in FORMS:
+            own = measured[(measured["step"] == step) & (measured["form"] == form)]
             plain = measured[(measured["density"] == 1) & (measured["step"] == step)]
             whole = own if "frozen" in form else pd.concat([plain, own[own["density"] < 1]])
             mean = whole.groupby("density")["change"].apply(lambda each: np.exp(np.log(each).mean()))
