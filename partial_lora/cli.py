@@ -34,7 +34,7 @@ from partial_lora.runs.schema import MASKED, Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from partial_lora.runs.inputs import Input
+    from partial_lora.runs.finished import Input
     from partial_lora.runs.predict import Prediction
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -59,8 +59,7 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
             raise
-        place = f"cannot write to {error.filename}: {error.strerror}"
-        print(f"partial-lora: results_dir: {place}; set it to a folder that can be written", file=sys.stderr)
+        print(f"partial-lora: {directory.unwritable(error.filename, error)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -132,9 +131,10 @@ def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
     if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
         return
     if not directory.is_drawn(outcome.directory, stage):
-        with _libraries():
+        with _libraries():  # also those that a drawing comes to, with the rows of its task
             from partial_lora.report import page
-        page.draw_run(outcome.directory, plain(config))
+
+            page.draw_run(outcome.directory, plain(config))
 
 
 def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> None:
@@ -264,14 +264,13 @@ def predict(arguments: Sequence[str]) -> int:
     PartialLoraError for a run or an argument that is none. A reader that has seen enough (`| head`) ends it quietly.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    from partial_lora.runs import inputs
-    from partial_lora.runs.finished import finished_run, one_task
+    from partial_lora.runs.finished import finished_run, one_task, read_inputs
 
     run = finished_run(parsed.run)
     task = one_task(run, parsed.member).config.task
     if parsed.max_new_tokens and task.kind != "generation":
         raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task.name} has none")
-    stream, total = inputs.read(
+    stream, total = read_inputs(
         [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
         modality=task.modality,
         pairs=len(task.text_columns) == 2,

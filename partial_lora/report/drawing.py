@@ -7,7 +7,7 @@ only helps: the figures survive a grey print and every kind of colour vision.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from partial_lora.files import write_atomic
 from partial_lora.report.records import NONE
+from partial_lora.tasks.metrics import SHARES
 
 BLUE, VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
 _SKY, _PURPLE, _BLACK, _GREY = "#56B4E9", "#CC79A7", "#000000", "#808080"
@@ -102,6 +104,37 @@ def plain(axes: Axes) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
+
+
+def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *, points: bool = False) -> None:
+    """Name an axis of scores, shares in percent; or of their differences, of shares in points.
+
+    label: in place of "test METRIC".
+    """
+    unit = " (points)" if points and metric in SHARES else ""
+    getattr(axes, f"set_{axis}label")(f"{label or f'test {metric}'}{unit}", fontsize=9)
+    if metric in SHARES:
+        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol="" if points else "%"))
+
+
+def sized(axes: Axes, sizes: Collection[float], label: str = "trainable parameters") -> None:
+    """Make the horizontal axis one of numbers of parameters: logarithmic, wide enough for a few ticks with names."""
+    least, most = max(1, min(sizes)), max(1, max(sizes))
+    room = max(1.3, (6 * least / most) ** 0.5)
+    axes.set_xscale("log")
+    axes.set_xlim(least / room, most * room)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_text(size)))
+    axes.set_xlabel(label, fontsize=9)
+
+
+def size_text(size: float) -> str:
+    """Return a number of parameters in a few letters."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{size / unit:.3g} {letter}"
+    return f"{size:.0f}"
 
 
 def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:

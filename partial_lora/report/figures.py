@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
 from partial_lora.masks import AXES, Sparsity
@@ -35,6 +35,8 @@ from partial_lora.report.drawing import (
     plain,
     save,
     save_both,
+    scored,
+    sized,
 )
 from partial_lora.report.records import (
     NONE,
@@ -109,14 +111,6 @@ def titled(what: str, result: Mapping) -> str:
     return words if sparsity is None else f"{words}\nadapter sparsity {sparsity:.1%}"
 
 
-def _scored(axes: Axes, metric: str, axis: str, what: str = "test ") -> None:
-    """Name an axis of scores, shares in percent and their differences in points."""
-    points = metric in SHARES and what.startswith("difference")
-    getattr(axes, f"set_{axis}label")(f"{what}{metric}{' (points)' * points}", fontsize=9)
-    if metric in SHARES:
-        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol="" if points else "%"))
-
-
 def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized = ()) -> None:
     """Name the place, and of how many rows or lines some are drawn."""
     some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
@@ -187,7 +181,7 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
     if test is not None:
         label = f"test, once at the end: {measured(metric, test)}"
         below.axhline(test, color="0.25", linestyle=":", linewidth=1.5, label=label)
-    _scored(below, metric, "y", what="")
+    scored(below, metric, metric)
     below.set_xlabel("optimizer step")
     below.set_xlim(left=0)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -223,7 +217,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
                 _banded(axes, band(histories, key), **style)
         pair[0].set_ylabel("training loss", fontsize=9)
         pair[0].tick_params(labelbottom=False)
-        _scored(pair[1], metric, "y", what="validation ")
+        scored(pair[1], metric, f"validation {metric}")
         pair[1].set_xlabel("optimizer step", fontsize=9)
         _titled(pair[0], task, model, folders[:_MOST_LINES], folders)
         for axes in pair:
@@ -263,13 +257,8 @@ def pareto(table: pd.DataFrame) -> Drawing:
         axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
         for key, alike in part.assign(size=sizes).groupby(_METHOD, sort=False):
             _marked(axes, alike["size"], alike["test_mean"], key, yerr=alike["test_std"], markersize=7)
-        axes.set_xscale("log")
-        least, most = max(1, sizes.min()), max(1, sizes.max())
-        room = max(1.6, (10 * least / most) ** 0.5)  # at least a decade, so that its ticks have names
-        axes.set_xlim(least / room, most * room)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("trainable parameters", fontsize=9)
-        _scored(axes, metric, "y")
+        sized(axes, sizes)
+        scored(axes, metric)
         _titled(axes, task, model)
         plain(axes)
     shown = pd.concat([part for _, part in parts])
@@ -333,7 +322,8 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
         _cut_off(axes, part)
         again = part["method"].duplicated(keep=False)
         ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
-        _listed(axes, list(part["method"] + ids + ": " + part["verdict"]), metric, what="difference from partial in ")
+        names = list(part["method"] + ids + ": " + part["verdict"])
+        _listed(axes, names, metric, f"difference from partial in {metric}", points=True)
         against = f"\nagainst {reference.rpartition('-')[2]}" if several[task, model, point, metric] else ""
         _titled(axes, task, f"{model}, {point}{against}", part, of_place)
     return Drawing(figure, len(parts), len(whole))
@@ -364,11 +354,11 @@ def _marked(axes: Axes, x: pd.Series, y: pd.Series, key: tuple[str, str], **styl
     axes.errorbar(x, y, color=own.color, linestyle="", capsize=3, **own.markers, **style)
 
 
-def _listed(axes: Axes, names: Sequence[str], metric: str, what: str = "test ") -> None:
+def _listed(axes: Axes, names: Sequence[str], metric: str, label: str | None = None, *, points: bool = False) -> None:
     """Name rows from top to bottom, and a score along the bottom."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    _scored(axes, metric, "x", what=what)
+    scored(axes, metric, label, "x", points=points)
     plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5))
 

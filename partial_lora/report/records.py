@@ -23,7 +23,7 @@ from scipy.special import stdtrit  # scipy.stats takes half a second to import
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.runs import identity, rates
+from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
 
 NONE = rates.NO_POINT  # for what does not apply
@@ -326,9 +326,9 @@ def of_method(config: Mapping) -> dict[str, object]:
 def _settings(config: Mapping) -> Iterator[tuple[str, str, object]]:
     """Yield (key, the schema's key, value) of every setting that a run computes from and that is no default."""
     names = list(config["task"].get("members") or ())
-    for key, value in identity.computed_from(config).items():
-        plain = identity.plain(key, names)
-        yield key, plain, identity.wherever(plain, value)
+    for key, value in schema.computed_from(config).items():
+        plain = schema.task_key(key, names)
+        yield key, plain, schema.wherever(plain, value)
 
 
 def differences(own: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
@@ -410,7 +410,7 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
     reference beside others. Of up to three references of a measure each is taken, of more the one whose own settings
     are nearest to the schema's.
     """
-    pairing, usual = Pairing(), identity.defaults()["importance.name"]
+    pairing, usual = Pairing(), schema.defaults()["importance.name"]
     for of_place in gathered(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
         references = [each for each in of_place if each.row["method"] == reference]
         if references and (why := _not_by_examples(references[0])):

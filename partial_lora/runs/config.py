@@ -22,10 +22,17 @@ from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, 
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import file_sha256
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
-from partial_lora.runs import identity
-from partial_lora.runs.identity import defaults
 from partial_lora.runs.rates import tuned
-from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, accelerate_file, plain_name
+from partial_lora.runs.schema import (
+    Config,
+    ModelConfig,
+    TaskConfig,
+    accelerate_file,
+    computed_from,
+    defaults,
+    plain_name,
+    task_key,
+)
 from partial_lora.training.config import TRACKERS
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
@@ -323,9 +330,9 @@ def run_id(config: Config | Mapping) -> str:
     their order, which is that of the outputs.
     """
     settings = config if isinstance(config, Mapping) else plain(config)
-    members, changed = list(settings.get("task", {}).get("members") or ()), identity.computed_from(settings)
+    members, changed = list(settings.get("task", {}).get("members") or ()), computed_from(settings)
     for key, value in changed.items():
-        own = identity.plain(key, members)
+        own = task_key(key, members)
         is_file = own in _FILES or own.startswith("task.data_files.")
         if is_file or (own in _PLACES and Path(value).is_dir()):
             changed[key] = _digest(Path(value))

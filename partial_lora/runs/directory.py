@@ -138,6 +138,12 @@ def remove_checkpoints(directory: Path) -> None:
     (directory / EARLIER).unlink(missing_ok=True)
 
 
+def unwritable(place: Path | str, error: OSError) -> PartialLoraError:
+    """Return what is said of a folder of results that cannot be written."""
+    reason = f"cannot write to {place}: {error.strerror}"
+    return PartialLoraError(f"results_dir: {reason}; set it to a folder that can be written")
+
+
 def name_holder(descriptor: int, worker: int | None = None) -> None:
     """Write the holder into a lock: this process, and the worker that holds it on should this one die."""
     holder = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
@@ -156,9 +162,7 @@ def locked(directory: Path) -> Iterator[int]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise PartialLoraError(
-            f"results_dir: cannot write to {directory}: {error.strerror}; set it to a folder that can be written"
-        ) from error
+        raise unwritable(directory, error) from error
     try:
         if not lock(descriptor):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"

@@ -69,7 +69,7 @@ def evaluate_run(
         )
     is_own = task == own
     if _source(task, split) in {_source(own, each) for each in SPLITS}:
-        check_files(run)
+        refuse_changed_files(run)
     size = batch_size or run.config.trainer.eval_batch_size
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
@@ -118,7 +118,7 @@ def _source(task: TaskConfig, split: str) -> str | None:
     return files or task.path
 
 
-def check_files(run: FinishedRun) -> None:
+def refuse_changed_files(run: FinishedRun) -> None:
     """Raise PartialLoraError where the run's files have changed: what is cut from them would be other rows.
 
     A run's folder is named by an id of its settings and of the content of its files; one that was renamed is no help.

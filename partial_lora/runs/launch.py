@@ -289,7 +289,7 @@ def command(cluster: Cluster, worker: list[str]) -> list[str]:
         flags["main_process_ip"] = cluster.address
     # Without a file named here accelerate takes the user's default one, which was made for other programs.
     flags |= {"config_file": Path(cluster.file).resolve()} if cluster.file else {"gpu_ids": "all"}
-    launcher = [sys.executable, "-m", "partial_lora.runs.launcher"]
+    launcher = [sys.executable, "-m", "partial_lora.runs.launch"]
     if not (cluster.file and cluster.kind in ("fsdp", "deepspeed")):
         # This is what makes accelerate start several processes, on the CPU too, where the worker then sets use_cpu.
         launcher.append("--multi_gpu")
@@ -506,10 +506,9 @@ _ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the
 def refuse_hub_code() -> None:
     """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
 
-    No code of the hub runs here: what is fetched from it is data.
     transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
     way of the package `kernels`; it computes without them, and its advice to install them is kept from the terminal.
-    Code of a repository's own (trust_remote_code) is never asked for.
+    Code of a repository's own (trust_remote_code) is never asked for: what is fetched from the hub is data.
     """
     os.environ["USE_HUB_KERNELS"] = "NO"
     sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
@@ -535,3 +534,42 @@ def hide_quantiser(model: ModelConfig) -> None:
     stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
     if model.quantization is None and not stored:
         sys.modules.setdefault("bitsandbytes", None)
+
+
+# --- The launcher between a parent and several workers.
+
+
+def main() -> None:
+    """Be `accelerate launch`, leave word of which worker failed, and hear a request to stop once.
+
+    `python -m partial_lora.runs.launch …` takes what `accelerate launch …` takes. torchrun, which accelerate calls,
+    turns every failure into exit code 1, and a second signal while it waits for its workers would make it leave them
+    behind. Exits with 0, 1, or 128 and the number of the signal that asked to stop.
+    """
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
+    from accelerate.commands import launch as accelerate
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def stop(number: int, frame: object) -> None:
+        for each in progress.STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills who is left then.
+        raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
+
+    for number in progress.STOPPING:
+        signal.signal(number, stop)
+    try:
+        accelerate.main()
+    except ChildFailedError as error:
+        report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
+        sys.exit(1)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except Exception as error:
+        report_failure(redacted(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}"))
+        raise
+
+
+if __name__ == "__main__":
+    main()

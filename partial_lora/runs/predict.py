@@ -21,8 +21,7 @@ from torch import Tensor
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build, export
-from partial_lora.runs.finished import FinishedRun, finished_run, one_task
-from partial_lora.runs.inputs import problem_of_question
+from partial_lora.runs.finished import FinishedRun, finished_run, one_task, problem_of_question
 from partial_lora.tasks import CausalTransform
 from partial_lora.training.metrics import generate, log_likelihoods
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
-from partial_lora.runs import identity
+from partial_lora.runs import schema
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
@@ -128,9 +128,9 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
         shown = {**shown, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
     names = shown["task"].get("members") or ()
     found = {
-        key: identity.wherever(identity.plain(key, names), value)
-        for key, value in identity.computed_from(shown).items()
-        if identity.plain(key, names) not in _APART
+        key: schema.wherever(schema.task_key(key, names), value)
+        for key, value in schema.computed_from(shown).items()
+        if schema.task_key(key, names) not in _APART
         and not key.startswith("calibration.sparsity")  # of each module, perhaps
         and not (calibration is None and key.startswith(_CALIBRATED))
     }
@@ -141,9 +141,9 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
 def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
     """Return where `settings_of` two runs differ: key and both values; how long they train comes first."""
     names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
-    standard = identity.defaults() if own != other else {}
+    standard = schema.defaults() if own != other else {}
     for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
-        default = standard.get(identity.plain(key, names))
+        default = standard.get(schema.task_key(key, names))
         values = own.get(key, default), other.get(key, default)
         if values[0] != values[1]:
             found.append((key, *values))
@@ -360,7 +360,7 @@ def dense_rate(settings: Mapping) -> tuple[float, str]:
         lora = {**settings, "method": {**method, "name": "lora"}}
         with suppress(PartialLoraError):  # it has none of such a run
             return tuned(str(file), lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
-    return identity.defaults()["trainer.learning_rate"], "the default"
+    return schema.defaults()["trainer.learning_rate"], "the default"
 
 
 def starting_point(settings: Mapping, density: float) -> str:

@@ -327,8 +327,7 @@ class Ledger:
             sweep_dir.mkdir(parents=True, exist_ok=True)
             return cls(Path(tempfile.mkdtemp(prefix=".jobs-", dir=sweep_dir)).resolve())
         except OSError as error:
-            place = f"cannot write to {sweep_dir}: {error.strerror}; set it to a folder that can be written"
-            raise PartialLoraError(f"results_dir: {place}") from error
+            raise directory.unwritable(sweep_dir, error) from error
 
     def close(self) -> None:
         """Remove the folder: what has not started never will."""

@@ -116,7 +116,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
         raise PartialLoraError(f"{run.directory}: model.blocks=null: expected a sequence of blocks to compare features")
     if run.config.task.members:
         raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
-    evaluate.check_files(run)
+    evaluate.refuse_changed_files(run)
     task = build.task_of(run.config)
     task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
     trained = RunModel(run, device)

@@ -34,7 +34,19 @@ from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, settled, u
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
-from partial_lora.report.drawing import COLOURS, MARKERS, heat, legend, look, panels, plain, save
+from partial_lora.report.drawing import (
+    COLOURS,
+    MARKERS,
+    heat,
+    legend,
+    look,
+    panels,
+    plain,
+    save,
+    scored,
+    size_text,
+    sized,
+)
 from partial_lora.report.figures import MOST, band
 from partial_lora.report.records import NONE, Run, grid, half_interval
 from partial_lora.tasks.metrics import SHARES
@@ -211,22 +223,6 @@ def above(figure: Figure, text: str) -> None:
     figure.suptitle(textwrap.fill(unbroken, int(_LETTERS * figure.get_figwidth())), fontsize=9)
 
 
-def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *, points: bool = False) -> None:
-    """An axis of scores, shares in percent; or of their differences, of shares in points."""
-    unit = " (points)" if points and metric in SHARES else ""
-    getattr(axes, f"set_{axis}label")(f"{label or f'test {metric}'}{unit}", fontsize=9)
-    if metric in SHARES:
-        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol="" if points else "%"))
-
-
-def size_text(size: float) -> str:
-    """A number of parameters in a few letters."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit:
-            return f"{size / unit:.3g} {letter}"
-    return f"{size:.0f}"
-
-
 def title(axes: Axes, place: tuple[str, str, str], part: pd.DataFrame) -> None:
     """The task, the model and of how many seeds the means are."""
     least, most = int(part["n"].min()), int(part["n"].max())
@@ -299,14 +295,7 @@ def draw_fig1(table: pd.DataFrame) -> Figure:
             text = f"head alone: {row.mean:.1%}" if row.metric in SHARES else f"head alone: {row.mean:.3f}"
             axes.text(0.99, 0.06, text, transform=axes.transAxes, fontsize=7, ha="right", color="0.25")
         sizes = part.loc[part["parameters"] > 0, "parameters"]
-        least, most = max(1, min(sizes)), max(1, max(sizes))
-        room = max(1.3, (6 * least / most) ** 0.5)
-        axes.set_xscale("log")
-        axes.set_xlim(least / room, most * room)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_text(size)))
-        axes.set_xlabel("trainable parameters of the adapter", fontsize=9)
+        sized(axes, sizes, "trainable parameters of the adapter")
         scored(axes, place[2])
         title(axes, place, part)
         plain(axes)

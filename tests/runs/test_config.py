@@ -15,7 +15,7 @@ from refusals import refusal
 
 from partial_lora import methods
 from partial_lora.calibration import importance
-from partial_lora.runs import compose, config, directory, identity
+from partial_lora.runs import compose, config, directory, schema
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
 
@@ -117,7 +117,7 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
 def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
     assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
     assert "mean" not in config.no_such_key(key, "hydra")
-    assert set(config._ELSEWHERE.values()) <= set(identity.defaults())
+    assert set(config._ELSEWHERE.values()) <= set(schema.defaults())
 
 
 def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +207,8 @@ def test_the_ids_of_runs_never_change() -> None:
 def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.plain(composed("method.rank=4"))
     identifier = config.run_id(settings)
-    defaults = {**identity.defaults(), "method.a_new_key": "its default"}
-    monkeypatch.setattr(identity, "defaults", lambda: defaults)
+    defaults = {**schema.defaults(), "method.a_new_key": "its default"}
+    monkeypatch.setattr(schema, "defaults", lambda: defaults)
     settings["method"]["a_new_key"] = "its default"
     assert config.run_id(settings) == identifier
     settings["method"]["a_new_key"] = "another value"

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from partial_lora.runs import inputs
-from partial_lora.runs.inputs import Input
+from partial_lora.runs.finished import Input, read_inputs
 
 
 def read(*arguments: str, modality: str = "text", stdin: bytes = b"", pairs: bool = False, kind: str = "label"):
     """The inputs, and how many they are."""
-    stream, total = inputs.read(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
+    stream, total = read_inputs(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
     return list(stream), total
 
 
@@ -110,7 +109,7 @@ def test_lines_are_read_one_by_one_and_once() -> None:
             return b"again\n"
 
     endless = Endless()
-    stream, _ = inputs.read(["first", "-"], modality="text", pairs=False, stdin=endless)
+    stream, _ = read_inputs(["first", "-"], modality="text", pairs=False, stdin=endless)
     assert [each.content for each in itertools.islice(stream, 4)] == ["first", "again", "again", "again"]
     assert endless.lines == 3
     with refusal("-: "):
