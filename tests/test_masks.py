@@ -140,20 +140,20 @@ def test_a_copied_mask_is_the_same_value_and_as_fixed(again):
 
 @pytest.mark.parametrize("kept", [[], [2, 1], [1, 1], [-1, 0], [0, 4], [[0, 1]], [0.0, 1.0], [True, False]])
 def test_a_mask_refuses_what_is_no_mask(kept):
-    with pytest.raises(PartialLoraError, match="a mask over 4 entries"):
+    with pytest.raises(PartialLoraError, match="mask"):
         Mask(4, np.array(kept))
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_sparsity_outside_its_range_is_refused(sparsity):
     for mask in (random, bernoulli, kept_count):
-        with pytest.raises(PartialLoraError, match="must be in"):
+        with pytest.raises(PartialLoraError, match="sparsity"):
             mask(10, sparsity)
 
 
 @pytest.mark.parametrize("scores", [[0.0, float("nan")], [float("inf")], [], [[1.0, 2.0]]])
 def test_scores_that_are_no_list_of_finite_numbers_are_refused(scores):
-    with pytest.raises(PartialLoraError, match="finite"):
+    with pytest.raises(PartialLoraError, match="scores"):
         Mask.top(np.array(scores), 0.5)
 
 

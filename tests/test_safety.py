@@ -126,14 +126,14 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
 def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
     from partial_lora.runs.compose import composed
 
-    with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: expected eager, sdpa"):
+    with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: .*sdpa"):
         composed("model.attn_implementation=someone/attention")
     assert composed("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("member", ["../outside", "/outside", "inside/../../outside", "", "inside/.."])
 def test_no_file_outside_an_archive_can_be_asked_of_it(member: str) -> None:
-    with pytest.raises(PartialLoraError, match=r"tiny-focus==1\.0: expected the name of a file inside it"):
+    with pytest.raises(PartialLoraError, match=r"^tiny-focus==1\.0: "):
         bundled.Wheel(project="tiny-focus", version="1.0", size=1, sha256="0" * 64, members={member: "0" * 64})
 
 

@@ -98,7 +98,7 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
 
 def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(sources, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
-    with pytest.raises(PartialLoraError, match=r"^task=own: cannot fetch no/such-rows from the model hub \(.*refused"):
+    with pytest.raises(PartialLoraError, match=r"^task=own: .*no/such-rows.*refused"):
         tasks.load(name="own", path="no/such-rows", modality="image")
 
 

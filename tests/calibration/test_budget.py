@@ -101,7 +101,7 @@ def test_one_sparsity_for_all_spends_the_count(share):
         assert kept_parameters(VIT, rank, max(0.0, sparsity - 0.02)) > count or sparsity == 0
     assert uniform_sparsity(SMALL, 4, 10**6) == 0
     assert kept_parameters(SMALL, 4, uniform_sparsity(SMALL, 4, 24)) == 24
-    with pytest.raises(PartialLoraError, match="23 trainable parameters"):
+    with pytest.raises(PartialLoraError, match="23"):
         uniform_sparsity(SMALL, 4, 23)
 
 

@@ -224,5 +224,5 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 
 def test_reliability_needs_two_examples(place: Place) -> None:
     rows, draws = Dataset.from_dict({"label": [0, 1]}), tasks.Draws(fit=[0], scored=[1])
-    with pytest.raises(PartialLoraError, match="split-half: expected at least 2 scored examples"):
+    with pytest.raises(PartialLoraError, match=r"^split-half: "):
         few_shot.halves_few_shot(train=rows, config=CalibrationConfig(), draws=draws)

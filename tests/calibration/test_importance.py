@@ -70,7 +70,7 @@ def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_weight_without_a_spectrum_is_refused(bad):
-    with pytest.raises(PartialLoraError, match=r"blocks.0.fc is zero or not finite"):
+    with pytest.raises(PartialLoraError, match=r"blocks\.0\.fc"):
         importance.svd(torch.full((4, 6), bad), module="blocks.0.fc")
 
 
@@ -245,19 +245,19 @@ def test_scores_may_be_given_and_are_checked():
     matrix, good = torch.zeros(3, 2), (torch.ones(3), torch.ones(2))
     rows, columns = importance.scores_of("m", matrix, {"m": ([1, 2, 3], [1, 2])}, seed=0, options={})
     assert (rows.tolist(), columns.tolist()) == ([1, 2, 3], [1, 2])
-    with pytest.raises(PartialLoraError, match="m, found none"):
+    with pytest.raises(PartialLoraError, match=r"\bm\b"):
         importance.scores_of("m", matrix, {"other": good}, seed=0, options={})
-    with pytest.raises(PartialLoraError, match=r"\(3, 2\) rows and columns of m"):
+    with pytest.raises(PartialLoraError, match=r"\(3, 2\) .*m"):
         importance.scores_of("m", matrix, {"m": good[::-1]}, seed=0, options={})
-    with pytest.raises(PartialLoraError, match="m are not finite"):
+    with pytest.raises(PartialLoraError, match=r"\bm\b"):
         importance.scores_of("m", matrix, {"m": (good[0] * torch.nan, good[1])}, seed=0, options={})
-    with pytest.raises(PartialLoraError, match="importance=snap: expected one of svd, magnitude, random"):
+    with pytest.raises(PartialLoraError, match=r"^importance=snap: .*svd"):
         importance.name_of("snap")
 
 
 @pytest.mark.parametrize("name", importance.NEEDS_DATA)
 def test_a_measure_that_needs_data_is_not_taken_by_name_alone(name):
-    with pytest.raises(PartialLoraError, match=f"importance={name}: needs examples"):
+    with pytest.raises(PartialLoraError, match=f"^importance={name}: "):
         importance.name_of(name)
 
 
@@ -284,13 +284,13 @@ GOOD = {"first": (torch.arange(3.0), torch.arange(2.0)), "second": (torch.arange
 
 def test_data_scores_are_checked_by_module():
     assert measured(GOOD)["second"][1].tolist() == [0, 1, 2]
-    with pytest.raises(PartialLoraError, match=r"\(2, 3\) rows and columns of second"):
+    with pytest.raises(PartialLoraError, match=r"\(2, 3\) .*second"):
         measured(GOOD | {"second": GOOD["first"]})
-    with pytest.raises(PartialLoraError, match="second are not finite"):
+    with pytest.raises(PartialLoraError, match="second"):
         measured(GOOD | {"second": (GOOD["second"][0] / 0, GOOD["second"][1])})
-    with pytest.raises(PartialLoraError, match="importance=told: the fit draw is empty"):
+    with pytest.raises(PartialLoraError, match=r"^importance=told: "):
         measured(GOOD, batches=[])
-    with pytest.raises(PartialLoraError, match="importance=svd: expected one of snip, imp, activation"):
+    with pytest.raises(PartialLoraError, match=r"^importance=svd: .*snip"):
         importance.data_scores("svd", torch.nn.Identity(), {}, [{}], seed=0)
 
 

@@ -131,20 +131,20 @@ def test_of_the_store_and_what_is_known_the_one_that_knows_better_counts(model, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"axes": "joint"}, "known: its axes is separate, expected joint"),
-        ({"scope": "cumulative"}, "known: its scope is independent, expected cumulative"),
-        ({"search": "bisect"}, "known: its search is scan, expected bisect"),
-        ({"levels": 0.1}, "known: its levels is 0.2, expected 0.1"),
-        ({"max_sparsity": 0.6}, "known: its max_sparsity is 0.8, expected 0.6"),
-        ({"target_modules": ["attn.qkv"]}, r"known: its modules are not those to calibrate \(vit.blocks.0.mlp.fc2\)"),
+        ({"axes": "joint"}, "axes .*joint"),
+        ({"scope": "cumulative"}, "scope .*cumulative"),
+        ({"search": "bisect"}, "search .*bisect"),
+        ({"levels": 0.1}, "levels .*0.1"),
+        ({"max_sparsity": 0.6}, "max_sparsity .*0.6"),
+        ({"target_modules": ["attn.qkv"]}, "modules .*vit.blocks.0.mlp.fc2"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(model, batches, fresh, changes, message):
     artefact = fresh(threshold=0.8)
-    with pytest.raises(PartialLoraError, match=message):
+    with pytest.raises(PartialLoraError, match=f"^known: .*{message}"):
         calibrate(model, Counted(batches), known=artefact, **GRID | changes)
     other = dataclasses.replace(artefact, baseline=artefact.baseline - 0.1)
-    with pytest.raises(PartialLoraError, match="known: its baseline score is"):
+    with pytest.raises(PartialLoraError, match=r"^known: .*baseline"):
         calibrate(model, Counted(batches), known=other, **GRID)
     with pytest.raises(PartialLoraError, match=r"calibration.threshold=1.5"):
         artefact.at(1.5)

@@ -62,7 +62,7 @@ def test_a_seed_gives_its_halves_again_and_another_seed_others() -> None:
 
 
 def test_one_example_has_no_halves() -> None:
-    with pytest.raises(PartialLoraError, match="at least 2 scored examples, found 1"):
+    with pytest.raises(PartialLoraError, match=r"^split-half: "):
         split_half([3], 0)
 
 
@@ -102,7 +102,7 @@ def test_two_sparsities_are_too_few() -> None:
 
 
 def test_calibrations_of_different_modules_are_refused_by_name() -> None:
-    with pytest.raises(PartialLoraError, match="m1 is in one of them only"):
+    with pytest.raises(PartialLoraError, match="m1"):
         reliability(sparsities(0.1, 0.2, 0.3, 0.4), sparsities(0.1, 0.2))
 
 

@@ -51,7 +51,7 @@ def test_a_broken_calibration_is_refused_by_name(tmp_path, spoil):
     path.write_text(json.dumps(good))
     assert Calibration.load(path).sparsity == {"a": {"rows": 0.5, "columns": 0.5}}
     path.write_text(spoil(good))
-    with pytest.raises(PartialLoraError, match=r"calibration.json: expected a calibration.json") as error:
+    with pytest.raises(PartialLoraError, match=r"calibration\.json") as error:
         Calibration.load(path)
     assert "\n" not in str(error.value)
     with pytest.raises(PartialLoraError, match=r"missing.json"):

@@ -260,7 +260,7 @@ def test_under_inference_mode_as_well():
 
 
 def test_memory_is_a_number_of_bytes():
-    with pytest.raises(PartialLoraError, match=r"calibration.memory=-1: expected a number of bytes"):
+    with pytest.raises(PartialLoraError, match=r"^calibration\.memory=-1: "):
         Reuse(Blocks("tidy"), "blocks", -1)
 
 
@@ -295,5 +295,5 @@ def examples(model, count=24):
 def test_blocks_that_are_no_plain_sequence_are_refused(model, reason):
     score = FewShotScore(model, examples(model), blocks="blocks")
     score(model)
-    with pytest.raises(PartialLoraError, match=rf"model.blocks=blocks: .*{reason}.*; set it to null"):
+    with pytest.raises(PartialLoraError, match=rf"^model\.blocks=blocks: .*{reason}"):
         score.bounds(model, "blocks.2", lambda low, high: True)

@@ -338,24 +338,22 @@ def test_a_model_that_always_says_the_same_correlates_with_nothing():
 
 def test_bad_arguments_are_named():
     model, batches, _ = labelled()
-    with pytest.raises(PartialLoraError, match=r"calibration.score=auc: expected one of accuracy, loss, options"):
+    with pytest.raises(PartialLoraError, match=r"^calibration\.score=auc: .*accuracy"):
         FewShotScore(model, batches, "auc")
-    with pytest.raises(PartialLoraError, match=r"batches: options need answers, items; found input_ids"):
+    with pytest.raises(PartialLoraError, match="answers, items"):
         FewShotScore(model, batches, "options")
     _, real, _ = graded()
-    with pytest.raises(PartialLoraError, match=r"labels: expected whole numbers \(batch,\), found torch.float32"):
+    with pytest.raises(PartialLoraError, match=r"^labels: .*torch\.float32"):
         FewShotScore(model, real)
-    with pytest.raises(
-        PartialLoraError, match=r"labels: real numbers \[8\] need outputs of that shape, found \[8, 3\]"
-    ):
+    with pytest.raises(PartialLoraError, match=r"^labels: .*\[8\].*\[8, 3\]"):
         FewShotScore(model, real, "loss")(model)
     model, batches, _ = questions()
     batches[0]["answers"][:] = True
-    with pytest.raises(PartialLoraError, match="answers: expected one right option for each item"):
+    with pytest.raises(PartialLoraError, match=r"^answers: "):
         FewShotScore(model, batches, "options")
     _, batches, _ = texts()
     batches[1]["labels"][:] = -100
-    with pytest.raises(PartialLoraError, match=r"labels: every token is -100"):
+    with pytest.raises(PartialLoraError, match=r"^labels: "):
         FewShotScore(model, batches, "loss")
 
 
@@ -491,13 +489,11 @@ def test_a_forward_of_its_own_is_put_back(model, batches):
 
 
 def test_bad_blocks_and_draws_are_named(model, batches):
-    with pytest.raises(PartialLoraError, match=r"model.blocks=vit.layers: no such module"):
+    with pytest.raises(PartialLoraError, match=r"^model\.blocks=vit\.layers: "):
         FewShotScore(model, batches, blocks="vit.layers")
-    with pytest.raises(
-        PartialLoraError, match=r"model.blocks=vit.head: expected a ModuleList or Sequential, found Linear"
-    ):
+    with pytest.raises(PartialLoraError, match=r"^model\.blocks=vit\.head: "):
         FewShotScore(model, batches, blocks="vit.head")
-    with pytest.raises(PartialLoraError, match="scored draw is empty"):
+    with pytest.raises(PartialLoraError, match="scored draw"):
         FewShotScore(model, [])
 
 
