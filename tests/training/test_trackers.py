@@ -251,6 +251,8 @@ def test_wandb_offline_for_real(tmp_path: Path, monkeypatch) -> None:
 
 def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads the variable when it is imported
     pytest.importorskip("trackio", reason="trackio is not installed (extra `trackers`)")
     tracking(tmp_path, "trackio").finish(MEASURED, 2)
     (kept,) = (tmp_path / "trackio").glob("*.db")
