@@ -123,7 +123,7 @@ def sized(axes: Axes, sizes: Collection[float], label: str = "trainable paramete
     room = max(1.3, (6 * least / most) ** 0.5)
     axes.set_xscale("log")
     axes.set_xlim(least / room, most * room)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_text(size)))
     axes.set_xlabel(label, fontsize=9)

@@ -319,6 +319,13 @@ def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
     assert (1000 + 3850, 0.96) in points
     low, high = digits.get_xlim()
     assert high / low > 5.9  # so that several of its ticks, at 1, 2 and 5, have names
+    for most, shown in ((5_000, ["1 k", "2 k", "5 k"]), (5_000_000, ["1 k", "10 k", "100 k", "1 M", "10 M"])):
+        figure, (axes,) = drawing.panels(1, wide=4, high=3)
+        drawing.sized(axes, [1_000, most])
+        figure.draw_without_rendering()
+        left, right = axes.get_xlim()
+        ticks = zip(axes.get_xticks(), words(axes.get_xticklabels()), strict=True)
+        assert [name for place, name in ticks if left <= place <= right] == shown
     digits = figures.methods(table, frame).figure.axes[1]
     assert words(digits.get_yticklabels()) == ["lora", "partial, threshold 0.9", "uniform, budget 0.13"]
     ends = [path.get_extents().bounds for bars in digits.collections for path in bars.get_paths() if len(path) == 2]
