@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refusal
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs import launch, schema
 from partial_lora.training.config import TrainerConfig
 
@@ -72,55 +72,41 @@ def test_a_file_says_how_a_model_is_shared_out(tmp_path: Path) -> None:
     assert "--multi_gpu" in launch.command(plain, WORKER)
 
 
+TWO = {"num_machines": 2, "main_process_ip": "a"}
+
+
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "given", "key"),
     [
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "fsdp_version=1: expected 2"),
-        ({"distributed_type": "FSDP"}, "fsdp_version=1: expected 2"),
-        ({"distributed_type": "MEGATRON_LM"}, "distributed_type=MEGATRON_LM: expected one of"),
-        ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment=AMAZON_SAGEMAKER: expected LOCAL_MACHINE"),
-        ({"num_processes": "two"}, "num_processes=two: expected a whole number"),
-        ({"num_machines": 0}, "num_machines=0: expected a whole number"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, {}, "accelerate_config: fsdp_version=1"),
+        ({"distributed_type": "FSDP"}, {}, "accelerate_config: fsdp_version=1"),
+        ({"distributed_type": "MEGATRON_LM"}, {}, "accelerate_config: distributed_type=MEGATRON_LM"),
+        ({"compute_environment": "AMAZON_SAGEMAKER"}, {}, "accelerate_config: compute_environment=AMAZON_SAGEMAKER"),
+        ({"num_processes": "two"}, {}, "accelerate_config: num_processes=two"),
+        ({"num_machines": 0}, {}, "accelerate_config: num_machines=0"),
+        ({"num_machines": 2}, {}, "main_process_ip=None"),
+        (TWO, {"machine_rank": 2}, "machine_rank=2"),
+        (TWO, {"num_processes": 3, "batch_size": 3}, "num_processes=3"),
+        ({}, {"strategy": "fsdp"}, "strategy=fsdp"),
     ],
 )
-def test_a_file_that_no_run_can_follow_is_refused(content: dict, said: str, tmp_path: Path) -> None:
-    with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config: {said}"):
-        schema.accelerate_file(file(tmp_path, **content))
+def test_what_no_run_can_follow_is_refused(content: dict, given: dict, key: str, tmp_path: Path) -> None:
+    with refusal(rf"trainer\.{key}: "):
+        launch.cluster_of(settings(accelerate_config=file(tmp_path, **content), **given))
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"", b"- 1\n", b"num_processes: 2\n", None])
-def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PartialLoraError, match=rf"trainer\.accelerate_config={path}: ") as refused:
+    with refusal(rf"trainer\.accelerate_config={path}: "):
         schema.accelerate_file(path)
-    assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("given", "quantization", "said"),
-    [
-        ({"strategy": "fsdp"}, None, "trainer.strategy=fsdp: expected ddp for a run of one process"),
-        ({"strategy": "fsdp", "num_processes": 2}, "nf4", "model.quantization=nf4: expected null"),
-    ],
-)
-def test_what_cannot_be_shared_out_is_refused(given: dict, quantization: str | None, said: str) -> None:
-    with pytest.raises(PartialLoraError, match=said):
-        launch.cluster_of(settings(**given), quantization)
-
-
-@pytest.mark.parametrize(
-    ("content", "given", "said"),
-    [
-        ({"num_machines": 2}, {}, "trainer.main_process_ip=None"),
-        ({"num_machines": 2, "main_process_ip": "a"}, {"machine_rank": 2}, "trainer.machine_rank=2: expected 0 to 1"),
-        ({"num_machines": 2, "main_process_ip": "a"}, {"num_processes": 3, "batch_size": 3}, "trainer.num_processes=3"),
-    ],
-)
-def test_keys_and_a_file_that_do_not_go_together_are_refused(content, given, said, tmp_path: Path) -> None:
-    with pytest.raises(PartialLoraError, match=said):
-        launch.cluster_of(settings(accelerate_config=file(tmp_path, **content), **given))
+def test_a_quantised_model_is_not_shared_out() -> None:
+    with refusal(r"model\.quantization=nf4: "):
+        launch.cluster_of(settings(strategy="fsdp", num_processes=2), "nf4")
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler", None])
@@ -137,7 +123,7 @@ def test_an_optimizer_of_deepspeeds_own_has_one_learning_rate(monkeypatch, tmp_p
         assert launch.cluster_of(settings(**given, **own)).kind == "deepspeed"
     else:
         (key,) = own
-        with pytest.raises(PartialLoraError, match=rf"^trainer\.{key}="):
+        with refusal(rf"trainer\.{key}="):
             launch.cluster_of(settings(**given, **own))
 
 
@@ -151,5 +137,5 @@ def test_workers_have_their_share_of_this_machines_threads(monkeypatch, tmp_path
 
 def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:
     monkeypatch.setattr(launch, "_accelerators", lambda on_cpu: 3)
-    with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=32: expected a multiple of 3, of 3 processes"):
+    with refusal(r"trainer\.batch_size=32: ", 3):
         launch.cluster_of(settings())
