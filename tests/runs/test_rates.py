@@ -57,8 +57,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def tuned(file: Path, overrides: str) -> Config:
-    return composed("model=tiny_vit", f"trainer.tuned={file}", *overrides.split())
+def tuned(file: Path, overrides: str, *more: str) -> Config:
+    """Compose with a file of rates; one of MORE may hold a path, and so a space."""
+    return composed("model=tiny_vit", f"trainer.tuned={file}", *overrides.split(), *more)
 
 
 def tuning_of(chosen: Config) -> str:
@@ -165,13 +166,13 @@ def test_a_calibration_file_has_its_own_operating_point(file: Path, tmp_path: Pa
     expected = {"tuned": content, "tuned elsewhere (budget 0.13, calibration.axes=separate)": {"axes": "joint"}}
     for where, changes in expected.items():
         files.write_json(calibration, content | changes | ({"budget": 0.2} if len(changes) == 1 else {}))
-        chosen = tuned(file, f"calibration.file={calibration}")
+        chosen = tuned(file, "", f"calibration.file={calibration}")
         assert chosen.trainer.learning_rate == 3e-2  # of budget 0.13, though the settings have threshold 0.9
         assert tuning_of(chosen) == where
     files.write_json(calibration, {})
     with refusal(f"calibration.file={calibration}: "):
-        tuned(file, f"calibration.file={calibration}")
-    assert tuned(file, f"calibration.file={calibration} method=lora").trainer.learning_rate == 3e-3  # it reads none
+        tuned(file, "", f"calibration.file={calibration}")
+    assert tuned(file, "method=lora", f"calibration.file={calibration}").trainer.learning_rate == 3e-3  # it reads none
 
 
 def test_a_runs_id_is_of_the_rate_and_not_of_the_file(file: Path) -> None:
