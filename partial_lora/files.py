@@ -69,8 +69,6 @@ def building(folder: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.building-", dir=folder.parent))
     try:
         yield beside
-        for path in (beside, *beside.rglob("*")):  # mkdtemp lets only its maker in, and safetensors writes likewise
-            path.chmod(0o755 if path.is_dir() else 0o644)
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -78,6 +76,8 @@ def building(folder: Path) -> Iterator[Path]:
 
 def replace_folder(built: Path, folder: Path) -> None:
     """Give the folder `built` the name `folder`, once all of it is on disk; what had that name goes after that."""
+    for path in (built, *built.rglob("*")):  # mkdtemp lets only its maker in, and safetensors writes likewise
+        path.chmod(0o755 if path.is_dir() else 0o644)
     sync(built)
     before = built.with_name(f"{built.name}.replaced")
     shutil.rmtree(before, ignore_errors=True)

@@ -25,6 +25,7 @@ from partial_lora.runs import directory as results
 from partial_lora.runs.config import fixed_point, fixed_sparsity, plain
 from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.schema import Config
+from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, file_bytes, measured
 from partial_lora.training.distributed import join
@@ -160,7 +161,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
-    _save_adapter(adapted, directory / results.ADAPTER, world.is_main)
+    _save_adapter(adapted, config, transform, directory / results.ADAPTER, world.is_main)
     if world.is_main:
         metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
@@ -168,12 +169,13 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     tracking.finish(final, trainer.state.global_step)
 
 
-def _save_adapter(adapted: PeftModel, directory: Path, is_main: bool) -> None:
+def _save_adapter(adapted: PeftModel, config: Config, transform: Transform, directory: Path, is_main: bool) -> None:
     """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     state = fsdp.adapter_state(adapted)
     adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
     if is_main:
+        build.describe(adapted.get_base_model(), config.model, transform, temporary)
         files.replace_folder(temporary, directory)
 
 

@@ -19,6 +19,7 @@ from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_json
 from partial_lora.runs.config import check_modality
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 from partial_lora.tasks import Draws, Task
@@ -271,3 +272,50 @@ def setting_of(
         sparsity=sparsity,
         scores=scores,
     )
+
+
+# --- What a model's files say beside its weights: how inputs are made, and what the classes are called.
+
+# The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
+_ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
+_REPLACED = {"architecture", "tag", "test_input_size", "test_crop_pct", "label_names", "label_descriptions"}
+_LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
+
+
+def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, folder: Path) -> None:
+    """Write config.json, with the names of the classes, and what makes inputs: a tokenizer, or the size of images."""
+    if config.modality == "image":
+        write_json(folder / "config.json", _timm_config(model, config))
+        return
+    model.config.save_pretrained(folder)
+    tokenizer = getattr(transform, "transforms", [transform])[0].tokenizer  # members of a mixture share it
+    if config.family == "encoder":
+        tokenizer.model_max_length = config.max_length  # where texts are cut
+    tokenizer.save_pretrained(folder)
+
+
+def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of timm's format, which transformers reads, too, its image processor as well."""
+    known = {
+        key: value
+        for key, value in model.timm_model.pretrained_cfg.items()
+        if key not in _LEFT_OUT | {"pool_size"} and value is not None
+    }
+    return {
+        "architecture": model.config.architecture,
+        "num_classes": model.config.num_labels,
+        "num_features": model.timm_model.num_features,
+        "label_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
+        "model_args": dict(model.config.model_args or {}),
+        "pretrained_cfg": known
+        | {
+            "num_classes": model.config.num_labels,
+            "custom_load": False,
+            "input_size": [3, config.image_size, config.image_size],
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "crop_pct": 1.0,  # the shorter side is resized to the image's size and the middle square kept
+            "crop_mode": "center",
+        },
+    }

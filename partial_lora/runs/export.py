@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,10 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
-from partial_lora.files import building, file_sha256, write_json
+from partial_lora.files import building, file_sha256
 from partial_lora.runs import build
 from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.schema import ModelConfig
 from partial_lora.tasks.task import Transform
 
 
@@ -86,11 +87,12 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
 
 
 def _is_same(built: Path, folder: Path) -> bool:
-    """Return whether a folder holds the files of an export: the same names, and the same tensors to the last bit."""
+    """Return whether a folder holds the files of an export: no other names, and the same tensors to the last bit."""
     names = [{file.relative_to(each).as_posix() for file in each.rglob("*")} for each in (built, folder)]
-    if names[0] != names[1]:
+    tensors = _tensor_files(built)
+    if not {file.name for file in tensors} <= names[1] <= names[0]:  # an earlier version wrote fewer files
         return False
-    return all(file_sha256(file) == file_sha256(folder / file.name) for file in _tensor_files(built))
+    return all(file_sha256(file) == file_sha256(folder / file.name) for file in tensors)
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -159,20 +161,32 @@ def _tensors(adapted: PeftModel) -> dict[str, Tensor]:
 
 
 def _write_peft(run: FinishedRun, folder: Path) -> None:
-    adapted_model(run).save_pretrained(folder, save_embedding_layers=False)
+    adapted = adapted_model(run)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
 
 
 def _write_compact(run: FinishedRun, folder: Path) -> None:
-    write_compact(adapted_model(run), folder)
+    adapted = adapted_model(run)
+    write_compact(adapted, folder)
+    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
 
 
 def _write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
     merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
     with _quiet():
-        save_model(merged, folder, run.config.model)
-        if run.config.model.family == "causal":  # texts come out of it, and the tokenizer's end ends them
-            _transform(run).tokenizer.save_pretrained(folder)
+        _save(merged, run, folder)
+
+
+def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
+    """Write a whole model, without adapters, in the format of the library that it comes from."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.timm_model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        model.save_pretrained(folder)
+    build.describe(model, run.config.model, _transform(run), folder)
 
 
 def _prove_peft(run: FinishedRun, folder: Path) -> str:
@@ -180,12 +194,12 @@ def _prove_peft(run: FinishedRun, folder: Path) -> str:
 
     Quantised weights are whole again for this: how they are multiplied differs from one library and device to another.
     """
-    inputs = _inputs(run)
+    samples = _samples(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
         with _quiet():
-            save_model(base_model(run, whole=True), Path(base), run.config.model)
-        others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(inputs, model=Path(base), adapter=folder)}
-        return _compared(_logits(adapted_model(run, whole=True), inputs), others, folder, _bound(run))
+            _save(base_model(run, whole=True), run, Path(base))
+        others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(samples, model=Path(base), adapter=folder)}
+        return _compared(_logits(adapted_model(run, whole=True), samples.inputs), others, folder, _bound(run))
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
@@ -197,22 +211,27 @@ def _prove_compact(run: FinishedRun, folder: Path) -> str:
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
             raise ProofError(f"{folder}: {name} is not that of the run after loading")
-    inputs = _inputs(run)
+    inputs = _samples(run).inputs
     others = {"a fresh base model": lambda: _logits(loaded, inputs)}
     return f"{len(found)} tensors equal bit for bit; {_compared(_logits(own, inputs), others, folder, bound=0.0)}"
 
 
 def _prove_merged(run: FinishedRun, folder: Path) -> str:
-    """Prove that the libraries that own the format load it on their own, and compute the run's logits."""
-    own, inputs = adapted_model(run, whole=True), _inputs(run)
+    """Prove that the libraries that own the format load it on their own, and compute the run's logits.
+
+    transformers does so by a pipeline, of texts or images as they are: its tokenizer or image processor, its labels.
+    """
+    own, samples = adapted_model(run, whole=True), _samples(run)
     libraries = ["transformers"]
     if isinstance(own.get_base_model(), TimmWrapperForImageClassification):
         libraries.append("timm")
     others = {
-        f"{library} alone{_whole(run)}": lambda library=library: logits_elsewhere(inputs, model=folder, library=library)
+        f"{library} alone{_whole(run)}": lambda library=library: logits_elsewhere(
+            samples, model=folder, library=library
+        )
         for library in libraries
     }
-    return _compared(_logits(own, inputs), others, folder, _bound(run))
+    return _compared(_logits(own, samples.inputs), others, folder, _bound(run))
 
 
 def _is_quantised(run: FinishedRun) -> bool:
@@ -233,19 +252,34 @@ def _transform(run: FinishedRun) -> Transform:
     return build.transform_of(run.config.model, next(iter(task.members.values())) if task.members else task)
 
 
-def _inputs(run: FinishedRun) -> dict[str, Tensor]:
-    """Return random pixels, or sentences of unlike length, all but the longest padded on the right."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass(frozen=True)
+class Samples:
+    """Inputs on which logits are compared.
+
+    pipeline: the kind of transformers' pipeline for them. raw: images or texts. inputs: tensors by the names of the
+    model's arguments. labels: of the logits, in order; none of a number or of a causal model.
+    """
+
+    pipeline: str
+    raw: list
+    inputs: dict[str, Tensor]
+    labels: list[str]
+
+
+def _samples(run: FinishedRun) -> Samples:
+    """Return images of noise, or sentences of unlike length, all but the longest padded on the right."""
+    transform, labels = _transform(run), run.labels()
     if run.config.model.modality == "image":
-        size = run.config.model.image_size
-        return {"pixel_values": torch.randn(_SAMPLES, 3, size, size, generator=generator)}
-    transform = _transform(run)
+        size, noise = run.config.model.image_size, np.random.default_rng(0)
+        images = [Image.fromarray(noise.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(_SAMPLES)]
+        return Samples("image-classification", images, dict(transform.encode(images)), labels)
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
     if run.config.model.family != "causal":
-        return dict(transform.encode(sentences))
+        return Samples("text-classification", sentences, dict(transform.encode(sentences)), labels)
     tokens = [each[: run.config.model.max_length] for each in transform.tokenizer(sentences)["input_ids"]]
     batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return Samples("text-generation", sentences, inputs, [])
 
 
 def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -282,45 +316,60 @@ import torch
 from safetensors.torch import load_file, save_file
 
 job = json.loads(sys.argv[1])
-inputs = load_file(job["inputs"])
-
-def transformers_model(folder):
-    import transformers
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    names = config.architectures or ["AutoModelForImageClassification"]
-    return getattr(transformers, names[0]).from_pretrained(folder)
-
-def timm_model(folder):
-    import timm
-    return timm.create_model("local-dir:" + folder, pretrained=True)
-
-model = (timm_model if job["library"] == "timm" else transformers_model)(job["model"])
+inputs, labels, adapter = load_file(job["inputs"]), job["labels"], job["adapter"]
 warned = []
-if job["adapter"]:
-    from peft import PeftModel
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(model, job["adapter"])
-    assert type(model.base_model).__module__.startswith("peft."), type(model.base_model)
-    # What libraries warn of their own future has nothing to do with the adapter.
-    ignored = (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-    warned = [str(each.message) for each in caught if not issubclass(each.category, ignored)]
-with torch.no_grad():
-    output = model.eval()(*inputs.values()) if job["library"] == "timm" else model.eval()(**inputs).logits
+
+def timm_logits():
+    import timm
+    with torch.no_grad():
+        return timm.create_model("local-dir:" + job["model"], pretrained=True).eval()(*inputs.values())
+
+def transformers_logits():
+    import transformers
+    kind, read = job["pipeline"], adapter or job["model"]
+    processor = transformers.AutoImageProcessor if kind == "image-classification" else transformers.AutoTokenizer
+    processor = processor.from_pretrained(read)
+    pipeline = transformers.pipeline(
+        kind, model=job["model"], **{"image_processor" if "image" in kind else "tokenizer": processor}
+    )
+    if adapter:
+        from peft import PeftModel
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(pipeline.model, adapter)
+        assert type(adapted.base_model).__module__.startswith("peft."), type(adapted.base_model)
+        # What libraries warn of their own future has nothing to do with the adapter.
+        ignored = (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+        warned.extend(str(each.message) for each in caught if not issubclass(each.category, ignored))
+        pipeline.model = adapted.get_base_model()
+        read_labels = transformers.AutoConfig.from_pretrained(read).id2label
+        assert not labels or list(read_labels.values()) == labels, "config.json has other labels"
+    if kind == "text-generation":
+        found = pipeline.tokenizer(job["raw"])["input_ids"]
+        masks = inputs["attention_mask"].sum(1).tolist()
+        known = [row[:length].tolist() for row, length in zip(inputs["input_ids"], masks)]
+        assert [row[: len(own)] for row, own in zip(found, known)] == known, "other tokens"
+        with torch.no_grad():
+            return pipeline.model.eval()(**inputs).logits
+    options = {"top_k": None, "truncation": True} if kind == "text-classification" else {"top_k": len(labels)}
+    answers = pipeline(job["raw"], function_to_apply="none", **options)
+    by_label = [{each["label"]: each["score"] for each in answer} for answer in answers]
+    return torch.tensor([[each[label] for label in labels or each] for each in by_label])
+
+logits = timm_logits() if job["library"] == "timm" else transformers_logits()
 assert not [name for name, module in sys.modules.items() if name.startswith("partial_lora") and module]
-save_file({"logits": output.contiguous()}, job["logits"])
+save_file({"logits": logits.contiguous()}, job["logits"])
 print(json.dumps(warned))
 """
 
 
 def logits_elsewhere(
-    inputs: Mapping[str, Tensor], *, model: Path, adapter: Path | None = None, library: str = "transformers"
+    samples: Samples, *, model: Path, adapter: Path | None = None, library: str = "transformers"
 ) -> Tensor:
-    """Return the logits of the model in a folder for `inputs`, as a clean interpreter computes them.
+    """Return the logits of the model in a folder for samples, as a clean interpreter computes them.
 
     Args:
-        inputs: tensors by the names of the model's arguments.
-        model: a folder as `saved_model` writes it.
+        model: a folder as `_save` writes it.
         adapter: a folder that plain PEFT is to load on the model; it must do so without a warning.
         library: what builds the model, "transformers" or "timm".
 
@@ -331,10 +380,17 @@ def logits_elsewhere(
             "library": library,
             "model": str(Path(model).resolve()),
             "adapter": str(Path(adapter).resolve()) if adapter else None,
+            "pipeline": samples.pipeline,
+            "raw": samples.raw,
+            "labels": samples.labels,
             "inputs": str(Path(place) / "inputs.safetensors"),
             "logits": str(Path(place) / "logits.safetensors"),
         }
-        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, job["inputs"])
+        if samples.pipeline == "image-classification":
+            job["raw"] = [str(Path(place) / f"{number}.png") for number in range(len(samples.raw))]
+            for image, file in zip(samples.raw, job["raw"], strict=True):
+                image.save(file)
+        save_file({name: tensor.contiguous() for name, tensor in samples.inputs.items()}, job["inputs"])
         done = subprocess.run(
             [sys.executable, "-c", _SCRIPT, json.dumps(job)],
             cwd=place,  # where no checkout of this package lies
@@ -351,51 +407,3 @@ def logits_elsewhere(
         if warned:
             raise ProofError(f"{what}: plain PEFT warns when it loads it: {' '.join(warned[0].split())}")
         return load_file(job["logits"])["logits"]
-
-
-# --- A whole model in the format of the library it comes from: config.json and model.safetensors.
-
-# The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
-_ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
-_REPLACED = {"architecture", "tag", "test_input_size", "test_crop_pct", "label_names", "label_descriptions"}
-_LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
-
-
-def save_model(model: PreTrainedModel, folder: Path, config: ModelConfig | None = None) -> None:
-    """Write a model, without adapters, into an existing folder.
-
-    `config` says what a timm image model expects of its input: image_size, mean, std, interpolation.
-    """
-    if isinstance(model, TimmWrapperForImageClassification):
-        _save_timm(model, folder, config)
-    else:
-        model.save_pretrained(folder)
-
-
-def _save_timm(model: TimmWrapperForImageClassification, folder: Path, preprocessing: ModelConfig | None) -> None:
-    config, timm_model = model.config, model.timm_model
-    known = {
-        key: value for key, value in timm_model.pretrained_cfg.items() if key not in _LEFT_OUT and value is not None
-    }
-    if preprocessing:
-        size = preprocessing.image_size
-        known |= {
-            "input_size": [3, size, size],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "interpolation": preprocessing.interpolation,
-            "crop_pct": 1.0,  # the shorter side is resized to the image's size and the middle square kept
-            "crop_mode": "center",
-        }
-        known.pop("pool_size", None)
-    content = {
-        "architecture": config.architecture,
-        "num_classes": config.num_labels,
-        "num_features": timm_model.num_features,
-        "label_names": [config.id2label[index] for index in range(config.num_labels)],
-        "model_args": dict(config.model_args or {}),
-        "pretrained_cfg": known | {"num_classes": config.num_labels, "custom_load": False},
-    }
-    write_json(folder / "config.json", content)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in timm_model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

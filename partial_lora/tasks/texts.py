@@ -35,7 +35,7 @@ class TextTransform:
     lengths = True  # prepared rows have a column `length`, of tokens
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self.tokenizer, self._max_length = tokenizer, max_length
         self._inputs = tuple(self._encoded(["a"], None))
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
@@ -51,7 +51,7 @@ class TextTransform:
         if most > cache_bytes:
             return in_memory(rows, self._tokenised, features)
         key = {
-            "tokenizer": fingerprint(self._tokenizer),
+            "tokenizer": fingerprint(self.tokenizer),
             "max_length": self._max_length,
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
@@ -86,7 +86,7 @@ class TextTransform:
         return encoded | {"length": [len(tokens) for tokens in encoded["input_ids"]], "label": batch["label"]}
 
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None) -> dict[str, list[list[int]]]:
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),
             truncation=True,
@@ -97,12 +97,12 @@ class TextTransform:
 
     def _padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, Tensor]:
         # The library advises fast tokenizers against padding on its own, where texts could be tokenised in one go.
-        warned = self._tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
-        self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+        warned = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         try:
-            return dict(self._tokenizer.pad(encoded, padding=True, return_attention_mask=True, return_tensors="pt"))
+            return dict(self.tokenizer.pad(encoded, padding=True, return_attention_mask=True, return_tensors="pt"))
         finally:
-            self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
+            self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

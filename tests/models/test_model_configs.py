@@ -103,7 +103,7 @@ def test_config_loads_a_folder_of_the_hubs_format(name, tmp_path):
     of_tiny = {key: settings(tiny)[key] for key in geometry if key in settings(tiny)}
     model = load(name, weights=str(tmp_path), dtype="float32", **of_tiny)
     assert models.weights_digest(model, head or "") == models.weights_digest(loud(load(tiny)), head or "")
-    assert model.name_or_path == str(tmp_path)
+    assert model.name_or_path == tmp_path.name
     assert not model.training
     if head is not None:  # it comes of the seed, or of the classes, and not of the folder
         assert models.head_name(model, settings(name).get("family", "timm")) == head

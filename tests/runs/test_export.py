@@ -17,7 +17,6 @@ import pytest
 import timm
 import torch
 import transformers
-from adapter_models import adapt, convnext, fill, images, llama, logits, tokens
 from finished_runs import changed, choice_run, generation_run, image_run, override, trained
 from PIL import Image
 from refusals import refusal
@@ -26,6 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 
 from partial_lora import cli, tasks
 from partial_lora.errors import ProofError
+from partial_lora.models.texts import byte_tokenizer
 from partial_lora.runs import directory as record
 from partial_lora.runs import export, finished
 from partial_lora.runs.predict import Predictor
@@ -64,17 +64,24 @@ def run(tmp_path: Path) -> finished.FinishedRun:
     return finished.finished_run(shutil.copytree(image_run().directory, tmp_path / "run"))
 
 
-def in_this_process(inputs, *, model: Path, adapter: Path | None = None, library: str = "transformers"):
+def in_this_process(samples: export.Samples, *, model: Path, adapter: Path | None = None, library="transformers"):
     """What a clean interpreter computes, without the seconds that one takes to start."""
+    inputs, kind = samples.inputs, samples.pipeline
     with torch.no_grad():
         if library == "timm":
             return timm.create_model(f"local-dir:{model}", pretrained=True).eval()(*inputs.values())
-        architecture, *_ = AutoConfig.from_pretrained(model).architectures or ["AutoModelForImageClassification"]
-        loaded = getattr(transformers, architecture).from_pretrained(model)
+        read = AutoImageProcessor if kind == "image-classification" else AutoTokenizer
+        own = {"image_processor" if "image" in kind else "tokenizer": read.from_pretrained(adapter or model)}
+        pipeline = transformers.pipeline(kind, model=str(model), **own)
         if adapter:
-            loaded = peft.PeftModel.from_pretrained(loaded, str(adapter))
-            assert type(loaded.base_model) is peft.LoraModel
-        return loaded.eval()(**inputs).logits
+            adapted = peft.PeftModel.from_pretrained(pipeline.model, str(adapter))
+            assert type(adapted.base_model) is peft.LoraModel
+        if kind == "text-generation":
+            return pipeline.model.eval()(**inputs).logits
+        options = {"top_k": len(samples.labels)} if "image" in kind else {"top_k": None, "truncation": True}
+        found = [pipeline(each, function_to_apply="none", **options) for each in samples.raw]
+    scores = [{each["label"]: each["score"] for each in answer} for answer in found]
+    return torch.tensor([[each[label] for label in samples.labels or each] for each in scores])
 
 
 def close(exported: torch.Tensor, own: torch.Tensor) -> None:
@@ -128,7 +135,7 @@ def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, o
 
 @pytest.mark.parametrize("name", ["partial", "element", "targeted"])
 def test_a_compact_file_holds_what_is_kept(tmp_path, name):
-    (file,) = export.export(run_of(name), "compact", tmp_path / "out").folder.iterdir()
+    (file,) = export.export(run_of(name), "compact", tmp_path / "out").folder.glob("*.safetensors")
     parameters = run_of(name).result["parameters"]
     kept = parameters["adapter_trainable"] + parameters["head"]
     # Of `targeted`, rank 16: each index stands for 16 kept values.
@@ -157,13 +164,47 @@ def test_a_merged_image_model_says_what_its_images_must_look_like(tmp_path):
     torch.testing.assert_close(AutoImageProcessor.from_pretrained(folder)(image)["pixel_values"][0], expected)
 
 
-@pytest.mark.parametrize(("build", "inputs"), [(llama, tokens), (convnext, images)])
-def test_a_merged_model_of_transformers_own_is_one_of_transformers(tmp_path, build, inputs):
-    model = fill(adapt(build, sparsity=0.5))
-    expected = logits(model, inputs())
-    export.save_model(model.merge_and_unload(), tmp_path)
-    batch = {name: value for name, value in inputs().items() if name != "labels"}
-    close(in_this_process(batch, model=tmp_path), expected)
+@pytest.mark.parametrize("to", ["adapter", "peft", "compact", "merged"])
+def test_every_folder_has_what_makes_inputs_and_names_classes(tmp_path, to):
+    for run in (image_run(), encoder_run(), choice_run()):
+        kind = run.config.model.family
+        folder = run.adapter if to == "adapter" else export.export(run, to, tmp_path / kind).folder
+        config = AutoConfig.from_pretrained(folder)
+        assert kind == "causal" or list(config.id2label.values()) == run.labels()
+        if kind == "timm":
+            assert (
+                AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", (50, 40)))["pixel_values"].shape[-1] == 32
+            )
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer(["a lovely film"])["input_ids"] == byte_tokenizer()(["a lovely film"])["input_ids"]
+        assert kind == "causal" or tokenizer.model_max_length == run.config.model.max_length
+
+
+def test_a_pipeline_of_the_merged_folder_alone_says_what_the_run_does(tmp_path):
+    folder, texts = export.export(encoder_run(), "merged", tmp_path / "out").folder, list(finished_runs.TEXTS.values())
+    found = transformers.pipeline("text-classification", model=str(folder))(texts)
+    for each, own in zip(found, Predictor(encoder_run(), device="cpu").predict(texts), strict=True):
+        assert (each["label"], each["score"]) == (own.label, pytest.approx(own.score, abs=1e-6))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def other_labels(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"good"', '"fine"'))
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
+@pytest.mark.parametrize("spoil", [without_tokenizer, other_labels])
+def test_a_folder_without_tokenizer_or_labels_does_not_pass_the_check(tmp_path, monkeypatch, to, spoil):
+    write = export.WRITE[to]
+    monkeypatch.setitem(export.WRITE, to, lambda run, folder: (write(run, folder), spoil(folder)))
+    with pytest.raises(ProofError):
+        export.export(encoder_run(), to, tmp_path / "out", check=True)
 
 
 def test_the_merged_model_writes_what_the_run_does_with_the_tokenizer_beside_it(tmp_path):
@@ -189,7 +230,7 @@ def test_a_quantised_base_is_merged_with_the_values_that_its_weights_stand_for(t
     export.export(run, "merged", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
-    inputs = export._inputs(run)
+    inputs = export._samples(run).inputs
     own = export._logits(export.adapted_model(run), inputs)  # in four bits, as it runs
     others = (merged, export.adapted_model(choice_run()), export.base_model(run))
     same, *apart = (float((export._logits(model, inputs) - own).abs().max()) for model in others)
@@ -207,7 +248,7 @@ def test_a_clean_interpreter_agrees_with_the_run(tmp_path, to):
 def test_the_clean_interpreter_cannot_import_this_package(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_SCRIPT", export._SCRIPT.replace("job = ", "import partial_lora.adapter\njob = "))
     with pytest.raises(ProofError, match=r"partial_lora.*not a package"):
-        export.logits_elsewhere({"x": torch.zeros(1)}, model=tmp_path)
+        export.logits_elsewhere(export._samples(image_run()), model=tmp_path)
 
 
 def scaled(file: str, key: str, factor: float):

@@ -185,4 +185,4 @@ def test_a_model_without_heads_answers_another_task_as_none_of_its_members(print
 def test_a_mixture_is_merged(tmp_path: Path) -> None:
     folder = export.export(mixed_runs.choice_mixture(), "merged", tmp_path / "merged").folder
     assert (folder / "tokenizer.json").is_file()
-    assert "input_ids" in export._inputs(mixed_runs.text_mixture())  # as texts of its first member
+    assert "input_ids" in export._samples(mixed_runs.text_mixture()).inputs  # as texts of its first member
