@@ -652,7 +652,8 @@ def folder_of(settings: Mapping, what: str) -> Path:
     drawn and scaled enters no id.
     """
     run = {key: value for key, value in settings.items() if key != "analysis"}
-    run["mask"] = {key: value for key, value in run["mask"].items() if key not in ("fan_in", "row_exponent", "column_exponent")}
+    drawn = ("fan_in", "row_exponent", "column_exponent")
+    run["mask"] = {key: value for key, value in run["mask"].items() if key not in drawn}
     changed = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
     digest = hashlib.sha256(json.dumps([config.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
     names = what, settings["task"]["name"], f"{settings['model']['name']}-{digest}"
