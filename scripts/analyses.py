@@ -648,9 +648,12 @@ def _refuse(message: str) -> None:
 def folder_of(settings: Mapping, what: str) -> Path:
     """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
 
-    The id is over the run's, and over the options that differ from their defaults.
+    The id is over the run's, and over the options that differ from their defaults. No analysis trains, so that how A is
+    drawn and scaled enters no id.
     """
     run = {key: value for key, value in settings.items() if key != "analysis"}
+    drawn = ("fan_in", "row_exponent", "column_exponent")
+    run["mask"] = {key: value for key, value in run["mask"].items() if key not in drawn}
     changed = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
     digest = hashlib.sha256(json.dumps([config.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
     names = what, settings["task"]["name"], f"{settings['model']['name']}-{digest}"

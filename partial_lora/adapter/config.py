@@ -192,8 +192,8 @@ class PartialLoraConfig(LoraConfig):
             setattr(self, name, float(exponent))
         if self.granularity == "units" and self.selection != "random":
             raise PartialLoraError("granularity is 'units': it goes with selection 'random'.")
-        if self.columns == "frozen" and (self.granularity, self.fan_in) != ("rows_columns", "dense"):
-            raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns' and fan_in 'dense'.")
+        if self.columns == "frozen" and self.granularity != "rows_columns":
+            raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' depends on no number of inputs.")
         self.sparsity = read_sparsity(self.sparsity)

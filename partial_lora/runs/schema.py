@@ -58,7 +58,6 @@ class MaskConfig:
         one_of("mask.fan_in", self.fan_in, "dense", "kept")
         if self.columns == "frozen":
             one_of("mask.granularity", self.granularity, "rows_columns")
-            one_of("mask.fan_in", self.fan_in, "dense")
         for key in ("row_exponent", "column_exponent"):
             require(0 <= getattr(self, key) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")
 
