@@ -59,7 +59,7 @@ def form_of(config: Mapping) -> str:
     words = [mask[key] for key in ("granularity", "columns") if mask.get(key) not in (None, "rows_columns", "masked")]
     if name == "entries":
         words = []
-    if config["method"].get("rank") == "auto":
+    if config["method"].get("ranks") == "auto":
         words.append("rank=auto")
     if mask.get("fan_in") == "kept":
         words.append("kept")

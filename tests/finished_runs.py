@@ -209,8 +209,9 @@ def exchange_files() -> dict[str, str]:
 
 @functools.cache
 def choice_run() -> finished.FinishedRun:
-    """A masked adapter of a small Llama that chooses among options."""
-    given = ("calibration.levels=0.45", "calibration.share=0.1", "method.alpha=128", _AT_ITS_END)
+    """A masked adapter of a small Llama that chooses among options, scaled by alpha alone: merging rounds less."""
+    unscaled = ("mask.fan_in=dense", "mask.row_exponent=0")
+    given = ("calibration.levels=0.45", "calibration.share=0.1", "method.alpha=128", *unscaled, _AT_ITS_END)
     return trained("choices", "model=tiny_llama", "task=choice_table", *CHOICE, *given, override(question_files()))
 
 

@@ -336,7 +336,7 @@ def test_export_from_another_directory_is_checked_and_says_so(place: Path, train
     )
     assert done.returncode == 0, done.stderr
     written, checked = done.stdout.strip().splitlines()
-    size = (tmp_path / "mine" / "partial_lora.safetensors").stat().st_size
+    size = sum(file.stat().st_size for file in (tmp_path / "mine").rglob("*") if file.is_file())
     assert written == f"{tmp_path.resolve() / 'mine'}: written ({size:,} bytes)"
     assert checked.startswith("checked: ")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -455,7 +455,7 @@ def test_info_downloads_nothing(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2,359,296" in done.stdout  # 12 blocks x rank 16 x (3072 + 1536 + 3840 + 3840)
     assert "13.0%" in done.stdout
-    first = "to try first: 0.0028 at density 0.13, from dense LoRA's 0.001 (the default)"
+    first = "to try first: 0.001 at density 0.13, from dense LoRA's 0.001 (the default)"
     assert f"learning rate: adapter 0.001; {first}" in done.stdout
     own = here(place, "info", "model=tiny_vit", "trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
     assert "learning rate: adapter 0.001, B 0.004, head 0.002; to try first: " in own.stdout

@@ -342,7 +342,7 @@ def transformers_logits():
         ignored = (FutureWarning, DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
         warned.extend(str(each.message) for each in caught if not issubclass(each.category, ignored))
         pipeline.model = adapted.get_base_model()
-        read_labels = transformers.AutoConfig.from_pretrained(read).id2label
+        read_labels = transformers.AutoConfig.from_pretrained(read, trust_remote_code=False).id2label
         assert not labels or list(read_labels.values()) == labels, "config.json has other labels"
     if kind == "text-generation":
         found = pipeline.tokenizer(job["raw"])["input_ids"]
