@@ -89,13 +89,18 @@ def row_of(result: Mapping) -> dict:
     }
 
 
+def validated(cell: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean score and loss on validation at every rate of a cell, over the seeds that all its rates have."""
+    seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
+    common = cell[cell["seed"].isin(seeds)] if seeds else cell
+    return common.groupby("learning_rate")[["validation", "loss"]].mean()
+
+
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of every cell at the learning rate that is best on validation, and the rates that were tried."""
     chosen = []
     for _, cell in table.groupby(CELL, sort=False):
-        seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
-        common = cell[cell["seed"].isin(seeds)] if seeds else cell
-        means = common.groupby("learning_rate")[["validation", "loss"]].mean()
+        means = validated(cell)
         best = means.sort_values(["validation", "loss"], ascending=[False, True]).index[0]
         tried = sorted(means.index)
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
@@ -162,10 +167,13 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     forms = {form: f"C{number % 10}" for number, form in enumerate(sorted(table["form"].unique()))}
     for axes, ((task, size), part) in zip(panels.flat, places, strict=False):
         for form, own in part.groupby("form", sort=True):
-            means = own.groupby("learning_rate")["validation"].mean()
+            means = validated(own)["validation"]
             style = "-" if list(forms).index(form) < 10 else "--"
             axes.plot(means.index, 100 * means, style, color=forms[form], marker="o", markersize=3, label=form)
         axes.set(xscale="log", title=f"{task}, {size}", xlabel="learning rate", ylabel="validation, %")
+        rates = sorted(part["learning_rate"].unique())
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
         axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
     for axes in list(panels.flat)[len(places) :]:
         axes.set_visible(False)
