@@ -30,6 +30,12 @@ cpu/tables/table1: average, budget 0.13: partial − targeted
 cpu/tables/table1: average, threshold 0.9: partial − targeted
 digits_rate/tables/table1: average, budget 0.13: partial − targeted
 longer/report/comparison: digits, budget 0.13: partial − lora
+forms/forms: gtsrb, budget 0.13: random_weights − low_rank
+forms/forms: trec, budget 0.13: random_weights − low_rank
+forms/forms: gtsrb, budget 0.13: entries − low_rank
+forms/forms: trec, budget 0.13: entries − low_rank
+forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
+forms/forms: trec, budget 0.13: partial kept p^-1 − low_rank
 """,
     "results/README.md": """
 cpu/tables/table1: average, budget 0.13: partial − lora
@@ -81,6 +87,11 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
     that is not svd; and its numbers in points, a score with its deviation or a difference with its interval."""
     made = []
     for row in pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").to_dict("records"):
+        if "form" in row:
+            mean, half = 100 * row["difference"], 100 * row["difference_half"]
+            where = {row["task"], f"budget {row['size']}"}
+            made.append((f"{row['form']} − low_rank", where, set(), [mean, mean - half, mean + half]))
+            continue
         where, measure = {row.get(name) for name in WHERE}, {row.get("importance", "svd")} - {"svd", "–"}
         difference, low, high = (100 * row[name] for name in ("difference", "low", "high"))
         if row.get("part") == "difference":
