@@ -173,8 +173,8 @@ def _save_adapter(adapted: PeftModel, config: Config, transform: Transform, dire
     """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     state = fsdp.adapter_state(adapted)
-    adapted.save_pretrained(temporary, save_embedding_layers=False, is_main_process=is_main, state_dict=state)
-    if is_main:
+    if is_main:  # another process would make the folder once more, perhaps after it has its name
+        adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         build.describe(adapted.get_base_model(), config.model, transform, temporary)
         files.replace_folder(temporary, directory)
 
