@@ -160,10 +160,10 @@ KEPT = mask.fan_in=kept+mask.row_exponent=0
 SCALED = mask.fan_in=kept+mask.row_exponent=1
 FORMS = method=lora method=low_rank method=random_weights \
 	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
-	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+$(SCALED) \
+	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+mask.row_exponent=1+mask.column_exponent=0.5 \
 	method=partial+mask=units+$(SCALED) method=partial+mask=frozen+mask.row_exponent=1
 FORM_SIZES = calibration.budget=0.13,0.02
-FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=98+task.test_samples=1000)
+FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
 FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))

@@ -278,7 +278,15 @@ def setting_of(
 
 # The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
 _ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
-_REPLACED = {"architecture", "tag", "test_input_size", "test_crop_pct", "label_names", "label_descriptions"}
+_REPLACED = {
+    "architecture",
+    "tag",
+    "pool_size",
+    "test_input_size",
+    "test_crop_pct",
+    "label_names",
+    "label_descriptions",
+}
 _LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
 
 
@@ -299,7 +307,7 @@ def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
     known = {
         key: value
         for key, value in model.timm_model.pretrained_cfg.items()
-        if key not in _LEFT_OUT | {"pool_size"} and value is not None
+        if key not in _LEFT_OUT and value is not None
     }
     return {
         "architecture": model.config.architecture,

@@ -328,10 +328,9 @@ def transformers_logits():
     import transformers
     kind, read = job["pipeline"], adapter or job["model"]
     processor = transformers.AutoImageProcessor if kind == "image-classification" else transformers.AutoTokenizer
-    processor = processor.from_pretrained(read)
-    pipeline = transformers.pipeline(
-        kind, model=job["model"], **{"image_processor" if "image" in kind else "tokenizer": processor}
-    )
+    processor = processor.from_pretrained(read, trust_remote_code=False)
+    own = {"image_processor" if "image" in kind else "tokenizer": processor}
+    pipeline = transformers.pipeline(kind, model=job["model"], trust_remote_code=False, **own)
     if adapter:
         from peft import PeftModel
         with warnings.catch_warnings(record=True) as caught:
