@@ -14,9 +14,12 @@ import os
 import shlex
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -584,14 +587,30 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 # --- Bars.
 
 
-class Bars:
-    """One bar a stage; plain lines at the start and end of a stage where the output is not a terminal."""
+_EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
-    def __init__(self, console: Console) -> None:
+
+@dataclass
+class _Lines:
+    """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
+
+    began: float
+    at: int
+    printed: float
+
+
+class Bars:
+    """One bar a stage; where the output is not a terminal, plain lines: at a stage's start and end, and now and then.
+
+    clock: gives seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self._console = console
+        self._console, self._clock = console, clock
         self._tasks: dict[str, int] = {}
+        self._lines: dict[str, _Lines] = {}
         self._ended: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -620,16 +639,6 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
-        if not self._console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = len(self._tasks)
-                self._console.print(f"{stage} …", highlight=False)
-            if done >= total and stage not in self._ended:
-                self._ended.add(stage)
-                self._console.print(f"{stage} done", highlight=False)
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
@@ -638,7 +647,27 @@ class Bars:
             detail.append(f"loss {event['loss']:.3f}")
         if "tokens_per_second" in event:
             detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+        detail += [f"validation {name} {value:.4f}" for name, value in event.get("validation", {}).items()]
+        if not self._console.is_terminal:
+            self._print_line(stage, done, total, [count, *detail])
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
         self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
+
+    def _print_line(self, stage: str, done: int, total: int, words: Sequence[str]) -> None:
+        now = self._clock()
+        if stage not in self._lines:
+            self._lines[stage] = _Lines(now, done, now)
+            self.note(f"{stage} …")
+        lines = self._lines[stage]
+        if done >= total and stage not in self._ended:
+            self._ended.add(stage)
+            self.note(f"{stage} done")
+        elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
+            lines.printed = now
+            left = round((now - lines.began) / (done - lines.at) * (total - done))
+            self.note(f"{stage} {', '.join(words)}, {timedelta(seconds=left)} left")
 
 
 @contextmanager
