@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id
-from partial_lora.runs.finished import FinishedRun, OneTask, one_task
+from partial_lora.runs.finished import FinishedRun, OneTask, files_by_split, one_task
 from partial_lora.runs.predict import RunModel
 from partial_lora.runs.schema import TaskConfig
 from partial_lora.tasks import Task
@@ -112,10 +112,8 @@ def _own_rows(run: FinishedRun, member: str) -> Task:
 
 def _source(task: TaskConfig, split: str) -> str | None:
     """Return the source of a split's rows: its own file, else that of the training rows, else a data set."""
-    files = task.data_files
-    if isinstance(files, Mapping):
-        return files.get(split) or files.get("train")
-    return files or task.path
+    files = files_by_split(task.data_files)
+    return files.get(split) or files.get("train") or task.path
 
 
 def refuse_changed_files(run: FinishedRun) -> None:

@@ -14,6 +14,7 @@ from partial_lora.runs import directory as results
 from partial_lora.runs.compose import composition_error, refuse_group_lists
 from partial_lora.runs.config import check_files, conf_dir, load, plain
 from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.tasks.folders import split_folders
 from partial_lora.training.config import TrainerConfig
 
 
@@ -64,14 +65,17 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    """Return the finished run in a directory.
+    """Return the finished run in a directory, or that `latest` or the start of its id names (`directory.find`).
 
     Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
     only calibrated, and one that has lost files.
     """
-    directory = Path(directory)
+    directory = results.find(directory)
     if not directory.is_dir():
-        raise PartialLoraError(f"{directory}: no such directory, expected that of a run (results/runs/…/seed0)")
+        raise PartialLoraError(
+            f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
+            "its id; `partial-lora runs` lists them"
+        )
     if not (directory / results.RESULT).is_file():
         raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
     result = results.read_result(directory)
@@ -219,7 +223,8 @@ def evaluation_settings(
 def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[str | dict | None, list[str]]:
     """Return the files of the run's task with those of single splits that overrides name, and the other overrides.
 
-    One PATH that a run had for all its splits is that of training rows where another file is named for a split.
+    One PATH that a run had for all its splits is that of training rows where another file is named for a split; a
+    folder with one sub-folder a split is these.
     """
     prefix = "task.data_files."
     named = dict(each.removeprefix(prefix).split("=", 1) for each in overrides if each.startswith(prefix))
@@ -232,8 +237,15 @@ def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[s
             f"task.data_files.{split}: the run's rows came without files; expected task.data_files={{train: FILE, "
             "test: FILE}"
         )
-    known = {"train": recorded} if isinstance(recorded, str) else dict(recorded or {})
-    return known | named, others
+    return files_by_split(recorded) | named, others
+
+
+def files_by_split(data_files: str | Mapping | None) -> dict[str, str]:
+    """Return the file or folder of each split that has its own; others are cut from that of the training rows."""
+    if not isinstance(data_files, str):
+        return dict(data_files or {})
+    of_splits = split_folders(Path(data_files)) if Path(data_files).is_dir() else {}
+    return {split: str(part) for split, part in of_splits.items()} or {"train": data_files}
 
 
 def _refuse_another_cut(recorded: str | Mapping | None, files: str | Mapping | None) -> None:

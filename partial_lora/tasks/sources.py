@@ -21,12 +21,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.tasks.folders import split_folders
 
 FILES = "files"  # the path of a task that is nothing but the user's files
 Label = str | int | float | bool
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}  # by their names
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
 
 
@@ -137,19 +137,8 @@ def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | No
 
 def _split_folders(key: str, folder: Path) -> dict[str, Dataset]:
     """Read images of a folder: of its sub-folders train, test and validation (or val), or of all as train."""
-    names = sorted(part.name for part in folder.iterdir() if part.is_dir())
-    splits = [name for name in names if name in _FOLDERS]
-    if "train" not in splits:
-        similar = [name for name in names if name.lower() in _FOLDERS]
-        if similar:  # which would pass for classes
-            raise PartialLoraError(
-                f"{key}={folder}: it has a folder {similar[0]} but none called train, only {shortlist(names)}; call "
-                "the one to train on train or, if all of them are classes, set task.data_files={train: FOLDER}"
-            )
-        return {"train": _image_folder(key, folder, "train")}
-    if {"val", "validation"} <= set(splits):
-        raise PartialLoraError(f"{key}={folder}: it has the folders val and validation, expected one of them")
-    return {_FOLDERS[name]: _image_folder(key, folder / name, _FOLDERS[name]) for name in splits}
+    of_splits = split_folders(folder) or {"train": folder}
+    return {split: _image_folder(key, part, split) for split, part in of_splits.items()}
 
 
 def _image_folder(key: str, folder: Path, split: str) -> Dataset:

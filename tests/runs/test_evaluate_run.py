@@ -235,3 +235,21 @@ def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     hub = finished_runs.changed(run, "task", data_files=None)
     with refusal("task.data_files.test: "):
         finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])
+
+
+def test_a_folder_of_splits_keeps_them_where_another_folder_is_named_for_one(run, evaluate, tmp_path) -> None:
+    def photos(part: str, count: int, first: int) -> None:
+        for number, row in enumerate(pictures(count, first).cast_column("image", datasets.Image(decode=False))):
+            file = tmp_path / part / finished_runs.COLOURS[row["label"]] / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row["image"]["bytes"])
+
+    for part, count, first in (("own/train", 4, 0), ("own/val", 2, 50), ("own/test", 2, 100), ("new", 3, 200)):
+        photos(part, count, first)
+    own, new = with_files(run, tmp_path, str(tmp_path / "own")), f"task.data_files.test={tmp_path / 'new'}"
+    done = evaluate(new, of=own)
+    assert (done["examples"], done["labels"]) == (9, list(finished_runs.COLOURS))
+    assert evaluate(new, "--split=validation", of=own)["examples"] == 6
+    photos("own/train", 5, 0)
+    refused(own, "task.data_files=", new, "--split=validation")
+    assert evaluate(new, of=own)["examples"] == 9
