@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +22,7 @@ from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import SHARES
 
 
-def summary(result: Mapping, directory: Path) -> Table:
+def summary(result: Mapping) -> Table:
     """Return one finished run in a few lines: how good, how small, how long, what to beware of. Fits 100 columns."""
     numbers = row(result)
     adapter = f"{numbers['adapter_parameters']:,}"
@@ -37,13 +39,26 @@ def summary(result: Mapping, directory: Path) -> Table:
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": _warnings(result),
-            "files": str(directory),
         }
     )
 
 
-def calibration_summary(result: Mapping, directory: Path) -> Group:
-    """Return one calibration: what it chose for each module, what that does to the score, what to beware of, its files.
+def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
+    """Return a run as a line of a list: when it began, task, model, method, seed, test score or status, path."""
+    task, model, method, seed = directory.parts[-4:]
+    began, point, score = NONE, "", "no record"
+    with suppress(KeyError, TypeError, ValueError):  # of a foreign record
+        result = result or {}
+        began = datetime.fromisoformat(result["started"]).astimezone().strftime("%Y-%m-%d %H:%M")
+        method, point, score = method_of(result), operating_point(result), result["status"]
+        if test := (result.get("metrics") or {}).get("test"):
+            score = f"{test['primary']} {measured(test['primary'], test[test['primary']])}"
+    named = method if point in ("", NONE) else f"{method}, {point}"
+    return began, task, model, named, seed, score, str(directory)
+
+
+def calibration_summary(result: Mapping) -> Group:
+    """Return one calibration: what it chose for each module, what that does to the score, what to beware of.
 
     Fits 100 columns; long names are folded.
     """
@@ -63,7 +78,6 @@ def calibration_summary(result: Mapping, directory: Path) -> Group:
         "learning rate": _starting_point(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": _warnings(result),
-        "files": str(directory),
     }
     return Group(module_table(result), _lines(lines))
 

@@ -65,14 +65,17 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    """Return the finished run in a directory.
+    """Return the finished run in a directory, or that `latest` or the start of its id names (`directory.find`).
 
     Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
     only calibrated, and one that has lost files.
     """
-    directory = Path(directory)
+    directory = results.find(directory)
     if not directory.is_dir():
-        raise PartialLoraError(f"{directory}: no such directory, expected that of a run (results/runs/…/seed0)")
+        raise PartialLoraError(
+            f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
+            "its id; `partial-lora runs` lists them"
+        )
     if not (directory / results.RESULT).is_file():
         raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
     result = results.read_result(directory)
