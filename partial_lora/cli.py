@@ -436,9 +436,9 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("peft", "compact", "merged"),
+        choices=("peft", "compact", "merged", "gguf"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm",
+        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
