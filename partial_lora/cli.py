@@ -14,9 +14,12 @@ import os
 import shlex
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from partial_lora.runs.finished import Input
     from partial_lora.runs.predict import Prediction
 
+_RUN = "its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -111,17 +115,23 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     """
     launch.refuse_foreign_world()
     if not shown:
-        outcome = launch.launch(config, stage, stop=stop)
-        _draw(outcome, config, stage)
-        return outcome
+        return _ended(launch.launch(config, stage, stop=stop), config, stage)
     from rich.console import Console
 
     console = Console()
     console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False)
     with Bars(console) as bars:
         outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
+    _ended(outcome, config, stage)
+    _print_outcome(outcome, stage, config, console)
+    return outcome
+
+
+def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcome:
+    """Return how a run ended, drawn and the latest of its results where it ended well."""
+    if stage == "train" and not outcome.exit_code and not outcome.message:
+        directory.link_latest(config.results_dir, outcome.directory)
     _draw(outcome, config, stage)
-    _print_outcome(outcome, stage, console)
     return outcome
 
 
@@ -137,8 +147,8 @@ def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
             page.draw_run(outcome.directory, plain(config))
 
 
-def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> None:
-    """Print why a run did not end well, or the short table of its results."""
+def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console: Console) -> None:
+    """Print why a run did not end well, or the short table of its results and what can be done with them."""
     from partial_lora.report import summary
 
     if outcome.status in ("interrupted", "failed"):
@@ -150,7 +160,28 @@ def _print_outcome(outcome: launch.Outcome, stage: str, console: Console) -> Non
         console.print(outcome.message, highlight=False, soft_wrap=True)
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
-    console.print(closing(directory.read_result(outcome.directory), outcome.directory))
+    console.print(closing(directory.read_result(outcome.directory)))
+    for line in _next_steps(outcome.directory, stage, config):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
+    """Return where a run's files are, unbroken, a path a line, and the commands that take it."""
+    drawn = directory.PAGE if stage == "train" else directory.CURVES
+    lines = [str(place), *([str(place / drawn)] if (place / drawn).is_file() else [])]
+    if stage == "calibrate":
+        return [*lines, "next: `partial-lora train` with the same keys uses these sparsities"]
+    results = Path(config.results_dir)
+    link = results / directory.LATEST
+    named = directory.LATEST if results == Path("results") else link
+    run = shlex.quote(str(named if link.resolve() == place.resolve() else place))
+    inputs = "IMAGE …" if config.model.modality == "image" else "TEXT …"
+    return [
+        *lines,
+        f"next: partial-lora predict {run} {inputs}",
+        f"      partial-lora export {run} --to compact",
+        f"      partial-lora report {shlex.quote(str(results))}",
+    ]
 
 
 def info(arguments: list[str]) -> int:
@@ -199,7 +230,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         "responses. Kept in RUN_DIR/evaluations; what the run recorded stays.",
         epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
     )
@@ -317,7 +348,7 @@ def _predict_parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0; 1 where an input could not be predicted (it is named on stderr, the others are "
         "predicted); 2 for a wrong argument.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument("--lines", action="append", default=[], metavar="FILE", help="as @FILE; - is standard input")
     parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that the inputs are of")
@@ -401,13 +432,13 @@ def _escaped(text: str) -> str:
 def export(arguments: Sequence[str]) -> int:
     """Write a finished run's adapter for other programs; return the exit code: 1 where it does not pass its check."""
     parser = argparse.ArgumentParser(prog="partial-lora export")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument(
         "--to",
         required=True,
-        choices=("peft", "compact", "merged"),
+        choices=("peft", "compact", "merged", "gguf"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm",
+        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
@@ -433,7 +464,28 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
-# --- report: what finished runs come to.
+# --- runs, report: what runs there are, and what the finished ones come to.
+
+
+def runs(arguments: Sequence[str]) -> int:
+    """List the runs of a results directory, the last one last; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora runs",
+        description="The runs of a results directory by when they began: task, model, method, operating point, seed, "
+        "test score (or how the run stands), path. Other commands take the path, the start of its last eight digits, "
+        "or `latest`.",
+    )
+    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
+    place = parser.parse_args(list(arguments)).results_dir
+    from partial_lora.report import summary
+
+    rows = sorted(summary.run_line(path, directory.read_result(path)) for path in place.glob(directory.RUNS))
+    if not rows:
+        raise PartialLoraError(f"{place}: expected runs in {place}/runs; `partial-lora train` makes them")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -472,7 +524,7 @@ def report(arguments: Sequence[str]) -> int:
     with _libraries():
         from partial_lora.report import figures, page, records, tables
         from partial_lora.report.statistics import best
-    place = parsed.results_dir
+    place = directory.find(parsed.results_dir)
     if (place / directory.RESULT).is_file():
         _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
         return 0
@@ -535,14 +587,30 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 # --- Bars.
 
 
-class Bars:
-    """One bar a stage; plain lines at the start and end of a stage where the output is not a terminal."""
+_EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
-    def __init__(self, console: Console) -> None:
+
+@dataclass
+class _Lines:
+    """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
+
+    began: float
+    at: int
+    printed: float
+
+
+class Bars:
+    """One bar a stage; where the output is not a terminal, plain lines: at a stage's start and end, and now and then.
+
+    clock: gives seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self._console = console
+        self._console, self._clock = console, clock
         self._tasks: dict[str, int] = {}
+        self._lines: dict[str, _Lines] = {}
         self._ended: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -571,16 +639,6 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
-        if not self._console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = len(self._tasks)
-                self._console.print(f"{stage} …", highlight=False)
-            if done >= total and stage not in self._ended:
-                self._ended.add(stage)
-                self._console.print(f"{stage} done", highlight=False)
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
@@ -589,7 +647,27 @@ class Bars:
             detail.append(f"loss {event['loss']:.3f}")
         if "tokens_per_second" in event:
             detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+        detail += [f"validation {name} {value:.4f}" for name, value in event.get("validation", {}).items()]
+        if not self._console.is_terminal:
+            self._print_line(stage, done, total, [count, *detail])
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
         self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
+
+    def _print_line(self, stage: str, done: int, total: int, words: Sequence[str]) -> None:
+        now = self._clock()
+        if stage not in self._lines:
+            self._lines[stage] = _Lines(now, done, now)
+            self.note(f"{stage} …")
+        lines = self._lines[stage]
+        if done >= total and stage not in self._ended:
+            self._ended.add(stage)
+            self.note(f"{stage} done")
+        elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
+            lines.printed = now
+            left = round((now - lines.began) / (done - lines.at) * (total - done))
+            self.note(f"{stage} {', '.join(words)}, {timedelta(seconds=left)} left")
 
 
 @contextmanager
@@ -610,6 +688,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "evaluate": evaluate,
     "predict": predict,
+    "runs": runs,
     "report": report,
     "export": export,
 }
@@ -619,6 +698,7 @@ _HELP = {
     "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
     "evaluate": "a finished run on another split or task",
     "predict": "what a finished run says of images, texts or lines of a file",
+    "runs": "the runs of a results directory: task, method, score, when, path",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
 }

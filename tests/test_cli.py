@@ -163,9 +163,9 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
         assert f" {axes['rows']:.3f} " in line
         assert f" {axes['columns']:.3f} " in line
     assert max(map(len, lines[lines.index("calibrate done") :])) <= 100
-    assert "beware" in done.stdout
+    for words, key in (("beware", "warnings"), ("as usual", "usual")):
+        assert (words in done.stdout) == bool(result["calibration"][key])
     log = (run / "train.log").read_text()
-    assert result["calibration"]["warnings"]
     assert all(warning in log for warning in result["calibration"]["warnings"])
     assert {path.name for path in run.iterdir()} >= {"curves.png", "curves.svg", "sparsity.png", "sparsity.svg"}
 
@@ -306,6 +306,23 @@ def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
     assert 0.99 * 0.3 * own["adapter_dense"] < own["adapter_trainable"] <= 0.3 * own["adapter_dense"]
     sidecar = json.loads((directory / "adapter" / "partial_lora.json").read_text())
     assert (sidecar["granularity"], sidecar["count"]) == ("element", "exact")
+
+
+def test_a_run_ends_with_its_paths_unbroken_and_goes_by_latest_and_by_its_id(place: Path, trained) -> None:
+    run = Path(trained.stdout.splitlines()[0].removeprefix("train "))
+    again = here(place, "train", *TINY, drawn=True, COLUMNS="40")
+    assert {str(run), str(run / "index.html"), "next: partial-lora predict latest IMAGE …"} <= set(
+        again.stdout.splitlines()
+    )
+    listed = here(place, "runs")
+    assert len(listed.stdout.splitlines()) == len(list(place.glob("results/runs/*/*/*/*")))
+    assert [line for line in listed.stdout.splitlines() if line.endswith(str(run)) and "digits" in line]
+    assert here(place, "runs", "nowhere").returncode == 2
+    named = f"{run.parent.name.rpartition('-')[2]}/seed0"
+    for name in ("latest", named):
+        done = here(place, "evaluate", name, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["folder"].startswith(f"{run}/")
 
 
 def test_report_tabulates_the_runs(place: Path, trained) -> None:

@@ -60,15 +60,29 @@ def drawn(terminal: bool) -> str:
         for done in (1, 95, 96):
             event = {"stage": "calibrate", "done": done, "total": 96, "module": "blocks.0.qkv", "axis": "rows"}
             bars.update(event | {"sparsity": 0.35})
-        bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25})
+        bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25, "validation": {"accuracy": 0.9}})
     return written.getvalue()
 
 
 def test_a_terminal_shows_counts_modules_and_losses() -> None:
     shown = drawn(terminal=True)
-    for part in ("45/90 MB", "96/96", "blocks.0.qkv rows 0.35", "loss 1.250"):
+    for part in ("45/90 MB", "96/96", "blocks.0.qkv rows 0.35", "loss 1.250", "validation accuracy 0.9000"):
         assert part in shown
 
 
 def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
     assert drawn(terminal=False).split("\n") == ["download …", "calibrate …", "calibrate done", "train …", "", ""]
+
+
+def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_left() -> None:
+    written, seconds = io.StringIO(), iter((0, 20, 40, 60, 100, 120))
+    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
+        for done in (1, 2, 3, 4, 5, 9):
+            bars.update({"stage": "train", "done": done, "total": 9, "loss": 1.25})
+    assert written.getvalue().splitlines() == [
+        "train …",
+        "train 3/9, loss 1.250, 0:02:00 left",
+        "train 5/9, loss 1.250, 0:01:40 left",
+        "train done",
+        "",
+    ]

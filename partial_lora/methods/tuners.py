@@ -167,10 +167,45 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
     Raises PartialLoraError, "not applicable", where the nearest is more than FARTHEST of the size away, and where the
     options have the key themselves.
     """
-    kind, goal = setting.peft_type, setting.size
-    key = size_key(kind)
+    kind, goal, key = setting.peft_type, setting.size, size_key(setting.peft_type)
     if key in setting.peft:
         raise PartialLoraError(f"method.peft.{key}: expected none beside calibration.budget, which decides it")
+
+    def off(options: Mapping) -> float:
+        if not options.get("target_modules", setting.shapes):
+            return -1.0
+        return sum(counted(options).values()) / goal - 1
+
+    def far(options: Mapping) -> float:
+        return abs(off(options))
+
+    around = _around(setting, key, counted)
+    smaller, larger = around[0], around[-1]
+    chosen = min((options for options, _ in around), key=far)
+    if far(chosen) > TOLERANCE and smaller is not larger and _pattern_of(key) in _defaults(kind):
+        drawn = _drawn(setting, larger[1], smaller[1])
+        mixed = smaller[0] | _pattern(setting, key, larger[0][key], drawn)
+        chosen = min(chosen, mixed, key=far)  # PEFT heeds not every pattern
+    options, found = smaller if sum(smaller[1].values()) > goal else larger
+    if far(chosen) > TOLERANCE and (options is smaller[0] or far(chosen) > FARTHEST):
+        chosen = min(chosen, options | {"target_modules": _drawn(setting, found)}, key=far)
+    if far(chosen) > FARTHEST:
+        raise PartialLoraError(
+            f"method.peft_type={kind}: not applicable: expected {goal:,} trainable parameters, the nearest that it can "
+            f"have are {round(goal * (1 + off(chosen))):,}"
+        )
+    if far(chosen) > TOLERANCE:
+        logger.warning("%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen))
+    return chosen
+
+
+def _around(
+    setting: Setting, key: str | None, counted: Callable[[Mapping], Counts]
+) -> list[tuple[dict[str, object], Counts]]:
+    """Return the options, and what modules train with them, on both sides of the size, the fewer parameters first.
+
+    One, where all that PEFT can build are on one side.
+    """
     values = _values(setting, key) if key else [None]
 
     @cache
@@ -185,43 +220,18 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
     def total(place: int) -> float:
         return math.inf if at(place) is None else sum(at(place).values())
 
-    fewer = len(values) > 1 and total(1) < total(0)  # as the key grows: it is the rank of what is frozen
-    if fewer:
+    def is_above(place: int) -> bool:
+        return total(place) > setting.size
+
+    step = total(1) - total(0) if len(values) > 1 else 0
+    if step < 0:  # the key is the rank of what is frozen: beyond that of the weights it changes nothing
         values = values[: min(map(min, setting.shapes.values()))]
-    if total(0) > goal and not fewer:
-        last = 0
-    else:
-        step = total(1) - total(0) if len(values) > 1 else 0
-        guess = int((goal - total(0)) / step) if 0 < step < math.inf else 0
-        last = _last(lambda place: (total(place) > goal) == fewer, len(values), guess)
-    near = [place for place in (last, last + 1) if place < len(values) and total(place) < math.inf]
-    smaller, larger = min(near, key=total), max(near, key=total)
-    choices = [_at(setting, key, values[place]) for place in near]
-    if total(smaller) < (1 - TOLERANCE) * goal < total(larger) and _pattern_of(key) in _defaults(kind):
-        drawn = _drawn(at(smaller), at(larger), goal - at(smaller)[""], setting)
-        choices.append(_at(setting, key, values[smaller]) | _pattern(setting, key, values[larger], drawn))
-
-    def off(options: Mapping) -> float:
-        if not options.get("target_modules", setting.shapes):
-            return -1.0
-        found = counted(options)
-        adapted = options.get("target_modules", found)
-        return sum(count for name, count in found.items() if name in adapted or not name) / goal - 1
-
-    chosen = min(choices, key=lambda options: abs(off(options)))  # PEFT heeds not every pattern
-    above = next((place for place in (smaller, larger) if total(place) > goal), None)
-    if above is not None and (above == smaller or abs(off(chosen)) > FARTHEST) and abs(off(chosen)) > TOLERANCE:
-        drawn = _drawn({}, at(above), goal - at(above)[""], setting)
-        fewer = _at(setting, key, values[above]) | {"target_modules": drawn}
-        chosen = min(chosen, fewer, key=lambda options: abs(off(options)))
-    if abs(off(chosen)) > FARTHEST:
-        raise PartialLoraError(
-            f"method.peft_type={kind}: not applicable: expected {goal:,} trainable parameters, the nearest that it can "
-            f"have are {round(goal * (1 + off(chosen))):,}"
-        )
-    if abs(off(chosen)) > TOLERANCE:
-        logger.warning("%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen))
-    return chosen
+    places = [0]
+    if is_above(0) == (step < 0):
+        guess = int((setting.size - total(0)) / step) if 0 < step < math.inf else 0
+        last = _last(lambda place: is_above(place) == (step < 0), len(values), guess)
+        places = [place for place in (last, last + 1) if place < len(values) and total(place) < math.inf]
+    return [(_at(setting, key, values[place]), at(place)) for place in sorted(places, key=total)]
 
 
 def _last(holds: Callable[[int], bool], length: int, guess: int) -> int:
@@ -285,28 +295,34 @@ def _pattern(setting: Setting, key: str, value: int, modules: Sequence[str]) -> 
     return found
 
 
-def _drawn(smaller: Counts, larger: Counts, goal: int, setting: Setting) -> list[str]:
-    """Return modules, in random order while they fit, whose larger counts bring the sum near the goal from below."""
-    names = list(setting.shapes)
-    left = goal - sum(smaller.get(name, 0) for name in names)
+def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> list[str]:
+    """Return modules, in random order while they fit, whose larger counts bring the sum near the size from below.
+
+    smaller: what the others train; None for nothing.
+    """
+    smaller = smaller or dict.fromkeys(larger, 0) | {"": larger[""]}
+    names, left = list(setting.shapes), setting.size - sum(smaller.values())
     keys = random_keys(len(names), mask_seed=setting.mask_seed, module=setting.peft_type, axis="sizes")
     drawn = set()
     for place in np.argsort(keys):
         name = names[place]
-        more = larger[name] - smaller.get(name, 0)
-        if more <= left:
+        if larger[name] - smaller[name] <= left:
             drawn.add(name)
-            left -= more
+            left -= larger[name] - smaller[name]
     return [name for name in names if name in drawn]
 
 
 def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
-    """Count what the modules of a model would train with these options, on the meta device."""
-    bare = dataclasses.replace(setting, target_modules=list(setting.shapes), head=None, new_modules=(), size=None)
+    """Count what the modules of a model would train with these options, on the meta device.
+
+    Only those count that the options' target_modules have, if they have any.
+    """
+    names = options.get("target_modules", list(setting.shapes))
+    bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
     try:
         with torch.random.fork_rng(devices=[]):
             start = {"init_lora_weights": True} if setting.peft_type == "LORA" else {}  # some look at the weights
-            adapted = _built(_stand_in(model, list(setting.shapes)), bare, dict(setting.peft) | dict(options) | start)
+            adapted = _built(_stand_in(model, names), bare, dict(setting.peft) | dict(options) | start)
     except PartialLoraError as error:
         if isinstance(error.__cause__, NotImplementedError):  # it looks at the values of the weights
             raise PartialLoraError(
@@ -314,7 +330,7 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
                 "the options of method.peft"
             ) from error
         raise
-    found, seen = {}, set()
+    found, seen = {"": 0}, set()
     for name, layer in adapted.base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             frozen = {id(parameter) for parameter in layer.get_base_layer().parameters()}

@@ -24,13 +24,12 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
-from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT
+from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
 
 NONE = rates.NO_POINT  # for what does not apply
 LEVEL = 0.95  # of every interval
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 _ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
-_RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -56,7 +55,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[str]]:
     PartialLoraError where the directory holds no runs at all.
     """
     results_dir = Path(results_dir)
-    directories = sorted(path for path in results_dir.glob(_RUNS) if path.is_dir())
+    directories = sorted(path for path in results_dir.glob(RUNS) if path.is_dir())
     if not directories:
         raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
     runs, problems = [], []

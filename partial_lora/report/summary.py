@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +22,7 @@ from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import SHARES
 
 
-def summary(result: Mapping, directory: Path) -> Table:
+def summary(result: Mapping) -> Table:
     """Return one finished run in a few lines: how good, how small, how long, what to beware of. Fits 100 columns."""
     numbers = row(result)
     adapter = f"{numbers['adapter_parameters']:,}"
@@ -37,13 +39,27 @@ def summary(result: Mapping, directory: Path) -> Table:
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": _warnings(result),
-            "files": str(directory),
+            "as usual": _usual(result),
         }
     )
 
 
-def calibration_summary(result: Mapping, directory: Path) -> Group:
-    """Return one calibration: what it chose for each module, what that does to the score, what to beware of, its files.
+def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
+    """Return a run as a line of a list: when it began, task, model, method, seed, test score or status, path."""
+    task, model, method, seed = directory.parts[-4:]
+    began, point, score = NONE, "", "no record"
+    with suppress(KeyError, TypeError, ValueError):  # of a foreign record
+        result = result or {}
+        began = datetime.fromisoformat(result["started"]).astimezone().strftime("%Y-%m-%d %H:%M")
+        method, point, score = method_of(result), operating_point(result), result["status"]
+        if test := (result.get("metrics") or {}).get("test"):
+            score = f"{test['primary']} {measured(test['primary'], test[test['primary']])}"
+    named = method if point in ("", NONE) else f"{method}, {point}"
+    return began, task, model, named, seed, score, str(directory)
+
+
+def calibration_summary(result: Mapping) -> Group:
+    """Return one calibration: what it chose for each module, what that does to the score, what to beware of.
 
     Fits 100 columns; long names are folded.
     """
@@ -63,7 +79,7 @@ def calibration_summary(result: Mapping, directory: Path) -> Group:
         "learning rate": _starting_point(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": _warnings(result),
-        "files": str(directory),
+        "as usual": _usual(result),
     }
     return Group(module_table(result), _lines(lines))
 
@@ -141,6 +157,11 @@ def _warnings(result: Mapping) -> str:
     return "\n".join((result["calibration"] or {}).get("warnings") or [])
 
 
+def _usual(result: Mapping) -> Text:
+    """Return what a calibration has said that is no cause for concern, dim."""
+    return Text("; ".join((result["calibration"] or {}).get("usual") or []), style="dim")
+
+
 def _threshold(calibration: Mapping) -> str:
     """Return the share of the score that had to be left, and what it was a share of."""
     if calibration["threshold"] is None:
@@ -186,14 +207,16 @@ def _seconds(result: Mapping, *stages: str) -> str:
     return " · ".join(words)
 
 
-def _lines(lines: Mapping[str, str]) -> Table:
+def _lines(lines: Mapping[str, str | Text]) -> Table:
     """Return a table of named lines; one of which there is nothing to show is left out."""
     drawn = Table(show_header=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
-            drawn.add_row(name, Text(value))  # as it is: what stands in brackets would be markup
+            drawn.add_row(
+                name, Text(value) if isinstance(value, str) else value
+            )  # as it is: what stands in brackets would be markup
     return drawn
 
 

@@ -6,19 +6,20 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, redacted
 
 RESULT = "result.json"
@@ -33,6 +34,8 @@ LOG = "train.log"
 CURVES = "curves.svg"  # of a calibration
 PAGE = "index.html"
 LOCK = ".lock"
+LATEST = "latest"  # in a results directory, a link to the run that ended last
+RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
 _OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
@@ -45,6 +48,39 @@ def read_result(directory: Path, name: str = RESULT) -> dict | None:
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and "status" in result else None
+
+
+def find(name: Path | str) -> Path:
+    """Return the directory of a run that a user names.
+
+    name: its path; `latest`, of the results in ./results; or the start of its id, with `/seed1` behind it where runs
+    differ in their seed alone. Before both may stand another results directory: DIR/latest, DIR/1f0e. What is none of
+    these is returned as it is. Raises PartialLoraError, with their paths, where several runs have that start.
+    """
+    place = Path(name)
+    if place.exists():
+        return place
+    start, seed = (place.parent, place.name) if re.fullmatch(r"seed\d+", place.name) else (place, "seed*")
+    results = Path("results") if start.parent == Path() else start.parent
+    if start.name == LATEST and (results / LATEST).is_dir():
+        return results / os.readlink(results / LATEST)
+    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if _id_of(run).startswith(start.name)]
+    if len(found) > 1:
+        raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
+    return found[0] if found and re.fullmatch(r"[0-9a-f]+", start.name) else place
+
+
+def _id_of(run: Path) -> str:
+    return run.parent.name.rpartition("-")[2]
+
+
+def link_latest(results_dir: Path | str, run: Path) -> None:
+    """Let `latest` in a results directory be a run; without it where there are no links."""
+    link = Path(results_dir) / LATEST
+    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+    with suppress(OSError):
+        temporary.symlink_to(run.relative_to(results_dir), target_is_directory=True)
+        os.replace(temporary, link)
 
 
 def is_finished(directory: Path) -> bool:

@@ -1,4 +1,5 @@
-"""A finished run's adapter as files for other programs: an ordinary LoRA adapter, a compact one, or the merged model.
+"""A finished run's adapter as files for other programs: an ordinary LoRA adapter, a compact one, the merged model, or
+what inference servers read.
 
 An export is built in a folder beside its own and takes its name when it is whole and has passed its check, if any.
 """
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import building, file_sha256
-from partial_lora.runs import build
+from partial_lora.runs import build, serving
 from partial_lora.runs.finished import FinishedRun
 from partial_lora.tasks.task import Transform
 
@@ -48,7 +49,8 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
     """Write a finished run's adapter into a folder (default: export/FORMAT in the run's directory).
 
     Args:
-        to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model.
+        to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
+            "gguf", an adapter for llama.cpp.
         check: prove that it can be used, and computes what the run's own adapter does, before it gets its name.
 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
@@ -96,7 +98,7 @@ def _is_same(built: Path, folder: Path) -> bool:
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    return list(folder.glob("*.safetensors"))
+    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
 
 
 # --- The formats: how a run's adapter is written in each, and what proves that others can use it.
@@ -303,8 +305,8 @@ def _compared(own: Tensor, others: Mapping[str, Callable[[], Tensor]], folder: P
     return "; ".join(compared)
 
 
-WRITE = {"peft": _write_peft, "compact": _write_compact, "merged": _write_merged}
-PROVE = {"peft": _prove_peft, "compact": _prove_compact, "merged": _prove_merged}
+WRITE = {"peft": _write_peft, "compact": _write_compact, "merged": _write_merged, "gguf": serving.write_gguf}
+PROVE = {"peft": _prove_peft, "compact": _prove_compact, "merged": _prove_merged, "gguf": serving.prove_gguf}
 
 
 # --- Logits of an export by a fresh interpreter in which this package cannot be imported.

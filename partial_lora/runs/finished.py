@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.compose import composition_error, refuse_group_lists
+from partial_lora.runs.compose import composition_error, in_grammar, refuse_group_lists
 from partial_lora.runs.config import check_files, conf_dir, load, plain
 from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.tasks.folders import split_folders
@@ -65,14 +65,17 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    """Return the finished run in a directory.
+    """Return the finished run in a directory, or that `latest` or the start of its id names (`directory.find`).
 
     Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
     only calibrated, and one that has lost files.
     """
-    directory = Path(directory)
+    directory = results.find(directory)
     if not directory.is_dir():
-        raise PartialLoraError(f"{directory}: no such directory, expected that of a run (results/runs/…/seed0)")
+        raise PartialLoraError(
+            f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
+            "its id; `partial-lora runs` lists them"
+        )
     if not (directory / results.RESULT).is_file():
         raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
     result = results.read_result(directory)
@@ -169,7 +172,7 @@ def evaluation_settings(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = list(overrides)
+    overrides = [in_grammar(each) for each in overrides]
     keys = {override.partition("=")[0] for override in overrides}
     of_another = "task" in keys
     own = one_task(run, member, of_another=of_another)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import progress
@@ -314,8 +314,10 @@ class ReportProgress(TrainerCallback):
         self._stage = "evaluate"
 
     def on_step_end(self, args, state, control, **kwargs):
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        loss, score = _last(state, "loss"), _last(state, f"eval_{args.metric_for_best_model}")
         detail = {} if loss is None else {"loss": loss}
+        if score is not None:
+            detail["validation"] = {args.metric_for_best_model: score}
         tokens = state.num_input_tokens_seen - self._earlier_tokens
         if tokens > 0:  # a second since training began, validation and checkpoints included
             detail["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
@@ -330,6 +332,11 @@ class ReportProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
+
+
+def _last(state: TrainerState, name: str) -> float | None:
+    """Return the last value that was logged of that name."""
+    return next((entry[name] for entry in reversed(state.log_history) if name in entry), None)
 
 
 _KEYS = {"B": "trainer.loraplus_ratio", "head": "trainer.head_learning_rate"}  # of parts with a rate of their own

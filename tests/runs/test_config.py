@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 import yaml
 from finished_runs import override, written
 from method_settings import adapted
+from omegaconf import OmegaConf
 from refusals import refusal
 
-from partial_lora import methods
+from partial_lora import files, methods
 from partial_lora.calibration import importance
+from partial_lora.errors import PartialLoraError
 from partial_lora.runs import compose, config, directory, schema
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
@@ -194,6 +198,52 @@ def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
         assert {key: getattr(chosen, key) for key in options} == {key: defaults[key] for key in options}
 
 
+# What a command line may say without a second pair of quotes
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("task.data_files=a (1).csv", "a (1).csv"),
+        ("task.data_files=b, [c]", "b, [c]"),  # which is there
+        ("task.data_files=2024", "2024"),
+        ("task.data_files={train: a (1).csv, test: 'b, [c]'}", {"train": "a (1).csv", "test": "b, [c]"}),
+        ("task.data_files={train: a.csv}", {"train": "a.csv"}),
+        ('results_dir=jörg\'s \\ "results" = #1', 'jörg\'s \\ "results" = #1'),
+        ("results_dir='quoted (1)'", "quoted (1)"),
+        ("model.target_modules=all-linear", ["all-linear"]),
+        ("model.target_modules=qkv,proj", ["qkv", "proj"]),
+        ("model.target_modules=[qkv,proj]", ["qkv", "proj"]),
+        ("task.metrics=accuracy", ["accuracy"]),
+        ("task.text_columns=größe", ["größe"]),
+        ("trainer.report_to=[]", []),
+    ],
+)
+def test_an_argument_is_what_it_looks_like(argument: str, value: object, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "a (1).csv", "b, [c]", "2024", "accuracy"):
+        (tmp_path / name).touch()
+    key = argument.partition("=")[0]
+    found = config.plain(composed(argument))
+    assert functools.reduce(lambda group, name: group[name], key.split("."), found) == value
+
+
+def test_several_values_are_runs_where_these_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").touch()
+    swept = compose.plan(["-m", "model.target_modules=qkv,[qkv,proj]", "results_dir=a,b"])
+    found = [(each.model.target_modules, each.results_dir) for _, each in swept.runs]
+    assert found == [(names, place) for names in (["qkv"], ["qkv", "proj"]) for place in "ab"]
+
+
+@pytest.mark.parametrize("argument", ["results_dir=[b", "results_dir={a: b (1)", "results_dir='a", "results_dir=a,b"])
+def test_what_is_none_is_refused_with_the_words_that_make_it_a_text(argument: str) -> None:
+    with pytest.raises(PartialLoraError) as refused:
+        composed(argument)
+    as_text = shlex.split(str(refused.value))[-1]
+    assert composed(as_text).results_dir == argument.partition("=")[2]
+
+
 # Ids and directories
 
 
@@ -264,6 +314,36 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
     assert len(set(ids())) == 2
 
 
+def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    accelerate = "distributed_type: 'NO'"
+    for name, text in {"rows.csv": "text,label", "c.json": "{}", "a.yaml": accelerate, "rates.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "train.parquet").touch()
+    keys = {
+        "results_dir": "~/results",
+        "data_dir": "~",
+        "calibration.file": "~/c.json",
+        "trainer.accelerate_config": "~/a.yaml",
+        "model.weights": "~/weights",
+        "model.text_weights": "~/tower",
+        "task.data_files": "~/rows.csv",
+    }
+    found = files.flatten(config.plain(composed("model=tiny_clip", *(f"{key}={path}" for key, path in keys.items()))))
+    assert {key: found[key] for key in keys} == {key: path.replace("~", str(tmp_path)) for key, path in keys.items()}
+    by_split = composed("task=text_table", "model=tiny_bert", "task.data_files={train: ~/rows.csv}")
+    assert by_split.task.data_files == {"train": str(tmp_path / "rows.csv")}
+    members = "{mine: {modality: text, path: files, data_files: ~/rows.csv}, sst2: {modality: text, path: sst2}}"
+    mixture = composed("data_dir=~", "model=tiny_bert", "task=mixture", f"task.members={members}").task.members
+    assert mixture["mine"].data_files == str(tmp_path / "rows.csv")
+    assert mixture["sst2"].data_files == {"train": str(tmp_path / "sst2" / "train.parquet")}
+    swept = compose.plan(["-m", "model=tiny_vit", "seed=0,1", "results_dir=~/results"])
+    assert swept.sweep_dir == tmp_path / "results" / "sweep"
+    with refusal(f"trainer.tuned=({tmp_path})/nowhere"):
+        composed("trainer.tuned=~/nowhere")
+
+
 def test_a_preset_is_recorded_and_no_setting() -> None:
     chosen = composed("preset=paper", "trainer.tuned=null", "task=digits")
     assert directory.new(config.plain(chosen))["preset"] == "paper"
@@ -314,3 +394,96 @@ def test_the_id_is_that_of_the_same_files_named_one_by_one_and_goes_by_their_con
 def test_a_task_without_training_rows_there_is_refused_by_name(folder: Path, overrides: list[str]) -> None:
     with refusal("data_dir=.*/data: .*/data/rte/train.parquet"):
         composed(f"data_dir={folder}", *overrides)
+
+
+# A file in place of config.yaml
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+def settings_file(folder: Path, text: str) -> str:
+    (folder / "own.yaml").write_text(text)
+    return str(folder / "own.yaml")
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_composes_to_what_it_says(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "reviews.csv", "chats.jsonl", "held_out.jsonl"):
+        (tmp_path / name).touch()
+    runs = [found for _, found in compose.plan([str(file)]).runs]
+    assert len(runs) == (18 if file.stem == "sweep" else 1)
+    content, found = OmegaConf.to_container(OmegaConf.load(file)), files.flatten(config.plain(runs[0]))
+    own = {key: value for key, value in content.items() if key in found and key != "task.data_files"}
+    assert {key: found[key] for key in own} == own
+    names = {group: content[group] for group in ("model", "task", "method") if group in content}
+    assert found["model.name"] == names["model"]
+    assert found["method.name"] == names.get("method", "lora" if file.stem == "sweep" else "partial")
+    assert found["task.name"] == content.get("task.name", names["task"])
+
+
+def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_groups(tmp_path: Path) -> None:
+    own = settings_file(tmp_path, "model: tiny_bert\ntask: sst2\ntask.metrics: [f1]\ntrainer: {epochs: 2}\nseed: 3\n")
+    found = composed(own, "trainer.epochs=4", "method=lora")
+    assert (found.model.name, found.task.metrics, found.seed) == ("tiny_bert", ["f1"], 3)
+    assert (found.trainer.epochs, found.method.name) == (4, "lora")
+    assert composed(own, "model=minilm_l6").model.name == "minilm_l6"
+    assert composed(own).mask == composed().mask  # of a group that the file does not name
+    described = dataclasses.asdict(composed("model=tiny_vit").model) | {"name": "mine"}
+    assert (
+        composed(settings_file(tmp_path, yaml.safe_dump({"model": described}))).model.model_args
+        == described["model_args"]
+    )  # and nothing of the usual model's
+    swept = compose.plan(["-m", settings_file(tmp_path, "model: tiny_vit\n"), "seed=0,1"])
+    assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=tiny_vit", "method=entries", "mask.seed=4", "preset=cpu", "trainer.tuned=null", "seed=2"],
+        ["model=tiny_bert", "task=mixture", "task.members=[sst2,mrpc]", "method=lora", "task.mixing=equal"],
+        ["model=tiny_llama", "task=arc_easy", "method.rank=auto", "calibration=fixed", "overwrite=true"],
+    ],
+)
+def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_path: Path, overrides: list[str]) -> None:
+    first = composed(*overrides)
+    record = config.plain(first)
+    record["trainer"]["tuned_elsewhere"] = "digits"  # which a run notes
+    own = settings_file(tmp_path, yaml.safe_dump(record))
+    assert composed(own) == dataclasses.replace(first, overwrite=False)  # a finished run is not lost by it
+    del record["mask"]["fan_in"]  # of a run before there was the key, which then had its default
+    assert composed(settings_file(tmp_path, yaml.safe_dump(record))).mask.fan_in == "dense"
+    assert composed(own, "model=tiny_vit", "task=digits").task == composed("task=digits").task
+    assert composed(own, "method=uniform").method == dataclasses.replace(first.method, name="uniform")
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        ("", ""),
+        ("[model", ""),
+        ("- model", ""),
+        ("defaults: [config]", "defaults"),
+        ("modl: tiny_vit", "modl: "),
+        ("trainer.lr: 1", "trainer.lr: .*trainer.learning_rate"),
+        ("trainer: {epochs: many}", "trainer.epochs: "),
+        ("model: [tiny_vit]", "model="),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_name_and_key(tmp_path: Path, text: str, begins: str) -> None:
+    with refusal(f".*/own.yaml: {begins}"):
+        composed(settings_file(tmp_path, text))
+
+
+def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    own = settings_file(tmp_path, "model: tiny_vit")
+    for arguments in (["nowhere.yaml"], [own, "nowhere.yaml"]):
+        with refusal("nowhere.yaml: "):
+            composed(*arguments)
+    shutil.copy(own, tmp_path / "config.yaml")
+    with refusal("--config-dir .*: config.yaml "):  # the package's own goes before it
+        compose.compose("train", [f"--config-dir={tmp_path}", "--config-name=config"], lambda config: 0)
+    with refusal("--config-dir nowhere: "):
+        compose.compose("train", ["--config-dir", "nowhere"], lambda config: 0)

@@ -53,6 +53,27 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "low_rank-1f330000/seed0")
+    first, second, other = runs = [Path("results/runs/digits/vit", name) for name in names]
+    for run in runs:
+        run.mkdir(parents=True)
+        results.link_latest("results", run)
+    assert results.find(first) == first
+    assert [results.find(name) for name in ("latest", "1f3", "1f0e/seed1")] == [other, other, second]
+    for ambiguous in ("1f", "1f0e"):
+        with refusal(f"{ambiguous}: ", first, second):
+            results.find(ambiguous)
+    assert results.find("low_rank") == Path("low_rank")  # no id; whoever needs a run says so
+    Path("results").rename("other")
+    assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [
+        "other/latest",
+        "other/runs/digits/vit/low_rank-1f330000/seed0",
+    ]
+    assert results.find("latest") == Path("latest")
+
+
 def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
     assert results.is_finished(run)
     whole = (run / "result.json").read_text()

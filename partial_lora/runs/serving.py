@@ -1,0 +1,170 @@
+"""A causal run's adapter as llama.cpp reads it: one GGUF file.
+
+Its own files and the shapes of its base model are all that this needs: no weight of the base model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from partial_lora import models
+from partial_lora.errors import PartialLoraError, ProofError
+from partial_lora.runs.finished import FinishedRun
+
+_PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter that is a LoRA and nothing else, and the model that it is for.
+
+    settings: PEFT's. factors: {module: (A, B)} in float32, A rank x in and B out x rank with the scaling in it, so that
+    B A is what is added to W. linear: the base model's linear layers by name, which have shapes and no values.
+    """
+
+    settings: LoraConfig
+    factors: dict[str, tuple[Tensor, Tensor]]
+    linear: dict[str, nn.Linear]
+    model: PretrainedConfig
+
+
+def read(run: FinishedRun, to: str) -> Served:
+    """Return the adapter of a finished run.
+
+    Raises PartialLoraError, in one line, where the run is of no causal language model, its adapter is more than a LoRA,
+    or its files are broken.
+    """
+    config = run.config.model
+    if config.family != "causal":
+        raise PartialLoraError(
+            f"{run.directory}: model={config.name} is no causal language model, expected one for --to {to}; export it"
+            " with --to merged"
+        )
+    settings = _settings(run, to)
+    model = models.empty(family=config.family, architecture=config.architecture, model_args=config.model_args)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return Served(settings, _factors(run.adapter / _WEIGHTS, settings, linear), linear, model.config)
+
+
+def _settings(run: FinishedRun, to: str) -> LoraConfig:
+    path = run.adapter / _CONFIG
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if given.get(key)]
+        if given["peft_type"] == "LORA" and not more:
+            return LoraConfig.from_pretrained(str(run.adapter))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PartialLoraError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+    what = f"an adapter with {more[0]}" if more else f"PEFT's {given['peft_type']}"
+    raise PartialLoraError(
+        f"{run.directory}: method={run.method} is {what}, expected a LoRA alone for --to {to}; export it with"
+        " --to merged"
+    )
+
+
+def _factors(path: Path, settings: LoraConfig, linear: Mapping[str, nn.Linear]) -> dict[str, tuple[Tensor, Tensor]]:
+    try:
+        tensors = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise PartialLoraError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    factors = {}
+    for module in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
+        a, b = (tensors.get(f"{module}.lora_{factor}.weight") for factor in "AB")
+        layer = linear.get(module)
+        if layer is None or a is None or b is None or (b.shape[0], a.shape[1]) != layer.weight.shape:
+            raise PartialLoraError(f"{path}: {module}: expected both factors of a linear layer; train the run again")
+        alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, module), settings.lora_alpha)
+        factors[module] = a, b * (alpha / (math.sqrt(len(a)) if settings.use_rslora else len(a)))
+    return factors
+
+
+# --- llama.cpp and what stands on it: a GGUF file of the format's own keys.
+
+GGUF_FILE = "adapter.gguf"
+_ARCHITECTURES = {  # transformers' name of an architecture: llama.cpp's
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+
+
+def write_gguf(run: FinishedRun, folder: Path) -> None:
+    """Write the adapter as one GGUF file, float32, its rank as its alpha: llama.cpp scales B A by alpha / rank.
+
+    Raises PartialLoraError, before it writes, for an architecture or a module that has no place in such a file.
+    """
+    tensors, rank = gguf_tensors(run)
+    writer = gguf.GGUFWriter(folder / GGUF_FILE, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[run.config.model.architecture]])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, rank)
+    writer.add_name(f"{run.config.task.name} {run.method}")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, run.config.model.name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_tensors(run: FinishedRun) -> tuple[dict[str, Tensor], int]:
+    """Return the factors by llama.cpp's names, in its order of rows, and the alpha that goes with them."""
+    architecture = run.config.model.architecture
+    if run.config.model.family == "causal" and architecture not in _ARCHITECTURES:
+        raise PartialLoraError(
+            f"{run.directory}: model.architecture={architecture}: expected one of {', '.join(_ARCHITECTURES)} for --to"
+            " gguf; export it with --to merged, which llama.cpp's own converter reads"
+        )
+    served = read(run, "gguf")
+    rank = served.settings.r
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture], served.model.num_hidden_layers)
+    tensors = {}
+    for module, (a, b) in served.factors.items():
+        name = names.get_name(module)
+        if name is None or not name.startswith("blk."):
+            raise PartialLoraError(
+                f"{run.directory}: {module} is adapted, and llama.cpp adds an adapter to layers of the blocks alone;"
+                " export it with --to merged"
+            )
+        order = rows_of_llama(module, served.model) if architecture in ("llama", "mistral") else slice(None)
+        tensors[f"{name}.weight.lora_a"] = a
+        tensors[f"{name}.weight.lora_b"] = b[order] * (len(a) / rank)
+    return tensors, rank
+
+
+def rows_of_llama(module: str, model: PretrainedConfig) -> Tensor | slice:
+    """Return which row of a layer each row of llama.cpp's is: its Llama turns neighbours, ours halves."""
+    heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}.get(module.rpartition(".")[2])
+    if heads is None:
+        return slice(None)
+    return torch.arange(heads * model.head_dim).view(heads, 2, model.head_dim // 2).mT.flatten()
+
+
+def prove_gguf(run: FinishedRun, folder: Path) -> str:
+    """Prove that gguf's own reader finds the run's factors in the file, bit for bit."""
+    expected, _ = gguf_tensors(run)
+    found = {
+        tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors
+    }
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
+            raise ProofError(f"{folder / GGUF_FILE}: {name} is not that of the run")
+    return f"{len(found)} tensors read back equal bit for bit"
