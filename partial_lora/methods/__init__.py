@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
     "lorafa": peft.lorafa,
     "full": full.full,
     "probe": full.probe,
-    "peft": tuners.tuner,
+    "peft": tuners.peft,
 }
 _TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa, "peft": tuners.train_tuner}
 

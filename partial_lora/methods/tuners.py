@@ -60,7 +60,7 @@ _OWN_DROPOUT = {"module_dropout", "rank_dropout"}  # of something else than a la
 _LARGEST = 2**20
 
 
-def tuner(model: nn.Module, setting: Setting) -> PeftModel:
+def peft(model: nn.Module, setting: Setting) -> PeftModel:
     """Any weight tuner of PEFT, by `setting.peft_type` and the options of its configuration.
 
     `setting.size` is the number of parameters that its size is solved for (`sized`); None leaves the size to the
