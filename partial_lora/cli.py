@@ -438,14 +438,15 @@ def export(arguments: Sequence[str]) -> int:
         required=True,
         choices=("peft", "compact", "merged", "gguf", "serve"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a LoRA for "
-        "vLLM, SGLang and LoRAX",
+        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a LoRA "
+        "for vLLM, SGLang and LoRAX",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="prove that it loads and computes the run's logits (peft, merged, serve: in an interpreter without this package)",
+        help="prove that it loads and computes the run's logits (peft, merged, serve: in an interpreter without this "
+        "package; gguf: that its tensors are the run's)",
     )
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console

@@ -175,12 +175,8 @@ def test_servers_find_one_rank_one_scaling_and_every_module_of_a_kind(tmp_path, 
 
 
 def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
-    assert (
-        json.loads((export.export(units_run(), "serve", tmp_path / "12").folder / "adapter_config.json").read_text())[
-            "r"
-        ]
-        == 16
-    )
+    folder = export.export(units_run(), "serve", tmp_path / "12").folder
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
 
     def widened(rank: int, kept: int) -> finished.FinishedRun:
         folder = shutil.copytree(choice_run().directory, tmp_path / f"run{rank}-{kept}")
@@ -189,7 +185,7 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
         for name, tensor in load_file(path).items():
             shape = (rank, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], rank)
             tensors[name] = torch.ones(shape)
-            tensors[name].transpose(0, "lora_B" in name)[kept:] = 0
+            tensors[name].transpose(0, int("lora_B" in name))[kept:] = 0
         save_file(tensors, path, metadata={"format": "pt"})
         return finished.finished_run(folder)
 
