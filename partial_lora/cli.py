@@ -438,8 +438,8 @@ def export(arguments: Sequence[str]) -> int:
         required=True,
         choices=("peft", "compact", "merged", "gguf", "serve"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a LoRA "
-        "for vLLM, SGLang and LoRAX",
+        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a "
+        "LoRA for vLLM, SGLang and LoRAX",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
