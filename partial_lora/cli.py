@@ -215,7 +215,7 @@ def _print_outline(config: Config) -> int:
     return 0
 
 
-# --- evaluate, predict, export: what is done with a finished run.
+# --- evaluate, predict, generate, export: what is done with a finished run.
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -332,10 +332,15 @@ def predict(arguments: Sequence[str]) -> int:
                 done += len(batch)
                 advance(done, total)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # Python would complain when it flushes stdout at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 0
     return code
+
+
+def _forget_stdout() -> None:
+    """Let go of an output that nobody reads any more: Python would complain when it flushes it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _predict_parser() -> argparse.ArgumentParser:
@@ -427,6 +432,67 @@ def _escaped(text: str) -> str:
         char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSHOWN and char != "\t" else char
         for char in text
     )
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Print what a causal run writes after a prompt, while it is written; return the exit code.
+
+    Raises PartialLoraError for a run that is none, or whose model writes no texts.
+    """
+    parser = argparse.ArgumentParser(
+        prog="partial-lora generate",
+        description="What a finished run of a causal language model writes after a prompt, word by word. The prompt is "
+        "put into the chat template where those of the run's task were.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default: always the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn above temperature 0 (default: none)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="what ends the text, beside the run's task.stop"
+    )
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the run's task.max_new_tokens")
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parsed = parser.parse_args(list(arguments))
+    from partial_lora.runs.finished import finished_run, one_task
+
+    run = finished_run(parsed.run)
+    if run.config.model.family != "causal":
+        raise PartialLoraError(
+            f"{run.directory}: model={run.config.model.name} writes no texts, expected a run of a causal language model"
+        )
+    one_task(run, parsed.member)
+    prompt = sys.stdin.read() if parsed.prompt == "-" else parsed.prompt
+    if not prompt.strip() or "" in parsed.stop:
+        raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
+    with _libraries():
+        from partial_lora.runs import generate
+    try:
+        generate.generate(
+            run,
+            prompt,
+            lambda text: print(text, end="", flush=True),
+            member=parsed.member,
+            device=parsed.device,
+            max_new_tokens=parsed.max_new_tokens,
+            stop=parsed.stop,
+            temperature=parsed.temperature,
+            seed=parsed.seed,
+        )
+        print(flush=True)
+    except BrokenPipeError:
+        _forget_stdout()
+    return 0
+
+
+def _temperature(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(value) < float("inf"):
+            return float(value)
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {value!r}")
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -690,6 +756,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "evaluate": evaluate,
     "predict": predict,
+    "generate": generate,
     "runs": runs,
     "report": report,
     "export": export,
@@ -701,6 +768,7 @@ _HELP = {
     "evaluate": "a finished run on another split or task",
     "predict": "what a finished run says of images, texts or lines of a file",
     "runs": "the runs of a results directory: task, method, score, when, path",
+    "generate": "what a finished causal run writes after a prompt",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
 }

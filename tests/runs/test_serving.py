@@ -12,7 +12,7 @@ import gguf
 import peft
 import pytest
 import torch
-from finished_runs import choice_run, generation_run, image_run, override, trained
+from finished_runs import choice_run, override, trained
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
@@ -49,7 +49,7 @@ def low_rank_run() -> finished.FinishedRun:
     return causal("low rank", "model=tiny_llama", "method=low_rank", "method.alpha=32")
 
 
-RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run, "dense": generation_run}
+RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}
 
 
 def changes(run: finished.FinishedRun) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ def with_adapter(**settings: object):
 @pytest.mark.parametrize(
     ("run", "names"),
     [
-        (lambda folder: image_run(), ["model=tiny_vit"]),
+        (lambda folder: finished_runs.changed(choice_run(), "model", family="timm"), ["model=tiny_llama"]),
         (with_adapter(peft_type="VERA"), ["method=partial", "VERA"]),
         (with_adapter(use_dora=True), ["method=partial", "use_dora"]),
         (with_adapter(modules_to_save=["lm_head"]), ["method=partial", "modules_to_save"]),
