@@ -16,13 +16,13 @@ from transformers import set_seed
 from partial_lora import files, methods, models
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration.budget import dense_parameters
-from partial_lora.calibration.config import CALIBRATED, RANKED
+from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
-from partial_lora.runs.config import fixed_point, fixed_sparsity, plain
+from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain
 from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.task import Transform
@@ -58,7 +58,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     method = methods.get(config.method.name)
-    calibrated = (config.method.name in CALIBRATED and config.calibration.sparsity is None) or stage == "calibrate"
+    calibrated = is_calibrated(config) or stage == "calibrate"
     # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated or config.method.name in RANKED):
         targets = target_names(model, **config.model.trained_modules)

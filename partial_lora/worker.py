@@ -33,6 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         end_with_launcher()
+    else:
+        launch.end_with_parent()
     if arguments.log:
         descriptor = os.open(arguments.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (sys.stdout, sys.stderr):

@@ -24,7 +24,7 @@ from partial_lora.calibration.curves import Curves, Store
 from partial_lora.calibration.importance import Importance, Scores, name_of, scores_of
 from partial_lora.calibration.peers import Alone, Peers, gathered, of_first
 from partial_lora.calibration.repair import relax
-from partial_lora.calibration.result import Calibration, warnings_of
+from partial_lora.calibration.result import Calibration, usual_of, warnings_of
 from partial_lora.calibration.score import Score, frozen
 from partial_lora.calibration.search import (
     BOTH,
@@ -160,6 +160,7 @@ def calibrate(
     )
     density = budgets.kept_parameters(*units, result.sparsity) / budgets.dense_parameters(shapes, rank)
     result.warnings.extend(warnings_of(result, size=getattr(score, "size", None), density=density))
+    result.usual.extend(usual_of(result))
     for warning in result.warnings if peers.rank == 0 else ():
         logger.warning("calibration: %s", warning)
     return result

@@ -40,6 +40,7 @@ class Calibration:
     budget, so the sparsities are no levels of the curves. chance: the score of guessing; above_chance: the threshold is
     of the part above it. repaired: {"joint_before", "steps", "threshold", "evaluations"} of a repair.
     evaluations, seconds: the cost of this call, in all processes; cached: it evaluated nothing. warnings: sentences.
+    usual: sentences about what is no cause for concern (`usual_of`).
     modules: {name: {"rows"|"columns": {"sparsity", "curve": [[level, score | [low, high] | null]...]}}}, and "level",
     the one chosen from the curve, where a budget or a repair has made the sparsity another one.
     """
@@ -64,6 +65,7 @@ class Calibration:
     above_chance: bool = False
     repaired: dict | None = None
     warnings: list[str] = field(default_factory=list)
+    usual: list[str] = field(default_factory=list)
 
     @property
     def sparsity(self) -> Sparsity:
@@ -133,8 +135,10 @@ class Calibration:
             cached=True,
             repaired=None,
             warnings=[],
+            usual=[],
         )
         read.warnings.extend(warnings_of(read, jointly=False))
+        read.usual.extend(usual_of(read, jointly=False))
         return read
 
     def _search(self, module: str, axis: str, threshold: float) -> float | None:
@@ -200,9 +204,7 @@ def warnings_of(
     jointly: the joint score was evaluated, so that None means it is no number. size: scored examples. density: of the
     adapter as a whole.
     """
-    baseline, chance, joint, threshold = (
-        getattr(calibration, name) for name in ("baseline", "chance", "joint", "threshold")
-    )
+    baseline, chance, threshold = calibration.baseline, calibration.chance, calibration.threshold
     budget, words = calibration.budget is not None, []
     if chance is not None:
         best = 1.0 if chance >= 0 else 0.0  # of shares, and of losses
@@ -231,22 +233,31 @@ def warnings_of(
             words.append("every level of every module passes: the score does not tell modules apart")
         elif not any(level for axes in levels.values() for level in axes.values()):
             words.append("no reduction: no module can lose anything, the sign of a poorly suited model")
-        elif never:
-            what = "modules never fail" if len(never) > 1 else "module never fails"
-            words.append(f"{len(never)} {what}, even at sparsity {highest:g}: {shortlist(never, most=3)}")
-    if jointly:
-        remedy = "raise calibration.budget" if budget else "set calibration.repair=true"
-        if joint is None:
-            words.append(f"the joint score, with all sparsities at once, is not a number: {remedy}")
-        elif not calibration.passes(joint, threshold):
-            needed, where = calibration.line(threshold), None
-            if chance is not None and joint <= chance:
-                where = f"no better than chance ({chance:.3g})"
-            elif not budget and needed != math.inf:  # a budget has no line, and nothing can reach an infinite one
-                where = f"below the threshold's line ({needed:.3g})"
-            if where:
-                words.append(f"the joint score, with all sparsities at once, is {joint:.3g}, {where}: {remedy}")
+    if jointly and calibration.joint is None:
+        words.append("the joint score, with all sparsities at once, is not a number")
     if size is not None and density is not None and size < _FEW and density < _SPARSE:
-        remedy = "raise the budget" if budget else "raise the threshold"
-        words.append(f"risk of collapse: {1 - density:.0%} of the adapter is given up on {size} examples: {remedy}")
+        words.append(f"few examples: {1 - density:.0%} of the adapter is given up on {size} of them")
+    return words
+
+
+def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
+    """Return what would be alarming of a pruned model and is the rule here, where nothing of W is zeroed in training.
+
+    Nine in ten of the calibrations in results/ have either sentence. jointly: as of `warnings_of`.
+    """
+    joint, threshold, chance, words = calibration.joint, calibration.threshold, calibration.chance, []
+    if calibration.grid:
+        levels, highest = calibration.chosen, calibration.grid[-1]
+        never = [module for module, axes in levels.items() if all(level >= highest for level in axes.values())]
+        if 0 < len(never) < len(levels):
+            what = "modules never fail" if len(never) > 1 else "module never fails"
+            words.append(f"{len(never)} {what}, even at sparsity {highest:g}")
+    if jointly and joint is not None and not calibration.passes(joint, threshold):
+        needed, where = calibration.line(threshold), None
+        if chance is not None and joint <= chance:
+            where = f"no better than chance ({chance:.3g})"
+        elif calibration.budget is None and needed != math.inf:  # a budget has no line, nothing reaches an infinite one
+            where = f"below the threshold's line ({needed:.3g})"
+        if where:
+            words.append(f"the frozen model with all sparsities at once scores {joint:.3g}, {where}")
     return words

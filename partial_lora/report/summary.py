@@ -39,6 +39,7 @@ def summary(result: Mapping) -> Table:
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": _warnings(result),
+            "as usual": _usual(result),
         }
     )
 
@@ -78,6 +79,7 @@ def calibration_summary(result: Mapping) -> Group:
         "learning rate": _starting_point(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": _warnings(result),
+        "as usual": _usual(result),
     }
     return Group(module_table(result), _lines(lines))
 
@@ -155,6 +157,11 @@ def _warnings(result: Mapping) -> str:
     return "\n".join((result["calibration"] or {}).get("warnings") or [])
 
 
+def _usual(result: Mapping) -> Text:
+    """Return what a calibration has said that is no cause for concern, dim."""
+    return Text("; ".join((result["calibration"] or {}).get("usual") or []), style="dim")
+
+
 def _threshold(calibration: Mapping) -> str:
     """Return the share of the score that had to be left, and what it was a share of."""
     if calibration["threshold"] is None:
@@ -200,14 +207,16 @@ def _seconds(result: Mapping, *stages: str) -> str:
     return " · ".join(words)
 
 
-def _lines(lines: Mapping[str, str]) -> Table:
+def _lines(lines: Mapping[str, str | Text]) -> Table:
     """Return a table of named lines; one of which there is nothing to show is left out."""
     drawn = Table(show_header=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
-            drawn.add_row(name, Text(value))  # as it is: what stands in brackets would be markup
+            drawn.add_row(
+                name, Text(value) if isinstance(value, str) else value
+            )  # as it is: what stands in brackets would be markup
     return drawn
 
 

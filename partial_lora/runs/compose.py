@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from partial_lora.calibration.config import BUDGETED
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
 from partial_lora.runs.schema import Config
 
 CONFIG_NAME = "config"
+_OF_RECORDS = ("model", "task", "method", "importance", "calibration", "mask", "trainer")  # of which a run's has all
 USAGE_ERROR = 2
 
 
@@ -61,7 +62,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    flags = get_args_parser().parse_args(list(arguments))
+    flags = get_args_parser().parse_args(_with_file(arguments))
     name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
     try:
         hydra = _hydra_of_plan(flags)
@@ -97,8 +98,6 @@ def _hydra_of_plan(flags):
     search_path = create_automatic_config_search_path(None, None, str(flags.config_path or conf_dir()))
     if flags.config_dir:
         folder = Path(flags.config_dir).absolute()
-        if not folder.is_dir():
-            raise PartialLoraError(f"--config-dir {flags.config_dir}: no such directory")
         search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     _register_schema()
@@ -195,6 +194,7 @@ def compose(
     was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
     refuse_group_lists(arguments)
+    _refuse_hidden_files(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     hydra = partial(_hydra, command, arguments)
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
@@ -233,7 +233,7 @@ def _uncalibrated(config: Config) -> str | None:
 
 
 def composed(*overrides: str) -> Config:
-    """Return the settings of one run, whatever sweep its group files are made for.
+    """Return the settings of one run, whatever sweep its group files are made for; a FILE.yaml may be among overrides.
 
     Raises PartialLoraError for overrides that do not compose or are refused.
     """
@@ -243,11 +243,122 @@ def composed(*overrides: str) -> Config:
 
     with _in_one_line(overrides):
         try:
-            hydra = _hydra_of_plan(get_args_parser().parse_args([]))
-            one = hydra.compose_config(CONFIG_NAME, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
+            flags = get_args_parser().parse_args(_with_file(overrides))
+            name = flags.config_name or CONFIG_NAME
+            one = _hydra_of_plan(flags).compose_config(
+                name, flags.overrides, run_mode=RunMode.RUN, with_log_configuration=False
+            )
             return _resolved(one)
         finally:
             GlobalHydra.instance().clear()
+
+
+# --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
+
+_OWN = "own"  # what Hydra calls it
+
+
+def _with_file(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as Hydra takes them: a FILE.yaml among them becomes its primary config."""
+    files = [each for each in arguments if _is_file(each)]
+    if not files:
+        return list(arguments)
+    if len(files) > 1:
+        raise PartialLoraError(f"{files[1]}: expected KEY=VALUE, and one file at most; {files[0]} is one already")
+    others = [each for each in arguments if each != files[0]]
+    from hydra.core.config_store import ConfigStore
+
+    content = _content(files[0])
+    is_record = all(isinstance(content.get(group), Mapping) for group in _OF_RECORDS)
+    primary = _primary_of_record(content, others) if is_record else _primary(files[0], content)
+    ConfigStore.instance().store(name=_OWN, node=primary)
+    return [*others, f"--config-name={_OWN}"]
+
+
+def _is_file(argument: str) -> bool:
+    """Return whether an argument is a file of settings; KEY=VALUE may end like one."""
+    named = argument.endswith((".yaml", ".yml")) and not argument.startswith("-")
+    return named and ("=" not in argument or Path(argument).is_file())
+
+
+def _content(file: str) -> dict:
+    """Return what a file sets; raise PartialLoraError, in one line that names it, where it is no mapping of keys."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise PartialLoraError(f"{file}: cannot be read as YAML: {reason}") from error
+    if not isinstance(content, dict) or not content:
+        raise PartialLoraError(f"{file}: expected a line KEY: VALUE for each setting, such as model: minilm_l6")
+    if "defaults" in content:
+        expected = (
+            "expected GROUP: NAME in its place, such as model: minilm_l6; config.yaml's defaults are there already"
+        )
+        raise PartialLoraError(f"{file}: defaults: {expected}")
+    return content
+
+
+def _primary(file: str, content: Mapping) -> dict:
+    """Return the primary config of a file that is a command line: GROUP: NAME chooses, all else is set after it.
+
+    A group that is described in the file itself, with a name of its own, has no group file beneath it.
+    """
+    from omegaconf import OmegaConf
+
+    keys, chosen = OmegaConf.create({}), {}
+    for key, value in content.items():
+        if key in GROUPS and not isinstance(value, Mapping):
+            require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
+            chosen[key] = value
+        else:
+            OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
+    settings = OmegaConf.to_container(keys)
+    described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
+    chosen |= dict.fromkeys(described)
+    return {
+        "defaults": [CONFIG_NAME, *({f"override {key}": name} for key, name in chosen.items()), "_self_"],
+        **settings,
+    }
+
+
+def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
+    """Return the primary config of a run's config.yaml, which has every key: a group that is chosen comes after it.
+
+    Of the run's own model or task nothing stays where another one is chosen. What the record says of that one run, that
+    it was to overwrite and where its rate was searched for, is no setting of another.
+    """
+    import yaml
+
+    whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
+    after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
+    groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
+    chosen = {override.partition("=")[0] for override in overrides} & {"model", "task"}
+    settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
+    settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
+    return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
+
+
+def _refuse_hidden_files(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for a --config-dir that is none, or where the package's files would hide some."""
+    from hydra._internal.utils import get_args_parser
+
+    folder = get_args_parser().parse_known_args(list(arguments))[0].config_dir
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        raise PartialLoraError(f"--config-dir {folder}: no such directory")
+    for file in sorted(conf_dir().rglob("*.yaml")):
+        name = file.relative_to(conf_dir())
+        if (Path(folder) / name).exists():
+            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if name.parent == Path() else ""
+            raise PartialLoraError(
+                f"--config-dir {folder}: {name} is the name of a file of the package, which goes before it; expected "
+                f"another name{other}"
+            )
 
 
 def _register_schema() -> None:
@@ -265,8 +376,8 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
 
     GlobalHydra.instance().clear()
     _register_schema()
-    sys.argv = [f"partial-lora {command}", *arguments]
     with _in_one_line(arguments):
+        sys.argv = [f"partial-lora {command}", *_with_file(arguments)]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
 
 
@@ -298,29 +409,32 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
+    from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
+    from omegaconf.errors import ConfigKeyError
 
-    for argument in arguments:
-        if argument.startswith("-"):
+    overrides = get_args_parser().parse_known_args(list(arguments))[0].overrides
+    files = [each for each in overrides if _is_file(each)]
+    for argument in overrides:
+        if argument in files:
             continue
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:
             return f"{argument!r}: expected KEY=VALUE, with quotes around a value of special characters"
         if not argument.partition("=")[0]:
-            return f"{argument!r}: expected KEY=VALUE"
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+            return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    key = getattr(cause, "full_key", None)
     if lines[0].startswith("Could not override"):
-        key = lines[0].split("'")[1]
-        return no_such_key(key, "hydra" if key.startswith("hydra.") else "job")
-    if key:
+        return _no_such_key(lines[0].split("'")[1])
+    if cause := _of_key(error):
+        key = cause.full_key
+        place = f"{files[0]}: " if f"In '{_OWN}'" in lines[0] else ""
+        if isinstance(cause, ConfigKeyError):
+            return place + _no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
-        return f"{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
+        return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
     if any("Available options" in line for line in lines):
         missing = next(line for line in lines if "Could not" in line)
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
@@ -333,3 +447,14 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         if "," in argument and "ambiguous" in " ".join(lines).lower():
             return f"{argument}: several values; for a run of each add -m"
     return " ".join(lines)
+
+
+def _of_key(error: BaseException | None) -> BaseException | None:
+    """Return the first of an exception and those that it came from which names a key."""
+    while error is not None and not getattr(error, "full_key", None):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _no_such_key(key: str) -> str:
+    return no_such_key(key, "hydra" if key.startswith("hydra.") else "job")

@@ -269,16 +269,26 @@ def check_modality(model: ModelConfig, task: TaskConfig) -> None:
         )
 
 
+def is_calibrated(config: Config) -> bool:
+    """Return whether a calibration finds a run's sparsities, or its size.
+
+    One share everywhere meets a budget without one, unless it is asked how far a calibration can be trusted.
+    """
+    calibration, method = config.calibration, config.method.name
+    met = method == UNIFORM and calibration.budget is not None and not (calibration.file or calibration.reliability)
+    return method in CALIBRATED and calibration.sparsity is None and not met
+
+
 def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
     """Return the sparsities that are known without a calibration; None where one finds them, or there are none.
 
     A method that spends a budget by a rule of its own gets one share everywhere that costs as much. Raises
     PartialLoraError for `calibration.sparsity` of other modules than are adapted.
     """
-    calibration, budgeted = config.calibration, config.method.name in BUDGETED
-    if not budgeted and (calibration.sparsity is None or config.method.name not in CALIBRATED):
+    calibration = config.calibration
+    if is_calibrated(config) or config.method.name not in (*CALIBRATED, *BUDGETED):
         return None
-    if budgeted or calibration.sparsity == UNIFORM:
+    if calibration.sparsity in (None, UNIFORM):
         masks = shapes, config.method.rank, config.mask.counted
         return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
     try:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -344,8 +345,8 @@ def _run_process(
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
     Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which it holds on
-    should this process die. The first signal that asks this process to stop is passed on; the code is then 128 more
-    than its number. stop: as `launch` takes it.
+    until it ends, should this process die. The first signal that asks this process to stop is passed on; the code is
+    then 128 more than its number. stop: as `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
 
@@ -359,7 +360,7 @@ def _run_process(
                 command,
                 stdout=file,
                 stderr=file,
-                env={**environment, VARIABLE: failures},
+                env={**environment, VARIABLE: failures, _PARENT: str(os.getpid())},
                 pass_fds=() if lock is None else (lock,),
                 start_new_session=True,
             )
@@ -382,6 +383,28 @@ def _run_process(
     if events is not None:
         events.path.unlink(missing_ok=True)
     return (128 + requests.received[0] if requests.received else worker.returncode), failure
+
+
+_PARENT = "PARTIAL_LORA_PARENT"  # names the process that started a worker or their launcher
+
+
+def end_with_parent() -> None:
+    """Have this process asked to stop once its parent is gone (kill -9, out of memory), which could then no longer ask.
+
+    A thread looks, and goes on asking, since Python drops an exception that a signal raises inside a finalizer.
+    """
+    parent = os.environ.get(_PARENT)
+    if parent is None:  # started by hand
+        return
+
+    def look() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(_LOOK)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_REMIND)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 class _StopRequests:
@@ -546,6 +569,7 @@ def main() -> None:
     turns every failure into exit code 1, and a second signal while it waits for its workers would make it leave them
     behind. Exits with 0, 1, or 128 and the number of the signal that asked to stop.
     """
+    end_with_parent()
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     from accelerate.commands import launch as accelerate
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -390,6 +390,19 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
     assert setting.budget() == 2000
 
 
+def test_uniform_needs_no_calibration_for_a_budget() -> None:
+    def calibrated(*overrides: str) -> bool:
+        return config.is_calibrated(composed("model=tiny_vit", *overrides))
+
+    assert not calibrated("method=uniform", "calibration=budget")
+    for more in (["calibration=threshold"], ["calibration=budget", "calibration.reliability=true"]):
+        assert calibrated("method=uniform", *more)
+    assert calibrated("method=partial", "calibration=budget")
+    one, other = (composed("model=tiny_vit", "method=uniform", f"calibration={each}") for each in ("budget", "fixed"))
+    shapes = setting_of("tiny_vit", load("tiny_vit")).shapes
+    assert config.fixed_sparsity(one, shapes) == config.fixed_sparsity(other, shapes)
+
+
 def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
     model, setting = fixed("uniform", "calibration.budget=2000")
     calibrated = scaled(drawn_sparsity(setting.shapes, 1), *setting.units(), 2000)

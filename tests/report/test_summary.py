@@ -53,6 +53,9 @@ def test_a_run_in_a_few_lines():
     assert "entries · vit · digits · budget 0.13 · seed 0" in budgeted
     assert "calibrate –" in budgeted
     assert "poorly suited" in of_run(calibration={"warnings": ["poorly suited model"]})
+    usual = of_run(calibration={"usual": ["2 modules never fail", "no better than chance"]})
+    assert "2 modules never fail; no better than chance" in usual
+    assert "beware" not in usual
 
 
 @pytest.mark.parametrize(

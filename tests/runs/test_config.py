@@ -11,9 +11,10 @@ import pytest
 import yaml
 from finished_runs import override, written
 from method_settings import adapted
+from omegaconf import OmegaConf
 from refusals import refusal
 
-from partial_lora import methods
+from partial_lora import files, methods
 from partial_lora.calibration import importance
 from partial_lora.runs import compose, config, directory, schema
 from partial_lora.runs.compose import composed
@@ -314,3 +315,96 @@ def test_the_id_is_that_of_the_same_files_named_one_by_one_and_goes_by_their_con
 def test_a_task_without_training_rows_there_is_refused_by_name(folder: Path, overrides: list[str]) -> None:
     with refusal("data_dir=.*/data: .*/data/rte/train.parquet"):
         composed(f"data_dir={folder}", *overrides)
+
+
+# A file in place of config.yaml
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+def settings_file(folder: Path, text: str) -> str:
+    (folder / "own.yaml").write_text(text)
+    return str(folder / "own.yaml")
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_composes_to_what_it_says(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "reviews.csv", "chats.jsonl", "held_out.jsonl"):
+        (tmp_path / name).touch()
+    runs = [found for _, found in compose.plan([str(file)]).runs]
+    assert len(runs) == (18 if file.stem == "sweep" else 1)
+    content, found = OmegaConf.to_container(OmegaConf.load(file)), files.flatten(config.plain(runs[0]))
+    own = {key: value for key, value in content.items() if key in found and key != "task.data_files"}
+    assert {key: found[key] for key in own} == own
+    names = {group: content[group] for group in ("model", "task", "method") if group in content}
+    assert found["model.name"] == names["model"]
+    assert found["method.name"] == names.get("method", "lora" if file.stem == "sweep" else "partial")
+    assert found["task.name"] == content.get("task.name", names["task"])
+
+
+def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_groups(tmp_path: Path) -> None:
+    own = settings_file(tmp_path, "model: tiny_bert\ntask: sst2\ntask.metrics: [f1]\ntrainer: {epochs: 2}\nseed: 3\n")
+    found = composed(own, "trainer.epochs=4", "method=lora")
+    assert (found.model.name, found.task.metrics, found.seed) == ("tiny_bert", ["f1"], 3)
+    assert (found.trainer.epochs, found.method.name) == (4, "lora")
+    assert composed(own, "model=minilm_l6").model.name == "minilm_l6"
+    assert composed(own).mask == composed().mask  # of a group that the file does not name
+    described = dataclasses.asdict(composed("model=tiny_vit").model) | {"name": "mine"}
+    assert (
+        composed(settings_file(tmp_path, yaml.safe_dump({"model": described}))).model.model_args
+        == described["model_args"]
+    )  # and nothing of the usual model's
+    swept = compose.plan(["-m", settings_file(tmp_path, "model: tiny_vit\n"), "seed=0,1"])
+    assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=tiny_vit", "method=entries", "mask.seed=4", "preset=cpu", "trainer.tuned=null", "seed=2"],
+        ["model=tiny_bert", "task=mixture", "task.members=[sst2,mrpc]", "method=lora", "task.mixing=equal"],
+        ["model=tiny_llama", "task=arc_easy", "method.rank=auto", "calibration=fixed", "overwrite=true"],
+    ],
+)
+def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_path: Path, overrides: list[str]) -> None:
+    first = composed(*overrides)
+    record = config.plain(first)
+    record["trainer"]["tuned_elsewhere"] = "digits"  # which a run notes
+    own = settings_file(tmp_path, yaml.safe_dump(record))
+    assert composed(own) == dataclasses.replace(first, overwrite=False)  # a finished run is not lost by it
+    del record["mask"]["fan_in"]  # of a run before there was the key, which then had its default
+    assert composed(settings_file(tmp_path, yaml.safe_dump(record))).mask.fan_in == "dense"
+    assert composed(own, "model=tiny_vit", "task=digits").task == composed("task=digits").task
+    assert composed(own, "method=uniform").method == dataclasses.replace(first.method, name="uniform")
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        ("", ""),
+        ("[model", ""),
+        ("- model", ""),
+        ("defaults: [config]", "defaults"),
+        ("modl: tiny_vit", "modl: "),
+        ("trainer.lr: 1", "trainer.lr: .*trainer.learning_rate"),
+        ("trainer: {epochs: many}", "trainer.epochs: "),
+        ("model: [tiny_vit]", "model="),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_name_and_key(tmp_path: Path, text: str, begins: str) -> None:
+    with refusal(f".*/own.yaml: {begins}"):
+        composed(settings_file(tmp_path, text))
+
+
+def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    own = settings_file(tmp_path, "model: tiny_vit")
+    for arguments in (["nowhere.yaml"], [own, "nowhere.yaml"]):
+        with refusal("nowhere.yaml: "):
+            composed(*arguments)
+    shutil.copy(own, tmp_path / "config.yaml")
+    with refusal("--config-dir .*: config.yaml "):  # the package's own goes before it
+        compose.compose("train", [f"--config-dir={tmp_path}", "--config-name=config"], lambda config: 0)
+    with refusal("--config-dir nowhere: "):
+        compose.compose("train", ["--config-dir", "nowhere"], lambda config: 0)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,10 @@ from commands import begun, here
 
 from partial_lora.calibration import calibrate as calibration
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import fault
+from partial_lora.files import fault, is_locked
 from partial_lora.runs import directory as results
 from partial_lora.runs.finished import finished_run
+from partial_lora.training import trainer
 
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")
@@ -159,6 +161,35 @@ def test_a_run_under_way_is_nobody_else_s_and_leaves_a_checkpoint_at_a_signal(un
     (checkpoint,) = (run_of(tmp_path) / results.CHECKPOINTS).iterdir()
     assert fault(checkpoint) is None
     assert 0 < int(checkpoint.name.split("-")[1]) < 5000
+
+
+def orphan_at(step: int) -> None:
+    """Have the parent of a worker killed amid a step, which goes on once the worker has heard."""
+    before = trainer.StopOnSignal.on_step_end
+
+    def orphaned(self, args, state, control, **given):
+        if state.global_step == step:
+            os.kill(os.getppid(), signal.SIGKILL)
+            end = time.monotonic() + 60
+            while self.received is None and time.monotonic() < end:
+                time.sleep(0.05)
+        return before(self, args, state, control, **given)
+
+    trainer.StopOnSignal.on_step_end = orphaned
+
+
+def test_a_run_whose_command_is_killed_ends_after_its_step_and_is_gone_on_from(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken / "cache", tmp_path / "cache")
+    command = begun(tmp_path, "train", *TINY, *SHORT, first=partial(orphan_at, 3))
+    assert command.wait(120) == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while is_locked(run_of(tmp_path) / results.LOCK):  # by the worker
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (record_of(tmp_path)["status"], record_of(tmp_path)["error"]) == ("failed", results.INTERRUPTED)
+    assert train(tmp_path).returncode == 0
+    own, expected = record_of(tmp_path), record_of(unbroken)
+    assert (own["resumed_from_step"], own["metrics"]) == (3, expected["metrics"])
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_path: Path) -> None:
