@@ -215,7 +215,7 @@ def _print_outline(config: Config) -> int:
     return 0
 
 
-# --- evaluate, predict, generate, export: what is done with a finished run.
+# --- evaluate, predict, generate, export, push: what is done with a finished run.
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -532,6 +532,34 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def push(arguments: Sequence[str]) -> int:
+    """Upload a finished run's adapter to the model hub, with a page on it; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora push",
+        description="A finished run's adapter as a repository of the model hub: the adapter, the settings that made it "
+        "and a page with its scores and sizes. The token is huggingface_hub's own (`hf auth login`, HF_TOKEN).",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("repo", metavar="OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="where the repository is made by this")
+    parser.add_argument("--compact", action="store_true", help="the kept values alone, in place of an ordinary adapter")
+    parser.add_argument("--license", metavar="NAME", help="the hub's name of one, such as apache-2.0; default: none")
+    parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub, and upload nothing")
+    parsed = parser.parse_args(list(arguments))
+    from partial_lora.runs.finished import finished_run
+
+    run = finished_run(parsed.run)
+    with _libraries():
+        from partial_lora.report import card
+        from partial_lora.runs import push
+    push.check(parsed.repo)
+    page = card.card(run, parsed.repo, compact=parsed.compact, license=parsed.license)
+    folder = push.write(run, page, compact=parsed.compact)
+    place = folder if parsed.dry_run else push.upload(folder, parsed.repo, private=parsed.private)
+    print(f"{place}: written")
+    return 0
+
+
 # --- runs, report: what runs there are, and what the finished ones come to.
 
 
@@ -760,6 +788,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "runs": runs,
     "report": report,
     "export": export,
+    "push": push,
 }
 _HELP = {
     "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
@@ -771,4 +800,5 @@ _HELP = {
     "generate": "what a finished causal run writes after a prompt",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
+    "push": "a finished run's adapter to the model hub, with a page on it",
 }

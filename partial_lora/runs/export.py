@@ -56,11 +56,6 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
     files are broken or the folder holds other files, and ProofError where the check fails.
     """
-    if to == "compact" and not run.is_masked:
-        raise PartialLoraError(
-            f"{run.directory}: method={run.method} masks nothing, so that there is nothing to leave out: export it with"
-            " --to peft or merged"
-        )
     folder = (run.directory / "export" / to if out is None else Path(out)).resolve()
     if folder == run.adapter.resolve():
         raise PartialLoraError(f"{folder} is the run's own adapter: choose another --out")
@@ -169,6 +164,11 @@ def _write_peft(run: FinishedRun, folder: Path) -> None:
 
 
 def _write_compact(run: FinishedRun, folder: Path) -> None:
+    if not run.is_masked:
+        raise PartialLoraError(
+            f"{run.directory}: method={run.method} masks nothing, so that there is nothing to leave out: export it with"
+            " --to peft or merged"
+        )
     adapted = adapted_model(run)
     write_compact(adapted, folder)
     build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)

@@ -428,7 +428,7 @@ def test_progress_is_for_a_terminal_and_goes_to_stderr(photos, folder, predict, 
 
 # A text while it is written
 
-PROMPTS = ["say red 7", "say so so so blue 12"]
+PROMPTS = ["say so so so blue 12", "hello there", "say red 7"]
 
 
 def written(prompt: str, **given: object) -> list[str]:
@@ -440,9 +440,14 @@ def written(prompt: str, **given: object) -> list[str]:
 def test_the_parts_are_what_predict_writes_up_to_a_stop_string() -> None:
     whole = [each.label for each in Predictor(finished_runs.generation_run(), device="cpu").predict(PROMPTS)]
     assert ["".join(written(prompt)) for prompt in PROMPTS] == whole
-    stop = whole[0][3:5]
-    assert "".join(written(PROMPTS[0], stop=[stop])) == whole[0].partition(stop)[0].strip()
-    assert len("".join(written(PROMPTS[0], max_new_tokens=3))) <= 3  # a byte each
+    assert "".join(written(PROMPTS[0], max_new_tokens=3)) == whole[0][:3]  # a byte each
+
+
+def test_a_text_ends_before_the_first_stop_string() -> None:
+    drawn = {"temperature": 2.0, "seed": 0}
+    text = "".join(written(PROMPTS[0], **drawn))
+    stop = text[4:6]
+    assert "".join(written(PROMPTS[0], stop=["never", stop], **drawn)) == text.partition(stop)[0].strip() != text
 
 
 def test_a_temperature_draws_another_text_with_another_seed() -> None:
