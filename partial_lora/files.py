@@ -62,6 +62,13 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
     return flat
 
 
+def at_home(path: Any) -> Any:
+    """Return a path with the home folder in place of `~`, of a mapping each of its paths; all else as it is."""
+    if isinstance(path, Mapping):
+        return {key: at_home(each) for key, each in path.items()}
+    return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
+
+
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""

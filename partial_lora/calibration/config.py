@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from partial_lora.errors import one_of, positive, require
-from partial_lora.files import flatten
+from partial_lora.files import at_home, flatten
 
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 # Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
@@ -77,6 +77,7 @@ class CalibrationConfig:
     memory: int = 2**31  # bytes that may be kept between passes; changes no result
 
     def __post_init__(self) -> None:
+        self.file = at_home(self.file)
         require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
         budget = self.budget
         whole = budget is None or (0 < budget < math.inf and (budget <= 1 or float(budget).is_integer()))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FILE = Path(__file__).with_name("skeletons.json")
+ALL_LINEAR = "all-linear"  # in place of names, as in PEFT: every linear layer but a causal model's output
 _CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 
 
@@ -54,11 +55,14 @@ class Skeleton:
     ) -> dict[str, tuple[int, int]]:
         """Return (out, in) of the modules to adapt, by full name in the model's order, matched as PEFT matches them.
 
-        target_modules: a list of names or suffixes, or one regular expression, as PEFT's LoraConfig takes them. Raises
-        PartialLoraError where nothing matches, or something that is no linear layer with a plain weight. `head` and
-        `new_modules` train whole and are no targets: a pattern passes over them, as PEFT does with modules_to_save.
+        target_modules: a list of names or suffixes, one regular expression or "all-linear", as PEFT's LoraConfig takes
+        them. Raises PartialLoraError where nothing matches, or something that is no linear layer with a plain weight.
+        `head` and `new_modules` train whole and are no targets: a pattern passes over them, as PEFT does with
+        modules_to_save.
         """
-        if isinstance(target_modules, str):
+        if ALL_LINEAR in ([target_modules] if isinstance(target_modules, str) else target_modules):
+            matched = [name for name in self.linears if name != self.output]
+        elif isinstance(target_modules, str):
             matched = [name for name in self.modules if re.fullmatch(target_modules, name)]
         else:
             target_modules, ends = list(target_modules), {name: f".{name}" for name in self.modules}

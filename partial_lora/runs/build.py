@@ -20,6 +20,7 @@ from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
+from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.runs.config import check_modality
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 from partial_lora.tasks import Draws, Task
@@ -254,8 +255,11 @@ def setting_of(
     scores: methods.Scores | None = None,
 ) -> methods.Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
+    modules = config.model.trained_modules
+    if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
+        modules["target_modules"] = list(shapes)
     return methods.Setting(
-        **config.model.trained_modules,
+        **modules,
         rank=config.method.rank,
         ranks=config.method.ranks,
         alpha=config.method.alpha,

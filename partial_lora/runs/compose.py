@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
-from partial_lora.runs.schema import Config
+from partial_lora.runs.schema import Config, list_keys
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 CONFIG_NAME = "config"
 _OF_RECORDS = ("model", "task", "method", "importance", "calibration", "mask", "trainer")  # of which a run's has all
@@ -62,7 +69,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    flags = get_args_parser().parse_args(_with_file(arguments))
+    flags = get_args_parser().parse_args(_for_hydra(arguments))
     name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
     try:
         hydra = _hydra_of_plan(flags)
@@ -243,7 +250,7 @@ def composed(*overrides: str) -> Config:
 
     with _in_one_line(overrides):
         try:
-            flags = get_args_parser().parse_args(_with_file(overrides))
+            flags = get_args_parser().parse_args(_for_hydra(overrides))
             name = flags.config_name or CONFIG_NAME
             one = _hydra_of_plan(flags).compose_config(
                 name, flags.overrides, run_mode=RunMode.RUN, with_log_configuration=False
@@ -251,6 +258,73 @@ def composed(*overrides: str) -> Config:
             return _resolved(one)
         finally:
             GlobalHydra.instance().clear()
+
+
+def _for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    return [in_grammar(each, is_sweep) for each in _with_file(arguments)]
+
+
+def in_grammar(argument: str, is_sweep: bool = False) -> str:
+    """Return KEY=VALUE so that Hydra reads in it what was meant; one that has no meaning stays as it is.
+
+    A text of characters that are not in its grammar is quoted, and so is a file's path of which it would make several
+    values or a number; `{train: ~/a (1).csv}` is read as YAML; where a list is expected, its words will do. is_sweep:
+    several values are a run for each.
+    """
+    key, equals, text = argument.partition("=")
+    if argument.startswith(("-", "~")) or not (equals and key):
+        return argument
+    override, is_list = _parsed(argument), key.lstrip("+") in list_keys()
+    is_file = not is_list and os.path.exists(os.path.expanduser(text))
+    if override is None:
+        value = text if is_file else _from_yaml(text)
+        return argument if value is None else f"{key}={_quoted([value] if is_list and value == text else value)}"
+    several = override.is_sweep_override()
+    if is_list and several and is_sweep:
+        each = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
+        return f"{key}={','.join(each)}"
+    if is_list and (several or isinstance(override.value(), (str, int, float))):
+        return f"{key}=[{text}]"
+    number = key.startswith("task.data_files") and isinstance(override.value(), (int, float))
+    return f"{key}={_quoted(text)}" if is_file and (number or (several and not is_sweep)) else argument
+
+
+def _parsed(argument: str) -> Override | None:
+    """Return an argument as Hydra reads it; None where its grammar has no such value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _from_yaml(text: str) -> object:
+    """Return the list or mapping that a text is, or the text; None for one that was begun as these or in quotes."""
+    if text[0] not in "[{\"'":
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return value if isinstance(value, (list, dict)) else None
+
+
+def _quoted(value: object) -> str:
+    """Return a value in Hydra's grammar, its texts in quotes."""
+    from hydra.core.override_parser.types import Override, Quote, QuotedString
+
+    def texts(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: texts(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [texts(each) for each in value]
+        return QuotedString(value, Quote.double) if isinstance(value, str) else value
+
+    return Override._get_value_element_as_str(texts(value))
 
 
 # --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
@@ -283,7 +357,6 @@ def _is_file(argument: str) -> bool:
 
 def _content(file: str) -> dict:
     """Return what a file sets; raise PartialLoraError, in one line that names it, where it is no mapping of keys."""
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -317,6 +390,9 @@ def _primary(file: str, content: Mapping) -> dict:
         else:
             OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
     settings = OmegaConf.to_container(keys)
+    for group, _, name in (key.partition(".") for key in list_keys()):
+        if isinstance(settings.get(group), dict) and isinstance(word := settings[group].get(name), str):
+            settings[group][name] = [word]
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
     chosen |= dict.fromkeys(described)
     return {
@@ -331,8 +407,6 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     Of the run's own model or task nothing stays where another one is chosen. What the record says of that one run, that
     it was to overwrite and where its rate was searched for, is no setting of another.
     """
-    import yaml
-
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
@@ -377,7 +451,7 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
     GlobalHydra.instance().clear()
     _register_schema()
     with _in_one_line(arguments):
-        sys.argv = [f"partial-lora {command}", *_with_file(arguments)]
+        sys.argv = [f"partial-lora {command}", *_for_hydra(arguments)]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
 
 
@@ -410,8 +484,6 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
     from hydra._internal.utils import get_args_parser
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
     from omegaconf.errors import ConfigKeyError
 
     overrides = get_args_parser().parse_known_args(list(arguments))[0].overrides
@@ -419,12 +491,12 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     for argument in overrides:
         if argument in files:
             continue
-        try:
-            OverridesParser.create().parse_override(argument)
-        except HydraException:
-            return f"{argument!r}: expected KEY=VALUE, with quotes around a value of special characters"
-        if not argument.partition("=")[0]:
+        key, _, text = argument.partition("=")
+        if not key:
             return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml"
+        if _parsed(in_grammar(argument)) is None:
+            inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
+            return f"{argument!r}: expected KEY=VALUE{inside}; one text is {shlex.quote(f'{key}={_quoted(text)}')}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
         return _no_such_key(lines[0].split("'")[1])
@@ -445,7 +517,9 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         return line + (f"; {_PLUG_INS[name]} brings it" if name in _PLUG_INS else "")
     for argument in arguments:
         if "," in argument and "ambiguous" in " ".join(lines).lower():
-            return f"{argument}: several values; for a run of each add -m"
+            key, _, text = argument.partition("=")
+            as_text = shlex.quote(f"{key}={_quoted(text)}")
+            return f"{argument}: several values; for a run of each add -m, for one text write {as_text}"
     return " ".join(lines)
 
 

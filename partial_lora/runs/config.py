@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import file_sha256
+from partial_lora.files import at_home, file_sha256
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
@@ -36,6 +36,9 @@ from partial_lora.runs.schema import (
 from partial_lora.training.config import TRACKERS
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
+
+
+OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes
 
 
 def conf_dir() -> Path:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.compose import composition_error, refuse_group_lists
+from partial_lora.runs.compose import composition_error, in_grammar, refuse_group_lists
 from partial_lora.runs.config import check_files, conf_dir, load, plain
 from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.tasks.folders import split_folders
@@ -172,7 +172,7 @@ def evaluation_settings(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = list(overrides)
+    overrides = [in_grammar(each) for each in overrides]
     keys = {override.partition("=")[0] for override in overrides}
     of_another = "task" in keys
     own = one_task(run, member, of_another=of_another)

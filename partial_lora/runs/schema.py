@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Optional
@@ -20,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 
 from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError, one_of, positive, require
-from partial_lora.files import flatten
+from partial_lora.files import at_home, flatten
 from partial_lora.training.config import TrainerConfig
 
 
@@ -140,6 +140,7 @@ class ModelConfig:
         return {"target_modules": self.target_modules, "head": self.head, "new_modules": self.new_modules}
 
     def __post_init__(self) -> None:
+        self.weights, self.text_weights = at_home(self.weights), at_home(self.text_weights)
         plain_name("model.name", self.name)
         for key in ("mean", "std"):
             require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
@@ -210,6 +211,7 @@ class TaskConfig:
     cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
 
     def __post_init__(self) -> None:
+        self.path, self.data_files = at_home(self.path), at_home(self.data_files)
         plain_name("task.name", self.name)
         require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
         one_of("task.modality", self.modality, "image", "text")
@@ -307,6 +309,7 @@ class Config:
         return self.seed if self.mask.seed is None else self.mask.seed
 
     def __post_init__(self) -> None:
+        self.results_dir, self.data_dir = at_home(self.results_dir), at_home(self.data_dir)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
         if self.method.ranks == "auto":
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
@@ -414,3 +417,11 @@ def wherever(key: str, value: Any) -> Any:
 def defaults() -> Mapping[str, Any]:
     """Return the schema's defaults, each by its full key."""
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+@cache
+def list_keys() -> frozenset[str]:
+    """Return the keys whose values are lists, each by its full key."""
+    groups = {field.name: field.default_factory for field in fields(Config) if is_dataclass(field.default_factory)}
+    typed = {f"{group}.{key.name}" for group, kind in groups.items() for key in fields(kind) if key.type[:5] == "list["}
+    return frozenset(typed | {"task.members"})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from partial_lora.errors import one_of, positive, require
+from partial_lora.files import at_home
 
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
 
@@ -59,6 +60,7 @@ class TrainerConfig:
         return max(1, self.batch_size // ((self.num_processes or 1) * self.gradient_accumulation_steps))
 
     def __post_init__(self) -> None:
+        self.tuned, self.accelerate_config = at_home(self.tuned), at_home(self.accelerate_config)
         positive("trainer.epochs", self.epochs)
         counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
         for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):

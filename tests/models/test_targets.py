@@ -5,6 +5,7 @@ from __future__ import annotations
 from configured import load
 from refusals import refusal
 from scored_models import Named, tiny_vit
+from torch import nn
 
 from partial_lora.models.targets import target_names
 
@@ -30,3 +31,10 @@ def test_what_trains_whole_is_passed_over():
     assert names == [f"{layer}.{kind}.dense" for layer in layers for kind in kinds]
     assert "pooler.dense" in target_names(model, r".*dense", head="classifier")
     assert target_names(model, r".*(dense|classifier)", head="classifier", new_modules=["pooler"]) == names
+
+
+def test_all_linear_layers_are_targets_by_peft_s_word_for_them() -> None:
+    for name, whole in (("tiny_llama", {}), ("tiny_bert", {"head": "classifier", "new_modules": ["pooler"]})):
+        model = load(name)
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert set(target_names(model, ["all-linear"], **whole)) == linear - {"lm_head", "classifier", "pooler.dense"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from refusals import refusal
 
 from partial_lora import files, methods
 from partial_lora.calibration import importance
+from partial_lora.errors import PartialLoraError
 from partial_lora.runs import compose, config, directory, schema
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
@@ -195,6 +198,52 @@ def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
         assert {key: getattr(chosen, key) for key in options} == {key: defaults[key] for key in options}
 
 
+# What a command line may say without a second pair of quotes
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("task.data_files=a (1).csv", "a (1).csv"),
+        ("task.data_files=b, [c]", "b, [c]"),  # which is there
+        ("task.data_files=2024", "2024"),
+        ("task.data_files={train: a (1).csv, test: 'b, [c]'}", {"train": "a (1).csv", "test": "b, [c]"}),
+        ("task.data_files={train: a.csv}", {"train": "a.csv"}),
+        ('results_dir=jörg\'s \\ "results" = #1', 'jörg\'s \\ "results" = #1'),
+        ("results_dir='quoted (1)'", "quoted (1)"),
+        ("model.target_modules=all-linear", ["all-linear"]),
+        ("model.target_modules=qkv,proj", ["qkv", "proj"]),
+        ("model.target_modules=[qkv,proj]", ["qkv", "proj"]),
+        ("task.metrics=accuracy", ["accuracy"]),
+        ("task.text_columns=größe", ["größe"]),
+        ("trainer.report_to=[]", []),
+    ],
+)
+def test_an_argument_is_what_it_looks_like(argument: str, value: object, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "a (1).csv", "b, [c]", "2024", "accuracy"):
+        (tmp_path / name).touch()
+    key = argument.partition("=")[0]
+    found = config.plain(composed(argument))
+    assert functools.reduce(lambda group, name: group[name], key.split("."), found) == value
+
+
+def test_several_values_are_runs_where_these_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").touch()
+    swept = compose.plan(["-m", "model.target_modules=qkv,[qkv,proj]", "results_dir=a,b"])
+    found = [(each.model.target_modules, each.results_dir) for _, each in swept.runs]
+    assert found == [(names, place) for names in (["qkv"], ["qkv", "proj"]) for place in "ab"]
+
+
+@pytest.mark.parametrize("argument", ["results_dir=[b", "results_dir={a: b (1)", "results_dir='a", "results_dir=a,b"])
+def test_what_is_none_is_refused_with_the_words_that_make_it_a_text(argument: str) -> None:
+    with pytest.raises(PartialLoraError) as refused:
+        composed(argument)
+    as_text = shlex.split(str(refused.value))[-1]
+    assert composed(as_text).results_dir == argument.partition("=")[2]
+
+
 # Ids and directories
 
 
@@ -263,6 +312,36 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
     assert len(set(ids())) == 1
     (second / "cats" / "a.png").write_text("others")
     assert len(set(ids())) == 2
+
+
+def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    accelerate = "distributed_type: 'NO'"
+    for name, text in {"rows.csv": "text,label", "c.json": "{}", "a.yaml": accelerate, "rates.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "train.parquet").touch()
+    keys = {
+        "results_dir": "~/results",
+        "data_dir": "~",
+        "calibration.file": "~/c.json",
+        "trainer.accelerate_config": "~/a.yaml",
+        "model.weights": "~/weights",
+        "model.text_weights": "~/tower",
+        "task.data_files": "~/rows.csv",
+    }
+    found = files.flatten(config.plain(composed("model=tiny_clip", *(f"{key}={path}" for key, path in keys.items()))))
+    assert {key: found[key] for key in keys} == {key: path.replace("~", str(tmp_path)) for key, path in keys.items()}
+    by_split = composed("task=text_table", "model=tiny_bert", "task.data_files={train: ~/rows.csv}")
+    assert by_split.task.data_files == {"train": str(tmp_path / "rows.csv")}
+    members = "{mine: {modality: text, path: files, data_files: ~/rows.csv}, sst2: {modality: text, path: sst2}}"
+    mixture = composed("data_dir=~", "model=tiny_bert", "task=mixture", f"task.members={members}").task.members
+    assert mixture["mine"].data_files == str(tmp_path / "rows.csv")
+    assert mixture["sst2"].data_files == {"train": str(tmp_path / "sst2" / "train.parquet")}
+    swept = compose.plan(["-m", "model=tiny_vit", "seed=0,1", "results_dir=~/results"])
+    assert swept.sweep_dir == tmp_path / "results" / "sweep"
+    with refusal(f"trainer.tuned=({tmp_path})/nowhere"):
+        composed("trainer.tuned=~/nowhere")
 
 
 def test_a_preset_is_recorded_and_no_setting() -> None:
