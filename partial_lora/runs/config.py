@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, file_sha256
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
@@ -338,10 +338,15 @@ _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or fold
 def run_id(config: Config | Mapping) -> str:
     """Return eight hex digits that name everything a run computes from, its seed apart.
 
-    The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON. Files enter by content, so a
-    copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
-    their order, which is that of the outputs.
+    The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON, without those that the method
+    has no use for. Files enter by content, so a copy elsewhere gives the same id and an edited file another one. The
+    members of a mixture enter as tasks do, and in their order, which is that of the outputs.
     """
+    return run_ids(config)[0]
+
+
+def run_ids(config: Config | Mapping) -> list[str]:
+    """Return the id of a run and, where it is another one, that of all its settings, which earlier runs have."""
     settings = config if isinstance(config, Mapping) else plain(config)
     members, changed = list(settings.get("task", {}).get("members") or ()), computed_from(settings)
     for key, value in changed.items():
@@ -353,7 +358,17 @@ def run_id(config: Config | Mapping) -> str:
         changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    method = settings.get("method", {}).get("name")
+    used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
+    texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
+    return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
+
+
+def _uses(method: str, key: str) -> bool:
+    """Return whether a setting changes what a method does; the matrices of VeRA are drawn by mask.seed."""
+    if method in {*CALIBRATED, *BUDGETED, *RANKED} or (method, key) == ("vera", "mask.seed"):
+        return True
+    return not key.startswith(("calibration.", "importance.", "mask."))
 
 
 def _digest(path: Path) -> str:
@@ -367,15 +382,17 @@ def _digest(path: Path) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """Return where a run's files go: results_dir/runs/task/model/method-id/seed."""
-    names = config.task.name, config.model.name, f"{config.method.name}-{run_id(config)}"
-    return Path(config.results_dir).joinpath("runs", *names, f"seed{config.seed}")
+    """Return where a run's files go: results_dir/runs/task/model/method-id/seed; or are, by an id of earlier runs."""
+    parent = Path(config.results_dir).joinpath("runs", config.task.name, config.model.name)
+    places = [parent / f"{config.method.name}-{each}" / f"seed{config.seed}" for each in run_ids(config)]
+    there = [place for place in places if place.is_dir()] or [place for place in places if place.parent.is_dir()]
+    return (there or places)[0]
 
 
 def calibration_directory(config: Config) -> Path:
     """Return where `partial-lora calibrate` puts the sparsities of a model and task; each seed that draws has one."""
     config = replace(config, calibration=replace(config.calibration, seed=config.calibration_seed))
-    names = config.task.name, config.model.name, f"{config.importance.name}-{run_id(config)}"
+    names = config.task.name, config.model.name, f"{config.importance.name}-{run_ids(config)[-1]}"
     return Path(config.results_dir).joinpath("calibrations", *names)
 
 
