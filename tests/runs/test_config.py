@@ -117,13 +117,39 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
         ("loraplus_lr_ratio", "trainer.loraplus_ratio"),
         ("batch_size", "trainer.batch_size"),
         ("trainer.rank", "method.rank"),
+        ("learning_rate", "trainer.learning_rate"),
+        ("output_dir", "results_dir"),
+        ("dataset", "task"),
+        ("num_epochs", "trainer.epochs"),
+        ("bf16", "trainer.mixed_precision=bf16"),
+        ("lora_r", "method.rank"),
+        ("trainer.seed", "seed"),
         *((key, None) for key in ("model.colour", "colour", "trainer.name")),
     ],
 )
 def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
     assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
     assert "mean" not in config.no_such_key(key, "hydra")
-    assert set(config._ELSEWHERE.values()) <= set(schema.defaults())
+    assert {each.partition("=")[0] for each in config._ELSEWHERE} <= {*schema.defaults(), *config.GROUPS}
+    names = [name for names in config._ELSEWHERE.values() for name in names.split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--lr", "1e-4"], "trainer.learning_rate=1e-4"),
+        (["--lora-r=8"], "method.rank=8"),
+        (["--bf16"], "trainer.mixed_precision=bf16"),
+        (["--seed", "seed=1"], "seed=VALUE"),
+        (["--method", "lora"], "method=lora"),
+        (["--config", "my.yaml"], "my.yaml"),
+        (["--colour", "red"], ""),
+    ],
+)
+def test_an_option_of_other_tools_is_refused_with_the_setting_that_it_is(arguments: list[str], meant: str) -> None:
+    with refusal(f"{arguments[0].partition('=')[0]}: ", meant):
+        compose.compose("train", arguments, lambda config: 0)
 
 
 def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
