@@ -119,7 +119,7 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     from rich.console import Console
 
     console = Console()
-    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False)
+    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False, markup=False, soft_wrap=True)
     with Bars(console) as bars:
         outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
     _ended(outcome, config, stage)
@@ -215,7 +215,7 @@ def _print_outline(config: Config) -> int:
     return 0
 
 
-# --- evaluate, predict, export: what is done with a finished run.
+# --- evaluate, predict, generate, export, push: what is done with a finished run.
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -332,10 +332,15 @@ def predict(arguments: Sequence[str]) -> int:
                 done += len(batch)
                 advance(done, total)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # Python would complain when it flushes stdout at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 0
     return code
+
+
+def _forget_stdout() -> None:
+    """Let go of an output that nobody reads any more: Python would complain when it flushes it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _predict_parser() -> argparse.ArgumentParser:
@@ -429,6 +434,67 @@ def _escaped(text: str) -> str:
     )
 
 
+def generate(arguments: Sequence[str]) -> int:
+    """Print what a causal run writes after a prompt, while it is written; return the exit code.
+
+    Raises PartialLoraError for a run that is none, or whose model writes no texts.
+    """
+    parser = argparse.ArgumentParser(
+        prog="partial-lora generate",
+        description="What a finished run of a causal language model writes after a prompt, word by word. The prompt is "
+        "put into the chat template where those of the run's task were.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default: always the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn above temperature 0 (default: none)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="what ends the text, beside the run's task.stop"
+    )
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the run's task.max_new_tokens")
+    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parsed = parser.parse_args(list(arguments))
+    from partial_lora.runs.finished import finished_run, one_task
+
+    run = finished_run(parsed.run)
+    if run.config.model.family != "causal":
+        raise PartialLoraError(
+            f"{run.directory}: model={run.config.model.name} writes no texts, expected a run of a causal language model"
+        )
+    one_task(run, parsed.member)
+    prompt = sys.stdin.read() if parsed.prompt == "-" else parsed.prompt
+    if not prompt.strip() or "" in parsed.stop:
+        raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
+    with _libraries():
+        from partial_lora.runs import generate
+    try:
+        generate.generate(
+            run,
+            prompt,
+            lambda text: print(text, end="", flush=True),
+            member=parsed.member,
+            device=parsed.device,
+            max_new_tokens=parsed.max_new_tokens,
+            stop=parsed.stop,
+            temperature=parsed.temperature,
+            seed=parsed.seed,
+        )
+        print(flush=True)
+    except BrokenPipeError:
+        _forget_stdout()
+    return 0
+
+
+def _temperature(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(value) < float("inf"):
+            return float(value)
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {value!r}")
+
+
 def export(arguments: Sequence[str]) -> int:
     """Write a finished run's adapter for other programs; return the exit code: 1 where it does not pass its check."""
     parser = argparse.ArgumentParser(prog="partial-lora export")
@@ -436,15 +502,17 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("peft", "compact", "merged", "gguf"),
+        choices=("peft", "compact", "merged", "gguf", "serve"),
         help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen",
+        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a "
+        "LoRA for vLLM, SGLang and LoRAX",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="prove that it loads and computes the run's logits (peft, merged: in an interpreter without this package)",
+        help="prove that it loads and computes the run's logits (peft, merged, serve: in an interpreter without this "
+        "package; gguf: that its tensors are the run's)",
     )
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console
@@ -461,6 +529,34 @@ def export(arguments: Sequence[str]) -> int:
     console.print(f"{done.folder}: {written} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
     if done.proof:
         console.print(f"checked: {done.proof}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def push(arguments: Sequence[str]) -> int:
+    """Upload a finished run's adapter to the model hub, with a page on it; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora push",
+        description="A finished run's adapter as a repository of the model hub: the adapter, the settings that made it "
+        "and a page with its scores and sizes. The token is huggingface_hub's own (`hf auth login`, HF_TOKEN).",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("repo", metavar="OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="where the repository is made by this")
+    parser.add_argument("--compact", action="store_true", help="the kept values alone, in place of an ordinary adapter")
+    parser.add_argument("--license", metavar="NAME", help="the hub's name of one, such as apache-2.0; default: none")
+    parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub, and upload nothing")
+    parsed = parser.parse_args(list(arguments))
+    from partial_lora.runs.finished import finished_run
+
+    run = finished_run(parsed.run)
+    with _libraries():
+        from partial_lora.report import card
+        from partial_lora.runs import push
+    push.check(parsed.repo)
+    page = card.card(run, parsed.repo, compact=parsed.compact, license=parsed.license)
+    folder = push.write(run, page, compact=parsed.compact)
+    place = folder if parsed.dry_run else push.upload(folder, parsed.repo, private=parsed.private)
+    print(f"{place}: written")
     return 0
 
 
@@ -688,9 +784,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "evaluate": evaluate,
     "predict": predict,
+    "generate": generate,
     "runs": runs,
     "report": report,
     "export": export,
+    "push": push,
 }
 _HELP = {
     "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
@@ -699,6 +797,8 @@ _HELP = {
     "evaluate": "a finished run on another split or task",
     "predict": "what a finished run says of images, texts or lines of a file",
     "runs": "the runs of a results directory: task, method, score, when, path",
+    "generate": "what a finished causal run writes after a prompt",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
+    "push": "a finished run's adapter to the model hub, with a page on it",
 }

@@ -58,6 +58,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     judge = build.judge_of(config, task, transform, world)
     if stage == "train":  # what cannot be read is found before anything is paid for
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
+        record["warnings"] = build.warnings_of(config, task)
+        for warning in record["warnings"]:
+            logger.warning("beware: %s", warning)
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"

@@ -49,6 +49,18 @@ def _load_task(task: TaskConfig) -> Task:
     return tasks.load(**{name: getattr(task, name) for name in tasks.SETTINGS})
 
 
+def warnings_of(config: Config, task: Task) -> list[str]:
+    """Return what of a training's settings and rows to beware of, a sentence each."""
+    found = config.trainer.warnings
+    size, rows = config.trainer.batch_size, len(task.train)
+    if size > rows:
+        found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
+    for each in getattr(task, "members", ()) or (task,):
+        if shared := tasks.shared_inputs(each.test, each.train):
+            found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
+    return found
+
+
 def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = None) -> Transform:
     """Return how rows of a task enter a model. Of a mixture `task` says where the rows are, if any are to be read."""
     if chosen.members:

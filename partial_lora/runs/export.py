@@ -50,17 +50,12 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
 
     Args:
         to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
-            "gguf", an adapter for llama.cpp.
+            "gguf", an adapter for llama.cpp; "serve", a LoRA for vLLM, SGLang and LoRAX.
         check: prove that it can be used, and computes what the run's own adapter does, before it gets its name.
 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
     files are broken or the folder holds other files, and ProofError where the check fails.
     """
-    if to == "compact" and not run.is_masked:
-        raise PartialLoraError(
-            f"{run.directory}: method={run.method} masks nothing, so that there is nothing to leave out: export it with"
-            " --to peft or merged"
-        )
     folder = (run.directory / "export" / to if out is None else Path(out)).resolve()
     if folder == run.adapter.resolve():
         raise PartialLoraError(f"{folder} is the run's own adapter: choose another --out")
@@ -169,6 +164,11 @@ def _write_peft(run: FinishedRun, folder: Path) -> None:
 
 
 def _write_compact(run: FinishedRun, folder: Path) -> None:
+    if not run.is_masked:
+        raise PartialLoraError(
+            f"{run.directory}: method={run.method} masks nothing, so that there is nothing to leave out: export it with"
+            " --to peft or merged"
+        )
     adapted = adapted_model(run)
     write_compact(adapted, folder)
     build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
@@ -191,7 +191,7 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
     build.describe(model, run.config.model, _transform(run), folder)
 
 
-def _prove_peft(run: FinishedRun, folder: Path) -> str:
+def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> str:
     """Prove that plain PEFT loads it on the base model without a warning, and computes the run's logits.
 
     Quantised weights are whole again for this: how they are multiplied differs from one library and device to another.
@@ -201,7 +201,8 @@ def _prove_peft(run: FinishedRun, folder: Path) -> str:
         with _quiet():
             _save(base_model(run, whole=True), run, Path(base))
         others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(samples, model=Path(base), adapter=folder)}
-        return _compared(_logits(adapted_model(run, whole=True), samples.inputs), others, folder, _bound(run))
+        own = _logits(adapted_model(run, whole=True), samples.inputs)
+        return _compared(own, others, folder, _bound(run) if bound is None else bound)
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
@@ -305,8 +306,25 @@ def _compared(own: Tensor, others: Mapping[str, Callable[[], Tensor]], folder: P
     return "; ".join(compared)
 
 
-WRITE = {"peft": _write_peft, "compact": _write_compact, "merged": _write_merged, "gguf": serving.write_gguf}
-PROVE = {"peft": _prove_peft, "compact": _prove_compact, "merged": _prove_merged, "gguf": serving.prove_gguf}
+def _prove_serve(run: FinishedRun, folder: Path) -> str:
+    """Prove of the LoRA for servers what `_prove_peft` proves, as near as its number format comes."""
+    return _prove_peft(run, folder, max(_bound(run), _BOUND["bfloat16"]))
+
+
+WRITE = {
+    "peft": _write_peft,
+    "compact": _write_compact,
+    "merged": _write_merged,
+    "gguf": serving.write_gguf,
+    "serve": serving.write_serve,
+}
+PROVE = {
+    "peft": _prove_peft,
+    "compact": _prove_compact,
+    "merged": _prove_merged,
+    "gguf": serving.prove_gguf,
+    "serve": _prove_serve,
+}
 
 
 # --- Logits of an export by a fresh interpreter in which this package cannot be imported.

@@ -1,4 +1,4 @@
-"""A causal run's adapter as llama.cpp reads it: one GGUF file.
+"""A causal run's adapter as inference servers read it: a GGUF file, or a LoRA of one rank and one scaling.
 
 Its own files and the shapes of its base model are all that this needs: no weight of the base model is loaded.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from partial_lora import models
@@ -168,3 +170,53 @@ def prove_gguf(run: FinishedRun, folder: Path) -> str:
         if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
             raise ProofError(f"{folder / GGUF_FILE}: {name} is not that of the run")
     return f"{len(found)} tensors read back equal bit for bit"
+
+
+# --- vLLM, SGLang and LoRAX: an ordinary adapter of one rank and one scaling, with all that they count on to be there.
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be, 1 apart
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # SGLang stacks these, and finds none missing
+_OURS = {_WEIGHTS, _CONFIG, "partial_lora.json", "README.md"}  # what an export does not take over as it is
+
+
+def write_serve(run: FinishedRun, folder: Path) -> None:
+    """Write a LoRA whose scaling is in B, in bf16 (fp16 over such a base model), zeros where a server wants more.
+
+    Units of the rank that add nothing are left out, and the rank is the next that servers have; each kind of module is
+    there in every layer. Raises PartialLoraError, before it writes, where no such rank is large enough.
+    """
+    served = read(run, "serve")
+    factors = {module: _without_empty_units(*both) for module, both in served.factors.items()}
+    highest = max(len(a) for a, _ in factors.values())
+    rank = next((each for each in _RANKS if each >= highest), None)
+    if rank is None:
+        raise PartialLoraError(f"{run.directory}: method.rank={highest}: expected at most {_RANKS[-1]} for --to serve")
+    kinds = {module.rpartition(".")[2] for module in factors}
+    kinds = kinds.union(*(group for group in _FUSED if group & kinds))
+    dtype = torch.float16 if run.config.model.dtype == "float16" else torch.bfloat16
+    tensors = {}
+    for module, layer in served.linear.items():
+        if module.rpartition(".")[2] not in kinds:
+            continue
+        none = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
+        a, b = factors.get(module, none)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a))).to(dtype)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pad(b, (0, rank - len(a))).to(dtype)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(kinds),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=served.settings.base_model_name_or_path,
+        inference_mode=True,
+    ).save_pretrained(folder)
+    for file in run.adapter.iterdir():
+        if file.name not in _OURS:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _without_empty_units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B without the units of the rank whose row of A or column of B is zero."""
+    units = a.any(dim=1) & b.any(dim=0)
+    return a[units], b[:, units]

@@ -196,6 +196,30 @@ def option_metrics(columns: dict[str, list]) -> dict[str, float]:
 # Generation: the most likely next token, always, and how close a text comes to its reference.
 
 
+def generation_config(
+    model: nn.Module, transform: CausalTransform, max_new_tokens: int, stop: Sequence[str], temperature: float = 0.0
+) -> GenerationConfig:
+    """Return how texts are generated: the most likely token at temperature 0, else one drawn from all at that one."""
+    tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
+    # The tokens that end a text: the tokenizer's, which it is trained on, and the model's own.
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        num_beams=1,
+        repetition_penalty=1.0,  # a model's own settings would make another token the most likely
+        no_repeat_ngram_size=0,
+        min_length=0,
+        temperature=temperature or 1.0,
+        top_p=1.0,
+        top_k=0 if temperature > 0 else 50,
+        eos_token_id=ends or None,
+        pad_token_id=next(end for end in (tokenizer.pad_token_id, *ends, 0) if end is not None),
+        stop_strings=list(stop) or None,
+    )
+
+
 def generate(
     model: nn.Module,
     transform: CausalTransform,
@@ -214,24 +238,8 @@ def generate(
     called after every batch. `together`: processes with a sharded model generate together, as many texts each. The
     model is left in the mode it was in.
     """
-    tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
-    # The tokens that end a text: the tokenizer's, which it is trained on, and the model's own.
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # a model's own settings would make another token the most likely
-        no_repeat_ngram_size=0,
-        min_length=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        eos_token_id=ends or None,
-        pad_token_id=next(end for end in (tokenizer.pad_token_id, *ends, 0) if end is not None),
-        stop_strings=list(stop) or None,
-    )
+    tokenizer, greedy = transform.tokenizer, generation_config(model, transform, max_new_tokens, stop)
+    ends = greedy.eos_token_id or []
     longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
     training, device = model.training, next(model.parameters()).device

