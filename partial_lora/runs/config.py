@@ -366,15 +366,21 @@ def run_ids(config: Config | Mapping) -> list[str]:
         changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    method = settings.get("method", {}).get("name")
-    used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
+    method = settings.get("method", {})
+    used = {key: value for key, value in changed.items() if not method or _uses(method, key)}
     texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
     return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
 
 
-def _uses(method: str, key: str) -> bool:
-    """Return whether a setting changes what a method does; the matrices of VeRA are drawn by mask.seed."""
-    if method in {*CALIBRATED, *BUDGETED, *RANKED} or (method, key) == ("vera", "mask.seed"):
+def _uses(method: Mapping, key: str) -> bool:
+    """Return whether a setting changes what a method does.
+
+    The matrices of VeRA are drawn by mask.seed, and so is what else PEFT's tuners draw and freeze.
+    """
+    name = method.get("name")
+    if name in {*CALIBRATED, *BUDGETED, *RANKED} or (name, key) == ("vera", "mask.seed"):
+        return True
+    if method.get("peft_type") is not None and key in ("calibration.budget", "mask.seed"):
         return True
     return not key.startswith(("calibration.", "importance.", "mask."))
 
