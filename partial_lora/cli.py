@@ -250,7 +250,7 @@ def compare(arguments: Sequence[str]) -> int:
     refused = [f"{entry.name}: {entry.refused}" for entry in entries if entry.refused]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
-    runs = {place: record for entry in entries for place, record in entry.done}
+    runs = {place: record for entry in entries for place, record in entry.done.items()}
     if not runs:
         return 1
     with _libraries():

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from partial_lora.files import write_atomic
 from partial_lora.report import page
-from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both
+from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown
 from partial_lora.report.records import half_interval
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -210,7 +210,9 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
                 f"{label} {row[cost] / unit:.3g}"
             )
             handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
-        axes.set(title=task, xscale="log", xlabel=label, ylabel=f"test {known['metric'].iloc[0]}")
+        axes.set(title=task, xlabel=label, ylabel=f"test {known['metric'].iloc[0]}")
+        if cost == "parameters":
+            sized(axes, known.loc[known["task"] == task, cost])
         plain(axes)
     legend_below(figure, [handles[form] for form in forms])
     return save_both(figure, out, stem), _with_titles(figure, names)
@@ -247,6 +249,10 @@ _PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
 }
 
 
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
     """Write out/report/index.html: the ranking, a Pareto figure for every cost, and a table with all numbers."""
     numbers = compared(at_best_rates(table), reference).reset_index(drop=True)
@@ -258,7 +264,7 @@ def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, 
             caption = "Faint: another one is as good at no higher cost. Bars: 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=Markup(drawn)))
     everything = numbers[list(_PEFT_COLUMNS)].rename(columns=_PEFT_COLUMNS)
-    shown = everything.map(lambda value: f"{value:.4g}" if isinstance(value, float | np.floating) else value)
+    shown = everything.map(lambda value: _plain(value) if isinstance(value, float | np.floating) else value)
     tables = {title: (part, []) for title, part in titled(numbers, reference).items()}
     return page.write(
         out,

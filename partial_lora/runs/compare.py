@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.compose import Plan, plan
+from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import run_directory
 from partial_lora.runs.directory import read_result
 from partial_lora.runs.info import outline
@@ -74,7 +75,7 @@ class Entry:
     """A method at a size: its settings, where its search is centred, and what has become of it.
 
     overrides: on the command line of `train`, all but the seed and the learning rate. best: the learning rate, once it
-    is found. refused: why it is not compared. done: the finished runs, their directories and records.
+    is found. refused: why it is not compared. done: the records of finished runs by directory.
     """
 
     method: str
@@ -84,7 +85,7 @@ class Entry:
     parameters: int = 0
     best: float | None = None
     refused: str | None = None
-    done: list[tuple[Path, dict]] = field(default_factory=list)
+    done: dict[Path, dict] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -125,7 +126,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
 def checked(arguments: Sequence[str]) -> Plan:
     """Return the runs of a sweep; raises PartialLoraError where one is refused."""
-    planned = plan(arguments)
+    with in_one_line(arguments):
+        planned = plan(arguments)
     for reason in planned.refused:
         raise PartialLoraError(reason)
     return planned
@@ -144,41 +146,40 @@ def compare(
     Runs that are finished are not made again. launch: makes the runs of a sweep of `train`, given its arguments, and
     returns its exit code; of an interrupted one nothing more is made.
     """
-    open_entries = [entry for entry in chosen if entry.refused is None]
-    expected = runs_at_least(rates, seeds) * len(open_entries)
-    made: list[float] = []  # seconds of each
-    for entry in open_entries:
+    searched = [entry for entry in chosen if entry.refused is None]
+    left = runs_at_least(rates, seeds) * len(searched)
+    took: list[float] = []  # seconds of every run that was not finished before
+    for entry in searched:
         searching = search(entry.centre, rates, seeds)
         runs = next(searching)
         while True:
-            left = max(expected - len(made), len(runs))
-            minutes = f", about {left * sum(made) / len(made) / 60:.0f} min" if made else "; the first say how long"
-            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}; {left} to go{minutes}")
+            new = sum(worth(record) is None for _, record in results(entry, runs).values())
+            time = f"about {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
+            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - new} finished; {left} left, {time}")
+            began = monotonic()
             code = launch(entry.arguments(runs))
             if code > 2:
                 return code
+            took += [(monotonic() - began) / new] * new
+            left = max(left - len(runs), 0)
             found = results(entry, runs)
-            made += [sum(record["seconds"].values()) for record in found.values() if record]
+            entry.done |= {place: record for place, record in found.values() if worth(record) is not None}
             try:
-                runs = searching.send({run: worth(record) for run, record in found.items()})
+                runs = searching.send({run: worth(record) for run, (_, record) in found.items()})
             except StopIteration as end:
                 entry.best = end.value
                 break
         if entry.best is None:
-            failed = next((record.get("error") for record in found.values() if record), None)
-            entry.refused = failed or "no run of it finished"
+            errors = [record["error"] for _, record in found.values() if record and record.get("error")]
+            entry.refused = errors[0] if errors else "no run of it finished"
     return 0
 
 
-def results(entry: Entry, runs: Runs) -> dict[tuple[float, int], dict | None]:
-    """Return the records of runs, and keep those that are finished with the entry; None where there is none."""
-    found: dict[tuple[float, int], dict | None] = {}
-    for run, (_, config) in zip(runs, checked(entry.arguments(runs)).runs, strict=True):
-        place = run_directory(config)
-        found[run] = record = read_result(place)
-        if record and record["status"] == "finished":
-            entry.done.append((place, record))
-    return found
+def results(entry: Entry, runs: Runs) -> dict[tuple[float, int], tuple[Path, dict | None]]:
+    """Return the directory and the record of every run."""
+    configs = [config for _, config in checked(entry.arguments(runs)).runs]
+    places = {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
+    return {run: (place, read_result(place)) for run, place in places.items()}
 
 
 def worth(record: Mapping | None) -> Worth:
