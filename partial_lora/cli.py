@@ -233,10 +233,8 @@ def _print_outline(config: Config, run: Outline) -> None:
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
-        text += (
-            "\nless memory: model.gradient_checkpointing=true, model.quantization=nf4, model.max_length, or the same "
-        )
-        text += "batch in parts: trainer.gradient_accumulation_steps"
+        text += "\nfor less memory: model.gradient_checkpointing=true, model.quantization=nf4, a smaller"
+        text += " model.max_length, or the same batch in parts: trainer.gradient_accumulation_steps"
     rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
     text += f"\nlearning rate: {rates}"
     if first := _first_rate(config, run):
@@ -731,6 +729,13 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
 
+def _duration(seconds: float) -> str:
+    """Return seconds in the unit that one would say them in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class _Lines:
     """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
@@ -780,6 +785,8 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
+        if "expected" in event:
+            self.note(f"{stage}: about {_duration(event['expected'])}")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:

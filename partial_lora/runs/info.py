@@ -140,7 +140,7 @@ def surroundings() -> dict[str, str]:
         "git commit": git_commit() or "none",
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": f"{platform.machine()}, {usable} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{platform.machine()}, {usable} cores",
         "memory": f"{memory:.1f} GiB",
         "accelerators": ", ".join(devices) or "none",
         "CUDA of torch": torch.version.cuda or torch.version.hip or "none",
