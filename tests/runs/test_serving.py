@@ -124,7 +124,10 @@ def with_adapter(**settings: object):
 @pytest.mark.parametrize(
     ("run", "names"),
     [
-        (lambda folder: finished_runs.changed(choice_run(), "model", family="timm"), ["model=tiny_llama"]),
+        (
+            lambda folder: finished_runs.changed(choice_run(), "model", family="encoder", head="score"),
+            ["model=tiny_llama"],
+        ),
         (with_adapter(peft_type="VERA"), ["method=partial", "VERA"]),
         (with_adapter(use_dora=True), ["method=partial", "use_dora"]),
         (with_adapter(modules_to_save=["lm_head"]), ["method=partial", "modules_to_save"]),
