@@ -119,7 +119,7 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     from rich.console import Console
 
     console = Console()
-    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False)
+    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False, markup=False, soft_wrap=True)
     with Bars(console) as bars:
         outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
     _ended(outcome, config, stage)

@@ -453,6 +453,25 @@ def test_a_sweep_with_a_wrong_value_starts_no_run(place: Path) -> None:
     assert not (place / "unswept" / "runs").exists()
 
 
+def test_rows_and_settings_to_beware_of_are_said_and_recorded(place: Path) -> None:
+    rows = "".join(f"{word} film {number},{word}\n" for number in range(9) for word in ("good", "bad"))
+    for name in ("rows.csv", "same.csv"):
+        (place / name).write_text("text,label\n" + rows)
+    files = "task.data_files={train: rows.csv, test: same.csv}"
+    own = ("model=tiny_bert", "task=text_table", files, "method=lora", "trainer.max_steps=1", "trainer.device=cpu")
+    done = here(place, "train", *own, "trainer.learning_rate=2", "results_dir=beware", COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    (file,) = place.glob("beware/runs/*/*/*/*/result.json")
+    warnings = json.loads(file.read_text())["warnings"]
+    keys = ["trainer.learning_rate", "trainer.batch_size=32", "task=text_table"]
+    assert [warning.partition(": ")[0] for warning in warnings] == keys
+    assert "16 of 18" in warnings[2]  # two are of the validation that is cut from them
+    assert all(f"{key}: " in done.stdout.partition("beware ")[2] for key in keys)
+    log = file.with_name("train.log").read_text()
+    assert all(warning in log for warning in warnings)
+    assert "beware: trainer.learning_rate" in done.stdout  # before anything is trained
+
+
 def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
     done = here(place, "train", "-m", *TINY, "method=lora", "task=cifar10,digits", "results_dir=swept")
     assert done.returncode == 1

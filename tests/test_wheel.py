@@ -60,3 +60,15 @@ def test_the_wheel_holds_the_group_files_and_the_licence(installed: Path) -> Non
     }
     assert shipped == {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
     assert list(installed.glob("partial_lora-*.dist-info/licenses/LICENSE"))
+
+
+def test_the_package_shows_its_names_its_version_and_that_it_is_typed(installed: Path) -> None:
+    assert (installed / "partial_lora" / "py.typed").is_file()
+    script = (
+        "import sys, partial_lora; assert {*partial_lora.__all__, '__version__'} <= set(dir(partial_lora)); "
+        "assert not {'torch', 'peft'} & sys.modules.keys(); print(partial_lora.__version__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    (metadata,) = installed.glob("partial_lora-*.dist-info")
+    assert done.stdout.strip() == metadata.name.removeprefix("partial_lora-").removesuffix(".dist-info")

@@ -271,7 +271,7 @@ def encode(compact: Compact) -> bytes:
 
 def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
     """Return the settings that are not the default, but for those that stand elsewhere in the file."""
-    default = PartialLoraConfig().to_dict()
+    default = PartialLoraConfig(sparsity=0).to_dict()
     changed = {key: value for key, value in config.to_dict().items() if value != default[key] and key not in _LEFT_OUT}
     targets = changed.get("target_modules")
     if not isinstance(targets, str) and set(targets) == set(modules):

@@ -57,7 +57,7 @@ def warm_start(
     does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
-    plain = PartialLoraConfig()
+    plain = PartialLoraConfig(sparsity=0)
     for name in ("columns", "row_exponent", "column_exponent", "rank_pattern"):
         if getattr(config, name) != getattr(plain, name):
             raise PartialLoraError(

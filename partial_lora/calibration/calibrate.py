@@ -11,12 +11,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
 from partial_lora.calibration import budget as budgets
 from partial_lora.calibration.config import CalibrationConfig
@@ -101,7 +103,7 @@ def calibrate(
         peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
             one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
-            both share it; with a budget, from 1 again for each threshold tried.
+            both share it; with a budget, from 1 again for each threshold tried. None: a bar, on a terminal.
 
     Raises:
         PartialLoraError: in one line, for a target that is none, an argument out of range, a baseline score that is
@@ -136,7 +138,8 @@ def calibrate(
     key = {"importance": name_of(importance), "search": config.search, "shapes": shapes}
     request = _request(config, chance, count, rank, granularity)
     cost = []  # (evaluations, seconds) of every process
-    with Store.shared(store, key, peers) as shared, frozen(model):
+    shown = _bar(peers) if progress is None else nullcontext(progress)
+    with Store.shared(store, key, peers) as shared, frozen(model), shown as progress:
         cached = request in shared.results
         if not cached:
             curves = Curves(model, score, modules, scores, shared)
@@ -242,6 +245,18 @@ def _entries(store: Store, levels: Levels, sparsity: Sparsity, scope: str) -> di
             entry = {"sparsity": sparsity[module][each], "curve": points}
             entries[module][each] = entry if entry["sparsity"] == level else entry | {"level": level}
     return entries
+
+
+@contextmanager
+def _bar(peers: Peers) -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal; gives what advances it."""
+    with tqdm(desc="calibrate", unit="curve", disable=None if peers.rank == 0 else True) as bar:
+
+        def advance(done: int, total: int, **detail: object) -> None:
+            bar.n, bar.total = done, total
+            bar.set_postfix_str(" ".join(map(str, detail.values())))
+
+        yield advance
 
 
 # --- The level of every curve, each chosen alone or after those before it

@@ -24,7 +24,7 @@ from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES
 from partial_lora.report.examples import Example, hardest, predictions, rows_of, with_inputs
 from partial_lora.report.figures import Shown, draw_calibration, mean_sparsity, points, selected, training_curve
-from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of
+from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of, warnings_of
 from partial_lora.report.summary import measured, percent
 from partial_lora.runs.directory import CALIBRATION, CURVES, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
@@ -108,7 +108,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
     made = []
     for place, (runs, own) in enumerate(zip(groups, settings, strict=True), start=1):
         worst, problems = _examples(runs, examples, splits, rows)
-        warnings = [warning for run in runs for warning in (run.record["calibration"] or {}).get("warnings") or []]
+        warnings = [warning for run in runs for warning in warnings_of(run.record)]
         sparsities = [run.record["sparsity"] for run in runs if run.record.get("sparsity")]
         made.append(
             {

@@ -197,6 +197,7 @@ _SHAPE: Mapping[str, object] = {
         "warnings?": list,
         "reliability?": {"spearman_brown?": _NUMBER},
     },
+    "warnings?": list,
     "fixed?": {"budget?": _NUMBER},
     "cost?": {"*?": _NUMBER},
     "files?": {"*?": _NUMBER},
@@ -219,6 +220,11 @@ def _check(value: object, shape: Mapping, field: str = "") -> None:
                 _check(content, expected, f"{field}{each}.")
             elif content is not None and not isinstance(content, expected):
                 raise ValueError(f"foreign, its {field}{each} is {content!r:.40}, expected {_TYPES[expected]}")
+
+
+def warnings_of(record: Mapping) -> list[str]:
+    """Return what of a run to beware of: its settings and rows, and its calibration; a sentence each."""
+    return [*record.get("warnings", []), *((record["calibration"] or {}).get("warnings") or [])]
 
 
 def method_of(result: Mapping) -> str:

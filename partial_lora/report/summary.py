@@ -16,7 +16,16 @@ from rich.text import Text
 
 from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.masks import AXES
-from partial_lora.report.records import NONE, method_of, number, operating_point, place, row, without_common_start
+from partial_lora.report.records import (
+    NONE,
+    method_of,
+    number,
+    operating_point,
+    place,
+    row,
+    warnings_of,
+    without_common_start,
+)
 from partial_lora.runs.rates import starting_point
 from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import SHARES
@@ -38,7 +47,7 @@ def summary(result: Mapping) -> Table:
             "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
-            "beware": _warnings(result),
+            "beware": "\n".join(warnings_of(result)),
             "as usual": _usual(result),
         }
     )
@@ -78,7 +87,7 @@ def calibration_summary(result: Mapping) -> Group:
         "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
         "learning rate": _starting_point(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
-        "beware": _warnings(result),
+        "beware": "\n".join(warnings_of(result)),
         "as usual": _usual(result),
     }
     return Group(module_table(result), _lines(lines))
@@ -150,11 +159,6 @@ def _by_member(test: Mapping) -> dict[str, str]:
             words = f"{value:.2f}" if metric == "perplexity" else f"{percent(value)} %"
             lines.setdefault(f"test {member}", []).append(f"{metric} {words}")
     return {member: " · ".join(metrics) for member, metrics in lines.items()}
-
-
-def _warnings(result: Mapping) -> str:
-    """Return what a calibration warns of, one sentence a line."""
-    return "\n".join((result["calibration"] or {}).get("warnings") or [])
 
 
 def _usual(result: Mapping) -> Text:

@@ -233,6 +233,7 @@ def new(settings: Mapping) -> dict:
         "sparsity": {},
         "shapes": {},
         "calibration": None,
+        "warnings": [],
         "metrics": {},
         "history": [],
     }

@@ -76,7 +76,7 @@ def launch(
         config: the settings (`config.resolve`).
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
-        note: called with every line about what an earlier attempt left.
+        note: called with every line about what an earlier attempt left, and what of the settings to beware of.
         stop: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
@@ -93,6 +93,8 @@ def launch(
             return Outcome(place, "skipped")
         for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
+        for line in config.trainer.warnings if stage == "train" else ():
+            note(f"beware: {line}")
         files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))
         code, failure = _run_process(
             _command(place, stage, cluster),

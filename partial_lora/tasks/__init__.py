@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from partial_lora.tasks.mixture import Joined, Mixture, MixtureTransform, member_draws, mix
     from partial_lora.tasks.prompts import CausalTransform
     from partial_lora.tasks.questions import final_number
-    from partial_lora.tasks.splits import Draws, few_shot_draws, strata
+    from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, strata
     from partial_lora.tasks.task import SETTINGS, SPLITS, Task, load
     from partial_lora.tasks.texts import TextTransform
 
@@ -20,7 +20,7 @@ _MODULES = {
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mix"),
     "prompts": ("CausalTransform",),
     "questions": ("final_number",),
-    "splits": ("Draws", "few_shot_draws", "strata"),
+    "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
     "task": ("SETTINGS", "SPLITS", "Task", "load"),
     "texts": ("TextTransform",),
 }
@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "member_draws",
     "mix",
+    "shared_inputs",
     "strata",
 ]
 

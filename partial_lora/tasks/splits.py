@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Image
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.sources import first_line
@@ -248,3 +250,44 @@ def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], nam
     wrong = order[: int(share * len(labels) + 0.5)]
     labels[wrong] = (labels[wrong] + steps[wrong]) % classes
     return rows.remove_columns("label").add_column("label", labels.tolist(), feature=label)
+
+
+# --- Rows that two splits share.
+
+_MANY = 200_000  # rows of which nobody waits to know that
+
+
+def shared_inputs(rows: Dataset, others: Dataset) -> int:
+    """Count the rows whose image, texts or prompt is that of one of the others, to the byte; 0 where there are many."""
+    if len(rows) + len(others) > _MANY:
+        return 0
+    if "image" in rows.column_names:
+        images, known = (list(_encoded(each)) for each in (rows, others))
+        sizes = {image.size for image in images} & {image.size for image in known}  # the others need not be read
+        known = {image.content() for image in known if image.size in sizes}
+        return sum(image.size in sizes and image.content() in known for image in images)
+    names = [name for name in rows.column_names if name not in ("label", "response")]
+    inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
+    known = set(known)
+    return sum(each in known for each in inputs)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An image as it is stored: its bytes, or its file."""
+
+    stored: bytes | Path
+    size: int
+
+    def content(self) -> bytes:
+        """Return a digest of its bytes."""
+        data = self.stored.read_bytes() if isinstance(self.stored, Path) else self.stored
+        return hashlib.sha256(data).digest()
+
+
+def _encoded(rows: Dataset) -> Iterator[_Encoded]:
+    for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
+        if image["bytes"] is None:
+            yield _Encoded(Path(image["path"]), Path(image["path"]).stat().st_size)
+        else:
+            yield _Encoded(image["bytes"], len(image["bytes"]))

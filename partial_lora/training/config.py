@@ -11,6 +11,8 @@ from partial_lora.files import at_home
 
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
 
+_LARGEST_RATE = 1.0  # beyond which nothing can be learned
+
 
 @dataclass
 class TrainerConfig:
@@ -53,6 +55,16 @@ class TrainerConfig:
         if self.head_learning_rate is not None:
             rates["head"] = self.head_learning_rate
         return rates
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the settings to beware of, a sentence each."""
+        keys = {"adapter": "learning_rate", "B": "loraplus_ratio", "head": "head_learning_rate"}
+        large = {keys[part]: rate for part, rate in self.learning_rates.items() if rate > _LARGEST_RATE}
+        return [
+            f"trainer.{key}: a rate of {rate:g}; AdamW moves every number by as much a step"
+            for key, rate in large.items()
+        ]
 
     @property
     def local_batch_size(self) -> int:

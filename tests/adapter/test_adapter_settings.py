@@ -94,7 +94,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         ("count", {"count": "bernoulli", "granularity": "element", **TOP}),
         ("exclude_modules", {"exclude_modules": "[a"}),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
-        *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), None, {})),
+        *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {})),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": {"rows": 0.5}}}),
         (r"sparsity\['qkv'\]\['columns'\]", {"sparsity": {"qkv": both(0.5, "x")}}),
@@ -104,6 +104,16 @@ def test_settings_are_refused_by_name(key, settings):
     with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
         PartialLoraConfig(target_modules=["qkv"], **settings)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_sparsity_that_is_left_out_is_0_and_warned_of(tmp_path, recwarn):
+    with pytest.warns(UserWarning, match="^sparsity"):
+        config = PartialLoraConfig(r=2, target_modules=["qkv"])
+    assert config == PartialLoraConfig(r=2, target_modules=["qkv"], sparsity=0.0)
+    PartialLoraConfig(r=2, target_modules=["qkv"], selection="top", indices={"qkv": {"rows": [0], "columns": [1]}})
+    get_peft_model(vit(), config).save_pretrained(tmp_path)
+    PartialLoraConfig.from_pretrained(tmp_path)
+    assert not [each for each in recwarn if "sparsity" in str(each.message)]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.tasks.splits import Draws, few_shot_draws, with_label_noise
+from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, with_label_noise
 
 
 def sizes(draws: Draws) -> tuple[int, int]:
@@ -157,3 +160,26 @@ def test_noise_without_another_class_or_on_more_than_all_labels_is_refused(featu
     own = datasets.Dataset.from_dict({"label": [0, 0]}, features=datasets.Features({"label": feature}))
     with refusal(f"task.label_noise={share}: "):
         with_label_noise(own, share, 0, "mine")
+
+
+def test_rows_that_two_splits_share_are_those_of_the_same_bytes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    paths = [str(tmp_path / f"{number}.bmp") for number in range(5)]  # files of one size
+    for path, image in zip(paths, pixels, strict=True):
+        PIL.Image.fromarray(image).save(path)
+    shutil.copy(paths[3], tmp_path / "again.bmp")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+
+    def images(files: list) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"image": files, "label": list(range(len(files)))}, features=features)
+
+    others = images(paths[2:])
+    assert shared_inputs(images([*paths[:2], str(tmp_path / "again.bmp")]), others) == 1
+    assert shared_inputs(images(paths[:2]), others) == 0
+    stored = images([{"path": None, "bytes": (tmp_path / "again.bmp").read_bytes()}])  # as a table has them
+    assert shared_inputs(stored, others) == 1
+    pairs = [{"text": "a", "text_pair": "b", "label": 0}, {"text": "b", "text_pair": "a", "label": 1}]
+    pairs = datasets.Dataset.from_list(pairs)
+    assert shared_inputs(pairs, pairs.select([0])) == 1  # whatever the label
+    prompts = datasets.Dataset.from_list([{"prompt": "p", "response": "q"}])
+    assert shared_inputs(prompts, datasets.Dataset.from_list([{"prompt": "p", "response": "r"}])) == 1
