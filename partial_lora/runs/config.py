@@ -300,6 +300,14 @@ def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
         raise PartialLoraError(f"calibration.{error}") from error
 
 
+def tuner_size(config: Config, shapes: Shapes) -> int | None:
+    """Return the parameters that a tuner of PEFT is to train; None where its own options decide that."""
+    budget = config.calibration.budget
+    if config.method.peft_type is None or budget is None:
+        return None
+    return parameter_count(budget, shapes, config.method.rank, "element")
+
+
 def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
     """Return what decides the size of a run that is not calibrated."""
     key = "sparsity" if calibration.budget is None else "budget"
