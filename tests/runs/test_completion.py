@@ -25,7 +25,7 @@ from partial_lora.runs.completion import candidates, complete
         ("calibrate calibration.thr", ["calibration.threshold="], True),
         ("info model.target", ["model.target_modules="], True),
         ("train method=lora trainer.", ["trainer.epochs=", "trainer.learning_rate="], False),
-        ("train own.yaml method=lor", ["method=lora", "method=lorafa"], True),
+        ("train own.yaml method=lor", ["method=lora"], False),
         ("train own.yaml method.rank=", ["method.rank=4"], True),  # the value that it has
         ("train -m hydra/lau", ["hydra/launcher="], True),
         ("train task.data_files=./o", [], True),  # files are the shell's
