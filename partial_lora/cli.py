@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if {"-sc", "--shell-completion"} & {*arguments[:2]}:
+        return guarded(lambda: _complete(arguments))
     return guarded(lambda: COMMANDS[name](others) if name in COMMANDS else _overview(arguments))
 
 
@@ -67,6 +69,14 @@ def guarded(command: Callable[[], int]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _complete(arguments: list[str]) -> int:
+    """Print what a shell needs to complete command lines, or asks for as it does so; return the exit code."""
+    from partial_lora.runs.completion import complete
+
+    print(complete(arguments[-1], list(COMMANDS)))
+    return 0
 
 
 def _overview(arguments: list[str]) -> int:

@@ -95,6 +95,19 @@ def plan(arguments: Sequence[str]) -> Plan:
         GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
 
+@contextmanager
+def config_loader_of(arguments: Sequence[str]) -> Iterator[tuple]:
+    """Give Hydra's config loader for arguments, the name of their primary config and their overrides."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+
+    flags = get_args_parser().parse_args(_for_hydra(arguments))
+    try:
+        yield _hydra_of_plan(flags).config_loader, flags.config_name or CONFIG_NAME, flags.overrides
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def _hydra_of_plan(flags):
     """Return Hydra as `hydra.main` makes it for the same flags."""
     from hydra._internal.hydra import Hydra

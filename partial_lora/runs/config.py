@@ -366,17 +366,22 @@ def run_ids(config: Config | Mapping) -> list[str]:
         changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    method = settings.get("method", {}).get("name")
+    method = settings.get("method")  # none of a task alone
     used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
     texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
     return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
 
 
-def _uses(method: str, key: str) -> bool:
-    """Return whether a setting changes what a method does; the matrices of VeRA are drawn by mask.seed."""
-    if method in {*CALIBRATED, *BUDGETED, *RANKED} or (method, key) == ("vera", "mask.seed"):
+def _uses(method: Mapping, key: str) -> bool:
+    """Return whether a setting changes what a method does.
+
+    VeRA's matrices and what other tuners of PEFT draw are of mask.seed, and the size of these of calibration.budget.
+    """
+    if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
         return True
-    return not key.startswith(("calibration.", "importance.", "mask."))
+    is_tuner = method.get("peft_type") is not None
+    used = {"mask.seed": is_tuner or method["name"] == "vera", "calibration.budget": is_tuner}
+    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
 
 
 def _digest(path: Path) -> str:
