@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if {"-sc", "--shell-completion"} & {*arguments[:2]}:
+        return guarded(lambda: _complete(arguments))
     return guarded(lambda: COMMANDS[name](others) if name in COMMANDS else _overview(arguments))
 
 
@@ -69,6 +71,14 @@ def guarded(command: Callable[[], int]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _complete(arguments: list[str]) -> int:
+    """Print what a shell needs to complete command lines, or asks for as it does so; return the exit code."""
+    from partial_lora.runs.completion import complete
+
+    print(complete(arguments[-1], list(COMMANDS)))
+    return 0
 
 
 def _overview(arguments: list[str]) -> int:
@@ -258,7 +268,7 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-# --- evaluate, predict, generate, export, push: what is done with a finished run.
+# --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -575,6 +585,56 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def merge(arguments: Sequence[str]) -> int:
+    """Write one adapter that does what those of several runs do, and print what they have in common."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora merge",
+        description="The adapters of several finished runs over one base model as one, by PEFT's add_weighted_adapter.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--how",
+        choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+        default="cat",
+        help="cat (the default): exactly the weighted sum, its rank the sum of the ranks; svd: as near as the largest "
+        "rank comes; the others combine the factors, not their products",
+    )
+    parser.add_argument(
+        "--density",
+        type=_share,
+        default=0.5,
+        metavar="P",
+        help="the share of a factor's entries, zeros among them, that ties, dare_… and magnitude_prune keep (0.5)",
+    )
+    parsed = parser.parse_args(list(arguments))
+    from rich.console import Console
+    from rich.table import Table
+
+    from partial_lora.runs.finished import finished_run
+
+    runs = [finished_run(each) for each in parsed.runs]
+    with _libraries():
+        from partial_lora.runs import merge
+    overlaps = merge.merge(runs, parsed.weights, parsed.out, way=parsed.how, density=parsed.density)
+    table = Table("run", "and run", "rows", "columns", "entries of W", title="what both change, of the smaller one's")
+    for each in overlaps:
+        shares = (f"{share:.1%}" for share in (each.rows, each.columns, each.entries))
+        table.add_row(str(each.first + 1), str(each.second + 1), *shares)
+    console = Console()
+    console.print(table)
+    console.print(f"{parsed.out}: written", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _share(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) <= 1:
+            return float(value)
+    raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, not {value!r}")
+
+
 def push(arguments: Sequence[str]) -> int:
     """Upload a finished run's adapter to the model hub, with a page on it; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -596,8 +656,9 @@ def push(arguments: Sequence[str]) -> int:
         from partial_lora.report import card
         from partial_lora.runs import push
     push.check(parsed.repo)
-    page = card.card(run, parsed.repo, compact=parsed.compact, license=parsed.license)
-    folder = push.write(run, page, compact=parsed.compact)
+    folder = push.write(
+        run, lambda built: card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact
+    )
     place = folder if parsed.dry_run else push.upload(folder, parsed.repo, private=parsed.private)
     print(f"{place}: written")
     return 0
@@ -841,6 +902,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "env": env,
     "export": export,
+    "merge": merge,
     "push": push,
 }
 _HELP = {
@@ -854,5 +916,6 @@ _HELP = {
     "env": "versions, platform and devices, for a report of a bug",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
+    "merge": "the adapters of several finished runs as one",
     "push": "a finished run's adapter to the model hub, with a page on it",
 }

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import set_seed
 
 from partial_lora import files, methods, models
@@ -22,7 +24,7 @@ from partial_lora.calibration.peers import of_first
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
-from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain
+from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
 from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.task import Transform
@@ -44,6 +46,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
+    method = build.method_of(config.method)
     sharded = fsdp.ask(config.trainer.strategy)
     world = join(config.trainer.device)
     record["device"] = world.device
@@ -60,7 +63,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             logger.warning("beware: %s", warning)
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
-    method = methods.get(config.method.name)
     calibrated = is_calibrated(config) or stage == "calibrate"
     # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
     with models.dequantised(model, values=calibrated or config.method.name in RANKED):
@@ -90,7 +92,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                 files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
         if stage == "calibrate":
             return
-        if not calibrated and (sparsity := fixed_sparsity(config, shapes)):
+        sparsity = sparsity if calibrated else fixed_sparsity(config, shapes)
+        if not calibrated and (sparsity or tuner_size(config, shapes)):
             record["fixed"] = fixed_point(config.calibration)
         if not calibrated and config.method.name in RANKED:
             with timed(record, "importance"):
@@ -107,12 +110,14 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
 
+    start = methods.taken_out(adapted)
+
     # Training, on the kept entries and the head.
     if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
-    aids, cost = methods.training(config.method.name, adapted, sharded=sharded), Cost(adapted)
+    aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # A checkpoint of other libraries, or of another precision, computes something else.
     computed_by = record["versions"] | {"precision": record["mixed_precision"]}
@@ -164,7 +169,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
-    _save_adapter(adapted, config, transform, directory / results.ADAPTER, world.is_main)
+    _save_adapter(adapted, config, transform, directory / results.ADAPTER, world.is_main, start)
     if world.is_main:
         metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
@@ -172,12 +177,24 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     tracking.finish(final, trainer.state.global_step)
 
 
-def _save_adapter(adapted: PeftModel, config: Config, transform: Transform, directory: Path, is_main: bool) -> None:
-    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes."""
+def _save_adapter(
+    adapted: PeftModel,
+    config: Config,
+    transform: Transform,
+    directory: Path,
+    is_main: bool,
+    start: Mapping[str, Tensor] | None,
+) -> None:
+    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes.
+
+    start: what was taken out of W for it (`methods.taken_out`), if anything.
+    """
     temporary = directory.with_name(f".{directory.name}.tmp")
     state = fsdp.adapter_state(adapted)
     if is_main:  # another process would make the folder once more, perhaps after it has its name
         adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
+        if start:
+            methods.put_back(temporary, start)
         build.describe(adapted.get_base_model(), config.model, transform, temporary)
         files.replace_folder(temporary, directory)
 

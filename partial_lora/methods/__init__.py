@@ -9,8 +9,9 @@ from __future__ import annotations
 from peft import PeftModel
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods import controls, flow, full, partial, peft
+from partial_lora.methods import controls, flow, full, partial, peft, tuners
 from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training
+from partial_lora.methods.tuners import configuration, put_back, taken_out
 
 __all__ = [
     "METHODS",
@@ -19,7 +20,10 @@ __all__ = [
     "Setting",
     "Sparsity",
     "Training",
+    "configuration",
     "get",
+    "put_back",
+    "taken_out",
     "training",
 ]
 
@@ -41,12 +45,13 @@ METHODS: dict[str, Method] = {
     "lorafa": peft.lorafa,
     "full": full.full,
     "probe": full.probe,
+    "peft": tuners.peft,
 }
-_TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa}
+_TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa, "peft": tuners.train_tuner}
 
 
 def get(name: str) -> Method:
-    """Return the method that conf/method/NAME.yaml names; raises PartialLoraError for an unknown name."""
+    """Return the function of a method (`MethodConfig.function`); raises PartialLoraError for an unknown name."""
     if name not in METHODS:
         raise PartialLoraError(f"method.name={name}: expected one of {', '.join(sorted(METHODS))}")
     return METHODS[name]

@@ -23,7 +23,8 @@ class Setting:
     `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, or what is fixed in its place, and
     `scores` the importance it chose by, {module: (rows, columns)}; both are None for a method that has no use for them.
     `shapes` are those of W (out, in) of every module to adapt, as it is before it is quantised. `new_modules` have no
-    pre-trained weights and train whole, as the head does.
+    pre-trained weights and train whole, as the head does. `peft_type` and `peft` are a tuner of PEFT and the options of
+    its configuration, and `size` the trainable parameters that it is to have, if that is decided.
     """
 
     target_modules: Sequence[str]
@@ -44,6 +45,9 @@ class Setting:
     shapes: Shapes = field(default_factory=dict)
     projections: int = 256
     ranks: str = "one"
+    peft_type: str | None = None
+    peft: Mapping = field(default_factory=dict)
+    size: int | None = None
 
     def whole(self) -> list[str]:
         """Return the names of the modules that train whole beside the adapter."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.config import TAGS
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.bundled import PREFIX
@@ -55,11 +56,14 @@ partial-lora train config.yaml
 """
 
 
-def card(run: FinishedRun, repo: str, *, compact: bool = False, license: str | None = None) -> ModelCard:
+def card(run: FinishedRun, repo: str, folder: Path, *, license: str | None = None) -> ModelCard:
     """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub.
 
-    compact: the repository holds the compact form. license: the hub's name of one, which the run cannot know.
+    folder: what the repository holds, its adapter ordinary or compact. license: the hub's name of one, which the run
+    cannot know.
     """
+    (file,) = folder.glob("*.safetensors")
+    compact = file.name == FILE_NAME
     config, numbers = run.config, records.row(run.result)
     members = list((config.task.members or {"": config.task}).values())
     datasets = sorted({each.path for each in members if is_on_hub(each.path)})
@@ -88,7 +92,7 @@ def card(run: FinishedRun, repo: str, *, compact: bool = False, license: str | N
         data,
         template_str=_TEMPLATE,
         title=repo.partition("/")[2],
-        what=_what(run, numbers),
+        what=_what(run, numbers, file),
         scores=_scores(run, numbers),
         loading=_loading(run, repo, compact),
         made=_made(run),
@@ -109,7 +113,7 @@ def _pipeline(model: ModelConfig, task: TaskConfig) -> str:
     return "text-generation" if model.family == "causal" else "text-classification"
 
 
-def _what(run: FinishedRun, numbers: Mapping) -> str:
+def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
     config = run.config
     whole = f"{numbers['adapter_parameters']:,} parameters"
     if numbers["adapter_dense"]:
@@ -122,6 +126,7 @@ def _what(run: FinishedRun, numbers: Mapping) -> str:
     return (
         f"An adapter of {_base(config.model)} for {_task(config.task)}. It was trained by {method}. What was trained is"
         f" {whole}, in {', '.join(f'`{name}`' for name in config.model.target_modules)}{head}."
+        f" `{file.name}` is {file.stat().st_size:,} bytes."
     )
 
 

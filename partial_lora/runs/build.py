@@ -21,8 +21,8 @@ from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
 from partial_lora.models.skeleton import ALL_LINEAR
-from partial_lora.runs.config import check_modality
-from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
+from partial_lora.runs.config import check_modality, tuner_size
+from partial_lora.runs.schema import Config, MethodConfig, ModelConfig, TaskConfig
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
@@ -260,6 +260,13 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
     return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
 
 
+def method_of(method: MethodConfig) -> methods.Method:
+    """Return the function of a method; raises PartialLoraError for options that PEFT refuses whatever the model is."""
+    if method.peft_type is not None:
+        methods.configuration(method.peft_type, method.peft or {})
+    return methods.get(method.function)
+
+
 def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
@@ -284,6 +291,9 @@ def setting_of(
         row_exponent=config.mask.row_exponent,
         column_exponent=config.mask.column_exponent,
         mask_seed=config.mask_seed,
+        peft_type=config.method.peft_type,
+        peft=config.method.peft or {},
+        size=tuner_size(config, shapes),
         shapes=shapes,
         sparsity=sparsity,
         scores=scores,

@@ -17,7 +17,7 @@ import yaml
 
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
+from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, no_such_option, resolve
 from partial_lora.runs.schema import Config, list_keys
 
 if TYPE_CHECKING:
@@ -93,6 +93,19 @@ def plan(arguments: Sequence[str]) -> Plan:
         )
     finally:
         GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
+
+
+@contextmanager
+def config_loader_of(arguments: Sequence[str]) -> Iterator[tuple]:
+    """Give Hydra's config loader for arguments, the name of their primary config and their overrides."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+
+    flags = get_args_parser().parse_args(_for_hydra(arguments))
+    try:
+        yield _hydra_of_plan(flags).config_loader, flags.config_name or CONFIG_NAME, flags.overrides
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _hydra_of_plan(flags):
@@ -201,6 +214,7 @@ def compose(
     was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
     refuse_group_lists(arguments)
+    _refuse_options(arguments)
     _refuse_hidden_files(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     hydra = partial(_hydra, command, arguments)
@@ -479,6 +493,18 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
+
+
+def _refuse_options(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for an option that Hydra has not, where other tools may have a setting."""
+    from hydra._internal.utils import get_args_parser
+
+    known = get_args_parser()._option_string_actions
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        option, _, value = argument.partition("=")
+        if option.startswith("-") and option not in known:
+            stands_alone = following is None or following.startswith("-") or "=" in following
+            raise PartialLoraError(no_such_option(option, value or (None if stands_alone else following)))
 
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:

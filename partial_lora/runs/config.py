@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, file_sha256
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
@@ -300,6 +300,14 @@ def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
         raise PartialLoraError(f"calibration.{error}") from error
 
 
+def tuner_size(config: Config, shapes: Shapes) -> int | None:
+    """Return the parameters that a tuner of PEFT is to train; None where its own options decide that."""
+    budget = config.calibration.budget
+    if config.method.peft_type is None or budget is None:
+        return None
+    return parameter_count(budget, shapes, config.method.rank, "element")
+
+
 def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
     """Return what decides the size of a run that is not calibrated."""
     key = "sparsity" if calibration.budget is None else "budget"
@@ -338,10 +346,15 @@ _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or fold
 def run_id(config: Config | Mapping) -> str:
     """Return eight hex digits that name everything a run computes from, its seed apart.
 
-    The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON. Files enter by content, so a
-    copy elsewhere gives the same id and an edited file another one. The members of a mixture enter as tasks do, and in
-    their order, which is that of the outputs.
+    The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON, without those that the method
+    has no use for. Files enter by content, so a copy elsewhere gives the same id and an edited file another one. The
+    members of a mixture enter as tasks do, and in their order, which is that of the outputs.
     """
+    return run_ids(config)[0]
+
+
+def run_ids(config: Config | Mapping) -> list[str]:
+    """Return the id of a run and, where it is another one, that of all its settings, which earlier runs have."""
     settings = config if isinstance(config, Mapping) else plain(config)
     members, changed = list(settings.get("task", {}).get("members") or ()), computed_from(settings)
     for key, value in changed.items():
@@ -353,7 +366,22 @@ def run_id(config: Config | Mapping) -> str:
         changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    method = settings.get("method")  # none of a task alone
+    used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
+    texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
+    return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
+
+
+def _uses(method: Mapping, key: str) -> bool:
+    """Return whether a setting changes what a method does.
+
+    VeRA's matrices and what other tuners of PEFT draw are of mask.seed, and the size of these of calibration.budget.
+    """
+    if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
+        return True
+    is_tuner = method.get("peft_type") is not None
+    used = {"mask.seed": is_tuner or method["name"] == "vera", "calibration.budget": is_tuner}
+    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
 
 
 def _digest(path: Path) -> str:
@@ -367,30 +395,60 @@ def _digest(path: Path) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """Return where a run's files go: results_dir/runs/task/model/method-id/seed."""
-    names = config.task.name, config.model.name, f"{config.method.name}-{run_id(config)}"
-    return Path(config.results_dir).joinpath("runs", *names, f"seed{config.seed}")
+    """Return where a run's files go: results_dir/runs/task/model/method-id/seed; or are, by an id of earlier runs."""
+    parent = Path(config.results_dir).joinpath("runs", config.task.name, config.model.name)
+    places = [parent / f"{config.method.name}-{each}" / f"seed{config.seed}" for each in run_ids(config)]
+    there = [place for place in places if place.is_dir()] or [place for place in places if place.parent.is_dir()]
+    return (there or places)[0]
 
 
 def calibration_directory(config: Config) -> Path:
     """Return where `partial-lora calibrate` puts the sparsities of a model and task; each seed that draws has one."""
     config = replace(config, calibration=replace(config.calibration, seed=config.calibration_seed))
-    names = config.task.name, config.model.name, f"{config.importance.name}-{run_id(config)}"
+    names = config.task.name, config.model.name, f"{config.importance.name}-{run_ids(config)[-1]}"
     return Path(config.results_dir).joinpath("calibrations", *names)
 
 
 # --- A key that no group of settings has.
 
-_ELSEWHERE = {  # what other tools call it
-    "lr": "trainer.learning_rate",
-    "loraplus_lr_ratio": "trainer.loraplus_ratio",
-    "r": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "num_train_epochs": "trainer.epochs",
-    "per_device_train_batch_size": "trainer.batch_size",
-    "gpus": "trainer.num_processes",
+_ELSEWHERE = {  # what other tools call it: PEFT, transformers, TRL, Lightning, timm, torchrun
+    "trainer.learning_rate": "lr base_lr learning_rate",
+    "trainer.loraplus_ratio": "loraplus_lr_ratio",
+    "trainer.epochs": "num_train_epochs num_epochs n_epochs max_epochs",
+    "trainer.max_steps": "num_training_steps train_steps",
+    "trainer.batch_size": "per_device_train_batch_size train_batch_size bs",
+    "trainer.eval_batch_size": "per_device_eval_batch_size",
+    "trainer.gradient_accumulation_steps": "grad_accum accumulate_grad_batches",
+    "trainer.max_grad_norm": "gradient_clip_val clip_grad",
+    "trainer.warmup": "warmup_ratio",
+    "trainer.save_steps": "eval_steps save_freq",
+    "trainer.mixed_precision": "precision amp",
+    "trainer.mixed_precision=bf16": "bf16",
+    "trainer.mixed_precision=fp16": "fp16",
+    "trainer.num_processes": "gpus devices num_gpus nproc_per_node",
+    "trainer.num_machines": "nnodes num_nodes",
+    "trainer.num_workers": "dataloader_num_workers workers",
+    "trainer.strategy": "fsdp",
+    "trainer.accelerate_config": "deepspeed",
+    "trainer.report_to": "logger",
+    "method.rank": "r lora_r lora_rank",
+    "method.alpha": "lora_alpha",
+    "method.dropout": "lora_dropout",
+    "model": "model_name model_name_or_path pretrained_model_name_or_path base_model",
+    "model.target_modules": "lora_target_modules",
+    "model.new_modules": "modules_to_save",
+    "model.dtype": "torch_dtype",
+    "model.quantization=nf4": "load_in_4bit",
+    "model.quantization=int8": "load_in_8bit",
+    "model.max_length": "max_seq_length max_seq_len cutoff_len",
+    "task": "dataset dataset_name",
+    "task.data_files": "data data_path dataset_path train_file",
+    "task.metrics": "metric metric_for_best_model",
+    "results_dir": "output_dir out_dir save_dir output",
+    "overwrite": "overwrite_output_dir",
+    "seed": "seed random_seed random_state data_seed",
 }
+_KEYS = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
 
 
 def no_such_key(key: str, about: str = "job") -> str:
@@ -403,11 +461,23 @@ def no_such_key(key: str, about: str = "job") -> str:
     return f"{key}: no such key; {hint}`partial-lora train --cfg {about}` lists the keys there are"
 
 
+def no_such_option(option: str, value: str | None) -> str:
+    """Return one line that names an option there is none of, and the setting that was probably meant by it."""
+    name = option.strip("-").replace("-", "_")
+    if name in ("config", "config_file", "config_path"):
+        return f"{option}: no such option; a file of settings stands alone: {value or 'FILE.yaml'}"
+    meant = name if name in GROUPS or name in defaults() else _meant(name)
+    if meant and "=" not in meant:
+        meant = f"{meant}={value or 'VALUE'}"
+    hint = f", such as {meant}" if meant else ""
+    return f"{option}: no such option; settings are KEY=VALUE{hint} (`partial-lora train --help` lists them)"
+
+
 def _meant(key: str) -> str | None:
     """Return what another tool's name stands for, the key of that name, or one of the same group spelt almost so."""
     group, _, name = key.rpartition(".")
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
+    if name in _KEYS:
+        return _KEYS[name]
     names = {each: each.rpartition(".")[2] for each in defaults()}
     same = [each for each, own in names.items() if own == name]
     if len(same) == 1:

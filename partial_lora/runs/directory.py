@@ -64,13 +64,14 @@ def find(name: Path | str) -> Path:
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
         return results / os.readlink(results / LATEST)
-    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if _id_of(run).startswith(start.name)]
+    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
     if len(found) > 1:
         raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
     return found[0] if found and re.fullmatch(r"[0-9a-f]+", start.name) else place
 
 
-def _id_of(run: Path) -> str:
+def id_of(run: Path) -> str:
+    """Return the id of a run, out of its directory's name."""
     return run.parent.name.rpartition("-")[2]
 
 

@@ -16,7 +16,7 @@ from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
 from partial_lora.runs import build, directory
-from partial_lora.runs.config import plain, run_id
+from partial_lora.runs.config import plain, run_id, run_ids
 from partial_lora.runs.finished import FinishedRun, OneTask, files_by_split, one_task
 from partial_lora.runs.predict import RunModel
 from partial_lora.runs.schema import TaskConfig
@@ -123,7 +123,7 @@ def refuse_changed_files(run: FinishedRun) -> None:
     """
     name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
     try:
-        changed = name == run.method and run_id(run.config) != identifier
+        changed = name == run.method and identifier not in run_ids(run.config)
     except FileNotFoundError:  # whoever reads them reports it
         return
     if changed:

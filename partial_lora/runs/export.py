@@ -113,7 +113,7 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
 
     whole: quantised weights in the model's number format again, with the values that they stand for.
     """
-    with _quiet():
+    with quiet():
         model = build.model_of(run.config.model, run.labels())
         return model.dequantize() if whole and _is_quantised(run) else model
 
@@ -126,7 +126,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
     folder = run.adapter
     try:
         config = PartialLoraConfig.from_pretrained(str(folder)) if run.is_masked else None
-        with _quiet():
+        with quiet():
             adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -138,7 +138,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep bars off the screen, and warnings: of PEFT, for a name that transformers gives up, and of number formats."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -157,10 +157,15 @@ def _tensors(adapted: PeftModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(adapted, save_embedding_layers=False)
 
 
+def describe(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
+    """Write beside weights what makes a run's inputs, and the names of its classes."""
+    build.describe(model, run.config.model, _transform(run), folder)
+
+
 def _write_peft(run: FinishedRun, folder: Path) -> None:
     adapted = adapted_model(run)
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
+    describe(adapted.get_base_model(), run, folder)
 
 
 def _write_compact(run: FinishedRun, folder: Path) -> None:
@@ -171,13 +176,13 @@ def _write_compact(run: FinishedRun, folder: Path) -> None:
         )
     adapted = adapted_model(run)
     write_compact(adapted, folder)
-    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
+    describe(adapted.get_base_model(), run, folder)
 
 
 def _write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
     merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
-    with _quiet():
+    with quiet():
         _save(merged, run, folder)
 
 
@@ -188,7 +193,7 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         model.save_pretrained(folder)
-    build.describe(model, run.config.model, _transform(run), folder)
+    describe(model, run, folder)
 
 
 def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> str:
@@ -198,7 +203,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
     """
     samples = _samples(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
-        with _quiet():
+        with quiet():
             _save(base_model(run, whole=True), run, Path(base))
         others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(samples, model=Path(base), adapter=folder)}
         own = _logits(adapted_model(run, whole=True), samples.inputs)
@@ -208,7 +213,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
     """Prove that on another base model it has the values of the run's adapter, bit for bit, and computes its logits."""
     own = adapted_model(run)
-    with _quiet():
+    with quiet():
         loaded = load_compact(base_model(run), folder)
     expected, found = _tensors(own), _tensors(loaded)
     for name in sorted(expected.keys() | found.keys()):

@@ -98,11 +98,11 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
 
 def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int | float | None]:
     """Return the counts of a method of another kind, on an adapter that is made on the meta device."""
-    from partial_lora import methods, models
-    from partial_lora.runs.build import setting_of
+    from partial_lora import models
+    from partial_lora.runs.build import method_of, setting_of
     from partial_lora.training.cost import describe_adapted
 
-    adapted = methods.get(config.method.name)(models.empty(**geometry), setting_of(config, shapes))
+    adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes))
     dense = dense_parameters(shapes, config.method.rank)
     return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
 

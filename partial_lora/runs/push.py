@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -29,13 +29,16 @@ def check(repo: str) -> None:
         raise PartialLoraError(f"{repo}: expected OWNER/NAME")
 
 
-def write(run: FinishedRun, card: ModelCard, *, compact: bool = False) -> Path:
-    """Write what a repository holds into RUN_DIR/export/hub, in place of what was there, and return that folder."""
+def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool = False) -> Path:
+    """Write what a repository holds into RUN_DIR/export/hub, in place of what was there, and return that folder.
+
+    card: makes the page of a folder that has all the rest.
+    """
     folder = run.directory.resolve() / "export" / FOLDER
     with building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)
         OmegaConf.save(OmegaConf.create(_without_places(plain(run.config))), built / directory.CONFIG)
-        card.save(built / "README.md")
+        card(built).save(built / "README.md")
     return folder
 
 

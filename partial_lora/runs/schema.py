@@ -260,6 +260,13 @@ class MethodConfig:
     dropout: float = 0.0
     projections: int = 256  # vera: rank of the random matrices that all modules share
     ranks: str = "one"  # auto: what method.rank=auto sets
+    peft_type: Optional[str] = None  # peft: which of PEFT's tuners, by its type, such as LOKR
+    peft: Any = None  # peft: {option: value} of that tuner's configuration; of its size calibration.budget may decide
+
+    @property
+    def function(self) -> str:
+        """What makes the adapter, of methods.METHODS: a tuner of PEFT goes by any name."""
+        return self.name if self.peft_type is None else "peft"
 
     def __post_init__(self) -> None:
         if self.rank == "auto":
@@ -270,14 +277,28 @@ class MethodConfig:
         if self.ranks == "auto":
             require(self.name in _RANKED, "method.rank", "auto", f"a whole number, for method={self.name}")
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
+        self._check_tuner()
         positive("method.alpha", self.alpha)
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
+
+    def _check_tuner(self) -> None:
+        kind, options = self.peft_type, self.peft
+        if kind is None:
+            require(self.name != "peft", "method.peft_type", None, "one of PEFT's tuners, such as LOKR")
+            require(options is None, "method.peft", options, f"null, for method={self.name}")
+            return
+        require(self.name not in _OWN, "method.peft_type", kind, f"null, for method={self.name}")
+        self.peft_type = kind.upper()
+        if self.name == "peft":  # runs of two tuners are of two methods
+            self.name = f"peft_{kind.lower()}"
+        require(isinstance(options, (Mapping, type(None))), "method.peft", options, "{option: value}")
 
 
 # Methods that train no product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
 _WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
 # Methods whose adapter is masked, as `mask` says.
 MASKED = ("partial", "targeted", "ticket", "entries", "flow", "uniform", "shuffled", "inverted")
+_OWN = (*MASKED, *_WITHOUT_PRODUCT, "lora", "dora", "low_rank")  # that are built here, by their names
 
 
 @dataclass
@@ -340,7 +361,7 @@ class Config:
     def _check_rates(self) -> None:
         """Refuse learning rates of parts that the model or its adapter does not have."""
         name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
-        fits = ratio == 1 or name not in _WITHOUT_PRODUCT
+        fits = ratio == 1 or (name not in _WITHOUT_PRODUCT and self.method.peft_type in (None, "LORA"))
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
         fits = ratio == 1 or name not in MASKED or self.mask.columns != "frozen"
         require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")

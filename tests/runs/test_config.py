@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -115,13 +116,39 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
         ("loraplus_lr_ratio", "trainer.loraplus_ratio"),
         ("batch_size", "trainer.batch_size"),
         ("trainer.rank", "method.rank"),
+        ("learning_rate", "trainer.learning_rate"),
+        ("output_dir", "results_dir"),
+        ("dataset", "task"),
+        ("num_epochs", "trainer.epochs"),
+        ("bf16", "trainer.mixed_precision=bf16"),
+        ("lora_r", "method.rank"),
+        ("trainer.seed", "seed"),
         *((key, None) for key in ("model.colour", "colour", "trainer.name")),
     ],
 )
 def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
     assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
     assert "mean" not in config.no_such_key(key, "hydra")
-    assert set(config._ELSEWHERE.values()) <= set(schema.defaults())
+    assert {each.partition("=")[0] for each in config._ELSEWHERE} <= {*schema.defaults(), *config.GROUPS}
+    names = [name for names in config._ELSEWHERE.values() for name in names.split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--lr", "1e-4"], "trainer.learning_rate=1e-4"),
+        (["--lora-r=8"], "method.rank=8"),
+        (["--bf16"], "trainer.mixed_precision=bf16"),
+        (["--seed", "seed=1"], "seed=VALUE"),
+        (["--method", "lora"], "method=lora"),
+        (["--config", "my.yaml"], "my.yaml"),
+        (["--colour", "red"], ""),
+    ],
+)
+def test_an_option_of_other_tools_is_refused_with_the_setting_that_it_is(arguments: list[str], meant: str) -> None:
+    with refusal(f"{arguments[0].partition('=')[0]}: ", meant):
+        compose.compose("train", arguments, lambda config: 0)
 
 
 def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +177,7 @@ def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_
     assert composed("method=partial").calibration.budget is None
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
 def test_the_ratio_of_loraplus_is_of_methods_that_train_a_product(method: str) -> None:
     given = (f"method={method}", "trainer.head_learning_rate=1e-2")
     model, _ = adapted(method, "tiny_vit")
@@ -186,7 +213,10 @@ def test_every_group_file_composes() -> None:
     choices = [{group: groups[group][number % len(groups[group])] for group in some} for number in range(most)]
     for choice in [*choices, *({group: name} for group in ("method", "calibration") for name in groups[group])]:
         needed = ["task.members=[sst2,mrpc]"] if choice.get("task") == "mixture" else []
+        needed += ["method.peft_type=LOKR"] if choice == {"method": "peft"} else []
         found = composed(*(f"{group}={name}" for group, name in choice.items()), *needed)
+        other = {"shira": "random_weights", "peft": "peft_lokr"}  # what the file calls it
+        choice = {group: other.get(name, name) for group, name in choice.items()}
         assert {group: getattr(getattr(found, group), "name", name) for group, name in choice.items()} == choice
 
 
@@ -282,6 +312,38 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
     what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
     what += ("importance.rounds=4", "task.label_noise=0.2", "trainer.head_learning_rate=1", "trainer.loraplus_ratio=4")
     assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
+def test_what_a_method_has_no_use_for_enters_no_id_and_earlier_runs_are_found(method: str, tmp_path: Path) -> None:
+    given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
+    usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
+    assert config.run_id(usual) == config.run_id(other)
+    assert config.calibration_directory(usual) != config.calibration_directory(other)
+    used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
+    for key, is_used in used.items():
+        assert (config.run_id(composed(*given, key)) != config.run_id(usual)) == is_used
+    new = config.run_directory(other)
+    old = new.with_name("seed0").parents[1] / f"{method}-{config.run_ids(other)[1]}" / "seed0"
+    old.mkdir(parents=True)  # as it was called before
+    assert config.run_directory(dataclasses.replace(other, seed=0)) == old
+    assert config.run_directory(other) == old.with_name("seed1")  # beside the other seed
+    new.mkdir(parents=True)
+    assert config.run_directory(other) == new
+
+
+@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "low_rank"])
+def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
+    usual, other = composed(f"method={method}"), composed(f"method={method}", "calibration.budget=0.5")
+    assert config.run_ids(usual) != config.run_ids(other) == [config.run_id(other)]
+
+
+def test_every_committed_run_is_found() -> None:
+    root = Path(__file__).parents[2] / "results"
+    for file in root.glob("*/runs/digits/*/*/seed0/result.json"):
+        settings = config.load(json.loads(file.read_text())["config"])
+        own = dataclasses.replace(settings, results_dir=str(file.parents[5]))
+        assert config.run_directory(own) == file.parent
 
 
 @pytest.mark.parametrize("experiment", ["methods", "tune"])

@@ -147,9 +147,8 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path) -> None:
     for repo in ("mine", "me/mine/other", "me/-mine", "me/m ine", "/mine"):
         with refusal(""):
             push.check(repo)
-    page = card.card(generation_run(), "me/mine", compact=True)
     with refusal(f"{generation_run().directory}", "method=lora"):  # there is nothing to leave out
-        push.write(generation_run(), page, compact=True)
+        push.write(generation_run(), lambda folder: pytest.fail("written"), compact=True)
     assert not (generation_run().directory / "export" / "hub").exists()
 
 
@@ -169,7 +168,7 @@ def test_a_dry_run_reaches_nothing_and_its_folder_is_what_the_page_says(hub, cap
 
 def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
     run = choice_run()
-    page = card.card(run, "me/mine")
+    page = card.card(run, "me/mine", run.adapter)
     data, test = page.data, run.result["metrics"]["test"]
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", test["accuracy"])
@@ -182,12 +181,13 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
     assert high - low > 20  # of 11 examples, also where none is wrong
     assert int(count) == 11
     assert f"{run.result['parameters']['adapter_trainable']:,} parameters" in page.text
+    assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
 
 
 def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_them() -> None:
     run = finished_runs.changed(choice_run(), "model", weights="Qwen/Qwen2.5-0.5B@main", architecture="qwen2")
     run = finished_runs.changed(run, "task", path="allenai/ai2_arc")
-    page = card.card(run, "me/mine", license="mit")
+    page = card.card(run, "me/mine", run.adapter, license="mit")
     assert (page.data.base_model, page.data.datasets, page.data.license) == (
         "Qwen/Qwen2.5-0.5B",
         ["allenai/ai2_arc"],
@@ -201,7 +201,7 @@ def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_t
 
 def test_settings_have_no_place_of_this_machine(hub, tmp_path) -> None:
     run = choice_run()
-    folder = push.write(run, card.card(run, "me/mine"))
+    folder = push.write(run, lambda built: card.card(run, "me/mine", built))
     settings = (folder / "config.yaml").read_text()
     files = finished_runs.question_files()
     assert all(Path(path).is_absolute() for path in files.values())

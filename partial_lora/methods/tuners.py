@@ -1,0 +1,410 @@
+"""Any tuner of PEFT by its configuration (`method=peft`), as large as a budget allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from partial_lora.calibration.budget import TOLERANCE
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_json
+from partial_lora.masks import random_keys
+from partial_lora.methods.setting import Setting, Training
+
+logger = logging.getLogger(__name__)
+
+FARTHEST = 0.2  # a share of the budget: a method whose nearest size is further away is not applicable
+
+# What needs more than frozen weights and labels, or is a method of its own here, and what to take in its place.
+_REFUSED = {
+    "ADALORA": "take method=adalora",
+    "LN_TUNING": "it trains layers of the model itself and not an adapter",
+    "OSF": "it trains the model's own weights",
+    "PARTIAL_LORA": "take method=partial",
+    "POLY": "it needs the task of every example",
+    "SHADOW": "it adapts a whole language model and no modules",
+    "SHIRA": "take method=random_weights",
+    "SUPERTUNING": "it trains the model's own weights",
+    "TRAINABLE_TOKENS": "it trains tokens and no modules",
+    "XLORA": "it mixes adapters that are trained already",
+}
+# Initialisations of LoRA that look at data or gradients before training.
+_PREPARED = ("eva", "corda", "lora_ga", "loftq")
+_SIZE_KEYS = {  # that set the number of trainable parameters where this is not `r`
+    "BOFT": "boft_block_size",
+    "C3A": "block_size",
+    "FOURIERFT": "n_frequency",
+    "OFT": "oft_block_size",
+    "TINYLORA": "u",
+    "UNILORA": "theta_d_length",
+    "VBLORA": "num_vectors",
+    "WAVEFT": "n_frequency",
+}
+_BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have to divide those of the weights
+_STEPS = {"GRALORA": "gralora_k", "HRA": 2}  # sizes are multiples of this number, or of this key
+_SEEDS = {"generator_seed", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed", "random_seed"}
+_OWN_DROPOUT = {"module_dropout", "rank_dropout"}  # of something else than a layer's input
+_LARGEST = 2**20
+
+
+def peft(model: nn.Module, setting: Setting) -> PeftModel:
+    """Any weight tuner of PEFT, by `setting.peft_type` and the options of its configuration.
+
+    `setting.size` is the number of parameters that its size is solved for (`sized`); None leaves the size to the
+    options. Raises PartialLoraError with PEFT's own reason where it cannot adapt the model.
+    """
+    options = dict(setting.peft)
+    configuration(setting.peft_type, options)
+    if setting.size is not None:
+        options |= sized(setting, lambda options: counts(setting, options, model))
+    return _built(model, setting, options)
+
+
+def configuration(peft_type: str, options: Mapping, **shared: object) -> PeftConfig:
+    """Return PEFT's configuration; raises PartialLoraError for an unknown type, and for options that PEFT refuses.
+
+    shared: arguments that every configuration has.
+    """
+    known = weight_tuners()
+    if peft_type in _REFUSED:
+        raise PartialLoraError(f"method.peft_type={peft_type}: expected another tuner: {_REFUSED[peft_type]}")
+    if peft_type not in known:
+        raise PartialLoraError(f"method.peft_type={peft_type}: expected one of {', '.join(sorted(known))}")
+    if options.get("init_lora_weights") in _PREPARED:
+        raise PartialLoraError(
+            f"method.peft.init_lora_weights={options['init_lora_weights']}: expected another: a run does not prepare "
+            "what this one starts from"
+        )
+    try:
+        return known[peft_type](**{"target_modules": ["all"]} | shared | dict(options))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise PartialLoraError(f"method.peft: {_first_line(error)}") from error
+
+
+@cache
+def weight_tuners() -> dict[str, type[PeftConfig]]:
+    """Return the configuration of every tuner of the installed PEFT that adapts modules, by its type."""
+    by_name = {getattr(kind, "value", kind): kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    return {
+        name: PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        for name, kind in by_name.items()
+        if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[kind], BaseTuner) and name not in _REFUSED
+    }
+
+
+def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
+    config = configuration(setting.peft_type, options, **_shared(setting, options))
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as error:
+        raise PartialLoraError(f"method.peft_type={setting.peft_type}: {_first_line(error)}") from error
+
+
+def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
+    """Return what every configuration is given: names of modules, dropout and the seeds of what is drawn and frozen."""
+    fields = _defaults(setting.peft_type)
+    shared: dict[str, object] = {
+        "target_modules": list(setting.target_modules),
+        "modules_to_save": setting.whole() or None,
+    }
+    shared |= dict.fromkeys(_SEEDS & fields.keys(), setting.mask_seed)
+    if setting.dropout:
+        names = [name for name in fields if name.endswith("_dropout") and name not in _OWN_DROPOUT]
+        if not names:
+            raise PartialLoraError(
+                f"method.dropout={setting.dropout}: expected 0: {setting.peft_type} has no dropout of its inputs"
+            )
+        shared[names[0]] = setting.dropout
+    if setting.peft_type == "LORA":
+        shared |= {"r": setting.rank, "lora_alpha": setting.alpha}
+    if setting.peft_type == "IA3":
+        shared["feedforward_modules"] = []  # outputs are scaled in every module
+    return shared | {name: value for name, value in options.items() if name in shared}
+
+
+@cache
+def _defaults(peft_type: str) -> dict[str, object]:
+    fields = dataclasses.fields(weight_tuners()[peft_type])
+    return {each.name: None if each.default is dataclasses.MISSING else each.default for each in fields}
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- The size that meets a budget.
+
+Counts = Mapping[str, int]  # trainable parameters by module, and those that modules share under ""
+
+
+def size_key(peft_type: str) -> str | None:
+    """Return the key of a configuration that sets how many parameters train; None where none does."""
+    key = _SIZE_KEYS.get(peft_type, "r")
+    return key if key in _defaults(peft_type) else None
+
+
+def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, object]:
+    """Return the options with which a tuner trains `setting.size` parameters, or as near to it as it can.
+
+    The key that sets the size has the value that comes nearest. Where that is more than 1 % away, and PEFT has a
+    pattern of the key by module, some modules have the next larger value; where even the smallest is too large for all
+    modules, or none is within FARTHEST, some have no adapter. Which ones is drawn by the mask seed.
+
+    counted: from options, target_modules among them, to the parameters that each module trains.
+    Raises PartialLoraError, "not applicable", where the nearest is more than FARTHEST of the size away, and where the
+    options have the key themselves.
+    """
+    kind, goal, key = setting.peft_type, setting.size, size_key(setting.peft_type)
+    if key in setting.peft:
+        raise PartialLoraError(f"method.peft.{key}: expected none beside calibration.budget, which decides it")
+
+    def off(options: Mapping) -> float:
+        if not options.get("target_modules", setting.shapes):
+            return -1.0
+        return sum(counted(options).values()) / goal - 1
+
+    def far(options: Mapping) -> float:
+        return abs(off(options))
+
+    around = _around(setting, key, counted)
+    smaller, larger = around[0], around[-1]
+    chosen = min((options for options, _ in around), key=far)
+    if far(chosen) > TOLERANCE and smaller is not larger and _pattern_of(key) in _defaults(kind):
+        drawn = _drawn(setting, larger[1], smaller[1])
+        mixed = smaller[0] | _pattern(setting, key, larger[0][key], drawn)
+        chosen = min(chosen, mixed, key=far)  # PEFT heeds not every pattern
+    options, found = smaller if sum(smaller[1].values()) > goal else larger
+    if far(chosen) > TOLERANCE and (options is smaller[0] or far(chosen) > FARTHEST):
+        chosen = min(chosen, options | {"target_modules": _drawn(setting, found)}, key=far)
+    if far(chosen) > FARTHEST:
+        raise PartialLoraError(
+            f"method.peft_type={kind}: not applicable: expected {goal:,} trainable parameters, the nearest that it can "
+            f"have are {round(goal * (1 + off(chosen))):,}"
+        )
+    if far(chosen) > TOLERANCE:
+        logger.warning("%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen))
+    return chosen
+
+
+def _around(
+    setting: Setting, key: str | None, counted: Callable[[Mapping], Counts]
+) -> list[tuple[dict[str, object], Counts]]:
+    """Return the options, and what modules train with them, on both sides of the size, the fewer parameters first.
+
+    One, where all that PEFT can build are on one side.
+    """
+    values = _values(setting, key) if key else [None]
+
+    @cache
+    def at(place: int) -> Counts | None:
+        try:
+            return counted(_at(setting, key, values[place]))
+        except PartialLoraError:  # a value that PEFT refuses for these modules
+            if place:
+                return None
+            raise
+
+    def total(place: int) -> float:
+        return math.inf if at(place) is None else sum(at(place).values())
+
+    def is_above(place: int) -> bool:
+        return total(place) > setting.size
+
+    step = total(1) - total(0) if len(values) > 1 else 0
+    if step < 0:  # the key is the rank of what is frozen: beyond that of the weights it changes nothing
+        values = values[: min(map(min, setting.shapes.values()))]
+    places = [0]
+    if is_above(0) == (step < 0):
+        guess = int((setting.size - total(0)) / step) if 0 < step < math.inf else 0
+        last = _last(lambda place: is_above(place) == (step < 0), len(values), guess)
+        places = [place for place in (last, last + 1) if place < len(values) and total(place) < math.inf]
+    return [(_at(setting, key, values[place]), at(place)) for place in sorted(places, key=total)]
+
+
+def _last(holds: Callable[[int], bool], length: int, guess: int) -> int:
+    """Return the last place at which it holds, near a guess or by doubling and halving; it holds at 0."""
+    low, high, step = 0, min(max(guess, 1), length), 1
+    while high < length and holds(high):
+        low, high, step = high, high + step, 2 * step
+    high = min(high, length)
+    if high - low > 1 and holds(high - 1):
+        low = high - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _values(setting: Setting, key: str) -> Sequence[int]:
+    """Return the values that the size may have, in order."""
+    if key in _BLOCKS:
+        sizes = [n for _, n in setting.shapes.values()]
+        if key == "block_size":
+            sizes += [m for m, _ in setting.shapes.values()]
+        common = math.gcd(*sizes)
+        return [size for size in range(2, common + 1) if common % size == 0]
+    step = _STEPS.get(setting.peft_type, 1)
+    if isinstance(step, str):
+        step = setting.peft.get(step, _defaults(setting.peft_type)[step])
+    return range(step, _LARGEST, step)
+
+
+def _at(setting: Setting, key: str | None, value: int | None) -> dict[str, object]:
+    """Return options with the key at a value; an alpha that scales by alpha / r goes with r, unless it is an option."""
+    if key is None:
+        return {}
+    alpha, ratio = _alpha(setting)
+    return {key: value} | ({alpha: ratio * value} if alpha and key == "r" else {})
+
+
+def _alpha(setting: Setting) -> tuple[str | None, float]:
+    """Return the name of the configuration's alpha, and alpha / r as PEFT has it by default; None for no such alpha."""
+    defaults = _defaults(setting.peft_type)
+    name = next((name for name in defaults if name.split("_")[-1] == "alpha" and name != "regularization_alpha"), None)
+    if name is None or name in setting.peft or defaults[name] is None or setting.peft.get("use_rslora"):
+        return None, 1.0
+    if setting.peft_type == "LORA":
+        return name, setting.alpha / setting.rank
+    return name, defaults[name] / defaults["r"]
+
+
+def _pattern_of(key: str | None) -> str:
+    """Return the name of the option that gives modules values of their own."""
+    return "rank_pattern" if key == "r" else f"{key}_pattern"
+
+
+def _pattern(setting: Setting, key: str, value: int, modules: Sequence[str]) -> dict[str, object]:
+    """Return options that give some modules another value."""
+    found: dict[str, object] = {_pattern_of(key): dict.fromkeys(modules, value)}
+    alpha, ratio = _alpha(setting)
+    if alpha and "alpha_pattern" in _defaults(setting.peft_type):
+        found["alpha_pattern"] = dict.fromkeys(modules, ratio * value)
+    return found
+
+
+def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> list[str]:
+    """Return modules, in random order while they fit, whose larger counts bring the sum near the size from below.
+
+    smaller: what the others train; None for nothing.
+    """
+    smaller = smaller or dict.fromkeys(larger, 0) | {"": larger[""]}
+    names, left = list(setting.shapes), setting.size - sum(smaller.values())
+    keys = random_keys(len(names), mask_seed=setting.mask_seed, module=setting.peft_type, axis="sizes")
+    drawn = set()
+    for place in np.argsort(keys):
+        name = names[place]
+        if larger[name] - smaller[name] <= left:
+            drawn.add(name)
+            left -= larger[name] - smaller[name]
+    return [name for name in names if name in drawn]
+
+
+def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
+    """Count what the modules of a model would train with these options, on the meta device.
+
+    Only those count that the options' target_modules have, if they have any.
+    """
+    names = options.get("target_modules", list(setting.shapes))
+    bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            start = {"init_lora_weights": True} if setting.peft_type == "LORA" else {}  # some look at the weights
+            adapted = _built(_stand_in(model, names), bare, dict(setting.peft) | dict(options) | start)
+    except PartialLoraError as error:
+        if isinstance(error.__cause__, NotImplementedError):  # it looks at the values of the weights
+            raise PartialLoraError(
+                f"calibration.budget: {setting.peft_type} cannot be sized for it; expected null, and the size among "
+                "the options of method.peft"
+            ) from error
+        raise
+    found, seen = {"": 0}, set()
+    for name, layer in adapted.base_model.model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            frozen = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+            own = {id(each): each for each in layer.parameters() if each.requires_grad and id(each) not in frozen}
+            found[name] = sum(each.numel() for key, each in own.items() if key not in seen)
+            seen |= own.keys()
+    found[""] = sum(each.numel() for each in adapted.parameters() if each.requires_grad and id(each) not in seen)
+    return found
+
+
+def _stand_in(model: nn.Module, modules: Sequence[str]) -> nn.Module:
+    """Return a model of the modules alone, under their names and without memory."""
+    root = nn.Module()
+    for name in modules:
+        *parents, last = name.split(".")
+        parent = root
+        for each in parents:
+            if not hasattr(parent, each):
+                parent.add_module(each, nn.Module())
+            parent = getattr(parent, each)
+        module = model.get_submodule(name)
+        parent.add_module(last, _without_memory(module))
+    return root
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Conv2d):
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        return nn.Conv2d(**{name: getattr(module, name) for name in names}, device="meta")
+    return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+
+
+# --- What training adds: the size in the record.
+
+
+def train_tuner(adapted: PeftModel) -> Training:
+    """Train as every method; say in the record what sets the size."""
+    config = adapted.peft_config["default"]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    key = size_key(kind)
+    size = {} if key is None else {key: getattr(config, key)}
+    pattern = getattr(config, _pattern_of(key), None)
+    return Training(summary=lambda: {"peft_type": kind, "size": size | {"pattern": len(pattern)} if pattern else size})
+
+
+def taken_out(adapted: PeftModel) -> dict[str, Tensor] | None:
+    """Return a copy of a new adapter that was taken out of W, and so fits this model alone; None of any other.
+
+    `put_back` makes a saved adapter fit the model as it was.
+    """
+    config = adapted.peft_config["default"] if isinstance(adapted, PeftModel) else None
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if not (start.startswith("pissa") or start == "olora"):
+        return None
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def put_back(folder: Path, start: Mapping[str, Tensor]) -> None:
+    """Make a saved adapter that began with `start` (`taken_out`) a plain LoRA of the difference, of twice the rank.
+
+    B A − B₀ A₀ is [B, −B₀] [A; A₀]. PEFT's own conversion loses the head.
+    """
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    state = load_file(file)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            state[name] = torch.cat([tensor, start[name]])
+        elif ".lora_B." in name:
+            state[name] = torch.cat([tensor, -start[name]], dim=1)
+    save_file(state, file, metadata={"format": "pt"})
+    config = json.loads(settings.read_text())
+    times = 2**0.5 if config["use_rslora"] else 2
+    config |= {"r": 2 * config["r"], "lora_alpha": times * config["lora_alpha"], "init_lora_weights": True}
+    for pattern, factor in (("rank_pattern", 2), ("alpha_pattern", times)):
+        config[pattern] = {module: factor * value for module, value in config[pattern].items()}
+    write_json(settings, config)
