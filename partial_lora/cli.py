@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.runs.finished import Input
+    from partial_lora.runs.info import Outline
     from partial_lora.runs.predict import Prediction
 
 _RUN = "its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
@@ -198,18 +200,43 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
 
 
 def info(arguments: list[str]) -> int:
-    """Print trainable parameters, memory and file size of a run that is not run; return the exit code."""
-    return compose("info", arguments, _print_outline)
+    """Print trainable parameters, memory and file size of a run that is not run; return the exit code.
+
+    The default task is none for a model of texts, so that one of two classes stands for a task that is not named.
+    """
+    shown = _print_json_outline if "--json" in arguments else _print_outline
+    named = any(argument.lstrip("+").startswith(("task=", "task.")) for argument in arguments)
+
+    def outlined(config: Config) -> int:
+        from partial_lora.runs.info import outline, without_task
+
+        config = config if named else without_task(config)
+        with _libraries():  # which some methods are counted with
+            run = outline(config)
+        shown(config, run)
+        return 0
+
+    return compose("info", [argument for argument in arguments if argument != "--json"], outlined)
 
 
-def _print_outline(config: Config) -> int:
+def _print_json_outline(config: Config, run: Outline) -> None:
+    names = {group: getattr(config, group).name for group in ("model", "task", "method")}
+    rates = {"learning_rate": config.trainer.learning_rates, "first_learning_rate": _first_rate(config, run)}
+    print(json.dumps(names | dataclasses.asdict(run) | rates, allow_nan=False))
+
+
+def _first_rate(config: Config, run: Outline) -> str | None:
+    """Return the learning rate to try first, in words; None for an adapter that is not masked."""
+    if config.method.name not in MASKED:
+        return None
+    return starting_point(plain(config), run.counts["adapter_trainable"] / run.counts["adapter_dense"])
+
+
+def _print_outline(config: Config, run: Outline) -> None:
     from rich.console import Console
 
-    from partial_lora.runs.info import outline
     from partial_lora.training import size
 
-    with _libraries():  # which some methods are counted with
-        run = outline(config)
     console = Console()
     console.print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
@@ -219,12 +246,28 @@ def _print_outline(config: Config) -> int:
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
+        text += "\nfor less memory: model.gradient_checkpointing=true, model.quantization=nf4, a smaller"
+        text += " model.max_length, or the same batch in parts: trainer.gradient_accumulation_steps"
     rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
     text += f"\nlearning rate: {rates}"
-    if config.method.name in MASKED:
-        density = run.counts["adapter_trainable"] / run.counts["adapter_dense"]
-        text += f"; to try first: {starting_point(plain(config), density)}"
+    if first := _first_rate(config, run):
+        text += f"; to try first: {first}"
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def env(arguments: list[str]) -> int:
+    """Print versions, platform and devices, as a report of a bug needs them; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora env", description="What a report of a bug needs: versions, platform, devices. No paths."
+    )
+    parser.add_argument("--json", action="store_true", help="one object")
+    parsed = parser.parse_args(arguments)
+    from partial_lora.runs.info import surroundings
+
+    with _libraries():
+        found = surroundings()
+    lines = [f"{name:<16} {value}" for name, value in found.items()]
+    print(json.dumps(found) if parsed.json else "\n".join(lines))
     return 0
 
 
@@ -750,6 +793,13 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
 
+def _duration(seconds: float) -> str:
+    """Return seconds in the unit that one would say them in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class _Lines:
     """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
@@ -799,6 +849,8 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
+        if "expected" in event:
+            self.note(f"{stage}: about {_duration(event['expected'])}")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
@@ -851,6 +903,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "runs": runs,
     "report": report,
+    "env": env,
     "export": export,
     "merge": merge,
     "push": push,
@@ -863,6 +916,7 @@ _HELP = {
     "predict": "what a finished run says of images, texts or lines of a file",
     "runs": "the runs of a results directory: task, method, score, when, path",
     "generate": "what a finished causal run writes after a prompt",
+    "env": "versions, platform and devices, for a report of a bug",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
     "merge": "the adapters of several finished runs as one",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -523,6 +524,24 @@ def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> Non
         check=False,
     )
     assert read.stderr == ""
+
+
+def test_info_needs_no_task_and_has_a_line_for_programs(place: Path) -> None:
+    for model, outputs in (("bert_base", 2), ("llama3_1_8b", 0), ("vit_b16", 10)):
+        done = here(place, "info", f"model={model}", "--json", "calibration.budget=0.13")
+        assert done.returncode == 0, done.stderr
+        counted = json.loads(done.stdout)
+        assert (counted["model"], counted["outputs"]) == (model, outputs)
+        assert counted["counts"]["adapter_trainable"] <= 0.13 * counted["counts"]["adapter_dense"]
+    assert "model.gradient_checkpointing=true" in here(place, "info", "model=llama3_1_8b").stdout
+    assert here(place, "info", "model=bert_base", "task=digits").returncode == 2
+
+
+def test_env_has_versions_and_no_place_of_this_machine(place: Path) -> None:
+    done = here(place, "env", "--json")
+    found = json.loads(done.stdout)
+    assert {"partial-lora", "torch", "peft", "python", "platform", "accelerators"} <= found.keys()
+    assert not [value for value in found.values() if "/" in value or platform.node() in value]
 
 
 def imported(place: Path, script: str) -> set[str]:

@@ -212,7 +212,7 @@ def locked(directory: Path) -> Iterator[int]:
 
 # --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
 
-_LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
+LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
 def new(settings: Mapping) -> dict:
@@ -223,8 +223,8 @@ def new(settings: Mapping) -> dict:
         "config": redacted(settings),
         "preset": settings.get("preset"),
         "tuning": _tuning(settings.get("trainer", {})),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
         "device": None,
         "attempts": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -272,7 +272,7 @@ def _tuning(trainer: Mapping) -> str:
     return trainer.get("tuned_elsewhere") or "tuned"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the checkout this package runs from; None where it is installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
