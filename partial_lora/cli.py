@@ -64,6 +64,9 @@ def guarded(command: Callable[[], int]) -> int:
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
         return 1 if isinstance(error, ProofError) else USAGE_ERROR
+    except BrokenPipeError:  # of a reader that has seen enough (`| head`)
+        _forget_stdout()
+        return 0
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
             raise

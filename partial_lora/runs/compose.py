@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,7 +196,8 @@ _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
     "optuna": _SWEEPS,
 }
 # Flags by which Hydra prints something and runs nothing.
-_SHOWS = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
+_HELP = {"--help", "-h"}
+_SHOWS = {"--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
 
 
 def compose(
@@ -217,6 +219,10 @@ def compose(
     _refuse_options(arguments)
     _refuse_hidden_files(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
+    if _HELP & {*arguments}:
+        with _in_one_line(arguments):
+            _print_help([each for each in arguments if each not in _HELP])
+        return 0
     hydra = partial(_hydra, command, arguments)
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
         hydra(lambda composed: None)
@@ -243,6 +249,19 @@ def compose(
         if code > USAGE_ERROR:
             break
     return code
+
+
+def _print_help(arguments: Sequence[str]) -> None:
+    from hydra.core.object_type import ObjectType
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from partial_lora.runs.keys import page
+
+    with config_loader_of(arguments) as (loader, name, overrides):
+        settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
+        groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
+    print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
 
 
 def _uncalibrated(config: Config) -> str | None:
