@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from finished_runs import choice_run, override, trained
+from finished_runs import override, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +24,12 @@ from partial_lora.runs.finished import FinishedRun, finished_run
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")
 pytestmark = pytest.mark.usefixtures("same_cache")
 
-_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 
 
 def causal(name: str, *given: str) -> FinishedRun:
@@ -34,8 +39,9 @@ def causal(name: str, *given: str) -> FinishedRun:
 
 
 @functools.cache
-def qwen_run() -> FinishedRun:
-    return causal("llama.cpp qwen", "model=tiny_qwen")
+def run_of(architecture: str) -> FinishedRun:
+    like = "tiny_llama" if architecture in ("llama", "mistral") else "tiny_qwen"
+    return causal(f"llama.cpp {architecture}", f"model={like}", f"model.architecture={architecture}")
 
 
 @functools.cache
@@ -56,6 +62,8 @@ def written(model: PreTrainedModel, path: Path) -> Path:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size := getattr(config, "head_dim", config.hidden_size // config.num_attention_heads))
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
@@ -67,7 +75,7 @@ def written(model: PreTrainedModel, path: Path) -> Path:
         value, own = tensor.numpy(), heads.get(module.rpartition(".")[2])
         if module == "lm_head" and config.tie_word_embeddings:
             continue
-        if own and config.model_type == "llama":
+        if own and architecture == gguf.MODEL_ARCH.LLAMA:
             value = value.reshape(own, 2, len(value) // own // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(f"{names.get_name(module)}.{kind}", np.ascontiguousarray(value))
     writer.write_header_to_file()
@@ -113,9 +121,9 @@ def adapter_of(run: FinishedRun, folder: Path) -> Path:
     return export.export(run, "gguf", folder).folder / "adapter.gguf"
 
 
-@pytest.mark.parametrize("of", [choice_run, qwen_run])
-def test_logits_over_a_base_in_float32_are_the_run_s(tmp_path, of) -> None:
-    run, tokens = of(), list(range(10, 40))
+@pytest.mark.parametrize("architecture", _ARCHITECTURES)
+def test_logits_over_a_base_in_float32_are_the_run_s(tmp_path, architecture) -> None:
+    run, tokens = run_of(architecture), list(range(10, 40))
     base = written(export.base_model(run), tmp_path / "base.gguf")
     plain, _ = in_llama_cpp(base, None, tokens)
     adapted, _ = in_llama_cpp(base, adapter_of(run, tmp_path / "adapter"), tokens)
