@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.compose import composition_error, in_grammar, refuse_group_lists
+from partial_lora.runs.arguments import in_grammar, refuse_group_lists
+from partial_lora.runs.compose import composition_error
 from partial_lora.runs.config import check_files, conf_dir, load, plain
 from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.tasks.folders import split_folders
