@@ -1,6 +1,7 @@
 # make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
+# make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
 # make lint    ruff
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
@@ -17,8 +18,8 @@
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
-# make bench   time and memory of the adapter against dense LoRA, in about an hour, and what calibration costs against
-#              Algorithm 1 done literally, in about a quarter of an hour (results/bench)
+# make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
+#              Algorithm 1 done literally, in about a quarter of an hour, and many adapters on one base (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
@@ -28,7 +29,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -46,6 +47,10 @@ $(VENV)/.test-all-installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-all]'
 	touch $@ $(VENV)/.installed $(VENV)/.test-installed
 
+$(VENV)/.test-serve-installed: $(VENV)/.test-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-serve]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/partial-lora train
 
@@ -57,6 +62,9 @@ test: $(VENV)/.test-installed
 # What is still skipped, and why, stands above the last line.
 test-all: $(VENV)/.test-all-installed browser
 	PARTIAL_LORA_TEST_DOWNLOAD=1 $(PYTEST)
+
+test-serve: $(VENV)/.test-serve-installed
+	PARTIAL_LORA_TEST_DOWNLOAD=1 $(BIN)/python -m pytest -rP tests/runs/test_llama_cpp.py
 
 # Chromium, for the tests of the report's page; no failure where it cannot be installed.
 browser:
@@ -195,6 +203,7 @@ models: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
+	$(if $(BENCH),,$(BIN)/python scripts/bench_serving.py)
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.runs.finished import Input
+    from partial_lora.runs.info import Outline
     from partial_lora.runs.predict import Prediction
 
 _RUN = "its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if {"-sc", "--shell-completion"} & {*arguments[:2]}:
+        return guarded(lambda: _complete(arguments))
     return guarded(lambda: COMMANDS[name](others) if name in COMMANDS else _overview(arguments))
 
 
@@ -61,6 +65,9 @@ def guarded(command: Callable[[], int]) -> int:
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
         return 1 if isinstance(error, ProofError) else USAGE_ERROR
+    except BrokenPipeError:  # of a reader that has seen enough (`| head`)
+        _forget_stdout()
+        return 0
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
             raise
@@ -68,6 +75,14 @@ def guarded(command: Callable[[], int]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _complete(arguments: list[str]) -> int:
+    """Print what a shell needs to complete command lines, or asks for as it does so; return the exit code."""
+    from partial_lora.runs.completion import complete
+
+    print(complete(arguments[-1], list(COMMANDS)))
+    return 0
 
 
 def _overview(arguments: list[str]) -> int:
@@ -186,18 +201,43 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
 
 
 def info(arguments: list[str]) -> int:
-    """Print trainable parameters, memory and file size of a run that is not run; return the exit code."""
-    return compose("info", arguments, _print_outline)
+    """Print trainable parameters, memory and file size of a run that is not run; return the exit code.
+
+    The default task is none for a model of texts, so that one of two classes stands for a task that is not named.
+    """
+    shown = _print_json_outline if "--json" in arguments else _print_outline
+    named = any(argument.lstrip("+").startswith(("task=", "task.")) for argument in arguments)
+
+    def outlined(config: Config) -> int:
+        from partial_lora.runs.info import outline, without_task
+
+        config = config if named else without_task(config)
+        with _libraries():  # which some methods are counted with
+            run = outline(config)
+        shown(config, run)
+        return 0
+
+    return compose("info", [argument for argument in arguments if argument != "--json"], outlined)
 
 
-def _print_outline(config: Config) -> int:
+def _print_json_outline(config: Config, run: Outline) -> None:
+    names = {group: getattr(config, group).name for group in ("model", "task", "method")}
+    rates = {"learning_rate": config.trainer.learning_rates, "first_learning_rate": _first_rate(config, run)}
+    print(json.dumps(names | dataclasses.asdict(run) | rates, allow_nan=False))
+
+
+def _first_rate(config: Config, run: Outline) -> str | None:
+    """Return the learning rate to try first, in words; None for an adapter that is not masked."""
+    if config.method.name not in MASKED:
+        return None
+    return starting_point(plain(config), run.counts["adapter_trainable"] / run.counts["adapter_dense"])
+
+
+def _print_outline(config: Config, run: Outline) -> None:
     from rich.console import Console
 
-    from partial_lora.runs.info import outline
     from partial_lora.training import size
 
-    with _libraries():  # which some methods are counted with
-        run = outline(config)
     console = Console()
     console.print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
@@ -207,12 +247,28 @@ def _print_outline(config: Config) -> int:
     if run.memory:
         sequences, length = config.trainer.local_batch_size, config.model.max_length
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
+        text += "\nfor less memory: model.gradient_checkpointing=true, model.quantization=nf4, a smaller"
+        text += " model.max_length, or the same batch in parts: trainer.gradient_accumulation_steps"
     rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
     text += f"\nlearning rate: {rates}"
-    if config.method.name in MASKED:
-        density = run.counts["adapter_trainable"] / run.counts["adapter_dense"]
-        text += f"; to try first: {starting_point(plain(config), density)}"
+    if first := _first_rate(config, run):
+        text += f"; to try first: {first}"
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def env(arguments: list[str]) -> int:
+    """Print versions, platform and devices, as a report of a bug needs them; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora env", description="What a report of a bug needs: versions, platform, devices. No paths."
+    )
+    parser.add_argument("--json", action="store_true", help="one object")
+    parsed = parser.parse_args(arguments)
+    from partial_lora.runs.info import surroundings
+
+    with _libraries():
+        found = surroundings()
+    lines = [f"{name:<16} {value}" for name, value in found.items()]
+    print(json.dumps(found) if parsed.json else "\n".join(lines))
     return 0
 
 
@@ -286,7 +342,7 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     return own, others
 
 
-# --- evaluate, predict, generate, export, push: what is done with a finished run.
+# --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -593,14 +649,65 @@ def export(arguments: Sequence[str]) -> int:
     with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
         run = finished_run(parsed.run)
         with _libraries():
+            from partial_lora.report import card
             from partial_lora.runs import export
-        done = export.export(run, parsed.to, parsed.out, check=parsed.check)
+        done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
     console = Console()
     written = "written again, as it was" if done.existed else "written"
     console.print(f"{done.folder}: {written} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
     if done.proof:
         console.print(f"checked: {done.proof}", highlight=False, soft_wrap=True)
     return 0
+
+
+def merge(arguments: Sequence[str]) -> int:
+    """Write one adapter that does what those of several runs do, and print what they have in common."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora merge",
+        description="The adapters of several finished runs over one base model as one, by PEFT's add_weighted_adapter.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--how",
+        choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+        default="cat",
+        help="cat (the default): exactly the weighted sum, its rank the sum of the ranks; svd: as near as the largest "
+        "rank comes; the others combine the factors, not their products",
+    )
+    parser.add_argument(
+        "--density",
+        type=_share,
+        default=0.5,
+        metavar="P",
+        help="the share of a factor's entries, zeros among them, that ties, dare_… and magnitude_prune keep (0.5)",
+    )
+    parsed = parser.parse_args(list(arguments))
+    from rich.console import Console
+    from rich.table import Table
+
+    from partial_lora.runs.finished import finished_run
+
+    runs = [finished_run(each) for each in parsed.runs]
+    with _libraries():
+        from partial_lora.runs import merge
+    overlaps = merge.merge(runs, parsed.weights, parsed.out, way=parsed.how, density=parsed.density)
+    table = Table("run", "and run", "rows", "columns", "entries of W", title="what both change, of the smaller one's")
+    for each in overlaps:
+        shares = (f"{share:.1%}" for share in (each.rows, each.columns, each.entries))
+        table.add_row(str(each.first + 1), str(each.second + 1), *shares)
+    console = Console()
+    console.print(table)
+    console.print(f"{parsed.out}: written", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _share(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) <= 1:
+            return float(value)
+    raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, not {value!r}")
 
 
 def push(arguments: Sequence[str]) -> int:
@@ -624,8 +731,9 @@ def push(arguments: Sequence[str]) -> int:
         from partial_lora.report import card
         from partial_lora.runs import push
     push.check(parsed.repo)
-    page = card.card(run, parsed.repo, compact=parsed.compact, license=parsed.license)
-    folder = push.write(run, page, compact=parsed.compact)
+    folder = push.write(
+        run, lambda built: card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact
+    )
     place = folder if parsed.dry_run else push.upload(folder, parsed.repo, private=parsed.private)
     print(f"{place}: written")
     return 0
@@ -757,6 +865,13 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
 
+def _duration(seconds: float) -> str:
+    """Return seconds in the unit that one would say them in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class _Lines:
     """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
@@ -806,6 +921,8 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
+        if "expected" in event:
+            self.note(f"{stage}: about {_duration(event['expected'])}")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
@@ -859,7 +976,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "runs": runs,
     "report": report,
+    "env": env,
     "export": export,
+    "merge": merge,
     "push": push,
 }
 _HELP = {
@@ -871,7 +990,9 @@ _HELP = {
     "predict": "what a finished run says of images, texts or lines of a file",
     "runs": "the runs of a results directory: task, method, score, when, path",
     "generate": "what a finished causal run writes after a prompt",
+    "env": "versions, platform and devices, for a report of a bug",
     "report": "tables, figures and a page over finished runs",
     "export": "a finished run's adapter as files for other programs",
+    "merge": "the adapters of several finished runs as one",
     "push": "a finished run's adapter to the model hub, with a page on it",
 }

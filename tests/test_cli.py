@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from commands import begun, command, environment, here
 
-from partial_lora.runs import build
+from partial_lora.runs import build, keys, schema
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 
@@ -496,6 +497,51 @@ def test_info_downloads_nothing(place: Path) -> None:
     own = here(place, "info", "model=tiny_vit", "trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
     assert "learning rate: adapter 0.001, B 0.004, head 0.002; to try first: " in own.stdout
     assert "to try first" not in here(place, "info", "model=tiny_vit", "method=lora").stdout
+
+
+def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> None:
+    known = keys.meanings()
+    assert [key for key, meaning in known.items() if not meaning] == []
+    assert known.keys() - {"model.model_args", "model.text_args"} == schema.defaults().keys()  # these are of any keys
+    done = here(place, "train", "--help", "model=tiny_bert", "trainer.epochs=7", COLUMNS="90")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    others = [key for key in known if key not in (*keys.COMMON, "preset")]  # which is a group, too
+    places = [said.index(f"\n{key}=") for key in (*keys.COMMON, *others)]
+    assert places == sorted(places)
+    assert max(map(len, said.splitlines()[8:])) <= 90
+    assert f"trainer.epochs=7.0  {known['trainer.epochs']}" in said
+    assert "\nmodel=bert_base, " in said
+    wrong = here(place, "info", "-h", "model=nope")
+    assert (wrong.returncode, wrong.stderr.partition(": ")[2][:11]) == (2, "model=nope:")
+    read = subprocess.run(
+        f"'{sys.executable}' -m partial_lora train --help | true",
+        shell=True,
+        cwd=place,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert read.stderr == ""
+
+
+def test_info_needs_no_task_and_has_a_line_for_programs(place: Path) -> None:
+    for model, outputs in (("bert_base", 2), ("llama3_1_8b", 0), ("vit_b16", 10)):
+        done = here(place, "info", f"model={model}", "--json", "calibration.budget=0.13")
+        assert done.returncode == 0, done.stderr
+        counted = json.loads(done.stdout)
+        assert (counted["model"], counted["outputs"]) == (model, outputs)
+        assert counted["counts"]["adapter_trainable"] <= 0.13 * counted["counts"]["adapter_dense"]
+    assert "model.gradient_checkpointing=true" in here(place, "info", "model=llama3_1_8b").stdout
+    assert here(place, "info", "model=bert_base", "task=digits").returncode == 2
+
+
+def test_env_has_versions_and_no_place_of_this_machine(place: Path) -> None:
+    done = here(place, "env", "--json")
+    found = json.loads(done.stdout)
+    assert {"partial-lora", "torch", "peft", "python", "platform", "accelerators"} <= found.keys()
+    assert not [value for value in found.values() if "/" in value or platform.node() in value]
 
 
 def imported(place: Path, script: str) -> set[str]:

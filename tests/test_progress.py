@@ -57,6 +57,7 @@ def drawn(terminal: bool) -> str:
     console = Console(file=written, force_terminal=terminal, width=120)
     with Bars(console) as bars:
         bars.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
+        bars.update({"stage": "calibrate", "done": 0, "total": 96, "expected": 222.0})
         for done in (1, 95, 96):
             event = {"stage": "calibrate", "done": done, "total": 96, "module": "blocks.0.qkv", "axis": "rows"}
             bars.update(event | {"sparsity": 0.35})
@@ -66,12 +67,21 @@ def drawn(terminal: bool) -> str:
 
 def test_a_terminal_shows_counts_modules_and_losses() -> None:
     shown = drawn(terminal=True)
-    for part in ("45/90 MB", "96/96", "blocks.0.qkv rows 0.35", "loss 1.250", "validation accuracy 0.9000"):
+    for part in (
+        "45/90 MB",
+        "calibrate: about 4 min",
+        "96/96",
+        "blocks.0.qkv rows 0.35",
+        "loss 1.250",
+        "validation accuracy 0.9000",
+    ):
         assert part in shown
 
 
 def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
-    assert drawn(terminal=False).split("\n") == ["download …", "calibrate …", "calibrate done", "train …", "", ""]
+    assert drawn(terminal=False).split("\n") == [
+        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train …", "", "")
+    ]
 
 
 def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_left() -> None:

@@ -353,6 +353,12 @@ class PartialLoraConfig(LoraConfig):
         return config
 
 
+def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
+    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
 def _only(module: str) -> str:
     """Return the pattern of one module. PEFT matches it with the end of a name, so it begins where the name does."""
     return f"^{re.escape(module)}"

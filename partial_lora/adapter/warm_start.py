@@ -12,12 +12,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options
+from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
 from partial_lora.errors import PartialLoraError
@@ -169,18 +168,12 @@ def _check_fit(
             )
         if key in factors:
             module = module.rpartition(".")[0]
-            theirs, ours = _scaling(source.config, module), _scaling(config, module)
+            theirs, ours = (scaling_of(each, module, each.r) for each in (source.config, config))
             if not math.isclose(theirs, ours, rel_tol=1e-6):
                 raise PartialLoraError(
                     f"{module} is scaled by {theirs:g} in {source.name}, by {ours:g} in the adapter: give both the same"
                     f" lora_alpha and use_rslora (here {_settings(source.config)} and {_settings(config)})."
                 )
-
-
-def _scaling(config: LoraConfig, module: str) -> float:
-    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    return alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def _settings(config: LoraConfig) -> str:

@@ -37,6 +37,7 @@ from partial_lora.calibration.search import (
     curve_of,
     in_order,
     passes,
+    passes_expected,
     points_of,
     sparsity_levels,
     threshold_of,
@@ -103,7 +104,9 @@ def calibrate(
         peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
             one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
-            both share it; with a budget, from 1 again for each threshold tried. None: a bar, on a terminal.
+            both share it; with a budget, from 1 again for each threshold tried. Before the first, once the intact model
+            has been scored, as progress(0, total, expected=seconds), right to about a factor of two. None: a bar, on a
+            terminal.
 
     Raises:
         PartialLoraError: in one line, for a target that is none, an argument out of range, a baseline score that is
@@ -188,10 +191,19 @@ def _algorithm_1(
     above = chance if config.chance == "majority" else None
 
     # (1) The score of the frozen model.
+    began = time.perf_counter()
     baseline = gathered(peers, curves.intact)[0]
+    one = curves.pass_seconds or time.perf_counter() - began
     store.check_baseline(baseline)
     if known is not None:
         _add_known(store, known)
+    axes = CURVE_AXES[config.axes]
+    if progress is not None and grid:
+        total = len(units[0]) * len(axes)
+        asked = {"search": config.search, "budget": count is not None, "repair": config.repair}
+        left = passes_expected(total, len(grid), **asked) - store.points()
+        share = one * max(0.0, left) / (peers.size if config.scope == "independent" else 1)
+        progress(0, total, expected=share)
 
     def enough(score: float, threshold: float) -> bool:
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
@@ -204,7 +216,7 @@ def _algorithm_1(
             return SEARCHES[config.search](survives, grid)
 
         how = {"scope": config.scope, "peers": peers, "progress": progress}
-        return choose_levels(curves, list(units[0]), CURVE_AXES[config.axes], search, **how)
+        return choose_levels(curves, list(units[0]), axes, search, **how)
 
     threshold, sparsity = config.threshold, None
     if count is not None:  # the largest threshold that meets the budget, but none that scores at chance pass
@@ -254,7 +266,7 @@ def _bar(peers: Peers) -> Iterator[Progress]:
 
         def advance(done: int, total: int, **detail: object) -> None:
             bar.n, bar.total = done, total
-            bar.set_postfix_str(" ".join(map(str, detail.values())))
+            bar.set_postfix_str(" ".join(map(str, detail.values())) if done else f"about {detail['expected']:.0f} s")
 
         yield advance
 

@@ -26,7 +26,7 @@ _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", 
 class ImportanceConfig:
     """Measure of importance, and its keys: each measure takes those that are its own (importance.OPTIONS)."""
 
-    name: str = "svd"
+    name: str = "svd"  # of conf/importance
     k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
     energy: float = 0.9  # svd: share of the squared spectrum
     rounds: int = 3  # imp: how often it prunes
@@ -56,23 +56,23 @@ def _as_floats(sparsity: Any) -> Any:
 class CalibrationConfig:
     """Choice of the sparsity of each module and axis on a handful of examples."""
 
-    threshold: float = 0.9
+    threshold: float = 0.9  # share of the intact model's score that must be left
     budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
-    shots: int = 16
+    shots: int = 16  # scored examples of each class
     share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
-    max_samples: Optional[int] = None
+    max_samples: Optional[int] = None  # the most examples of either draw; null: shots or share alone
     seed: Optional[int] = 0  # of the few-shot draws and of measures that draw; null: the run's seed
     file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
-    levels: float = 0.05
-    max_sparsity: float = 0.95
-    axes: str = "separate"  # joint: one level zeroes that share of rows and of columns together
-    scope: str = "independent"  # cumulative: what was chosen before, front to back (or backward), stays zeroed
-    search: str = "scan"  # bisect: an approximation, since curves are not monotone
+    levels: float = 0.05  # step between two sparsities that are tried
+    max_sparsity: float = 0.95  # the last that is tried
+    axes: str = "separate"  # separate: rows and columns have their own sparsity; joint: one level zeroes both
+    scope: str = "independent"  # independent: other modules intact; cumulative(_backward): earlier choices stay zeroed
+    search: str = "scan"  # scan: upward to the first failure; bisect: fewer passes, an approximation
     repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
-    chance: str = "ignore"  # majority: the threshold is of what the score is above that of always the largest class
+    chance: str = "ignore"  # ignore; majority: the threshold is of what the score is above that of the largest class
     score: str = "auto"  # what is left of the model; auto: the task's primary metric
     reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
-    # In place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform.
+    # in place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform
     sparsity: Any = None
     memory: int = 2**31  # bytes that may be kept between passes; changes no result
 

@@ -87,6 +87,11 @@ class Curves:
             )
         return score
 
+    @property
+    def pass_seconds(self) -> float | None:
+        """Seconds that a pass over an altered model takes, as far as the score has measured that."""
+        return getattr(self._score, "pass_seconds", None)
+
     def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
         """Return True where the score passes with all but the most important rows (columns) of one module zeroed.
 
@@ -242,6 +247,10 @@ class Store:
     def curve(self, module: str, axis: str, after: str = "") -> Curve:
         """Return the points known of one curve, to be added to. `after` names what is zeroed in other modules."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
+
+    def points(self) -> int:
+        """Count the points known of all curves."""
+        return sum(len(curve) for axes in self._curves.values() for curve in axes.values())
 
     def check_baseline(self, baseline: float) -> None:
         """Take the baseline score of the model that is calibrated; curves of a model with another one are dropped."""

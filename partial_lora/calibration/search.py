@@ -19,6 +19,7 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
+_TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
@@ -97,6 +98,16 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
         return modules * axes * tried + 1
     steps = modules * axes * levels  # their order needs the levels that a bisection has passed over
     return steps + 1 + 2 * math.ceil(math.log2(steps + 1))
+
+
+def passes_expected(curves: int, levels: int, *, search: str, budget: bool = False, repair: bool = False) -> float:
+    """Return about how many passes a calibration takes.
+
+    A scan of the calibrations in results/ tried from a quarter of the levels (images) to all of them (texts), and a
+    budget took up to 1.6 times the passes of a threshold. A repair doubles them, or more.
+    """
+    tried = math.log2(levels + 1) if search == "bisect" else _TRIED * levels
+    return curves * min(levels, tried * (_BUDGET if budget else 1)) * (2 if repair else 1)
 
 
 def in_order(modules: Sequence[str], scope: str) -> list[str]:

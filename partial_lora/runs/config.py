@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home, file_sha256
+from partial_lora.files import at_home, file_sha256, redacted
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
@@ -322,6 +322,16 @@ def plain(config: Config | TaskConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def without_places(settings: object) -> object:
+    """Return settings in which a file or folder of this machine has its name alone."""
+    if isinstance(settings, Mapping):
+        return {key: without_places(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_places(each) for each in settings]
+    is_place = isinstance(settings, str) and Path(settings).is_absolute()
+    return Path(settings).name if is_place else redacted(settings)
+
+
 def load(settings: Mapping) -> Config:
     """Return the Config of nested mappings, such as config.yaml's or a record's; keys that came later have defaults."""
 
@@ -366,8 +376,8 @@ def run_ids(config: Config | Mapping) -> list[str]:
         changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    method = settings.get("method", {})
-    used = {key: value for key, value in changed.items() if not method or _uses(method, key)}
+    method = settings.get("method")  # none of a task alone
+    used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
     texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
     return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
 
@@ -375,14 +385,13 @@ def run_ids(config: Config | Mapping) -> list[str]:
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    The matrices of VeRA are drawn by mask.seed, and so is what else PEFT's tuners draw and freeze.
+    VeRA's matrices and what other tuners of PEFT draw are of mask.seed, and the size of these of calibration.budget.
     """
-    name = method.get("name")
-    if name in {*CALIBRATED, *BUDGETED, *RANKED} or (name, key) == ("vera", "mask.seed"):
+    if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
         return True
-    if method.get("peft_type") is not None and key in ("calibration.budget", "mask.seed"):
-        return True
-    return not key.startswith(("calibration.", "importance.", "mask."))
+    is_tuner = method.get("peft_type") is not None
+    used = {"mask.seed": is_tuner or method["name"] == "vera", "calibration.budget": is_tuner}
+    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
 
 
 def _digest(path: Path) -> str:

@@ -64,13 +64,14 @@ def find(name: Path | str) -> Path:
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
         return results / os.readlink(results / LATEST)
-    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if _id_of(run).startswith(start.name)]
+    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
     if len(found) > 1:
         raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
     return found[0] if found and re.fullmatch(r"[0-9a-f]+", start.name) else place
 
 
-def _id_of(run: Path) -> str:
+def id_of(run: Path) -> str:
+    """Return the id of a run, out of its directory's name."""
     return run.parent.name.rpartition("-")[2]
 
 
@@ -136,6 +137,11 @@ def file_sizes(directory: Path) -> dict[str, int]:
     directory = Path(directory)
     paths = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter or a model that hold its values."""
+    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
 
 
 def prepare(directory: Path, *, overwrite: bool) -> list[str]:
@@ -211,7 +217,7 @@ def locked(directory: Path) -> Iterator[int]:
 
 # --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
 
-_LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
+LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
 def new(settings: Mapping) -> dict:
@@ -222,8 +228,8 @@ def new(settings: Mapping) -> dict:
         "config": redacted(settings),
         "preset": settings.get("preset"),
         "tuning": _tuning(settings.get("trainer", {})),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
         "device": None,
         "attempts": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -271,7 +277,7 @@ def _tuning(trainer: Mapping) -> str:
     return trainer.get("tuned_elsewhere") or "tuned"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the checkout this package runs from; None where it is installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():

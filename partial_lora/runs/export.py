@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import building, file_sha256
-from partial_lora.runs import build, serving
+from partial_lora.runs import build, directory, serving
 from partial_lora.runs.finished import FinishedRun
 from partial_lora.tasks.task import Transform
 
@@ -45,12 +45,20 @@ class Exported:
     proof: str | None
 
 
-def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = False) -> Exported:
+def export(
+    run: FinishedRun,
+    to: str,
+    out: Path | None = None,
+    *,
+    check: bool = False,
+    describe: Callable[[FinishedRun, Path], None] = lambda run, folder: None,
+) -> Exported:
     """Write a finished run's adapter into a folder (default: export/FORMAT in the run's directory).
 
     Args:
         to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
             "gguf", an adapter for llama.cpp; "serve", a LoRA for vLLM, SGLang and LoRAX.
+        describe: puts a page on the run into the folder of the export.
         check: prove that it can be used, and computes what the run's own adapter does, before it gets its name.
 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
@@ -63,11 +71,12 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
         raise PartialLoraError(f"{folder} is a file, expected a folder to write to: choose another --out")
     foreign = PartialLoraError(f"{folder} holds other files than this export: choose another --out, or remove it")
     occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not _tensor_files(folder):
+    if occupied and not directory.tensor_files(folder):
         raise foreign
     try:
         with building(folder) as built:
             WRITE[to](run, built)
+            describe(run, built)
             try:
                 proof = PROVE[to](run, built) if check else None
             except ProofError as error:  # it knows the folder by the name it has while it is built
@@ -86,14 +95,10 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
 def _is_same(built: Path, folder: Path) -> bool:
     """Return whether a folder holds the files of an export: no other names, and the same tensors to the last bit."""
     names = [{file.relative_to(each).as_posix() for file in each.rglob("*")} for each in (built, folder)]
-    tensors = _tensor_files(built)
+    tensors = directory.tensor_files(built)
     if not {file.name for file in tensors} <= names[1] <= names[0]:  # an earlier version wrote fewer files
         return False
     return all(file_sha256(file) == file_sha256(folder / file.name) for file in tensors)
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
 
 
 # --- The formats: how a run's adapter is written in each, and what proves that others can use it.
@@ -113,7 +118,7 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
 
     whole: quantised weights in the model's number format again, with the values that they stand for.
     """
-    with _quiet():
+    with quiet():
         model = build.model_of(run.config.model, run.labels())
         return model.dequantize() if whole and _is_quantised(run) else model
 
@@ -126,7 +131,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
     folder = run.adapter
     try:
         config = PartialLoraConfig.from_pretrained(str(folder)) if run.is_masked else None
-        with _quiet():
+        with quiet():
             adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -138,7 +143,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep bars off the screen, and warnings: of PEFT, for a name that transformers gives up, and of number formats."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -157,10 +162,15 @@ def _tensors(adapted: PeftModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(adapted, save_embedding_layers=False)
 
 
+def describe(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
+    """Write beside weights what makes a run's inputs, and the names of its classes."""
+    build.describe(model, run.config.model, _transform(run), folder)
+
+
 def _write_peft(run: FinishedRun, folder: Path) -> None:
     adapted = adapted_model(run)
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
+    describe(adapted.get_base_model(), run, folder)
 
 
 def _write_compact(run: FinishedRun, folder: Path) -> None:
@@ -171,13 +181,13 @@ def _write_compact(run: FinishedRun, folder: Path) -> None:
         )
     adapted = adapted_model(run)
     write_compact(adapted, folder)
-    build.describe(adapted.get_base_model(), run.config.model, _transform(run), folder)
+    describe(adapted.get_base_model(), run, folder)
 
 
 def _write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
     merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
-    with _quiet():
+    with quiet():
         _save(merged, run, folder)
 
 
@@ -188,7 +198,7 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         model.save_pretrained(folder)
-    build.describe(model, run.config.model, _transform(run), folder)
+    describe(model, run, folder)
 
 
 def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> str:
@@ -198,7 +208,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
     """
     samples = _samples(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
-        with _quiet():
+        with quiet():
             _save(base_model(run, whole=True), run, Path(base))
         others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(samples, model=Path(base), adapter=folder)}
         own = _logits(adapted_model(run, whole=True), samples.inputs)
@@ -208,7 +218,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
     """Prove that on another base model it has the values of the run's adapter, bit for bit, and computes its logits."""
     own = adapted_model(run)
-    with _quiet():
+    with quiet():
         loaded = load_compact(base_model(run), folder)
     expected, found = _tensors(own), _tensors(loaded)
     for name in sorted(expected.keys() | found.keys()):

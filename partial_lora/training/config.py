@@ -18,33 +18,33 @@ _LARGEST_RATE = 1.0  # beyond which nothing can be learned
 class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
-    epochs: float = 5.0
-    max_steps: Optional[int] = None  # in place of epochs
-    save_steps: Optional[int] = None  # null: evaluate and save after every epoch
+    epochs: float = 5.0  # passes over the training rows
+    max_steps: Optional[int] = None  # optimizer steps, in place of epochs
+    save_steps: Optional[int] = None  # steps between two validations and checkpoints; null: they come after every epoch
     save_total_limit: int = 1  # checkpoints kept beside the best one
-    batch_size: int = 32  # of one optimizer step, over all processes and accumulation steps
+    batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
     gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
-    eval_batch_size: int = 64
+    eval_batch_size: int = 64  # examples at once where nothing is trained
     learning_rate: float = 1e-3  # of the adapter; and of all that trains whole, unless that has its own
-    head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: the one above
+    head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: trainer.learning_rate
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the rate of B is this many times that of A
-    tuned: Optional[str] = None  # a file of scripts/tune.py, whose learning rate for this run goes before the one above
+    tuned: Optional[str] = None  # a file of scripts/tune.py, whose rate for this run goes before trainer.learning_rate
     tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
     tuned_elsewhere: Optional[str] = None  # never set by hand: where that rate was searched for, if not for such a run
-    weight_decay: float = 0.01
-    warmup: float = 0.1  # share of the steps
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, fp32 on CPUs; no: fp32
-    device: str = "auto"
+    weight_decay: float = 0.01  # of AdamW
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls by a cosine
+    max_grad_norm: float = 1.0  # beyond which gradients are scaled down
+    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
+    device: str = "auto"  # auto, cpu or cuda
     num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
-    num_machines: int = 1
-    machine_rank: int = 0  # of this one; 0 has the run's directory
-    main_process_ip: Optional[str] = None  # of machine 0
-    main_process_port: int = 29500
-    accelerate_config: Optional[str] = None  # a file of `accelerate config`; the keys above go before what it says
-    num_workers: Optional[int] = None  # that load data for a process; null: some for an accelerator, else none
-    strategy: str = "ddp"  # fsdp: parameters, gradients and optimizer state shared out over the processes
-    report_to: list[str] = field(default_factory=list)  # trackers, beside the local history
+    num_machines: int = 1  # that share the run; each runs the same command
+    machine_rank: int = 0  # of this machine; 0 has the run's directory
+    main_process_ip: Optional[str] = None  # the address of machine 0
+    main_process_port: int = 29500  # of machine 0
+    accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that are set here go before it
+    num_workers: Optional[int] = None  # processes that load data for each; null: some for an accelerator, else none
+    strategy: str = "ddp"  # ddp; fsdp: parameters, gradients and optimizer state shared out over the processes
+    report_to: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb, trackio; beside the local history
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -159,6 +159,10 @@ def test_progress_counts_every_curve(model, score, axes, names):
     reports = []
     result = calibrate(model, score, axes=axes, **GRID, progress=lambda *count, **what: reports.append((count, what)))
     curves = len(NAMES) * len(names)
+    first, before = reports.pop(0)
+    assert first == (0, curves)
+    assert before.keys() == {"expected"}
+    assert before["expected"] > 0
     assert [count for count, _ in reports] == [(done, curves) for done in range(1, curves + 1)]
     assert [(what["module"], what["axis"]) for _, what in reports] == [(name, each) for name in NAMES for each in names]
     for _, what in reports:

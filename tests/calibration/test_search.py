@@ -12,6 +12,7 @@ from partial_lora.calibration.search import (
     line,
     passes,
     passes_at_most,
+    passes_expected,
     scan,
     sparsity_levels,
     threshold_of,
@@ -75,3 +76,12 @@ def test_passes_are_counted_by_hand():
     assert passes_at_most(48, 2, 19, search="scan") == 48 * 2 * 19 + 1
     assert passes_at_most(48, 1, 19, search="bisect") == 48 * 5 + 1
     assert [passes_at_most(1, 1, levels, search="bisect") - 1 for levels in (1, 3, 4, 7, 8)] == [1, 2, 3, 3, 4]
+
+
+def test_no_more_passes_are_expected_than_can_be_needed() -> None:
+    assert passes_expected(10, 3, search="bisect") == 20  # two levels tried of each curve, whatever is found
+    for search in ("scan", "bisect"):
+        for levels in (1, 3, 19):
+            most = passes_at_most(5, 2, levels, search=search)
+            assert passes_expected(10, levels, search=search) <= most
+            assert passes_expected(10, levels, search=search) <= passes_expected(10, levels, search=search, budget=True)

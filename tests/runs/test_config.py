@@ -19,7 +19,6 @@ from refusals import refusal
 
 from partial_lora import files, methods
 from partial_lora.calibration import importance
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, RANKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import compose, config, directory, schema
 from partial_lora.runs.compose import composed
@@ -277,8 +276,6 @@ def test_what_is_none_is_refused_with_the_words_that_make_it_a_text(argument: st
 
 # Ids and directories
 
-UNMASKED = set(methods.METHODS) - {*CALIBRATED, *BUDGETED, *RANKED}
-
 
 def test_the_ids_of_runs_never_change() -> None:
     first = ("mask.fan_in=dense", "mask.row_exponent=0")  # what group files said when these were written down
@@ -317,26 +314,28 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
     assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
 def test_what_a_method_has_no_use_for_enters_no_id_and_earlier_runs_are_found(method: str, tmp_path: Path) -> None:
     given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
-    usual, budget = composed(*given), composed(*given, "calibration.budget=0.5")
-    assert (config.run_id(usual) == config.run_id(budget)) == (method in UNMASKED)
-    if method not in UNMASKED:
-        assert config.run_ids(budget) == [config.run_id(budget)]
-        return
-    other = composed(*given, "calibration=fixed", "importance=snip", "mask=element", "calibration.seed=null")
-    assert config.run_id(other) == config.run_id(usual)
-    drawn = composed(*given, "mask.seed=3")
-    assert (config.run_id(drawn) == config.run_id(usual)) == (method != "vera")
-    assert config.calibration_directory(usual) != config.calibration_directory(budget)
-    new = config.run_directory(budget)
-    old = new.with_name("seed0").parents[1] / f"{method}-{config.run_ids(budget)[1]}" / "seed0"
+    usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
+    assert config.run_id(usual) == config.run_id(other)
+    assert config.calibration_directory(usual) != config.calibration_directory(other)
+    used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
+    for key, is_used in used.items():
+        assert (config.run_id(composed(*given, key)) != config.run_id(usual)) == is_used
+    new = config.run_directory(other)
+    old = new.with_name("seed0").parents[1] / f"{method}-{config.run_ids(other)[1]}" / "seed0"
     old.mkdir(parents=True)  # as it was called before
-    assert config.run_directory(dataclasses.replace(budget, seed=0)) == old
-    assert config.run_directory(budget) == old.with_name("seed1")  # beside the other seed
+    assert config.run_directory(dataclasses.replace(other, seed=0)) == old
+    assert config.run_directory(other) == old.with_name("seed1")  # beside the other seed
     new.mkdir(parents=True)
-    assert config.run_directory(budget) == new
+    assert config.run_directory(other) == new
+
+
+@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "low_rank"])
+def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
+    usual, other = composed(f"method={method}"), composed(f"method={method}", "calibration.budget=0.5")
+    assert config.run_ids(usual) != config.run_ids(other) == [config.run_id(other)]
 
 
 def test_every_committed_run_is_found() -> None:
@@ -545,7 +544,13 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
     for arguments in (["nowhere.yaml"], [own, "nowhere.yaml"]):
         with refusal("nowhere.yaml: "):
             composed(*arguments)
+    with refusal("--config-name=mine: "):
+        composed(own, "--config-name=mine")
     shutil.copy(own, tmp_path / "config.yaml")
+    with refusal(f"'{tmp_path}': ", tmp_path / "config.yaml"):
+        composed(str(tmp_path))
+    with refusal("'a b=': "):
+        composed("a b=")
     with refusal("--config-dir .*: config.yaml "):  # the package's own goes before it
         compose.compose("train", [f"--config-dir={tmp_path}", "--config-name=config"], lambda config: 0)
     with refusal("--config-dir nowhere: "):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,7 @@ import peft
 import pytest
 import torch
 import yaml
-from finished_runs import choice_run, generation_run
+from finished_runs import choice_run, generation_run, image_run
 from huggingface_hub import ModelCard
 from refusals import refusal
 
@@ -147,9 +149,8 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path) -> None:
     for repo in ("mine", "me/mine/other", "me/-mine", "me/m ine", "/mine"):
         with refusal(""):
             push.check(repo)
-    page = card.card(generation_run(), "me/mine", compact=True)
     with refusal(f"{generation_run().directory}", "method=lora"):  # there is nothing to leave out
-        push.write(generation_run(), page, compact=True)
+        push.write(generation_run(), lambda folder: pytest.fail("written"), compact=True)
     assert not (generation_run().directory / "export" / "hub").exists()
 
 
@@ -169,7 +170,7 @@ def test_a_dry_run_reaches_nothing_and_its_folder_is_what_the_page_says(hub, cap
 
 def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
     run = choice_run()
-    page = card.card(run, "me/mine")
+    page = card.card(run, "me/mine", run.adapter)
     data, test = page.data, run.result["metrics"]["test"]
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", test["accuracy"])
@@ -182,12 +183,13 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
     assert high - low > 20  # of 11 examples, also where none is wrong
     assert int(count) == 11
     assert f"{run.result['parameters']['adapter_trainable']:,} parameters" in page.text
+    assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
 
 
 def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_them() -> None:
     run = finished_runs.changed(choice_run(), "model", weights="Qwen/Qwen2.5-0.5B@main", architecture="qwen2")
     run = finished_runs.changed(run, "task", path="allenai/ai2_arc")
-    page = card.card(run, "me/mine", license="mit")
+    page = card.card(run, "me/mine", run.adapter, license="mit")
     assert (page.data.base_model, page.data.datasets, page.data.license) == (
         "Qwen/Qwen2.5-0.5B",
         ["allenai/ai2_arc"],
@@ -201,10 +203,38 @@ def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_t
 
 def test_settings_have_no_place_of_this_machine(hub, tmp_path) -> None:
     run = choice_run()
-    folder = push.write(run, card.card(run, "me/mine"))
+    folder = push.write(run, lambda built: card.card(run, "me/mine", built))
     settings = (folder / "config.yaml").read_text()
     files = finished_runs.question_files()
     assert all(Path(path).is_absolute() for path in files.values())
     assert yaml.safe_load(settings)["task"]["data_files"] == {split: Path(each).name for split, each in files.items()}
     assert str(Path(files["train"]).parent) not in settings
     peft.PeftModel.from_pretrained(export.base_model(run), str(folder))
+
+
+def test_an_adapter_and_every_export_hold_the_page_of_their_run(tmp_path) -> None:
+    run = choice_run()
+    for form in ("peft", "compact", "merged", "serve"):
+        assert cli.main(["export", str(run.directory), "--to", form, "--out", str(tmp_path / form)]) == 0
+    for folder in (run.adapter, *tmp_path.iterdir()):
+        page = ModelCard.load(folder / "README.md")
+        assert "More Information Needed" not in page.text
+        assert "| accuracy |" in page.text
+        settings = yaml.safe_load(page.text.partition("```yaml\n")[2].partition("```")[0])
+        assert settings["model.name"] == run.config.model.name
+        assert not [value for value in settings.values() if isinstance(value, str) and value.startswith("/")]
+        code = page.text.partition("```python\n")[2].partition("```")[0]
+        compile(code, str(folder), "exec")
+        assert ("load_compact" in code, "pipeline(" in code) == (folder.name == "compact", folder.name == "merged")
+    labels = ", ".join(image_run().labels())
+    assert f"Its labels: {labels}." in ModelCard.load(image_run().adapter / "README.md").text
+
+
+def test_a_run_whose_score_is_no_number_keeps_the_page_that_is_there(tmp_path) -> None:
+    run = choice_run()
+    shutil.copytree(run.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("PEFT's")
+    test = run.result["metrics"]["test"] | {"accuracy": None}
+    metrics = run.result["metrics"] | {"test": test}
+    card.write(dataclasses.replace(run, result=run.result | {"metrics": metrics}), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").read_text() == "PEFT's"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import finished_runs
 import gguf
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,7 +18,9 @@ from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from partial_lora.runs import export, finished
+from partial_lora import cli
+from partial_lora.adapter import module_masks
+from partial_lora.runs import export, finished, merge
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -121,7 +124,10 @@ def with_adapter(**settings: object):
 @pytest.mark.parametrize(
     ("run", "names"),
     [
-        (lambda folder: finished_runs.changed(choice_run(), "model", family="timm"), ["model=tiny_llama"]),
+        (
+            lambda folder: finished_runs.changed(choice_run(), "model", family="encoder", head="score"),
+            ["model=tiny_llama"],
+        ),
         (with_adapter(peft_type="VERA"), ["method=partial", "VERA"]),
         (with_adapter(use_dora=True), ["method=partial", "use_dora"]),
         (with_adapter(modules_to_save=["lm_head"]), ["method=partial", "modules_to_save"]),
@@ -200,3 +206,71 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
 def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path):
     proof = export.export(choice_run(), "serve", tmp_path / "out", check=True).proof
     assert proof.startswith("plain PEFT: logits differ")
+
+
+# Several adapters as one
+
+
+@functools.cache
+def other_run() -> finished.FinishedRun:
+    """As `choice_run`, of other masks, in fewer modules."""
+    given = ("mask.seed=7", "method.alpha=64", "model.target_modules=[q_proj,down_proj]")
+    return causal("other masks", "model=tiny_llama", *given)
+
+
+def changes_in(folder: Path) -> dict[str, torch.Tensor]:
+    base = export.base_model(choice_run())
+    model = peft.PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+
+
+def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp_path) -> None:
+    runs = [choice_run(), other_run()]
+    (overlap,) = merge.merge(runs, [0.5, -2.0], tmp_path / "out")
+    one, other = (changes(run) for run in runs)
+    found = changes_in(tmp_path / "out")
+    for module, change in found.items():
+        expected = 0.5 * one[module] - 2 * other.get(module, torch.zeros(()))
+        torch.testing.assert_close(change, expected, atol=1e-6, rtol=1e-5)
+    masks = [module_masks(export.adapted_model(run)) for run in runs]
+    kept = [{name: (each.rows.kept, each.columns.kept) for name, each in of_run.items()} for of_run in masks]
+    common = {name: tuple(map(np.intersect1d, kept[0][name], both)) for name, both in kept[1].items()}
+
+    def sizes(of_run) -> np.ndarray:
+        return np.sum(
+            [(len(rows), len(columns), len(rows) * len(columns)) for rows, columns in of_run.values()], axis=0
+        )
+
+    expected = sizes(common) / np.minimum(*map(sizes, kept))
+    assert (overlap.rows, overlap.columns, overlap.entries) == tuple(expected)
+    assert 0 < overlap.entries < overlap.rows < 1
+
+
+@pytest.mark.parametrize("way", ["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way) -> None:
+    run, out = str(choice_run().directory), tmp_path / "out"
+    line = ["merge", run, run, "--weights", "1", "1", "--how", way, "--density", "1", "--out", str(out)]
+    assert cli.main(line) == 0
+    assert capsys.readouterr().out.count("100.0%") == 3
+    twice = {module: 2 * change for module, change in changes(choice_run()).items()}
+    factor = {"linear": 2, "dare_linear": 2, "magnitude_prune": 2}.get(way, 1)  # sqrt(1) A + sqrt(1) A, and B likewise
+    for module, change in changes_in(out).items():
+        if "ties" not in way:
+            torch.testing.assert_close(change, twice[module] * factor, atol=1e-5, rtol=1e-3)
+    assert cli.main(line) == 2  # there is something now
+    assert str(out) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runs", "weights", "begins"),
+    [
+        (lambda: [choice_run(), choice_run()], [1.0], "--weights: 1 for 2"),
+        (lambda: [choice_run()], [1.0], "--weights: 1 for 1"),
+        (lambda: [choice_run(), qwen_run()], [1.0, 1.0], ".*model.architecture=qwen2"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path, runs, weights, begins) -> None:
+    with refusal(begins):
+        merge.merge(runs(), weights, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

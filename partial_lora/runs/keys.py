@@ -1,0 +1,86 @@
+"""What `partial-lora train --help` says: every key, its value and, by the schema's comment, its meaning."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import takewhile
+
+import yaml
+
+from partial_lora.runs.schema import Config
+
+COMMON = (
+    *("task.data_files", "task.text_columns", "task.label_column", "task.train_samples"),
+    *("model.target_modules", "model.image_size", "model.max_length", "model.quantization"),
+    *("method.rank", "method.alpha", "calibration.budget", "calibration.threshold", "calibration.sparsity"),
+    *("trainer.learning_rate", "trainer.epochs", "trainer.max_steps", "trainer.batch_size"),
+    *("trainer.gradient_accumulation_steps", "trainer.mixed_precision", "trainer.num_processes", "trainer.report_to"),
+    *("seed", "results_dir", "overwrite"),
+)
+
+_HEAD = """\
+partial-lora train|calibrate|info [KEY=VALUE …]: one run, from its settings.
+partial-lora train FILE.yaml [KEY=VALUE …]: the settings of a file (KEY: VALUE), also of any run's config.yaml.
+partial-lora train -m KEY=A,B …: one run for every combination.
+
+A group is chosen by name, a key is set by its full name:
+  partial-lora train model=vit_b16 task=cifar10 calibration.threshold=0.8
+  partial-lora train -m calibration.threshold=0.7,0.8,0.9 seed=0,1,2
+"""
+_FOOT = (
+    "Values are those of a run with the arguments beside --help. --cfg job prints them as YAML, --hydra-help the flags "
+    "of Hydra, -sc install=bash a script by which bash completes all of this. `partial-lora info --json` prints one "
+    "object."
+)
+
+
+def page(settings: Mapping, groups: Mapping[str, Sequence[str]], width: int) -> str:
+    """Return the help; settings: nested, as composed. groups: the names that each may be set to."""
+
+    def entry(key: str, value: str, meaning: str = "") -> str:
+        return textwrap.fill(f"{key}={value}  {meaning}".rstrip(), width, **_WRAPPED)
+
+    def of_keys(keys: Sequence[str]) -> list[str]:
+        nodes = ((key, settings[group] if group else settings) for key in keys for group in [key.rpartition(".")[0]])
+        return [entry(key, _in_yaml(node.get(key.rpartition(".")[2])), known[key]) for key, node in nodes]
+
+    known = meanings()
+    lines = [_HEAD, "== Groups (GROUP=NAME)", *(entry(group, ", ".join(names)) for group, names in groups.items())]
+    lines += ["", "== Keys (KEY=VALUE), the common ones", *of_keys(COMMON)]
+    lines += ["", "== All others", *of_keys([key for key in known if key not in (*COMMON, *groups)])]
+    return "\n".join([*lines, "", textwrap.fill(_FOOT, width)])
+
+
+_WRAPPED = {"subsequent_indent": " " * 6, "break_long_words": False, "break_on_hyphens": False}
+
+
+def _in_yaml(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**20, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def meanings() -> dict[str, str]:
+    """Return what every key means, by its full name, in the schema's order; those of no group come first."""
+    groups = {field.name: field.default_factory for field in fields(Config) if is_dataclass(field.default_factory)}
+    own = {key: text for key, text in _comments(Config) if key not in groups}
+    return own | {f"{group}.{key}": text for group, kind in groups.items() for key, text in _comments(kind)}
+
+
+def _comments(kind: type) -> Iterator[tuple[str, str]]:
+    """Yield the name of each field of a dataclass and the comment beside it, else that above it."""
+    source = inspect.getsource(kind)
+    lines = source.splitlines()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {each.start[0]: each.string.lstrip("# ") for each in tokens if each.type == tokenize.COMMENT}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            beside = range(node.lineno, node.end_lineno + 1)
+            above = takewhile(lambda line: lines[line - 1].lstrip().startswith("#"), range(node.lineno - 1, 0, -1))
+            found = [comments[line] for line in beside if line in comments]
+            yield node.target.id, " ".join(found or [comments[line] for line in above][::-1])

@@ -1,0 +1,105 @@
+"""Adapters of several runs over one base model as a single adapter, by PEFT's own ways of combining them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import set_seed
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import building
+from partial_lora.runs import export
+from partial_lora.runs.finished import FinishedRun
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two adapters both change, as a share of what the one that changes less does.
+
+    first, second: the places of their runs. rows, columns: of B and A. entries: of the weights that the adapters are
+    added to.
+    """
+
+    first: int
+    second: int
+    rows: float
+    columns: float
+    entries: float
+
+
+def merge(
+    runs: Sequence[FinishedRun], weights: Sequence[float], folder: Path, *, way: str = "cat", density: float = 0.5
+) -> list[Overlap]:
+    """Write one adapter that does what those of several runs do, weighted, and return what each two have in common.
+
+    way: PEFT's `combination_type`. density: the share of each factor's entries that ties, dare and
+    magnitude_prune keep, zeros of masks among them; dare draws the same ones each time.
+
+    Raises PartialLoraError, in one line and before it writes, for another number of weights, runs over other base
+    models, a folder that holds anything, and what PEFT does not combine (heads, other kinds of adapters).
+    """
+    if len(runs) < 2 or len(weights) != len(runs):
+        raise PartialLoraError(
+            f"--weights: {len(weights)} for {len(runs)} runs, expected two runs or more, a weight each"
+        )
+    first, *others = runs
+    for run in others:
+        for key in ("weights", "architecture", "model_args"):
+            own, other = getattr(first.config.model, key), getattr(run.config.model, key)
+            if own != other:
+                raise PartialLoraError(
+                    f"{run.directory}: model.{key}={other}, that of {first.directory} is {own}; expected one base model"
+                )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PartialLoraError(f"--out {folder}: there is something already, expected a new folder")
+    names = [f"run{place}" for place in range(len(runs))]  # of a bare number PEFT would take a layer's for it
+    try:
+        with export.quiet():
+            adapted = PeftModel.from_pretrained(export.base_model(first), str(first.adapter), adapter_name=names[0])
+            for name, run in zip(names[1:], others, strict=True):
+                adapted.load_adapter(str(run.adapter), name)
+        kept = {name: _kept(adapted, name) for name in names}
+        set_seed(0)
+        adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise PartialLoraError(f"--how {way}: PEFT does not combine these ({' '.join(str(error).split())})") from error
+    with building(folder.resolve()) as built:
+        adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
+        export.describe(adapted.get_base_model(), first, built)
+    return [
+        _overlap(one, other, kept[names[one]], kept[names[other]]) for one, other in combinations(range(len(runs)), 2)
+    ]
+
+
+Kept = Mapping[str, tuple[Tensor, Tensor]]  # {module: (rows, columns)}, True where the adapter has an entry
+
+
+def _kept(adapted: PeftModel, name: str) -> Kept:
+    layers = {place: layer for place, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        place: (layer.lora_B[name].weight.any(dim=1), layer.lora_A[name].weight.any(dim=0))
+        for place, layer in layers.items()
+        if name in layer.lora_A
+    }
+
+
+def _overlap(first: int, second: int, one: Kept, other: Kept) -> Overlap:
+    both = {module: tuple(map(torch.logical_and, one[module], other[module])) for module in one.keys() & other.keys()}
+    sizes = [_sizes(each) for each in (one, other, both)]
+    return Overlap(
+        first, second, *(common / max(1, min(ours, theirs)) for ours, theirs, common in zip(*sizes, strict=True))
+    )
+
+
+def _sizes(kept: Kept) -> tuple[int, int, int]:
+    """Return how many rows, columns and entries of weights there are."""
+    counts = [(int(rows.sum()), int(columns.sum())) for rows, columns in kept.values()]
+    rows, columns = (sum(each) for each in zip(*counts, strict=True)) if counts else (0, 0)
+    return rows, columns, sum(high * wide for high, wide in counts)
