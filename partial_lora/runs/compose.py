@@ -210,7 +210,7 @@ def compose(
     refuse(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     if _HELP & {*arguments}:
-        with _in_one_line(arguments):
+        with in_one_line(arguments):
             _print_help([each for each in arguments if each not in _HELP])
         return 0
     hydra = partial(_hydra, command, arguments)
