@@ -578,8 +578,9 @@ def export(arguments: Sequence[str]) -> int:
     with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
         run = finished_run(parsed.run)
         with _libraries():
+            from partial_lora.report import card
             from partial_lora.runs import export
-        done = export.export(run, parsed.to, parsed.out, check=parsed.check)
+        done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
     console = Console()
     written = "written again, as it was" if done.existed else "written"
     console.print(f"{done.folder}: {written} ({done.size:,} bytes)", highlight=False, soft_wrap=True)

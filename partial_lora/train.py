@@ -26,6 +26,7 @@ from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
 from partial_lora.runs.directory import finite, timed
+from partial_lora.runs.finished import FinishedRun
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
@@ -169,9 +170,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
-    _save_adapter(adapted, config, transform, directory / results.ADAPTER, world.is_main, start)
     if world.is_main:
         metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+    _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
+    if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
     final = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
     tracking.finish(final, trainer.state.global_step)
@@ -179,24 +181,26 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
 def _save_adapter(
     adapted: PeftModel,
-    config: Config,
+    run: FinishedRun,
     transform: Transform,
-    directory: Path,
     is_main: bool,
     start: Mapping[str, Tensor] | None,
 ) -> None:
     """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes.
 
-    start: what was taken out of W for it (`methods.taken_out`), if anything.
+    run: finished but for the adapter. start: what was taken out of W for it (`methods.taken_out`), if anything.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = run.adapter.with_name(f".{run.adapter.name}.tmp")
     state = fsdp.adapter_state(adapted)
     if is_main:  # another process would make the folder once more, perhaps after it has its name
         adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         if start:
             methods.put_back(temporary, start)
-        build.describe(adapted.get_base_model(), config.model, transform, temporary)
-        files.replace_folder(temporary, directory)
+        build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
+        from partial_lora.report import card  # no run needs it at its start
+
+        card.write(run, temporary)
+        files.replace_folder(temporary, run.adapter)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
-_TRIED, _BUDGET = 0.6, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
+_TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 

@@ -1,23 +1,28 @@
-"""The page of a run on a model hub: what it is for, how good and how large, how to load it, how to make it again."""
+"""The page of a run, on a model hub or in a folder: what it is for, how good, how large, how to load and to make it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.config import TAGS
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.models.bundled import PREFIX
 from partial_lora.report import records, statistics, summary
 from partial_lora.runs import directory
+from partial_lora.runs.config import plain, without_places
+from partial_lora.runs.directory import tensor_files
 from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.schema import ModelConfig, TaskConfig
+from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, computed_from
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _DRAWS = 10_000
@@ -46,35 +51,55 @@ _TEMPLATE = """---
 
 {{ made }}
 
+{{ settings }}
+{{ versions }}.
+"""
+_OF_REPOSITORY = """The command:
+
 ```
-pip install partial-lora=={{ version }}
+pip install partial-lora=={version}
 partial-lora train config.yaml
 ```
 
 `config.yaml` lies beside this page and has every setting; of files of one's own it has the names, not where they lay.
-{{ versions }}.
 """
+_OF_FOLDER = """The settings that are not partial-lora's defaults, of files their names alone:
+
+```yaml
+{settings}```
+"""
+_HERE = "path/to/this/folder"
+_LIBRARIES = {"compact": "partial-lora", "merged": "transformers", "gguf": "llama.cpp"}  # of others peft
 
 
-def card(run: FinishedRun, repo: str, folder: Path, *, license: str | None = None) -> ModelCard:
-    """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub.
+def write(run: FinishedRun, folder: Path) -> None:
+    """Put the page of a finished run into a folder of its files; where its score is no number, what is there stays."""
+    with suppress(ValueError):
+        card(run, None, folder).save(folder / "README.md")
 
-    folder: what the repository holds, its adapter ordinary or compact. license: the hub's name of one, which the run
-    cannot know.
+
+def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | None = None) -> ModelCard:
+    """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub, or of a folder (None).
+
+    folder: what it holds: an adapter, ordinary or compact, the merged model, or a GGUF file. license: the hub's name of
+    one, which the run cannot know.
     """
-    (file,) = folder.glob("*.safetensors")
-    compact = file.name == FILE_NAME
+    file = max(tensor_files(folder), key=lambda each: each.stat().st_size)
+    form = "gguf" if file.suffix == ".gguf" else {FILE_NAME: "compact", SAFETENSORS_WEIGHTS_NAME: "peft"}.get(file.name)
+    form = form or "merged"
     config, numbers = run.config, records.row(run.result)
     members = list((config.task.members or {"": config.task}).values())
     datasets = sorted({each.path for each in members if is_on_hub(each.path)})
     base = config.model.weights.partition("@")[0]
+    name = f"{config.task.name}-{config.model.name}-{config.method.name}" if repo is None else repo.partition("/")[2]
+    version, settings = run.result["versions"]["partial-lora"], yaml.safe_dump(_settings(run.config), sort_keys=False)
     data = ModelCardData(
         base_model=base if is_on_hub(base) else None,
         datasets=datasets or None,
-        library_name="partial-lora" if compact else "peft",
+        library_name=_LIBRARIES.get(form, "peft"),
         license=license,
         metrics=[numbers["metric"]],
-        model_name=repo.partition("/")[2],
+        model_name=name,
         pipeline_tag=_pipeline(config.model, members[0]),
         tags=list(TAGS),
         eval_results=[
@@ -91,12 +116,12 @@ def card(run: FinishedRun, repo: str, folder: Path, *, license: str | None = Non
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
-        title=repo.partition("/")[2],
+        title=name,
         what=_what(run, numbers, file),
         scores=_scores(run, numbers),
-        loading=_loading(run, repo, compact),
+        loading=_OTHERS[form](run) if form in _OTHERS else _loading(run, repo, form == "compact"),
         made=_made(run),
-        version=run.result["versions"]["partial-lora"],
+        settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=version, settings=settings),
         versions="Made with " + ", ".join(f"{name} {of}" for name, of in run.result["versions"].items()),
     )
 
@@ -126,8 +151,17 @@ def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
     return (
         f"An adapter of {_base(config.model)} for {_task(config.task)}. It was trained by {method}. What was trained is"
         f" {whole}, in {', '.join(f'`{name}`' for name in config.model.target_modules)}{head}."
-        f" `{file.name}` is {file.stat().st_size:,} bytes."
+        f" `{file.name}` is {file.stat().st_size:,} bytes.{_labels(run.labels())}"
     )
+
+
+def _labels(labels: Sequence[str]) -> str:
+    return f" Its labels: {shortlist(list(labels), most=20)}." if labels else ""
+
+
+def _settings(config: Config) -> dict:
+    """Return the settings that are not the defaults, without the places of files on this machine."""
+    return {"seed": config.seed} | without_places(computed_from(plain(config)))
 
 
 def _base(model: ModelConfig) -> str:
@@ -182,7 +216,21 @@ def _interval(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
     return tuple(map(float, np.quantile(drawn, [(1 - records.LEVEL) / 2, (1 + records.LEVEL) / 2])))
 
 
-def _loading(run: FinishedRun, repo: str, compact: bool) -> str:
+def _pipeline_code(run: FinishedRun) -> str:
+    kind = _pipeline(run.config.model, next(iter((run.config.task.members or {"": run.config.task}).values())))
+    return f'```python\nfrom transformers import pipeline\n\nanswer = pipeline("{kind}", "{_HERE}")\n```'
+
+
+def _llama_code(run: FinishedRun) -> str:
+    return (
+        "`base.gguf` is the base model in llama.cpp's format.\n\n```\nllama-cli -m base.gguf --lora adapter.gguf\n```"
+    )
+
+
+_OTHERS = {"merged": _pipeline_code, "gguf": _llama_code}
+
+
+def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
     model = run.config.model
     kind, base = _CLASSES.get(model.family), model.weights.partition("@")[0]
     labels = f", num_labels={len(run.labels()) or 1}" if model.family != "causal" else ""
@@ -199,11 +247,16 @@ def _loading(run: FinishedRun, repo: str, compact: bool) -> str:
         built = f"base = {kind}.from_pretrained({place}{labels})"
         lines.append(f"from transformers import {kind}")
     if compact:
-        lines += ["from huggingface_hub import snapshot_download", "from partial_lora import load_compact"]
-        loaded = f'model = load_compact(base, snapshot_download("{repo}"))'
+        lines += ["from huggingface_hub import snapshot_download"] if repo else []
+        lines.append("from partial_lora import load_compact")
+        loaded = (
+            f'model = load_compact(base, snapshot_download("{repo}"))'
+            if repo
+            else f'model = load_compact(base, "{_HERE}")'
+        )
     else:
         lines.append("from peft import PeftModel")
-        loaded = f'model = PeftModel.from_pretrained(base, "{repo}")'
+        loaded = f'model = PeftModel.from_pretrained(base, "{repo or _HERE}")'
     code = "\n".join([*sorted(lines), "", *filter(None, [built, loaded])])
     masks = (
         ""
@@ -224,5 +277,5 @@ def _made(run: FinishedRun) -> str:
     return (
         f"Trained on {_task(run.config.task)} for {long} of {trainer.batch_size} examples a step, learning rate:"
         f" {rates}. It took {seconds:,.0f} seconds on {result.get('device') or 'an unknown device'}, with all that came"
-        " before and after. The command:"
+        " before and after."
     )

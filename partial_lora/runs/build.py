@@ -58,7 +58,27 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     for each in getattr(task, "members", ()) or (task,):
         if shared := tasks.shared_inputs(each.test, each.train):
             found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
+        found += _enlarged(config.model, each)
     return found
+
+
+_SMALL, _SEEN = 64, 32  # pixels of an image, and images that are looked at
+
+
+def _enlarged(model: ModelConfig, task: Task) -> list[str]:
+    """Return a line about small images that are made much larger, for a model that takes other sizes, too."""
+    if task.modality != "image" or model.image_size < 2 * _SMALL or not model.takes_any_size:
+        return []
+    largest = max(
+        side for image in task.train.select(range(min(_SEEN, len(task.train))))["image"] for side in image.size
+    )
+    if largest > _SMALL:
+        return []
+    times = (model.image_size / _SMALL) ** 2
+    return [
+        f"model.image_size={model.image_size}: the images have {largest} pixels; model.image_size={_SMALL} takes about "
+        f"1/{times:.0f} of the time"
+    ]
 
 
 def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = None) -> Transform:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home, file_sha256
+from partial_lora.files import at_home, file_sha256, redacted
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
@@ -320,6 +320,16 @@ def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
 def plain(config: Config | TaskConfig) -> dict[str, Any]:
     """Return settings as nested mappings."""
     return dataclasses.asdict(config)
+
+
+def without_places(settings: object) -> object:
+    """Return settings in which a file or folder of this machine has its name alone."""
+    if isinstance(settings, Mapping):
+        return {key: without_places(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_places(each) for each in settings]
+    is_place = isinstance(settings, str) and Path(settings).is_absolute()
+    return Path(settings).name if is_place else redacted(settings)
 
 
 def load(settings: Mapping) -> Config:

@@ -139,6 +139,11 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
 
 
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter or a model that hold its values."""
+    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
+
+
 def prepare(directory: Path, *, overwrite: bool) -> list[str]:
     """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
 

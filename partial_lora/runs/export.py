@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import building, file_sha256
-from partial_lora.runs import build, serving
+from partial_lora.runs import build, directory, serving
 from partial_lora.runs.finished import FinishedRun
 from partial_lora.tasks.task import Transform
 
@@ -45,12 +45,20 @@ class Exported:
     proof: str | None
 
 
-def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = False) -> Exported:
+def export(
+    run: FinishedRun,
+    to: str,
+    out: Path | None = None,
+    *,
+    check: bool = False,
+    describe: Callable[[FinishedRun, Path], None] = lambda run, folder: None,
+) -> Exported:
     """Write a finished run's adapter into a folder (default: export/FORMAT in the run's directory).
 
     Args:
         to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
             "gguf", an adapter for llama.cpp; "serve", a LoRA for vLLM, SGLang and LoRAX.
+        describe: puts a page on the run into the folder of the export.
         check: prove that it can be used, and computes what the run's own adapter does, before it gets its name.
 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
@@ -63,11 +71,12 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
         raise PartialLoraError(f"{folder} is a file, expected a folder to write to: choose another --out")
     foreign = PartialLoraError(f"{folder} holds other files than this export: choose another --out, or remove it")
     occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not _tensor_files(folder):
+    if occupied and not directory.tensor_files(folder):
         raise foreign
     try:
         with building(folder) as built:
             WRITE[to](run, built)
+            describe(run, built)
             try:
                 proof = PROVE[to](run, built) if check else None
             except ProofError as error:  # it knows the folder by the name it has while it is built
@@ -86,14 +95,10 @@ def export(run: FinishedRun, to: str, out: Path | None = None, *, check: bool = 
 def _is_same(built: Path, folder: Path) -> bool:
     """Return whether a folder holds the files of an export: no other names, and the same tensors to the last bit."""
     names = [{file.relative_to(each).as_posix() for file in each.rglob("*")} for each in (built, folder)]
-    tensors = _tensor_files(built)
+    tensors = directory.tensor_files(built)
     if not {file.name for file in tensors} <= names[1] <= names[0]:  # an earlier version wrote fewer files
         return False
     return all(file_sha256(file) == file_sha256(folder / file.name) for file in tensors)
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
 
 
 # --- The formats: how a run's adapter is written in each, and what proves that others can use it.

@@ -95,9 +95,31 @@ def finished_run(directory: Path) -> FinishedRun:
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
-        return FinishedRun(directory, load(settings), result)
+        return FinishedRun(directory, _with_found_files(load(settings), directory), result)
     except (KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+
+
+def _with_found_files(config: Config, run: Path) -> Config:
+    """Return settings whose files of rows are found from any directory, where they still lie beside the results."""
+    depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
+    parents = run.resolve().parents
+    if Path(config.results_dir).is_absolute() or len(parents) < depth:
+        return config
+
+    def found(files: str | Mapping | None) -> str | dict | None:
+        if files is None:
+            return None
+        if isinstance(files, Mapping):
+            return {split: found(file) for split, file in files.items()}
+        here = parents[depth - 1] / files
+        return files if Path(files).exists() or not here.exists() else str(here)
+
+    def of(task: TaskConfig) -> TaskConfig:
+        members = {name: of(member) for name, member in (task.members or {}).items()}
+        return replace(task, data_files=found(task.data_files), members=members or task.members)
+
+    return replace(config, task=of(config.task))
 
 
 # --- The one task that a finished run is used on: its own or, of a mixture, the member that is named.

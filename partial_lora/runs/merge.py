@@ -18,9 +18,6 @@ from partial_lora.files import building
 from partial_lora.runs import export
 from partial_lora.runs.finished import FinishedRun
 
-# PEFT's names; of all but `cat`, whose rank is the sum of the ranks, and `svd` the factors are combined, not products.
-WAYS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-
 
 @dataclass(frozen=True)
 class Overlap:
@@ -42,7 +39,7 @@ def merge(
 ) -> list[Overlap]:
     """Write one adapter that does what those of several runs do, weighted, and return what each two have in common.
 
-    way: one of `WAYS`, PEFT's `combination_type`. density: the share of each factor's entries that ties, dare and
+    way: PEFT's `combination_type`. density: the share of each factor's entries that ties, dare and
     magnitude_prune keep, zeros of masks among them; dare draws the same ones each time.
 
     Raises PartialLoraError, in one line and before it writes, for another number of weights, runs over other base

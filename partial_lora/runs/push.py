@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import building, redacted
 from partial_lora.runs import directory, export
-from partial_lora.runs.config import plain
+from partial_lora.runs.config import plain, without_places
 from partial_lora.runs.finished import FinishedRun
 
 FOLDER = "hub"  # beside the exports
@@ -37,19 +37,9 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
     folder = run.directory.resolve() / "export" / FOLDER
     with building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)
-        OmegaConf.save(OmegaConf.create(_without_places(plain(run.config))), built / directory.CONFIG)
+        OmegaConf.save(OmegaConf.create(without_places(plain(run.config))), built / directory.CONFIG)
         card(built).save(built / "README.md")
     return folder
-
-
-def _without_places(settings: object) -> object:
-    """Return settings in which a file or folder of this machine has its name alone."""
-    if isinstance(settings, Mapping):
-        return {key: _without_places(value) for key, value in settings.items()}
-    if isinstance(settings, list):
-        return [_without_places(each) for each in settings]
-    is_place = isinstance(settings, str) and Path(settings).is_absolute()
-    return Path(settings).name if is_place else redacted(settings)
 
 
 def upload(folder: Path, repo: str, *, private: bool = False) -> str:

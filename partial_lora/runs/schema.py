@@ -135,6 +135,11 @@ class ModelConfig:
         return "text" if self.family in ("encoder", "causal") else "image"
 
     @property
+    def takes_any_size(self) -> bool:
+        """Whether images of another size than that of its weights fit the model."""
+        return bool(self.model_args.get("dynamic_img_size")) or self.architecture.startswith("convnext")
+
+    @property
     def trained_modules(self) -> dict[str, Any]:
         """The names of the modules that are adapted and of those that train whole, as arguments."""
         return {"target_modules": self.target_modules, "head": self.head, "new_modules": self.new_modules}

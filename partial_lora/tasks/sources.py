@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import math
@@ -27,6 +28,8 @@ FILES = "files"  # the path of a task that is nothing but the user's files
 Label = str | int | float | bool
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHER_SEPARATORS = (";", "\t", "|", ",")  # of a header that has none of its own
+_WORDS, _SHOWN = 4, 60  # spaces that a column's name may have; characters of a line in a message
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
 
 
@@ -193,6 +196,11 @@ def _delimited(
     file: Path, separator: str, text_columns: Sequence[str], label_column: str, regression: bool | None
 ) -> pd.DataFrame:
     """Read a csv or tsv file with a header. An empty cell has no value; "NA", "None" and "nan" are words."""
+    encoding = _encoding(file)
+    with open(file, encoding=encoding, newline="") as lines:
+        header = next(lines, "")
+    if separator not in header:
+        separator = max((separator, *_OTHER_SEPARATORS), key=header.count)
     # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
     frame = pd.read_csv(
         file,
@@ -201,12 +209,37 @@ def _delimited(
         keep_default_na=False,
         na_values=[""],
         low_memory=False,
-        encoding="utf-8-sig",
+        encoding=encoding,
     )
+    if not {label_column, *text_columns} & set(frame.columns) and _is_row(frame):
+        raise ValueError(f"its first line is a row, {header.strip()[:_SHOWN]!r}; put one with names before it")
     if label_column in frame.columns and label_column not in text_columns:
         cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
         frame[label_column] = pd.Series(parse_labels(cells, regression), dtype=object)
     return frame
+
+
+def _encoding(file: Path) -> str:
+    """Return the encoding of a file of text: UTF-8, or what its first bytes say; raises ValueError for another."""
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"line {line} is not UTF-8; of Windows-1252, as spreadsheets write it, `iconv -f WINDOWS-1252 -t UTF-8` "
+            "makes it"
+        ) from error
+    return "utf-8-sig"
+
+
+def _is_row(frame: pd.DataFrame) -> bool:
+    """Return whether the names of columns are values: a number, a sentence, or one that its own column has again."""
+    names = [str(name).strip() for name in frame.columns]
+    again = [name in set(frame.iloc[:, place].astype(str).str.strip()) for place, name in enumerate(names)]
+    return any(again) or any(_NUMBER.fullmatch(name) or name.count(" ") > _WORDS for name in names)
 
 
 def _objects(file: Path) -> pa.Table:
@@ -329,6 +362,26 @@ def row_name(name: str, split: str, row: int) -> str:
 def _arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
     """Return a column as it is stored: images undecoded, missing values as nulls."""
     return rows.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def guess_label_column(rows: Dataset, inputs: Sequence[str]) -> str | None:
+    """Return the one column of few values, where one free column or more is left for the inputs; None for any other.
+
+    rows: of the user's own table. inputs: columns that are known to be none. A label is a text, a whole number or a
+    truth; few are at most a quarter as many values as rows.
+    """
+    named = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    if named or "label" in rows.column_names:
+        return None
+    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    few = [
+        column
+        for column, feature in rows.features.items()
+        if column not in inputs
+        and _is(feature, *kinds)
+        and 2 <= len(_arrow_column(rows, column).unique()) <= max(2, len(rows) // 4)
+    ]
+    return few[0] if len(few) == 1 and len(rows.column_names) > 1 else None
 
 
 def _label_column(rows: Dataset, place: str, column: str | None) -> str:

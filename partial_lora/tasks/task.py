@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -14,6 +15,8 @@ from partial_lora.tasks import questions, sources, splits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _TEST_SHARE = 0.2  # of a source that comes without a test split
@@ -124,6 +127,10 @@ def load(
     """
     cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
     source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
+    own_table = bool(data_files) and kind == "label" and label_column is None
+    if own_table and (label_column := sources.guess_label_column(source["train"], [*text_columns, image_column])):
+        logger.info("task=%s: the labels are column %s, the one of few values", name, label_column)
+        source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
     source_splits = _source_splits(name, source, train_split, test_split, own_files=bool(data_files))
     rows = {split: source[place] for split, place in source_splits.items()}
     for split in rows:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
+from partial_lora.runs import finished
 from partial_lora.runs.finished import Input, read_inputs
+from partial_lora.runs.schema import Config, TaskConfig
 
 
 def read(*arguments: str, modality: str = "text", stdin: bytes = b"", pairs: bool = False, kind: str = "label"):
@@ -114,3 +116,16 @@ def test_lines_are_read_one_by_one_and_once() -> None:
     assert endless.lines == 3
     with refusal("-: "):
         read("-", "@-")
+
+
+def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "out" / "results" / "runs" / "own" / "vit" / "partial-0a1b2c3d" / "seed0"
+    run.mkdir(parents=True)
+    (tmp_path / "rows.csv").write_text("text,label")
+    files = {"train": "rows.csv", "test": "gone.csv", "validation": "/dev/null"}
+    config = Config(task=TaskConfig(name="own", data_files=files), results_dir="out/results")
+    monkeypatch.chdir("/")
+    found = finished._with_found_files(config, run).task.data_files
+    assert found == files | {"train": str(tmp_path / "rows.csv")}
+    monkeypatch.chdir(tmp_path)
+    assert finished._with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0")) == config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,7 @@ import peft
 import pytest
 import torch
 import yaml
-from finished_runs import choice_run, generation_run
+from finished_runs import choice_run, generation_run, image_run
 from huggingface_hub import ModelCard
 from refusals import refusal
 
@@ -208,3 +210,31 @@ def test_settings_have_no_place_of_this_machine(hub, tmp_path) -> None:
     assert yaml.safe_load(settings)["task"]["data_files"] == {split: Path(each).name for split, each in files.items()}
     assert str(Path(files["train"]).parent) not in settings
     peft.PeftModel.from_pretrained(export.base_model(run), str(folder))
+
+
+def test_an_adapter_and_every_export_hold_the_page_of_their_run(tmp_path) -> None:
+    run = choice_run()
+    for form in ("peft", "compact", "merged", "serve"):
+        assert cli.main(["export", str(run.directory), "--to", form, "--out", str(tmp_path / form)]) == 0
+    for folder in (run.adapter, *tmp_path.iterdir()):
+        page = ModelCard.load(folder / "README.md")
+        assert "More Information Needed" not in page.text
+        assert "| accuracy |" in page.text
+        settings = yaml.safe_load(page.text.partition("```yaml\n")[2].partition("```")[0])
+        assert settings["model.name"] == run.config.model.name
+        assert not [value for value in settings.values() if isinstance(value, str) and value.startswith("/")]
+        code = page.text.partition("```python\n")[2].partition("```")[0]
+        compile(code, str(folder), "exec")
+        assert ("load_compact" in code, "pipeline(" in code) == (folder.name == "compact", folder.name == "merged")
+    labels = ", ".join(image_run().labels())
+    assert f"Its labels: {labels}." in ModelCard.load(image_run().adapter / "README.md").text
+
+
+def test_a_run_whose_score_is_no_number_keeps_the_page_that_is_there(tmp_path) -> None:
+    run = choice_run()
+    shutil.copytree(run.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("PEFT's")
+    test = run.result["metrics"]["test"] | {"accuracy": None}
+    metrics = run.result["metrics"] | {"test": test}
+    card.write(dataclasses.replace(run, result=run.result | {"metrics": metrics}), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").read_text() == "PEFT's"

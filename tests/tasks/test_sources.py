@@ -102,7 +102,9 @@ def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> N
         ("gone.csv", None, ""),
         ("empty.csv", b"", ""),
         ("ragged.csv", b"text,label\na,b\nc,d,e,f\n", ""),
-        ("latin.csv", b"text,label\ncaf\xe9,b\n", ""),
+        ("latin.csv", b"text,label\ncaf\xe9,b\n", "line 2 is not UTF-8"),
+        ("nameless.csv", b"a cat,cat\na dog,dog\nanother cat,cat\n", "first line"),
+        ("numbers.csv", b"so much,3\nmore,4\n", "first line"),
         ("broken.jsonl", b'{"text": "a", "label": 1}\n{"text":\n', "line 2"),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n', "column text"),
         ("list.json", b"[1, 2]", ""),
@@ -417,3 +419,24 @@ def test_digits_come_in_three_fixed_disjoint_splits_and_keep_their_pixels() -> N
     for image, label in zip(whole.images, whole.target, strict=True):
         images[np.round(image * 255 / 16).astype(np.uint8).tobytes()] = label
     assert [images[image.tobytes()] for image in first.test["image"]] == first.test["label"][:]
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding"), [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-16"), ("|", "utf-16")]
+)
+def test_a_csv_file_may_have_another_separator_and_any_unicode(tmp_path: Path, separator: str, encoding: str) -> None:
+    file = tmp_path / "rows.csv"
+    frame = pd.DataFrame({"text": [f"so süß, {number}" for number in range(12)], "label": ANIMALS})
+    frame.to_csv(file, index=False, sep=separator, encoding=encoding)
+    task = load(str(file), validation_share=0.25)
+    assert task.labels == tuple(sorted(set(ANIMALS)))
+    assert set(task.train["text"]) < set(frame["text"])
+
+
+def test_a_column_of_few_values_beside_a_free_text_is_the_labels(tmp_path: Path) -> None:
+    columns = {"id": range(12), "review": TEXTS, "stars": ["007", "7", "8"] * 4}
+    file = table(tmp_path, "reviews.csv", **columns)
+    assert load(file, validation_share=0.25).labels == ("007", "7", "8")  # as they are written, once it is known
+    for others in ({"source": ["a", "b"] * 6}, {"stars": range(12)}):
+        with refusal("task.label_column"):  # two of them, or none
+            load(table(tmp_path, "other.csv", **columns | others), validation_share=0.25)
