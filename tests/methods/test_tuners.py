@@ -197,4 +197,4 @@ def test_info_counts_the_solved_size(method: str) -> None:
     budget = 0.03 if method == "ia3" else 0.3
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", f"calibration.budget={budget}")
     counted = outline(composed(*given)).counts
-    assert counted["adapter_trainable"] == pytest.approx(budget * counted["adapter_dense"], rel=0.05)
+    assert counted["adapter_trainable"] == pytest.approx(budget * counted["adapter_dense"], rel=tuners.FARTHEST)
