@@ -133,8 +133,8 @@ def _content(file: str) -> dict:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise PartialLoraError(f"{file}: cannot be read as YAML: {reason}") from error
+        reason = error.strerror if isinstance(error, OSError) else f"no YAML ({' '.join(str(error).split())})"
+        raise PartialLoraError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(content, dict) or not content:
         raise PartialLoraError(f"{file}: expected a line KEY: VALUE for each setting, such as model: minilm_l6")
     if "defaults" in content:

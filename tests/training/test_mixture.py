@@ -397,7 +397,7 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
     measured = [entry["eval_average"] for entry in run.result["history"] if "eval_average" in entry]
     assert max(measured) == run.result["metrics"]["validation"]["average"]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(summary.summary(run.result, run.directory / "seed0"))
+    console.print(summary.summary(run.result))
     assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
     with pytest.raises(PartialLoraError, match=r"--member a or b\.c$"):
         evaluate.evaluate_run(run)
