@@ -910,7 +910,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "push": push,
 }
 _HELP = {
-    "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
+    "train": "calibrate, mask, train and evaluate (FILE.yaml, KEY=VALUE …; -m for a sweep)",
     "calibrate": "find the sparsities alone (the same keys)",
     "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
     "evaluate": "a finished run on another split or task",
