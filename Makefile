@@ -16,6 +16,7 @@
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
+# make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour, and many adapters on one base (results/bench)
@@ -28,7 +29,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms models bench calibration-analyses clean
+.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -178,6 +179,14 @@ FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=
 forms: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form)) || test $$? = 1 &&)) true
 	$(BIN)/python scripts/forms.py results/forms
+
+# PEFT's methods beside ours (conf/experiment/race.yaml).
+RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,psoft,oft,unilora,fourierft,randlora,gralora,lora
+RACE = $(BIN)/partial-lora compare experiment=race preset=cpu results_dir=results/race rates=3 \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) methods=[$(RACERS)] budgets=[0.13,0.02]
+race: $(VENV)/.installed
+	$(foreach task,$(FORM_TASKS),$(RACE) $(call spaced,$(task)) || test $$? = 1 &&) true
+	$(BIN)/python scripts/forms.py results/race --stem race --page
 
 SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
 sst2-rate: $(VENV)/.installed

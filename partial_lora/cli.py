@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError, ProofError
+from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, launch
@@ -269,6 +270,76 @@ def env(arguments: list[str]) -> int:
     lines = [f"{name:<16} {value}" for name, value in found.items()]
     print(json.dumps(found) if parsed.json else "\n".join(lines))
     return 0
+
+
+# --- compare: a sweep for every method and size, and a ranking.
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Search for every method's learning rate at every size, train with seeds, rank; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora compare",
+        description="Which method at which size, for a task? Every method searches for its learning rate at every "
+        "budget, the better half of the rates goes on to the next seed, and a page ranks what they come to. Runs that "
+        "are finished are not made again.",
+        epilog="For example: partial-lora compare task=image_folder task.data_files=photos "
+        "methods=[partial,low_rank,dora,lokr] budgets=[0.13,0.02]",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="methods=[…]; budgets=[0.13], shares of dense LoRA's parameters; seeds=3; rates=5, of a search; "
+        "reference=NAME, what differences are to (low_rank, else the first); all other keys are those of train",
+    )
+    own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
+    with _libraries():
+        from partial_lora.runs import compare as race
+    entries = race.entries(own["methods"], own["budgets"], overrides)
+    for entry in entries:
+        print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
+    code = race.compare(
+        entries, rates=own["rates"], seeds=own["seeds"], launch=functools.partial(_stage, "train"), say=print
+    )
+    if code > USAGE_ERROR:
+        return code
+    refused = [f"{entry.name}: {entry.refused}" for entry in entries if entry.refused]
+    for line in refused:
+        print(f"partial-lora: {line}", file=sys.stderr)
+    runs = {place: record for entry in entries for place, record in entry.done.items()}
+    if not runs:
+        return 1
+    with _libraries():
+        from partial_lora.report import race as ranking
+    out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
+    text, table = ranking.write(runs.values(), out, "compare", own["reference"])
+    print(text)
+    command = shlex.join(["partial-lora", "compare", *arguments])
+    print(ranking.write_page(table, out, reference=own["reference"], command=command, refused=refused))
+    return 0
+
+
+def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
+    """Return the keys of `compare` itself, checked, and the other settings."""
+    import yaml
+
+    own: dict = {"methods": None, "budgets": [0.13], "seeds": 3, "rates": 5, "reference": None}
+    given = {key: value for key, _, value in (each.partition("=") for each in settings) if key in own}
+    own |= {key: yaml.safe_load(value) for key, value in given.items()}
+    for key in ("methods", "budgets"):
+        own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
+    require(bool(own["methods"]), "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
+    numbers = all(isinstance(each, int | float) and each > 0 for each in own["budgets"] or [None])
+    require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
+    for key, least in (("seeds", 1), ("rates", 2)):
+        require(isinstance(own[key], int) and own[key] >= least, key, own[key], f"a whole number, at least {least}")
+    names = own["methods"]
+    own["reference"] = own["reference"] or ("low_rank" if "low_rank" in names else names[0])
+    require(own["reference"] in names, "reference", own["reference"], f"one of {', '.join(names)}")
+    others = [each for each in settings if each.partition("=")[0] not in own]
+    if not any(each.startswith("results_dir=") for each in others):
+        others.append("results_dir=results/compare")
+    return own, others
 
 
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
@@ -899,6 +970,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "calibrate": calibrate,
     "info": info,
+    "compare": compare,
     "evaluate": evaluate,
     "predict": predict,
     "generate": generate,
@@ -913,6 +985,7 @@ _HELP = {
     "train": "calibrate, mask, train and evaluate (FILE.yaml, KEY=VALUE …; -m for a sweep)",
     "calibrate": "find the sparsities alone (the same keys)",
     "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
+    "compare": "methods at equal size, each at its best learning rate, and a page that ranks them",
     "evaluate": "a finished run on another split or task",
     "predict": "what a finished run says of images, texts or lines of a file",
     "runs": "the runs of a results directory: task, method, score, when, path",

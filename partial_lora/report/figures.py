@@ -693,12 +693,16 @@ def _matrices(shown: Sequence, *, low: float, high: float, form: str, title: str
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as files (PNG, SVG), its title, what is to be seen in a sentence or two, and what is not drawn."""
+    """A figure as files (PNG, SVG), its title, what is to be seen in a sentence or two, and what is not drawn.
+
+    inline: markup that stands in a page in place of the file.
+    """
 
     title: str
     caption: str
     files: tuple[Path, ...]
     cut: str = ""
+    inline: str = ""
 
 
 def draw_gallery(

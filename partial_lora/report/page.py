@@ -60,7 +60,7 @@ def write(
         "origin": origin,
         "lists": {"Left out": problems, "Not compared": uncompared},
         "tables": {title: _cells(table) | {"notes": notes} for title, (table, notes) in tables.items()},
-        "figures": [(each.title, each.caption, _uri(each.files[-1])) for each in figures],
+        "figures": [(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
         "sections": sections(list(groups.values()), examples),
     }
     return _written(Path(results_dir) / "report" / PAGE, content)

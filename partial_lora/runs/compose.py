@@ -210,14 +210,14 @@ def compose(
     refuse(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     if _HELP & {*arguments}:
-        with _in_one_line(arguments):
+        with in_one_line(arguments):
             _print_help([each for each in arguments if each not in _HELP])
         return 0
     hydra = partial(_hydra, command, arguments)
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
         hydra(lambda composed: None)
         return 0
-    with _in_one_line(arguments):
+    with in_one_line(arguments):
         planned = plan(arguments)
     refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
     for line in filter(None, dict.fromkeys(refused)):
@@ -271,7 +271,7 @@ def composed(*overrides: str) -> Config:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    with _in_one_line(overrides):
+    with in_one_line(overrides):
         try:
             flags = get_args_parser().parse_args(for_hydra(overrides))
             name = flags.config_name or CONFIG_NAME
@@ -298,13 +298,13 @@ def _hydra(command: str, arguments: list[str], job: Callable) -> None:
 
     GlobalHydra.instance().clear()
     _register_schema()
-    with _in_one_line(arguments):
+    with in_one_line(arguments):
         sys.argv = [f"partial-lora {command}", *for_hydra(arguments)]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
 
 
 @contextmanager
-def _in_one_line(arguments: Sequence[str]) -> Iterator[None]:
+def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's errors into PartialLoraErrors of one line."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

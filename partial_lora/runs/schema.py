@@ -266,6 +266,7 @@ class MethodConfig:
     projections: int = 256  # vera: rank of the random matrices that all modules share
     ranks: str = "one"  # auto: what method.rank=auto sets
     peft_type: Optional[str] = None  # peft: which of PEFT's tuners, by its type, such as LOKR
+    rate_factor: float = 1.0  # compare: its search is centred on this multiple of dense LoRA's learning rate
     peft: Any = None  # peft: {option: value} of that tuner's configuration; of its size calibration.budget may decide
 
     @property
@@ -284,6 +285,7 @@ class MethodConfig:
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         self._check_tuner()
         positive("method.alpha", self.alpha)
+        positive("method.rate_factor", self.rate_factor)
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
     def _check_tuner(self) -> None:
@@ -303,7 +305,8 @@ class MethodConfig:
 _WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
 # Methods whose adapter is masked, as `mask` says.
 MASKED = ("partial", "targeted", "ticket", "entries", "flow", "uniform", "shuffled", "inverted")
-_OWN = (*MASKED, *_WITHOUT_PRODUCT, "lora", "dora", "low_rank")  # that are built here, by their names
+# Methods that are built by their names alone; PEFT's DoRA and VeRA may be of another size than their own.
+_OWN = {*MASKED, *_WITHOUT_PRODUCT, "lora", "low_rank"} - {"vera"}
 
 
 @dataclass
@@ -387,6 +390,7 @@ NOT_SETTINGS = {
     "keep_records",
     "data_dir",
     "preset",
+    "method.rate_factor",
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",

@@ -1,0 +1,279 @@
+"""Methods at equal size, each at its best learning rate: a ranking with intervals, and who is on the Pareto front.
+
+Rows are of finished runs; a cell is a task, a size and a form, which is a method and what its masks have of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from partial_lora.files import write_atomic
+from partial_lora.report import page
+from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both, sized
+from partial_lora.report.figures import Shown
+from partial_lora.report.records import half_interval
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+
+CELL = ["task", "size", "form"]
+_COSTS = {  # by column: how an axis calls it, and the unit it is divided by
+    "parameters": ("trainable parameters", 1),
+    "step_seconds": ("seconds a step", 1),
+    "saved_bytes": ("kept for the backward pass, MB", 1e6),
+}
+
+
+def form_of(config: Mapping) -> str:
+    """Return the name of a run's form: its method, and what its masks, its draw and its scaling have of their own."""
+    mask, name = config.get("mask") or {}, config["method"]["name"]
+    if config["method"].get("peft_type"):
+        return name
+    words = [mask[key] for key in ("granularity", "columns") if mask.get(key) not in (None, "rows_columns", "masked")]
+    if name == "entries":
+        words = []
+    if config["method"].get("ranks") == "auto":
+        words.append("rank=auto")
+    if mask.get("fan_in") == "kept":
+        words.append("kept")
+    words += [
+        f"{axis}^-{mask[key]:g}" for axis, key in (("p", "row_exponent"), ("q", "column_exponent")) if mask.get(key)
+    ]
+    return " ".join([name, *words])
+
+
+def row_of(result: Mapping) -> dict:
+    """Return what the table needs of a record. The size is the budget, or "own" of a method that has none."""
+    config, parameters, test = result["config"], result["parameters"], result["metrics"]["test"]
+    validation, cost = result["metrics"]["validation"], result.get("cost") or {}
+    budget = config["calibration"].get("budget")
+    has_budget = budget is not None and (result.get("calibration") or result.get("fixed"))
+    return {
+        "task": config["task"]["name"],
+        "size": f"{budget:.2g}" if has_budget else "own",
+        "form": form_of(config),
+        "metric": test["primary"],
+        "learning_rate": float(config["trainer"]["learning_rate"]),
+        "seed": result["seed"],
+        "validation": validation[test["primary"]],
+        "loss": validation["loss"],
+        "test": test[test["primary"]],
+        "parameters": parameters["adapter_trainable"],
+        "step_seconds": cost.get("step_seconds"),
+        "saved_bytes": cost.get("saved_activation_bytes"),
+        "file_size": cost.get("adapter_bytes"),
+        "seconds": sum(result["seconds"].values()),
+    }
+
+
+def validated(cell: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean score and loss on validation at every rate of a cell, over the seeds that all its rates have."""
+    seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
+    common = cell[cell["seed"].isin(seeds)] if seeds else cell
+    return common.groupby("learning_rate")[["validation", "loss"]].mean()
+
+
+def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of every cell at the learning rate that is best on validation, and the rates that were tried.
+
+    Rates compete that have as many seeds as any: a search goes on with the better ones alone. `spent` is the seconds of
+    all runs of the cell.
+    """
+    chosen = []
+    for _, cell in table.groupby(CELL, sort=False):
+        seeds = cell.groupby("learning_rate")["seed"].nunique()
+        most = cell[cell["learning_rate"].isin(seeds[seeds == seeds.max()].index)]
+        worse = cell["metric"].iloc[0] in LOWER_IS_BETTER
+        means = validated(most if seeds.max() > 1 else cell)
+        best = means.sort_values(["validation", "loss"], ascending=[worse, True]).index[0]
+        tried = sorted(cell["learning_rate"].unique())
+        edge = len(tried) > 1 and best in (tried[0], tried[-1])
+        own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
+        chosen.append(own)
+    return pd.concat(chosen)
+
+
+def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
+
+    A difference is of runs of the same seeds. Halves of intervals are of 95 %, by Student's t over seeds.
+    """
+    rows = []
+    for (task, size, form), cell in chosen.groupby(CELL, sort=False):
+        own = cell.set_index("seed")["test"]
+        other = chosen[(chosen["task"] == task) & (chosen["size"] == size) & (chosen["form"] == reference)]
+        difference = (own - other.set_index("seed")["test"]).dropna()
+        first = cell.iloc[0]
+        rows.append(
+            {"task": task, "size": size, "form": form}
+            | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
+            | {"seeds": len(own), "test": own.mean(), "half": half_interval(own.std(), len(own))}
+            | {"difference": difference.mean() if form != reference else math.nan, "paired": len(difference)}
+            | {"difference_half": half_interval(difference.std(), len(difference))}
+            | cell[["parameters", "step_seconds", "saved_bytes", "file_size", "spent"]].mean().to_dict()
+        )
+    worse = rows[0]["metric"] in LOWER_IS_BETTER
+    return pd.DataFrame(rows).sort_values(["task", "size", "test"], ascending=[True, True, worse])
+
+
+def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
+    """Return a table as it is read, best first, for every task and size."""
+    tables = {}
+    for (task, size), part in numbers.groupby(["task", "size"], sort=False):
+        rows = list(part.itertuples())
+        shown = {
+            "form": part["form"],
+            "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
+            "test": [_score(row.metric, row.test, row.half) for row in rows],
+            f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
+            "seeds": part["seeds"],
+            "parameters": [f"{value:,.0f}" for value in part["parameters"]],
+            "kept for the backward pass, MB": [_number(value / 1e6, ".1f") for value in part["saved_bytes"]],
+            "seconds a step": [_number(value, ".3f") for value in part["step_seconds"]],
+        }
+        of = "sizes of their own" if size == "own" else f"{size} of dense LoRA's parameters"
+        tables[f"{task}, {of}"] = pd.DataFrame(shown)
+    return tables
+
+
+def _score(metric: str, value: float, half: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return "–"
+    times, form = (100, f"{sign}.2f") if metric in SHARES else (1, f"{sign}.4g")
+    return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
+    """Write the ranking of records into out/stem.md and .csv; return it as text, and the rows of all runs."""
+    table = pd.DataFrame([row_of(result) for result in results])
+    numbers = compared(at_best_rates(table), reference)
+    numbers.to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
+    parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
+    text = "\n\n".join(parts) + "\n"
+    write_atomic(out / f"{stem}.md", text.encode())
+    return text, table
+
+
+# --- Who is better at no higher cost.
+
+
+def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
+    """Return which rows no other one of their task beats: in score at no higher cost, or in cost at no lower score."""
+    sign = -1 if numbers["metric"].iloc[0] in LOWER_IS_BETTER else 1
+    score, price = sign * numbers["test"].to_numpy(), numbers[cost].to_numpy(float)
+    better = (
+        (score[:, None] >= score) & (price[:, None] <= price) & ((score[:, None] > score) | (price[:, None] < price))
+    )
+    same = numbers["task"].to_numpy()[:, None] == numbers["task"].to_numpy()
+    return pd.Series(~(better & same).any(axis=0), index=numbers.index)
+
+
+def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], str]:
+    """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
+
+    Methods by colour and marker, intervals as bars; what another one beats is faint.
+    """
+    label, unit = _COSTS[cost]
+    known = numbers.dropna(subset=[cost])
+    tasks, forms = sorted(known["task"].unique()), sorted(known["form"].unique())
+    looks = {
+        form: (COLOURS[at % len(COLOURS)], MARKERS[(at // len(COLOURS) + at) % len(MARKERS)])
+        for at, form in enumerate(forms)
+    }
+    figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
+    is_front, names, handles = front(known, cost), {}, {}
+    for axes, task in zip(drawn, tasks, strict=True):
+        for index, row in known[known["task"] == task].iterrows():
+            color, marker = looks[row["form"]]
+            times = 100 if row["metric"] in SHARES else 1
+            half = 0 if math.isnan(row["half"]) else times * row["half"]
+            fade = 1.0 if is_front[index] else 0.3
+            point = (row[cost] / unit, times * row["test"])
+            axes.errorbar(*point, yerr=half, color=color, linewidth=1, alpha=fade * 0.6)
+            (mark,) = axes.plot(*point, marker, color=color, alpha=fade, markersize=6)
+            mark.set_gid(f"{stem}-{index}")
+            names[mark.get_gid()] = (
+                f"{row['form']}, {row['size']}: {_score(row['metric'], row['test'], row['half'])} "
+                f"({row['seeds']} seeds, learning rate {row['learning_rate']:g}), {row['parameters']:,.0f} parameters, "
+                f"{label} {row[cost] / unit:.3g}"
+            )
+            handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
+        axes.set(title=task, xlabel=label, ylabel=f"test {known['metric'].iloc[0]}")
+        if cost == "parameters":
+            sized(axes, known.loc[known["task"] == task, cost])
+        plain(axes)
+    legend_below(figure, [handles[form] for form in forms])
+    return save_both(figure, out, stem), _with_titles(figure, names)
+
+
+def _with_titles(figure: Figure, names: Mapping[str, str]) -> str:
+    """Return a figure as SVG whose elements of these ids say a text under the pointer."""
+    content = io.StringIO()
+    with rc_context({"svg.hashsalt": "partial-lora"}):
+        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    space = "http://www.w3.org/2000/svg"
+    ElementTree.register_namespace("", space)
+    root = ElementTree.fromstring(content.getvalue())
+    for element in root.iter(f"{{{space}}}g"):
+        if element.get("id") in names:
+            ElementTree.SubElement(element, f"{{{space}}}title").text = names[element.get("id")]
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+_PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
+    "task": "task",
+    "size": "budget",
+    "form": "experiment_name",
+    "test": "test_accuracy",
+    "half": "± 95 %",
+    "parameters": "num_trainable_params",
+    "step_seconds": "step_time",
+    "saved_bytes": "saved_activation_bytes",
+    "file_size": "file_size",
+    "spent": "train_time of the whole search",
+    "learning_rate": "learning_rate",
+    "rates": "rates",
+    "seeds": "seeds",
+}
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
+    """Write out/report/index.html: the ranking, a Pareto figure for every cost, and a table with all numbers."""
+    numbers = compared(at_best_rates(table), reference).reset_index(drop=True)
+    figures = []
+    (out / "report").mkdir(parents=True, exist_ok=True)
+    for cost, (label, _) in _COSTS.items():
+        if numbers[cost].notna().any():
+            files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
+            caption = "Faint: another one is as good at no higher cost. Bars: 95 % intervals over seeds."
+            figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=Markup(drawn)))
+    everything = numbers[list(_PEFT_COLUMNS)].rename(columns=_PEFT_COLUMNS)
+    shown = everything.map(lambda value: _plain(value) if isinstance(value, float | np.floating) else value)
+    tables = {title: (part, []) for title, part in titled(numbers, reference).items()}
+    return page.write(
+        out,
+        runs=[],
+        tables=tables | {"All numbers": (shown, ["times in seconds, sizes in bytes"])},
+        command=command,
+        origin=f"Differences are to {reference}, of runs of the same seeds.",
+        problems=refused,
+        uncompared=[],
+        figures=figures,
+        examples=0,
+    )

@@ -1,0 +1,191 @@
+"""A comparison of methods at equal size: which runs it takes, and which learning rates go on to the next seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.runs.compose import Plan, in_one_line, plan
+from partial_lora.runs.config import run_directory
+from partial_lora.runs.directory import read_result
+from partial_lora.runs.info import outline
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
+
+OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
+_AT_BUDGET = {  # what makes PEFT's own methods of the size of a budget
+    "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
+    "vera": ("method.peft_type=VERA",),
+}
+_SIZED_ALIKE = ("uniform", "low_rank", "random_weights")  # calibrated for their size alone, which a budget says
+_MOST_RATES = 12  # of a search whose best is at an edge again and again
+
+Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None of a run that failed
+Runs = list[tuple[float, int]]  # learning rate and seed
+
+
+def search(centre: float, count: int, seeds: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
+    """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
+
+    The first seed tries `count` rates a factor of two apart around the centre, and more while the best of them is at an
+    edge. Of these the better half goes on to the next seed, by the mean over the seeds so far, and so on (successive
+    halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all seeds.
+    """
+    rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
+    worth: dict[tuple[float, int], Worth] = {}
+
+    def mean(rate: float, seed: int) -> tuple[float, float]:
+        own = [worth[rate, each] for each in range(seed + 1)]
+        failed = (-math.inf, -math.inf)
+        return failed if None in own else tuple(sum(each) / len(own) for each in zip(*own, strict=True))
+
+    def is_failure(rate: float, seed: int) -> bool:
+        return mean(rate, seed)[0] == -math.inf
+
+    worth |= yield [(rate, 0) for rate in rates]
+    while len(rates) < _MOST_RATES:
+        best = max(rates, key=lambda rate: mean(rate, 0))
+        if is_failure(best, 0) or min(rates) < best < max(rates):
+            break
+        rates.append(best / 2 if best == min(rates) else best * 2)
+        worth |= yield [(rates[-1], 0)]
+    for seed in range(1, seeds):
+        rates = sorted(rates, key=lambda rate: mean(rate, seed - 1), reverse=True)[: math.ceil(len(rates) / 2)]
+        rates = [rate for rate in rates if not is_failure(rate, seed - 1)]
+        if not rates:
+            return None
+        worth |= yield [(rate, seed) for rate in rates]
+    best = max(rates, key=lambda rate: mean(rate, seeds - 1))
+    return None if is_failure(best, seeds - 1) else best
+
+
+def runs_at_least(count: int, seeds: int) -> int:
+    """Return how many runs a search makes whose best rate is never at an edge."""
+    total = 0
+    for _ in range(seeds):
+        total, count = total + count, math.ceil(count / 2)
+    return total
+
+
+@dataclass
+class Entry:
+    """A method at a size: its settings, where its search is centred, and what has become of it.
+
+    overrides: on the command line of `train`, all but the seed and the learning rate. best: the learning rate, once it
+    is found. refused: why it is not compared. done: the records of finished runs by directory.
+    """
+
+    method: str
+    size: str
+    overrides: tuple[str, ...]
+    centre: float = 0.0
+    parameters: int = 0
+    best: float | None = None
+    refused: str | None = None
+    done: dict[Path, dict] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.size}"
+
+    def arguments(self, runs: Runs) -> list[str]:
+        """Return the arguments of a sweep over runs of one seed."""
+        rates = ",".join(f"{rate:g}" for rate, _ in runs)
+        return ["-m", *self.overrides, f"seed={runs[0][1]}", f"trainer.learning_rate={rates}"]
+
+
+def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
+    """Return the methods at every budget, those of a size of their own once, each checked as `train` checks it.
+
+    overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
+    """
+    own_calibration = any(each.startswith("calibration=") for each in overrides)
+    made = []
+    for method in methods:
+        for budget in [None] if method in OWN_SIZE else budgets:
+            chosen = [f"method={method}"]
+            if budget is not None:
+                if method in _SIZED_ALIKE and not own_calibration:
+                    chosen.append("calibration=fixed")
+                chosen += [*_AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
+            size = "own size" if budget is None else f"{budget:g}"
+            entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
+            (_, config), *_ = checked(["-m", *entry.overrides]).runs
+            steps = round(math.log2(config.method.rate_factor))  # all methods' rates are on one ladder
+            entry.centre = config.trainer.learning_rate * 2.0**steps
+            try:
+                entry.parameters = outline(config).counts["adapter_trainable"]
+            except PartialLoraError as error:  # not of this size, or not on this model
+                entry.refused = str(error)
+            made.append(entry)
+    return made
+
+
+def checked(arguments: Sequence[str]) -> Plan:
+    """Return the runs of a sweep; raises PartialLoraError where one is refused."""
+    with in_one_line(arguments):
+        planned = plan(arguments)
+    for reason in planned.refused:
+        raise PartialLoraError(reason)
+    return planned
+
+
+def compare(
+    chosen: Sequence[Entry],
+    *,
+    rates: int,
+    seeds: int,
+    launch: Callable[[list[str]], int],
+    say: Callable[[str], None],
+) -> int:
+    """Search for the learning rate of every entry that is not refused; return the exit code.
+
+    Runs that are finished are not made again. launch: makes the runs of a sweep of `train`, given its arguments, and
+    returns its exit code; of an interrupted one nothing more is made.
+    """
+    searched = [entry for entry in chosen if entry.refused is None]
+    left = runs_at_least(rates, seeds) * len(searched)
+    took: list[float] = []  # seconds of every run that was not finished before
+    for entry in searched:
+        searching = search(entry.centre, rates, seeds)
+        runs = next(searching)
+        while True:
+            new = sum(worth(record) is None for _, record in results(entry, runs).values())
+            time = f"about {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
+            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - new} finished; {left} left, {time}")
+            began = monotonic()
+            code = launch(entry.arguments(runs))
+            if code > 2:
+                return code
+            took += [(monotonic() - began) / new] * new
+            left = max(left - len(runs), 0)
+            found = results(entry, runs)
+            entry.done |= {place: record for place, record in found.values() if worth(record) is not None}
+            try:
+                runs = searching.send({run: worth(record) for run, (_, record) in found.items()})
+            except StopIteration as end:
+                entry.best = end.value
+                break
+        if entry.best is None:
+            errors = [record["error"] for _, record in found.values() if record and record.get("error")]
+            entry.refused = errors[0] if errors else "no run of it finished"
+    return 0
+
+
+def results(entry: Entry, runs: Runs) -> dict[tuple[float, int], tuple[Path, dict | None]]:
+    """Return the directory and the record of every run."""
+    configs = [config for _, config in checked(entry.arguments(runs)).runs]
+    places = {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
+    return {run: (place, read_result(place)) for run, place in places.items()}
+
+
+def worth(record: Mapping | None) -> Worth:
+    """Return a run's score and loss on validation, the larger the better; None where it has none."""
+    if not record or record["status"] != "finished":
+        return None
+    validation = record["metrics"]["validation"]
+    sign = -1 if validation["primary"] in LOWER_IS_BETTER else 1
+    return sign * validation[validation["primary"]], -validation["loss"]

@@ -1,0 +1,82 @@
+"""The ranking of methods at equal size: names, best rates, differences of paired seeds, and the Pareto front."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from partial_lora.report import race
+
+
+def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]]) -> list[dict]:
+    """Rows of one form. scores: validation, loss and test by learning rate and seed."""
+    cost = {"parameters": 10, "step_seconds": 1.0, "saved_bytes": 1.0, "file_size": 1, "seconds": 1.0}
+    common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy"} | cost
+    return [
+        common | {"learning_rate": rate, "seed": seed, "validation": validation, "loss": loss, "test": test}
+        for (rate, seed), (validation, loss, test) in scores.items()
+    ]
+
+
+def test_the_best_rate_is_chosen_over_the_seeds_that_all_rates_have_and_by_loss_between_equals() -> None:
+    scores = {(1e-3, 0): (0.8, 1.0, 0.1), (2e-3, 0): (0.9, 2.0, 0.2), (4e-3, 0): (0.9, 1.0, 0.3)}
+    table = pd.DataFrame(runs("partial", scores | {(4e-3, 1): (0.0, 9.0, 0.5)}))  # no other rate has seed 1
+    chosen = race.at_best_rates(table)
+    assert set(chosen["learning_rate"]) == {4e-3}
+    assert list(chosen["test"]) == [0.3, 0.5]
+    assert set(chosen["edge"]) == {True}
+
+
+def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
+    """A rate that went out after the first seed does not win by it, and does not take seeds from the others."""
+    early = {(1e-3, 0): (0.99, 1.0, 0.1)}
+    late = {(rate, seed): (0.5 + 100 * rate + seed / 10, 1.0, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
+    chosen = race.at_best_rates(pd.DataFrame(runs("partial", early | late)))
+    assert set(chosen["learning_rate"]) == {4e-3}
+    assert set(chosen["rates"]) == {3}
+    assert set(chosen["spent"]) == {5.0}
+
+
+def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
+    own = {(1e-3, 0): (0.9, 1.0, 0.5), (1e-3, 1): (0.9, 1.0, 0.7), (1e-3, 2): (0.9, 1.0, 0.0)}
+    other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5)}
+    chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(rates=1, edge=False, spent=1.0)
+    row = race.compared(chosen, "low_rank").set_index("form").loc["partial"]
+    assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 2, 3)
+    assert row["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # Student's t of one degree of freedom
+
+
+@pytest.mark.parametrize(
+    ("mask", "method", "name"),
+    [
+        ({"granularity": "rows_columns", "columns": "masked", "fan_in": "dense"}, {"name": "partial"}, "partial"),
+        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "partial", "ranks": "auto"}, "partial rank=auto kept p^-1"),
+        ({"granularity": "units", "fan_in": "kept"}, {"name": "partial"}, "partial units kept"),
+        ({"granularity": "element"}, {"name": "entries"}, "entries"),
+        ({"row_exponent": 1.0, "column_exponent": 0.5}, {"name": "ticket"}, "ticket p^-1 q^-0.5"),
+    ],
+)
+def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, name: str) -> None:
+    assert race.form_of({"mask": mask, "method": method}) == name
+
+
+def test_a_row_is_on_the_front_unless_another_one_is_as_good_at_no_higher_cost() -> None:
+    table = pd.DataFrame(
+        [("a", 0.9, 10), ("b", 0.8, 10), ("c", 0.8, 5), ("d", 0.95, 20), ("e", 0.8, 5)],
+        columns=["form", "test", "parameters"],
+    ).assign(task="digits", metric="accuracy")
+    assert list(race.front(table, "parameters")) == [True, False, True, True, True]
+    assert list(race.front(table.assign(task=list("xyxyy")), "parameters")) == [True, False, True, True, True]
+    assert list(race.front(table.assign(metric="perplexity"), "parameters")) == [False, False, True, False, True]
+
+
+def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
+    scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
+    table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
+    text = race.write_page(
+        table, tmp_path, reference="low_rank", command="partial-lora compare", refused=["oft: not applicable"]
+    ).read_text()
+    assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
+    assert "num_trainable_params" in text
+    assert "oft: not applicable" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched

@@ -1,0 +1,152 @@
+"""A comparison of methods: which runs a search makes, what it ends with, and what is refused before any starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from commands import here
+from recorded_runs import record
+
+from partial_lora import cli
+from partial_lora.files import write_json
+from partial_lora.runs import compare
+from partial_lora.runs.config import run_directory
+
+
+def searched(score, *, centre=1.0, count=5, seeds=3):
+    """The best rate, and the batches of runs of a search in which a run's score is a function of its rate and seed."""
+    searching, batches = compare.search(centre, count, seeds), []
+    runs = next(searching)
+    while True:
+        batches.append(runs)
+        scores = {run: score(*run) for run in runs}
+        worth = {run: None if value is None else (value, 0.0) for run, value in scores.items()}
+        try:
+            runs = searching.send(worth)
+        except StopIteration as end:
+            return end.value, batches
+
+
+def test_the_better_half_of_the_rates_goes_on_to_the_next_seed() -> None:
+    best, batches = searched(lambda rate, seed: -abs(math.log2(rate)))
+    assert best == 1.0
+    assert batches == [
+        [(0.25, 0), (0.5, 0), (1.0, 0), (2.0, 0), (4.0, 0)],
+        [(1.0, 1), (0.5, 1), (2.0, 1)],
+        [(1.0, 2), (0.5, 2)],
+    ]
+    assert sum(map(len, batches)) == compare.runs_at_least(5, 3)
+
+
+def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
+    best, batches = searched(lambda rate, seed: -abs(math.log2(rate / 16)))
+    assert best == 16.0
+    assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
+    _, batches = searched(lambda rate, seed: rate)  # ever better: it comes to an end
+    assert len({rate for each in batches for rate, _ in each}) == 12
+
+
+def test_the_mean_over_seeds_decides() -> None:
+    """What is best by the first seed alone is not."""
+    best, _ = searched(
+        lambda rate, seed: {(1.0, 0): 1.0, (2.0, 0): 0.9}.get((rate, seed), rate / 10 if rate <= 2 else 0)
+    )
+    assert best == 2.0
+
+
+def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() -> None:
+    best, batches = searched(lambda rate, seed: None if rate > 1 else rate)
+    assert best == 1.0
+    assert all(rate <= 1 for each in batches[2:] for rate, _ in each)
+    assert searched(lambda rate, seed: None)[0] is None
+    assert searched(lambda rate, seed: None if seed else rate / 4 if rate < 4 else 0)[0] is None
+
+
+GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
+
+
+def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
+    overrides = (*GIVEN, f"results_dir={tmp_path}")
+    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
+    assert [entry.name for entry in entries] == [
+        "lora, own size",
+        *(f"{name}, {budget}" for name in ("low_rank", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
+    ]
+    by_name = {entry.name: entry for entry in entries}
+    assert "not applicable" in by_name["lokr, 0.3"].refused  # on a model as small as this
+    dense = by_name["lora, own size"].parameters
+    assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
+    centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
+    assert centres == {"low_rank": 2e-3, "dora": 1e-3, "hira": 32e-3}  # 45 times, on the ladder of all
+
+
+def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:
+    """With a launcher that only writes records: the ranking, and nothing twice."""
+    entries = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    launched: list[list[str]] = []
+
+    def launch(arguments: list[str]) -> int:
+        launched.append(arguments)
+        for _, config in compare.checked(arguments).runs:
+            place = run_directory(config)
+            place.mkdir(parents=True)
+            score = -abs(math.log2(config.trainer.learning_rate / 2e-3))
+            validation = {"primary": "accuracy", "accuracy": score, "loss": 1.0}
+            write_json(place / "result.json", {"status": "finished", "metrics": {"validation": validation}})
+        return 0
+
+    said: list[str] = []
+    assert compare.compare(entries, rates=3, seeds=2, launch=launch, say=said.append) == 0
+    assert {entry.best for entry in entries} == {2e-3}
+    assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
+    assert all("left" in each for each in said)
+
+
+def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
+    entries = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    launched: list[list[str]] = []
+    code = compare.compare(entries, rates=3, seeds=2, launch=lambda each: launched.append(each) or 130, say=print)
+    assert (code, len(launched)) == (130, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ([], "methods"),
+        (["methods=[]"], "methods"),
+        (["methods=[low_rank]", "budgets=[some]"], "budgets"),
+        (["methods=[low_rank]", "seeds=0"], "seeds"),
+        (["methods=[low_rank]", "rates=1"], "rates"),
+        (["methods=[low_rank]", "reference=lora"], "reference"),
+        (["methods=[nothing]"], "method"),
+        (["methods=[low_rank]", "trainer.nothing=1"], "trainer.nothing"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key: str, tmp_path) -> None:
+    done = here(tmp_path, "compare", *arguments)
+    assert done.returncode == 2
+    assert key in done.stderr.splitlines()[0]
+    assert not list(tmp_path.glob("results*"))
+
+
+def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
+    """Of runs that only left their records: the first method is better, the other one's are of no use."""
+
+    def launch(stage: str, arguments: list[str]) -> int:
+        for _, config in compare.checked(arguments).runs:
+            place = run_directory(config)
+            place.mkdir(parents=True)
+            score = 0.9 - abs(math.log2(config.trainer.learning_rate / 1e-3)) / 10
+            left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3})
+            left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
+            failed = {"status": "failed", "error": "the loss is not finite"}
+            write_json(place / "result.json", left | (failed if config.method.name == "unilora" else {}))
+        return 1
+
+    monkeypatch.setattr(cli, "_stage", launch)
+    done = here(tmp_path, "compare", *GIVEN, "methods=[low_rank,unilora]", "budgets=0.3", "results_dir=out")
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
+    assert "| low_rank |       0.001 | 90.00" in (tmp_path / "out" / "compare.md").read_text()
+    assert "unilora, 0.3: the loss is not finite" in done.stderr
