@@ -74,7 +74,7 @@ _LIBRARIES = {"compact": "partial-lora", "merged": "transformers", "gguf": "llam
 
 def write(run: FinishedRun, folder: Path) -> None:
     """Put the page of a finished run into a folder of its files; where its score is no number, what is there stays."""
-    with suppress(ValueError):
+    with suppress(PartialLoraError):
         card(run, None, folder).save(folder / "README.md")
 
 
@@ -82,12 +82,16 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub, or of a folder (None).
 
     folder: what it holds: an adapter, ordinary or compact, the merged model, or a GGUF file. license: the hub's name of
-    one, which the run cannot know.
+    one, which the run cannot know. Raises PartialLoraError for a run whose score is no number.
     """
+    try:
+        numbers = records.row(run.result)
+    except ValueError as error:
+        raise PartialLoraError(f"{run.directory / directory.RESULT}: {error}") from error
     file = max(tensor_files(folder), key=lambda each: each.stat().st_size)
     form = "gguf" if file.suffix == ".gguf" else {FILE_NAME: "compact", SAFETENSORS_WEIGHTS_NAME: "peft"}.get(file.name)
     form = form or "merged"
-    config, numbers = run.config, records.row(run.result)
+    config = run.config
     members = list((config.task.members or {"": config.task}).values())
     datasets = sorted({each.path for each in members if is_on_hub(each.path)})
     base = config.model.weights.partition("@")[0]

@@ -236,5 +236,8 @@ def test_a_run_whose_score_is_no_number_keeps_the_page_that_is_there(tmp_path) -
     (tmp_path / "adapter" / "README.md").write_text("PEFT's")
     test = run.result["metrics"]["test"] | {"accuracy": None}
     metrics = run.result["metrics"] | {"test": test}
-    card.write(dataclasses.replace(run, result=run.result | {"metrics": metrics}), tmp_path / "adapter")
+    broken = dataclasses.replace(run, result=run.result | {"metrics": metrics})
+    card.write(broken, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "README.md").read_text() == "PEFT's"
+    with refusal(f"{run.directory}/result.json"):
+        push.write(broken, lambda folder: card.card(broken, "me/mine", folder))
