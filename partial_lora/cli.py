@@ -982,7 +982,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "push": push,
 }
 _HELP = {
-    "train": "calibrate, mask, train and evaluate (KEY=VALUE …; -m for a sweep)",
+    "train": "calibrate, mask, train and evaluate (FILE.yaml, KEY=VALUE …; -m for a sweep)",
     "calibrate": "find the sparsities alone (the same keys)",
     "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
     "compare": "methods at equal size, each at its best learning rate, and a page that ranks them",

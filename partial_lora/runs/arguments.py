@@ -160,6 +160,10 @@ def _primary(file: str, content: Mapping) -> dict:
     for group, _, name in (key.partition(".") for key in list_keys()):
         if isinstance(settings.get(group), dict) and isinstance(word := settings[group].get(name), str):
             settings[group][name] = [word]
+    swept = settings.get("hydra", {}).get("sweeper", {}).get("params") or {}
+    for key, values in swept.items():  # Hydra takes a list for one value
+        if isinstance(values, list):
+            swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
     chosen |= dict.fromkeys(described)
     return {

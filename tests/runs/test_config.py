@@ -498,6 +498,10 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
     )  # and nothing of the usual model's
     swept = compose.plan(["-m", settings_file(tmp_path, "model: tiny_vit\n"), "seed=0,1"])
     assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+    params = "{model.target_modules: [[qkv], [qkv, proj]], method: 'lora,full', seed: [7]}"
+    swept = compose.plan([settings_file(tmp_path, f"hydra.mode: MULTIRUN\nhydra.sweeper.params: {params}\n")])
+    found = [(each.model.target_modules, each.method.name, each.seed) for _, each in swept.runs]
+    assert found == [(names, method, 7) for names in (["qkv"], ["qkv", "proj"]) for method in ("lora", "full")]
 
 
 @pytest.mark.parametrize(
