@@ -85,6 +85,8 @@ def work(place: Path, stage: str) -> int:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
         record |= {"status": "failed", "error": files.redacted(_in_one_line(error))}
+        begun = record["parameters"] or record["calibration"]
+        record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
             launch.report_failure(record["error"])
         if not isinstance(error, PartialLoraError):

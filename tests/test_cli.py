@@ -431,10 +431,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(place: Path, arguments: lis
     [
         (["model=tiny_vit", "task=cifar10"], r"task=cifar10: .*uoft-cs/cifar10.*task=digits"),
         (["model=tiny_vit", "model.weights=timm/some"], r"model=tiny_vit: .*timm/some.*model=vit_s14"),
-        (["model=tiny_vit", "model.image_size=30"], r"model\.image_size=30: model=tiny_vit"),
-        (["model=tiny_vit", "model.target_modules=[head]"], r"target_modules=\['head'\]: "),
-        (["model=tiny_vit", "model.head=timm_model.nothing"], r"timm_model\.nothing"),
-        (["model=tiny_vit", "trainer.device=cuda"], r"trainer\.device=cuda: "),
+        (["model=tiny_vit", "model.model_args.num_heads=7"], r"model\.model_args"),
     ],
 )
 def test_what_only_the_worker_can_find_wrong_is_one_line_too(place: Path, arguments: list[str], said: str) -> None:
@@ -443,8 +440,30 @@ def test_what_only_the_worker_can_find_wrong_is_one_line_too(place: Path, argume
     (line,) = done.stderr.strip().splitlines()
     assert re.search(said, line)
     assert "Traceback" not in done.stdout + done.stderr
-    (log,) = re.findall(r"\(log: (.*)\)", line)
-    assert json.loads((place / log).with_name("result.json").read_text())["status"] == "failed"
+    assert not (place / "refused" / "runs").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("task=sst2", "model=tiny_vit "),
+        ("model.image_size=30", "model.image_size=30: "),
+        ("model.target_modules=[nothing]", "target_modules: "),
+        ("model.head=timm_model.nothing", "model.head=timm_model.nothing: "),
+        ("trainer.device=cuda", "trainer.device=cuda: "),
+        ("calibration.budget=3", "calibration.budget=3: "),
+        ("calibration.sparsity={nothing: 0.5}", "calibration.sparsity"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(
+    place: Path, argument: str, key: str
+) -> None:
+    for sweep in ([], ["-m", "seed=0,1"]):
+        done = here(place, "train", *sweep, "model=tiny_vit", argument, "results_dir=unfit")
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith(f"partial-lora: {key}")
+    assert not (place / "unfit").exists()
 
 
 def test_a_sweep_with_a_wrong_value_starts_no_run(place: Path) -> None:
@@ -478,7 +497,9 @@ def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
     assert done.returncode == 1
     assert "task=cifar10: " in done.stderr
     records = {path.parts[-5]: json.loads(path.read_text()) for path in place.glob("swept/runs/*/*/*/*/result.json")}
-    assert {task: result["status"] for task, result in records.items()} == {"cifar10": "failed", "digits": "finished"}
+    assert {task: result["status"] for task, result in records.items()} == {
+        "digits": "finished"
+    }  # the other never began
 
 
 def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:

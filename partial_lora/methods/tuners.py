@@ -106,6 +106,8 @@ def weight_tuners() -> dict[str, type[PeftConfig]]:
 
 
 def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
+    if setting.peft_type == "LORA" and all(parameter.is_meta for parameter in model.parameters()):
+        options = {**options, "init_lora_weights": True}  # others look at the weights
     config = configuration(setting.peft_type, options, **_shared(setting, options))
     try:
         return get_peft_model(model, config)
@@ -195,7 +197,9 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
             f"have are {round(goal * (1 + off(chosen))):,}"
         )
     if far(chosen) > TOLERANCE:
-        logger.warning("%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen))
+        logger.warning(
+            "method.peft_type=%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen)
+        )
     return chosen
 
 
@@ -321,8 +325,7 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
     bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
     try:
         with torch.random.fork_rng(devices=[]):
-            start = {"init_lora_weights": True} if setting.peft_type == "LORA" else {}  # some look at the weights
-            adapted = _built(_stand_in(model, names), bare, dict(setting.peft) | dict(options) | start)
+            adapted = _built(_stand_in(model, names), bare, dict(setting.peft) | dict(options))
     except PartialLoraError as error:
         if isinstance(error.__cause__, NotImplementedError):  # it looks at the values of the weights
             raise PartialLoraError(

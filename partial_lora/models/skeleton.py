@@ -109,12 +109,18 @@ def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: in
 
     Raises PartialLoraError for an architecture or an argument that the family's library does not know.
     """
-    stored = _stored().get(key_of(family, architecture, model_args))
-    if stored is not None:
-        return _read(stored, outputs)
+    geometry = {"family": family, "architecture": architecture, "model_args": model_args}
+    if stored := stored_skeleton(**geometry, outputs=outputs):
+        return stored
     from partial_lora.models.family import empty
 
-    return skeleton_of(empty(family=family, architecture=architecture, model_args=model_args, num_labels=outputs))
+    return skeleton_of(empty(**geometry, num_labels=outputs))
+
+
+def stored_skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton | None:
+    """Return the skeleton of a model of conf/model; None for another geometry."""
+    stored = _stored().get(key_of(family, architecture, model_args))
+    return None if stored is None else _read(stored, outputs)
 
 
 # --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. Equal trees

@@ -220,6 +220,8 @@ def compose(
     with in_one_line(arguments):
         planned = plan(arguments)
     refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
+    if sweep is not None:
+        refused += [_unfit(config, planned.launcher) for _, config in planned.runs]
     for line in filter(None, dict.fromkeys(refused)):
         print(f"partial-lora: {line}", file=sys.stderr)
     if any(refused):
@@ -252,6 +254,17 @@ def _print_help(arguments: Sequence[str]) -> None:
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
     print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
+
+
+def _unfit(config: Config, launcher: str) -> str | None:
+    """Return why a run would be refused once its libraries are there; None where nothing speaks against it."""
+    from partial_lora.runs.info import check
+
+    try:
+        check(config, here=launcher in ("basic", "joblib"))
+    except PartialLoraError as error:
+        return str(error)
+    return None
 
 
 def _uncalibrated(config: Config) -> str | None:

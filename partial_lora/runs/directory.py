@@ -36,6 +36,7 @@ PAGE = "index.html"
 LOCK = ".lock"
 LATEST = "latest"  # in a results directory, a link to the run that ended last
 RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
+REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
 _OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
@@ -172,6 +173,15 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         else:
             entry.unlink()
     return notes
+
+
+def remove_refused(directory: Path, results_dir: Path | str) -> None:
+    """Remove the directory of a run that never began, and those above it that are empty then."""
+    shutil.rmtree(directory)
+    for parent in directory.parents:
+        if parent == Path(results_dir) or any(parent.iterdir()):
+            return
+        parent.rmdir()
 
 
 def remove_checkpoints(directory: Path) -> None:

@@ -20,11 +20,12 @@ from partial_lora.calibration.budget import (
 from partial_lora.calibration.config import CALIBRATED, PAPER_BUDGET
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
+from partial_lora.errors import require
 from partial_lora.masks import Sparsity
-from partial_lora.models.skeleton import Skeleton, skeleton
-from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity
+from partial_lora.models.skeleton import Skeleton, skeleton, stored_skeleton
+from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.runs.directory import LIBRARIES, git_commit
-from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 from partial_lora.training import size
 
 
@@ -118,6 +119,43 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
         )
         for name, quantization in (("bf16", None), ("nf4", "nf4"))
     }
+
+
+# --- What can be known to be wrong before anything is imported, downloaded or written.
+
+_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux
+
+
+def check(config: Config, *, here: bool) -> None:
+    """Raise PartialLoraError for a task, device, image size, module or budget that the model or this machine has not.
+
+    here: the run starts on this machine. Names and shapes are looked at where those of the model are stored.
+    """
+    model, calibration = config.model, config.calibration
+    check_modality(model, config.task)
+    if here and config.trainer.device == "cuda" and sys.platform == "linux":
+        found = any(any(Path("/dev").glob(name)) for name in _DEVICES)
+        require(found, "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
+    bare = stored_skeleton(family=model.family, architecture=model.architecture, model_args=model.model_args, outputs=2)
+    if bare is None:
+        return
+    _check_image_size(model, bare)
+    whole = [("head", model.head)] if model.head else []
+    for key, name in [*whole, *(("new_modules", name) for name in model.new_modules)]:
+        require(name in bare.modules, f"model.{key}", name, f"a module of {bare.kind}")
+    shapes = bare.targets(**model.trained_modules)
+    if fixed_sparsity(config, shapes) is None and is_calibrated(config) and calibration.budget is not None:
+        parameter_count(calibration.budget, shapes, config.method.rank, config.mask.counted)
+
+
+def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:
+    size, own = model.image_size, model.model_args
+    patches = [shape[-1] for name, shape in bare.parameters.items() if name.endswith("patch_embed.proj.weight")]
+    if model.modality != "image" or not patches or own.get("dynamic_img_pad"):
+        return
+    if not own.get("dynamic_img_size") and own.get("img_size"):
+        require(size == own["img_size"], "model.image_size", size, f"{own['img_size']}, those of model={model.name}")
+    require(size % patches[0] == 0, "model.image_size", size, f"a multiple of {patches[0]}, the patch of {model.name}")
 
 
 # --- Where this runs.

@@ -59,7 +59,8 @@ class Outcome:
         """Why the run did not end well, in a line that says where to read on."""
         if self.status == "interrupted":
             return f"interrupted by {self.message}; the same command goes on from there"
-        return f"{self.message} (log: {self.directory / directory.LOG})"
+        log = self.directory / directory.LOG
+        return f"{self.message} (log: {log})" if log.is_file() else self.message
 
 
 def launch(
@@ -91,6 +92,7 @@ def launch(
         if _is_done(config, stage, place):
             directory.remove_checkpoints(place)  # what ended it may have come between the last two steps
             return Outcome(place, "skipped")
+        is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
         for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
         for line in config.trainer.warnings if stage == "train" else ():
@@ -107,7 +109,10 @@ def launch(
         )
         if code and code not in _STOPPED:
             _record_failure(place, failure, cluster, code)
-        return _outcome(place, code)
+        outcome = _outcome(place, code)
+        if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get(directory.REFUSED):
+            directory.remove_refused(place, config.results_dir)
+        return outcome
 
 
 def directory_of(config: Config, stage: str) -> Path:
