@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -214,7 +215,7 @@ def _refuse_options(arguments: Sequence[str]) -> None:
     from hydra._internal.utils import get_args_parser
 
     known = get_args_parser()._option_string_actions
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in known:
             stands_alone = following is None or following.startswith("-") or "=" in following

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
-from partial_lora.runs.arguments import in_grammar, refuse_group_lists
+from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
 from partial_lora.runs.compose import composition_error
 from partial_lora.runs.config import check_files, conf_dir, load, plain
 from partial_lora.runs.schema import Config, TaskConfig
@@ -250,7 +250,7 @@ def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[s
     folder with one sub-folder a split is these.
     """
     prefix = "task.data_files."
-    named = dict(each.removeprefix(prefix).split("=", 1) for each in overrides if each.startswith(prefix))
+    named = dict(_path(each.removeprefix(prefix)) for each in overrides if each.startswith(prefix))
     others = [each for each in overrides if not each.startswith(prefix)]
     if not named:
         return recorded, others
@@ -261,6 +261,13 @@ def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[s
             "test: FILE}"
         )
     return files_by_split(recorded) | named, others
+
+
+def _path(override: str) -> tuple[str, str]:
+    """Return the key and the text of KEY=PATH, which may be in quotes."""
+    key, _, text = override.partition("=")
+    read = parsed(override)
+    return key, read.value() if read is not None and isinstance(read.value(), str) else text
 
 
 def files_by_split(data_files: str | Mapping | None) -> dict[str, str]:

@@ -232,6 +232,11 @@ def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     one = finished_runs.changed(run, "task", data_files=str(tmp_path))
     task, _ = finished.evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
     assert task.data_files == {"train": str(tmp_path), "test": str(tmp_path)}
+    odd = tmp_path / "a, [b] (1)"
+    odd.mkdir()
+    for path in (odd, f"'{odd}'"):
+        task, _ = finished.evaluation_settings(one, [f"task.data_files.test={path}"])
+        assert task.data_files["test"] == str(odd)
     hub = finished_runs.changed(run, "task", data_files=None)
     with refusal("task.data_files.test: "):
         finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])
