@@ -195,7 +195,7 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     return [
         *lines,
         f"next: partial-lora predict {run} {inputs}",
-        f"      partial-lora export {run} --to compact",
+        f"      partial-lora export {run} --to {'compact' if config.method.name in MASKED else 'peft'}",
         f"      partial-lora report {shlex.quote(str(results))}",
     ]
 

@@ -96,7 +96,8 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
     chat = chosen.chat_template
     if chat is None:  # of a benchmark the prompt is part of what is compared
         chat = chosen.path == "files" and tokenizer.chat_template is not None
-    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat)
+    too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
+    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
 
 
 def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:

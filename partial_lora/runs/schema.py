@@ -206,6 +206,7 @@ class TaskConfig:
     answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
     stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
     max_new_tokens: int = 256  # generation: the longest response that is written
+    too_long: str = "cut"  # generation: an answer of more than model.max_length tokens; drop: its row; refuse: the run
     regression: Optional[bool] = None  # true: labels are real numbers; null: where they are fractions
     metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
     train_samples: Optional[int] = None  # training rows, validation's among them, of every class its share; null: all
@@ -232,6 +233,7 @@ class TaskConfig:
         texts = self.kind == "label" or self.modality == "text"
         require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
         one_of("task.answer", self.answer, None, "number")
+        one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
         require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("train_samples", "test_samples"):
             value = getattr(self, key)

@@ -121,6 +121,7 @@ class Continuations:
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 _ANSWERS = Features({"input_ids": List(Value("int32")), "answer_start": Value("int32"), "length": Value("int32")})
+_MAYBE_CUT = Features(_ANSWERS | {"cut": Value("bool")})
 _OPTIONS = Features(
     _ANSWERS | {"item": Value("int32"), "right": Value("bool"), "characters": Value("int32")}  # of an option
 )
@@ -130,11 +131,13 @@ class CausalTransform:
     """Converts prompts with options, or with responses, to input_ids, attention_mask and labels, each (N, L).
 
     Only the tokens of the answer are labels, all else is -100; the model itself shifts them by one token. A sequence
-    that is longer than `max_length` tokens loses the first of its prompt, never any of its answer.
+    that is longer than `max_length` tokens loses the first of its prompt, never any of an answer that fits alone.
 
     Args:
         kind: "choice", or "generation", whose responses end with the tokenizer's end token.
         chat: put prompts and answers into the tokenizer's chat template.
+        too_long: what becomes of an answer that does not fit alone: "refuse"; "cut", it loses its end, the prompt
+            keeps up to half of the tokens; "drop", its row is left out. How many there are is among `warnings`.
 
     Raises PartialLoraError where there is no such template.
     """
@@ -142,18 +145,36 @@ class CausalTransform:
     lengths = True  # prepared rows have a column `length`, of tokens
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, kind: str = "generation", chat: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        kind: str = "generation",
+        chat: bool = False,
+        too_long: str = "refuse",
     ) -> None:
-        self.tokenizer, self.kind = tokenizer, kind
+        self.tokenizer, self.kind, self.warnings = tokenizer, kind, []
+        self._too_long = too_long
         self._max_length, self._tokens = max_length, Continuations(tokenizer, chat)
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows to train on, for `collate`: the right answer of each, tokens without padding.
 
         Columns: input_ids, answer_start (the place of the answer's first token) and length. On disk where they cannot
-        need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long.
+        need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long, where that
+        is refused.
         """
-        return self._prepared(rows, self._right_answers(rows.split), _ANSWERS, len(rows), cache_bytes)
+        if self._too_long == "refuse":
+            return self._prepared(rows, self._right_answers(rows.split), _ANSWERS, len(rows), cache_bytes)
+        prepared = self._prepared(rows, self._right_answers(rows.split), _MAYBE_CUT, len(rows), cache_bytes)
+        if count := sum(prepared["cut"]) + len(rows) - len(prepared):
+            self.warnings.append(
+                f"task.too_long={self._too_long}: {count} of {len(rows)} answers of the {rows.split or 'given'} rows "
+                f"do not fit into model.max_length={self._max_length}"
+            )
+        if len(prepared) == 0:
+            raise PartialLoraError(f"model.max_length={self._max_length}: no answer fits, expected more; raise it")
+        return prepared
 
     def options(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows to score, one an option, those of a question next to each other; with three more columns.
@@ -179,7 +200,8 @@ class CausalTransform:
         the question of each, and `answers` (N,), True for the right option.
         """
         if self.kind != "choice":
-            prepared = in_memory(rows, self._right_answers(rows.split), _ANSWERS).to_list()
+            features = _ANSWERS if self._too_long == "refuse" else _MAYBE_CUT
+            prepared = in_memory(rows, self._right_answers(rows.split), features).to_list()
             return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
         batches: list[list[dict]] = [[]]
         options = in_memory(rows, self._all_options(rows.split), _OPTIONS).to_list()
@@ -213,6 +235,7 @@ class CausalTransform:
             "max_length": self._max_length,
             "kind": self.kind,
             "columns": list(features),
+            **({} if self._too_long == "refuse" else {"too_long": self._too_long}),
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         }
@@ -259,12 +282,17 @@ class CausalTransform:
     def _sequences(
         self, prompts: Sequence[str], answers: Sequence[str], places: Sequence[int], split: object
     ) -> dict[str, list]:
-        columns: dict[str, list] = {name: [] for name in _ANSWERS}
+        columns: dict[str, list] = {name: [] for name in (_ANSWERS if self._too_long == "refuse" else _MAYBE_CUT)}
         pairs = self._tokens.pairs(prompts, answers, ends=self.kind == "generation")
         start = self._tokens.start
         for place, (context, answer) in zip(places, pairs, strict=True):
             room = self._max_length - len(answer)
-            if room < 1:
+            if (is_cut := room < 1) and self._too_long == "drop":
+                continue
+            if is_cut and self._too_long == "cut":
+                room = max(1, min(len(context), self._max_length // 2))
+                answer = answer[: self._max_length - room]
+            elif is_cut:
                 raise PartialLoraError(
                     f"model.max_length={self._max_length}: an answer of row {place + 1} of the {split or 'given'} rows "
                     f"has {len(answer)} tokens, expected at most {self._max_length - 1}; raise it or leave the row out"
@@ -273,6 +301,8 @@ class CausalTransform:
             columns["input_ids"].append([*context, *answer])
             columns["answer_start"].append(len(context))
             columns["length"].append(len(context) + len(answer))
+            if "cut" in columns:
+                columns["cut"].append(is_cut)
         return columns
 
     def _padded(self, tokens: Sequence[Tensor], side: str) -> dict[str, Tensor]:

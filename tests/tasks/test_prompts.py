@@ -212,3 +212,25 @@ def test_tokens_are_made_once_and_again_for_all_that_makes_others(monkeypatch) -
             made(**other)
     tokenizer.chat_template = None
     assert made() == first  # plain prompts know of no template
+
+
+@pytest.mark.parametrize(("too_long", "rows", "said"), [("cut", 3, 1), ("drop", 2, 1), ("cut", 3, 0)])
+def test_one_answer_that_does_not_fit_does_not_end_a_training(too_long: str, rows: int, said: int) -> None:
+    long = "a long answer " * (10 if said else 1)
+    columns = {"prompt": ["one", "two", "three"], "response": ["a", long, "b"]}
+    given = datasets.Dataset.from_dict(columns, split=datasets.NamedSplit("train"))
+    transform = tasks.CausalTransform(bytes_tokenizer(), 40, too_long=too_long)
+    plain = tasks.CausalTransform(bytes_tokenizer(), 400).prepare(given, cache_bytes=0)
+    prepared = transform.prepare(given, cache_bytes=0)
+    assert len(prepared) == len(transform.collate(prepared)["input_ids"]) == rows
+    assert len(transform.warnings) == said
+    assert all("1 of 3" in line for line in transform.warnings)
+    others = [row for row in prepared if not row.pop("cut")]
+    assert [row for row in plain if row["length"] <= 40] == others
+    if too_long == "cut" and said:
+        (row,) = (row for row in prepared if row["cut"])
+        whole = plain[1]["input_ids"][: plain[1]["answer_start"] + 40]
+        assert row["length"] == 40
+        assert row["input_ids"] == whole[:40]  # the prompt is there, the answer without its end
+    with refusal("model.max_length=2: "):
+        tasks.CausalTransform(bytes_tokenizer(), 2, too_long="drop").prepare(given, cache_bytes=0)
