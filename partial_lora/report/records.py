@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import pandas as pd
-from pyarrow.parquet import ParquetFile
-from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
+
+if TYPE_CHECKING:  # a second, which lists of runs and what a run ends with do not wait for
+    import pandas as pd
 
 NONE = rates.NO_POINT  # for what does not apply
 LEVEL = 0.95  # of every interval
@@ -90,6 +90,8 @@ def _run(result: dict, directory: Path, group: str) -> Run:
 
 def table(runs: Iterable[Run]) -> pd.DataFrame:
     """Return the rows of runs."""
+    import pandas as pd
+
     return pd.DataFrame([run.row for run in runs])
 
 
@@ -545,6 +547,8 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 def half_interval(std: float, n: int) -> float:
     """Return half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
+    from scipy.special import stdtrit  # scipy.stats takes half a second to import
+
     if n < 2 or math.isnan(std):
         return math.nan
     return float(stdtrit(n - 1, (1 + LEVEL) / 2) * std / math.sqrt(n))
@@ -559,11 +563,15 @@ def _shared(values: pd.Series) -> object:
     """Return the value that all share; "–" (of numbers NaN) where they differ."""
     if values.nunique(dropna=False) == 1:
         return values.iloc[0]
-    return math.nan if pd.api.types.is_numeric_dtype(values) else NONE
+    from pandas.api.types import is_numeric_dtype
+
+    return math.nan if is_numeric_dtype(values) else NONE
 
 
 def _sortable(values: pd.Series) -> pd.Series:
     """Return numbers by size where all are numbers, words otherwise."""
+    import pandas as pd
+
     numbers = pd.to_numeric(values, errors="coerce")
     return values.astype(str) if numbers.isna().any() else numbers
 
@@ -670,6 +678,8 @@ class Predictions:
         return any(self._file(group, seed).is_file() for seed in seeds)
 
     def _frame(self, group: str, seed: int, *, whole: bool) -> pd.DataFrame:
+        from pyarrow.parquet import ParquetFile
+
         key = (group, seed, whole)
         if key in self._frames:
             return self._frames[key]
