@@ -241,7 +241,7 @@ class PartialLoraConfig(LoraConfig):
                     if of_module.columns.sparsity:
                         raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
-            sidecar.verify(masks, geometries, self.expected)
+            sidecar.verify(masks, geometries, self.expected, count=self.count)
         self.masks, self.geometries = masks, dict(geometries)
         return masks
 
@@ -299,10 +299,8 @@ class PartialLoraConfig(LoraConfig):
                 " model, or its peft_config[NAME]."
             )
         self.as_lora().save_pretrained(save_directory, **kwargs)
-        # The number that "bernoulli" keeps is random: its file holds the requested sparsity, not the measured one.
-        requested = assign_sparsity(self.sparsity, list(self.masks)) if self.count == "bernoulli" else None
-        own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count", "columns")}
-        content = sidecar.describe(self.masks, self.geometries, requested, rank=self.r, **own)
+        own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
+        content = sidecar.describe(self.masks, self.geometries, self.sparsity, rank=self.r, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory))
 
@@ -335,12 +333,15 @@ class PartialLoraConfig(LoraConfig):
         check_values(path.parent, modules)
         config = cls(
             **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
-            sparsity={module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
+            sparsity=saved["sparsity"]
+            if "sparsity" in saved  # of before: what was measured
+            else {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
             granularity=saved["granularity"],
             selection=saved["selection"],
             mask_seed=saved["mask_seed"],
             count=saved.get("count", "exact"),
             columns=saved.get("columns", "masked"),
+            fan_in=saved.get("fan_in", "dense"),
             indices=None
             if saved["selection"] == "random"
             else {module: entry["indices"] for module, entry in modules.items()},

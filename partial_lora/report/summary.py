@@ -45,12 +45,23 @@ def summary(result: Mapping) -> Table:
             "adapter, trainable": adapter,
             "head, trainable": f"{numbers['head_parameters']:,}",
             "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
+            "learning rate": _rates(result["config"]["trainer"]),
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": "\n".join(warnings_of(result)),
             "as usual": _usual(result),
         }
     )
+
+
+def _rates(trainer: Mapping) -> str:
+    """Return the learning rate of a run, that of its head where it has its own, and where they are from."""
+    rates = [f"{trainer['learning_rate']:g}"]
+    if trainer.get("head_learning_rate") is not None:
+        rates.append(f"head {trainer['head_learning_rate']:g}")
+    if trainer.get("tuned"):
+        rates.append(trainer.get("tuned_elsewhere") or "tuned")
+    return ", ".join(rates)
 
 
 def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ from time import monotonic
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.compose import Plan, in_one_line, plan
-from partial_lora.runs.config import run_directory
+from partial_lora.runs.config import plain, run_directory
 from partial_lora.runs.directory import read_result
 from partial_lora.runs.info import outline
+from partial_lora.runs.rates import suited
+from partial_lora.runs.schema import defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
@@ -102,6 +104,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
+    own_rate = any(each.startswith("trainer.learning_rate=") for each in overrides)
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
     for method in methods:
@@ -114,8 +117,10 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             size = "own size" if budget is None else f"{budget:g}"
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
             (_, config), *_ = checked(["-m", *entry.overrides]).runs
-            steps = round(math.log2(config.method.rate_factor))  # all methods' rates are on one ladder
-            entry.centre = config.trainer.learning_rate * 2.0**steps
+            settings = plain(config)
+            dense = config.trainer.learning_rate if own_rate else defaults()["trainer.learning_rate"]
+            steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder
+            entry.centre = dense * 2.0**steps
             try:
                 entry.parameters = outline(config).counts["adapter_trainable"]
             except PartialLoraError as error:  # not of this size, or not on this model

@@ -23,7 +23,7 @@ _partial_lora()
 }
 complete -o nospace -o default -F _partial_lora partial-lora"""
 _ACTIONS = ("install=bash", "uninstall=bash", "query=bash")
-_COMPOSED = ("train", "calibrate", "info")  # commands that take groups and keys; others take a run
+_COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
 
 
 def complete(action: str | None, commands: Sequence[str]) -> str:

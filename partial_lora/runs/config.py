@@ -22,7 +22,7 @@ from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, 
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, file_sha256, redacted
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
-from partial_lora.runs.rates import tuned
+from partial_lora.runs.rates import suited, tuned
 from partial_lora.runs.schema import (
     Config,
     ModelConfig,
@@ -33,7 +33,7 @@ from partial_lora.runs.schema import (
     plain_name,
     task_key,
 )
-from partial_lora.training.config import TRACKERS
+from partial_lora.training.config import AUTO, TRACKERS
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
@@ -62,7 +62,8 @@ def resolve(composed: DictConfig) -> Config:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
     for group in ("method", "importance"):
         name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
-        require(name in known, f"{group}.name", name, f"one of {', '.join(known)}")
+        by_type = composed[group].get("peft_type") is not None  # a tuner of PEFT goes by any name
+        require(name in known or by_type, f"{group}.name", name, f"one of {', '.join(known)}")
     config = OmegaConf.to_object(OmegaConf.merge(_schema(), composed))  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
@@ -72,8 +73,10 @@ def resolve(composed: DictConfig) -> Config:
         task = _with_files(task, Path(config.data_dir))
     config, trainer = replace(config, task=task), config.trainer
     config = replace(config, calibration=_with_budget(config.calibration, config.method.name))
-    if trainer.tuned is None:
+    if trainer.tuned is None and trainer.learning_rate != AUTO:
         return config
+    if trainer.tuned is None:
+        return replace(config, trainer=replace(trainer, learning_rate=suited(plain(config))))
     rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which is of the rate
     return replace(config, trainer=replace(trainer, **rate))
 

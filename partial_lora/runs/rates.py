@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from partial_lora.calibration.config import PAPER_BUDGET
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
 from partial_lora.runs import schema
@@ -317,6 +318,7 @@ def _calibration(settings: Mapping) -> dict:
 
 # --- A learning rate to try first, where none was searched for.
 
+_OF_MASKS = ("columns", "fan_in", "row_exponent", "column_exponent")  # what decides how far a step moves the outputs
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
@@ -349,6 +351,22 @@ def starting_rate(
     return dense * density ** (-max(power, 0.0) / 3)
 
 
+def suited(settings: Mapping, dense: float | None = None) -> float:
+    """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
+
+    `method.rate_factor` is that of the method, `starting_rate` that of its masks. Without a budget or a fixed sparsity
+    the density is taken to be the paper's. dense: None for the schema's default.
+    """
+    dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
+    method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]
+    rate = dense * method.get("rate_factor", 1.0)
+    if method["name"] not in schema.MASKED:
+        return rate
+    budget, sparsity = calibration.get("budget"), calibration.get("sparsity")
+    density = budget if budget and budget <= 1 else 1 - sparsity if isinstance(sparsity, float) else PAPER_BUDGET
+    return starting_rate(rate, max(density, 1e-6), **{name: mask[name] for name in _OF_MASKS if name in mask})
+
+
 def dense_rate(settings: Mapping) -> tuple[float, str]:
     """Return the learning rate of dense LoRA for a run's model and task, and where it is from.
 
@@ -366,6 +384,6 @@ def dense_rate(settings: Mapping) -> tuple[float, str]:
 def starting_point(settings: Mapping, density: float) -> str:
     """Return the learning rate for a run to try first and what it is derived from, in words."""
     dense, source = dense_rate(settings)
-    known = ("columns", "fan_in", "row_exponent", "column_exponent")
-    rate = starting_rate(dense, density, **{name: settings["mask"][name] for name in known if name in settings["mask"]})
+    mask = {name: settings["mask"][name] for name in _OF_MASKS if name in settings["mask"]}
+    rate = starting_rate(dense, density, **mask)
     return f"{rate:.2g} at density {density:.3g}, from dense LoRA's {dense:g} ({source})"

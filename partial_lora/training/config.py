@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
+AUTO = "auto"  # in place of a learning rate
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
 
 _LARGEST_RATE = 1.0  # beyond which nothing can be learned
@@ -25,7 +26,7 @@ class TrainerConfig:
     batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
     gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
     eval_batch_size: int = 64  # examples at once where nothing is trained
-    learning_rate: float = 1e-3  # of the adapter; and of all that trains whole, unless that has its own
+    learning_rate: Any = 1e-3  # of the adapter, and of what has none of its own; auto: by method and density
     head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: trainer.learning_rate
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the rate of B is this many times that of A
     tuned: Optional[str] = None  # a file of scripts/tune.py, whose rate for this run goes before trainer.learning_rate
@@ -78,7 +79,10 @@ class TrainerConfig:
         for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
-        positive("trainer.learning_rate", self.learning_rate)
+        if self.learning_rate != AUTO:
+            number = type(self.learning_rate) in (int, float) and 0 < self.learning_rate < math.inf  # true is an int
+            require(number, "trainer.learning_rate", self.learning_rate, "a number above 0, or auto")
+            self.learning_rate = float(self.learning_rate)
         positive("trainer.loraplus_ratio", self.loraplus_ratio)
         if self.head_learning_rate is not None:
             positive("trainer.head_learning_rate", self.head_learning_rate)

@@ -278,7 +278,11 @@ def test_what_is_none_is_refused_with_the_words_that_make_it_a_text(argument: st
 
 
 def test_the_ids_of_runs_never_change() -> None:
-    first = ("mask.fan_in=dense", "mask.row_exponent=0")  # what group files said when these were written down
+    first = (
+        "mask.fan_in=dense",
+        "mask.row_exponent=0",
+        "trainer.learning_rate=1e-3",
+    )  # what group files said when these were written down
     assert config.run_id(composed(*first)) == "3501512c"
     assert config.run_id(composed("calibration=budget", "method=uniform", "model=tiny_vit", *first)) == "c8c12eb5"
     place = config.run_directory(composed("seed=2", "results_dir=here", *first))

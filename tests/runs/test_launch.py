@@ -61,7 +61,7 @@ def test_an_error_of_a_process_that_loads_data_is_one_line() -> None:
     with pytest.raises(PartialLoraError) as raised:
         wrapped.reraise()
     assert len(str(raised.value).splitlines()) > 2  # with the traceback of that process
-    assert worker.in_one_line(raised.value) == "an image of the task cannot be read: row 1"
+    assert worker._in_one_line(raised.value) == "an image of the task cannot be read: row 1"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_an_error_of_a_process_that_loads_data_is_one_line() -> None:
     ],
 )
 def test_any_other_error_is_one_line_too(error: BaseException, line: str) -> None:
-    assert worker.in_one_line(error) == line
+    assert worker._in_one_line(error) == line
 
 
 # Which of several processes failed first

@@ -264,3 +264,27 @@ def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
     assert of() == (1e-3, "the default")
     monkeypatch.chdir("/")
     assert of() == (1e-3, "the default")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["method=lora"], 1e-3),
+        (["method=partial"], 1e-3),  # drawn and scaled for its density
+        (["method=partial", "mask.row_exponent=0", "mask.fan_in=dense"], 1e-3 * 0.13**-0.5),
+        (["method=entries", "calibration.budget=0.02"], 1e-3 * 0.02**-0.5),
+        (["calibration=fixed", "calibration.sparsity=0.75", "mask.row_exponent=0"], 1e-3 * 0.25 ** -(1 / 3)),
+        (["method=vera"], 1e-2),
+        (["method=lokr", "calibration.budget=0.02"], 3e-2),
+        (["method=vera", "trainer.learning_rate=5"], 5.0),
+        (["method=vera", "preset=cpu", "trainer.tuned=null"], 1e-3),  # records were made so
+    ],
+)
+def test_the_rate_by_default_suits_the_method_and_its_density(overrides: list[str], rate: float) -> None:
+    assert composed(*overrides).trainer.learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "fast", "null", "true", "inf"])
+def test_what_is_no_learning_rate_is_refused(value: str) -> None:
+    with refusal("trainer.learning_rate"):
+        composed(f"trainer.learning_rate={value}")
