@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_lora.calibration.reuse import wrapped
-from partial_lora.calibration.search import BOTH, CHECKED, Curve, Levels, scan
+from partial_lora.calibration.search import BOTH, Curve, Levels, checks, scan
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 
@@ -125,7 +125,7 @@ def checked(
     line: float,
     survives: Callable[[str, str, float], bool],
 ) -> dict[Point, bool]:
-    """Return the points evaluated all the same: CHECKED of those that a scan of the predicted curves tries.
+    """Return the points that are evaluated all the same, as many as `checks` gives a scan of the predicted curves.
 
     line: the score that is just enough. survives: evaluates a point. Of the levels chosen and of those after them, the
     one whose prediction is nearest to the line is evaluated, again and again.
@@ -138,7 +138,7 @@ def checked(
 
     levels = levels_of(predicted, grid, enough)
     tried = sum(grid.index(beside(level)[-1]) + 1 for axes in levels.values() for level in axes.values()) if grid else 0
-    for _ in range(math.floor(CHECKED * tried)):
+    for _ in range(checks(tried)):
         distances = {
             (module, axis, near): abs(predicted[module][axis][near][0] - line)
             for module, axes in levels.items()

@@ -22,7 +22,7 @@ NOT_A_NUMBER: Bounds = (math.nan, math.nan)
 _TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
 _FORWARD, _BACKWARD = 2.0, 5.0  # passes over an altered model that one over the intact one takes, with gradients
 COMPETING = 10  # outputs of an example that gradients are taken of
-CHECKED = 0.05  # of the points that a scan of predicted curves tries: so many are evaluated all the same
+CHECKED, MOST_CHECKED = 0.05, 32  # of the points that a scan of predicted curves tries, so many are evaluated; at most
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
@@ -91,6 +91,11 @@ Search = Callable[[Callable[[float], bool], Sequence[float]], float]
 SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # the last of predicted curves
 
 
+def checks(points: float) -> int:
+    """Return how many of the points that a scan of predicted curves tries are evaluated all the same."""
+    return min(math.floor(CHECKED * points), MOST_CHECKED)
+
+
 def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
@@ -100,7 +105,7 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
     tried = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
     points = modules * axes * tried
     if search == "gradient":
-        points = 1 + COMPETING + math.floor(CHECKED * points)
+        points = 1 + COMPETING + checks(points)
     if not repair:
         return points + 1
     steps = modules * axes * levels
@@ -115,7 +120,7 @@ def passes_expected(curves: int, levels: int, *, search: str, budget: bool = Fal
     budget took up to 1.6 times the passes of a threshold. A repair doubles them, or more.
     """
     if search == "gradient":
-        return _FORWARD + COMPETING * _BACKWARD + (0 if budget else CHECKED * _TRIED * levels * curves)
+        return _FORWARD + COMPETING * _BACKWARD + (0 if budget else checks(_TRIED * levels * curves))
     tried = math.log2(levels + 1) if search == "bisect" else _TRIED * levels
     return curves * min(levels, tried * (_BUDGET if budget else 1)) * (2 if repair else 1)
 

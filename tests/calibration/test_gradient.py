@@ -24,7 +24,7 @@ from scored_models import (
 from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
-from partial_lora.calibration import gradient, score
+from partial_lora.calibration import gradient, score, search
 from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.importance import svd
 from partial_lora.calibration.reuse import logits_of
@@ -199,7 +199,7 @@ def found_by(model, batches, **kind):
 
 
 def test_few_points_are_evaluated_and_what_they_say_goes_before_the_prediction(model, batches, monkeypatch):
-    monkeypatch.setattr(gradient, "CHECKED", 0.3)
+    monkeypatch.setattr(search, "CHECKED", 0.3)
     literal, differing = calibrate(model, Counted(batches), threshold=0.01, **GRID), 0
     for threshold in (0.9, 0.8, 0.6):
         found, scored = found_by(model, batches, threshold=threshold)
@@ -241,12 +241,16 @@ def test_the_points_nearest_to_the_line_are_evaluated_first(monkeypatch):
 
     for share, expected in ((0.0, []), (0.25, [("a", 0.5), ("b", 0.5)]), (0.4, [("a", 0.5), ("b", 0.5), ("b", 0.75)])):
         asked.clear()
-        monkeypatch.setattr(gradient, "CHECKED", share)
+        monkeypatch.setattr(search, "CHECKED", share)
         found = gradient.checked(predicted, grid, survives=survives, **kind)
         assert asked == expected
         levels = gradient.levels_of(predicted, grid, kind["enough"], found)
         b = {0: 0.25, 2: 0.5, 3: 0.75}[len(asked)]
         assert levels == {"a": {"rows": 0.25 if asked else 0.5}, "b": {"rows": b}, "c": {"rows": 0.75}}
+
+
+def test_of_many_points_few_are_evaluated():
+    assert [search.checks(points) for points in (0, 19, 100, 639, 640, 10**4)] == [0, 0, 5, 31, 32, 32]
 
 
 def test_what_is_stored_is_what_a_fresh_calibration_finds(model, batches, tmp_path, monkeypatch):
