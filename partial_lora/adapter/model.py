@@ -147,7 +147,12 @@ class PartialLoraModel(LoraModel):
 
 
 def register() -> None:
-    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself."""
+    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself.
+
+    Raises AttributeError for a PEFT without a method that PartialLoraModel overrides: it would never be called.
+    """
+    for name in vars(PartialLoraModel).keys() - {"_geometries"}:
+        getattr(LoraModel, name)
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
