@@ -666,7 +666,13 @@ def merge(arguments: Sequence[str]) -> int:
         prog="partial-lora merge",
         description="The adapters of several finished runs over one base model as one, by PEFT's add_weighted_adapter.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="[BASE] RUN_DIR",
+        help=f"{_RUN}; BASE, the name or the weights of a model, has to be what the runs were trained over",
+    )
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
@@ -689,7 +695,11 @@ def merge(arguments: Sequence[str]) -> int:
 
     from partial_lora.runs.finished import finished_run
 
+    base = parsed.runs.pop(0) if len(parsed.runs) == len(parsed.weights) + 1 else None
     runs = [finished_run(each) for each in parsed.runs]
+    for run in runs if base else ():
+        known = (run.config.model.name, run.config.model.weights)
+        require(str(base) in known, "BASE", base, f"{' or '.join(known)}, which {run.directory} was trained over")
     with _libraries():
         from partial_lora.runs import merge
     overlaps = merge.merge(runs, parsed.weights, parsed.out, way=parsed.how, density=parsed.density)

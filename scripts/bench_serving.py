@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from partial_lora.files import write_atomic, write_json
+from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK, LOW_RANK, SPARSITY = 16, 2, 0.87
@@ -152,8 +153,39 @@ def page(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str,
     lines += [
         "",
         *(f"Masked takes less time than {other} in {len(of)} of {len(cases)} cases." for other, of in wins.items()),
+        "",
+        "![time and memory against the number of adapters](serving.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def draw(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str, int]]], out: Path) -> None:
+    """Draw time against the number of adapters, a panel for a layer and batch, and the memory that they take."""
+    kinds = list(dict.fromkeys((case["layer"], case["batch"]) for case in cases))
+    figure, axes = panels(len(kinds) + len(sizes), wide=3.6, high=2.9)
+    for panel, (layer, batch) in zip(axes, kinds, strict=False):
+        own = [case for case in cases if (case["layer"], case["batch"]) == (layer, batch)]
+        for form in FORMS:
+            times = [1000 * statistics.median(case["add"][form]) for case in own]
+            panel.plot([case["adapters"] for case in own], times, **_looks(form))
+        panel.set(title=f"{layer}, {batch}", ylabel="ms", ylim=(0, None))
+    for panel, (layer, of_forms) in zip(axes[len(kinds) :], sizes.items(), strict=True):
+        counts = sorted({case["adapters"] for case in cases})
+        for form, bytes_of in of_forms.items():
+            panel.plot(counts, [count * sum(bytes_of.values()) / 1e6 for count in counts], **_looks(form))
+        panel.set(title=f"{layer}, memory", ylabel="MB", yscale="log")
+    for panel in axes:
+        panel.set(xscale="log", xlabel="adapters")
+        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        panel.minorticks_off()
+        plain(panel)
+    legend_below(figure, axes[0].get_lines())
+    save_both(figure, out, "serving")
+
+
+def _looks(form: str) -> dict[str, object]:
+    at = FORMS.index(form)
+    return {"label": form, "color": COLOURS[at], "marker": MARKERS[at], "markersize": 5}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -183,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "serving.json", {"made": made, "bytes": sizes, "cases": cases})
-    write_atomic(options.out / "serving.md", page(cases, sizes, made))
+    write_atomic(options.out / "serving.md", page(cases, sizes, made).encode())
+    draw(cases, sizes, options.out)
 
 
 if __name__ == "__main__":

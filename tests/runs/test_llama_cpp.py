@@ -162,12 +162,19 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
             for which in ours:
                 apart[prompt, kind, which is adapter] = share(found[which][0], expected[which][0])
                 assert kind == "q4" or found[which][1] == expected[which][1]
+                says = model_text(run, found[which][1])
+                print(f"{prompt} llama.cpp over {kind}, {'with' if which else 'without'} the adapter: {says!r}")
     for (prompt, kind, with_it), value in apart.items():
         print(f"{prompt} {kind}, {'with' if with_it else 'without'} the adapter: {value:.1e} of their norm apart")
         assert value < {"f32": 1e-4, "q4": 0.1}[kind]
     nothing = adapter_of(with_zero_b(run, tmp_path / "zero"), tmp_path / "nothing")
     plain, changed = (in_llama_cpp(bases["q4"], each, tokens)[0] for each in (None, nothing))
     assert torch.equal(changed, plain)
+
+
+def model_text(run: FinishedRun, tokens: list[int]) -> str:
+    """The words of tokens."""
+    return export._transform(run).tokenizer.decode(tokens)
 
 
 def share(logits: Tensor, others: Tensor) -> float:
