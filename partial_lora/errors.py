@@ -14,6 +14,10 @@ class PartialLoraError(Exception):
     """
 
 
+class UnfitPackageError(PartialLoraError, ImportError):
+    """A package is missing, or is of a version that this one does not go with."""
+
+
 def shortlist(names: Sequence[str], most: int = 10) -> str:
     """Return the first few names for a message, and how many more there are: "a, b and 7 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

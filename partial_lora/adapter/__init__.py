@@ -3,11 +3,32 @@
 Importing this package registers the method with PEFT, so that ``get_peft_model(model, PartialLoraConfig(...))`` works.
 """
 
-from partial_lora.adapter.compact import load_compact, read_compact, write_compact
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.model import PartialLoraModel, module_masks, module_sparsity, register, trainable_parameters
-from partial_lora.adapter.selection import ModuleMasks
-from partial_lora.adapter.warm_start import warm_start
+from importlib.metadata import version
+
+from partial_lora.errors import UnfitPackageError
+
+PEFT = "peft>=0.21,<0.22"  # as in pyproject.toml: much of what the adapter stands on is not PEFT's public API
+
+try:
+    from partial_lora.adapter.compact import load_compact, read_compact, write_compact
+    from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
+    from partial_lora.adapter.model import (
+        PartialLoraModel,
+        module_masks,
+        module_sparsity,
+        register,
+        trainable_parameters,
+    )
+    from partial_lora.adapter.selection import ModuleMasks
+    from partial_lora.adapter.warm_start import warm_start
+
+    register()
+except (ImportError, AttributeError) as error:
+    if isinstance(error, ImportError) and not (error.name or "").startswith("peft"):
+        raise
+    raise UnfitPackageError(
+        f"peft {version('peft')} lacks what the adapter needs ({error}): pip install '{PEFT}'"
+    ) from None
 
 __all__ = [
     "PEFT_TYPE",
@@ -22,5 +43,3 @@ __all__ = [
     "warm_start",
     "write_compact",
 ]
-
-register()

@@ -139,9 +139,9 @@ class PartialLoraConfig(LoraConfig):
             stay, so that the features A x have at every sparsity the size they have in plain LoRA.
         row_exponent, column_exponent: in [0, 1]; 0 leaves the scaling alone.
 
-    Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank below ``r``; a saved adapter
-    has rank ``r`` everywhere, theirs filled up with zeros. Options that the masked form does not have (``use_dora``,
-    initialisations that fit the factors to weights or data, ...) are refused by name.
+    Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank of their own; a saved adapter
+    has the highest rank everywhere, lower ones filled up with zeros. Options that the masked form does not have
+    (``use_dora``, initialisations that fit the factors to weights or data, ...) are refused by name.
 
     Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
     get_peft_model, before the model is changed, where the settings do not fit the model's modules.
@@ -220,6 +220,12 @@ class PartialLoraConfig(LoraConfig):
         if self.columns == "frozen":
             shares = assign_sparsity(sparsity, list(geometries))
             sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
+        for module, geometry in geometries.items():
+            if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
+                raise PartialLoraError(
+                    f"rank_pattern: target module {module} is a convolution in groups of rank {geometry.a[0]}, which"
+                    f" cannot be filled up on disk: give it the highest rank, {self.saved_rank}."
+                )
         for module in sorted((self.expected or {}).keys() - geometries.keys()):
             raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
         if self.selection == "random":
@@ -241,7 +247,7 @@ class PartialLoraConfig(LoraConfig):
                     if of_module.columns.sparsity:
                         raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
-            sidecar.verify(masks, geometries, self.expected)
+            sidecar.verify(masks, geometries, self.expected, count=self.count)
         self.masks, self.geometries = masks, dict(geometries)
         return masks
 
@@ -255,6 +261,11 @@ class PartialLoraConfig(LoraConfig):
         """Return the rank of a module."""
         return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module), self.r)
 
+    @property
+    def saved_rank(self) -> int:
+        """The rank on disk, where all modules have the highest."""
+        return max([self.r, *self.rank_pattern.values()])
+
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
         masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
@@ -265,16 +276,16 @@ class PartialLoraConfig(LoraConfig):
         """Return the plain LoraConfig of the same adapter, seen as dense."""
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
         if self.masks and (self.row_exponent or self.column_exponent or self.rank_pattern):
-            # The rank is r everywhere, and the scaling what it is here.
-            options["rank_pattern"] = {}
+            # The rank is one everywhere, and the scaling what it is here.
+            options |= {"r": self.saved_rank, "rank_pattern": {}}
             options["alpha_pattern"] = {
                 _only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
             }
         return LoraConfig(**options)
 
     def _padding(self, rank: int) -> float:
-        """Return the factor of alpha that makes up for a rank that is filled up to ``r``."""
-        return math.sqrt(self.r / rank) if self.use_rslora else self.r / rank
+        """Return the factor of alpha that makes up for a rank that is filled up on disk."""
+        return math.sqrt(self.saved_rank / rank) if self.use_rslora else self.saved_rank / rank
 
     def to_dict(self) -> dict:
         """Return everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
@@ -299,10 +310,8 @@ class PartialLoraConfig(LoraConfig):
                 " model, or its peft_config[NAME]."
             )
         self.as_lora().save_pretrained(save_directory, **kwargs)
-        # The number that "bernoulli" keeps is random: its file holds the requested sparsity, not the measured one.
-        requested = assign_sparsity(self.sparsity, list(self.masks)) if self.count == "bernoulli" else None
-        own = {name: getattr(self, name) for name in ("granularity", "selection", "mask_seed", "count", "columns")}
-        content = sidecar.describe(self.masks, self.geometries, requested, rank=self.r, **own)
+        own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
+        content = sidecar.describe(self.masks, self.geometries, self.sparsity, rank=self.saved_rank, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory))
 
@@ -335,12 +344,15 @@ class PartialLoraConfig(LoraConfig):
         check_values(path.parent, modules)
         config = cls(
             **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
-            sparsity={module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
+            sparsity=saved["sparsity"]
+            if "sparsity" in saved  # of before: what was measured
+            else {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
             granularity=saved["granularity"],
             selection=saved["selection"],
             mask_seed=saved["mask_seed"],
             count=saved.get("count", "exact"),
             columns=saved.get("columns", "masked"),
+            fan_in=saved.get("fan_in", "dense"),
             indices=None
             if saved["selection"] == "random"
             else {module: entry["indices"] for module, entry in modules.items()},
@@ -392,10 +404,8 @@ def refuse_options(config: LoraConfig) -> None:
     if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
         raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
     for module, rank in config.rank_pattern.items():
-        if not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= rank <= config.r:
-            raise PartialLoraError(
-                f"rank_pattern[{module!r}] is {rank!r}: expected a whole number from 1 to r={config.r}."
-            )
+        if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+            raise PartialLoraError(f"rank_pattern[{module!r}] is {rank!r}: expected a whole number, at least 1.")
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:

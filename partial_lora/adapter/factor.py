@@ -128,7 +128,7 @@ class MaskedFactor(nn.Module):
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor with as many units of zeros that it has ``rank``, as on disk."""
         missing = rank - self.rank
-        if missing <= 0 or self.in_groups:  # which all have the same rank
+        if missing <= 0:
             return dense
         zeros = dense.new_zeros([missing if axis == 1 - self.axis else size for axis, size in enumerate(dense.shape)])
         return torch.cat([dense, zeros], dim=1 - self.axis)

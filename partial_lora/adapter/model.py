@@ -97,16 +97,21 @@ class PartialLoraModel(LoraModel):
             layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
             layer.set_scale(adapter_name, 1)
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs
+    ) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
         own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
         for name, config in own.items():
-            if config.rank_pattern:
-                raise PartialLoraError(f"adapter {name!r} has a rank_pattern: PEFT combines adapters of one rank.")
+            if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
+                raise PartialLoraError(
+                    f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors of one"
+                    " rank; take 'cat' or one that ends in 'svd'."
+                )
         dense = {name: config.as_lora() for name, config in own.items() if isinstance(config, PartialLoraConfig)}
         self.peft_config.update(dense)  # PEFT makes the new config after the first of these
         try:
-            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             self.peft_config.update(own)
 
@@ -136,7 +141,7 @@ class PartialLoraModel(LoraModel):
             if isinstance(factor, MaskedFactor):
                 config = model.peft_config[path.rpartition(".")[2]]
                 dense = factor.fill(state.pop(key)) if name == "kept" else state[key]
-                state[f"{path}.weight"] = factor.padded(dense, config.r)
+                state[f"{path}.weight"] = factor.padded(dense, config.saved_rank)
         return state
 
     @classmethod
@@ -147,7 +152,12 @@ class PartialLoraModel(LoraModel):
 
 
 def register() -> None:
-    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself."""
+    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself.
+
+    Raises AttributeError for a PEFT without a method that PartialLoraModel overrides: it would never be called.
+    """
+    for name in vars(PartialLoraModel).keys() - {"_geometries"}:
+        getattr(LoraModel, name)
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix

@@ -15,7 +15,7 @@ import numpy as np
 
 from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, kept_count
+from partial_lora.masks import AXES, Mask, Sparsity, assign_sparsity, kept_count, read_sparsity
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
@@ -24,7 +24,7 @@ VERSION = 1
 def describe(
     masks: Mapping[str, ModuleMasks],
     geometries: Mapping[str, Geometry],
-    sparsity: Sparsity | None,
+    sparsity: float | Sparsity,
     *,
     rank: int,
     granularity: str,
@@ -32,12 +32,13 @@ def describe(
     mask_seed: int,
     count: str,
     columns: str,
+    fan_in: str,
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    version, granularity, selection, mask_seed, count (of single entries only), columns (where A is frozen), and
-    modules, for each:
-    rows, columns (``sparsity``, or as measured where it is None), shape [out, in],
+    version, granularity, selection, mask_seed, count (of single entries only), columns (where A is frozen), fan_in
+    (where A is drawn for the kept inputs), sparsity as the config has it, and modules, for each:
+    rows, columns (the sparsity as measured; as requested for "bernoulli", whose number is random), shape [out, in],
     rank (where it is not that of the adapter), a, b (of masks over entries only: the shapes of the dense factors),
     sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns} where the selection
     is not random.
@@ -47,10 +48,13 @@ def describe(
         content["count"] = count
     if columns == "frozen":
         content["columns"] = columns
-    content["modules"] = {}
+    if fan_in != "dense":
+        content["fan_in"] = fan_in
+    content |= {"sparsity": sparsity, "modules": {}}
+    requested = assign_sparsity(sparsity, list(masks)) if count == "bernoulli" else None
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
-        entry = {axis: sparsity[module][axis] if sparsity else mask.sparsity for axis, mask in both.items()}
+        entry = {axis: requested[module][axis] if requested else mask.sparsity for axis, mask in both.items()}
         entry["shape"] = list(of_module.shape)
         if geometries[module].a[0] != rank:
             entry["rank"] = geometries[module].a[0]
@@ -84,7 +88,9 @@ def read(path: Path) -> dict:
     return content
 
 
-def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
+def verify(
+    masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict], *, count: str
+) -> None:
     """Refuse ``masks`` that are not those the sidecar's ``modules`` describe: other modules, shapes or digests."""
     for module in [*masks, *modules]:
         if module not in modules or module not in masks:
@@ -99,7 +105,9 @@ def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry],
                     " the base model it was trained on."
                 )
         for axis in AXES:
-            if getattr(masks[module], axis).digest != entry["sha256"][axis]:
+            mask = getattr(masks[module], axis)
+            fits = count == "bernoulli" or len(mask.kept) == kept_count(mask.size, entry[axis])
+            if mask.digest != entry["sha256"][axis] or not fits:
                 raise PartialLoraError(
                     f"{module}: the mask of its {axis} does not match the digest in {FILE_NAME}: mask_seed,"
                     " sparsity or indices are not those the adapter was trained with."
@@ -120,7 +128,8 @@ def _check(content: object) -> None:
             _expect_one_of(content, name, choices)
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
     entries, frozen = content.get("granularity") != "rows_columns", "columns" in content
-    optional = [*["count"] * element, *["columns"] * frozen]
+    later = [name for name in ("fan_in", "sparsity") if name in content]  # files of before have neither
+    optional = [*["count"] * element, *["columns"] * frozen, *later]
     _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *optional, "modules"])
     _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
     _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
@@ -128,10 +137,22 @@ def _check(content: object) -> None:
         _expect_one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
     if frozen:
         _expect_one_of(content, "columns", ("frozen",))
+    if "fan_in" in content:
+        _expect_one_of(content, "fan_in", ("kept",))
+    if "sparsity" in content:
+        _check_sparsity(content["sparsity"])
     modules = content["modules"]
     _expect(isinstance(modules, dict) and modules != {}, "modules", modules, "an object with an entry for each module")
     for module, entry in modules.items():
         _check_module(entry, f"modules[{module!r}]", entries=entries, top=top)
+
+
+def _check_sparsity(sparsity: object) -> None:
+    _expect(not isinstance(sparsity, str), "sparsity", sparsity, "a number, or one for each module")
+    try:
+        read_sparsity(sparsity)
+    except PartialLoraError as error:
+        raise _BrokenError(f"{error}".rstrip(".")) from None
 
 
 def _check_module(entry: object, key: str, *, entries: bool, top: bool) -> None:

@@ -7,6 +7,7 @@ one: it starts from the same numbers in every run. A causal model has nothing ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -205,6 +206,11 @@ def tokenizer_in(folder: Path, *, name: str, weights: str) -> PreTrainedTokenize
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if [*folder.glob("*.model")] and find_spec("sentencepiece") is None:
+            raise PartialLoraError(
+                f"model={name}: the tokenizer of {weights} takes sentencepiece, which is not installed: "
+                "pip install 'partial-lora[sentencepiece]'"
+            ) from error
         raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({one_line(error)})") from error
     if len(loaded) <= len(loaded.all_special_tokens):  # transformers makes an empty one where the files are missing
         raise PartialLoraError(

@@ -280,12 +280,20 @@ def exact_match(texts: Sequence[str], references: Sequence[str], answer: str | N
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Return the F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
+    scores = []
+    for text, reference in zip(texts, references, strict=True):
+        words, expected = (re.findall(_WORD, each.lower()) for each in (text, reference))
+        common = _longest_common(words, expected)
+        precision, recall = (common / max(len(each), 1) for each in (words, expected))
+        scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
+    return np.array(scores)
 
-    class _Words:
-        def tokenize(self, text: str) -> list[str]:
-            return re.findall(_WORD, text.lower())
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    pairs = zip(references, texts, strict=True)
-    return np.array([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])
+def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the number of words of the longest sequence that both have, with any others between."""
+    longest = [0] * (len(second) + 1)  # of the words of `first` so far and the first few of `second`
+    for word in first:
+        before, longest = longest, [0]
+        for place, other in enumerate(second):
+            longest.append(before[place] + 1 if word == other else max(before[place + 1], longest[-1]))
+    return longest[-1]

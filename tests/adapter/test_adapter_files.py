@@ -40,7 +40,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import partial_lora
-from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
+from partial_lora.adapter import PEFT, PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
@@ -133,6 +133,37 @@ def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(tmp_path):
+    code = """
+        import peft.mapping
+        import peft.tuners.lora
+        import peft.utils.other
+
+        renamed = [
+            (peft.utils.other, "get_pattern_key"),
+            (peft.tuners.lora.LoraModel, "_create_new_module"),  # which is overridden
+            (peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING"),
+        ]
+        for place, name in renamed:
+            value = getattr(place, name)
+            delattr(place, name)
+            try:
+                import partial_lora.adapter
+            except ImportError as error:
+                lines = str(error).splitlines()
+                print(type(error).__name__, len(lines), name in lines[0], "pip install" in lines[0])
+            setattr(place, name, value)
+        from partial_lora.adapter import PartialLoraConfig
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 3
+    project = (Path(partial_lora.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"{PEFT}"' in project
 
 
 PEFT_ASKS = ("peft.config", "peft.utils.save_and_load")

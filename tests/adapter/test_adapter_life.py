@@ -205,6 +205,17 @@ def test_a_combination_that_cannot_be_leaves_the_masked_configs_alone():
     assert "both" not in model.peft_config
 
 
+def test_adapters_of_several_ranks_are_combined_where_that_is_defined():
+    model = pair(rank_pattern={"fc1": 7, "attn.proj": 2})
+    with pytest.raises(PartialLoraError, match="rank_pattern"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="linear")
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="cat")
+    for layer in layers(model).values():
+        expected = 0.5 * layer.get_delta_weight("default") + 2.0 * layer.get_delta_weight("other")
+        torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-4, rtol=1e-4)
+    assert [type(model.peft_config[name]) for name in ("default", "other")] == [PartialLoraConfig] * 2
+
+
 def test_a_combination_is_saved_as_plain_lora(tmp_path):
     model = pair()
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")

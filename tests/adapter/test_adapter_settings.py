@@ -207,6 +207,14 @@ def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
 
 
+def test_a_convolution_in_groups_has_the_highest_rank():
+    """The units of its B lie group by group, so that none can be added at the end."""
+    settings = {"r": 6, "target_modules": ["grouped"], "sparsity": 0.5}
+    with pytest.raises(PartialLoraError, match=r"^rank_pattern.*grouped"):
+        get_peft_model(Odd(), PartialLoraConfig(**settings, rank_pattern={"grouped": 3}))
+    get_peft_model(Odd(), PartialLoraConfig(**settings, rank_pattern={"grouped": 9}))
+
+
 def test_module_names_are_those_of_the_model_before_torch_compile():
     model = get_peft_model(torch.compile(vit()), PartialLoraConfig(r=2, target_modules=["qkv"], sparsity=0.5))
     assert list(module_sparsity(model)) == [f"timm_model.blocks.{block}.attn.qkv" for block in range(2)]

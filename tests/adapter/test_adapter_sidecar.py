@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import read_sparsity
 
 
 def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path):
@@ -20,7 +22,13 @@ def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path):
     model.save_pretrained(tmp_path)
     sidecar = json.loads((tmp_path / "partial_lora.json").read_text())
     modules = sidecar.pop("modules")
-    assert sidecar == {"version": 1, "granularity": "rows_columns", "selection": "random", "mask_seed": 0}
+    assert sidecar == {
+        "version": 1,
+        "granularity": "rows_columns",
+        "selection": "random",
+        "mask_seed": 0,
+        "sparsity": read_sparsity(MIXED),
+    }
     masks = module_masks(model)
     assert modules.keys() == masks.keys()
     name = "timm_model.blocks.0.attn.qkv"
@@ -96,6 +104,55 @@ def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
     assert module_masks(get_peft_model(KINDS[name].build(), masked)) == module_masks(model)
 
 
+GIVEN = {
+    "number": {"sparsity": 0.5},
+    "patterns": {"sparsity": {"qkv": {"rows": 0.7, "columns": 0.4}, ".*": 0.6}},
+    "plain": {"sparsity": 0.0},
+    "bernoulli": {"sparsity": 0.7, "granularity": "element", "count": "bernoulli"},
+    "frozen": {"sparsity": 0.7, "columns": "frozen", "fan_in": "kept", "mask_seed": 3},
+    "units": {"sparsity": 0.7, "granularity": "units", "fan_in": "kept"},
+    "patterns of PEFT": {"sparsity": 0.7, "alpha_pattern": {"qkv": 3}, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("form", GIVEN)
+def test_the_config_read_from_a_folder_is_the_one_it_was_made_with(tmp_path, form):
+    model = adapt(**GIVEN[form])
+    own = model.peft_config["default"]
+    model.save_pretrained(tmp_path)
+    first, second = (PartialLoraConfig.from_pretrained(str(tmp_path)) for _ in range(2))
+    assert first == second
+    assert first == replace(own, inference_mode=True, auto_mapping=first.auto_mapping)  # as PEFT saves any
+    assert first.sparsity == own.sparsity
+    again = PeftModel.from_pretrained(vit(), str(tmp_path), config=first)
+    again.add_adapter("second", second)
+    again.load_adapter(str(tmp_path), "second")
+    assert again.peft_config["second"] == again.peft_config["default"]
+    assert module_masks(again, "second") == module_masks(again) == module_masks(model)
+
+
+def test_indices_come_back_as_given(tmp_path):
+    model = with_selection("wrapped_vit", "indices")
+    model.save_pretrained(tmp_path)
+    read = PartialLoraConfig.from_pretrained(str(tmp_path))
+    own = model.peft_config["default"]
+    assert read == replace(own, inference_mode=True, auto_mapping=read.auto_mapping)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_adapter_saved_before_its_file_had_the_sparsity_loads_as_it_did(tmp_path, name):
+    model = adapt(**GIVEN[name])
+    model.save_pretrained(tmp_path)
+    change(tmp_path, lambda sidecar: [sidecar.pop(key, None) for key in ("sparsity", "fan_in")])
+    config = PartialLoraConfig.from_pretrained(str(tmp_path))
+    measured = module_masks(model)["timm_model.blocks.0.attn.qkv"]
+    if name != "bernoulli":
+        share = config.sparsity["timm_model.blocks.0.attn.qkv"]
+        assert share == {"rows": measured.rows.sparsity, "columns": measured.columns.sparsity}
+    again = PeftModel.from_pretrained(vit(), str(tmp_path), config=config)
+    assert module_masks(again) == module_masks(model)
+
+
 def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
     model = with_selection("timm_convnext", "random", granularity="element", count="bernoulli")
     model.save_pretrained(tmp_path)
@@ -107,6 +164,10 @@ def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
         "selection": "random",
         "mask_seed": 3,
         "count": "bernoulli",
+        "sparsity": {
+            KINDS["timm_convnext"].targets[0]: {"rows": 0.7, "columns": 0.4},
+            ".*": {"rows": 0.6, "columns": 0.6},
+        },
     }
     masks = module_masks(model)
     assert modules.keys() == masks.keys()
@@ -163,6 +224,8 @@ ANYWHERE = [
     (setting("granularity", "rows"), "granularity"),
     (setting("selection", None), "selection"),
     *((setting("mask_seed", value), "mask_seed") for value in ("0", True)),
+    *((setting("sparsity", value), "sparsity") for value in (1.0, "calibration.json", None, {}, {QKV: {"rows": 0.5}})),
+    (setting("fan_in", "dense"), "fan_in"),
     *((setting("modules", value), "modules") for value in ({}, [])),
     (lambda s: s["modules"].update({QKV: [1]}), QKV),
     (setting("rows", GONE), f"rows in .*{QKV}"),
@@ -255,6 +318,7 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
         ("rows_columns", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
         ("element", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
         ("element", setting("count", "bernoulli"), "rows does not match the digest"),
+        *(("rows_columns", setting("sparsity", share), "does not match the digest") for share in (0.25, {".*": 0.25})),
         ("rows_columns", setting("columns", 0.25), f"{QKV}.*columns does not match the digest"),
         ("rows_columns", setting("shape", [96, 33]), rf"{QKV}.*\[96, 32\].*\[96, 33\]"),
         (
@@ -262,7 +326,7 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
             lambda s: s["modules"][QKV].update(a=[2, 32], b=[96, 2]),
             rf"{QKV}.* A .*\[4, 32\].*\[2, 32\]",
         ),
-        ("rows_columns", lambda s: s["modules"].pop(FC2), f"no entry for the target module {FC2}"),
+        ("rows_columns", lambda s: s["modules"].pop(FC2), f"{FC2} is masked"),
         (
             "rows_columns",
             lambda s: s["modules"].update(more=s["modules"][FC2]),

@@ -43,6 +43,7 @@ FORMS = {
     "units": {"granularity": "units"},
     "frozen": {"columns": "frozen", "row_exponent": 0.5},
     "ranks": {"rank_pattern": {"fc1": 1, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
+    "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
 BASES = [vit, timm_convnext]  # linear layers; convolutions, which store and gather otherwise
@@ -193,7 +194,7 @@ def test_an_a_of_another_seed_is_refused(tmp_path):
     ("settings", "key"),
     [
         ({"row_exponent": 1.5}, "row_exponent"),
-        ({"rank_pattern": {"qkv": 16}}, "rank_pattern"),
+        ({"rank_pattern": {"qkv": 0}}, "rank_pattern"),
         ({"column_exponent": -0.1}, "column_exponent"),
         ({"row_exponent": "half"}, "row_exponent"),
         ({"fan_in": "some"}, "fan_in"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 import sentencepiece
@@ -57,7 +58,7 @@ def test_words_of_a_vocabulary_file(tmp_path):
     assert tokenizer(tmp_path)("The owl sleeps")["input_ids"] == [2, 5, 6, 7, 8, 3]
 
 
-def test_sentencepiece_model_of_deberta(tmp_path):
+def test_sentencepiece_model_of_deberta(tmp_path, monkeypatch):
     """All that microsoft/deberta-v3-base has beside its weights: config.json, spm.model, tokenizer_config.json."""
     written = io.BytesIO()
     special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
@@ -69,6 +70,11 @@ def test_sentencepiece_model_of_deberta(tmp_path):
     (tmp_path / "spm.model").write_bytes(written.getvalue())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
     own, built = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()), tokenizer(tmp_path)
+    with monkeypatch.context() as without:
+        for module in [each for each in sys.modules if each.partition(".")[0] == "sentencepiece"]:
+            without.setitem(sys.modules, module, None)
+        with refusal("model=tiny: ", tmp_path, "pip install 'partial-lora[sentencepiece]'"):
+            tokenizer(tmp_path)
     for text in TEXTS:
         assert built(text)["input_ids"] == [1, *own.encode(text), 2]
     pair = built(TEXTS[0], TEXTS[1])["input_ids"]

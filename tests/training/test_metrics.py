@@ -332,4 +332,8 @@ def test_rouge_l_is_that_of_the_longest_common_words() -> None:
     np.testing.assert_allclose(found, expected)
     package = RougeScorer(["rougeL"])
     assert found.tolist() == [package.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
+    draw = np.random.default_rng(0)
+    texts, references = ([" ".join(draw.choice(list("abcde"), draw.integers(40))) for _ in range(50)] for _ in range(2))
+    expected = [package.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
+    assert metrics.rouge_l(texts, references).tolist() == expected
     assert metrics.rouge_l(["größe und maß"], ["Größe und Maß"]).tolist() == [1.0]
