@@ -3,7 +3,7 @@
     python scripts/analyses.py agreement     # do measures of importance choose the same rows and columns?
     python scripts/analyses.py reliability   # do two halves of the examples give the same sparsities?
     python scripts/analyses.py stability     # over few-shot seeds, shots and wrong labels
-    python scripts/analyses.py cost          # passes, blocks and seconds of scan and bisect, seconds of each measure
+    python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; analysis.splits=3 is --splits 3. Files go to
 RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md, figure.png, figure.svg. Each part is
@@ -47,6 +47,7 @@ from partial_lora.calibration import budget, few_shot, peers, reliability
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
+from partial_lora.calibration.search import SEARCHES
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
@@ -450,6 +451,8 @@ def stability_figure(analysis: Mapping) -> Figure:
 
 # Cost: what does a calibration take, and what each measure of importance?
 
+_AGREEMENT = ("mean", "pearson", "spearman", "mean_absolute", "differ")
+
 
 def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
     """One part for each search and for each measure."""
@@ -474,19 +477,19 @@ def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
         subject.importance(measure, draws)
         return {"measure": measure, "seconds": time.perf_counter() - began}
 
-    parts = {f"search {search}": partial(search_cost, search) for search in ("scan", "bisect")}
+    parts = {f"search {search}": partial(search_cost, search) for search in SEARCHES}
     measures = settings["analysis"]["measures"]
     return parts | {f"importance {measure}": partial(importance_cost, measure) for measure in measures}
 
 
 def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
-    """Return both searches beside the literal reference, how far they differ, and the seconds of each measure.
+    """Return the searches beside the literal reference, how far they differ from scan, and the seconds of each measure.
 
     The literal reference is counted, not run: full passes over the whole scored draw, for the baseline, for each level
     upward to the first failure, and for all sparsities at once. There is none with a budget, nor with a repair, after
     which the sparsities do not tell how many levels were tried.
     """
-    scan, bisect, options = parts["search scan"], parts["search bisect"], settings["calibration"]
+    scan, options = parts["search scan"], settings["calibration"]
     literal = None
     if options["budget"] is None and not options["repair"]:
         step, levels = options["levels"], int(options["max_sparsity"] / options["levels"] + 1e-9)
@@ -497,15 +500,17 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
         literal = {"passes": passes, "examples": passes * scan["scored"]}
         literal |= {"sample_blocks": passes * rows * scan["depth"], "seconds": None}
     keys = ("passes", "examples", "sample_blocks", "seconds")
-    searches = {part["search"]: {key: part[key] for key in keys} for part in (scan, bisect)}
-    differ = [
-        scan["sparsity"][m][axis] != bisect["sparsity"][m][axis]
-        for m, axes in scan["sparsity"].items()
-        for axis in axes
-    ]
+    by_search = {part["search"]: part for part in parts.values() if "search" in part}
+    searches = {search: {key: part[key] for key in keys} for search, part in by_search.items()}
+
+    def from_scan(search: str) -> dict:
+        pairs = reliability.paired(scan["sparsity"], by_search[search]["sparsity"])
+        own = {"mean": float(pairs[:, 1].mean()), "differ": float((pairs[:, 0] != pairs[:, 1]).mean())}
+        return own | reliability.difference(scan["sparsity"], by_search[search]["sparsity"])
+
     return {
         "searches": {"literal": literal} | searches,
-        "differ": sum(differ) / len(differ),
+        "from_scan": {search: from_scan(search) for search in by_search},
         "importance": {part["measure"]: part["seconds"] for part in parts.values() if "measure" in part},
     }
 
@@ -519,14 +524,17 @@ def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
     return {
         "Cost of the search": searches,
         "literal": "every level upward to the first failure as a full pass; counted, not run.",
-        "scan, bisect": f"differ in {summary['differ']:.1%} of the sparsities.",
+        "Sparsities beside those of scan": pd.DataFrame(
+            [{"search": search} | {key: of[key] for key in _AGREEMENT} for search, of in summary["from_scan"].items()]
+        ),
+        "differ": "share of the sparsities that are not scan's; mean_absolute: mean absolute difference from them.",
         "Cost of the importance": pd.DataFrame(summary["importance"].items(), columns=["measure", "seconds"]),
     }
 
 
 def cost_figure(analysis: Mapping) -> Figure:
     """Measure the evaluations and seconds of each search, and the seconds of each measure of importance."""
-    searches, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
+    searches, _, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
     searches, importance = searches.set_index("search"), importance.set_index("measure")
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     values = (searches["sample_blocks"], searches["seconds"].dropna(), importance["seconds"])
@@ -679,10 +687,10 @@ def analyse(what: str, settings: dict, command: str) -> int:
             origin = directory.new(settings)
             analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
             analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")} | {"parts": {}}
-        if analysis["status"] == "finished":
+        parts = ANALYSES[what].parts(settings)
+        if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
             print("finished before, not run again (overwrite=true runs it again)")
         else:
-            parts = ANALYSES[what].parts(settings)
             for position, (name, part) in enumerate(parts.items(), start=1):
                 done, began = name in analysis["parts"], time.perf_counter()
                 if not done:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from partial_lora.calibration.importance import svd
 
 TARGETS = ["attn.qkv", "mlp.fc2"]
+BERT, LLAMA = "bert.encoder.layer", "model.layers"
 
 
 def tiny_vit(seed: int = 0) -> nn.Module:
@@ -125,6 +126,59 @@ def word_batches(lengths: tuple[int, ...] = (5, 9), rows: int = 6, labels: int =
         mask[0, 3:] = 0
         batches.append({"input_ids": words, "attention_mask": mask, "labels": torch.arange(rows) % labels})
     return batches
+
+
+# Scored draws: a model, its batches and the name of its blocks
+
+
+def labelled():
+    model = random_model("bert")
+    batches = word_batches((7, 7, 7, 5), rows=8)
+    with torch.no_grad():
+        for batch in batches:  # labelled as the model would, but for every fifth
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            batch["labels"] = model(**inputs).logits.argmax(-1)
+            batch["labels"][::5] = (batch["labels"][::5] + 1) % 3
+    return model, batches, BERT
+
+
+def graded():
+    model = random_model("bert", labels=1)
+    batches = word_batches((7, 7, 5), rows=8)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            batch["labels"] = model(**inputs).logits[:, 0] + torch.randn(8, generator=generator)
+    return model, batches, BERT
+
+
+def texts():
+    batches = word_batches((7, 9, 9), rows=6)
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][1, :4] = -100
+    return random_model("llama"), batches, LLAMA
+
+
+def questions(lengths=(8, 8, 6)):
+    """Items of two and of three options, of several lengths, the right one first, second or third."""
+    model = random_model("llama")
+    generator = torch.Generator().manual_seed(5)
+    batches, item = [], 0
+    for length in lengths:
+        sizes = [3, 2, 3, 3, 2]
+        words = torch.randint(1, 50, (sum(sizes), length), generator=generator)
+        labels, items, answers = words.clone(), [], []
+        for size in sizes:
+            items += [item] * size
+            answers += [option == item % size for option in range(size)]
+            item += 1
+        for row in range(len(words)):
+            labels[row, : length - 1 - row % 3] = -100
+        tensors = {"labels": labels, "items": torch.tensor(items), "answers": torch.tensor(answers)}
+        batches.append({"input_ids": words, "attention_mask": torch.ones_like(words), **tensors})
+    return model, batches, LLAMA
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from partial_lora.calibration import budget as budgets
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.curves import Curves, Store
+from partial_lora.calibration.gradient import Point, checked, levels_of
 from partial_lora.calibration.importance import Importance, Scores, name_of, scores_of
 from partial_lora.calibration.peers import Alone, Peers, gathered, of_first
 from partial_lora.calibration.repair import relax
@@ -32,10 +33,12 @@ from partial_lora.calibration.search import (
     BOTH,
     CURVE_AXES,
     SEARCHES,
+    Curve,
     Levels,
     both_axes,
     curve_of,
     in_order,
+    line,
     passes,
     passes_expected,
     points_of,
@@ -84,7 +87,9 @@ def calibrate(
             threshold: share of the baseline score that must be left.
             budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count. Met to
                 within 1 %, in every scope; in a cumulative one each threshold tried has curves of its own to pay for.
-            search: "scan", the level before the first failure; or "bisect", an approximation: curves are not monotone.
+            search: "scan", the level before the first failure; or an approximation: "bisect", since curves are not
+                monotone, or "gradient", whose curves are predicted from gradients (gradient.py). It asks for a score
+                with `predicted`, as FewShotScore has, and evaluates few points, none of them for a budget.
             levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
             axes: "separate"; or "joint", one level zeroes that share of rows and of columns, so both have one curve.
             scope: "independent", all other modules intact; "cumulative" and "cumulative_backward", what was chosen
@@ -98,7 +103,8 @@ def calibrate(
         chance: the score of guessing, by default `score.chance`; a budget never follows a threshold below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
-        known: an earlier result for the same model and score; what its curves decide is not evaluated again.
+        known: an earlier result for the same model and score; what its curves decide is not evaluated again. Of no use
+            to "gradient".
         store: a JSON file of the curves found so far, kept up to date. Its name must stand for the model, the score and
             the importance: none of them is in it. With the same settings again, it is all that is read.
         peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
@@ -145,6 +151,8 @@ def calibrate(
     with Store.shared(store, key, peers) as shared, frozen(model), shown as progress:
         cached = request in shared.results
         if not cached:
+            if config.search == "gradient" and not hasattr(score, "predicted"):
+                raise PartialLoraError("calibration.search=gradient: expected a score that predicts, a FewShotScore")
             curves = Curves(model, score, modules, scores, shared)
             shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, known, peers, progress)
             shared.changed = True
@@ -195,7 +203,8 @@ def _algorithm_1(
     baseline = gathered(peers, curves.intact)[0]
     one = curves.pass_seconds or time.perf_counter() - began
     store.check_baseline(baseline)
-    if known is not None:
+    gradient = config.search == "gradient"
+    if known is not None and not gradient:
         _add_known(store, known)
     axes = CURVE_AXES[config.axes]
     if progress is not None and grid:
@@ -209,8 +218,14 @@ def _algorithm_1(
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
 
     # (2) For each module and axis, the level up to which enough of that score is left.
+    predicted = of_first(peers, lambda: curves.predicted(axes, grid)) if gradient else {}
+    found: dict[Point, bool] = {}  # points of predicted curves that were evaluated
+
     @cache
     def levels_at(threshold: float) -> Levels:
+        if gradient:
+            return levels_of(predicted, grid, partial(enough, threshold=threshold), found)
+
         def search(module: str, axis: str) -> float:
             survives = partial(curves.survives, module, axis, passes=partial(enough, threshold=threshold))
             return SEARCHES[config.search](survives, grid)
@@ -219,18 +234,36 @@ def _algorithm_1(
         return choose_levels(curves, list(units[0]), axes, search, **how)
 
     threshold, sparsity = config.threshold, None
+    if gradient and count is None:
+        sufficient = partial(enough, threshold=threshold)
+        just = {"enough": sufficient, "line": line(baseline=baseline, threshold=threshold, chance=above)}
+        evaluate = partial(curves.survives, passes=sufficient)
+        found |= of_first(peers, lambda: checked(predicted, grid, **just, survives=evaluate))
     if count is not None:  # the largest threshold that meets the budget, but none that scores at chance pass
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
     levels = levels_at(threshold)
     sparsity = both_axes(levels) if sparsity is None else sparsity
+    if gradient and progress is not None:
+        each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
+        for done, (module, axis, level) in enumerate(each, start=1):
+            progress(done, len(each), module=module, axis=axis, sparsity=level)
+
+    def own(module: str, axis: str, level: float) -> float:
+        return predicted[module][axis][level][0] if gradient else curves.exact(module, axis, level)
+
+    def curve(module: str, axis: str, after: str) -> Curve:
+        known = store.curve(module, axis, after)
+        if not gradient:
+            return known
+        return predicted[module][axis] | {level: known[level] for *of, level in found if of == [module, axis]}
 
     # (3) The score with all of it zeroed at once; where that is too little and a repair is wanted, less is zeroed.
     def together() -> dict:
         joint, final, repaired = curves.joint(sparsity), sparsity, None
         if config.repair:
             before, evaluations = joint, curves.evaluations
-            parts = {"own": curves.exact, "joint": curves.joint, "enough": partial(enough, threshold=threshold)}
+            parts = {"own": own, "joint": curves.joint, "enough": partial(enough, threshold=threshold)}
             relaxed, joint, steps = relax(levels, grid, units[0], before=before, **parts)
             final = both_axes(relaxed)
             repaired = {"joint_before": before, "threshold": threshold, "steps": steps}
@@ -242,17 +275,22 @@ def _algorithm_1(
             "search": config.search,
             "scaled": sparsity != both_axes(levels),
             "repaired": repaired,
-            "modules": _entries(store, levels, final, config.scope),
+            "modules": _entries(curve, levels, final, config.scope),
         }
 
     return of_first(peers, together)
 
 
-def _entries(store: Store, levels: Levels, sparsity: Sparsity, scope: str) -> dict[str, dict[str, dict]]:
-    """Return each module's and axis's sparsity and curve, and the level chosen from it where that is another."""
+def _entries(
+    curve: Callable[[str, str, str], Curve], levels: Levels, sparsity: Sparsity, scope: str
+) -> dict[str, dict[str, dict]]:
+    """Return each module's and axis's sparsity and curve, and the level chosen from it where that is another.
+
+    curve: of a module and axis, after the cuts that a digest names.
+    """
     entries: dict[str, dict[str, dict]] = {module: {} for module in levels}
     for module, axis, level, after in walk(levels, scope):
-        points = points_of(store.curve(module, axis, after))
+        points = points_of(curve(module, axis, after))
         for each in AXES if axis == BOTH else (axis,):
             entry = {"sparsity": sparsity[module][each], "curve": points}
             entries[module][each] = entry if entry["sparsity"] == level else entry | {"level": level}

@@ -67,7 +67,8 @@ class CalibrationConfig:
     max_sparsity: float = 0.95  # the last that is tried
     axes: str = "separate"  # separate: rows and columns have their own sparsity; joint: one level zeroes both
     scope: str = "independent"  # independent: other modules intact; cumulative(_backward): earlier choices stay zeroed
-    search: str = "scan"  # scan: upward to the first failure; bisect: fewer passes, an approximation
+    # scan: upward to the first failure; bisect: fewer passes, an approximation; gradient: predicted by backward passes
+    search: str = "scan"
     repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
     chance: str = "ignore"  # ignore; majority: the threshold is of what the score is above that of the largest class
     score: str = "auto"  # what is left of the model; auto: the task's primary metric
@@ -90,9 +91,11 @@ class CalibrationConfig:
         require(most is None or most >= 1, "calibration.max_samples", most, "at least 1")
         require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
         require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
-        one_of("calibration.search", self.search, "scan", "bisect")
+        one_of("calibration.search", self.search, "scan", "bisect", "gradient")
         one_of("calibration.axes", self.axes, "separate", "joint")
         one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
+        around = "independent: calibration.search=gradient predicts around the intact model"
+        require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
         one_of("calibration.chance", self.chance, "ignore", "majority")
         one_of("calibration.score", self.score, *_SCORES)
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
 
 VERSION = 1
+PREDICTED = "predicted"  # in a store, in place of what is zeroed in other modules
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,31 @@ class Curves:
                     stack.enter_context(self._zeroed(module, axis, axes[axis]))
             score = self._score_of_model()
             return score if math.isfinite(score) else None
+
+    def predicted(self, axes: Sequence[str], grid: Sequence[float]) -> dict[str, dict[str, Curve]]:
+        """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py)."""
+        curves = {
+            module: {axis: self._store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
+        }
+        if any(level not in curve for of_module in curves.values() for curve in of_module.values() for level in grid):
+            removed = {
+                module: {axis: torch.stack([self._removed(module, axis, level) for level in grid], 1) for axis in AXES}
+                for module in self._modules
+            }
+            scores, passes = self._score.predicted(self._model, self._modules, removed, axes)
+            self.evaluations += passes
+            for module, of_module in curves.items():
+                for axis, curve in of_module.items():
+                    curve.update(zip(grid, (bounds_of(score, score) for score in scores[module][axis]), strict=True))
+            self._store.changed = True
+            self.save()
+        return curves
+
+    def _removed(self, module: str, axis: str, level: float) -> Tensor:
+        """Return 1 for what a level zeroes of a module's rows or columns (size,), in float32 or better."""
+        weight = self._modules[module].weight
+        mask = Mask.top(self._importance(module)[AXES.index(axis)], level)
+        return torch.from_numpy(~mask.dense()).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     @contextmanager
     def choices(self) -> Iterator[Callable[[str, str, float], None]]:

@@ -12,7 +12,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.calibration.reuse import logits_of
-from partial_lora.calibration.score import frozen
+from partial_lora.calibration.score import differentiable
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 
@@ -501,29 +500,6 @@ def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, 
         if gradient is None:
             raise PartialLoraError(f"importance: the loss does not depend on the weight of {name}; leave it out")
     return by_module
-
-
-@contextmanager
-def differentiable(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Turn dropout off, and gradients on for the weights of these modules alone, for as long as the block lasts.
-
-    A classifier of transformers that computes a loss writes down of what type; that is put back too.
-    """
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with frozen(model):
-        try:
-            for parameter, _ in required:
-                parameter.requires_grad_(False)
-            for module in modules.values():
-                module.weight.requires_grad_(True)
-            yield
-        finally:
-            for parameter, own in required:
-                parameter.requires_grad_(own)
-            if getattr(config, "problem_type", None) != problem:
-                config.problem_type = problem
 
 
 def _examples(batch: Batch) -> int:

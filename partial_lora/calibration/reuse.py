@@ -62,6 +62,11 @@ class Reuse:
         self._checked: set[int] = set()  # blocks whose output was seen to depend on nothing but what enters them
 
     @property
+    def depth(self) -> int:
+        """Blocks of a full pass."""
+        return len(self._names) or 1
+
+    @property
     def bytes(self) -> int:
         """Bytes that are kept between passes."""
         storages = (tensor.untyped_storage() for state in self._entering.values() for tensor in state.tensors)

@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +25,9 @@ from scipy.special import entr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from partial_lora.calibration.gradient import Removed, linearised
 from partial_lora.calibration.reuse import Reuse, logits_of
+from partial_lora.calibration.search import COMPETING
 from partial_lora.errors import PartialLoraError
 
 Bounds = tuple[float, float]
@@ -70,6 +73,29 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def differentiable(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Turn dropout off, and gradients on for the weights of these modules alone, for as long as the block lasts.
+
+    A classifier of transformers that computes a loss writes down of what type; that is put back too.
+    """
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with frozen(model):
+        try:
+            for parameter, _ in required:
+                parameter.requires_grad_(False)
+            for module in modules.values():
+                module.weight.requires_grad_(True)
+            yield
+        finally:
+            for parameter, own in required:
+                parameter.requires_grad_(own)
+            if getattr(config, "problem_type", None) != problem:
+                config.problem_type = problem
+
+
 # --- Measures: the value of what a model answers to each example
 
 
@@ -100,6 +126,14 @@ class Measure:
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return one number for each unit (units,), float64; not finite where the model's answer is no number."""
+        return self.judged(self.outputs(logits, batch), batch)
+
+    def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return all that the values depend on (rows, outputs): the logits, or of those of tokens what they come to."""
+        return logits
+
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the `values` of such outputs."""
         raise NotImplementedError
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -116,9 +150,9 @@ class Correctness(Measure):
 
     lowest, highest = 0.0, 1.0
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        right = (logits.argmax(-1) == batch["labels"]).double()
-        return torch.where(logits.isfinite().all(-1), right, math.nan)
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
+        right = (outputs.argmax(-1) == batch["labels"]).double()
+        return torch.where(outputs.isfinite().all(-1), right, math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the margin: of the examples that are right, those come first that stay right longest."""
@@ -150,10 +184,10 @@ class Whole(Measure):
         if batch["labels"].ndim != 1:
             raise PartialLoraError(f"labels: expected one for each example, found {list(batch['labels'].shape)}")
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
         if batch["labels"].is_floating_point():
-            return _real_outputs(logits, batch["labels"]).double()
-        return torch.where(logits.isfinite().all(-1), logits.argmax(-1).double(), math.nan)
+            return _real_outputs(outputs, batch["labels"]).double()
+        return torch.where(outputs.isfinite().all(-1), outputs.argmax(-1).double(), math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.zeros(len(logits))  # all are needed whatever comes first
@@ -253,18 +287,25 @@ class OptionLikelihood(Measure):
     def weight(self, batch: Batch) -> float:
         return int(self.units(batch)[-1]) + 1
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        margin = self.sureness(logits, batch)
+    def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the log likelihood of every option (rows, 1)."""
+        log_likelihood = -_token_losses(logits, batch["labels"])
+        if self.per_token:
+            log_likelihood = log_likelihood / _tokens(batch["labels"]).clamp(min=1)
+        return log_likelihood[:, None]
+
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
+        margin = self._margin(outputs.squeeze(1), batch)
         return torch.where(margin.isfinite() | (margin == math.inf), (margin > 0).double(), math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return how much likelier the right option is than the best other; infinite where there is no other."""
-        log_likelihood = -_token_losses(logits, batch["labels"])
-        if self.per_token:
-            log_likelihood = log_likelihood / _tokens(batch["labels"]).clamp(min=1)
+        return self._margin(self.outputs(logits, batch).squeeze(1), batch)
+
+    def _margin(self, log_likelihood: Tensor, batch: Batch) -> Tensor:
         log_likelihood = torch.where(log_likelihood.isfinite(), log_likelihood, math.nan)
-        right, unit = batch["answers"].bool(), self.units(batch).to(logits.device)
-        best = torch.full((int(unit[-1]) + 1,), -math.inf, dtype=torch.float64, device=logits.device)
+        right, unit = batch["answers"].bool(), self.units(batch).to(log_likelihood.device)
+        best = log_likelihood.new_full((int(unit[-1]) + 1,), -math.inf)
         best_other = best.scatter_reduce(0, unit[~right], log_likelihood[~right], "amax")
         return log_likelihood[right] - best_other
 
@@ -298,14 +339,17 @@ class Loss(Measure):
         labels = batch["labels"]
         return len(labels) if _per_example(labels) else int(_tokens(labels).sum())
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
+    def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the logits, or the log likelihood of each row's tokens (rows, 1)."""
+        return logits if _per_example(batch["labels"]) else -_token_losses(logits, batch["labels"])[:, None]
+
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]
         if labels.is_floating_point():
-            outputs = _real_outputs(logits, labels)
-            return -((outputs - labels).double() ** 2).reshape(len(labels), -1).mean(1)
+            return -((_real_outputs(outputs, labels) - labels).double() ** 2).reshape(len(labels), -1).mean(1)
         if _per_example(labels):
-            return -F.cross_entropy(logits.float(), labels, reduction="none").double()
-        return -_token_losses(logits, labels)
+            return -F.cross_entropy(outputs.float(), labels, reduction="none").double()
+        return outputs.squeeze(1)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of the intact model: what is lost most already is first to pass the line."""
@@ -396,10 +440,10 @@ class Within(Measure):
     def __init__(self, measure: Measure, sizes: Sequence[int]) -> None:
         self._measure, self._sizes = measure, sizes
         self.lowest, self.highest = measure.lowest, measure.highest
-        self.check, self.units, self.weight = measure.check, measure.units, measure.weight
+        self.check, self.units, self.weight, self.judged = measure.check, measure.units, measure.weight, measure.judged
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self._measure.values(within(logits, batch["labels"], self._sizes), batch)
+    def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self._measure.outputs(within(logits, batch["labels"], self._sizes), batch)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
         return self._measure.sureness(within(logits, batch["labels"], self._sizes), batch)
@@ -608,6 +652,47 @@ class FewShotScore:
             self._stopped[module, (low, high)] = tally if same else None
         return low, high
 
+    def predicted(
+        self, model: nn.Module, modules: Mapping[str, nn.Linear], removed: Removed, axes: Sequence[str]
+    ) -> tuple[dict[str, dict[str, list[float]]], int]:
+        """Return the scores at the levels of every curve as gradients predict them (gradient.py), and the passes taken.
+
+        removed: what each level zeroes. A backward pass counts as one. Of many classes, the right one and those that
+        the intact model finds likeliest compete; the logits of the others are taken to stay.
+        """
+        tallies = {module: {axis: [] for axis in axes} for module in modules}
+        passes = 0
+        with differentiable(model, {}):
+            for index, batch in enumerate(self._batches):
+                answer, rows = partial(self._competing, model, batch), range(len(batch["labels"]))
+                outputs, places, changes = linearised(answer, modules, removed, axes, rows)
+                passes = 1 + places.shape[1]
+                self.evaluations.examples += passes * self._sizes[index]
+                self.evaluations.blocks += passes * self._reuse.depth
+                self.evaluations.sample_blocks += passes * self._reuse.depth * len(rows)
+                for module, of_module in changes.items():
+                    for axis, change in of_module.items():
+                        own = tallies[module][axis] = tallies[module][axis] or [Tally() for _ in range(change.shape[2])]
+                        for tally, moved in zip(own, change.to(outputs).unbind(2), strict=True):
+                            values = self.measure.judged(outputs.scatter_add(1, places, moved), batch)
+                            tally.add(index, values, keep=isinstance(self.measure, Whole))
+        self.evaluations.passes += passes
+        scores = {
+            module: {axis: [self._bounds(tally)[0] for tally in own] for axis, own in of_module.items()}
+            for module, of_module in tallies.items()
+        }
+        return scores, passes
+
+    def _competing(self, model: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the outputs of some rows of a batch (rows, all), and the places of those that compete."""
+        batch = {name: value[rows] for name, value in batch.items()}
+        logits = logits_of(model(**self._inputs(model, batch))).to(batch["labels"].device)
+        outputs, labels = self.measure.outputs(logits, batch), batch["labels"]
+        outputs = outputs.reshape(len(labels), -1)
+        if labels.is_floating_point() or outputs.shape[1] <= COMPETING:
+            return outputs, torch.arange(outputs.shape[1], device=labels.device).expand_as(outputs)
+        return outputs, outputs.detach().scatter(1, labels[:, None], math.inf).topk(COMPETING).indices
+
     def settled(self, module: str) -> None:
         """Take the model as it is, with this module altered for good, for the intact one from now on."""
         self._reuse.settled(module)
@@ -621,10 +706,7 @@ class FewShotScore:
     def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
         """Return the logits of a batch, on the device of its labels; only `module` differs from the intact model."""
         batch = self._batches[index]
-        device = next(model.parameters()).device
-        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs["use_cache"] = False  # nothing is generated, and a cache is something to write into
+        inputs = self._inputs(model, batch)
         if module is None:
             output = self._reuse.full(model, inputs)
         else:
@@ -633,6 +715,14 @@ class FewShotScore:
         self.evaluations.blocks += self._reuse.ran
         self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
         return logits_of(output).to(batch["labels"].device)
+
+    def _inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what of a batch the model takes, on its device."""
+        device = next(model.parameters()).device
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False  # nothing is generated, and a cache is something to write into
+        return inputs
 
     def _bounds(self, tally: Tally) -> Bounds:
         """Return the least and the most that the score is, whatever the units are that have not been seen."""

@@ -20,6 +20,9 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
 _TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
+_FORWARD, _BACKWARD = 2.0, 5.0  # passes over an altered model that one over the intact one takes, with gradients
+COMPETING = 10  # outputs of an example that gradients are taken of
+CHECKED, MOST_CHECKED = 0.05, 32  # of the points that a scan of predicted curves tries, so many are evaluated; at most
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
@@ -85,19 +88,29 @@ def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
 
 
 Search = Callable[[Callable[[float], bool], Sequence[float]], float]
-SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect}
+SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # the last of predicted curves
+
+
+def checks(points: float) -> int:
+    """Return how many of the points that a scan of predicted curves tries are evaluated all the same."""
+    return min(math.floor(CHECKED * points), MOST_CHECKED)
 
 
 def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
     A repair relaxes at most every level of every curve, and takes a joint score whenever it doubles or halves.
+    Gradients take a pass forward, one backward for each output that competes, and the points that are evaluated, too.
     """
     tried = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
+    points = modules * axes * tried
+    if search == "gradient":
+        points = 1 + COMPETING + checks(points)
     if not repair:
-        return modules * axes * tried + 1
-    steps = modules * axes * levels  # their order needs the levels that a bisection has passed over
-    return steps + 1 + 2 * math.ceil(math.log2(steps + 1))
+        return points + 1
+    steps = modules * axes * levels
+    every = points if search == "gradient" else steps  # their order needs the levels that a bisection has passed over
+    return every + 1 + 2 * math.ceil(math.log2(steps + 1))
 
 
 def passes_expected(curves: int, levels: int, *, search: str, budget: bool = False, repair: bool = False) -> float:
@@ -106,6 +119,8 @@ def passes_expected(curves: int, levels: int, *, search: str, budget: bool = Fal
     A scan of the calibrations in results/ tried from a quarter of the levels (images) to all of them (texts), and a
     budget took up to 1.6 times the passes of a threshold. A repair doubles them, or more.
     """
+    if search == "gradient":
+        return _FORWARD + COMPETING * _BACKWARD + (0 if budget else checks(_TRIED * levels * curves))
     tried = math.log2(levels + 1) if search == "bisect" else _TRIED * levels
     return curves * min(levels, tried * (_BUDGET if budget else 1)) * (2 if repair else 1)
 

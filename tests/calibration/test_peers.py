@@ -20,6 +20,7 @@ VARIANTS = {
     "repair": {"threshold": 0.9, "repair": True},
     "joint": {"threshold": 0.8, "axes": "joint"},
     "cumulative": {"threshold": 0.8, "scope": "cumulative_backward"},
+    "gradient": {"threshold": 0.8, "search": "gradient"},
 }
 
 
@@ -102,7 +103,7 @@ def test_two_find_what_one_finds_each_with_half_of_the_work(tmp_path):
         assert first[variant][0] == second[variant][0]  # evaluations, seconds and warnings, too
         passes = [first[variant][2], second[variant][2]]
         assert sum(passes) == first[variant][0].evaluations == single.evaluations + 1  # each has the baseline
-        if variant == "cumulative":
+        if variant in ("cumulative", "gradient"):
             assert passes[1] == 1
         elif variant != "repair":
             assert max(passes) < 0.65 * sum(passes)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scored_models import Altered, full_accuracy, linears, random_model, scored_draw, word_batches
+from scored_models import (
+    Altered,
+    full_accuracy,
+    graded,
+    labelled,
+    linears,
+    questions,
+    scored_draw,
+    texts,
+)
 from sklearn import metrics
 from torch import nn
 
@@ -26,8 +35,6 @@ from partial_lora.calibration.score import (
 from partial_lora.errors import PartialLoraError
 
 BLOCKS = "vit.blocks"
-
-BERT, LLAMA = "bert.encoder.layer", "model.layers"
 
 
 def all_of_it(low, high):
@@ -102,59 +109,6 @@ def by_correlation(function):
         return function(*zip(*pairs, strict=True)).statistic
 
     return score
-
-
-# The scored draws
-
-
-def labelled():
-    model = random_model("bert")
-    batches = word_batches((7, 7, 7, 5), rows=8)
-    with torch.no_grad():
-        for batch in batches:  # labelled as the model would, but for every fifth
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            batch["labels"] = model(**inputs).logits.argmax(-1)
-            batch["labels"][::5] = (batch["labels"][::5] + 1) % 3
-    return model, batches, BERT
-
-
-def graded():
-    model = random_model("bert", labels=1)
-    batches = word_batches((7, 7, 5), rows=8)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            batch["labels"] = model(**inputs).logits[:, 0] + torch.randn(8, generator=generator)
-    return model, batches, BERT
-
-
-def texts():
-    batches = word_batches((7, 9, 9), rows=6)
-    for batch in batches:
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batch["labels"][1, :4] = -100
-    return random_model("llama"), batches, LLAMA
-
-
-def questions(lengths=(8, 8, 6)):
-    """Items of two and of three options, of several lengths, the right one first, second or third."""
-    model = random_model("llama")
-    generator = torch.Generator().manual_seed(5)
-    batches, item = [], 0
-    for length in lengths:
-        sizes = [3, 2, 3, 3, 2]
-        words = torch.randint(1, 50, (sum(sizes), length), generator=generator)
-        labels, items, answers = words.clone(), [], []
-        for size in sizes:
-            items += [item] * size
-            answers += [option == item % size for option in range(size)]
-            item += 1
-        for row in range(len(words)):
-            labels[row, : length - 1 - row % 3] = -100
-        tensors = {"labels": labels, "items": torch.tensor(items), "answers": torch.tensor(answers)}
-        batches.append({"input_ids": words, "attention_mask": torch.ones_like(words), **tensors})
-    return model, batches, LLAMA
 
 
 def macro_f1(labels, predictions):

@@ -263,7 +263,11 @@ def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject
     assert 0 < costs["bisect"]["sample_blocks"] < costs["scan"]["sample_blocks"] < costs["literal"]["sample_blocks"]
     assert list(summary["importance"]) == ["svd", "magnitude"]
     moved = [sparsity[module][axis] != bisected[module][axis] for module in sparsity for axis in ("rows", "columns")]
-    assert summary["differ"] == np.mean(moved)
+    agreement = summary["from_scan"]
+    assert agreement["bisect"]["differ"] == np.mean(moved)
+    assert (agreement["scan"]["differ"], agreement["scan"]["mean_absolute"]) == (0, 0)
+    assert 0 < costs["gradient"]["passes"] < costs["bisect"]["passes"]
+    assert agreement["gradient"]["differ"] > 0
 
 
 def of_causal(kind: str, *overrides: str) -> tuple[dict, analyses.Subject]:

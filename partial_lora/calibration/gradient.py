@@ -1,0 +1,154 @@
+"""Scores that gradients predict: to first order, what a model answers is linear in the zeroing of rows and columns.
+
+With row i of W zeroed, output c of an example changes by -sum_t d[t, i] (W x)[t, i]; with column j by -sum_t x[t, j]
+(W'd)[t, j]. d is the gradient of c at what the module gives, x what enters it, t their tokens. So a forward pass and a
+backward pass for each output are enough for all modules, rows, columns and levels at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from partial_lora.calibration.reuse import wrapped
+from partial_lora.calibration.search import BOTH, Curve, Levels, checks, scan
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AXES
+
+Removed = Mapping[str, Mapping[str, Tensor]]  # {module: {"rows" | "columns": (size, levels)}}, 1 where a level zeroes
+Changes = dict[str, dict[str, Tensor]]  # {module: {axis of a curve: (examples, outputs, levels)}}
+Answer = Callable[[slice], tuple[Tensor, Tensor]]
+Point = tuple[str, str, float]  # module, axis, level
+
+
+def linearised(
+    answer: Answer, modules: Mapping[str, nn.Linear], removed: Removed, axes: Sequence[str], rows: range
+) -> tuple[Tensor, Tensor, Changes]:
+    """Return the outputs of some rows of a batch, which of them compete, and how these change at every level.
+
+    answer: the outputs of a slice of the batch (rows, all), and the places of those that compete (rows, outputs).
+    Where what enters a module is not one item for each row (positions that all share, windows, an expert's tokens),
+    each row goes through the model by itself.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}  # what enters, and what is given
+
+    def noted(name: str, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            entering = input.view_as(input) if input.requires_grad else input.detach().requires_grad_()
+            calls[name].append((entering, own(entering)))
+            return calls[name][-1][1].clone()  # for whoever writes into it
+
+        return forward
+
+    with wrapped(modules, noted), torch.enable_grad():
+        outputs, places = answer(slice(rows.start, rows.stop))
+        competing = outputs.gather(1, places).sum(0).unbind()  # of different rows, which do not depend on each other
+    if len(rows) > 1 and any(len(entering) != len(rows) for of in calls.values() for entering, _ in of):
+        singly = [linearised(answer, modules, removed, axes, rows[at : at + 1]) for at in range(len(rows))]
+        all_outputs, all_places, parts = zip(*singly, strict=True)
+        changes = {name: {axis: torch.cat([part[name][axis] for part in parts]) for axis in axes} for name in modules}
+        return torch.cat(all_outputs), torch.cat(all_places), changes
+    if not outputs.requires_grad:
+        raise PartialLoraError(
+            "calibration.search=gradient: no gradient goes from what the model answers to its modules; "
+            "expected scan or bisect"
+        )
+    ends = [end for of in calls.values() for call in of for end in call]
+    by_output = []
+    for output in competing:
+        arriving = iter(torch.autograd.grad(output, ends, retain_graph=True, materialize_grads=True))
+        own = {name: [(*call, next(arriving), next(arriving)) for call in calls[name]] for name in modules}
+        of_modules = ((name, own[name], module, removed[name]) for name, module in modules.items())
+        by_output.append({name: _changes(*of_module, axes, len(rows)) for name, *of_module in of_modules})
+    changes = {name: {axis: torch.stack([of[name][axis] for of in by_output], 1) for axis in axes} for name in modules}
+    return outputs.detach(), places, changes
+
+
+def _changes(
+    calls: Sequence[tuple[Tensor, ...]],
+    module: nn.Linear,
+    removed: Mapping[str, Tensor],
+    axes: Sequence[str],
+    count: int,
+) -> dict[str, Tensor]:
+    """Return how one output of each row changes by the zeroing in one module (rows, levels), by axis.
+
+    calls: of each what entered, what was given, and the gradients of the output there.
+    """
+    rows, columns = (removed[axis] for axis in AXES)
+    changes = {axis: rows.new_zeros(count, rows.shape[1]) for axis in axes}
+    for call in calls:
+        x, product, entering, d = (part.detach().reshape(count, -1, part.shape[-1]).to(rows.dtype) for part in call)
+        if module.bias is not None:
+            product = product - module.bias.detach().to(rows.dtype)
+        lost = {"rows": (d * product).sum(1) @ rows, "columns": (x * entering).sum(1) @ columns}
+        if BOTH in axes:  # what is in a zeroed row and in a zeroed column is lost once
+            weight = module.weight.detach().to(rows.dtype)
+            entries = (weight * (gradient.T @ own) for gradient, own in zip(d, x, strict=True))
+            twice = torch.stack([(rows.T @ each * columns.T).sum(1) for each in entries])
+            lost[BOTH] = lost["rows"] + lost["columns"] - twice
+        for axis in axes:
+            changes[axis] -= lost[axis]
+    return changes
+
+
+# --- Levels of predicted curves
+
+
+def levels_of(
+    predicted: Mapping[str, Mapping[str, Curve]],
+    grid: Sequence[float],
+    enough: Callable[[float], bool],
+    found: Mapping[Point, bool] = MappingProxyType({}),
+) -> Levels:
+    """Return the level before the first failure of every predicted curve; what was found goes before a prediction."""
+
+    def survives(module: str, axis: str, level: float) -> bool:
+        return found.get((module, axis, level), enough(predicted[module][axis][level][0]))
+
+    return {
+        module: {axis: scan(partial(survives, module, axis), grid) for axis in axes}
+        for module, axes in predicted.items()
+    }
+
+
+def checked(
+    predicted: Mapping[str, Mapping[str, Curve]],
+    grid: Sequence[float],
+    *,
+    enough: Callable[[float], bool],
+    line: float,
+    survives: Callable[[str, str, float], bool],
+) -> dict[Point, bool]:
+    """Return the points that are evaluated all the same, as many as `checks` gives a scan of the predicted curves.
+
+    line: the score that is just enough. survives: evaluates a point. Of the levels chosen and of those after them, the
+    one whose prediction is nearest to the line is evaluated, again and again.
+    """
+    found: dict[Point, bool] = {}
+
+    def beside(level: float) -> Sequence[float]:
+        place = grid.index(level) if level else -1
+        return grid[max(place, 0) : place + 2]
+
+    levels = levels_of(predicted, grid, enough)
+    tried = sum(grid.index(beside(level)[-1]) + 1 for axes in levels.values() for level in axes.values()) if grid else 0
+    for _ in range(checks(tried)):
+        distances = {
+            (module, axis, near): abs(predicted[module][axis][near][0] - line)
+            for module, axes in levels.items()
+            for axis, level in axes.items()
+            for near in beside(level)
+        }
+        left = [point for point, distance in distances.items() if point not in found and math.isfinite(distance)]
+        if not left:
+            break
+        point = min(left, key=distances.__getitem__)
+        found[point] = survives(*point)
+        levels = levels_of(predicted, grid, enough, found)
+    return found
