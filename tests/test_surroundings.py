@@ -90,9 +90,7 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
     assert "Connection refused" in line
     assert "model.weights" in line
     assert "model=vit_s14" in line
-    (record,) = place.glob("failed/runs/digits/*/*/*/result.json")
-    assert json.loads(record.read_text())["error"] in line
-    assert f"someone/{HIDDEN}" in (record.parent / "train.log").read_text()
+    assert not [*place.glob("failed/runs/digits/*/*/*")]  # it never began
     assert holding(place / "failed", SECRET) == []
 
 

@@ -225,7 +225,9 @@ def _with_titles(figure: Figure, names: Mapping[str, str]) -> str:
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     space = "http://www.w3.org/2000/svg"
     ElementTree.register_namespace("", space)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by this name alone HTML knows it
     root = ElementTree.fromstring(content.getvalue())
+    root.set("style", f"max-width: {root.get('width')}")
     for element in root.iter(f"{{{space}}}g"):
         if element.get("id") in names:
             ElementTree.SubElement(element, f"{{{space}}}title").text = names[element.get("id")]

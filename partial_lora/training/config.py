@@ -80,9 +80,10 @@ class TrainerConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
         if self.learning_rate != AUTO:
-            number = type(self.learning_rate) in (int, float) and 0 < self.learning_rate < math.inf  # true is an int
+            if type(self.learning_rate) is int:  # true is one, too
+                self.learning_rate = float(self.learning_rate)
+            number = isinstance(self.learning_rate, float) and 0 < self.learning_rate < math.inf
             require(number, "trainer.learning_rate", self.learning_rate, "a number above 0, or auto")
-            self.learning_rate = float(self.learning_rate)
         positive("trainer.loraplus_ratio", self.loraplus_ratio)
         if self.head_learning_rate is not None:
             positive("trainer.head_learning_rate", self.head_learning_rate)

@@ -77,6 +77,7 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
         table, tmp_path, reference="low_rank", command="partial-lora compare", refused=["oft: not applicable"]
     ).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
+    assert "<use xlink:href=" in text  # as letters and markers are drawn
     assert "num_trainable_params" in text
     assert "oft: not applicable" in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched

@@ -262,6 +262,14 @@ def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way)
     assert str(out) in capsys.readouterr().err
 
 
+def test_the_base_of_a_merge_is_that_of_the_runs(tmp_path, capsys) -> None:
+    run = choice_run()
+    line = [str(run.directory), str(run.directory), "--weights", "1", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(["merge", "smollm2_135m", *line]) == 2
+    assert capsys.readouterr().err.startswith("partial-lora: BASE=smollm2_135m")
+    assert cli.main(["merge", run.config.model.name, *line]) == 0
+
+
 @pytest.mark.parametrize(
     ("runs", "weights", "begins"),
     [

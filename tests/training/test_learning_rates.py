@@ -117,7 +117,7 @@ def optimizer_of(model: PeftModel, directory: Path, **changes: object) -> torch.
     return trainer(model, directory, weight_decay=DECAY, **changes).create_optimizer()
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_convnext"])
 def test_groups_hold_every_parameter_that_trains_once(tmp_path: Path, name: str, method: str) -> None:
     model, setting = adapted_by(method, name)
