@@ -579,7 +579,9 @@ def test_neither_help_nor_a_wrong_argument_nor_info_waits_for_a_library(place: P
     right = [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["report", "--help"]]
     right += [["info"], ["info", "model=vit_s14"], ["info", "model=llama3_1_8b", "task=arc_easy", "method=lora"]]
     wrong = [["trainer.lr=1"], ["model=nothing"], ["task=image_table", "task.data_files.train=nowhere.csv"]]
-    wrong = [["runs", "nowhere"], ["report", "--by"]] + [[command, *each] for command in ("train", "info") for each in wrong]
+    wrong = [["runs", "nowhere"], ["report", "--by"]] + [
+        [command, *each] for command in ("train", "info") for each in wrong
+    ]
     script = f"""
 from partial_lora.cli import main
 def code(arguments):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -103,7 +104,9 @@ def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int
     from partial_lora.runs.build import method_of, setting_of
     from partial_lora.training.cost import describe_adapted
 
-    adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes))
+    with warnings.catch_warnings():  # PEFT asks for a name that transformers gives up
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes))
     dense = dense_parameters(shapes, config.method.rank)
     return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
 
