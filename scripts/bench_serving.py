@@ -1,4 +1,4 @@
-"""What do many adapters on one base model cost, masked and dense? The benchmark behind `results/bench/serving.md`.
+"""Benchmark of many adapters on one base model, masked and dense: `results/bench/serving.md`.
 
 `python scripts/bench_serving.py` adds the products of 1, 4, 16 and 64 adapters to the outputs of one layer, each
 adapter for its share of the batch: dense of rank 16; dense of rank 2, which holds as many numbers as the masked one;

@@ -2,8 +2,8 @@
 
     python scripts/forms.py results/forms --reference low_rank
 
-The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower
-loss. A difference to the reference is of runs of the same seeds, with the 95 % interval of Student's t over seeds.
+The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
+the reference is of runs of the same seeds, with the 95 % interval of Student's t over seeds.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
     config = configuration(setting.peft_type, options, **_shared(setting, options))
     try:
         return get_peft_model(model, config)
-    except (ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
         raise PartialLoraError(f"method.peft_type={setting.peft_type}: {_first_line(error)}") from error
 
 

@@ -211,10 +211,7 @@ def _interval(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
         return None
     if each is None:
         return None
-    if set(each) <= {
-        0.0,
-        1.0,
-    }:  # right or wrong: of few examples, or none that is wrong, the bootstrap knows too little
+    if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(records.LEVEL, "wilson"))
     drawn = statistics.bootstrap(each[None], np.random.default_rng(0), _DRAWS)
     return tuple(map(float, np.quantile(drawn, [(1 - records.LEVEL) / 2, (1 + records.LEVEL) / 2])))

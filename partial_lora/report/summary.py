@@ -229,9 +229,8 @@ def _lines(lines: Mapping[str, str | Text]) -> Table:
     drawn.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
-            drawn.add_row(
-                name, Text(value) if isinstance(value, str) else value
-            )  # as it is: what stands in brackets would be markup
+            shown = Text(value) if isinstance(value, str) else value  # what stands in brackets would be markup
+            drawn.add_row(name, shown)
     return drawn
 
 

@@ -50,7 +50,7 @@ def _load_task(task: TaskConfig) -> Task:
 
 
 def warnings_of(config: Config, task: Task) -> list[str]:
-    """Return what of a training's settings and rows to beware of, a sentence each."""
+    """Return warnings about a training's settings and rows, a sentence each."""
     found = config.trainer.warnings
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:

@@ -159,13 +159,13 @@ def compare(
         runs = next(searching)
         while True:
             new = sum(worth(record) is None for _, record in results(entry, runs).values())
-            time = f"about {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
+            time = f"at most {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
             say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - new} finished; {left} left, {time}")
             began = monotonic()
             code = launch(entry.arguments(runs))
             if code > 2:
                 return code
-            took += [(monotonic() - began) / new] * new
+            took += [(monotonic() - began) / new] * new if new else []
             left = max(left - len(runs), 0)
             found = results(entry, runs)
             entry.done |= {place: record for place, record in found.values() if worth(record) is not None}

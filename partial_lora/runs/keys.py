@@ -1,4 +1,4 @@
-"""What `partial-lora train --help` says: every key, its value and, by the schema's comment, its meaning."""
+"""The text of `partial-lora train --help`: every key, its value and, by the schema's comment, its meaning."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from partial_lora.runs.finished import FinishedRun
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two adapters both change, as a share of what the one that changes less does.
+    """The overlap of two adapters: what both change, as a share of what the one that changes less does.
 
     first, second: the places of their runs. rows, columns: of B and A. entries: of the weights that the adapters are
     added to.

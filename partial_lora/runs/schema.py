@@ -136,7 +136,7 @@ class ModelConfig:
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether images of another size than that of its weights fit the model."""
+        """True where images of another size than that of its weights fit the model."""
         return bool(self.model_args.get("dynamic_img_size")) or self.architecture.startswith("convnext")
 
     @property
@@ -273,7 +273,7 @@ class MethodConfig:
 
     @property
     def function(self) -> str:
-        """What makes the adapter, of methods.METHODS: a tuner of PEFT goes by any name."""
+        """The key of methods.METHODS for what makes the adapter: a tuner of PEFT goes by any name."""
         return self.name if self.peft_type is None else "peft"
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class TrainerConfig:
 
     @property
     def warnings(self) -> list[str]:
-        """What of the settings to beware of, a sentence each."""
+        """Warnings about the settings, a sentence each."""
         keys = {"adapter": "learning_rate", "B": "loraplus_ratio", "head": "head_learning_rate"}
         large = {keys[part]: rate for part, rate in self.learning_rates.items() if rate > _LARGEST_RATE}
         return [

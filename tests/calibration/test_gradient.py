@@ -38,7 +38,7 @@ CURVES = (*AXES, "joint")
 
 
 def removed_from(modules):
-    """What each level zeroes, as 0 and 1 for every row and column."""
+    """The rows and columns that each level zeroes, as 1, the others as 0."""
     removed = {}
     for name, module in modules.items():
         kept = [[Mask.top(of_axis, level).dense() for level in LEVELS] for of_axis in svd(module.weight.detach())]

@@ -48,7 +48,7 @@ def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
 
 
 def test_the_mean_over_seeds_decides() -> None:
-    """What is best by the first seed alone is not."""
+    """A rate that leads with the first seed alone loses."""
     best, _ = searched(
         lambda rate, seed: {(1.0, 0): 1.0, (2.0, 0): 0.9}.get((rate, seed), rate / 10 if rate <= 2 else 0)
     )
@@ -90,7 +90,7 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
         launched.append(arguments)
         for _, config in compare.checked(arguments).runs:
             place = run_directory(config)
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             score = -abs(math.log2(config.trainer.learning_rate / 2e-3))
             validation = {"primary": "accuracy", "accuracy": score, "loss": 1.0}
             write_json(place / "result.json", {"status": "finished", "metrics": {"validation": validation}})
@@ -101,6 +101,9 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
     assert all("left" in each for each in said)
+    again = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0  # all of it is there
+    assert [entry.done for entry in again] == [entry.done for entry in entries]
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
