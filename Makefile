@@ -1,4 +1,4 @@
-# make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
+# make demo    from nothing in two minutes after installation: calibrate, mask, train and evaluate a real ViT on real digits
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
@@ -52,7 +52,8 @@ $(VENV)/.test-serve-installed: $(VENV)/.test-installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/partial-lora train
+	$(BIN)/partial-lora train experiment=demo
+	@echo "first:  source $(BIN)/activate"
 
 # Files go in the order of their names: by their number of tests, those of few but long ones would come last, and alone.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
