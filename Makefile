@@ -86,10 +86,10 @@ $(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 docs: $(VENV)/.docs-installed
-	COLUMNS=100 $(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.docs-installed
-	COLUMNS=100 $(BIN)/mkdocs serve
+	$(BIN)/mkdocs serve
 
 # The commands of README.md and docs/, in about twenty minutes; DOCS=--list says which need more than this machine.
 docs-commands: $(VENV)/.test-installed

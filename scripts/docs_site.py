@@ -194,7 +194,8 @@ def help_texts() -> str:
     for name in cli.COMMANDS:
         if name in ("train", "calibrate", "info"):
             continue
-        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        wide = patch.dict(os.environ, COLUMNS="86")
+        with wide, contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             cli.COMMANDS[name](["--help"])
         texts.append(f"## {name}\n\n```text\n{printed.getvalue().rstrip()}\n```")
     return "\n\n".join(texts)
