@@ -398,6 +398,7 @@ NOT_SETTINGS = {
     "calibration.memory",
     "trainer.tuned_on",
     "trainer.device",
+    "trainer.start",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",
     "trainer.num_processes",

@@ -37,6 +37,7 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # beyond which gradients are scaled down
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
+    start: str = "fresh"  # fresh: a new interpreter for each run; fork: of one that has imported all, in sweeps
     num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
     num_machines: int = 1  # that share the run; each runs the same command
     machine_rank: int = 0  # of this machine; 0 has the run's directory
@@ -93,6 +94,7 @@ class TrainerConfig:
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        one_of("trainer.start", self.start, "fresh", "fork")
         one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
         processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
         parts = processes * steps
