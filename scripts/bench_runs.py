@@ -1,7 +1,7 @@
 """Benchmark of whole runs, `results/bench/runs.md`: what one costs to start, and its steps beside a bare loop's.
 
 `python scripts/bench_runs.py starts` times a sweep of short runs whose workers are fresh interpreters, then forks, and
-commands that train nothing. `steps` times a step of PEFT's LoRA in a bare loop and in transformers' Trainer, and of LoRA
+commands that train nothing. `steps` times a step of LoRA by PEFT in a bare loop and in a plain Trainer, and of LoRA
 and Partial-LoRA in `partial-lora train`. `threads` times a step with one thread or all, and with each way in which
 OpenMP's threads can wait, of a run alone and of two side by side. Variants take turns. Every repetition is in
 runs.json. Each part replaces its own section of the record.
