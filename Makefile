@@ -4,6 +4,7 @@
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
 # make lint    ruff
 # make docs    the documentation site, in build/site (docs-serve: on a port of this machine, while you write)
+# make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
 # make encoders   the same of a real text encoder on four sets of texts (results/encoders)
@@ -30,7 +31,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo docs docs-serve test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -85,10 +86,14 @@ $(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 docs: $(VENV)/.docs-installed
-	COLUMNS=100 $(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.docs-installed
-	COLUMNS=100 $(BIN)/mkdocs serve
+	$(BIN)/mkdocs serve
+
+# The commands of README.md and docs/, in about twenty minutes; DOCS=--list says which need more than this machine.
+docs-commands: $(VENV)/.test-installed
+	$(BIN)/python scripts/docs_commands.py $(DOCS)
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
 FIRST = $(BIN)/partial-lora train -m results_dir=results/first

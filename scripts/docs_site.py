@@ -15,7 +15,8 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import unicodedata
+from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
@@ -31,12 +32,14 @@ from partial_lora.files import flatten
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
 from partial_lora.runs.keys import meanings
-from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig, defaults
+from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig
 from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+LETTER = re.compile(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>')  # browsers read letters, not this
+BAR = re.compile(r'<mo(?: stretchy="false")?>(&#x02016;|&#x0007C;)</mo>')  # else with the spaces of a relation
 log = logging.getLogger("mkdocs.hooks.docs_site")
 
 
@@ -79,6 +82,8 @@ def on_page_markdown(markdown, page, config, files):
             log.warning("%s: a link to %s, which is no file", path, link[2])
         return link[1] + os.path.relpath(source(target), posixpath.dirname(page.file.src_uri) or ".") + link[3]
 
+    if not path.startswith("docs/") and path != "README.md":
+        page.meta.setdefault("hide", ["toc"])  # the tables of records are wide
     for mark, made in GENERATED.items():
         if mark in markdown:
             markdown = markdown.replace(mark, made())
@@ -89,9 +94,23 @@ def on_page_content(content, page, config, files):
     """Render the formulas of a page as MathML, which browsers draw without a script."""
 
     def drawn(formula: re.Match) -> str:
-        return convert(html.unescape(formula[2]), display="block" if formula[1] == "div" else "inline")
+        made = convert(html.unescape(formula[2]), display="block" if formula[1] == "div" else "inline")
+        return BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', LETTER.sub(lettered, made))
+
+    def lettered(letter: re.Match) -> str:
+        kind, capital = letter.groups()
+        named = ("{} CAPITAL {}", "MATHEMATICAL {} CAPITAL {}")
+        found = [name.format(kind.upper(), capital) for name in named]
+        return f"<mi>{next(unicodedata.lookup(name) for name in found if _is_character(name))}</mi>"
 
     return FORMULA.sub(drawn, content)
+
+
+def _is_character(name: str) -> bool:
+    try:
+        return bool(unicodedata.lookup(name))
+    except KeyError:
+        return False
 
 
 # --- What is generated.
@@ -99,18 +118,23 @@ def on_page_content(content, page, config, files):
 
 def keys() -> str:
     """Return a table for every group of the schema: its keys with their types, defaults, ranges and comments."""
-    meaning, allowed, standard = meanings(), ranges(), defaults()
-    usual = flatten(plain(composed()))
-    types = {key: type_ for group, kind in SECTIONS.items() for key, type_ in _types(group, kind)}
-    sections: dict[str, list[str]] = {group: [] for group in SECTIONS}
-    for key, text in meaning.items():
-        group = key.rpartition(".")[0]
-        own = standard.get(key) if group in ("model", "task") or key not in usual else usual[key]
-        cells = [f"`{key}`", types[key], _value(own), allowed.get(key, ""), text]
-        sections[group].append("| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |")
-    head = "| key | type | default | range | |\n|---|---|---|---|---|"
-    titles = {group: f"## {group or 'Of the run'}\n\n{kind.__doc__}" for group, kind in SECTIONS.items()}
-    return "\n\n".join("\n".join([titles[group] + "\n", head, *rows]) for group, rows in sections.items())
+    meaning, allowed, usual = meanings(), ranges(), flatten(plain(composed()))
+    tables = []
+    for group, kind in SECTIONS.items():
+        lines = [f"## {group or 'Of the run'}", "", kind.__doc__, "", "| key | type | default | range | meaning |"]
+        lines.append("|---" * 5 + "|")
+        for each in fields(kind):
+            key = f"{group}.{each.name}".lstrip(".")
+            if key in SECTIONS:
+                continue
+            default = each.default if each.default_factory is DATACLASS_MISSING else each.default_factory()
+            if group not in ("model", "task"):  # of these the schema's own; conf/ has them of each
+                default = usual.get(key, default)
+            of_type = "" if each.type == "Any" else re.sub(r"^Optional\[(.*)\]$", r"\1 or null", each.type)
+            cells = [f"`{key}`", of_type, _value(default), allowed.get(key, "").replace("None", "null"), meaning[key]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 SECTIONS = {
@@ -123,12 +147,6 @@ SECTIONS = {
     "mask": MaskConfig,
     "trainer": TrainerConfig,
 }
-
-
-def _types(group: str, kind: type) -> Iterator[tuple[str, str]]:
-    for each in fields(kind):
-        plain_type = re.sub(r"^Optional\[(.*)\]$", r"\1 or null", each.type)
-        yield f"{group}.{each.name}".lstrip("."), "" if each.type == "Any" else plain_type
 
 
 def _value(value: object) -> str:
@@ -176,7 +194,8 @@ def help_texts() -> str:
     for name in cli.COMMANDS:
         if name in ("train", "calibrate", "info"):
             continue
-        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        wide = patch.dict(os.environ, COLUMNS="86")
+        with wide, contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             cli.COMMANDS[name](["--help"])
         texts.append(f"## {name}\n\n```text\n{printed.getvalue().rstrip()}\n```")
     return "\n\n".join(texts)
