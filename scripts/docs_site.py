@@ -95,7 +95,8 @@ def on_page_content(content, page, config, files):
 
     def drawn(formula: re.Match) -> str:
         made = convert(html.unescape(formula[2]), display="block" if formula[1] == "div" else "inline")
-        return BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', LETTER.sub(lettered, made))
+        made = BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', LETTER.sub(lettered, made))
+        return f'<{formula[1]} class="formula">{made}</{formula[1]}>'
 
     def lettered(letter: re.Match) -> str:
         kind, capital = letter.groups()
