@@ -2,7 +2,7 @@
 
 The README is the first page. A file outside docs/ that a page links to (a table, a figure, a script) is part of the
 site, and so is what that links to; code gets a page of its own. Pages get the schema's keys, the choices of each group
-and the help of each command where they ask for them by `<!-- keys -->`, `<!-- choices -->` and `<!-- help -->`. Formulas
+and the help of each command where they ask for them: `<!-- keys -->`, `<!-- choices -->`, `<!-- help -->`. Formulas
 become MathML.
 """
 
