@@ -187,7 +187,7 @@ SCALED = mask.fan_in=kept+mask.row_exponent=1
 FORMS = method=lora method=low_rank method=random_weights \
 	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
 	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+mask.row_exponent=1+mask.column_exponent=0.5 \
-	method=partial+mask=units+$(SCALED) method=partial+mask=frozen+mask.row_exponent=1
+	method=partial+mask=units+$(SCALED) method=partial+mask=groups method=partial+mask=frozen+mask.row_exponent=1
 FORM_SIZES = calibration.budget=0.13,0.02
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
