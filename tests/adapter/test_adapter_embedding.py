@@ -67,8 +67,9 @@ def test_an_embedding_trains_what_its_masks_keep_and_nothing_else(granularity):
     assert not [name for name, each in model.named_parameters() if "lora_embedding" in name and each.numel()]
 
 
-def test_its_folder_is_a_lora_of_peft_and_gives_the_masks_back(tmp_path):
-    model = adapted()
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "groups"])
+def test_its_folder_is_a_lora_of_peft_and_gives_the_masks_back(granularity, tmp_path):
+    model = adapted(granularity=granularity)
     expected = logits(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     plain = PeftModel.from_pretrained(llama(), tmp_path)
@@ -80,7 +81,7 @@ def test_its_folder_is_a_lora_of_peft_and_gives_the_masks_back(tmp_path):
     assert module_masks(again) == module_masks(model)
     write_compact(model, tmp_path / "compact")
     assert torch.equal(logits(load_compact(llama(), tmp_path / "compact")), expected)
-    fresh = adapted(mask_seed=1, sparsity=0)
+    fresh = adapted(sparsity=0)
     warm_start(fresh, tmp_path)
     assert torch.allclose(logits(fresh), expected, atol=1e-5)
 
