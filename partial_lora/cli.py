@@ -405,8 +405,8 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Import torch, datasets and their kin inside the block, with what they read then: no bars, threads that sleep."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Import torch, datasets and their kin inside the block, with what they read then: no bars, OpenMP's threads."""
+    os.environ.update(launch.openmp())
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with launch.importing():

@@ -30,7 +30,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the workers of a run, and before torch is imported
+from partial_lora.runs.launch import openmp
+
+os.environ.update(openmp())  # as for the workers of a run, and before torch is imported
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

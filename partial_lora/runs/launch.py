@@ -162,8 +162,6 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     }
     environment[progress.VARIABLE] = str((place / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(cluster.processes)
-    # Threads that spin while they wait are a little faster on an idle machine, and many times slower on a busy one.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if cluster.processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -312,11 +310,32 @@ def command(cluster: Cluster, worker: list[str]) -> list[str]:
 
 def cluster_environment(cluster: Cluster) -> dict[str, str]:
     """Return the variables that workers of a cluster need beside those of a lone one."""
-    added = {"PET_SHUTDOWN_TIMEOUT": str(_GRACE)}
-    if "OMP_NUM_THREADS" not in os.environ:
-        added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // cluster.here))
+    added = {"PET_SHUTDOWN_TIMEOUT": str(_GRACE)} | openmp(cluster.here)
     if cluster.hides_accelerators:
         added["CUDA_VISIBLE_DEVICES"] = ""
+    return added
+
+
+_IDLE = 10  # percent of all cores that others may be using where threads spin
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+
+
+def openmp(processes: int = 1) -> dict[str, str]:
+    """Return the variables of OpenMP that each of so many processes on this machine needs and the user has not set.
+
+    They share the cores there are for this process, by its affinity and its cgroup. Threads that spin for a moment
+    before they sleep make a step of training a third shorter where these cores are free (results/bench/runs.md), and
+    much longer where other processes compute on them; there they sleep at once.
+    """
+    import psutil
+    from joblib import cpu_count
+
+    added = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        added["OMP_NUM_THREADS"] = str(max(1, cpu_count() // processes))
+    if not _WAITING & os.environ.keys():
+        is_idle = psutil.cpu_percent(interval=0.1) < _IDLE
+        added |= {"GOMP_SPINCOUNT": "10000"} if is_idle else {"OMP_WAIT_POLICY": "PASSIVE"}
     return added
 
 

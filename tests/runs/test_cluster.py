@@ -129,10 +129,33 @@ def test_an_optimizer_of_deepspeeds_own_has_one_learning_rate(monkeypatch, tmp_p
 
 def test_workers_have_their_share_of_this_machines_threads(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
     assert launch.cluster_environment(launch.Cluster(processes=4, machines=2))["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "OMP_NUM_THREADS" not in launch.cluster_environment(launch.Cluster(processes=4, machines=2))
     on_cpu = launch.cluster_of(settings(accelerate_config=file(tmp_path, use_cpu=True)))
     assert launch.cluster_environment(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("used", "set_by_user", "added"),
+    [
+        (1.0, {}, {"GOMP_SPINCOUNT": "10000"}),
+        (60.0, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (1.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+        (60.0, {"GOMP_SPINCOUNT": "5"}, {}),
+    ],
+)
+def test_threads_spin_where_the_cores_are_free_and_sleep_where_they_are_not(
+    used, set_by_user, added, monkeypatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: used)
+    assert launch.openmp() == added
 
 
 def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:
