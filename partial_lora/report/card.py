@@ -202,14 +202,12 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
 
 
 def _interval(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of a metric that is a mean over examples (of a share Wilson's); None for another."""
+    """Return the 95 % interval of a metric over examples (of a share Wilson's); None where predictions lack it."""
     from scipy.stats import binomtest
 
     try:
         each = statistics.per_example(frame, metric)
     except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
-        return None
-    if each is None:
         return None
     if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(records.LEVEL, "wilson"))
