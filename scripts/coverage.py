@@ -1,6 +1,6 @@
 """How often 95 % intervals of a difference hold the truth, with 3, 5 and 8 seeds: of components, and of a bootstrap.
 
-    python scripts/coverage.py            # or `make coverage`; about a quarter of an hour of one core
+    python scripts/coverage.py            # or `make coverage`; about five minutes of one core
 
 Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
 is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
@@ -29,7 +29,7 @@ from partial_lora.report.drawing import save_both
 from partial_lora.report.statistics import bootstrap, by_example, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (3, 5, 8)
-DRAWS = 400
+DRAWS = 300
 COMPONENTS, BOOTSTRAP = "components", "bootstrap"
 FIVE = "five sets"
 Experiment = Callable[[np.random.Generator, int], np.ndarray]
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), help="the records to resample and to fit")
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
-    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--repetitions", type=int, default=500)
     options = parser.parse_args(arguments)
     numbers, fits = simulate(options.results, options.repetitions)
     options.out.mkdir(parents=True, exist_ok=True)

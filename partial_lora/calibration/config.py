@@ -71,6 +71,9 @@ class CalibrationConfig:
     search: str = "scan"
     repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
     chance: str = "ignore"  # ignore; majority: the threshold is of what the score is above that of the largest class
+    # densities moved towards the same one everywhere, of as many parameters: 0.5 half-way (in logarithms), 1 all the
+    # way, 2 as far on the other side
+    shrink: float = 0.0
     score: str = "auto"  # what is left of the model; auto: the task's primary metric
     reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
     # in place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform
@@ -97,6 +100,7 @@ class CalibrationConfig:
         around = "independent: calibration.search=gradient predicts around the intact model"
         require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
         one_of("calibration.chance", self.chance, "ignore", "majority")
+        require(0 <= self.shrink <= 2, "calibration.shrink", self.shrink, "a number in [0, 2]")
         one_of("calibration.score", self.score, *_SCORES)
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
         fixed = f"false: calibration.budget={budget} has fixed the parameters that a repair would give back"
@@ -119,7 +123,7 @@ class CalibrationConfig:
             expected = "the share removed, in [0, 1)" + (", or uniform" if key == name else "")
             require(number and 0 <= share < 1, key, share, expected)
         self.sparsity = _as_floats(sparsity)
-        for key in ("threshold", "budget", "file", "repair", "reliability"):
+        for key in ("threshold", "budget", "file", "repair", "reliability", "shrink"):
             value, usual = getattr(self, key), getattr(type(self), key)
             spent = key == "budget" and sparsity == UNIFORM
             expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} is in its place"

@@ -212,14 +212,18 @@ class TaskConfig:
     train_samples: Optional[int] = None  # training rows, validation's among them, of every class its share; null: all
     test_samples: Optional[int] = None  # test rows, likewise
     validation_share: float = 0.1  # of the training rows, where there is no validation split
-    split_seed: int = 0  # of every cut and sample of the rows; it does not follow seed
+    test_share: float = 0.2  # of the rows, where there is no test split
+    # of every cut and sample of the rows; null: the run's seed, but for test rows, which are the same for all seeds (0)
+    split_seed: Optional[int] = 0
     label_noise: float = 0.0  # share of the training rows whose class becomes another one, drawn by split_seed
     cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
 
     def __post_init__(self) -> None:
         self.path, self.data_files = at_home(self.path), at_home(self.data_files)
         plain_name("task.name", self.name)
-        require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        seeded = self.split_seed is None or self.split_seed >= 0
+        require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
+        require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
         one_of("task.modality", self.modality, "image", "text")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")

@@ -380,29 +380,27 @@ class Verdict:
     among: int = 0
 
 
-def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim], points: Iterable[str]) -> list[Verdict]:
-    """A verdict for each claim (first, second, claim), model, mixture and measure of importance at each point; one that
-    is open where there is none.
+def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[Verdict]:
+    """A verdict for each claim (first, second, claim, operating point), model, mixture and measure of importance; one
+    that is open where there are no runs.
 
     It is of all sets (of a mixture of its average) or of the only one: one of several never stands for the others. All
     verdicts are corrected for how many they are.
     """
     rows, verdicts, estimates = part_of(numbers, DIFFERENCE), [], []
-    for first, second, claim in claims:
-        own = rows[(rows["first"] == first) & (rows["second"] == second)]
+    for first, second, claim, point in claims:
+        own = rows[(rows["first"] == first) & (rows["second"] == second) & (rows["operating_point"] == point)]
         words = claim.words.format(first=first, second=second)
-        for point in points:
-            at_point = own[own["operating_point"] == point]
-            for where, each in at_point.groupby(WHERE, sort=False):
-                one = each if len(each) == 1 else each[each["task"].isin([AVERAGE, ALL_SETS])]
-                row = one.iloc[0].to_dict() if len(one) else None
-                finding = "nothing over all tasks" if row is None else _finding(row)
-                verdicts.append(Verdict(words, ", ".join(filter(None, where)), OPEN, finding))
-                decidable = row is not None and row["seeds"] > 1 and not math.isnan(row["low"])
-                estimates.append((claim, row) if decidable else None)
-            if at_point.empty:
-                verdicts.append(Verdict(words, point, OPEN, "no runs of both"))
-                estimates.append(None)
+        for where, each in own.groupby(WHERE, sort=False):
+            one = each if len(each) == 1 else each[each["task"].isin([AVERAGE, ALL_SETS])]
+            row = one.iloc[0].to_dict() if len(one) else None
+            finding = "nothing over all tasks" if row is None else _finding(row)
+            verdicts.append(Verdict(words, ", ".join(filter(None, where)), OPEN, finding))
+            decidable = row is not None and row["seeds"] > 1 and not math.isnan(row["low"])
+            estimates.append((claim, row) if decidable else None)
+        if own.empty:
+            verdicts.append(Verdict(words, point, OPEN, "no runs of both"))
+            estimates.append(None)
     return _corrected(verdicts, estimates)
 
 

@@ -433,7 +433,7 @@ def table1(evidence: Evidence) -> Table:
         evidence,
         runs,
         numbers,
-        judged(numbers, ("partial", "lora", AS_GOOD), points=POINTS),
+        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
         missing(runs, wanted, _planned(evidence, "table1"), "make reproduce-table1"),
     )
 
@@ -457,7 +457,7 @@ def table2(evidence: Evidence) -> Table:
         "set beside these.",
         "Means over measures of importance are of differences on the same examples and seeds.",
     ]
-    verdicts = judged(numbers, ("partial", "targeted", AS_GOOD), points=POINTS)
+    verdicts = judged(numbers, *(("partial", "targeted", AS_GOOD, point) for point in POINTS))
     return _of_methods("table2", evidence, runs, numbers, verdicts, lacking, notes)
 
 
@@ -495,7 +495,7 @@ def table3(evidence: Evidence) -> Table:
         tasks = ", ".join(sorted(set(generated["task"])))
         runs_of = counted(len(generated), "run")
         notes.append(f"Left out, as their answers are generated and not chosen: {runs_of} on {tasks}.")
-    verdicts = judged(numbers, ("partial", "lora", AS_GOOD), points=POINTS)
+    verdicts = judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS))
     return _of_methods("table3", evidence, runs, numbers, verdicts, lacking, notes)
 
 
@@ -540,8 +540,8 @@ def table4(evidence: Evidence) -> Table:
     most = [name for name in methods if name not in _OF_THREE_SEEDS]
     lacking = missing(runs, planned(most, (BUDGET,)), _planned(evidence, "table4"), command)
     lacking += missing(runs, planned(_OF_THREE_SEEDS, (BUDGET,)), (), command)
-    claims = [("partial", name, BETTER) for name in _HOW_MUCH] + [("partial", name, AS_GOOD) for name in _WHICH]
-    verdicts = judged(numbers, *claims, points=(BUDGET,))
+    claims = [*((name, BETTER) for name in _HOW_MUCH), *((name, AS_GOOD) for name in _WHICH)]
+    verdicts = judged(numbers, *(("partial", name, claim, BUDGET) for name, claim in claims))
     notes = [
         "Reliability is of the calibrated sparsities: how far those of different seeds, each with examples of its own, "
         "correlate over modules and axes; where a run calibrated on halves of its draw, the Spearman–Brown "
@@ -779,7 +779,7 @@ def table6(evidence: Evidence) -> Table:
         evidence,
         runs,
         numbers,
-        judged(numbers, ("partial", "lora", AS_GOOD), points=POINTS),
+        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
         lacking,
         [note] * (len(runs) > len(mixed)),
     )

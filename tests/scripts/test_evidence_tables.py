@@ -167,8 +167,8 @@ def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
         )
 
     def of(numbers: pd.DataFrame) -> list[tuple[str, str, int]]:
-        claims = [(first, "lora", AS_GOOD) for first in numbers["first"]]
-        made = paired.judged(numbers, *claims, ("other", "lora", AS_GOOD), points=("budget 0.13",))
+        claims = [(first, "lora", AS_GOOD, "budget 0.13") for first in (*numbers["first"], "other")]
+        made = paired.judged(numbers, *claims)
         assert (made[-1].verdict, made[-1].alone, made[-1].among) == (OPEN, OPEN, 0)  # no runs
         return [(each.alone, each.verdict, each.among) for each in made[:-1]]
 
@@ -403,8 +403,8 @@ def test_what_is_said_of_all_sets_is_of_those_with_a_common_seed(tmp_path: Path)
     assert (rows.loc["all sets", "difference"], rows.loc["all sets", "tasks"]) == (pytest.approx(-0.2, abs=0.01), 2)
     assert "2 sets (0 up, 1 down)" in table.shown["Differences"]["task"].tolist()
     without = rows.drop(index="all sets").reset_index()  # one of several tasks stands for none
-    claim = ("partial", "lora", AS_GOOD)
-    assert {each.verdict for each in paired.judged(without, claim, points=("threshold 0.9",))} == {OPEN}
+    claim = ("partial", "lora", AS_GOOD, "threshold 0.9")
+    assert {each.verdict for each in paired.judged(without, claim)} == {OPEN}
 
 
 def test_only_what_beats_all_at_its_point_is_marked(tmp_path: Path) -> None:
