@@ -219,7 +219,8 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     left.set_xticks(range(len(names)), names, rotation=35, ha="right")
     for axes, share in zip(others, ("reach", "first step"), strict=True):
         axes.axhline(0, color="0.6", linewidth=1)
-        axes.set(xscale="log", xlabel=f"{share}, % of the gradient's energy", title="test score − low_rank, points")
+        axes.set(xlabel=f"{share}, % of the gradient's energy", title="test score − low_rank, points")
+    others[0].set_xscale("log")
     handles = [left.plot([], [], markers[task], color="0.3", label=task)[0] for task in tasks]
     handles += [left.plot([], [], "s", color=colours[form], label=form)[0] for form in names if form != "lora"]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
