@@ -21,6 +21,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import bench_moved
+
 from partial_lora.files import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,6 +308,27 @@ def page(record: Mapping) -> str:
     return "\n".join(lines)
 
 
+def figures(record: Mapping) -> bench_moved.Figures:
+    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, ways to wait to one thread."""
+    found = {}
+    if "starts" in record:
+        fork, fresh = (
+            [each["processor_seconds"] for each in record["starts"]["found"]["sweeps"][start]]
+            for start in ("fork", "fresh")
+        )
+        found["a forked run / a fresh one"] = bench_moved.ratio_of_medians(fork, fresh)
+    for job, loops in record.get("steps", {"found": {}})["found"].items():
+        for loop in LOOPS[1:]:
+            steps_of = ([each["step"] for each in loops[name]] for name in (loop, "bare"))
+            found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_moved.ratio_of_medians(*steps_of)
+    for job, ways in record.get("threads", {"found": {}})["found"].items():
+        for way in list(WAITING)[1:]:
+            for how in ("alone", "two"):
+                steps_of = ([each["step"] for each in ways[name][how]] for name in (way, "one thread"))
+                found[f"{job}, {how}: {way} / one thread"] = bench_moved.ratio_of_medians(*steps_of)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure a part, or be one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -326,13 +349,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.quick and options.out == OUT:
         parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     file = options.out / "runs.json"
+    before = bench_moved.committed(file)
     record = json.loads(file.read_text()) if file.is_file() else {}
     words = sys.argv[1:] if argv is None else argv
     made = {"command": f"python scripts/bench_runs.py {' '.join(words)}", "repeats": options.repeats}
     record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
-    write_atomic(options.out / "runs.md", page(record).encode())
+    since = bench_moved.section(before and figures(before), figures(record))
+    write_atomic(options.out / "runs.md", f"{page(record)}\n{since}\n".encode())
 
 
 if __name__ == "__main__":
