@@ -1,8 +1,10 @@
-# make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
+# make demo    from nothing in two minutes after installation: calibrate, mask, train and evaluate a real ViT on real digits
 # make test    everything the tests need, and the tests (JOBS=2 processes)
-# make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
+# make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/developing/house.md)
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
 # make lint    ruff
+# make docs    the documentation site, in build/site (docs-serve: on a port of this machine, while you write)
+# make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
 # make encoders   the same of a real text encoder on four sets of texts (results/encoders)
@@ -23,7 +25,8 @@
 # make reach   what share of real gradients each form of mask can reach (results/reach)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
-#              Algorithm 1 done literally, in about a quarter of an hour, and many adapters on one base (results/bench)
+#              Algorithm 1 done literally, in about a quarter of an hour, many adapters on one base, and whole runs; each
+#              page says what has moved since the figures committed last (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
@@ -33,7 +36,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -56,7 +59,8 @@ $(VENV)/.test-serve-installed: $(VENV)/.test-installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/partial-lora train
+	$(BIN)/partial-lora train experiment=demo
+	@echo "first:  source $(BIN)/activate"
 
 # Files go in the order of their names: by their number of tests, those of few but long ones would come last, and alone.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -81,6 +85,20 @@ browser:
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+$(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@ $(VENV)/.installed
+
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs-installed
+	$(BIN)/mkdocs serve
+
+# The commands of README.md and docs/, in about twenty minutes; DOCS=--list says which need more than this machine.
+docs-commands: $(VENV)/.test-installed
+	$(BIN)/python scripts/docs_commands.py $(DOCS)
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
 FIRST = $(BIN)/partial-lora train -m results_dir=results/first
@@ -174,7 +192,7 @@ SCALED = mask.fan_in=kept+mask.row_exponent=1
 FORMS = method=lora method=low_rank method=random_weights \
 	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
 	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+mask.row_exponent=1+mask.column_exponent=0.5 \
-	method=partial+mask=units+$(SCALED) method=partial+mask=frozen+mask.row_exponent=1
+	method=partial+mask=units+$(SCALED) method=partial+mask=groups method=partial+mask=frozen+mask.row_exponent=1
 FORM_SIZES = calibration.budget=0.13,0.02
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
@@ -264,6 +282,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_serving.py)
+	$(if $(BENCH),,$(foreach part,starts steps threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true)
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

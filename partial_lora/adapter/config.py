@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
+from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
@@ -46,7 +47,7 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 
 CHOICES = {
-    "granularity": ("rows_columns", "element", "units"),
+    "granularity": ("rows_columns", "element", "units", "groups"),
     "selection": ("random", "top"),
     "count": ("exact", "bernoulli"),
     "columns": ("masked", "frozen"),
@@ -79,7 +80,7 @@ PASSED = frozenset(
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
     "lora_bias": "it would train entries that no mask covers",
-    "target_parameters": "only linear layers and convolutions are masked, not single parameters",
+    "target_parameters": "PEFT nests those of one module in each other, and masks need a name for each",
     "layer_replication": "two modules would share one name, and their masks",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
@@ -109,7 +110,8 @@ class PartialLoraConfig(LoraConfig):
 
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
     keeps columns of A; for entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
-    parameter. Of a convolution, rows are its output channels and columns its input channels.
+    parameter. Of a convolution, rows are its output channels and columns its input channels;
+    of an embedding (tokens × dimensions) rows are tokens and columns dimensions.
 
     A module of which p of the rows and q of the columns stay can be drawn and scaled for that: ``fan_in`` and the two
     exponents, with which its scaling is alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter has it as
@@ -121,8 +123,9 @@ class PartialLoraConfig(LoraConfig):
             the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
             calibration.json. 0 is plain LoRA, and what is left out is 0, with a warning.
         granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), "units" (rows and columns
-            of its own for each unit of the rank, disjoint while they last), or "element" (single entries of both;
-            "rows" then stands for B and "columns" for A wherever both are named).
+            of its own for each unit of the rank, disjoint while they last), "element" (single entries of both; "rows"
+            then stands for B and "columns" for A wherever both are named), or "groups" (rows and columns tied in random
+            groups, each but for a random sign with one set of values: none is zero, and as many numbers train).
         selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
         mask_seed: the seed of random masks, a whole number; no other seed moves them.
         count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
@@ -137,7 +140,8 @@ class PartialLoraConfig(LoraConfig):
             sparsity of columns then has no meaning.
         fan_in: the number of inputs that A is drawn for: "dense", all of them, as PEFT does, or "kept", those that
             stay, so that the features A x have at every sparsity the size they have in plain LoRA.
-        row_exponent, column_exponent: in [0, 1]; 0 leaves the scaling alone.
+        row_exponent: in [0, 1]; 0 leaves the scaling alone.
+        column_exponent: likewise.
 
     Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank of their own; a saved adapter
     has the highest rank everywhere, lower ones filled up with zeros. Options that the masked form does not have
@@ -199,8 +203,8 @@ class PartialLoraConfig(LoraConfig):
             if not isinstance(exponent, Real) or isinstance(exponent, bool) or not 0 <= exponent <= 1:
                 raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
             setattr(self, name, float(exponent))
-        if self.granularity == "units" and self.selection != "random":
-            raise PartialLoraError("granularity is 'units': it goes with selection 'random'.")
+        if self.granularity in ("units", "groups") and self.selection != "random":
+            raise PartialLoraError(f"granularity is {self.granularity!r}: it goes with selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
             raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
@@ -269,7 +273,7 @@ class PartialLoraConfig(LoraConfig):
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
         masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
-        scale = masks.rows.density**-self.row_exponent * masks.columns.density**-self.column_exponent
+        scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
         return self.alpha_pattern.get(own, self.lora_alpha) * scale
 
     def as_lora(self) -> LoraConfig:
@@ -424,7 +428,7 @@ def check_values(folder: Path, modules: Collection[str]) -> None:
         raise PartialLoraError(f"{path} is broken or truncated ({error}): copy it again.") from None
     for module in modules:
         for factor in ("lora_A", "lora_B"):
-            if f"{module}.{factor}.weight" not in keys:
+            if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which its masks are for: copy it again.")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.layer import as_factors
 from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
 from partial_lora.errors import PartialLoraError
 
@@ -36,7 +37,8 @@ def warm_start(
     """Give a masked adapter the values that a trained LoRA has where the adapter's masks keep.
 
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
-    B (out × rank), and single entries the same entries; what is masked stays zero. What trains whole beside the
+    B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
+    the mean of its columns, or rows, by their signs. What trains whole beside the
     adapter (a head in modules_to_save, biases) takes the LoRA's values too; where the LoRA has none, it stays as it
     is. B is then no longer zero: with sparsity 0 the model starts from the LoRA's outputs, and the more is masked, the
     further away from them. Values are written in place, in the model's dtype, so that optimizers stay valid.
@@ -49,7 +51,9 @@ def warm_start(
         lora: a folder, a hub repository, or a PeftModel, whose active adapter is taken. No bare state dict: it does
             not say its alpha.
         adapter_name: the adapter of ``model`` that takes the values.
-        subfolder, revision, token: of the hub repository (subfolder also of a folder).
+        subfolder: of the hub repository or folder.
+        revision: of the hub repository.
+        token: for the hub repository.
 
     Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
     shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter
@@ -69,7 +73,7 @@ def warm_start(
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key in factors:
-                factors[key].kept.copy_(factors[key].keep(value))
+                factors[key].kept.copy_(factors[key].nearest(value))
             else:
                 own[key].copy_(value)
 
@@ -130,7 +134,7 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
-    return _Source(where, _checked(config, where), {base_name(key): value for key, value in tensors.items()})
+    return _Source(where, _checked(config, where), as_factors({base_name(key): tensors[key] for key in tensors}))
 
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
