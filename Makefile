@@ -2,7 +2,8 @@
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
-# make lint    ruff
+# make lint    ruff, and mypy over the public surface
+# make examples   every script of examples/ and three of them as notebooks, in about ten minutes
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
 # make encoders   the same of a real text encoder on four sets of texts (results/encoders)
@@ -29,7 +30,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo test test-all test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -77,6 +78,21 @@ browser:
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.examples-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	touch $@ $(VENV)/.installed
+
+# From nothing, so that no run is skipped. The first that fails ends it. The notebooks are the scripts with their outputs.
+NOTEBOOKS = own_images plain_loop plain_peft
+examples: export PATH := $(BIN):$(PATH)
+examples: $(VENV)/.examples-installed
+	rm -rf out
+	for each in examples/*.py; do echo "== $$each" && $(BIN)/python $$each || exit 1; done
+	for each in examples/*.sh; do echo "== $$each" && sh $$each || exit 1; done
+	rm -rf out
+	$(BIN)/python scripts/notebooks.py $(NOTEBOOKS:%=examples/%.py)
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
 FIRST = $(BIN)/partial-lora train -m results_dir=results/first
