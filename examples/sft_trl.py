@@ -39,12 +39,14 @@ prompts = [[{"role": "user", "content": f"What colour is {thing}?"}] for thing i
 answers = [[{"role": "assistant", "content": colour.upper()}] for colour in colours.values()]
 rows = Dataset.from_dict({"prompt": prompts, "completion": answers})
 
-config = PartialLoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87)
+config = PartialLoraConfig(
+    r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87, fan_in="kept", row_exponent=1
+)
 arguments = SFTConfig(
     "out/sft_trl",
     per_device_train_batch_size=6,
-    max_steps=20,
-    learning_rate=4e-3,
+    max_steps=15,
+    learning_rate=3e-3,
     logging_steps=5,
     bf16=torch.cuda.is_available(),
     report_to=[],

@@ -206,7 +206,7 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' depends on no number of inputs.")
-        self.sparsity = cast("float | dict", read_sparsity(self.sparsity or 0.0))
+        self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
 
