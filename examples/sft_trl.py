@@ -49,7 +49,6 @@ arguments = SFTConfig(
     learning_rate=3e-3,
     logging_steps=5,
     bf16=torch.cuda.is_available(),
-    report_to=[],
 )
 trainer = SFTTrainer(model, args=arguments, train_dataset=rows, peft_config=config)
 trainer.model.print_trainable_parameters()

@@ -183,15 +183,18 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
 
 def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     """Return where a run's files are, unbroken, a path a line, and the commands that take it."""
-    drawn = directory.PAGE if stage == "train" else directory.CURVES
-    lines = [str(place), *([str(place / drawn)] if (place / drawn).is_file() else [])]
+    drawn = (directory.PAGE, directory.PICTURE) if stage == "train" else (directory.CURVES,)
+    lines = [str(place), *(str(place / name) for name in drawn if (place / name).is_file())]
     if stage == "calibrate":
         return [*lines, "next: `partial-lora train` with the same keys uses these sparsities"]
     results = Path(config.results_dir)
     link = results / directory.LATEST
     named = directory.LATEST if results == Path("results") else link
-    run = shlex.quote(str(named if link.resolve() == place.resolve() else place))
+    is_latest = link.resolve() == place.resolve()
+    run = shlex.quote(str(named if is_latest else place))
     inputs = "IMAGE …" if config.model.modality == "image" else "TEXT …"
+    if (place / directory.EXAMPLE).is_file():
+        inputs = shlex.quote(str((link if is_latest else place) / directory.EXAMPLE))
     return [
         *lines,
         f"next: partial-lora predict {run} {inputs}",

@@ -23,7 +23,15 @@ from partial_lora.files import flatten, write_atomic
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES
 from partial_lora.report.examples import Example, hardest, predictions, rows_of, with_inputs
-from partial_lora.report.figures import Shown, draw_calibration, mean_sparsity, points, selected, training_curve
+from partial_lora.report.figures import (
+    Shown,
+    draw_calibration,
+    draw_predictions,
+    mean_sparsity,
+    points,
+    selected,
+    training_curve,
+)
 from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of, warnings_of
 from partial_lora.report.summary import measured, percent
 from partial_lora.runs.directory import CALIBRATION, CURVES, PAGE, PREDICTIONS, RESULT
@@ -95,7 +103,9 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         draw_calibration(record, modules, directory)
         if record["metrics"]:
             training_curve(record, directory / "training.png")
-            write_run(run_of(record, directory), rows_of(settings, fetch=True))
+            rows = rows_of(settings, fetch=True)
+            draw_predictions(record, directory, rows)
+            write_run(run_of(record, directory), rows)
     except Exception as error:
         logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
 

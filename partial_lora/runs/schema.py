@@ -202,6 +202,8 @@ class TaskConfig:
     option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
     answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
     response_column: Optional[str] = None  # generation: the text that is to be written
+    # generation: conversations, lists of {role, content}, in place of the two before; null: `messages` without those
+    messages_column: Optional[str] = None
     chat_template: Optional[bool] = None  # null: of the tokenizer where it has one, for the user's own data
     answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
     stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
@@ -233,6 +235,9 @@ class TaskConfig:
         texts = self.kind == "label" or self.modality == "text"
         require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
         one_of("task.answer", self.answer, None, "number")
+        alone = not (self.messages_column and (self.prompt_columns or self.response_column))
+        expected = "null, beside task.prompt_columns or task.response_column"
+        require(alone, "task.messages_column", self.messages_column, expected)
         one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
         require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("train_samples", "test_samples"):
