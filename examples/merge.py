@@ -3,7 +3,7 @@
     python examples/merge.py
 
 Prints: that the merged model, loaded again from its folder, computes what the adapted model computed.
-Takes: TIME_merge
+Takes: about 7 s of one CPU core.
 """
 
 import torch

@@ -3,7 +3,7 @@
     python examples/plain_loop.py
 
 Prints: the number of trainable parameters, the loss of every second step, and the accuracy on words it never saw.
-Takes: TIME_plain_loop
+Takes: about 9 s of one CPU core.
 """
 
 import torch

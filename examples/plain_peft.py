@@ -3,7 +3,7 @@
     python examples/plain_peft.py
 
 Prints: the files of the adapter, the type of adapter that PEFT sees, and how far its logits are from the trained ones.
-Takes: TIME_plain_peft
+Takes: about 7 s of one CPU core.
 """
 
 from pathlib import Path

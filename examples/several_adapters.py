@@ -3,7 +3,7 @@
     python examples/several_adapters.py
 
 Prints: the name of each adapter, how many numbers it trains, and the sum of the logits with it; then without any.
-Takes: TIME_several_adapters
+Takes: about 7 s of one CPU core.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Notebooks with outputs, made of example scripts: `python scripts/notebooks.py examples/own_images.py …`.
 
 A script is cut into cells at its lines `# %%`. Each notebook is executed in the current folder and written to
-`notebooks/NAME.ipynb` beside its script. What goes to stderr (warnings, bars) is left out, since it is of the machine.
+`notebooks/NAME.ipynb` beside its script. Of the outputs stdout alone is kept: stderr has warnings of the machine.
 Raises nbclient's CellExecutionError for a cell that fails.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from pathlib import Path
 
 import jupytext
@@ -32,12 +33,14 @@ def notebook(script: Path) -> nbformat.NotebookNode:
 
 
 def execute(made: nbformat.NotebookNode) -> None:
-    """Run all cells, and keep of their outputs what is neither of this machine nor of this moment."""
+    """Run all cells, and keep what they write to stdout."""
+    os.environ["TTY_COMPATIBLE"] = "0"  # or rich draws bars, since a kernel asks for colours
     NotebookClient(made, timeout=1800, kernel_name="python3").execute()
     for cell in made.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+            text = "".join(each.text for each in cell.outputs if each.get("name") == "stdout")
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []
     made.metadata.pop("language_info", None)
 
 
