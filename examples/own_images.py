@@ -3,7 +3,7 @@
     python examples/own_images.py
 
 Prints: the progress of the run, its closing table with the test accuracy, and the label of three test images.
-Takes: about 65 s of one CPU core.
+Takes: about 60 s of one CPU core.
 """
 
 import subprocess

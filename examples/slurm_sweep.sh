@@ -7,7 +7,7 @@
 #         hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 trainer.max_steps=null
 #
 # Prints: a table of the four runs (their values, how they ended, seconds, test score), then the means over seeds.
-# Takes: TIME_slurm_sweep
+# Takes: about 55 s of CPU time; the four runs go side by side.
 set -eu
 
 LAUNCHER=${LAUNCHER:-submitit_local}  # submitit_slurm sends the jobs to your cluster

@@ -39,6 +39,11 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def name_of(page: Path) -> str:
+    """Return a page's path from the project's root."""
+    return os.path.relpath(page, ROOT)
+
+
 def blocks(page: Path) -> Iterator[Block]:
     """Yield the blocks of commands of a page, in order."""
     for language, note, text in FENCE.findall(page.read_text(encoding="utf-8")):
@@ -73,12 +78,12 @@ def run_page(page: Path, long: bool) -> tuple[int, list[str]]:
         for block in blocks(page):
             if block.note and not (long and block.note.startswith("takes")):
                 continue
-            print(f"+ {page.relative_to(ROOT)}\n{block.text}", flush=True)
+            print(f"+ {name_of(page)}\n{block.text}", flush=True)
             start = time.monotonic()
             failure = run(block, folder, names)
             print(f"= {failure or 'done'}, {time.monotonic() - start:.0f} s\n", flush=True)
             if failure:
-                return done, [f"{page.relative_to(ROOT)}: {failure}: {block.text.strip().splitlines()[0]}"]
+                return done, [f"{name_of(page)}: {failure}: {block.text.strip().splitlines()[0]}"]
             done += 1
     return done, []
 
@@ -99,7 +104,7 @@ def main() -> int:
     for page in chosen:
         for block in blocks(page):
             if block.note:
-                print(f"  {page.relative_to(ROOT)}: {block.note}: {block.text.strip().splitlines()[0]}")
+                print(f"  {name_of(page)}: {block.note}: {block.text.strip().splitlines()[0]}")
     print(f"{ran} blocks ran", *failures, sep="\n")
     return 1 if failures else 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 from pathlib import Path
 
 import jupytext
@@ -40,6 +41,7 @@ def execute(made: nbformat.NotebookNode) -> None:
         cell.metadata = {}
         if cell.cell_type == "code":
             text = "".join(each.text for each in cell.outputs if each.get("name") == "stdout")
+            text = re.sub("\ufffd+", "─", text)  # a kernel reads in blocks, which may end inside of a table's rule
             cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []
     made.metadata.pop("language_info", None)
 

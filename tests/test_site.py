@@ -20,7 +20,7 @@ LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "vide
 MENTIONED = re.compile(r"\bdocs/[\w./-]+\.(?:md|svg)")
 PATHS = re.compile(r"`((?:scripts|tests|conf|docs|examples|partial_lora)/[\w./-]+\.\w+)`")
 
-pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="needs a checkout")
+pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs a checkout")
 
 
 class Page(HTMLParser):

@@ -35,7 +35,7 @@ class MaskConfig:
     """The entries that a sparsity keeps."""
 
     # what is kept: rows_columns, whole rows of B and columns of A; units, other rows and columns for each unit of
-    # the rank; element, single entries
+    # the rank; element, single entries; groups, all of them, tied in random groups
     granularity: str = "rows_columns"
     # how many are kept: exact, the share, rounded; bernoulli, each single entry with probability 1 - sparsity
     count: str = "exact"
@@ -52,7 +52,7 @@ class MaskConfig:
         return "rows" if self.columns == "frozen" else self.granularity
 
     def __post_init__(self) -> None:
-        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units")
+        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units", "groups")
         one_of("mask.count", self.count, "exact", "bernoulli")
         if self.granularity != "element":
             one_of("mask.count", self.count, "exact")
@@ -434,6 +434,7 @@ NOT_SETTINGS = {
     "calibration.memory",
     "trainer.tuned_on",
     "trainer.device",
+    "trainer.start",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",
     "trainer.num_processes",
