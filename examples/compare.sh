@@ -5,7 +5,7 @@
 #     MODEL=vit_s14 METHODS=low_rank,entries,dora,lokr sh examples/compare.sh trainer.max_steps=null seeds=3 rates=5
 #
 # Prints: the size of every method, a table of the runs of each search, the ranking, and the path of the page.
-# Takes: about 50 s of CPU time.
+# Takes: about 55 s of CPU time.
 set -eu
 
 MODEL=${MODEL:-tiny_vit}  # tiny and random; vit_s14 is real, and vit_b16 comes from the hub

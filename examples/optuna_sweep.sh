@@ -6,7 +6,7 @@
 #     MODEL=vit_s14 TRIALS=20 sh examples/optuna_sweep.sh trainer.max_steps=null
 #
 # Prints: a table of the trials (their values, how they ended, seconds, test score), and the best one on validation.
-# Takes: about 35 s of CPU time.
+# Takes: about 40 s of CPU time.
 set -eu
 
 MODEL=${MODEL:-tiny_vit}  # tiny and random; vit_s14 is real, and vit_b16 comes from the hub
