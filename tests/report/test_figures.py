@@ -271,7 +271,8 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
     assert "5 of 11 calibrations" in figures.sparsity(runs).cut
     assert figures.pareto(table.head(3)).cut == ""
     most = figures._MOST_ROWS
-    rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=[f"runs/{number:02}" for number in range(most + 2)])
+    numbers = [f"runs/{number:02}" for number in range(most + 2)]
+    rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
     (axes,) = figures.methods(records.group(rows), rows).figure.axes
     assert axes.get_title(loc="left").endswith(f"({most} of {most + 2})")
     assert len(set(words(axes.get_yticklabels()))) == most
@@ -346,7 +347,7 @@ def compared(**differences):
         low=rows["difference"] - 0.01, high=rows["difference"] + 0.01, verdict="worse", metric="accuracy"
     )
     at = {"task": "digits", "model": "vit", "operating_point": "threshold 0.9", "reference": "runs/partial-0"}
-    return rows.assign(**at, group="runs/" + rows["method"] + "-0")
+    return rows.assign(**at, group="runs/" + rows["method"] + "-0", differs="–", reference_differs="–")
 
 
 def test_differences_are_those_of_the_comparison():
