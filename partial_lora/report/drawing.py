@@ -199,10 +199,13 @@ def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, 
     axes.tick_params(length=0, labelsize=8)
 
 
-def inline(figure: Figure, names: Mapping[str, str]) -> Markup:
-    """Return a figure as SVG for a page, whose elements of these ids say a text under the pointer."""
+def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
+    """Return a figure as SVG for a page, whose elements of these ids say a text under the pointer.
+
+    stem: another one for every figure of a page, so that none refers to the shapes of a figure that is not shown.
+    """
     content = io.StringIO()
-    with rc_context({"svg.hashsalt": "partial-lora", "svg.fonttype": "none"}):  # letters as text: a tenth as large
+    with rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):  # letters as text: a tenth as large
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     space = "http://www.w3.org/2000/svg"
     ElementTree.register_namespace("", space)

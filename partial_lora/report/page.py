@@ -371,7 +371,7 @@ def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
     }
     caption = _FRONT + ("" if part["usual"].all() else _OTHERS)
     title = f"Test {part['metric'].iloc[0]} against trainable parameters"
-    return title, caption, inline(pareto(part, least=4.4).figure, names)
+    return title, caption, inline(pareto(part, least=4.4).figure, names, stem=next(iter(names)))
 
 
 def _all_rows(part: pd.DataFrame, spread: str, marked: Collection[int], ids: Mapping) -> list[dict]:

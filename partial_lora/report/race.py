@@ -218,7 +218,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
             sized(axes, known.loc[known["task"] == task, cost])
         plain(axes)
     legend_below(figure, [handles[form] for form in forms])
-    return save_both(figure, out, stem), inline(figure, names)
+    return save_both(figure, out, stem), inline(figure, names, stem=stem)
 
 
 _PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
