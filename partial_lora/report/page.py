@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 _WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lines
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 _FEW = 8  # rows that need no filter
-_SCORES = ("precision", "recall", "F1")
+_SCORES = ("precision (%)", "recall (%)", "F1 (%)")
 _FRONT = (
     "Each mark is a row, the mean over its seeds with one standard deviation; the head is counted, too. The grey line "
     "joins the rows that no smaller row beats."
@@ -482,12 +482,15 @@ def _of_classes(classes: Classes) -> dict:
     """Return the table of every class with its scores."""
     rows = [
         {"class": name, "test examples": f"{examples:,.0f}"}
-        | {score: NONE if value != value else f"{value:.1%}" for score, value in zip(_SCORES, values, strict=True)}
+        | {
+            score: NONE if value != value else f"{100 * value:.1f}"
+            for score, value in zip(_SCORES, values, strict=True)
+        }
         for name, examples, *values in classes.scores()
     ]
     pairs = [f"{count} of {name} as {said}" for name, said, count in classes.confused()]
     notes = [f"Most often mistaken: {', '.join(pairs)}."] if pairs else ["No test example is mistaken."]
-    return _table("Each class", pd.DataFrame(rows), notes, filtered=True)
+    return _table("Each class", pd.DataFrame(rows), notes, filtered=len(rows) > MOST)
 
 
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: Mapping[str, str] = {}) -> list[dict]:

@@ -58,7 +58,7 @@ _DIFFERS = (
     "trained under other conditions, and are not compared."
 )
 WORDS = {"task", "model", "method", "operating point", "differs in", "metric", "tuning", "precision", "id"}
-WORDS |= {"against", "verdict", "form", "best rate"}
+WORDS |= {"against", "verdict", "form", "best rate", "class"}
 _ON_SCREEN = ("method", "operating point", "n", "trainable", "of dense")  # beside the score
 
 
@@ -110,9 +110,10 @@ def said_of(left_out: Sequence[LeftOut]) -> list[str]:
     if unfinished:
         counts = Counter(each.why.partition(":")[0].partition(",")[0] for each in unfinished)
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        runs = "1 run has" if len(unfinished) == 1 else f"{len(unfinished)} runs have"
-        such = "" if len(unfinished) == 1 else "such as "
-        lines.append(f"{runs} not finished ({kinds}): {such}{unfinished[0]}")
+        one = len(unfinished) == 1
+        lines.append(
+            f"{len(unfinished)} {'run has' if one else 'runs have'} not finished ({kinds}), such as {unfinished[0]}"
+        )
     return lines
 
 

@@ -113,7 +113,7 @@ def test_three_files_begin_with_their_command(tmp_path):
     assert markdown.startswith("    partial-lora report \\ results/first\n")
     above, left_out = (
         "Commit: 0123456789ab. Device: cpu.",
-        "- 3 runs have not finished (2 failed, 1 missing): such as a",
+        "- 3 runs have not finished (2 failed, 1 missing), such as a",
     )
     for part in (above, left_out, "98.50 ± 0.71", "- broken: why"):
         assert part in markdown
