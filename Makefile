@@ -1,8 +1,10 @@
-# make demo    the main job on the embedded default, from nothing: install, calibrate, mask, train, evaluate
+# make demo    from nothing in two minutes after installation: calibrate, mask, train and evaluate a real ViT on real digits
 # make test    everything the tests need, and the tests (JOBS=2 processes)
-# make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/development.md)
+# make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/developing/house.md)
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
 # make lint    ruff
+# make docs    the documentation site, in build/site (docs-serve: on a port of this machine, while you write)
+# make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
 # make first   the first table: five methods at two operating points on two data sets (results/first)
 # make vision  a real ViT on four sets of images: the head alone, dense LoRA, Partial-LoRA at two points (results/vision)
 # make encoders   the same of a real text encoder on four sets of texts (results/encoders)
@@ -29,7 +31,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -52,7 +54,8 @@ $(VENV)/.test-serve-installed: $(VENV)/.test-installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/partial-lora train
+	$(BIN)/partial-lora train experiment=demo
+	@echo "first:  source $(BIN)/activate"
 
 # Files go in the order of their names: by their number of tests, those of few but long ones would come last, and alone.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -77,6 +80,20 @@ browser:
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+$(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@ $(VENV)/.installed
+
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs-installed
+	$(BIN)/mkdocs serve
+
+# The commands of README.md and docs/, in about twenty minutes; DOCS=--list says which need more than this machine.
+docs-commands: $(VENV)/.test-installed
+	$(BIN)/python scripts/docs_commands.py $(DOCS)
 
 # Finished runs are skipped, so an interrupted table goes on where it was.
 FIRST = $(BIN)/partial-lora train -m results_dir=results/first

@@ -183,8 +183,8 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
 
 def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     """Return where a run's files are, unbroken, a path a line, and the commands that take it."""
-    drawn = directory.PAGE if stage == "train" else directory.CURVES
-    lines = [str(place), *([str(place / drawn)] if (place / drawn).is_file() else [])]
+    drawn = (directory.PAGE, directory.PICTURE) if stage == "train" else (directory.CURVES,)
+    lines = [str(place), *(str(place / name) for name in drawn if (place / name).is_file())]
     if stage == "calibrate":
         return [*lines, "next: `partial-lora train` with the same keys uses these sparsities"]
     results = Path(config.results_dir)
@@ -192,8 +192,14 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     named = directory.LATEST if results == Path("results") else link
     from partial_lora.report.summary import next_commands
 
-    run = str(named if link.resolve() == place.resolve() else place)
-    commands = next_commands(run, modality=config.model.modality, method=config.method.name)
+    is_latest = link.resolve() == place.resolve()
+    example = place / directory.EXAMPLE
+    commands = next_commands(
+        str(named if is_latest else place),
+        modality=config.model.modality,
+        method=config.method.name,
+        example=str((link if is_latest else place) / example.name) if example.is_file() else None,
+    )
     commands.append(f"partial-lora report {shlex.quote(str(results))}")
     return [*lines, f"next: {commands[0]}", *(f"      {command}" for command in commands[1:])]
 

@@ -1,4 +1,4 @@
-"""Bounds for sparse adapters, each statement a function beside its simulation; docs/theory.md has the proofs.
+"""Bounds for sparse adapters, each statement a function beside its simulation; docs/evidence/theory.md has the proofs.
 
     python scripts/theory.py --rows 768 --columns 768 --rank 16 --target-rank 4 --sparsity 0.5 0.87
     python scripts/theory.py --figure results/theory/bounds.png
@@ -675,7 +675,7 @@ def plain(axes: Axes) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print bounds and simulated values side by side, and draw them if a figure is named."""
     parser = argparse.ArgumentParser(
-        description="Bounds for sparse adapters, proved in docs/theory.md, and simulated values beside them.",
+        description="Bounds for sparse adapters, proved in docs/evidence/theory.md, and simulated values beside them.",
         allow_abbrev=False,
     )
     parser.add_argument("--rows", type=int, default=768, metavar="M", help="outputs of the module (768)")

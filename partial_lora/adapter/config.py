@@ -137,7 +137,8 @@ class PartialLoraConfig(LoraConfig):
             sparsity of columns then has no meaning.
         fan_in: the number of inputs that A is drawn for: "dense", all of them, as PEFT does, or "kept", those that
             stay, so that the features A x have at every sparsity the size they have in plain LoRA.
-        row_exponent, column_exponent: in [0, 1]; 0 leaves the scaling alone.
+        row_exponent: in [0, 1]; 0 leaves the scaling alone.
+        column_exponent: likewise.
 
     Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank of their own; a saved adapter
     has the highest rank everywhere, lower ones filled up with zeros. Options that the masked form does not have

@@ -49,7 +49,9 @@ def warm_start(
         lora: a folder, a hub repository, or a PeftModel, whose active adapter is taken. No bare state dict: it does
             not say its alpha.
         adapter_name: the adapter of ``model`` that takes the values.
-        subfolder, revision, token: of the hub repository (subfolder also of a folder).
+        subfolder: of the hub repository or folder.
+        revision: of the hub repository.
+        token: for the hub repository.
 
     Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
     shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter

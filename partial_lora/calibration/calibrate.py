@@ -98,8 +98,8 @@ def calibrate(
             seed: passed to the measure.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         importance_options: passed to the measure.
-        rank, granularity: of the adapter that spends a budget; "element" where single entries of A and B are masked,
-            "rows" where A is frozen.
+        rank: of the adapter that spends a budget.
+        granularity: of that adapter; "element" where single entries of A and B are masked, "rows" where A is frozen.
         chance: the score of guessing, by default `score.chance`; a budget never follows a threshold below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.

@@ -26,13 +26,13 @@ _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", 
 class ImportanceConfig:
     """Measure of importance, and its keys: each measure takes those that are its own (importance.OPTIONS)."""
 
-    name: str = "svd"  # of conf/importance
-    k: Optional[int] = None  # svd: leading singular vectors; null: as many as hold `energy`
-    energy: float = 0.9  # svd: share of the squared spectrum
+    name: str = "svd"  # a file of conf/importance
+    k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold `energy`
+    energy: float = 0.9  # svd: share of the squared spectrum that these hold
     rounds: int = 3  # imp: how often it prunes
-    fraction: float = 0.2  # imp: share of the rows and columns left that a round prunes
-    steps: int = 10  # imp: optimizer steps before each pruning; adapter: in all
-    learning_rate: float = 1e-5  # imp, adapter: of those steps
+    fraction: float = 0.2  # imp: share of the remaining rows and columns that a round prunes
+    steps: int = 10  # imp: optimizer steps before each pruning; adapter: steps of its training
+    learning_rate: float = 1e-5  # imp, adapter: learning rate of those steps
 
     def __post_init__(self) -> None:
         require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
@@ -56,26 +56,26 @@ def _as_floats(sparsity: Any) -> Any:
 class CalibrationConfig:
     """Choice of the sparsity of each module and axis on a handful of examples."""
 
-    threshold: float = 0.9  # share of the intact model's score that must be left
+    threshold: float = 0.9  # share of the frozen model's score that has to be left
     budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
     shots: int = 16  # scored examples of each class
-    share: float = 0.03  # of the training rows, in place of shots where these are texts; 0: shots there, too
-    max_samples: Optional[int] = None  # the most examples of either draw; null: shots or share alone
-    seed: Optional[int] = 0  # of the few-shot draws and of measures that draw; null: the run's seed
-    file: Optional[str] = None  # a calibration.json whose own sparsities are used, whatever the keys beside it say
-    levels: float = 0.05  # step between two sparsities that are tried
-    max_sparsity: float = 0.95  # the last that is tried
+    share: float = 0.03  # share of the training rows to score where these are texts, in place of shots; 0: shots, too
+    max_samples: Optional[int] = None  # the most examples of either draw; null: no limit
+    seed: Optional[int] = 0  # seeds the few-shot draws and measures that draw; null: the run's seed
+    file: Optional[str] = None  # a calibration.json to use as it is, whatever the keys beside it say
+    levels: float = 0.05  # step between two levels of sparsity
+    max_sparsity: float = 0.95  # the last level
     axes: str = "separate"  # separate: rows and columns have their own sparsity; joint: one level zeroes both
     scope: str = "independent"  # independent: other modules intact; cumulative(_backward): earlier choices stay zeroed
     # scan: upward to the first failure; bisect: fewer passes, an approximation; gradient: predicted by backward passes
     search: str = "scan"
-    repair: bool = False  # true: sparsities are relaxed until the score with all of them at once is enough, too
-    chance: str = "ignore"  # ignore; majority: the threshold is of what the score is above that of the largest class
-    score: str = "auto"  # what is left of the model; auto: the task's primary metric
+    repair: bool = False  # true: relax sparsities until the score with all of them at once is enough, too
+    chance: str = "ignore"  # ignore: the paper's rule; majority: the threshold is of what the score is above guessing
+    score: str = "auto"  # what is measured; auto: the task's first metric
     reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
     # in place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform
     sparsity: Any = None
-    memory: int = 2**31  # bytes that may be kept between passes; changes no result
+    memory: int = 2**31  # bytes of activations that may be kept for reuse; changes no result
 
     def __post_init__(self) -> None:
         self.file = at_home(self.file)

@@ -76,8 +76,7 @@ def with_inputs(examples: Sequence[Example], rows, labels: Sequence) -> list[Exa
 
     labels: what the run's predictions have as labels of all examples.
     """
-    column = next((name for name in ("label", "response") if name in rows.column_names), None)
-    if len(rows) != len(labels) or (column and not _alike(rows[column], labels)):
+    if not are_of(rows, labels):
         return list(examples)
     for example in examples:
         row = rows[example.index]
@@ -90,6 +89,12 @@ def with_inputs(examples: Sequence[Example], rows, labels: Sequence) -> list[Exa
             example.label, *example.predicted = answers
         example.text = [_short(str(text)) for text in texts]
     return list(examples)
+
+
+def are_of(rows, labels: Sequence) -> bool:
+    """Return whether rows are the ones that have these labels, in that order."""
+    column = next((name for name in ("label", "response") if name in rows.column_names), None)
+    return len(rows) == len(labels) and (column is None or _alike(rows[column], labels))
 
 
 def rows_of(settings: Mapping, *, fetch: bool = False):

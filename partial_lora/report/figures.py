@@ -39,6 +39,7 @@ from partial_lora.report.drawing import (
     scored,
     sized,
 )
+from partial_lora.report.examples import are_of, hardest, predictions
 from partial_lora.report.records import (
     NONE,
     PLACE,
@@ -52,7 +53,7 @@ from partial_lora.report.records import (
 )
 from partial_lora.report.statistics import MARGIN
 from partial_lora.report.summary import measured
-from partial_lora.runs.directory import CALIBRATION
+from partial_lora.runs.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure
@@ -61,6 +62,7 @@ _MOST_LETTERS = 40  # of the name of a row
 _MOST_MAPS, _MOST_MATRICES, _MOST_MATRIX_ROWS = 5, 4, 12
 _MOST_NUMBERED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
+_MOST_IMAGES, _ACROSS, _MOST_WRONG = 24, 8, 8
 _FAR = 3  # times the usual distance from zero: a row all of which is farther is a number at the end of the axis
 
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
@@ -193,6 +195,39 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
             axes.legend(frameon=False, fontsize=9)
     figure.suptitle(titled("Training", result), fontsize=11)
     return save(figure, path)
+
+
+def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
+    """Draw test images of a run with what they were taken for, and write the first of them as a file of its own.
+
+    Those that it is most wrong about come first, where it is wrong, in red and with their label; others follow in the
+    order of the split.
+
+    rows: the task's test split. Gives the file; None, and writes nothing, where the rows are at hand no longer, have no
+    images or are not of classes.
+    """
+    tables = predictions([folder])
+    if rows is None or "image" not in rows.column_names or not tables or "label_name" not in tables[0].column_names:
+        return None
+    table = tables[0].to_pandas()
+    if not are_of(rows, table["label"].tolist()):
+        return None
+    wrong = [each.index for each in hardest(tables, _MOST_WRONG) if each.label != each.predicted[0]]
+    shown = [*wrong, *(index for index in range(len(rows)) if index not in wrong)][:_MOST_IMAGES]
+    down = -(-len(shown) // _ACROSS)
+    figure = Figure(figsize=(9, 1.3 * down + 0.6), layout="constrained")
+    for number, index in enumerate(shown, 1):
+        axes = figure.add_subplot(down, _ACROSS, number)
+        axes.set_axis_off()
+        axes.imshow(rows[index]["image"].convert("RGB"))
+        label, predicted = str(table["label_name"][index]), str(table["prediction_name"][index])
+        right = label == predicted
+        words = predicted if right else f"{predicted}, not {label}"
+        axes.set_title(words, fontsize=9, color="black" if right else VERMILLION)
+    right = (table["label"] == table["prediction"]).sum()
+    figure.suptitle(titled(f"{right} of {len(table)} test images are right", result), fontsize=10)
+    rows[0]["image"].convert("RGB").save(folder / EXAMPLE)
+    return save(figure, folder / PICTURE)
 
 
 def training(runs: Sequence[Run]) -> Drawing | None:

@@ -31,6 +31,7 @@ from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.figures import (
     Shown,
     draw_calibration,
+    draw_predictions,
     mean_sparsity,
     pareto,
     points,
@@ -41,7 +42,7 @@ from partial_lora.report.records import NONE, LeftOut, Predictions, Run, gathere
 from partial_lora.report.statistics import over_examples
 from partial_lora.report.summary import measured, next_commands, percent
 from partial_lora.report.tables import Differences
-from partial_lora.runs.directory import CALIBRATION, CURVES, PAGE, PREDICTIONS, RESULT
+from partial_lora.runs.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
@@ -168,13 +169,17 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         low, high = (measured(metric, end) for end in ends)
         said += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
     (section,) = sections([[run]], examples, rows)
+    place, example = _place_of(run.directory), run.directory / EXAMPLE
     classes = None if predicted is None else counted(predicted)
     content = {
         "title": _title([run]),
         "score": measured(metric, run.row["test"]),
         "said": said,
         "commands": next_commands(
-            _place_of(run.directory), modality=config["task"].get("modality") or "", method=config["method"]["name"]
+            place,
+            modality=config["task"].get("modality") or "",
+            method=config["method"]["name"],
+            example=f"{place}/{EXAMPLE}" if example.is_file() else None,
         ),
         "metrics": _of_splits(run.record["metrics"]) if len(test) > 3 else None,
         "classes": _of_classes(classes) if classes else None,
@@ -199,7 +204,9 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         draw_calibration(record, modules, directory)
         if record["metrics"]:
             training_curve(record, directory / "training.png")
-            write_run(run_of(record, directory), rows_of(settings, fetch=True))
+            rows = rows_of(settings, fetch=True)
+            draw_predictions(record, directory, rows)
+            write_run(run_of(record, directory), rows)
     except Exception as error:
         logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
 

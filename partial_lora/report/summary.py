@@ -235,9 +235,12 @@ def _lines(lines: Mapping[str, str | Text]) -> Table:
     return drawn
 
 
-def next_commands(run: str, *, modality: str, method: str) -> list[str]:
-    """Return the commands that take a finished run, as they are typed: predict and export. run: its path."""
-    inputs = "IMAGE …" if modality == "image" else "TEXT …"
+def next_commands(run: str, *, modality: str, method: str, example: str | None = None) -> list[str]:
+    """Return the commands that take a finished run, as they are typed: predict and export.
+
+    run: its path. example: a file to predict, where there is one.
+    """
+    inputs = shlex.quote(example) if example else "IMAGE …" if modality == "image" else "TEXT …"
     return [
         f"partial-lora predict {shlex.quote(run)} {inputs}",
         f"partial-lora export {shlex.quote(run)} --to {'compact' if method in MASKED else 'peft'}",

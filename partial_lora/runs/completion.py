@@ -11,9 +11,10 @@ from partial_lora.runs import directory
 from partial_lora.runs.compose import config_loader_of
 from partial_lora.runs.schema import list_keys
 
-# Bash takes `=` and `:` for ends of words, so that what it completes is what stands behind them. Where nothing is found
-# it completes names of files.
-_SCRIPT = """\
+# Where nothing is found, all of them complete names of files. Bash takes `=` and `:` for ends of words, so that what it
+# completes is what stands behind them. Zsh and bash are told by a space which words are whole; fish knows.
+_INSTALL = {
+    "bash": """\
 _partial_lora()
 {
     local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n'
@@ -21,8 +22,36 @@ _partial_lora()
     COMPREPLY=($(COMP_LINE="$line" partial-lora -sc query=bash 2> /dev/null))
     COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*[=:]}"}"}")
 }
-complete -o nospace -o default -F _partial_lora partial-lora"""
-_ACTIONS = ("install=bash", "uninstall=bash", "query=bash")
+complete -o nospace -o default -F _partial_lora partial-lora""",
+    "zsh": """\
+_partial_lora()
+{
+    local -a found
+    found=(${(f)"$(COMP_LINE="$LBUFFER" partial-lora -sc query=zsh 2> /dev/null)"})
+    if (( ! $#found )); then
+        compset -P '*='
+        _files
+        return
+    fi
+    compadd -Q -S ' ' -- ${${(M)found:#* }% }
+    compadd -Q -S '' -- ${found:#* }
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _partial_lora partial-lora""",
+    "fish": """\
+function _partial_lora
+    set -lx COMP_LINE (commandline -cp | string collect)
+    set -g _partial_lora (partial-lora -sc query=fish 2> /dev/null | string match -r .+)
+    set -q _partial_lora[1]
+end
+complete -c partial-lora -f -n _partial_lora -a '$_partial_lora'""",
+}
+_UNINSTALL = {
+    "bash": "complete -r partial-lora; unset -f _partial_lora",
+    "zsh": "compdef -d partial-lora; unfunction _partial_lora",
+    "fish": "complete -e -c partial-lora; functions -e _partial_lora",
+}
+SHELLS = tuple(_INSTALL)
 _COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
 
 
@@ -31,14 +60,15 @@ def complete(action: str | None, commands: Sequence[str]) -> str:
 
     Raises PartialLoraError for an action that is none.
     """
-    if action not in _ACTIONS:
-        raise PartialLoraError(f"--shell-completion {action}: expected {' or '.join(_ACTIONS[:2])}")
-    if action == "install=bash":
-        return _SCRIPT
-    if action == "uninstall=bash":
-        return "complete -r partial-lora; unset -f _partial_lora"
+    what, _, shell = (action or "").partition("=")
+    if what not in ("install", "uninstall", "query") or shell not in SHELLS:
+        known = ", ".join(f"install={each}" for each in SHELLS)
+        raise PartialLoraError(f"--shell-completion {action}: expected {known}, or uninstall= of one")
+    if what != "query":
+        return (_INSTALL if what == "install" else _UNINSTALL)[shell]
     words = candidates(os.environ.get("COMP_LINE", "").split(" ")[1:], commands)
-    return "\n".join(word if word.endswith(("=", ".", "/")) else f"{word} " for word in words)
+    is_part = ("=", ".", "/")
+    return "\n".join(word if shell == "fish" or word.endswith(is_part) else f"{word} " for word in words)
 
 
 def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:

@@ -35,8 +35,8 @@ A group is chosen by name, a key is set by its full name:
 """
 _FOOT = (
     "Values are those of a run with the arguments beside --help. --cfg job prints them as YAML, --hydra-help the flags "
-    "of Hydra, -sc install=bash a script by which bash completes all of this. `partial-lora info --json` prints one "
-    "object."
+    "of Hydra, -sc install=bash (zsh, fish) a script by which the shell completes all of this. `info --json` prints "
+    "one object."
 )
 
 

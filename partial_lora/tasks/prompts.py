@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import jinja2
 import tokenizers
 import torch
 import transformers
@@ -15,9 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.questions import ASSISTANT
 from partial_lora.tasks.texts import cached, fingerprint, in_memory
 
 Tokens = list[int]
+Message = Mapping[str, str]  # role and content
+Prompt = str | Sequence[Message]  # a text, or a conversation that is to be continued
+_MARK = re.compile(r"\{%-?\s*generation\b")  # in a template, before what an assistant writes
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Continuations:
                 "that was tuned to chat"
             )
 
-    def contexts(self, prompts: Sequence[str]) -> list[Tokens]:
+    def contexts(self, prompts: Sequence[Prompt]) -> list[Tokens]:
         """Return the tokens of prompts that are to be continued.
 
         A plain prompt loses the space at its end, which belongs to the word that follows.
@@ -72,11 +78,71 @@ class Continuations:
             answers = [tokens if tokens[-1:] == [end] else [*tokens, end] for tokens in answers]
         return list(zip(self._with_start(texts, alone), answers, strict=True))
 
-    def _context(self, prompt: str) -> str:
+    def conversation(self, messages: Sequence[Message]) -> tuple[Tokens, list[bool], Tokens]:
+        """Return the tokens before the last answer, which of these are answers', and the tokens of the last answer.
+
+        Where the template marks what an assistant writes ({% generation %}), these are the answers. Else the tokens of
+        an answer are those past the tokens of all before it, as in `pairs`, up to the token that ends its turn.
+
+        messages: the last one is an assistant's. Raises ValueError, in words, where the template refuses them or does
+        not tell where an answer is.
+        """
+        try:
+            if _MARK.search(self.tokenizer.get_chat_template()):
+                return self._marked(messages)
+            return self._between_prefixes(messages)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template refuses it ({error})") from error
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[Tokens, list[bool], Tokens]:
+        written = self.tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        tokens, marks = written["input_ids"], [bool(mark) for mark in written["assistant_masks"]]
+        if not any(marks):
+            raise ValueError("the model's chat template marks no token of its answers")
+        end = len(marks) - marks[::-1].index(True)
+        start = end - next((back for back, mark in enumerate(marks[:end][::-1]) if not mark), end)
+        return tokens[:start], marks[:start], tokens[start:end]
+
+    def _between_prefixes(self, messages: Sequence[Message]) -> tuple[Tokens, list[bool], Tokens]:
+        whole = self._written(messages)
+        spans = [
+            self._span(messages, place, whole) for place, message in enumerate(messages) if message["role"] == ASSISTANT
+        ]
+        prefixes = self._encoded([whole[:end] for span in spans for end in span])
+        tokens, ends = prefixes[-1], list(map(len, prefixes))
+        trained = [False] * len(tokens)
+        for start, stop in zip(ends[::2], ends[1::2], strict=True):
+            trained[start:stop] = [True] * (stop - start)
+        start, end = ends[-2], self.tokenizer.eos_token_id
+        answer = tokens[start:]
+        return tokens[:start], trained[:start], answer if answer[-1:] == [end] or end is None else [*answer, end]
+
+    def _span(self, messages: Sequence[Message], place: int, whole: str) -> tuple[int, int]:
+        """Return where in the text of a conversation an answer starts and where its turn has ended."""
+        before, through = self._context(messages[:place]), self._written(messages[: place + 1])
+        end = self.tokenizer.eos_token
+        if whole.startswith(before):
+            start = len(before)
+            if whole.startswith(through):
+                last = whole.rfind(end, start, len(through)) if end else -1
+                return start, len(through) if last < 0 else last + len(end)
+            if end and (first := whole.find(end, start)) >= 0:  # an earlier answer is written otherwise than the last
+                return start, first + len(end)
+        raise ValueError(
+            f"the model's chat template writes what is before message {place + 1} otherwise once it is there; mark in "
+            "it what an assistant writes by {% generation %}"
+        )
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+
+    def _context(self, prompt: Prompt) -> str:
         """Return a prompt as the model reads it, up to the place where it continues."""
         if not self.chat:
             return prompt.rstrip()
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _reply(self, prompt: str, context: str, reply: str, ends: bool) -> str:
@@ -121,7 +187,8 @@ class Continuations:
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 _ANSWERS = Features({"input_ids": List(Value("int32")), "answer_start": Value("int32"), "length": Value("int32")})
-_MAYBE_CUT = Features(_ANSWERS | {"cut": Value("bool")})
+_MAYBE_CUT = {"cut": Value("bool")}
+_OF_CHATS = {"trained": List(Value("bool"))}  # whether a token is one of an answer
 _OPTIONS = Features(
     _ANSWERS | {"item": Value("int32"), "right": Value("bool"), "characters": Value("int32")}  # of an option
 )
@@ -130,8 +197,9 @@ _OPTIONS = Features(
 class CausalTransform:
     """Converts prompts with options, or with responses, to input_ids, attention_mask and labels, each (N, L).
 
-    Only the tokens of the answer are labels, all else is -100; the model itself shifts them by one token. A sequence
-    that is longer than `max_length` tokens loses the first of its prompt, never any of an answer that fits alone.
+    Only the tokens of the answer are labels, all else is -100; the model itself shifts them by one token. Rows with
+    `messages` are conversations, and every answer in one is trained. A sequence that is longer than `max_length` tokens
+    loses the first of its prompt, or of its conversation, never any of a last answer that fits alone.
 
     Args:
         kind: "choice", or "generation", whose responses end with the tokenizer's end token.
@@ -164,9 +232,10 @@ class CausalTransform:
         need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long, where that
         is refused.
         """
+        convert = self._right_answers(rows.split)
+        prepared = self._prepared(rows, convert, self._features(rows), len(rows), cache_bytes)
         if self._too_long == "refuse":
-            return self._prepared(rows, self._right_answers(rows.split), _ANSWERS, len(rows), cache_bytes)
-        prepared = self._prepared(rows, self._right_answers(rows.split), _MAYBE_CUT, len(rows), cache_bytes)
+            return prepared
         if count := sum(prepared["cut"]) + len(rows) - len(prepared):
             self.warnings.append(
                 f"task.too_long={self._too_long}: {count} of {len(rows)} answers of the {rows.split or 'given'} rows "
@@ -190,7 +259,10 @@ class CausalTransform:
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [each.clone() for each in tokens]
         for label, row in zip(labels, rows, strict=True):
-            label[: row["answer_start"]] = IGNORED
+            if "trained" in row:
+                label[~torch.tensor(row["trained"])] = IGNORED
+            else:
+                label[: row["answer_start"]] = IGNORED
         return self._padded(tokens, "right") | {"labels": pad_sequence(labels, True, IGNORED)}
 
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
@@ -200,8 +272,7 @@ class CausalTransform:
         the question of each, and `answers` (N,), True for the right option.
         """
         if self.kind != "choice":
-            features = _ANSWERS if self._too_long == "refuse" else _MAYBE_CUT
-            prepared = in_memory(rows, self._right_answers(rows.split), features).to_list()
+            prepared = in_memory(rows, self._right_answers(rows.split), self._features(rows)).to_list()
             return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
         batches: list[list[dict]] = [[]]
         options = in_memory(rows, self._all_options(rows.split), _OPTIONS).to_list()
@@ -220,11 +291,23 @@ class CausalTransform:
             if batch
         ]
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Make one batch of prompts to be continued, padded on the left."""
         start = self._tokens.start
-        contexts = [_truncated(context, self._max_length, start) for context in self._tokens.contexts(prompts)]
-        return self._padded([torch.tensor(context) for context in contexts], "left")
+        contexts = [torch.tensor(context) for context in self._tokens.contexts(prompts)]
+        return self._padded([each[_kept(each.tolist(), self._max_length, start)] for each in contexts], "left")
+
+    def _features(self, rows: Dataset) -> Features:
+        """Return the columns of prepared rows to train on."""
+        features = dict(_ANSWERS) | ({} if self._too_long == "refuse" else _MAYBE_CUT)
+        if "messages" not in rows.column_names:
+            return Features(features)
+        if not self._tokens.chat:
+            raise PartialLoraError(
+                "task.chat_template: conversations are written by the chat template of the model's tokenizer, expected "
+                "one; choose a model that was tuned to chat, or task.prompt_columns and task.response_column"
+            )
+        return Features(features | _OF_CHATS)
 
     def _prepared(self, rows: Dataset, convert: Callable, features: Features, count: int, cache_bytes: int) -> Dataset:
         if count * (self._max_length * 4 + 20) > cache_bytes:
@@ -245,6 +328,8 @@ class CausalTransform:
         """Return a function to the right answer of every row of a batch."""
 
         def convert(batch: Mapping[str, list], places: Sequence[int]) -> dict[str, list]:
+            if "messages" in batch:
+                return self._conversations(batch["messages"], places, split)
             if self.kind == "choice":
                 labels = batch["label"]
                 prompts = [each[label] for each, label in zip(batch["prompts"], labels, strict=True)]
@@ -282,10 +367,33 @@ class CausalTransform:
     def _sequences(
         self, prompts: Sequence[str], answers: Sequence[str], places: Sequence[int], split: object
     ) -> dict[str, list]:
-        columns: dict[str, list] = {name: [] for name in (_ANSWERS if self._too_long == "refuse" else _MAYBE_CUT)}
         pairs = self._tokens.pairs(prompts, answers, ends=self.kind == "generation")
+        columns = self._fitted([(context, [False] * len(context), answer) for context, answer in pairs], places, split)
+        del columns["trained"]  # nothing before the answer is
+        return columns
+
+    def _conversations(
+        self, conversations: Sequence[Sequence[Message]], places: Sequence[int], split: object
+    ) -> dict[str, list]:
+        parts = []
+        for place, messages in zip(places, conversations, strict=True):
+            try:
+                parts.append(self._tokens.conversation(messages))
+            except ValueError as error:
+                raise PartialLoraError(f"row {place + 1} of the {split or 'given'} rows: {error}") from error
+        return self._fitted(parts, places, split)
+
+    def _fitted(
+        self, parts: Sequence[tuple[Tokens, list[bool], Tokens]], places: Sequence[int], split: object
+    ) -> dict[str, list]:
+        """Return the columns of sequences that are not too long.
+
+        parts: what is before the last answer, which of it is trained, and that answer.
+        """
+        names = [*_ANSWERS, *_OF_CHATS, *({} if self._too_long == "refuse" else _MAYBE_CUT)]
+        columns: dict[str, list] = {name: [] for name in names}
         start = self._tokens.start
-        for place, (context, answer) in zip(places, pairs, strict=True):
+        for place, (context, trained, answer) in zip(places, parts, strict=True):
             room = self._max_length - len(answer)
             if (is_cut := room < 1) and self._too_long == "drop":
                 continue
@@ -297,10 +405,11 @@ class CausalTransform:
                     f"model.max_length={self._max_length}: an answer of row {place + 1} of the {split or 'given'} rows "
                     f"has {len(answer)} tokens, expected at most {self._max_length - 1}; raise it or leave the row out"
                 )
-            context = _truncated(context, room, start)
-            columns["input_ids"].append([*context, *answer])
-            columns["answer_start"].append(len(context))
-            columns["length"].append(len(context) + len(answer))
+            kept = _kept(context, room, start)
+            columns["input_ids"].append([*(context[each] for each in kept), *answer])
+            columns["trained"].append([*(trained[each] for each in kept), *[True] * len(answer)])
+            columns["answer_start"].append(len(kept))
+            columns["length"].append(len(kept) + len(answer))
             if "cut" in columns:
                 columns["cut"].append(is_cut)
         return columns
@@ -314,9 +423,9 @@ class CausalTransform:
         }
 
 
-def _truncated(context: Tokens, room: int, start: Tokens) -> Tokens:
-    """Return the last tokens of a context that is too long, after those that start any text where there is room."""
+def _kept(context: Tokens, room: int, start: Tokens) -> list[int]:
+    """Return the places of the last tokens of a context that is too long, and of those that start any text."""
     if len(context) <= room:
-        return context
-    first = start if context[: len(start)] == start and room > len(start) else []
-    return [*first, *context[len(context) - room + len(first) :]]
+        return list(range(len(context)))
+    first = len(start) if context[: len(start)] == start and room > len(start) else 0
+    return [*range(first), *range(len(context) - room + first, len(context))]

@@ -20,6 +20,8 @@ CHOICE_FEATURES = Features(
     {"prompts": List(Value("string")), "options": List(Value("string")), "label": Value("int64")}
 )
 COMPLETION_FEATURES = Features({"prompt": Value("string"), "response": Value("string")})
+ASSISTANT = "assistant"  # the role of whose messages in a conversation are answers
+_MESSAGES = {"messages": List({"role": Value("string"), "content": Value("string")})}
 
 logger = logging.getLogger(__name__)
 
@@ -265,39 +267,77 @@ def format_completions(
     prompt_columns: Sequence[str],
     response_column: str | None,
     answer: str | None,
+    messages_column: str | None = None,
 ) -> dict[str, Dataset]:
-    """Return the rows of every split as `prompt` and `response`.
+    """Return the rows of every split as `prompt` and `response`; conversations have `messages` to the last answer, too.
 
     Args:
         format: one of `COMPLETIONS`; None for a table, which is read by its columns.
         prompt_columns: the prompt, a line each.
         answer: "number" where every response has to come to one.
+        messages_column: conversations, lists of {role, content}; None for `messages` where no other column is named.
 
     Raises PartialLoraError, in one line, for a column, a prompt, a response or the number of one that is missing.
     """
     if format is not None and format not in COMPLETIONS:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
 
+    if messages_column is None and format is None and not prompt_columns and response_column is None:
+        messages_column = "messages" if "messages" in splits["train"].column_names else None
+
     def completion_of(row: Row) -> Completion:
+        if messages_column:
+            return _last_answer(row[messages_column])
         return Completion(_lines(row, prompt_columns), _text(row[response_column]))
 
     formatted = {}
     for split, rows in splits.items():
-        if format is None:
+        if messages_column:
+            _check_columns(rows, name, "messages_column", [messages_column])
+            rows = rows.select_columns([messages_column])
+        elif format is None:
             _check_columns(rows, name, "prompt_columns", prompt_columns)
             _check_columns(rows, name, "response_column", [response_column] if response_column else [])
             rows = rows.select_columns(list(dict.fromkeys([*prompt_columns, response_column])))
         format_row = completion_of if format is None else COMPLETIONS[format]
         completions = []
         for row, completion in _formatted(rows, name, split, format_row, f"task.format={format}"):
+            if isinstance(completion, str):
+                raise PartialLoraError(f"{row_name(name, split, row)}: {completion} (task.messages_column)")
             for part, text in completion._asdict().items():
                 if not text.strip():
                     raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
             if answer == "number" and final_number(completion.response) is None:
                 raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
-            completions.append(completion._asdict())
-        formatted[split] = Dataset.from_list(completions, features=COMPLETION_FEATURES, split=rows.split)
+            given = {"messages": _conversation(rows[row - 1][messages_column])} if messages_column else {}
+            completions.append(completion._asdict() | given)
+        features = Features(COMPLETION_FEATURES | (_MESSAGES if messages_column else {}))
+        formatted[split] = Dataset.from_list(completions, features=features, split=rows.split)
     return formatted
+
+
+def _last_answer(messages: object) -> Completion | str:
+    """Return what an assistant says last in a conversation and, as its prompt, all before; or what is wrong with it."""
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        return "expected a list of messages, each with a role and a content"
+    for number, message in enumerate(messages, 1):
+        if not all(isinstance(message.get(part), str) for part in ("role", "content")):
+            return f"its message {number} has no role or no content that is a text"
+        if message["role"] == ASSISTANT and not message["content"].strip():
+            return f"its message {number}, an answer, is empty"
+    *before, last = _conversation(messages) or [None]
+    if last is None:
+        return f"none of its messages has the role {ASSISTANT}, whose answers are trained"
+    several = len(before) > 1
+    prompt = [f"{each['role']}: {each['content']}" if several else each["content"] for each in before]
+    return Completion("\n".join(prompt), last["content"])
+
+
+def _conversation(messages: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the messages up to the last answer."""
+    roles = [each["role"] for each in messages]
+    count = len(roles) - roles[::-1].index(ASSISTANT) if ASSISTANT in roles else 0
+    return [{"role": each["role"], "content": each["content"]} for each in messages[:count]]
 
 
 def _formatted(

@@ -266,7 +266,7 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
         sizes = {image.size for image in images} & {image.size for image in known}  # the others need not be read
         known = {image.content() for image in known if image.size in sizes}
         return sum(image.size in sizes and image.content() in known for image in images)
-    names = [name for name in rows.column_names if name not in ("label", "response")]
+    names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
     inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
     known = set(known)
     return sum(each in known for each in inputs)

@@ -49,7 +49,8 @@ class Task:
 
     `train` is learned from, `validation` selects a checkpoint, `test` is evaluated once, at the end. Their columns are
     `image`, or `text` and `text_pair`, and `label`; of kind "choice" `prompts`, `options` and `label`, the right one's
-    place (`questions.format_choices`); of kind "generation" `prompt` and `response`.
+    place (`questions.format_choices`); of kind "generation" `prompt` and `response`, perhaps
+    with `messages`, of which they are all but the last, in words, and the last.
 
     modality: "image" or "text".
     labels: the names of the classes; none for regression, where `label` is a real number, and for any other kind.
@@ -95,6 +96,7 @@ def load(
     option_columns: Sequence[str] = (),
     answer_column: str | None = None,
     response_column: str | None = None,
+    messages_column: str | None = None,
     answer: str | None = None,
     regression: bool | None = None,
     metrics: Sequence[str] = (),
@@ -112,7 +114,8 @@ def load(
         kind: "label", "choice" or "generation".
         image_column, text_columns, label_column: their names; None or none takes the one column of that kind.
         format, prompt_columns, option_columns, answer_column: of a choice (`questions.format_choices`).
-        format, prompt_columns, response_column, answer: of a generation (`questions.format_completions`).
+        format, prompt_columns, response_column, messages_column, answer: of a generation
+            (`questions.format_completions`).
         regression: whether labels are real numbers; None where they are fractions.
         metrics: none means accuracy, or Pearson's correlation for regression; both accuracies of a choice; of a
             generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
@@ -140,7 +143,8 @@ def load(
     if kind == "choice":
         rows = questions.format_choices(rows, name, format, prompt_columns, option_columns, answer_column)
     elif kind == "generation":
-        rows = questions.format_completions(rows, name, format, prompt_columns, response_column, answer)
+        columns = (prompt_columns, response_column, answer, messages_column)
+        rows = questions.format_completions(rows, name, format, *columns)
     else:
         for split, place in source_splits.items():
             file = sources.file_of(data_files, place)

@@ -21,31 +21,34 @@ class TrainerConfig:
 
     epochs: float = 5.0  # passes over the training rows
     max_steps: Optional[int] = None  # optimizer steps, in place of epochs
-    save_steps: Optional[int] = None  # steps between two validations and checkpoints; null: they come after every epoch
+    save_steps: Optional[int] = None  # steps between two validations and checkpoints; null: after every epoch
     save_total_limit: int = 1  # checkpoints kept beside the best one
     batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
-    gradient_accumulation_steps: int = 1  # parts that each process computes its share of a batch in
-    eval_batch_size: int = 64  # examples at once where nothing is trained
-    learning_rate: Any = 1e-3  # of the adapter, and of what has none of its own; auto: by method and density
+    gradient_accumulation_steps: int = 1  # parts in which each process computes its share of a batch
+    eval_batch_size: int = 64  # examples at once in evaluation
+    learning_rate: Any = 1e-3  # of the adapter, and of what has none of its own; auto: what suits method and density
     head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: trainer.learning_rate
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the rate of B is this many times that of A
-    tuned: Optional[str] = None  # a file of scripts/tune.py, whose rate for this run goes before trainer.learning_rate
-    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none of the run's own
+    tuned: Optional[str] = None  # a file of scripts/tune.py, whose rate for this run replaces trainer.learning_rate
+    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none for this one
     tuned_elsewhere: Optional[str] = None  # never set by hand: where that rate was searched for, if not for such a run
-    weight_decay: float = 0.01  # of AdamW
-    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls by a cosine
-    max_grad_norm: float = 1.0  # beyond which gradients are scaled down
+    weight_decay: float = 0.01  # weight decay of AdamW
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls as a cosine
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
-    num_processes: Optional[int] = None  # of all machines together; null: every visible accelerator, 1 on the CPU
-    num_machines: int = 1  # that share the run; each runs the same command
-    machine_rank: int = 0  # of this machine; 0 has the run's directory
+    # processes on all machines; null: one for each visible accelerator, 1 on the CPU
+    num_processes: Optional[int] = None
+    num_machines: int = 1  # machines that share the run; each runs the same command
+    machine_rank: int = 0  # number of this machine; machine 0 has the run's directory
     main_process_ip: Optional[str] = None  # the address of machine 0
-    main_process_port: int = 29500  # of machine 0
+    main_process_port: int = 29500  # the port of machine 0
     accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that are set here go before it
-    num_workers: Optional[int] = None  # processes that load data for each; null: some for an accelerator, else none
-    strategy: str = "ddp"  # ddp; fsdp: parameters, gradients and optimizer state shared out over the processes
-    report_to: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb, trackio; beside the local history
+    # processes that load data, for each process; null: some for an accelerator, else none
+    num_workers: Optional[int] = None
+    strategy: str = "ddp"  # ddp: a whole model in each process; fsdp: parameters, gradients and optimizer shared out
+    # trackers beside the local history: tensorboard, mlflow, wandb, trackio
+    report_to: list[str] = field(default_factory=list)
 
     @property
     def learning_rates(self) -> dict[str, float]:

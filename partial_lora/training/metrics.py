@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from partial_lora.calibration.score import IGNORED, f1, matthews, pearson, spearman
 from partial_lora.files import write_atomic
 from partial_lora.tasks import CausalTransform, final_number
+from partial_lora.tasks.prompts import Prompt
 
 _WORD = r"[^\W_]+"  # the words that rouge_score's own tokenizer finds in ASCII; other alphabets have words at all
 
@@ -223,7 +224,7 @@ def generation_config(
 def generate(
     model: nn.Module,
     transform: CausalTransform,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
@@ -240,7 +241,7 @@ def generate(
     """
     tokenizer, greedy = transform.tokenizer, generation_config(model, transform, max_new_tokens, stop)
     ends = greedy.eos_token_id or []
-    longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    longest_first = sorted(range(len(prompts)), key=lambda place: -len(str(prompts[place])))
     texts = [""] * len(prompts)
     training, device = model.training, next(model.parameters()).device
     model.eval()

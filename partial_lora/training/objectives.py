@@ -23,6 +23,7 @@ from partial_lora.calibration.score import IGNORED, starts, within
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.tasks.prompts import Prompt
 from partial_lora.training import metrics
 from partial_lora.training.fsdp import is_sharded_model
 
@@ -205,6 +206,8 @@ class ByTexts(_TaskJudge):
             return Judged({"primary": "perplexity", **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
         prompts, references = list(rows["prompt"]), list(rows["response"])
+        if "messages" in rows.column_names:
+            prompts = [messages[:-1] for messages in rows["messages"]]
         texts = self._generate(model, prompts)
         scores = {
             "exact_match": metrics.exact_match(texts, references, self.answer),
@@ -214,7 +217,7 @@ class ByTexts(_TaskJudge):
         means = {name: float(scores[name].mean()) for name in self.task.metrics if name in scores}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)
 
-    def _generate(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
+    def _generate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[str]:
         """Generate a text after every prompt; several processes share the prompts.
 
         Processes with a sharded model have to generate as many texts each: one too many is dropped.

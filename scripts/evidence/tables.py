@@ -271,7 +271,7 @@ _INTERVALS = (
 )
 _EACH = (
     "Each interval is at 95 % by itself, and not corrected for there being {count} of them; of three seeds that differ "
-    "much it is too narrow (a simulation, docs/methods.md: it held the truth in 84 to 99 %)."
+    "much it is too narrow (a simulation, docs/evidence/fair.md: it held the truth in 84 to 99 %)."
 )
 _OF_TASKS = (
     "An average over tasks is of these tasks alone, each counting alike; seeds are drawn once for all, since one has "

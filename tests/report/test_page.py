@@ -8,11 +8,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import datasets
 import finished_runs
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from recorded_runs import leave, place, record
 from refusals import refusal
 
@@ -20,7 +22,7 @@ from partial_lora import cli
 from partial_lora.report import page, records
 from partial_lora.report.summary import measured
 from partial_lora.runs.config import plain
-from partial_lora.runs.directory import is_drawn
+from partial_lora.runs.directory import EXAMPLE, PICTURE, is_drawn
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -171,6 +173,9 @@ def test_a_run_leaves_a_page_with_its_score_its_classes_and_its_own_test_images(
     matrix = text[text.index('class="map confusion"') :].split("</table>")[0]
     frame = pd.read_parquet(run.directory / "predictions.parquet")
     assert sum(map(int, re.findall(r">(\d+)</td>", matrix))) == len(frame)
+    (first, *_) = datasets.load_dataset("parquet", data_files=finished_runs.picture_files(), split="test")["image"]
+    with Image.open(run.directory / EXAMPLE) as example:
+        assert example.tobytes() == first.convert("RGB").tobytes()
     (run.directory / page.PAGE).unlink()
     assert cli.report([str(run.directory), "--examples", "2"]) == 0
     assert pictures()[0] == 2
@@ -181,6 +186,7 @@ def test_a_run_without_a_calibration_leaves_a_page_and_a_page_that_cannot_be_mad
     directory = place(tmp_path, result)
     page.draw_run(directory, result["config"])
     assert is_drawn(directory, "train")
+    assert not (directory / PICTURE).exists()  # its rows are not at hand
     assert "Calibration curves" not in (directory / page.PAGE).read_text(encoding="utf-8")
     assert not caplog.text
     (tmp_path / "result.json").write_text('{"seed": 0}')

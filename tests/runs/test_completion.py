@@ -1,7 +1,10 @@
-"""Completion: what a shell's line may go on with, and that bash takes it."""
+"""Completion: what a shell's line may go on with, and that bash, zsh and fish take it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -62,6 +65,67 @@ complete -p partial-lora || true
         ["bash", "-c", script], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=True
     )
     assert done.stdout == "<sst2 >"
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_completes_words_keys_and_files_in_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "own rows.csv").write_text("")
+    function = f"""partial-lora() {{
+    if [[ "$1" == -sc ]]; then '{sys.executable}' -m partial_lora "$@"; else print -rl -- "<${{(j:|:)@}}>"; fi
+}}"""
+    typed = ["train task=sst\t", "train task.label_n\t", "calibrate task.data_files=./ow\t", "mer\t"]
+    setup = ["autoload -Uz compinit; compinit -u -D", function, 'eval "$(partial-lora -sc install=zsh)"']
+    lines = [*setup, *(f"partial-lora {line}" for line in typed)]
+    removed = 'eval "$(partial-lora -sc uninstall=zsh)"; print "<${_comps[partial-lora]:-none}>"'
+    shown = in_terminal(["zsh", "-f", "-i"], [*lines, removed, "exit"], tmp_path)
+    expected = ["<train|task=sst2>", "<train|task.label_noise=>", "<calibrate|task.data_files=./own rows.csv>"]
+    assert [line for line in shown.splitlines() if line.startswith("<")] == [*expected, "<merge>", "<none>"]
+
+
+def in_terminal(command: list[str], lines: list[str], place: Path) -> str:
+    """What a program shows on a terminal on which all lines are typed ahead."""
+    own, its = pty.openpty()
+    os.write(own, "".join(f"{line}\n" for line in lines).encode())
+    running = subprocess.Popen(
+        command,
+        cwd=place,
+        env=environment(place) | {"TERM": "dumb"},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+    )
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # its end, on Linux
+        while part := os.read(own, 2**16):
+            shown += part
+    os.close(own)
+    assert running.wait() == 0
+    return shown.decode().replace("\r", "")
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_fish_completes_words_keys_and_files(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("")
+    script = f"""
+function partial-lora; '{sys.executable}' -m partial_lora $argv; end
+partial-lora -sc install=fish | source
+for line in 'train task=sst' 'train ta' 'calibrate task.data_files=./ow' mer
+    string join -- '|' (complete -C "partial-lora $line")
+end
+partial-lora -sc uninstall=fish | source
+complete -c partial-lora
+"""
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", script],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["task=sst2", "task.|task=", "task.data_files=./own.csv", "merge"]
 
 
 def test_a_shell_that_is_not_known_is_refused() -> None:

@@ -19,23 +19,16 @@ WHERE = ["task", "model", "mixture", "operating_point"]
 # the two methods whose difference it has. Measure svd where no other is named.
 SOURCES = {
     "README.md": """
-cpu/tables/table4: digits: lora
-cpu/tables/table4: digits, budget 0.13: partial − lora; partial; targeted; partial − targeted; uniform;\
- partial − uniform; shuffled; partial − shuffled; inverted; partial − inverted; partial (element);\
- partial − partial (element); flow; partial − flow; low_rank; partial − low_rank; random_weights;\
- partial − random_weights
-cpu/tables/table1: average, budget 0.13: partial − lora
-cpu/tables/table1: average, threshold 0.9: partial − lora
-cpu/tables/table1: average, budget 0.13: partial − targeted
-cpu/tables/table1: average, threshold 0.9: partial − targeted
-digits_rate/tables/table1: average, budget 0.13: partial − targeted
-longer/report/comparison: digits, budget 0.13: partial − lora
-forms/forms: gtsrb, budget 0.13: random_weights − low_rank
-forms/forms: trec, budget 0.13: random_weights − low_rank
-forms/forms: gtsrb, budget 0.13: entries − low_rank
-forms/forms: trec, budget 0.13: entries − low_rank
+forms/forms: gtsrb, budget 0.13: low_rank
+forms/forms: trec, budget 0.13: low_rank
 forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
 forms/forms: trec, budget 0.13: partial kept p^-1 − low_rank
+forms/forms: gtsrb, budget 0.13: entries − low_rank
+forms/forms: trec, budget 0.13: entries − low_rank
+forms/forms: gtsrb, budget 0.13: random_weights − low_rank
+forms/forms: trec, budget 0.13: random_weights − low_rank
+forms/forms: gtsrb: lora
+forms/forms: trec: lora
 """,
     "results/README.md": """
 cpu/tables/table1: average, budget 0.13: partial − lora
@@ -90,6 +83,7 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
         if "form" in row:
             mean, half = 100 * row["difference"], 100 * row["difference_half"]
             where = {row["task"], f"budget {row['size']}"}
+            made.append((row["form"], where, set(), [100 * row["test"], 100 * row["half"]]))
             made.append((f"{row['form']} − low_rank", where, set(), [mean, mean - half, mean + half]))
             continue
         where, measure = {row.get(name) for name in WHERE}, {row.get("importance", "svd")} - {"svd", "–"}

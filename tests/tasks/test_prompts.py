@@ -8,11 +8,11 @@ import datasets
 import pytest
 import torch
 from refusals import refusal
-from tiny_causal import bytes_tokenizer, merging_tokenizer
+from tiny_causal import CHAT, bytes_tokenizer, merging_tokenizer
 
 from partial_lora import tasks
 from partial_lora.calibration.score import Loss, OptionLikelihood
-from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES
+from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES, format_completions
 
 BOUND = 2**20
 QUESTIONS = [
@@ -234,3 +234,116 @@ def test_one_answer_that_does_not_fit_does_not_end_a_training(too_long: str, row
         assert row["input_ids"] == whole[:40]  # the prompt is there, the answer without its end
     with refusal("model.max_length=2: "):
         tasks.CausalTransform(bytes_tokenizer(), 2, too_long="drop").prepare(given, cache_bytes=0)
+
+
+# Conversations
+
+SAID = [
+    ("system", "be a bird"),
+    ("user", "what is two?"),
+    ("assistant", "two is two"),
+    ("user", "and four?"),
+    ("assistant", "four and four is eight"),
+]
+
+
+def marked(answer: str) -> str:
+    """A template that writes answers in a way of its own; a line's end behind a block would be no part of it."""
+    turn = f"{{% if message.role == 'assistant' %}}{answer}{{% else %}}{{{{ message.content }}}}</s>{{% endif %}}"
+    messages = f"{{% for message in messages %}}<|{{{{ message.role }}}}|>\n{turn}{{{{ '\\n' }}}}{{% endfor %}}"
+    return messages + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+
+
+TEMPLATES = {  # how a template writes an answer, and how much of the end is trained with it
+    "prefixes": (CHAT, ["two is two", "four and four is eight"], "</s>"),
+    "marks": (
+        marked("{% generation %}{{ message.content }}</s>{% endgeneration %}"),
+        ["two is two", "four and four is eight"],
+        "</s>",
+    ),
+    "marks without the end": (
+        marked("{%- generation -%}{{ message.content }}{%- endgeneration -%}</s>"),
+        ["two is two", "four and four is eight"],
+        "",
+    ),
+    "thoughts before the last one": (
+        marked("{% if loop.last %}the man {% endif %}{{ message.content }}</s>"),
+        ["two is two", "the man four and four is eight"],
+        "</s>",
+    ),
+}
+
+
+def conversation(*messages: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def conversations(*chats: list[dict[str, str]]) -> datasets.Dataset:
+    rows = datasets.Dataset.from_dict({"messages": list(chats)}, split=datasets.NamedSplit("train"))
+    return format_completions({"train": rows}, "own", None, [], None, None)["train"]
+
+
+def literal_chat(tokenizer, answers: list[str], end: str) -> tuple[list[int], list[int]]:
+    """Tokens and labels of SAID, put together piece by piece."""
+    tokens, labels, answers = [], [], iter(answers)
+    for role, content in SAID:
+        pieces = [f"<|{role}|>\n", *((next(answers), "</s>") if role == "assistant" else (content, "</s>")), "\n"]
+        for place, piece in enumerate(pieces):
+            new = tokenizer.encode(piece, add_special_tokens=False)
+            trained = role == "assistant" and (place == 1 or (place == 2 and end))
+            tokens += new
+            labels += new if trained else [-100] * len(new)
+    last = max(place for place, label in enumerate(labels) if label != -100) + 1  # nothing is learned behind it
+    return tokens[:last], labels[:last]
+
+
+@pytest.mark.parametrize("of", TEMPLATES)
+def test_every_answer_of_a_conversation_is_trained_and_nothing_else(of: str) -> None:
+    tokenizer = merging_tokenizer(chat=True)
+    tokenizer.chat_template, answers, end = TEMPLATES[of]
+    transform = tasks.CausalTransform(tokenizer, 999, chat=True)
+    rows = conversations(conversation(*SAID, ("user", "the end")), conversation(*SAID[1:3]))
+    prepared = transform.prepare(rows, cache_bytes=BOUND)
+    batch = transform.collate(prepared.to_list())
+    tokens, labels = literal_chat(tokenizer, answers, end)
+    assert batch["input_ids"][0].tolist() == tokens
+    assert batch["labels"][0].tolist() == labels
+    assert (batch["labels"][1] != -100).sum() == (prepared["length"][1] - prepared["answer_start"][1])
+    asked = tokenizer.apply_chat_template(conversation(*SAID[:4]), add_generation_prompt=True)["input_ids"]
+    (context,) = transform.encode([rows["messages"][0][:-1]])["input_ids"].tolist()
+    assert context == asked == tokens[: prepared["answer_start"][0]]
+    assert all(torch.equal(batch[name], value) for name, value in transform.batches(rows, 2)[0].items())
+
+
+def test_a_long_conversation_loses_its_beginning_and_with_it_what_is_trained_there() -> None:
+    tokenizer, rows = merging_tokenizer(chat=True), conversations(conversation(*SAID))
+
+    def made(length: int) -> dict[str, torch.Tensor]:
+        transform = tasks.CausalTransform(tokenizer, length, chat=True)
+        return transform.collate(transform.prepare(rows, cache_bytes=0).to_list())
+
+    whole = made(999)
+    second = int((whole["labels"][0] != -100).nonzero()[1])  # token of the first answer
+    cut = made(whole["labels"].shape[1] - second)
+    for name in ("input_ids", "labels"):
+        assert cut[name][0].tolist() == whole[name][0, second:].tolist()
+    short = len(tokenizer.encode("four and four is eight</s>", add_special_tokens=False))
+    with refusal(f"model.max_length={short}: "):
+        tasks.CausalTransform(tokenizer, short, chat=True).prepare(rows, cache_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [
+        (None, "task.chat_template: "),
+        ("{{ raise_exception('no system here') }}", "row 1 of the train rows: .*no system here"),
+        (CHAT + "{% if add_generation_prompt %}<think>{% endif %}", "row 1 of the train rows: .*message 3"),
+        (marked("{% generation %}{% endgeneration %}{{ message.content }}"), "row 1 of the train rows: .*marks"),
+    ],
+)
+def test_a_template_that_does_not_tell_where_answers_are_is_one_line(template: str | None, key: str) -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template = template
+    transform = tasks.CausalTransform(tokenizer, 999, chat=template is not None)
+    with refusal(key):
+        transform.prepare(conversations(conversation(*SAID)), cache_bytes=0)

@@ -57,6 +57,8 @@ def load(folder: Path, rows: list[dict], name: str = "rows.json", **settings: ob
     file = folder / name
     if file.suffix == ".csv":
         pd.DataFrame(rows).to_csv(file, index=False)
+    elif file.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(file))
     else:
         file.write_text(json.dumps(rows))
     own = {"name": "own", "path": "files", "modality": "text", "data_files": {"train": str(file), "test": str(file)}}
@@ -225,6 +227,45 @@ def test_prompts_and_responses_are_a_table_s_or_solutions_in_words_that_keep_the
 )
 def test_what_is_wrong_with_a_completion_is_named(tmp_path: Path, changed: dict, settings: dict, key: str) -> None:
     refused(key, tmp_path, [SUM, SUM | changed, SUM, SUM], **WRITTEN | settings)
+
+
+CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is 2."}]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+@pytest.mark.parametrize("settings", [{}, {"messages_column": "messages"}])
+def test_conversations_end_with_their_last_answer(tmp_path: Path, name: str, settings: dict) -> None:
+    chat = [*CHAT, {"role": "user", "content": "And one?"}, {"role": "assistant", "content": " 3 "}]
+    rows = [{"messages": [*chat, {"role": "user", "content": "Thanks."}], "id": 1}, {"messages": CHAT, "id": 2}] * 5
+    task = load(tmp_path, rows, name, kind="generation", **settings)
+    several = "user: 1+1?\nassistant: It is 2.\nuser: And one?"
+    assert task.test.to_list()[:2] == [
+        {"prompt": several, "response": " 3 ", "messages": chat},
+        {"prompt": "1+1?", "response": "It is 2.", "messages": CHAT},
+    ]
+    assert tasks.shared_inputs(task.test, task.train) == len(task.test)
+
+
+@pytest.mark.parametrize(
+    ("messages", "key"),
+    [
+        (CHAT[:1], "task=own: row 2 .*assistant"),
+        (CHAT[1:], "task=own: row 2 .*prompt"),
+        ([], "task=own: row 2 .*assistant"),
+        (None, "task=own: row 2 .*column messages"),
+        ([{"role": "user"}, *CHAT], "task=own: row 2 .*message 1"),
+        ([*CHAT, {"role": "assistant", "content": " "}], "task=own: row 2 .*message 3"),
+        ([{"role": None, "content": "a"}, *CHAT], "task=own: row 2 .*message 1"),
+    ],
+)
+def test_what_is_wrong_with_a_conversation_is_named(tmp_path: Path, messages: list | None, key: str) -> None:
+    refused(key, tmp_path, [{"messages": CHAT}, {"messages": messages}] + [{"messages": CHAT}] * 3, kind="generation")
+
+
+def test_a_column_of_conversations_is_checked(tmp_path: Path) -> None:
+    refused(r"task\.messages_column=z: ", tmp_path, [{"messages": CHAT}] * 4, kind="generation", messages_column="z")
+    texts = [{"messages": "1+1? 2."}] * 4
+    refused("task=own: row 1 .*role", tmp_path, texts, kind="generation")
 
 
 def test_draws_are_shared_out_by_the_right_one_s_place_and_responses_have_none(tmp_path: Path) -> None:

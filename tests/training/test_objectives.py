@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
-from tiny_causal import llama
+from tiny_causal import llama, merging_tokenizer
 
 from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
+from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
 
 CACHE_BYTES = 2**20
@@ -76,6 +78,26 @@ def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: P
         alone = judge.transform.encode([prompt])
         tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
         assert TOKENIZER.decode(tokens, skip_special_tokens=True).strip() == written
+
+
+def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() -> None:
+    tokenizer = merging_tokenizer(chat=True)
+    messages = [{"role": role, "content": text} for role in ("user", "assistant") for text in ("what is two?", "two")]
+    chats = [[messages[0], messages[2], messages[1], messages[3]], messages[::3]]
+    rows = datasets.Dataset.from_dict({"messages": chats})
+    rows = format_completions({"train": rows}, "own", None, [], None, None)["train"]
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    chosen = Task(name="own", modality="text", labels=(), metrics=("rouge_l",), kind="generation", **splits)
+    judge = objectives.judge_of(
+        chosen, CausalTransform(tokenizer, 64, chat=True), Alone(), batch_size=2, cache_bytes=0, max_new_tokens=6
+    )
+    model = llama(tokenizer)
+    told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), model, "test")
+    for chat, written in zip(chats, told.predictions["prediction"], strict=True):
+        asked = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_tensors="pt")
+        tokens = model.generate(**asked, max_new_tokens=6, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == written
+    assert told.predictions["label"].tolist() == [chat[-1]["content"] for chat in chats]
 
 
 class Two:
