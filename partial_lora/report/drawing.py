@@ -46,6 +46,7 @@ _LOOKS = {  # a marker each, so that colour is never what tells two apart
     "full": (_ORANGE, "*"),
     "probe": (_GREY, "X"),
 }
+_MASKS = ("(element)", "(frozen)", "(units)")  # as `records.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 
@@ -68,8 +69,9 @@ def look(method: str, point: str) -> Look:
     """Return the look of a method at an operating point."""
     kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
     color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
-    if masks:  # of single entries: the method's colour, and a star of as many points as its place in the list
-        marker = (4 + list(_LOOKS).index(name) if name in _LOOKS else 3, 1, 0)
+    if masks:  # of other things than rows and columns: the method's colour, and a star of its own number of points
+        points = 4 + list(_LOOKS).index(name) if name in _LOOKS else 3
+        marker = (points + 3 * _MASKS.index(masks) if masks in _MASKS else 3, 1, 0)
     return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
 
 

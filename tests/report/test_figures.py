@@ -253,6 +253,7 @@ def test_every_method_has_a_marker_of_its_own():
     entries = {method: look(f"{method} (element)", "–") for method in drawing._LOOKS}
     assert len({each.marker for each in (*looks.values(), *entries.values())}) == 2 * len(looks)
     assert all(entries[method].color == looks[method].color for method in looks)
+    assert len({look(f"partial {masks}", "–").marker for masks in ("(element)", "(frozen)", "(units)")}) == 3
     assert look("a_method_of_ones_own", "–").marker in drawing.MARKERS
     threshold, budget = look("partial", "threshold 0.9"), look("partial", "budget 0.13")
     assert threshold.filled != budget.filled
