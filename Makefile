@@ -21,7 +21,8 @@
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
-#              Algorithm 1 done literally, in about a quarter of an hour, and many adapters on one base (results/bench)
+#              Algorithm 1 done literally, in about a quarter of an hour, many adapters on one base, and whole runs; each
+#              page says what has moved since the figures committed last (results/bench)
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 PYTHON ?= python3
@@ -187,7 +188,7 @@ SCALED = mask.fan_in=kept+mask.row_exponent=1
 FORMS = method=lora method=low_rank method=random_weights \
 	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
 	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+mask.row_exponent=1+mask.column_exponent=0.5 \
-	method=partial+mask=units+$(SCALED) method=partial+mask=frozen+mask.row_exponent=1
+	method=partial+mask=units+$(SCALED) method=partial+mask=groups method=partial+mask=frozen+mask.row_exponent=1
 FORM_SIZES = calibration.budget=0.13,0.02
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
@@ -221,6 +222,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_serving.py)
+	$(if $(BENCH),,$(foreach part,starts steps threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true)
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

@@ -113,6 +113,11 @@ class Mask:
         return len(self.kept) / self.size
 
     @property
+    def reach(self) -> float:
+        """The share of rows, columns or entries that have values, and do not stay zero."""
+        return self.density
+
+    @property
     def sparsity(self) -> float:
         """The share removed, as measured: rounding to whole rows makes it differ from the requested one."""
         return 1 - self.density
@@ -139,6 +144,46 @@ class Mask:
 
     def __reduce__(self) -> tuple:
         return Mask, (self.size, self.kept)  # through the constructor, or what is unpickled could be changed
+
+
+@dataclass(frozen=True, eq=False)
+class TiedMask(Mask):
+    """A mask of which what goes is not zero: each row or column has the values of a kept one, or these times −1.
+
+    So rows fall into as many groups as stay, of sizes that differ by one at most. A group's values are one parameter.
+
+    Attributes:
+        places: which of the kept ones each of the ``size`` has its values from, (size,), from 0 to len(kept) − 1.
+        signs: 1 or −1 for each, (size,); 1 for the kept ones.
+    """
+
+    places: np.ndarray
+    signs: np.ndarray
+
+    @classmethod
+    def tied(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> TiedMask:
+        """Draw the groups of one module and axis: those kept are the same as by `random`, of the same keys."""
+        keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
+        order, count = np.argsort(keys, kind="stable"), kept_count(size, sparsity)
+        kept, places, signs = np.sort(order[:count]), np.empty(size, dtype=np.int64), np.ones(size, dtype=np.int64)
+        places[order] = np.searchsorted(kept, order[np.arange(size) % count])
+        others = order[count:]
+        signs[others] -= 2 * (keys[others] & np.uint64(1)).astype(np.int64)
+        return cls(size, kept, places, signs)
+
+    @property
+    def reach(self) -> float:
+        """All have values."""
+        return 1.0
+
+    def __eq__(self, other: object) -> bool:
+        tied = isinstance(other, TiedMask) and np.array_equal(self.places, other.places)
+        return tied and super().__eq__(other) and np.array_equal(self.signs, other.signs)
+
+    __hash__ = Mask.__hash__
+
+    def __reduce__(self) -> tuple:
+        return TiedMask, (self.size, self.kept, self.places, self.signs)
 
 
 def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndarray:

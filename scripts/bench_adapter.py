@@ -19,10 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import bench_measure as measure
+import bench_moved
 import bench_profile
 import bench_report
 import torch
@@ -74,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
         options, parts, {"settings": settings, "sources": _digest(), "versions": head["machine"]["versions"]}
     )
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
-    _write(options.out / "adapter", result, bench_report.page)
+    before = bench_moved.committed(options.out / "adapter.json")
+    _write(options.out / "adapter", result, partial(bench_report.page, before=before))
     shutil.rmtree(parts)
 
 

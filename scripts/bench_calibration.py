@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import bench_calibration_page as page
+import bench_moved
 import torch
 from bench_adapter import ROOT, describe_machine
 from torch import nn
@@ -153,8 +154,10 @@ def main(argv: Sequence[str]) -> None:
         "literal": literal(sides, levels, blocks * examples),
     }
     result["aims"] = page.judge(result)
+    before = bench_moved.committed(options.out / "calibration.json")
+    since = bench_moved.section(before and page.figures(before), page.figures(result))
     write_json(options.out / "calibration.json", result)
-    write_atomic(options.out / "calibration.md", page.page(result))
+    write_atomic(options.out / "calibration.md", f"{page.page(result)}\n{since}\n")
     print(f"wrote {options.out / 'calibration.md'}")
     shutil.rmtree(parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import bench_moved
 import numpy as np
 from bench_measure import STAGES
 from bench_models import PARTIAL, REFERENCES, SELDOM
@@ -118,8 +119,20 @@ NAMES = {
 }
 
 
-def page(result: Mapping) -> str:
-    """The result as Markdown."""
+def figures(result: Mapping) -> bench_moved.Figures:
+    """The ratios of a result that have intervals."""
+    return {
+        f"{cell['model']} rank {cell['rank']}, {NAMES[name]}: {what}": (each["ratio"], each["low"], each["high"])
+        for cell in result["cells"]
+        for name, own in cell["ratios"].items()
+        if name not in REFERENCES
+        for what, each in own.items()
+        if each["low"] is not None
+    }
+
+
+def page(result: Mapping, before: Mapping | None = None) -> str:
+    """The result as Markdown; before: the one to say what has moved since."""
     parts = [
         "# The adapter against dense LoRA",
         f"Made by `{result['command']}`; every number of every repetition is in adapter.json.",
@@ -132,6 +145,7 @@ def page(result: Mapping) -> str:
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
         parts += [title, "Time:", table(cells, _times), "Memory and files, MiB:", table(cells, _memory)]
     parts += ["## How it is measured", _method(result), "## Where", _where(result)]
+    parts.append(bench_moved.section(before and figures(before), figures(result)))
     return "\n\n".join(parts) + "\n"
 
 

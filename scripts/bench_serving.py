@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
 
+import bench_moved
 import torch
 from torch import Tensor
 
@@ -159,6 +160,17 @@ def page(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str,
     return "\n".join(lines) + "\n"
 
 
+def figures(cases: Sequence[Mapping]) -> bench_moved.Figures:
+    """The time of the masked form against the others', in every case."""
+    return {
+        f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": bench_moved.ratio_of_medians(
+            case["add"]["masked 16"], case["add"][other]
+        )
+        for case in cases
+        for other in ("dense 16", "dense 2")
+    }
+
+
 def draw(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str, int]]], out: Path) -> None:
     """Draw time against the number of adapters, a panel for a layer and batch, and the memory that they take."""
     kinds = list(dict.fromkeys((case["layer"], case["batch"]) for case in cases))
@@ -214,8 +226,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         " the forms take turns in random order."
     }
     options.out.mkdir(parents=True, exist_ok=True)
+    before = bench_moved.committed(options.out / "serving.json")
+    since = bench_moved.section(before and figures(before["cases"]), figures(cases))
     write_json(options.out / "serving.json", {"made": made, "bytes": sizes, "cases": cases})
-    write_atomic(options.out / "serving.md", page(cases, sizes, made).encode())
+    write_atomic(options.out / "serving.md", f"{page(cases, sizes, made)}\n{since}\n".encode())
     draw(cases, sizes, options.out)
 
 

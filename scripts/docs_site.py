@@ -1,8 +1,9 @@
 """What the documentation site has beside the pages of docs/; mkdocs calls these functions (mkdocs.yml).
 
 The README is the first page. A file outside docs/ that a page links to (a table, a figure, a script) is part of the
-site, and so is what that links to. Pages get the schema's keys, the choices of each group and the help of each command
-where they ask for them by `<!-- keys -->`, `<!-- choices -->` and `<!-- help -->`. Formulas become MathML.
+site, and so is what that links to; code gets a page of its own. Pages get the schema's keys, the choices of each group
+and the help of each command where they ask for them: `<!-- keys -->`, `<!-- choices -->`, `<!-- help -->`. Formulas
+become MathML.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConf
 from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = {".py": "python", ".sh": "sh", ".yaml": "yaml"}  # files that get a page of their own
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LETTER = re.compile(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>')  # browsers read letters, not this
@@ -45,7 +47,8 @@ log = logging.getLogger("mkdocs.hooks.docs_site")
 
 def source(path: str) -> str:
     """Return the path inside the site of a file of the project, both as URIs from the root."""
-    return "index.md" if path == "README.md" else path.removeprefix("docs/")
+    shown = path + ".md" if Path(path).suffix in SHOWN else path
+    return "index.md" if path == "README.md" else shown.removeprefix("docs/")
 
 
 def targets(path: str, text: str) -> list[str]:
@@ -64,7 +67,11 @@ def on_files(files, config):
         uri = source(path)
         if path.startswith(("docs/", "../")) or uri in files.src_uris or not (ROOT / path).is_file():
             continue
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        if language := SHOWN.get(Path(path).suffix):
+            page = f"# {path}\n\n~~~~{language}\n{(ROOT / path).read_text('utf-8')}~~~~\n"
+            files.append(File.generated(config, uri, content=page))
+        else:
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
         if path.endswith(".md"):
             waiting += targets(path, (ROOT / path).read_text("utf-8"))
     return files
@@ -72,6 +79,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Point links at the site's own files, and write what is generated into the page."""
+    if page.file.abs_src_path is None:
+        return markdown  # a file that is shown as it is
     path = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
 
     def pointed(link: re.Match) -> str:

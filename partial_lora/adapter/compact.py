@@ -28,7 +28,7 @@ from partial_lora.adapter.config import PartialLoraConfig
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import PartialLoraModel, adapter_tensors, base_modules, check_unmerged, module_masks
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES, assign_sparsity
@@ -361,7 +361,7 @@ def _factors(
 ) -> dict[str, Tensor]:
     """Return the kept part of A and of B, out of one flat tensor; of those that are ``trained``."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
-    if granularity == "rows_columns":
+    if granularity not in OF_ENTRIES:
         shapes = {
             "A": [geometry.a[0], counts["columns"], *geometry.a[2:]],
             "B": [counts["rows"], *geometry.b[1:]],

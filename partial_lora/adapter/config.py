@@ -46,7 +46,7 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 
 CHOICES = {
-    "granularity": ("rows_columns", "element", "units"),
+    "granularity": ("rows_columns", "element", "units", "groups"),
     "selection": ("random", "top"),
     "count": ("exact", "bernoulli"),
     "columns": ("masked", "frozen"),
@@ -121,8 +121,9 @@ class PartialLoraConfig(LoraConfig):
             the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
             calibration.json. 0 is plain LoRA, and what is left out is 0, with a warning.
         granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), "units" (rows and columns
-            of its own for each unit of the rank, disjoint while they last), or "element" (single entries of both;
-            "rows" then stands for B and "columns" for A wherever both are named).
+            of its own for each unit of the rank, disjoint while they last), "element" (single entries of both; "rows"
+            then stands for B and "columns" for A wherever both are named), or "groups" (rows and columns tied in random
+            groups, each but for a random sign with one set of values: none is zero, and as many numbers train).
         selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
         mask_seed: the seed of random masks, a whole number; no other seed moves them.
         count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
@@ -200,8 +201,8 @@ class PartialLoraConfig(LoraConfig):
             if not isinstance(exponent, Real) or isinstance(exponent, bool) or not 0 <= exponent <= 1:
                 raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
             setattr(self, name, float(exponent))
-        if self.granularity == "units" and self.selection != "random":
-            raise PartialLoraError("granularity is 'units': it goes with selection 'random'.")
+        if self.granularity in ("units", "groups") and self.selection != "random":
+            raise PartialLoraError(f"granularity is {self.granularity!r}: it goes with selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
             raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
@@ -270,7 +271,7 @@ class PartialLoraConfig(LoraConfig):
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
         masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
-        scale = masks.rows.density**-self.row_exponent * masks.columns.density**-self.column_exponent
+        scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
         return self.alpha_pattern.get(own, self.lora_alpha) * scale
 
     def as_lora(self) -> LoraConfig:

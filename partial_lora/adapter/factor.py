@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional as F
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import GATHER_DENSITY, Mask
+from partial_lora.masks import GATHER_DENSITY, Mask, TiedMask
 
 SCATTER_DENSITY_PER_RANK = 0.01
 """Up to this density times the rank, adding to the kept features alone beats adding a zero-filled product to all."""
@@ -66,6 +66,8 @@ class MaskedFactor(nn.Module):
         self._places = {"kept": mask.kept}
         if entries:
             self._places |= _within_features(mask.kept, self.shape, self.axis)
+        if isinstance(mask, TiedMask):
+            self._places |= _groups(mask)
         # Once, for the forward pass: a compiler that follows them into the arrays warns that these are read-only.
         self.touched = len(self._places["features" if entries else "kept"])
         self.density = self.touched / self.shape[self.axis]
@@ -124,6 +126,10 @@ class MaskedFactor(nn.Module):
         if self.entries:
             return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept.squeeze(1)).view(self.shape)
         return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
+
+    def nearest(self, dense: Tensor) -> Tensor:
+        """Return the ``kept`` whose factor is the nearest to a dense one."""
+        return self.keep(dense)
 
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor with as many units of zeros that it has ``rank``, as on disk."""
@@ -199,13 +205,21 @@ class MaskedFactor(nn.Module):
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
         return self._apply_weight(x, self.fill(self.kept))
 
-    def _gather(self, x: Tensor) -> Tensor:
-        """Return the features of an activation that have kept entries."""
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the features of an activation that meet those of `operand`: the ones that have kept entries."""
         index = self.features_on(x.device)
         if self.is_convolution:
             return x.index_select(1, index)
         # As a matrix: on a CPU, selecting from the last dimension of anything else is four times slower.
         return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
+
+    def scatter(self, result: Tensor, change: Tensor) -> None:
+        """Add to result (tokens × features), in place and in the wider dtype, a change of what `gather` takes of it."""
+        index = self.features_on(result.device)
+        if result.dtype == change.dtype:
+            result.index_add_(1, index, change)
+        else:
+            result.index_copy_(1, index, (result.index_select(1, index) + change).to(result.dtype))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         dense = entry_like(self.kept, self.fill(whole(self.kept)))
@@ -244,7 +258,7 @@ class FactorA(MaskedFactor):
 
     def draw_for_kept(self) -> None:
         """Bring A from PEFT's draw, for all inputs, to that for the kept ones: the same values, 1/√density as large."""
-        self.kept.data *= self.mask.density**-0.5
+        self.kept.data *= self.mask.reach**-0.5
 
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """Return A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
@@ -252,7 +266,7 @@ class FactorA(MaskedFactor):
         Where features are gathered, the backward pass stores those of x alone.
         """
         if self.gathers:
-            return self._apply_weight(dropout(self._gather(x)), self.operand(self.kept))
+            return self._apply_weight(dropout(self.gather(x)), self.operand(self.kept))
         return self._apply_weight(dropout(x), self.fill(self.kept))
 
 
@@ -334,8 +348,99 @@ class FactorB(MaskedFactor):
             if result.dtype == change.dtype:
                 return result.index_add(features, index, change)
             # Sum in the wider of the two, as `+` does; features that do not change need no such detour.
-            return result.index_copy(features, index, (self._gather(result) + change).to(result.dtype))
+            return result.index_copy(features, index, (self.gather(result) + change).to(result.dtype))
         return result + self(low)
+
+
+class _Tied:
+    """A factor whose features are tied in groups (`TiedMask`): each is ± the values of a kept one, which all share.
+
+    Its product with an activation takes the sum of a group's features, by their signs, for one feature.
+    """
+
+    @property
+    def gathers(self) -> bool:
+        return self.density != 1 and not self.in_groups
+
+    @property
+    def scatters(self) -> bool:
+        return self.gathers
+
+    def fill(self, kept: Tensor) -> Tensor:
+        """Return the dense factor, every feature with its sign; `keep` is the inverse."""
+        return kept if self.full else self._spread(kept, self.axis)
+
+    def nearest(self, dense: Tensor) -> Tensor:
+        """Return the mean of each group's features, by their signs."""
+        places = torch.tensor(self.mask.places, device=dense.device)
+        sizes = places.bincount().view([-1 if axis == self.axis else 1 for axis in range(dense.dim())])
+        return self._sums(dense, self.axis) / sizes
+
+    def kept_of_operand(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of ``kept``, from that of `operand`."""
+        return gradient if self.gathers or self.full else self._sums(gradient, self.axis)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the sums of an activation's features, by their signs: one for each group."""
+        return self._sums(x, 1 if self.is_convolution else x.dim() - 1)
+
+    def scatter(self, result: Tensor, change: Tensor) -> None:
+        """Add a change of the groups to the features (tokens × features) of each, by their signs, in place."""
+        result.copy_(result + self._spread(change, 1))
+
+    def _sums(self, x: Tensor, axis: int) -> Tensor:
+        members, signs = (self._index(name, x.device) for name in ("members", "signs_of_members"))
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        signed = x.index_select(axis, members) * signs.to(x.dtype).view(shape)
+        return signed.unflatten(axis, (len(self.mask.kept), -1)).sum(axis + 1)
+
+    def _spread(self, x: Tensor, axis: int) -> Tensor:
+        places, signs = (self._index(name, x.device) for name in ("places", "signs"))
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        return x.index_select(axis, places) * signs.to(x.dtype).view(shape)
+
+    def _checked(self, dense: Tensor, name: str) -> Tensor:
+        """Return `keep` of a factor, and refuse one that is not tied as this is."""
+        kept = self.keep(dense)
+        if not dense.is_meta and not torch.equal(self.fill(kept), dense):
+            raise PartialLoraError(
+                f"{name} is not tied in this adapter's groups: it was trained under others or none, load it with"
+                " PartialLoraConfig.from_pretrained of its own folder."
+            )
+        return kept
+
+
+class TiedA(_Tied, FactorA):
+    """A (rank × in), whose columns are tied in groups."""
+
+
+class TiedB(_Tied, FactorB):
+    """B (out × rank), whose rows are tied in groups."""
+
+    def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
+        """Return result + scaling * B low."""
+        if not self.gathers:
+            return super().add_to(result, low, scaling)
+        change = self._apply_weight(low * scaling, self.operand(self.kept))
+        return (result + self._spread(change, 1 if self.is_convolution else change.dim() - 1)).to(result.dtype)
+
+
+def _groups(mask: TiedMask) -> dict[str, np.ndarray]:
+    """Return a mask's ties, and the members of its groups one after another, filled up to one size with sign 0."""
+    order = np.argsort(mask.places, kind="stable")
+    sizes = np.bincount(mask.places, minlength=len(mask.kept))
+    shape = (len(sizes), sizes.max())
+    is_member = np.arange(shape[1]) < sizes[:, None]
+    members, signs = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    members[is_member], signs[is_member] = order, mask.signs[order]
+    return {
+        "places": mask.places,
+        "signs": mask.signs,
+        "members": members.flatten(),
+        "signs_of_members": signs.flatten(),
+    }
 
 
 def _within_features(entries: np.ndarray, shape: torch.Size, axis: int) -> dict[str, np.ndarray]:

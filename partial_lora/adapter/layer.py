@@ -12,10 +12,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter.factor import FactorA, FactorB, FrozenA, MaskedFactor
+from partial_lora.adapter.factor import FactorA, FactorB, FrozenA, MaskedFactor, TiedA, TiedB
 from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import TiedMask
 
 
 def adapted_linear(
@@ -101,7 +102,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if zeroed is None:
                 _add_product(gradient_x, gradient_low, a, kept_a)
             elif a.gathers:
-                _scatter(gradient_x, dropped(gradient_low @ matrix_a), a)
+                a.scatter(gradient_x, dropped(gradient_low @ matrix_a))
             else:
                 gradient_x.copy_(gradient_x + dropped(gradient_low @ matrix_a))
         if ctx.needs_input_grad[2]:
@@ -126,7 +127,7 @@ class _Dropout:
 
 def _features_of(tokens: Tensor, factor: MaskedFactor) -> Tensor:
     """Return the features (tokens × features) that meet the factor's operand."""
-    return tokens.index_select(1, factor.features_on(tokens.device)) if factor.gathers else tokens
+    return factor.gather(tokens) if factor.gathers else tokens
 
 
 def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor) -> None:
@@ -136,20 +137,11 @@ def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor
     if isinstance(factor, FactorB):
         matrix = matrix.T
     if scatters:
-        _scatter(result, low @ matrix, factor)
+        factor.scatter(result, low @ matrix)
     elif result.dtype == low.dtype:
         result.addmm_(low, matrix)
     else:
         result.copy_(result + low @ matrix)
-
-
-def _scatter(result: Tensor, change: Tensor, factor: MaskedFactor) -> None:
-    """Add change to result in place, on the kept features, in the wider dtype of the two."""
-    index = factor.features_on(result.device)
-    if result.dtype == change.dtype:
-        result.index_add_(1, index, change)
-    else:
-        result.index_copy_(1, index, (result.index_select(1, index) + change).to(result.dtype))
 
 
 class PartialLoraVariant(LoraVariant):
@@ -279,11 +271,14 @@ def mask_layer(
     Its values stay as drawn, or become what they would be were the kept inputs all (``fan_in`` "kept"). ``frozen``: the
     values of an A that does not train.
     """
+    tied = isinstance(masks.rows, TiedMask)
     if frozen is None:
-        layer.lora_A[adapter_name] = FactorA(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
+        kind = TiedA if tied else FactorA
+        layer.lora_A[adapter_name] = kind(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
         if fan_in == "kept":
             layer.lora_A[adapter_name].draw_for_kept()
     else:
         layer.lora_A[adapter_name] = FrozenA(layer.lora_A[adapter_name], frozen)
-    layer.lora_B[adapter_name] = FactorB(layer.lora_B[adapter_name], masks.rows, entries=masks.element)
+    kind = TiedB if tied else FactorB
+    layer.lora_B[adapter_name] = kind(layer.lora_B[adapter_name], masks.rows, entries=masks.element)
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -12,7 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, assign_sparsity, kept_count, random_keys
+from partial_lora.masks import AXES, Mask, Sparsity, TiedMask, assign_sparsity, kept_count, random_keys
+
+OF_ENTRIES = ("element", "units")  # granularities whose masks are over the entries of B and A
 
 Values = dict[str, dict[str, np.ndarray]]
 """Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
@@ -34,7 +36,8 @@ class Geometry:
 
     def sizes(self, granularity: str) -> dict[str, int]:
         """Return the sizes of masks: rows and columns of W, or ("element" and "units") entries of B and A."""
-        sizes = self.shape if granularity == "rows_columns" else (math.prod(self.b), math.prod(self.a))
+        entries = granularity in OF_ENTRIES
+        sizes = (math.prod(self.b), math.prod(self.a)) if entries else self.shape
         return dict(zip(AXES, sizes, strict=True))
 
 
@@ -69,7 +72,7 @@ def random_masks(
 ) -> dict[str, ModuleMasks]:
     """Draw the masks of modules with these ``geometries`` {module: geometry}: the selection "random"."""
     shares = assign_sparsity(sparsity, list(geometries))
-    draw = Mask.bernoulli if count == "bernoulli" else Mask.random
+    draw = Mask.bernoulli if count == "bernoulli" else TiedMask.tied if granularity == "groups" else Mask.random
 
     def choose(module: str, axis: str, size: int) -> Mask:
         if granularity == "units":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from partial_lora.adapter.selection import Geometry, ModuleMasks
+from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, Sparsity, assign_sparsity, kept_count, read_sparsity
 
@@ -58,7 +58,7 @@ def describe(
         entry["shape"] = list(of_module.shape)
         if geometries[module].a[0] != rank:
             entry["rank"] = geometries[module].a[0]
-        if granularity != "rows_columns":
+        if granularity in OF_ENTRIES:
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
         if selection != "random":
@@ -123,11 +123,14 @@ class _BrokenError(Exception):
 
 def _check(content: object) -> None:
     _expect(isinstance(content, dict), "the content", content, "one object")
-    for name, choices in (("granularity", ("rows_columns", "element", "units")), ("selection", ("random", "top"))):
+    for name, choices in (
+        ("granularity", ("rows_columns", "element", "units", "groups")),
+        ("selection", ("random", "top")),
+    ):
         if name in content:
             _expect_one_of(content, name, choices)
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
-    entries, frozen = content.get("granularity") != "rows_columns", "columns" in content
+    entries, frozen = content.get("granularity") in OF_ENTRIES, "columns" in content
     later = [name for name in ("fan_in", "sparsity") if name in content]  # files of before have neither
     optional = [*["count"] * element, *["columns"] * frozen, *later]
     _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *optional, "modules"])

@@ -36,7 +36,8 @@ def warm_start(
     """Give a masked adapter the values that a trained LoRA has where the adapter's masks keep.
 
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
-    B (out × rank), and single entries the same entries; what is masked stays zero. What trains whole beside the
+    B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
+    the mean of its columns, or rows, by their signs. What trains whole beside the
     adapter (a head in modules_to_save, biases) takes the LoRA's values too; where the LoRA has none, it stays as it
     is. B is then no longer zero: with sparsity 0 the model starts from the LoRA's outputs, and the more is masked, the
     further away from them. Values are written in place, in the model's dtype, so that optimizers stay valid.
@@ -71,7 +72,7 @@ def warm_start(
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key in factors:
-                factors[key].kept.copy_(factors[key].keep(value))
+                factors[key].kept.copy_(factors[key].nearest(value))
             else:
                 own[key].copy_(value)
 

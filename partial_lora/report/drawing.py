@@ -46,7 +46,7 @@ _LOOKS = {  # a marker each, so that colour is never what tells two apart
     "full": (_ORANGE, "*"),
     "probe": (_GREY, "X"),
 }
-_MASKS = ("(element)", "(frozen)", "(units)")  # as `records.method_of` calls what is masked
+_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `records.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 

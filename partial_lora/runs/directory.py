@@ -304,15 +304,15 @@ def git_commit() -> str | None:
 
 # --- The settings of a worker, from the parent that composed them: those in config.yaml are without credentials.
 
-_VARIABLE = "PARTIAL_LORA_SETTINGS"
+VARIABLE = "PARTIAL_LORA_SETTINGS"
 
 
 def worker_variables(settings: Mapping) -> dict[str, str]:
     """Return the environment variable that hands settings to a worker."""
-    return {_VARIABLE: yaml.safe_dump(dict(settings), sort_keys=False)}
+    return {VARIABLE: yaml.safe_dump(dict(settings), sort_keys=False)}
 
 
 def worker_settings(directory: Path) -> dict:
     """Return the settings that this worker was handed, and its children will not be; else those in config.yaml."""
-    handed = os.environ.pop(_VARIABLE, None)
+    handed = os.environ.pop(VARIABLE, None)
     return yaml.safe_load(handed or (directory / CONFIG).read_text(encoding="utf-8"))

@@ -11,7 +11,9 @@ import gc
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,7 +23,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -102,6 +107,7 @@ def launch(
             _command(place, stage, cluster),
             _environment(config, place, cluster),
             place / directory.LOG,
+            start=_fork if can_fork(config, cluster) else _start,
             watch=watch,
             lock=lock,
             started=lambda worker: directory.name_holder(lock, worker),
@@ -344,6 +350,7 @@ def _run_process(
     environment: Mapping[str, str],
     log: Path,
     *,
+    start: Callable[..., subprocess.Popen | _Forked] | None = None,
     watch: Callable[[dict], None] = lambda event: None,
     lock: int | None = None,
     started: Callable[[int], None] = lambda pid: None,
@@ -353,7 +360,7 @@ def _run_process(
 
     Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which it holds on
     until it ends, should this process die. The first signal that asks this process to stop is passed on; the code is
-    then 128 more than its number. stop: as `launch` takes it.
+    then 128 more than its number. start: `_start`, the default, or `_fork`. stop: as `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
 
@@ -363,14 +370,7 @@ def _run_process(
 
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as failures, _stop_requests() as requests:
         with open(log, "ab") as file:
-            worker = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                env={**environment, VARIABLE: failures, _PARENT: str(os.getpid())},
-                pass_fds=() if lock is None else (lock,),
-                start_new_session=True,
-            )
+            worker = (start or _start)(command, {**environment, VARIABLE: failures}, file.fileno(), lock)
         requests.pass_on_to(worker)
         try:
             started(worker.pid)
@@ -395,23 +395,132 @@ def _run_process(
 _PARENT = "PARTIAL_LORA_PARENT"  # names the process that started a worker or their launcher
 
 
+def _start(command: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> subprocess.Popen:
+    """Start a command in a session of its own, with its output in the file of the descriptor `log`."""
+    return subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=log,
+        env={**environment, _PARENT: str(os.getpid())},
+        pass_fds=() if lock is None else (lock,),
+        start_new_session=True,
+    )
+
+
 def end_with_parent() -> None:
     """Have this process asked to stop once its parent is gone (kill -9, out of memory), which could then no longer ask.
 
     A thread looks, and goes on asking, since Python drops an exception that a signal raises inside a finalizer.
     """
-    parent = os.environ.get(_PARENT)
-    if parent is None:  # started by hand
+    forked_for, parent = multiprocessing.parent_process(), os.environ.get(_PARENT)
+    if forked_for is None and parent is None:  # started by hand
         return
 
     def look() -> None:
-        while os.getppid() == int(parent):
+        if forked_for is not None:
+            forked_for.join()
+        while forked_for is None and os.getppid() == int(parent):
             time.sleep(_LOOK)
         while True:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(_REMIND)
 
     threading.Thread(target=look, daemon=True).start()
+
+
+# --- A worker that is forked from a process which has imported everything (trainer.start=fork).
+
+
+_PRELOADED = ["partial_lora.runs.forking", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
+_OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
+
+
+def can_fork(config: Config, cluster: Cluster) -> bool:
+    """Return whether a run is to be forked, and can be: else it gets a fresh interpreter.
+
+    Several processes have a launcher of their own, a quantised model needs a library that the forking process has
+    hidden, and trackers end in handlers that a forked process does not run.
+    """
+    return (
+        config.trainer.start == "fork"
+        and "forkserver" in multiprocessing.get_all_start_methods()
+        and not (cluster.is_launched or config.trainer.report_to or _may_be_quantised(config.model))
+    )
+
+
+class _Forked:
+    """A forked worker, with as much of subprocess.Popen as `_run_process` calls."""
+
+    def __init__(self, process: multiprocessing.Process) -> None:
+        self._process, self.pid = process, process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit code, if it has ended."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end, at most so many seconds, and return the exit code if it has ended."""
+        self._process.join(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+
+def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> _Forked:
+    """Have a worker forked, as `_start` starts one; the first call starts the process that forks.
+
+    That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
+    this one, and hands on how a worker ended.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
+    with mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
+        ensure_running()
+    arguments = command[command.index("-m") + 1 :]
+    process = context.Process(target=_be_forked, args=(arguments, dict(environment), _Passed(log), _Passed(lock)))
+    process.start()
+    return _Forked(process)
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A descriptor, or None, that arrives in a forked process as what is its number there."""
+
+    descriptor: int | None
+
+    def __reduce__(self) -> tuple:
+        return (_detached, (None if self.descriptor is None else DupFd(self.descriptor),))
+
+
+def _detached(passed) -> int | None:
+    return passed and passed.detach()
+
+
+def _be_forked(arguments: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> None:
+    """Be `python -m *arguments` with an environment, a session and a log of its own; `lock` is held until the end."""
+    os.setsid()
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 class _StopRequests:
@@ -558,12 +667,21 @@ def importing() -> Iterator[None]:
 def hide_quantiser(model: ModelConfig) -> None:
     """Keep PEFT from importing bitsandbytes into a worker whose model is not quantised; to be called before both.
 
-    PEFT asks for it whatever a model is made of, and it imports torch's compiler: 1.5 s of a start. Text models out of
-    a folder or from the hub may have been stored quantised, whatever the settings say, and keep it.
+    PEFT asks for it whatever a model is made of, and it imports torch's compiler: 1.5 s of a start.
     """
+    if not _may_be_quantised(model):
+        hide_bitsandbytes()
+
+
+def _may_be_quantised(model: ModelConfig) -> bool:
+    """Return whether a model needs bitsandbytes, or may: one out of a folder or the hub may have been stored so."""
     stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
-    if model.quantization is None and not stored:
-        sys.modules.setdefault("bitsandbytes", None)
+    return model.quantization is not None or stored
+
+
+def hide_bitsandbytes() -> None:
+    """Make it for `import` and `find_spec` the same as not installed."""
+    sys.modules.setdefault("bitsandbytes", None)
 
 
 # --- The launcher between a parent and several workers.

@@ -34,9 +34,9 @@ def plain_name(key: str, value: str) -> None:
 class MaskConfig:
     """The entries that a sparsity keeps."""
 
-    granularity: str = (
-        "rows_columns"  # units: other rows and columns for each unit of the rank; element: single entries
-    )
+    # rows_columns: whole rows of B and columns of A; units: others for each unit of the rank; element: single entries;
+    # groups: rows and columns tied in random groups
+    granularity: str = "rows_columns"
     count: str = "exact"  # exact: a number; bernoulli, of single entries: each stays with probability 1 - sparsity
     seed: Optional[int] = None  # seeds random masks; null: the run's seed
     columns: str = "masked"  # frozen: A is whole, as mask.seed draws it, and the kept rows of B alone train
@@ -50,7 +50,7 @@ class MaskConfig:
         return "rows" if self.columns == "frozen" else self.granularity
 
     def __post_init__(self) -> None:
-        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units")
+        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units", "groups")
         one_of("mask.count", self.count, "exact", "bernoulli")
         if self.granularity != "element":
             one_of("mask.count", self.count, "exact")
@@ -414,6 +414,7 @@ NOT_SETTINGS = {
     "calibration.memory",
     "trainer.tuned_on",
     "trainer.device",
+    "trainer.start",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",
     "trainer.num_processes",

@@ -37,6 +37,8 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
+    # fresh: each run is a new interpreter; fork: those of a sweep are forked from one that has imported everything
+    start: str = "fresh"
     # processes on all machines; null: one for each visible accelerator, 1 on the CPU
     num_processes: Optional[int] = None
     num_machines: int = 1  # machines that share the run; each runs the same command
@@ -96,6 +98,7 @@ class TrainerConfig:
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         one_of("trainer.device", self.device, "auto", "cpu", "cuda")
+        one_of("trainer.start", self.start, "fresh", "fork")
         one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
         processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
         parts = processes * steps

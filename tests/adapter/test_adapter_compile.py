@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter import PartialLoraConfig
 
-granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element", "groups"])
 TARGETS = ["linear", "transposed", "convolution", "grouped"]
 
 

@@ -111,6 +111,7 @@ GIVEN = {
     "bernoulli": {"sparsity": 0.7, "granularity": "element", "count": "bernoulli"},
     "frozen": {"sparsity": 0.7, "columns": "frozen", "fan_in": "kept", "mask_seed": 3},
     "units": {"sparsity": 0.7, "granularity": "units", "fan_in": "kept"},
+    "groups": {"sparsity": 0.7, "granularity": "groups"},
     "patterns of PEFT": {"sparsity": 0.7, "alpha_pattern": {"qkv": 3}, "use_rslora": True},
 }
 

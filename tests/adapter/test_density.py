@@ -41,6 +41,7 @@ FORMS = {
     "scaled": {"row_exponent": 0.5, "column_exponent": 1.0},
     "kept entries, scaled": {"granularity": "element", "fan_in": "kept", "column_exponent": 0.5},
     "units": {"granularity": "units"},
+    "groups": {"granularity": "groups"},
     "frozen": {"columns": "frozen", "row_exponent": 0.5},
     "ranks": {"rank_pattern": {"fc1": 1, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
@@ -202,6 +203,7 @@ def test_an_a_of_another_seed_is_refused(tmp_path):
         ({"columns": "none"}, "columns"),
         ({"columns": "frozen", "granularity": "element"}, "columns"),
         ({"granularity": "units", "count": "bernoulli"}, "count"),
+        ({"granularity": "groups", "selection": "top", "indices": {"m": {"rows": [0], "columns": [0]}}}, "granularity"),
         (
             {"granularity": "units", "selection": "top", "scores": {"m": {"rows": [1.0], "columns": [1.0]}}},
             "granularity",

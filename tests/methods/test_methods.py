@@ -356,7 +356,7 @@ def fixed(method: str, *overrides: str) -> tuple[PeftModel, methods.Setting]:
     return methods.get(method)(model, setting), setting
 
 
-@pytest.mark.parametrize("more", [[], ["mask=element"], ["mask=units"], ["mask=frozen"]])
+@pytest.mark.parametrize("more", [[], ["mask=element"], ["mask=units"], ["mask=groups"], ["mask=frozen"]])
 def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
     model, setting = fixed("partial", "calibration.sparsity=0.75", *more)
     mask = composed(*more).mask

@@ -1,0 +1,364 @@
+"""Benchmark of whole runs, `results/bench/runs.md`: what one costs to start, and its steps beside a bare loop's.
+
+`python scripts/bench_runs.py starts` times a sweep of short runs whose workers are fresh interpreters, then forks, and
+commands that train nothing. `steps` times a step of LoRA by PEFT in a bare loop and in a plain Trainer, and of LoRA
+and Partial-LoRA in `partial-lora train`. `threads` times a step with one thread or all, and with each way in which
+OpenMP's threads can wait, of a run alone and of two side by side. Variants take turns. Every repetition is in
+runs.json. Each part replaces its own section of the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import bench_moved
+
+from partial_lora.files import write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "results" / "bench"
+
+COMMAND = [sys.executable, "-m", "partial_lora"]
+SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
+COMMANDS = {
+    "`import peft`": [sys.executable, "-c", "import peft"],
+    "`import partial_lora.adapter`": [sys.executable, "-c", "import partial_lora.adapter"],
+    "`partial-lora info model=vit_s14`": [*COMMAND, "info", "model=vit_s14"],
+}
+FEW = ("trainer.batch_size=16", "trainer.device=cpu", "method.rank=16")
+JOBS = {
+    "vit_s14, digits": ("model=vit_s14", "task=digits"),
+    "minilm_l6, trec": ("model=minilm_l6", "task=trec"),
+    "smollm2_135m, arc_easy": (
+        "model=smollm2_135m",
+        "task=arc_easy",
+        "model.target_modules=[q_proj,v_proj]",
+        "trainer.batch_size=4",
+    ),
+}
+TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
+LOOPS = ("bare", "trainer", "lora", "partial")
+LOOP_TITLES = {
+    "bare": "bare loop, PEFT's LoRA",
+    "trainer": "transformers' Trainer, PEFT's LoRA",
+    "lora": "partial-lora train method=lora",
+    "partial": "partial-lora train method=partial",
+}
+WAITING = {
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "all, passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "all, spin 1,000": {"GOMP_SPINCOUNT": "1000"},
+    "all, spin 10,000": {"GOMP_SPINCOUNT": "10000"},
+    "all, as OpenMP has it": {},
+}
+_OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+# --- Starts.
+
+
+def timed(command: Sequence[str], **given) -> dict[str, float]:
+    """Run a command; return its seconds, and those of processors that it and its children took."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **given)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - began, "processor_seconds": spent}
+
+
+def starts(options: argparse.Namespace) -> dict:
+    """Measure sweeps of short runs by either start, and what commands that train nothing take."""
+    seeds = f"seed={','.join(map(str, range(options.runs)))}"
+    sweeps: dict[str, list] = {"fresh": [], "fork": []}
+    commands: dict[str, list] = {name: [] for name in COMMANDS}
+    for _ in range(options.repeats):
+        for start, found in sweeps.items():
+            with tempfile.TemporaryDirectory() as place:
+                command = [*COMMAND, "train", "-m", *SHORT, seeds, f"trainer.start={start}"]
+                whole = timed(command, cwd=place)
+                records = [
+                    json.loads(path.read_text()) for path in Path(place).glob("results/runs/*/*/*/*/result.json")
+                ]
+            assert [record["status"] for record in records] == ["finished"] * options.runs
+            found.append(whole | {"of_training": sum(record["seconds"]["train"] for record in records)})
+        for name, found in commands.items():
+            found.append(timed(COMMANDS[name]))
+    return {"runs": options.runs, "sweeps": sweeps, "commands": commands}
+
+
+def starts_page(found: Mapping) -> list[str]:
+    """Return the tables of starts."""
+    runs, rows = found["runs"], []
+    for start, each in found["sweeps"].items():
+        rows.append([f"trainer.start={start}", *(f"{median(each, key) / runs:.2f}" for key in _SPENT)])
+    lines = [f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run", ""]
+    lines += table(["", "seconds", "processor seconds"], rows)
+    rows = [[name, *(f"{median(each, key):.2f}" for key in _SPENT)] for name, each in found["commands"].items()]
+    return [*lines, "", "## Commands that train nothing", "", *table(["", "seconds", "processor seconds"], rows)]
+
+
+_SPENT = ("seconds", "processor_seconds")
+
+
+# --- Steps.
+
+
+def step_seconds(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str] = {}) -> dict[str, float]:
+    """Return the median seconds of a step, and the most memory in bytes, of a job in one of LOOPS."""
+    return end_of(begin(job, loop, steps, environment))
+
+
+def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a measurement of `step_seconds`, in a process of its own."""
+    variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
+    command = [sys.executable, __file__, "worker", "--loop", loop, "--steps", str(steps), *job]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def end_of(process: subprocess.Popen) -> dict[str, float]:
+    """Return what a worker has measured."""
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(process.args)}: ended with code {process.returncode}")
+    return json.loads(out.splitlines()[-1])
+
+
+def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
+    """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
+    method = "lora" if loop in ("bare", "trainer") else loop
+    length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", f"method={method}", "calibration=fixed")
+    rows = (f"task.train_samples={16 * 25}", "task.test_samples=64", "trainer.learning_rate=1e-3")
+    data = f"data_dir={ROOT.parent / 'shared' / 'data'}"
+    return [*FEW, *length, *rows, *job, *([] if "task=digits" in job else [data])]
+
+
+def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+    """Train for some steps in this process and return what `step_seconds` does."""
+    from partial_lora.runs.compose import composed
+
+    config = composed(*settings_of(job, loop, steps))
+    with tempfile.TemporaryDirectory() as place:
+        return _in_a_run(config, Path(place)) if loop in ("lora", "partial") else _in_a_loop(config, loop, Path(place))
+
+
+def _in_a_run(config, place: Path) -> dict[str, float]:
+    from partial_lora.runs import directory
+    from partial_lora.runs.config import plain
+    from partial_lora.train import run
+
+    record = directory.new(plain(config))
+    run(config, place, record, "train")
+    return {"step": record["cost"]["step_seconds"], "peak": record["peak_memory_bytes"]}
+
+
+def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from partial_lora.models.targets import target_names
+    from partial_lora.runs import build
+    from partial_lora.training.distributed import join
+
+    world = join("cpu")
+    task = build.task_of(config)
+    transform = build.transform_of(config.model, config.task, task)
+    judge = build.judge_of(config, task, transform, world)
+    set_seed(0)
+    model = build.model_of(config.model, task.labels, task.class_names)
+    targets = target_names(model, **config.model.trained_modules)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=list(targets)))
+    if config.model.head:
+        model.get_base_model().get_submodule(config.model.head).requires_grad_(True)
+    rows, limit, times = judge.train(), config.trainer.max_steps, []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *given, **more):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *given, **more):
+            times.append(time.perf_counter() - self.began)
+
+    if loop == "trainer":
+        arguments = TrainingArguments(
+            output_dir=str(place),
+            max_steps=limit,
+            per_device_train_batch_size=config.trainer.batch_size,
+            learning_rate=1e-3,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=transform.collate,
+            compute_loss_func=judge.loss,
+            callbacks=[Clock()],
+        ).train()
+    else:
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+        batches = DataLoader(rows, config.trainer.batch_size, shuffle=True, collate_fn=transform.collate)
+        model.train()
+        while len(times) < limit:
+            for batch in batches:
+                began = time.perf_counter()
+                labels = batch.pop("labels")
+                judge.loss(model(**batch), labels).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                times.append(time.perf_counter() - began)
+                if len(times) == limit:
+                    break
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step": statistics.median(times[2:] or times), "peak": peak}
+
+
+def steps(options: argparse.Namespace) -> dict:
+    """Measure every job in every loop, in turns."""
+    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    found: dict[str, dict[str, list]] = {name: {loop: [] for loop in LOOPS} for name in jobs}
+    for _ in range(options.repeats):
+        for name, job in jobs.items():
+            for loop in LOOPS:
+                found[name][loop].append(step_seconds(job, loop, options.steps))
+    return found
+
+
+def steps_page(found: Mapping) -> list[str]:
+    """Return the table of steps."""
+    rows = []
+    for job, loops in found.items():
+        bare = median(loops["bare"], "step")
+        for loop, each in loops.items():
+            seconds = median(each, "step")
+            peak = f"{median(each, 'peak') / 2**20:,.0f}"
+            rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
+    heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
+    return ["## A step beside a bare loop's", "", *table(heads, rows)]
+
+
+# --- Threads.
+
+
+def threads(options: argparse.Namespace) -> dict:
+    """Measure a step of PEFT's LoRA by every way to wait, of a run alone and of two side by side."""
+    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    found = {name: {way: {"alone": [], "two": []} for way in WAITING} for name in jobs}
+    for _ in range(options.repeats):
+        for name, job in jobs.items():
+            for way, environment in WAITING.items():
+                found[name][way]["alone"].append(step_seconds(job, "bare", options.steps, environment))
+                both = [begin(job, "bare", options.steps, environment) for _ in range(2)]
+                ended = [end_of(each)["step"] for each in both]
+                found[name][way]["two"].append({"step": statistics.mean(ended)})
+    return found
+
+
+def threads_page(found: Mapping) -> list[str]:
+    """Return the table of threads."""
+    rows = [
+        [job, way, *(f"{median(each[how], 'step'):.3f}" for how in ("alone", "two"))]
+        for job, ways in found.items()
+        for way, each in ways.items()
+    ]
+    heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
+    return ["## Threads and how they wait", "", *table(heads, rows)]
+
+
+# --- The page.
+
+PARTS = {"starts": (starts, starts_page), "steps": (steps, steps_page), "threads": (threads, threads_page)}
+
+
+def median(found: Sequence[Mapping], key: str) -> float:
+    """Return the median of a key."""
+    return statistics.median(each[key] for each in found)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines."""
+    ruler = ["---" for _ in heads]
+    return [f"| {' | '.join(each)} |" for each in (heads, ruler, *rows)]
+
+
+def page(record: Mapping) -> str:
+    """Return the page of a record."""
+    lines = ["# Whole runs", ""]
+    for part, (_, shown) in PARTS.items():
+        if part in record:
+            made = record[part]["made"]
+            command = f"Made by `{made['command']}`: medians of {made['repeats']}, {made['cpus']} cores."
+            lines += [*shown(record[part]["found"]), "", command, ""]
+    return "\n".join(lines)
+
+
+def figures(record: Mapping) -> bench_moved.Figures:
+    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, ways to wait to one thread."""
+    found = {}
+    if "starts" in record:
+        fork, fresh = (
+            [each["processor_seconds"] for each in record["starts"]["found"]["sweeps"][start]]
+            for start in ("fork", "fresh")
+        )
+        found["a forked run / a fresh one"] = bench_moved.ratio_of_medians(fork, fresh)
+    for job, loops in record.get("steps", {"found": {}})["found"].items():
+        for loop in LOOPS[1:]:
+            steps_of = ([each["step"] for each in loops[name]] for name in (loop, "bare"))
+            found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_moved.ratio_of_medians(*steps_of)
+    for job, ways in record.get("threads", {"found": {}})["found"].items():
+        for way in list(WAITING)[1:]:
+            for how in ("alone", "two"):
+                steps_of = ([each["step"] for each in ways[name][how]] for name in (way, "one thread"))
+                found[f"{job}, {how}: {way} / one thread"] = bench_moved.ratio_of_medians(*steps_of)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a part, or be one of its processes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=[*PARTS, "worker"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=24, help="of a sweep")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--quick", action="store_true", help="a tiny model: a test, no measurement")
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    options, job = parser.parse_known_args(argv)
+    if options.part == "worker":
+        print(json.dumps(work(options.loop, options.steps, job)))
+        return
+    if job:
+        parser.error(f"unknown: {' '.join(job)}")
+    if options.quick and options.out == OUT:
+        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    file = options.out / "runs.json"
+    before = bench_moved.committed(file)
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    words = sys.argv[1:] if argv is None else argv
+    made = {"command": f"python scripts/bench_runs.py {' '.join(words)}", "repeats": options.repeats}
+    record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    since = bench_moved.section(before and figures(before), figures(record))
+    write_atomic(options.out / "runs.md", f"{page(record)}\n{since}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
