@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
+from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
@@ -79,7 +80,7 @@ PASSED = frozenset(
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
     "lora_bias": "it would train entries that no mask covers",
-    "target_parameters": "only linear layers and convolutions are masked, not single parameters",
+    "target_parameters": "PEFT nests those of one module in each other, and masks need a name for each",
     "layer_replication": "two modules would share one name, and their masks",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
@@ -109,7 +110,8 @@ class PartialLoraConfig(LoraConfig):
 
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
     keeps columns of A; for entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
-    parameter. Of a convolution, rows are its output channels and columns its input channels.
+    parameter. Of a convolution, rows are its output channels and columns its input channels;
+    of an embedding (tokens × dimensions) rows are tokens and columns dimensions.
 
     A module of which p of the rows and q of the columns stay can be drawn and scaled for that: ``fan_in`` and the two
     exponents, with which its scaling is alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter has it as
@@ -426,7 +428,7 @@ def check_values(folder: Path, modules: Collection[str]) -> None:
         raise PartialLoraError(f"{path} is broken or truncated ({error}): copy it again.") from None
     for module in modules:
         for factor in ("lora_A", "lora_B"):
-            if f"{module}.{factor}.weight" not in keys:
+            if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which its masks are for: copy it again.")
 
 

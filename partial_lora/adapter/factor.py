@@ -222,6 +222,9 @@ class MaskedFactor(nn.Module):
             result.index_copy_(1, index, (result.index_select(1, index) + change).to(result.dtype))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 seeks parameters in a state dict by their names
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         dense = entry_like(self.kept, self.fill(whole(self.kept)))
         destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 

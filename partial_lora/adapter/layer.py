@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -230,6 +233,89 @@ class PartialLinear(lora.Linear):
         return active[0] if _is_plain(self.base_layer) and not _is_traced() else None
 
 
+EMBEDDED = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+"""PEFT's names of an embedding's factors, in files too, where they lie on their side: it adapts the transpose of W."""
+
+
+class PartialEmbedding(lora.Embedding):
+    """PEFT's LoRA layer over an embedding W (tokens × dimensions), whose masked adapters are factors of W like others.
+
+    Rows of B are tokens, columns of A are dimensions. PEFT's own methods know of no adapter here but those that are not
+    masked, which are still its tensors; what this class adds are the others.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """Return the adapted embeddings (..., dimensions) of tokens x (...)."""
+        result = super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            return result
+        for name in self.active_adapters:
+            if name in self.lora_B:
+                result = (result + self._change(x, name)).to(result.dtype)
+        return result
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        own = ["__base__" if name in self.lora_B else name for name in adapter_names]
+        result = super()._mixed_batch_forward(x, *args, adapter_names=own, **kwargs)
+        for name in self.lora_B.keys() & set(adapter_names):
+            rows = [row for row, each in enumerate(adapter_names) if each == name]
+            result[rows] = (result[rows] + self._change(x[rows], name)).to(result.dtype)
+        return result
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * self.scaling[name]
+        scale = self._get_embed_scale()
+        return change if scale is None else change * scale.to(change.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to W."""
+        if adapter not in self.lora_B:
+            return super().get_delta_weight(adapter)
+        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to W; ``safe_merge`` raises ValueError where that gives a number that is none."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_B]
+        remember_base(self)
+        super().merge(safe_merge, adapter_names)
+        for name in names:
+            weight = self.get_base_layer().weight
+            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take what is merged out of W again."""
+        for name in [name for name in self.merged_adapters if name in self.lora_B]:
+            weight = self.get_base_layer().weight
+            weight.data = weight.data - self.get_delta_weight(name).to(weight.dtype)
+            self.merged_adapters.remove(name)
+        if self.merged:
+            super().unmerge()
+
+    def with_linears(self, name: str) -> None:
+        """Put the linear layers of an adapter in the place of the tensors that PEFT has just drawn."""
+        for factor, embedded in EMBEDDED.items():
+            drawn = getattr(self, embedded).pop(name)
+            linear = nn.Linear(*drawn.shape, bias=False, device="meta")
+            linear.weight = nn.Parameter(drawn.detach().T.contiguous(), requires_grad=drawn.requires_grad)
+            getattr(self, factor)[name] = linear
+
+
+def as_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a state dict, the factors of embeddings named and turned as those of other layers."""
+    named = {}
+    for key, tensor in tensors.items():
+        path, _, rest = key.partition(".lora_embedding_")
+        factor, _, adapter = rest.partition(".")
+        name = {"A": "lora_B", "B": "lora_A"}.get(factor)
+        named[".".join(filter(None, (path, name, adapter, "weight"))) if name else key] = tensor.T if name else tensor
+    return named
+
+
 def can_fuse(layer: nn.Module) -> bool:
     """Return True for a base layer that PartialLinear knows how to compute."""
     return type(layer) in (nn.Linear, Conv1D)
@@ -271,11 +357,13 @@ def mask_layer(
     Its values stay as drawn, or become what they would be were the kept inputs all (``fan_in`` "kept"). ``frozen``: the
     values of an A that does not train.
     """
-    tied = isinstance(masks.rows, TiedMask)
+    embeds, tied = isinstance(layer, PartialEmbedding), isinstance(masks.rows, TiedMask)
+    if embeds:
+        layer.with_linears(adapter_name)
     if frozen is None:
         kind = TiedA if tied else FactorA
         layer.lora_A[adapter_name] = kind(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
-        if fan_in == "kept":
+        if fan_in == "kept" and not embeds:  # whose outputs are no sum over the columns of A
             layer.lora_A[adapter_name].draw_for_kept()
     else:
         layer.lora_A[adapter_name] = FrozenA(layer.lora_A[adapter_name], frozen)

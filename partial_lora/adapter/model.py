@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
-from partial_lora.adapter.layer import PartialLinear, can_fuse, mask_layer
+from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, PartialLinear, as_factors, can_fuse, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
@@ -68,6 +68,8 @@ class PartialLoraModel(LoraModel):
                 raise PartialLoraError(
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
                 )
+            if peft_config.columns == "frozen" and isinstance(modules[name], nn.Embedding):
+                raise PartialLoraError(f"target module {name} is an embedding: columns='frozen' draws no A for one.")
         ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
         return {base_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
@@ -83,6 +85,8 @@ class PartialLoraModel(LoraModel):
             # The same layer with another forward pass. PEFT chooses and builds its layers in functions that know their
             # classes by name; its hook for custom ones (_register_custom_module) would displace the quantised layers.
             layer.__class__ = PartialLinear
+        elif type(layer) is lora.Embedding:
+            layer.__class__ = PartialEmbedding
         return layer
 
     def _create_and_replace(
@@ -102,6 +106,9 @@ class PartialLoraModel(LoraModel):
     ) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
         own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & own.keys():
+                raise PartialLoraError(f"{base_name(key)} is an embedding: PEFT combines no masked adapters of one.")
         for name, config in own.items():
             if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
                 raise PartialLoraError(
@@ -141,8 +148,18 @@ class PartialLoraModel(LoraModel):
             if isinstance(factor, MaskedFactor):
                 config = model.peft_config[path.rpartition(".")[2]]
                 dense = factor.fill(state.pop(key)) if name == "kept" else state[key]
-                state[f"{path}.weight"] = factor.padded(dense, config.saved_rank)
+                dense = factor.padded(dense, config.saved_rank)
+                layer, own, adapter = path.rsplit(".", 2)
+                if isinstance(model.get_submodule(layer), PartialEmbedding):
+                    state.pop(key, None)
+                    state[f"{layer}.{EMBEDDED[own]}.{adapter}"] = dense.T.contiguous()
+                else:
+                    state[f"{path}.weight"] = dense
         return state
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict, **kwargs) -> dict:
+        return super()._remap_adapter_state_dict_for_load(state_dict=as_factors(state_dict), **kwargs)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -184,7 +201,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return what PEFT saves of an adapter, by names in the base model; beside the factors the model's own tensors."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     again = (".modules_to_save.", ".original_module.")  # with bias="all", the biases of a head are there once more
-    return {base_name(key): value for key, value in state.items() if not any(part in key for part in again)}
+    return as_factors({base_name(key): state[key] for key in state if not any(part in key for part in again)})
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -204,7 +221,7 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
     for name, layer in adapter_layers(model, adapter_name).items():
         low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         if isinstance(low, FactorA) and isinstance(high, FactorB):
-            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(layer.out_features, layer.in_features))
+            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
         elif partial:
             raise PartialLoraError(f"{name} has lost its masks: something has built its adapter again, densely.")
         else:

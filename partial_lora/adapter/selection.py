@@ -214,24 +214,28 @@ def _numbers(values: object, key: str) -> np.ndarray:
 
 # The base layers that a masked adapter fits on, and the shapes of its factors there.
 
-# An embedding looks rows of A up instead of multiplying, and attention's projections are one tensor without modules.
-_UNFIT = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+# A bag adds embeddings up itself, and attention's projections are one tensor without modules.
+_UNFIT = (nn.EmbeddingBag, nn.MultiheadAttention)
 
 
 def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
     """Return the shapes of W, A and B for the base ``layer`` called ``name`` (or PEFT's layer around it).
 
     Linear layers, quantised ones and transformers' Conv1D included, have W (out × in). Of a convolution, rows are
-    output channels and columns input channels. Raises PartialLoraError for a layer that masks do not fit.
+    output channels and columns input channels; of an embedding, rows are tokens and columns dimensions. Raises
+    PartialLoraError for a layer that masks do not fit.
     """
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _convolution(name, layer, rank)
+    if isinstance(layer, nn.Embedding):
+        shape = (layer.num_embeddings, layer.embedding_dim)
+        return Geometry(shape=shape, a=(rank, shape[1]), b=(shape[0], rank))
     inputs, outputs = (None, None) if isinstance(layer, _UNFIT) else _get_in_out_features(layer)
     if not isinstance(inputs, int) or not isinstance(outputs, int):
         raise PartialLoraError(
-            f"target module {name} is a {type(layer).__name__}: only linear layers and convolutions are masked, name"
-            " the targets so that it does not match."
+            f"target module {name} is a {type(layer).__name__}: only linear layers, convolutions and embeddings are"
+            " masked, name the targets so that it does not match."
         )
     return Geometry(shape=(outputs, inputs), a=(rank, inputs), b=(outputs, rank))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.layer import as_factors
 from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
 from partial_lora.errors import PartialLoraError
 
@@ -133,7 +134,7 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
-    return _Source(where, _checked(config, where), {base_name(key): value for key, value in tensors.items()})
+    return _Source(where, _checked(config, where), as_factors({base_name(key): tensors[key] for key in tensors}))
 
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""Masked adapters train on several processes as on one: DistributedDataParallel, FSDP2, accelerate, DeepSpeed."""
+"""Masked adapters train on several processes as on one: DistributedDataParallel, FSDP, accelerate, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import importlib.util
 
 import distributed_worker
 import pytest
+import torch
 from distributed_worker import CASES
+from peft import get_peft_model_state_dict
+from torch.distributed import fsdp
 
 TOLERANCE = 1e-5
 
@@ -60,6 +63,28 @@ def test_accelerate_shards_trains_saves_and_restores(found):
         assert seen["parameters"] < TOLERANCE
         assert seen["saved"]
         assert seen["restored"]
+
+
+def test_fsdp_1_gives_the_dense_adapter_and_takes_its_state_back():
+    """In one process: torch's own FSDP 1 ends with a fault where two processes of a CPU offload their state."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        case = CASES["llama"]
+        model = case.build()
+        expected = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        sharded = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with sharded.state_dict_type(sharded, fsdp.StateDictType.FULL_STATE_DICT):
+            state = {name: tensor.clone() for name, tensor in sharded.state_dict().items()}
+            adapter = get_peft_model_state_dict(model, state_dict=state)
+            sharded.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in state.items()})
+            assert not any(parameter.any() for parameter in sharded.parameters())
+            sharded.load_state_dict(state)
+            again = sharded.state_dict()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 @pytest.fixture(scope="module")

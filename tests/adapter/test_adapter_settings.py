@@ -180,7 +180,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(4, 8)
+        self.bag = nn.EmbeddingBag(4, 8)
         self.attention = nn.MultiheadAttention(8, 2)
         self.dilated = nn.Conv2d(8, 8, 3, dilation=2)
         self.grouped = nn.Conv2d(9, 9, 3, groups=3)
@@ -191,7 +191,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("embed", "Embedding"),
+        ("bag", "EmbeddingBag"),
         ("dilated", r"dilation=\(2, 2\)"),
         ("grouped", "3 groups"),
         ("transposed", "ConvTranspose2d"),

@@ -1,0 +1,121 @@
+"""A masked embedding: rows of B are tokens, columns of A dimensions; its files are those of PEFT's LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_models import DECODER, llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from partial_lora.adapter import (
+    PartialLoraConfig,
+    load_compact,
+    module_masks,
+    module_sparsity,
+    warm_start,
+    write_compact,
+)
+from partial_lora.errors import PartialLoraError
+
+EMBED, TARGETS = "model.embed_tokens", ["embed_tokens", "v_proj"]
+TOKENS = torch.arange(24).view(2, 12) * 2
+SHARES = {"rows": 0.4, "columns": 0.75}
+
+
+def adapted(**settings: object) -> PeftModel:
+    """A Llama with masks on its embedding and values in every factor."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        llama(), PartialLoraConfig(r=4, target_modules=TARGETS, **{"sparsity": {".*": SHARES}} | settings)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def shares(model: PeftModel) -> dict[str, dict[str, float]]:
+    return {name: {axis: round(share, 6) for axis, share in of.items()} for name, of in module_sparsity(model).items()}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units"])
+def test_an_embedding_trains_what_its_masks_keep_and_nothing_else(granularity):
+    model = adapted(granularity=granularity, sparsity={"embed_tokens": SHARES, ".*": 0.5})
+    layer, masks = model.get_base_model().model.embed_tokens, module_masks(model)[EMBED]
+    assert masks.shape == (DECODER["vocab_size"], DECODER["hidden_size"])
+    assert shares(model)[EMBED] == pytest.approx(SHARES, abs=0.05)
+    a, b = (getattr(layer, factor)["default"] for factor in ("lora_A", "lora_B"))
+    low, high = (factor.weight.detach().clone().as_subclass(torch.Tensor).requires_grad_() for factor in (a, b))
+    weight = layer.base_layer.weight
+    expected = F.embedding(TOKENS, weight + layer.scaling["default"] * (high @ low))
+    assert torch.allclose(layer(TOKENS), expected, atol=1e-6)
+    assert not torch.equal(layer(TOKENS), layer.base_layer(TOKENS))
+    toward = torch.randn_like(expected)
+    for output in (layer(TOKENS), expected):
+        (output * toward).sum().backward()
+    for factor, dense in ((a, low), (b, high)):
+        assert torch.allclose(factor.kept.grad, factor.keep(dense.grad), atol=1e-5)
+        assert factor.kept.numel() < dense.numel()
+    assert not [name for name, each in model.named_parameters() if "lora_embedding" in name and each.numel()]
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "groups"])
+def test_its_folder_is_a_lora_of_peft_and_gives_the_masks_back(granularity, tmp_path):
+    model = adapted(granularity=granularity)
+    expected = logits(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    plain = PeftModel.from_pretrained(llama(), tmp_path)
+    assert type(plain.peft_config["default"]) is LoraConfig
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    config = PartialLoraConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, config=config)
+    assert torch.equal(logits(again), expected)
+    assert module_masks(again) == module_masks(model)
+    write_compact(model, tmp_path / "compact")
+    assert torch.equal(logits(load_compact(llama(), tmp_path / "compact")), expected)
+    fresh = adapted(sparsity=0)
+    warm_start(fresh, tmp_path)
+    assert torch.allclose(logits(fresh), expected, atol=1e-5)
+
+
+def test_ranks_of_their_own_are_filled_up_on_disk(tmp_path):
+    model = adapted(rank_pattern={"embed_tokens": 2})
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert torch.allclose(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model), atol=1e-5)
+    again = PeftModel.from_pretrained(llama(), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_it_merges_comes_off_again_and_stands_beside_others(safe):
+    model = adapted()
+    base, expected = logits(llama()), logits(model)
+    model.add_adapter("other", PartialLoraConfig(r=2, target_modules=TARGETS, sparsity=0.5))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    with torch.no_grad():
+        mixed = model(TOKENS, adapter_names=["default", "__base__"]).logits
+    assert torch.allclose(mixed, torch.stack([expected[0], base[1]]), atol=1e-5)
+    model.merge_adapter(safe_merge=safe)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    with pytest.raises(PartialLoraError, match=EMBED):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", "cat")
+    model.delete_adapter("other")
+    assert torch.allclose(logits(model.merge_and_unload(safe_merge=safe)), expected, atol=1e-5)
+
+
+def test_what_an_embedding_has_not_is_refused_by_name():
+    with pytest.raises(PartialLoraError, match=f"{EMBED} .*columns"):
+        adapted(columns="frozen")
+    with pytest.raises(PartialLoraError, match="target_parameters"):
+        PartialLoraConfig(sparsity=0.5, target_parameters=["experts.down_proj"])
