@@ -190,17 +190,18 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     results = Path(config.results_dir)
     link = results / directory.LATEST
     named = directory.LATEST if results == Path("results") else link
+    from partial_lora.report.summary import next_commands
+
     is_latest = link.resolve() == place.resolve()
-    run = shlex.quote(str(named if is_latest else place))
-    inputs = "IMAGE …" if config.model.modality == "image" else "TEXT …"
-    if (place / directory.EXAMPLE).is_file():
-        inputs = shlex.quote(str((link if is_latest else place) / directory.EXAMPLE))
-    return [
-        *lines,
-        f"next: partial-lora predict {run} {inputs}",
-        f"      partial-lora export {run} --to {'compact' if config.method.name in MASKED else 'peft'}",
-        f"      partial-lora report {shlex.quote(str(results))}",
-    ]
+    example = place / directory.EXAMPLE
+    commands = next_commands(
+        str(named if is_latest else place),
+        modality=config.model.modality,
+        method=config.method.name,
+        example=str((link if is_latest else place) / example.name) if example.is_file() else None,
+    )
+    commands.append(f"partial-lora report {shlex.quote(str(results))}")
+    return [*lines, f"next: {commands[0]}", *(f"      {command}" for command in commands[1:])]
 
 
 def info(arguments: list[str]) -> int:
@@ -315,10 +316,12 @@ def compare(arguments: Sequence[str]) -> int:
     if not runs:
         return 1
     with _libraries():
+        from rich.console import Console
+
         from partial_lora.report import race as ranking
     out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
-    text, table = ranking.write(runs.values(), out, "compare", own["reference"])
-    print(text)
+    _, table = ranking.write(runs.values(), out, "compare", own["reference"])
+    Console().print(ranking.on_screen(table, own["reference"]))
     command = shlex.join(["partial-lora", "compare", *arguments])
     print(ranking.write_page(table, out, reference=own["reference"], command=command, refused=refused))
     return 0
@@ -783,9 +786,9 @@ def runs(arguments: Sequence[str]) -> int:
     """List the runs of a results directory, the last one last; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora runs",
-        description="The runs of a results directory by when they began: task, model, method, operating point, seed, "
-        "test score (or how the run stands), path. Other commands take the path, the start of its last eight digits, "
-        "or `latest`.",
+        description="List the runs of a results directory, the last one last: task, model, method, operating point, "
+        "seed, test score (or how the run stands), path. Other commands take the path, the start of the run's id, or "
+        "`latest`.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     place = parser.parse_args(list(arguments)).results_dir
@@ -804,10 +807,10 @@ def report(arguments: Sequence[str]) -> int:
     """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
-        description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
-        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, what should have been compared "
-        "and could not be is named, and the exit code is then 1. "
-        "Of a run's own directory: its page, RUN_DIR/index.html.",
+        description="Make tables, figures and one self-contained page of the finished runs of a folder, in "
+        "RESULTS_DIR/report. Runs that failed or have not ended are counted and left out. A record that is broken or "
+        "foreign is named, and so is what should have been compared and could not be; the exit code is then 1. For the "
+        "directory of one run, its page is made: RUN_DIR/index.html.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     parser.add_argument(
@@ -816,9 +819,9 @@ def report(arguments: Sequence[str]) -> int:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="only runs of that task, method, operating_point, seed, … or setting (method.rank=16); A,B is either",
+        help="take only runs of this task, method, operating_point, seed, … or setting (method.rank=16); A,B: A or B",
     )
-    parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
+    parser.add_argument("--by", metavar="KEY,KEY", help="average over everything else than these keys")
     parser.add_argument(
         "--spread",
         choices=tuple(SPREADS),
@@ -840,9 +843,9 @@ def report(arguments: Sequence[str]) -> int:
     if (place / directory.RESULT).is_file():
         _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
         return 0
-    runs, problems = records.read(place)
-    for problem in problems:
-        print(f"partial-lora: {problem}", file=sys.stderr)
+    runs, left_out = records.read(place)
+    for line in tables.said_of(left_out):
+        print(f"partial-lora: {line}", file=sys.stderr)
     command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])])
     predictions = records.Predictions(place)
     by = records.keys(runs, parsed.by) if parsed.by else []
@@ -851,29 +854,25 @@ def report(arguments: Sequence[str]) -> int:
     for key in by:
         frame[key] = [records.value_of(run, key) for run in runs]
     folders = records.group(frame)
-    grouped = records.group(frame, by) if by else folders
     marked = set() if by or frame.empty else best(folders, predictions)
-    how = {"by": by, "spread": parsed.spread, "marked": marked}
-    written = tables.write(frame, place, command=command, problems=problems, **how)
+    written = tables.write(frame, place, command=command, left_out=left_out, by=by, spread=parsed.spread, marked=marked)
     compared = tables.differences(runs, predictions)
     written += tables.write_differences(compared, place, command=command)
     drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
-    shown = {"Results": (tables.readable(grouped, **how), tables.notes(grouped, **how))}
-    if compared.known:
-        shown["Differences from partial"] = (
-            tables.readable_differences(compared.rows),
-            tables.notes_of_differences(compared),
-        )
     written.append(
         page.write(
             place,
             runs=runs,
-            tables=shown,
+            table=folders,
+            by=(by, records.group(frame, by)) if by else None,
+            spread=parsed.spread,
+            marked=marked,
+            compared=compared,
+            predictions=predictions,
+            figures=drawn + figures.analyses(place),
             command=command,
             origin=tables.origin(frame),
-            problems=problems,
-            uncompared=compared.uncompared,
-            figures=drawn + figures.analyses(place),
+            left_out=left_out,
             examples=parsed.examples,
         )
     )
@@ -883,7 +882,7 @@ def report(arguments: Sequence[str]) -> int:
     remarks += [f"comparison: {remark}" for remark in compared.remarks]
     remarks += [f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut]
     _print_report(tables.on_screen(frame, by=by, spread=parsed.spread), remarks, written)
-    return 1 if problems or compared.problems else 0
+    return 1 if compared.problems or any(each.is_broken for each in left_out) else 0
 
 
 def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]) -> None:
