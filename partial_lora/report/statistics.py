@@ -36,6 +36,7 @@ from partial_lora.report.records import BLOCK, LEVEL, Predictions
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
+_DRAWS_OF_EXAMPLES = 10_000
 _COUNTS_AT_ONCE = 2**22  # of examples in draws: 32 MiB, and as much again for the same as floats
 _AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
@@ -322,6 +323,22 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
         return compare(*pair, metric, margin=None, draws=0).verdict == "better"
     except (PartialLoraError, ValueError, KeyError):
         return False
+
+
+def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of one run's metric over its test examples; None for one that predictions do not give.
+
+    Of a share it is Wilson's, else of a bootstrap. How much another seed would move the metric is not in it.
+    """
+    from scipy.stats import binomtest  # half a second
+
+    try:
+        each = per_example(frame, metric)
+    except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
+        return None
+    if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
+        return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
+    return ends_of(bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES))
 
 
 def reliability(records: Iterable[Mapping]) -> float:
