@@ -27,6 +27,7 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 _MOST_DRAWS_OF_WHOLE = 1_000
 _DRAWS_FOR_BEST = 2_000
+_DRAWS_OF_EXAMPLES = 10_000
 _COUNTS_AT_ONCE = 2**22  # of examples in draws: 32 MiB, and as much again for the same as floats
 _AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
@@ -205,6 +206,25 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
         return compare(*pair, metric, margin=None, draws=_DRAWS_FOR_BEST).verdict == "better"
     except (PartialLoraError, ValueError, KeyError):
         return False
+
+
+def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of one run's metric over its test examples; None for a metric that is no mean of theirs.
+
+    Of a share it is Wilson's, else of a bootstrap. How much another seed would move the metric is not in it.
+    """
+    from scipy.stats import binomtest  # half a second
+
+    try:
+        each = per_example(frame, metric)
+    except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
+        return None
+    if each is None:
+        return None
+    if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
+        return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
+    drawn = bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES)
+    return tuple(map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])))
 
 
 def reliability(records: Iterable[Mapping]) -> float:
