@@ -36,6 +36,7 @@ CLAIMS = {
         (PARTIAL, "low_rank", AS_GOOD),
         (PARTIAL, "random_weights", AS_GOOD),
         (PARTIAL, "entries", AS_GOOD),
+        (PARTIAL, "partial element", AS_GOOD),
         (PARTIAL, "partial", BETTER),
         (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER),
         (PARTIAL, f"{PARTIAL}, shrink 2", BETTER),
