@@ -2,7 +2,8 @@
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/developing/house.md)
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
-# make lint    ruff
+# make lint    ruff, and mypy over the public surface
+# make examples   every script of examples/ and three of them as notebooks, in about ten minutes
 # make docs    the documentation site, in build/site (docs-serve: on a port of this machine, while you write)
 # make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
 # make first   the first table: five methods at two operating points on two data sets (results/first)
@@ -32,7 +33,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -81,6 +82,21 @@ browser:
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.examples-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	touch $@ $(VENV)/.installed
+
+# From nothing, so that no run is skipped. The first that fails ends it. The notebooks are the scripts with their outputs.
+NOTEBOOKS = own_images plain_loop plain_peft
+examples: export PATH := $(BIN):$(PATH)
+examples: $(VENV)/.examples-installed
+	rm -rf out
+	for each in examples/*.py; do echo "== $$each" && $(BIN)/python $$each || exit 1; done
+	for each in examples/*.sh; do echo "== $$each" && sh $$each || exit 1; done
+	rm -rf out
+	$(BIN)/python scripts/notebooks.py $(NOTEBOOKS:%=examples/%.py)
 
 $(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
