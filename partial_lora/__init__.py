@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from partial_lora.errors import PartialLoraError
     from partial_lora.runs.predict import Predictor
 
+    __version__: str
+
 # Resolved on first use, so that `partial-lora --help` does not import torch.
 _PUBLIC = {
     "Calibration": "calibration.result",

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from partial_lora.runs.info import Outline
     from partial_lora.runs.predict import Prediction
 
-_RUN = "its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
+_RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -91,8 +91,8 @@ def _overview(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="partial-lora",
-        description="Partial-LoRA: low-rank adapters of which only a random subset of rows and columns trains.",
-        epilog="`partial-lora train` with nothing else runs the embedded default; every command has its own --help.",
+        description="Train, compare and use low-rank adapters that keep a random subset of their rows and columns.",
+        epilog="`partial-lora train` alone runs an example. `partial-lora COMMAND --help` explains each command.",
     )
     parser.add_argument("--version", action="version", version=f"partial-lora {version('partial-lora')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -190,17 +190,18 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     results = Path(config.results_dir)
     link = results / directory.LATEST
     named = directory.LATEST if results == Path("results") else link
+    from partial_lora.report.summary import next_commands
+
     is_latest = link.resolve() == place.resolve()
-    run = shlex.quote(str(named if is_latest else place))
-    inputs = "IMAGE …" if config.model.modality == "image" else "TEXT …"
-    if (place / directory.EXAMPLE).is_file():
-        inputs = shlex.quote(str((link if is_latest else place) / directory.EXAMPLE))
-    return [
-        *lines,
-        f"next: partial-lora predict {run} {inputs}",
-        f"      partial-lora export {run} --to {'compact' if config.method.name in MASKED else 'peft'}",
-        f"      partial-lora report {shlex.quote(str(results))}",
-    ]
+    example = place / directory.EXAMPLE
+    commands = next_commands(
+        str(named if is_latest else place),
+        modality=config.model.modality,
+        method=config.method.name,
+        example=str((link if is_latest else place) / example.name) if example.is_file() else None,
+    )
+    commands.append(f"partial-lora report {shlex.quote(str(results))}")
+    return [*lines, f"next: {commands[0]}", *(f"      {command}" for command in commands[1:])]
 
 
 def info(arguments: list[str]) -> int:
@@ -262,9 +263,10 @@ def _print_outline(config: Config, run: Outline) -> None:
 def env(arguments: list[str]) -> int:
     """Print versions, platform and devices, as a report of a bug needs them; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="partial-lora env", description="What a report of a bug needs: versions, platform, devices. No paths."
+        prog="partial-lora env",
+        description="Print what a report of a bug needs: versions, platform, devices. It prints no paths.",
     )
-    parser.add_argument("--json", action="store_true", help="one object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
     from partial_lora.runs.info import surroundings
 
@@ -282,9 +284,9 @@ def compare(arguments: Sequence[str]) -> int:
     """Search for every method's learning rate at every size, train with seeds, rank; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora compare",
-        description="Which method at which size, for a task? Every method searches for its learning rate at every "
-        "budget, the better half of the rates goes on to the next seed, and a page ranks what they come to. Runs that "
-        "are finished are not made again.",
+        description="Find out which method is best at which size on your task. Every method searches for its learning "
+        "rate at every budget, and the better half of the rates goes on to the next seed. A table and a page rank the "
+        "results. Finished runs are not run again.",
         epilog="For example: partial-lora compare task=image_folder task.data_files=photos "
         "methods=[partial,low_rank,dora,lokr] budgets=[0.13,0.02]",
     )
@@ -292,8 +294,9 @@ def compare(arguments: Sequence[str]) -> int:
         "settings",
         nargs="*",
         metavar="KEY=VALUE",
-        help="methods=[…]; budgets=[0.13], shares of dense LoRA's parameters; seeds=3; rates=5, of a search; "
-        "reference=NAME, what differences are to (low_rank, else the first); all other keys are those of train",
+        help="methods=[…]; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; seeds=3; "
+        "rates=5: learning rates of a search; reference=NAME: the method that others are compared with (low_rank, else "
+        "the first); all other keys are those of train",
     )
     own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
     with _libraries():
@@ -313,10 +316,12 @@ def compare(arguments: Sequence[str]) -> int:
     if not runs:
         return 1
     with _libraries():
+        from rich.console import Console
+
         from partial_lora.report import race as ranking
     out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
-    text, table = ranking.write(runs.values(), out, "compare", own["reference"])
-    print(text)
+    _, table = ranking.write(runs.values(), out, "compare", own["reference"])
+    Console().print(ranking.on_screen(table, own["reference"]))
     command = shlex.join(["partial-lora", "compare", *arguments])
     print(ranking.write_page(table, out, reference=own["reference"], command=command, refused=refused))
     return 0
@@ -355,18 +360,20 @@ def evaluate(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="partial-lora evaluate",
-        description="A finished run on another split or task. Without KEY=VALUE it is the run's own task. The labels "
-        "of another task must have the names of the run's; a causal language model takes any task with options or "
-        "responses. Kept in RUN_DIR/evaluations; what the run recorded stays.",
+        description="Score a finished run on another split or task. Without KEY=VALUE it is scored on its own task. "
+        "Another task must have labels of the same names. A causal language model takes any task with options or "
+        "responses. The scores go to RUN_DIR/evaluations, and the run's own record stays as it is.",
         epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
     )
-    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
+    parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
-    parser.add_argument("--json", action="store_true", help="one object: folder, and all of evaluation.json")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: the folder and all of evaluation.json"
+    )
     parsed = parser.parse_intermixed_args(list(arguments))
     from partial_lora.runs import finished
 
@@ -476,28 +483,32 @@ def _forget_stdout() -> None:
 def _predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="partial-lora predict",
-        description="What a finished run says of images or texts it has not seen. An INPUT is an image file, a folder "
-        "of images (with its sub-folders), a text, @FILE for a file of lines, or - for the lines of standard input. A "
-        "line is a text (two with a tab between them where the run's texts are pairs), the path of an image, a prompt, "
-        "or a prompt and its options with tabs between them where the run chooses among some.",
-        epilog="Exit code: 0; 1 where an input could not be predicted (it is named on stderr, the others are "
-        "predicted); 2 for a wrong argument.",
+        description="Predict images or texts with a finished run. An INPUT is an image file, a folder of images (with "
+        "its sub-folders), a text, @FILE for the lines of a file, or - for the lines of standard input. A line is a "
+        "text, the path of an image, or a prompt. If the run's texts are pairs, a line has both, with a tab between "
+        "them. If the run chooses among options, a line has a prompt and its options, with tabs between them.",
+        epilog="Exit code: 0 if all inputs were predicted; 1 if one could not be (it is named on stderr, the others "
+        "are predicted); 2 for a wrong argument.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
-    parser.add_argument("--lines", action="append", default=[], metavar="FILE", help="as @FILE; - is standard input")
-    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that the inputs are of")
     parser.add_argument(
-        "--json", action="store_true", help="one object a line: input, label, score, scores; member, with --member"
+        "--lines", action="append", default=[], metavar="FILE", help="the same as @FILE; - is standard input"
+    )
+    parser.add_argument("--member", metavar="NAME", help="the task of the inputs, if the run has several")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line: input, label, score, scores, and member with --member",
     )
     parser.add_argument(
-        "--top-k", type=_positive, metavar="N", help="the N most probable labels; default: 1, with --json all of them"
+        "--top-k", type=_positive, metavar="N", help="print the N most probable labels (default: 1, with --json all)"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="inputs predicted, and printed, at once (default: the run's)"
+        "--batch-size", type=_positive, metavar="N", help="inputs to predict and print at once (default: the run's)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="the most that is written of a text (default: the run's)"
+        "--max-new-tokens", type=_positive, metavar="N", help="longest text to write (default: the run's)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     return parser
@@ -571,20 +582,28 @@ def generate(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="partial-lora generate",
-        description="What a finished run of a causal language model writes after a prompt, word by word. The prompt is "
-        "put into the chat template where those of the run's task were.",
+        description="Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
+        "into the chat template if the prompts of the run's task did.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
     parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default: always the likeliest token"
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0, the default: always the likeliest token; larger: more chance",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn above temperature 0 (default: none)")
+    parser.add_argument("--seed", type=int, metavar="N", help="draws the tokens above temperature 0 (default: no seed)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="what ends the text, beside the run's task.stop"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a string that ends the text, beside the run's task.stop",
     )
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the run's task.max_new_tokens")
-    parser.add_argument("--member", metavar="NAME", help="of a run of several tasks, the one that is meant")
+    parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parsed = parser.parse_args(list(arguments))
     from partial_lora.runs.finished import finished_run, one_task
@@ -627,7 +646,9 @@ def _temperature(value: str) -> float:
 
 def export(arguments: Sequence[str]) -> int:
     """Write a finished run's adapter for other programs; return the exit code: 1 where it does not pass its check."""
-    parser = argparse.ArgumentParser(prog="partial-lora export")
+    parser = argparse.ArgumentParser(
+        prog="partial-lora export", description="Write the adapter of a finished run for other programs."
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument(
         "--to",
@@ -641,8 +662,8 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="prove that it loads and computes the run's logits (peft, merged, serve: in an interpreter without this "
-        "package; gguf: that its tensors are the run's)",
+        help="prove that the files load and compute the run's logits (peft, merged, serve: in an interpreter without "
+        "this package; gguf: that the tensors are the run's)",
     )
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console
@@ -667,30 +688,32 @@ def merge(arguments: Sequence[str]) -> int:
     """Write one adapter that does what those of several runs do, and print what they have in common."""
     parser = argparse.ArgumentParser(
         prog="partial-lora merge",
-        description="The adapters of several finished runs over one base model as one, by PEFT's add_weighted_adapter.",
+        description="Merge the adapters of several finished runs into one, by PEFT's add_weighted_adapter. All runs "
+        "must have been trained on the same base model.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="[BASE] RUN_DIR",
-        help=f"{_RUN}; BASE, the name or the weights of a model, has to be what the runs were trained over",
+        help=f"{_RUN}; BASE may name the base model, to be sure: another one is refused",
     )
-    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each run")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one number for each run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--how",
         choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
         default="cat",
-        help="cat (the default): exactly the weighted sum, its rank the sum of the ranks; svd: as near as the largest "
-        "rank comes; the others combine the factors, not their products",
+        help="cat (the default): exactly the weighted sum, with the sum of the ranks as its rank; svd: as close to it "
+        "as the largest rank comes; the others combine the factors in place of their products",
     )
     parser.add_argument(
         "--density",
         type=_share,
         default=0.5,
         metavar="P",
-        help="the share of a factor's entries, zeros among them, that ties, dare_… and magnitude_prune keep (0.5)",
+        help="ties, dare_… and magnitude_prune: the share of each factor's entries to keep, zeros included (default: "
+        "0.5)",
     )
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console
@@ -727,15 +750,19 @@ def push(arguments: Sequence[str]) -> int:
     """Upload a finished run's adapter to the model hub, with a page on it; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora push",
-        description="A finished run's adapter as a repository of the model hub: the adapter, the settings that made it "
-        "and a page with its scores and sizes. The token is huggingface_hub's own (`hf auth login`, HF_TOKEN).",
+        description="Upload the adapter of a finished run to the model hub, with the settings that made it and a page "
+        "with its scores and sizes. The token is the one of huggingface_hub (`hf auth login`, HF_TOKEN).",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("repo", metavar="OWNER/NAME")
-    parser.add_argument("--private", action="store_true", help="where the repository is made by this")
-    parser.add_argument("--compact", action="store_true", help="the kept values alone, in place of an ordinary adapter")
-    parser.add_argument("--license", metavar="NAME", help="the hub's name of one, such as apache-2.0; default: none")
-    parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub, and upload nothing")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--compact", action="store_true", help="upload the kept values alone, in place of an ordinary adapter"
+    )
+    parser.add_argument(
+        "--license", metavar="NAME", help="a licence by the hub's name, such as apache-2.0 (default: none)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub and upload nothing")
     parsed = parser.parse_args(list(arguments))
     from partial_lora.runs.finished import finished_run
 
@@ -759,9 +786,9 @@ def runs(arguments: Sequence[str]) -> int:
     """List the runs of a results directory, the last one last; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora runs",
-        description="The runs of a results directory by when they began: task, model, method, operating point, seed, "
-        "test score (or how the run stands), path. Other commands take the path, the start of its last eight digits, "
-        "or `latest`.",
+        description="List the runs of a results directory, the last one last: task, model, method, operating point, "
+        "seed, test score (or how the run stands), path. Other commands take the path, the start of the run's id, or "
+        "`latest`.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     place = parser.parse_args(list(arguments)).results_dir
@@ -780,10 +807,10 @@ def report(arguments: Sequence[str]) -> int:
     """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
     parser = argparse.ArgumentParser(
         prog="partial-lora report",
-        description="Tables, figures and one self-contained page over the finished runs of a folder, written to "
-        "RESULTS_DIR/report. A record that is broken or foreign is named and left out, what should have been compared "
-        "and could not be is named, and the exit code is then 1. "
-        "Of a run's own directory: its page, RUN_DIR/index.html.",
+        description="Make tables, figures and one self-contained page of the finished runs of a folder, in "
+        "RESULTS_DIR/report. Runs that failed or have not ended are counted and left out. A record that is broken or "
+        "foreign is named, and so is what should have been compared and could not be; the exit code is then 1. For the "
+        "directory of one run, its page is made: RUN_DIR/index.html.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     parser.add_argument(
@@ -792,9 +819,9 @@ def report(arguments: Sequence[str]) -> int:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="only runs of that task, method, operating_point, seed, … or setting (method.rank=16); A,B is either",
+        help="take only runs of this task, method, operating_point, seed, … or setting (method.rank=16); A,B: A or B",
     )
-    parser.add_argument("--by", metavar="KEY,KEY", help="average over all that these keys do not tell apart")
+    parser.add_argument("--by", metavar="KEY,KEY", help="average over everything else than these keys")
     parser.add_argument(
         "--spread",
         choices=tuple(SPREADS),
@@ -816,9 +843,9 @@ def report(arguments: Sequence[str]) -> int:
     if (place / directory.RESULT).is_file():
         _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
         return 0
-    runs, problems = records.read(place)
-    for problem in problems:
-        print(f"partial-lora: {problem}", file=sys.stderr)
+    runs, left_out = records.read(place)
+    for line in tables.said_of(left_out):
+        print(f"partial-lora: {line}", file=sys.stderr)
     command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])])
     predictions = records.Predictions(place)
     by = records.keys(runs, parsed.by) if parsed.by else []
@@ -827,29 +854,25 @@ def report(arguments: Sequence[str]) -> int:
     for key in by:
         frame[key] = [records.value_of(run, key) for run in runs]
     folders = records.group(frame)
-    grouped = records.group(frame, by) if by else folders
     marked = set() if by or frame.empty else best(folders, predictions)
-    how = {"by": by, "spread": parsed.spread, "marked": marked}
-    written = tables.write(frame, place, command=command, problems=problems, **how)
+    written = tables.write(frame, place, command=command, left_out=left_out, by=by, spread=parsed.spread, marked=marked)
     compared = tables.differences(runs, predictions)
     written += tables.write_differences(compared, place, command=command)
     drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
-    shown = {"Results": (tables.readable(grouped, **how), tables.notes(grouped, **how))}
-    if compared.known:
-        shown["Differences from partial"] = (
-            tables.readable_differences(compared.rows),
-            tables.notes_of_differences(compared),
-        )
     written.append(
         page.write(
             place,
             runs=runs,
-            tables=shown,
+            table=folders,
+            by=(by, records.group(frame, by)) if by else None,
+            spread=parsed.spread,
+            marked=marked,
+            compared=compared,
+            predictions=predictions,
+            figures=drawn + figures.analyses(place),
             command=command,
             origin=tables.origin(frame),
-            problems=problems,
-            uncompared=compared.uncompared,
-            figures=drawn + figures.analyses(place),
+            left_out=left_out,
             examples=parsed.examples,
         )
     )
@@ -859,7 +882,7 @@ def report(arguments: Sequence[str]) -> int:
     remarks += [f"comparison: {remark}" for remark in compared.remarks]
     remarks += [f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut]
     _print_report(tables.on_screen(frame, by=by, spread=parsed.spread), remarks, written)
-    return 1 if problems or compared.problems else 0
+    return 1 if compared.problems or any(each.is_broken for each in left_out) else 0
 
 
 def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]) -> None:
@@ -995,17 +1018,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "push": push,
 }
 _HELP = {
-    "train": "calibrate, mask, train and evaluate (FILE.yaml, KEY=VALUE …; -m for a sweep)",
-    "calibrate": "find the sparsities alone (the same keys)",
-    "info": "trainable parameters, memory and file size; downloads nothing (the same keys)",
-    "compare": "methods at equal size, each at its best learning rate, and a page that ranks them",
-    "evaluate": "a finished run on another split or task",
-    "predict": "what a finished run says of images, texts or lines of a file",
-    "runs": "the runs of a results directory: task, method, score, when, path",
-    "generate": "what a finished causal run writes after a prompt",
-    "env": "versions, platform and devices, for a report of a bug",
-    "report": "tables, figures and a page over finished runs",
-    "export": "a finished run's adapter as files for other programs",
-    "merge": "the adapters of several finished runs as one",
-    "push": "a finished run's adapter to the model hub, with a page on it",
+    "train": "calibrate, mask, train and evaluate one run (FILE.yaml, KEY=VALUE …), or a sweep with -m",
+    "calibrate": "find the sparsities alone (the keys of train)",
+    "info": "count trainable parameters, memory and file size, and download nothing (the keys of train)",
+    "compare": "rank methods at equal size, each at its best learning rate",
+    "evaluate": "score a finished run on another split or task",
+    "predict": "predict images, texts or lines of a file with a finished run",
+    "runs": "list the runs of a results directory: task, method, score, when, path",
+    "generate": "continue a prompt with a finished run of a language model",
+    "env": "print versions, platform and devices, for a report of a bug",
+    "report": "make tables, figures and a page of finished runs",
+    "export": "write the adapter of a finished run for other programs",
+    "merge": "merge the adapters of several finished runs into one",
+    "push": "upload the adapter of a finished run to the model hub, with a page on it",
 }

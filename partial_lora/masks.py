@@ -89,7 +89,7 @@ class Mask:
         keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
         limit = math.ceil((1 - _checked(sparsity)) * 2**64)  # exact: a product with a power of two does not round
         kept = np.flatnonzero(keys < limit) if limit < 2**64 else np.arange(size)
-        return cls(size, kept if kept.size else keys.argmin(keepdims=True))
+        return cls(size, kept if kept.size else np.array([keys.argmin()]))
 
     @classmethod
     def top(cls, scores: np.ndarray, sparsity: float) -> Mask:
@@ -177,8 +177,9 @@ class TiedMask(Mask):
         return 1.0
 
     def __eq__(self, other: object) -> bool:
-        tied = isinstance(other, TiedMask) and np.array_equal(self.places, other.places)
-        return tied and super().__eq__(other) and np.array_equal(self.signs, other.signs)
+        if not isinstance(other, TiedMask) or not super().__eq__(other):
+            return False
+        return np.array_equal(self.places, other.places) and np.array_equal(self.signs, other.signs)
 
     __hash__ = Mask.__hash__
 
@@ -236,7 +237,7 @@ def _calibrated_sparsity(path: Path) -> float | Sparsity:
 
 
 def _share(value: object, key: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < 1:
         raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
     return float(value)
 
@@ -253,11 +254,12 @@ def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
     entries = {}
     for module in modules:
         matching = (entry for entry in sparsity if _matches(entry, module))
-        entries[module] = module if module in sparsity else next(matching, None)
-        if entries[module] is None:
+        entry = module if module in sparsity else next(matching, None)
+        if entry is None:
             raise PartialLoraError(
                 f"sparsity has no entry for the target module {module}: add one, or do not target it."
             )
+        entries[module] = entry
     for entry in sparsity:
         if entry not in entries and not any(_matches(entry, module) for module in modules):
             raise PartialLoraError(f"sparsity names {entry!r}, which matches no target module (first: {modules[0]}).")

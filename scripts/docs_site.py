@@ -59,7 +59,7 @@ def targets(path: str, text: str) -> list[str]:
 def on_files(files, config):
     """Add the README and, one after another, the files outside docs/ that pages link to."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
-    waiting = ["README.md", *re.findall(r"results/\S+\.md", (ROOT / "mkdocs.yml").read_text("utf-8"))]
+    waiting = ["README.md", *re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)]
     for page in pages:
         waiting += targets(page, (ROOT / page).read_text("utf-8"))
     while waiting:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def load_compact(
                 if is_trainable:
                     adapted.set_requires_grad(adapter_name)
             else:
-                kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+                kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
                 adapted = kind(model, config, adapter_name)
             _fill(adapted, compact, adapter_name)
             if not is_trainable:
@@ -253,9 +254,9 @@ def encode(compact: Compact) -> bytes:
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: the requested sparsity cannot be measured
-        for name, shares in assign_sparsity(config.sparsity, list(masks)).items():
+        for name, shares in assign_sparsity(config.shares, list(masks)).items():
             modules[name] += [shares[axis] for axis in AXES]
-    header = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
+    header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
     tensors = {
@@ -274,7 +275,7 @@ def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) 
     default = PartialLoraConfig(sparsity=0).to_dict()
     changed = {key: value for key, value in config.to_dict().items() if value != default[key] and key not in _LEFT_OUT}
     targets = changed.get("target_modules")
-    if not isinstance(targets, str) and set(targets) == set(modules):
+    if not isinstance(targets, str) and set(targets or ()) == set(modules):
         del changed["target_modules"]  # the names are in the file already
     return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
 
@@ -325,7 +326,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
                 raise PartialLoraError(f"module {name} keeps {counts[name][axis]} of {size} {axis}.")
         trained = _trained_factors(settings.get("columns", "masked"))
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
-    masks_of = {}
+    masks_of: dict[str, Any] = {}
     if settings.get("selection", "random") != "random":
         sizes = [axes[axis] for axes in counts.values() for axis in AXES]
         every = tensors.pop(_INDICES)
@@ -342,7 +343,8 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             name: {axis: 1 - counts[name][axis] / size for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
-    config = PartialLoraConfig(**{"target_modules": list(modules)} | settings, **masks_of)
+    options: dict[str, Any] = {"target_modules": list(modules)} | settings
+    config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)
     for name, entry in modules.items():
         if _digest(masks[name]) != entry[4]:
@@ -425,7 +427,7 @@ def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[st
     if isinstance(tokens, dict):
         embeddings = [module for name, module in modules.items() if name.endswith(tuple(tokens))]
     else:
-        embeddings = [base.get_input_embeddings()] if tokens else []
+        embeddings = [cast(Any, base).get_input_embeddings()] if tokens else []  # of transformers' models
     weights = []
     for module in embeddings:
         while isinstance(module, AuxiliaryTrainingWrapper):

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
@@ -33,7 +34,7 @@ from partial_lora.adapter.selection import (
 )
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
-from partial_lora.masks import AXES, assign_sparsity, read_sparsity
+from partial_lora.masks import AXES, Sparsity, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):
@@ -209,9 +210,14 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' depends on no number of inputs.")
-        self.sparsity = read_sparsity(self.sparsity)
+        self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
+
+    @property
+    def shares(self) -> float | Sparsity:
+        """The sparsity in its one form, as `check` has read it."""
+        return cast("float | Sparsity", self.sparsity)
 
     def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
         """Return the masks of modules with these ``geometries`` {module: geometry}, and remember them for saving.
@@ -220,7 +226,7 @@ class PartialLoraConfig(LoraConfig):
         masks.
         """
         self.check()  # again: attributes can be set
-        sparsity = self.sparsity
+        sparsity = self.shares
         if self.columns == "frozen":
             shares = assign_sparsity(sparsity, list(geometries))
             sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
@@ -243,7 +249,7 @@ class PartialLoraConfig(LoraConfig):
         elif self.scores is not None:
             masks = top_masks(geometries, sparsity, self.scores, granularity=self.granularity)
         else:
-            masks = index_masks(geometries, self.indices, granularity=self.granularity)
+            masks = index_masks(geometries, self.indices or {}, granularity=self.granularity)
             if self.sparsity != 0:
                 check_counts(masks, sparsity)
             if self.columns == "frozen":
@@ -263,18 +269,19 @@ class PartialLoraConfig(LoraConfig):
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), module), self.r)
+        ranks = self.rank_pattern or {}
+        return ranks.get(get_pattern_key(list(ranks), module), self.r)
 
     @property
     def saved_rank(self) -> int:
         """The rank on disk, where all modules have the highest."""
-        return max([self.r, *self.rank_pattern.values()])
+        return max([self.r, *(self.rank_pattern or {}).values()])
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
-        masks, own = self.masks[module], get_pattern_key(self.alpha_pattern.keys(), module)
+        masks, alphas = self.masks[module], self.alpha_pattern or {}
         scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
-        return self.alpha_pattern.get(own, self.lora_alpha) * scale
+        return alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha) * scale
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter, seen as dense."""
@@ -306,7 +313,7 @@ class PartialLoraConfig(LoraConfig):
         # By way of plain types: arrays have no single truth value.
         return type(other) is type(self) and self.to_dict() == other.to_dict()
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
         if not self.masks:
             raise PartialLoraError(
@@ -315,13 +322,13 @@ class PartialLoraConfig(LoraConfig):
             )
         self.as_lora().save_pretrained(save_directory, **kwargs)
         own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
-        content = sidecar.describe(self.masks, self.geometries, self.sparsity, rank=self.saved_rank, **own)
+        content = sidecar.describe(self.masks, self.geometries, self.shares, rank=self.saved_rank, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory))
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PartialLoraConfig:
         """Return the config that masks a saved adapter again, from its folder (or hub repository).
 
@@ -363,15 +370,17 @@ class PartialLoraConfig(LoraConfig):
         )
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         config.rank_pattern = {_only(module): rank for module, rank in ranks.items()}
+        alphas = config.alpha_pattern or {}
         for module, rank in ranks.items():
-            config.alpha_pattern[_only(module)] /= config._padding(rank)
+            alphas[_only(module)] /= config._padding(rank)
         config.expected = modules
         return config
 
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    alphas = config.alpha_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 

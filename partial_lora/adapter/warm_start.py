@@ -139,7 +139,7 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
     """Return the config of a LoRA whose values mean what a masked adapter's mean; refuse any other."""
-    if config.peft_type not in ("LORA", PEFT_TYPE):
+    if config.peft_type not in ("LORA", PEFT_TYPE) or not isinstance(config, LoraConfig):
         raise PartialLoraError(f"{name} is a {config.peft_type} adapter: expected LORA.")
     trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other ways of drawing than these change W
     try:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -75,7 +76,7 @@ def calibrate(
     store: Path | None = None,
     peers: Peers | None = None,
     progress: Callable[..., None] | None = None,
-    **changes: object,
+    **changes: Any,
 ) -> Calibration:
     """Find one sparsity for each module and axis from the frozen model (Algorithm 1).
 
@@ -133,7 +134,7 @@ def calibrate(
         raise PartialLoraError(f"calibration.chance={chance}: expected what guessing scores, a finite number")
     chance = None if chance is None else float(chance)
     modules = target_linears(model, target_modules)
-    shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+    shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
     count = None if config.budget is None else budgets.parameter_count(config.budget, shapes, rank, granularity)
     if known is not None:
@@ -209,8 +210,8 @@ def _algorithm_1(
     axes = CURVE_AXES[config.axes]
     if progress is not None and grid:
         total = len(units[0]) * len(axes)
-        asked = {"search": config.search, "budget": count is not None, "repair": config.repair}
-        left = passes_expected(total, len(grid), **asked) - store.points()
+        passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
+        left = passes_left(budget=count is not None) - store.points()
         share = one * max(0.0, left) / (peers.size if config.scope == "independent" else 1)
         progress(0, total, expected=share)
 
@@ -230,15 +231,16 @@ def _algorithm_1(
             survives = partial(curves.survives, module, axis, passes=partial(enough, threshold=threshold))
             return SEARCHES[config.search](survives, grid)
 
-        how = {"scope": config.scope, "peers": peers, "progress": progress}
-        return choose_levels(curves, list(units[0]), axes, search, **how)
+        modules = list(units[0])
+        return choose_levels(curves, modules, axes, search, scope=config.scope, peers=peers, progress=progress)
 
     threshold, sparsity = config.threshold, None
     if gradient and count is None:
         sufficient = partial(enough, threshold=threshold)
-        just = {"enough": sufficient, "line": line(baseline=baseline, threshold=threshold, chance=above)}
         evaluate = partial(curves.survives, passes=sufficient)
-        found |= of_first(peers, lambda: checked(predicted, grid, **just, survives=evaluate))
+        limit = line(baseline=baseline, threshold=threshold, chance=above)
+        check = partial(checked, predicted, grid, enough=sufficient, line=limit, survives=evaluate)
+        found |= of_first(peers, check)
     if count is not None:  # the largest threshold that meets the budget, but none that scores at chance pass
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
@@ -263,8 +265,10 @@ def _algorithm_1(
         joint, final, repaired = curves.joint(sparsity), sparsity, None
         if config.repair:
             before, evaluations = joint, curves.evaluations
-            parts = {"own": own, "joint": curves.joint, "enough": partial(enough, threshold=threshold)}
-            relaxed, joint, steps = relax(levels, grid, units[0], before=before, **parts)
+            sufficient = partial(enough, threshold=threshold)
+            relaxed, joint, steps = relax(
+                levels, grid, units[0], before=before, own=own, joint=curves.joint, enough=sufficient
+            )
             final = both_axes(relaxed)
             repaired = {"joint_before": before, "threshold": threshold, "steps": steps}
             repaired["evaluations"] = curves.evaluations - evaluations
@@ -421,9 +425,10 @@ def _add_known(store: Store, known: Calibration) -> None:
 
     Raises PartialLoraError where its baseline is not that of the model in the store.
     """
-    if not math.isclose(known.baseline, store.baseline, rel_tol=1e-6, abs_tol=1e-9):
+    baseline = store.baseline
+    if baseline is None or not math.isclose(known.baseline, baseline, rel_tol=1e-6, abs_tol=1e-9):
         raise PartialLoraError(
-            f"known: its baseline score is {known.baseline}, this model's is {store.baseline}; "
+            f"known: its baseline score is {known.baseline}, this model's is {baseline}; "
             "give a calibration of the same model and score"
         )
     for module, axis, _, after in walk(known.chosen, known.scope):

@@ -27,12 +27,12 @@ class ImportanceConfig:
     """Measure of importance, and its keys: each measure takes those that are its own (importance.OPTIONS)."""
 
     name: str = "svd"  # a file of conf/importance
-    k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold `energy`
-    energy: float = 0.9  # svd: share of the squared spectrum that these hold
-    rounds: int = 3  # imp: how often it prunes
-    fraction: float = 0.2  # imp: share of the remaining rows and columns that a round prunes
-    steps: int = 10  # imp: optimizer steps before each pruning; adapter: steps of its training
-    learning_rate: float = 1e-5  # imp, adapter: learning rate of those steps
+    k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold importance.energy
+    energy: float = 0.9  # svd: share of the squared spectrum that these vectors hold
+    rounds: int = 3  # imp: number of prunings
+    fraction: float = 0.2  # imp: share of the rows and columns left that each round prunes
+    steps: int = 10  # imp: optimizer steps before each pruning; adapter: optimizer steps in all
+    learning_rate: float = 1e-5  # imp, adapter: learning rate of these steps
 
     def __post_init__(self) -> None:
         require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
@@ -56,26 +56,38 @@ def _as_floats(sparsity: Any) -> Any:
 class CalibrationConfig:
     """Choice of the sparsity of each module and axis on a handful of examples."""
 
-    threshold: float = 0.9  # share of the frozen model's score that has to be left
-    budget: Optional[float] = None  # a share (at most 1) or a count of trainable parameters, in place of the threshold
+    threshold: float = 0.9  # share of the frozen model's score that must be left
+    # what may train, in place of the threshold: a share of dense LoRA's parameters (at most 1) or a number of
+    # parameters
+    budget: Optional[float] = None
     shots: int = 16  # scored examples of each class
-    share: float = 0.03  # share of the training rows to score where these are texts, in place of shots; 0: shots, too
-    max_samples: Optional[int] = None  # the most examples of either draw; null: no limit
-    seed: Optional[int] = 0  # seeds the few-shot draws and measures that draw; null: the run's seed
-    file: Optional[str] = None  # a calibration.json to use as it is, whatever the keys beside it say
-    levels: float = 0.05  # step between two levels of sparsity
-    max_sparsity: float = 0.95  # the last level
-    axes: str = "separate"  # separate: rows and columns have their own sparsity; joint: one level zeroes both
-    scope: str = "independent"  # independent: other modules intact; cumulative(_backward): earlier choices stay zeroed
-    # scan: upward to the first failure; bisect: fewer passes, an approximation; gradient: predicted by backward passes
+    share: float = 0.03  # texts: share of the training rows to score, in place of shots; 0: take shots
+    # most examples of each of the two draws, for the head and for the score; null: no limit
+    max_samples: Optional[int] = None
+    seed: Optional[int] = 0  # draws these examples, and what a measure of importance draws; null: the run's seed
+    # a calibration.json whose sparsities are used as they are; the other keys then decide nothing
+    file: Optional[str] = None
+    levels: float = 0.05  # step between two sparsities to try
+    max_sparsity: float = 0.95  # largest sparsity to try
+    axes: str = "separate"  # separate: rows and columns have a sparsity each; joint: one sparsity for both
+    # independent: other modules stay intact; cumulative: what was chosen before stays zeroed, from the first module
+    # on; cumulative_backward: from the last
+    scope: str = "independent"
+    # scan: level by level to the first failure; bisect: fewer passes, an approximation; gradient: curves predicted
+    # by backward passes, a rougher one
     search: str = "scan"
-    repair: bool = False  # true: relax sparsities until the score with all of them at once is enough, too
-    chance: str = "ignore"  # ignore: the paper's rule; majority: the threshold is of what the score is above guessing
-    score: str = "auto"  # what is measured; auto: the task's first metric
-    reliability: bool = False  # true: also calibrate on two halves of the scored draw, and say how far they agree
-    # in place of a calibration: a share, {module or pattern: a share or {rows: a share, columns: a share}}, or uniform
+    repair: bool = False  # true: relax sparsities until the score with all of them at once is high enough, too
+    # ignore: the threshold is a share of the score; majority: of what the score is above guessing the largest class
+    chance: str = "ignore"
+    # moves densities towards the same one everywhere, of as many parameters: 0.5 half-way (in logarithms), 1 all the
+    # way, 2 as far on the other side
+    shrink: float = 0.0
+    score: str = "auto"  # what the score is: auto, the task's first metric, or another one
+    reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
+    # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},
+    # or uniform, one share that spends the budget
     sparsity: Any = None
-    memory: int = 2**31  # bytes of activations that may be kept for reuse; changes no result
+    memory: int = 2**31  # bytes to keep between passes, which saves time; changes no result
 
     def __post_init__(self) -> None:
         self.file = at_home(self.file)
@@ -94,14 +106,15 @@ class CalibrationConfig:
         one_of("calibration.search", self.search, "scan", "bisect", "gradient")
         one_of("calibration.axes", self.axes, "separate", "joint")
         one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
-        around = "independent: calibration.search=gradient predicts around the intact model"
+        around = "independent: calibration.search=gradient predicts from the intact model"
         require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
         one_of("calibration.chance", self.chance, "ignore", "majority")
+        require(0 <= self.shrink <= 2, "calibration.shrink", self.shrink, "a number in [0, 2]")
         one_of("calibration.score", self.score, *_SCORES)
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
-        fixed = f"false: calibration.budget={budget} has fixed the parameters that a repair would give back"
+        fixed = f"false: calibration.budget={budget} fixes the parameters, and a repair would change their number"
         require(not (self.repair and budget is not None), "calibration.repair", self.repair, fixed)
-        used = "false: a calibration.file is used as it is, and its draws are not at hand"
+        used = "false: calibration.file is used as it is, and nothing is drawn"
         require(not (self.reliability and self.file), "calibration.reliability", self.reliability, used)
         if self.sparsity is not None:
             self._check_sparsity()
@@ -119,8 +132,8 @@ class CalibrationConfig:
             expected = "the share removed, in [0, 1)" + (", or uniform" if key == name else "")
             require(number and 0 <= share < 1, key, share, expected)
         self.sparsity = _as_floats(sparsity)
-        for key in ("threshold", "budget", "file", "repair", "reliability"):
+        for key in ("threshold", "budget", "file", "repair", "reliability", "shrink"):
             value, usual = getattr(self, key), getattr(type(self), key)
             spent = key == "budget" and sparsity == UNIFORM
-            expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} is in its place"
+            expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} takes its place"
             require(value == usual or spent, f"calibration.{key}", value, expected)

@@ -212,9 +212,10 @@ def warnings_of(
             words.append(
                 f"the frozen model scores {baseline:.3g} where guessing scores {chance:.3g}: poorly suited model"
             )
-        if not budget and not calibration.above_chance and calibration.line(threshold) <= chance:
+        line = math.inf if budget or threshold is None else calibration.line(threshold)
+        if not calibration.above_chance and line <= chance:
             words.append(
-                f"the threshold's line, {calibration.line(threshold):.3g}, is not above chance ({chance:.3g}), so the "
+                f"the threshold's line, {line:.3g}, is not above chance ({chance:.3g}), so the "
                 "rule is void: all that guesses passes; set calibration.chance=majority"
             )
     broken = [
@@ -252,7 +253,9 @@ def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
         if 0 < len(never) < len(levels):
             what = "modules never fail" if len(never) > 1 else "module never fails"
             words.append(f"{len(never)} {what}, even at sparsity {highest:g}")
-    if jointly and joint is not None and not calibration.passes(joint, threshold):
+    if not jointly or joint is None or threshold is None:
+        return words
+    if not calibration.passes(joint, threshold):
         needed, where = calibration.line(threshold), None
         if chance is not None and joint <= chance:
             where = f"no better than chance ({chance:.3g})"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -25,7 +24,6 @@ from partial_lora.runs.finished import FinishedRun
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, computed_from
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-_DRAWS = 10_000
 _CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
     "timm": "TimmWrapperForImageClassification",
     "encoder": "AutoModelForSequenceClassification",
@@ -190,7 +188,7 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
     for name, value in sorted(test.items(), key=lambda each: each[0] != numbers["metric"]):
         if value is None or not math.isfinite(value):
             continue
-        ends = _interval(frame, name)
+        ends = statistics.over_examples(frame, name)
         between = "–" if ends is None else " to ".join(summary.measured(name, end) for end in ends)
         rows.append(f"| {name} | {summary.measured(name, value)} | {between} | {len(frame):,} |")
     less = [name for name in test if name in LOWER_IS_BETTER]
@@ -199,22 +197,6 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
         f"\n\nOne run, seed {run.result['seed']}. The interval is over test examples alone: another seed would move the"
         f" score, too.{note}"
     )
-
-
-def _interval(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of a metric that is a mean over examples (of a share Wilson's); None for another."""
-    from scipy.stats import binomtest
-
-    try:
-        each = statistics.per_example(frame, metric)
-    except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
-        return None
-    if each is None:
-        return None
-    if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
-        return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(records.LEVEL, "wilson"))
-    drawn = statistics.bootstrap(each[None], np.random.default_rng(0), _DRAWS)
-    return tuple(map(float, np.quantile(drawn, [(1 - records.LEVEL) / 2, (1 + records.LEVEL) / 2])))
 
 
 def _pipeline_code(run: FinishedRun) -> str:

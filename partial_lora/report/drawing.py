@@ -7,11 +7,13 @@ only helps: the figures survive a grey print and every kind of colour vision.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from partial_lora.files import write_atomic
 from partial_lora.report.records import NONE
+from partial_lora.report.summary import size_text
 from partial_lora.tasks.metrics import SHARES
 
 BLUE, VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
@@ -43,6 +46,7 @@ _LOOKS = {  # a marker each, so that colour is never what tells two apart
     "full": (_ORANGE, "*"),
     "probe": (_GREY, "X"),
 }
+_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `records.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 
@@ -65,8 +69,9 @@ def look(method: str, point: str) -> Look:
     """Return the look of a method at an operating point."""
     kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
     color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
-    if masks:  # of single entries: the method's colour, and a star of as many points as its place in the list
-        marker = (4 + list(_LOOKS).index(name) if name in _LOOKS else 3, 1, 0)
+    if masks:  # of other things than rows and columns: the method's colour, and a star of its own number of points
+        points = 4 + list(_LOOKS).index(name) if name in _LOOKS else 3
+        marker = (points + 3 * _MASKS.index(masks) if masks in _MASKS else 3, 1, 0)
     return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
 
 
@@ -129,12 +134,14 @@ def sized(axes: Axes, sizes: Collection[float], label: str = "trainable paramete
     axes.set_xlabel(label, fontsize=9)
 
 
-def size_text(size: float) -> str:
-    """Return a number of parameters in a few letters."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit:
-            return f"{size / unit:.3g} {letter}"
-    return f"{size:.0f}"
+def fitted(axes: Axes, values: Collection[float], metric: str, axis: str = "y") -> None:
+    """Let an axis of scores reach over the values, and no further than a share can: what is longer is cut off there."""
+    low, high = min(values), max(values)
+    room = 0.08 * (high - low) or 0.01 * (abs(high) or 1)
+    low, high = low - room, high + room
+    if metric in SHARES:
+        low, high = max(low, -0.02), min(high, 1.02)
+    getattr(axes, f"set_{axis}lim")(low, high)
 
 
 def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
@@ -144,6 +151,20 @@ def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -
         own = look(method, point)
         style = {"linestyle": own.linestyle if lines else "", "color": own.color, "markersize": 6}
         handles.append(Line2D([], [], label=named(method, point), **style, **own.markers))
+    legend_below(figure, handles)
+
+
+def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
+    """Name every method once below the panels, and say how those at a budget look where others are there, too."""
+    handles = []
+    for method in dict.fromkeys(method for method, _ in used):
+        own = look(method, NONE)
+        style = {"linestyle": "-" if lines else "", "color": own.color, "markersize": 6}
+        handles.append(Line2D([], [], label=method, **style, **own.markers))
+    if len({look(*each).filled for each in used}) > 1:
+        style = {"linestyle": _DASHES["budget"] if lines else "", "color": _GREY, "marker": "o"}
+        empty = {"markerfacecolor": "white", "markeredgecolor": _GREY, "markeredgewidth": 1.3}
+        handles.append(Line2D([], [], label="empty: budget", **style, **empty))
     legend_below(figure, handles)
 
 
@@ -180,6 +201,26 @@ def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, 
     axes.tick_params(length=0, labelsize=8)
 
 
+def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
+    """Return a figure as SVG for a page, whose elements of these ids say a text under the pointer.
+
+    stem: another one for every figure of a page, so that none refers to the shapes of a figure that is not shown.
+    """
+    _lay_out(figure)
+    content = io.StringIO()
+    with rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):  # letters as text: a tenth as large
+        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    space = "http://www.w3.org/2000/svg"
+    ElementTree.register_namespace("", space)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by this name alone HTML knows it
+    root = ElementTree.fromstring(content.getvalue())
+    root.set("style", f"max-width: {root.get('width')}")
+    for element in root.iter(f"{{{space}}}g"):
+        if element.get("id") in names:
+            ElementTree.SubElement(element, f"{{{space}}}title").text = names[element.get("id")]
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure whole or not at all; the same figure gives the same bytes on any day."""
     path = Path(path)
@@ -191,8 +232,14 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def _lay_out(figure: Figure) -> None:
+    """Place what a figure consists of once, and not each time it is drawn, for it takes as long as to draw."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def save_both(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write a figure as folder/stem.png and .svg."""
-    figure.get_layout_engine().execute(figure)  # once, for it takes as long as to draw
-    figure.set_layout_engine(None)
+    _lay_out(figure)
     return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")]

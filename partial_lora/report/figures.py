@@ -25,9 +25,10 @@ from partial_lora.report.drawing import (
     COLOURS,
     MARKERS,
     VERMILLION,
+    fitted,
     heat,
-    legend,
     legend_below,
+    legend_of_methods,
     lists,
     look,
     named,
@@ -57,6 +58,7 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure
 _MOST_ROWS, _MOST_LINES, _MOST_MARKS = 48, 12, 8  # of a panel, of a line
+_MOST_LETTERS = 40  # of the name of a row
 _MOST_MAPS, _MOST_MATRICES, _MOST_MATRIX_ROWS = 5, 4, 12
 _MOST_NUMBERED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
@@ -260,7 +262,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in drawn:
         axes.set_visible(bool(axes.lines))
-    legend(figure, list(dict.fromkeys(used)), lines=True)
+    legend_of_methods(figure, used, lines=True)
     return Drawing(figure, len(shown), len(places)) if any(axes.lines for axes in drawn) else None
 
 
@@ -277,38 +279,52 @@ def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[floa
     return best
 
 
-def pareto(table: pd.DataFrame) -> Drawing:
+def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
     """Draw test score against trainable parameters, adapter and head together; the line joins what nothing beats.
 
-    table: of `records.group`.
+    Rows under other conditions than most are small grey dots, and the axis of scores does not reach out for them. The
+    id of a row's mark is "row-" and its index in the table.
+
+    table: of `records.group`. least: the figure's width in inches at least.
     """
     whole = list(table.groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
-    figure, drawn = panels(len(parts), wide=3.9, high=2.9)
-    for axes, ((task, model, metric), part) in zip(drawn, parts, strict=True):
-        sizes = part["adapter_parameters"] + part["head_parameters"]
-        best = front(zip(sizes, part["test_mean"], strict=True), metric)
-        ends = [*best, (float(sizes.max()) * 1.4, best[-1][1])]
+    figure, drawn = panels(len(parts), wide=3.9, high=2.9, least=least)
+    used: list[tuple[str, str]] = []
+    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
+        of_place = of_place.assign(size=of_place["adapter_parameters"] + of_place["head_parameters"])
+        part, others = of_place[of_place["usual"]], of_place[~of_place["usual"]]
+        best = front(zip(part["size"], part["test_mean"], strict=True), metric)
+        ends = [*best, (float(of_place["size"].max()) * 1.4, best[-1][1])]
         axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
-        for key, alike in part.assign(size=sizes).groupby(_METHOD, sort=False):
-            _marked(axes, alike["size"], alike["test_mean"], key, yerr=alike["test_std"], markersize=7)
-        sized(axes, sizes)
+        axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
+        for row in part.itertuples():
+            used.append((row.method, row.operating_point))
+            own = look(*used[-1])
+            style = {"color": own.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7, **own.markers}
+            mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style)
+            mark.set_gid(f"row-{row.Index}")
+        spread = part["test_std"].fillna(0)
+        sized(axes, of_place["size"])
+        fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)], metric)
         scored(axes, metric)
         _titled(axes, task, model)
         plain(axes)
-    shown = pd.concat([part for _, part in parts])
-    legend(figure, list(dict.fromkeys(zip(*(shown[name] for name in _METHOD), strict=True))), lines=False)
+    legend_of_methods(figure, used, lines=False)
     return Drawing(figure, len(parts), len(whole))
 
 
 def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """Draw every method's mean test score with its 95 % interval over seeds, and the seeds as ticks.
 
+    Rows under other conditions than most are left out. The axis reaches as far as the seeds do, and half as far again
+    for the intervals.
+
     table: of `records.group`; frame: the runs.
     """
-    whole = list(table.groupby(_OF_PLACE, sort=False))
+    whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=4.6)
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
     seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
@@ -318,14 +334,22 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
         for key, alike in part.groupby(_METHOD, sort=False):
             _marked(axes, alike["test_mean"], alike["place"], key, xerr=alike["test_half"], markersize=6.5)
-        again = part.duplicated(_METHOD, keep=False)
-        names = [
-            named(row.method, row.operating_point) + (f", {row.id}" if twice else "")
-            for row, twice in zip(part.itertuples(), again, strict=True)
-        ]
-        _listed(axes, names, metric)
+        _listed(axes, [_row_name(row) for row in part.itertuples()], metric)
+        tests = np.array([test for group in part["group"] for test in seeds[group]])
+        half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
+        low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
+        fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], metric, "x")
         _titled(axes, task, model, part, of_place)
     return Drawing(figure, len(parts), len(whole))
+
+
+def _row_name(row: tuple) -> str:
+    """Return the name of a row of a grouped table, with what tells it from others."""
+    return _shortened(named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}"))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
 def differences(compared: pd.DataFrame) -> Drawing | None:
@@ -342,8 +366,8 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     whole = list(known.groupby([*_AT_POINT, "reference"], sort=False))
     parts = whole[:MOST]
     several = known.groupby(_AT_POINT)["reference"].nunique() > 1
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=4.6)
-    for axes, ((task, model, point, metric, reference), of_place) in zip(drawn, parts, strict=True):
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
+    for axes, ((task, model, point, metric, _), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
         if metric not in LOWER_IS_BETTER:  # where nothing matches
@@ -355,11 +379,12 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
             axes.errorbar(row.difference, height, xerr=ends, marker=marker, linestyle="", **style)
         _cut_off(axes, part)
-        again = part["method"].duplicated(keep=False)
-        ids = (", " + part["group"].str.rpartition("-")[2]).where(again, "")
-        names = list(part["method"] + ids + ": " + part["verdict"])
-        _listed(axes, names, metric, f"difference from partial in {metric}", points=True)
-        against = f"\nagainst {reference.rpartition('-')[2]}" if several[task, model, point, metric] else ""
+        told = (", " + part["differs"]).where(part["differs"] != NONE, "")
+        names = (part["method"] + told).map(_shortened) + ": " + part["verdict"]
+        _listed(axes, list(names), metric, f"difference from partial in {metric}", points=True)
+        differs = part["reference_differs"].iloc[0]
+        with_it = "the usual settings" if differs == NONE else differs
+        against = f"\nfrom partial with {with_it}" if several[task, model, point, metric] else ""
         _titled(axes, task, f"{model}, {point}{against}", part, of_place)
     return Drawing(figure, len(parts), len(whole))
 
@@ -698,7 +723,7 @@ def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing 
         few = part.head(_MOST_MATRIX_ROWS)
         matrix = prediction_agreement(few, predictions)
         if matrix is not None:
-            names = [named(row.method, row.operating_point) for row in few.itertuples()]
+            names = [_row_name(row) for row in few.itertuples()]
             shown.append((f"{task}, {model}{_of_many(part)}", names, 100 * matrix))
     low = min((float(np.nanmin(matrix)) for _, _, matrix in shown), default=0)
     figure = _matrices(shown, low=low, high=100, form=".0f", title="Same predictions, in percent")
@@ -752,42 +777,42 @@ def draw_gallery(
     figures = {
         "pareto": (
             pareto(table),
-            "Accuracy and size",
-            "Test score against trainable parameters, head included: means over seeds, with one standard deviation. "
-            "The grey line joins what nothing smaller is better than.",
+            "Test score against trainable parameters",
+            "Each mark is the mean over the seeds of a row, with one standard deviation; the head is counted, too. The "
+            "grey line joins the rows that no smaller row beats. Grey dots were trained under other conditions.",
         ),
         "methods": (
             methods(table, records.table(runs)),
-            "Methods",
-            "Mean test score with its 95 % interval over seeds (Student's t); ticks are seeds. A single seed has no "
-            "interval.",
+            "Test score of each row",
+            "The mean test score with its 95 % interval over seeds (Student's t). Small ticks are the seeds. One seed "
+            "has no interval. An interval without an end goes on beyond the panel.",
         ),
         "differences": (differences(compared), "Differences from partial", _of_differences(compared)),
         "training": (
             training(runs),
-            "Training",
-            "Training loss and what validation measured; bands reach from the lowest seed to the highest.",
+            "Loss and validation score during training",
+            "Lines are means over seeds. Bands reach from the lowest seed to the highest.",
         ),
         "sparsity": (
             sparsity(runs),
-            "Sparsity",
-            "Share of rows and columns removed from every module, in percent: kind of module against depth.",
+            "What calibration removed",
+            "The share of rows and columns that each module goes without, in percent, by kind of module and depth.",
         ),
         "calibration": (
             curve_lines(calibrations(runs, Path(results_dir))),
             "Calibration curves",
-            "What is left of the few-shot score when a module's least important rows or columns are zeroed: medians "
-            "over depth. Where evaluation was cut short a score is known within bounds, the band around the line.",
+            "The few-shot score when the least important rows or columns of a module are zeroed: medians over depth. "
+            "The band shows the bounds where an evaluation stopped early.",
         ),
         "sparsity_agreement": (
             sparsity_alike(runs),
-            "Agreement of sparsities",
-            "Correlation (Pearson) of what two calibrations of a model removed, over all modules, rows and columns.",
+            "Do calibrations agree?",
+            "The correlation (Pearson) of what two calibrations of a model removed, over modules, rows and columns.",
         ),
         "prediction_agreement": (
             predictions_alike(table, predictions),
-            "Agreement of predictions",
-            "How often two methods say the same of a test example, means over the seeds that both have.",
+            "Do methods predict the same?",
+            "The share of test examples for which two methods predict the same: means over the seeds that both have.",
         ),
     }
     shown = []
@@ -803,10 +828,10 @@ def draw_gallery(
 def _of_differences(compared: pd.DataFrame) -> str:
     """Return the caption of the differences: what the hatched strip means, or that less is better."""
     metrics = set(compared["metric"]) if len(compared) else set()
-    caption = "At the same operating point, with 95 % intervals of a paired bootstrap over examples and seeds."
+    caption = "At the same operating point, with paired 95 % intervals over examples and seeds."
     if metrics - LOWER_IS_BETTER:
-        caption += " An interval that begins in the hatched strip, less than a point below zero, or to the right of it "
-        caption += "matches."
+        caption += " A method matches partial where the lower end of its interval lies in the hatched strip, less than "
+        caption += "a point below zero, or to the right of it."
     if lower := sorted(metrics & LOWER_IS_BETTER):
         caption += f" Of {' and '.join(lower)} less is better: below zero is better, and nothing matches."
     return caption

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import pyarrow as pa
@@ -21,26 +23,39 @@ from markupsafe import Markup
 
 from partial_lora.files import flatten, write_atomic
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import EXAMPLES
-from partial_lora.report.examples import Example, hardest, predictions, rows_of, with_inputs
+from partial_lora.report import EXAMPLES, tables
+from partial_lora.report import examples as hard
+from partial_lora.report.classes import MOST, Classes, counted
+from partial_lora.report.drawing import inline, named
+from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.figures import (
     Shown,
     draw_calibration,
     draw_predictions,
     mean_sparsity,
+    pareto,
     points,
     selected,
     training_curve,
 )
-from partial_lora.report.records import NONE, Run, gathered, grid, number, run_of, warnings_of
-from partial_lora.report.summary import measured, percent
-from partial_lora.runs.directory import CALIBRATION, CURVES, PAGE, PREDICTIONS, RESULT
+from partial_lora.report.records import NONE, LeftOut, Predictions, Run, gathered, grid, number, run_of, warnings_of
+from partial_lora.report.statistics import over_examples
+from partial_lora.report.summary import measured, next_commands, percent
+from partial_lora.report.tables import Differences
+from partial_lora.runs.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
 
 _WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lines
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
+_FEW = 8  # rows that need no filter
+_SCORES = ("precision (%)", "recall (%)", "F1 (%)")
+_FRONT = (
+    "Each mark is a row, the mean over its seeds with one standard deviation; the head is counted, too. The grey line "
+    "joins the rows that no smaller row beats."
+)
+_OTHERS = " Grey dots were trained under other conditions, some beyond the axis."
 _OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
 
 
@@ -48,46 +63,149 @@ def write(
     results_dir: Path,
     *,
     runs: Sequence[Run],
-    tables: Mapping[str, tuple[pd.DataFrame, Sequence[str]]],
+    table: pd.DataFrame,
+    by: tuple[Sequence[str], pd.DataFrame] | None,
+    spread: str,
+    marked: Collection[int],
+    compared: Differences,
+    predictions: Predictions,
+    figures: Sequence[Shown],
     command: str,
     origin: str,
-    problems: Sequence[str],
-    uncompared: Sequence[str],
-    figures: Sequence[Shown],
+    left_out: Sequence[LeftOut],
     examples: int = EXAMPLES,
 ) -> Path:
-    """Write results_dir/report/index.html: sortable tables, figures, and a section for the runs of every folder.
+    """Write results_dir/report/index.html, a tab a task: the best of every method, differences, and all else folded.
 
-    tables: by title, as they are read, each with its notes. problems: what was left out; uncompared: what could not be
-    compared. examples: how many of the hardest to show, 0 for none.
+    table: of `records.group`; marked: its best rows. by: the keys of another grouping and its table, which then opens
+    the page. examples: how many of the hardest to show, 0 for none.
     """
-    groups = gathered(runs, lambda run: run.row["group"])
+    titles = {row.group: _words_of(row) for row in table.itertuples()}
+    groups = list(gathered(runs, lambda run: run.row["group"]).values())
+    told = sections(groups, examples, titles=titles)
+    ids = {of[0].row["group"]: section["id"] for of, section in zip(groups, told, strict=True)}
+    parts = tables.places(table)
+    names = _tab_names([place for place, _ in parts])
+    best = tables.best_of_each(table)
+    intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
+    known = compared.rows if compared.known else compared.rows.head(0)
+    tabs = []
+    for count, (name, (place, part)) in enumerate(zip(names, parts, strict=True), start=1):
+        own = [best.loc[index] for index in best.index if index in part.index]
+        tabs.append(
+            _tab(
+                f"tab-{count}",
+                name,
+                title=f"{place[0]} · {place[1]}",
+                leads=_leads(own[0], part, intervals),
+                tables=[_headline(own, intervals, marked, ids, known), *_differences(place, compared, ids)],
+                figures=[_front(part)],
+                folded=_all_rows(part, spread, marked, ids),
+                sections=[told[index] for index, of in enumerate(groups) if _placed(of[0]) == place],
+            )
+        )
+    more = [(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures]
+    if by or len(tabs) > 1:
+        shown = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
+        firsts = best.groupby(["task", "model", "metric"], sort=False).head(1)
+        leads = [
+            Markup('<a href="#{}">{}</a> {}').format(tab["id"], tab["name"], _in_words(row, intervals))
+            for tab, (_, row) in zip(tabs, firsts.iterrows(), strict=True)
+        ]
+        tabs.insert(0, _tab("tab-0", "All tasks", leads=[] if by else leads, tables=shown))
+    tabs[0]["more"] = more
+    count = len({run.row["group"] for run in runs})
+    unfinished = sum(not each.is_broken for each in left_out)
     content = {
         "title": f"Report: {Path(results_dir).resolve().name}",
-        "command": command,
-        "origin": origin,
-        "lists": {"Left out": problems, "Not compared": uncompared},
-        "tables": {title: _cells(table) | {"notes": notes} for title, (table, notes) in tables.items()},
-        "figures": [(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
-        "sections": sections(list(groups.values()), examples),
+        "line": f"{len(runs):,} finished {_plural(len(runs), 'run')} of {count:,} {_plural(count, 'configuration')}.",
+        "unfinished": f"{unfinished:,} {_plural(unfinished, 'run')} did not finish." if unfinished else "",
+        "tabs": tabs,
+        "about": {
+            "command": command,
+            "origin": origin,
+            "lists": {
+                "Not finished": [each for each in left_out if not each.is_broken],
+                "Records that cannot be read": [each for each in left_out if each.is_broken],
+                "Not compared": compared.uncompared,
+            },
+            "shared": told[0]["shared"] if told else {},
+        },
     }
-    return _written(Path(results_dir) / "report" / PAGE, content)
+    return _written(Path(results_dir) / "report" / PAGE, "page.html", content)
+
+
+def write_tables(
+    results_dir: Path,
+    shown: Mapping[str, pd.DataFrame],
+    figures: Sequence[Shown],
+    *,
+    folded: Mapping[str, pd.DataFrame],
+    command: str,
+    origin: str,
+    refused: Sequence[str],
+) -> Path:
+    """Write results_dir/report/index.html out of rankings by title, "TASK, SIZE", figures, and tables that are folded.
+
+    Of several tasks each has a tab with its rankings; the first tab says who is first in each.
+    """
+    by_task = gathered(shown.items(), lambda item: item[0].partition(",")[0])
+    several = len(by_task) > 1
+    rankings = [[_table(title, each) for title, each in own] for own in by_task.values()]
+    firsts = [(title, each.iloc[0]) for title, each in shown.items()] if several else []
+    tab = _tab(
+        "tab-0",
+        "All tasks",
+        leads=[Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts],
+        tables=[] if several else rankings[0],
+        figures=[(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
+        folded=[_table(title, each, filtered=True) for title, each in folded.items()],
+    )
+    of_task = [
+        _tab(f"tab-{count}", task, tables=own)
+        for count, (task, own) in enumerate(zip(by_task, rankings, strict=True), start=1)
+    ]
+    content = {
+        "title": f"Report: {Path(results_dir).resolve().name}",
+        "line": origin,
+        "unfinished": "",
+        "tabs": [tab, *(of_task if several else ())],
+        "about": {"command": command, "origin": origin, "lists": {"Left out": refused}, "shared": {}},
+    }
+    return _written(Path(results_dir) / "report" / PAGE, "page.html", content)
 
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
     curves = run.directory / CURVES  # as the run has drawn them; there are none without a calibration
-    shown = [("Calibration curves", "What is left of the few-shot score.", _uri(curves))] if curves.is_file() else []
+    figure = ("Calibration curves", "The few-shot score as each module's rows or columns are zeroed.")
+    config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
+    predicted = (hard.predictions([run.directory]) or [None])[0]
+    said = f"test {metric}"
+    if ends := _of_examples(predicted, metric):
+        low, high = (measured(metric, end) for end in ends)
+        said += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
+    (section,) = sections([[run]], examples, rows)
+    place, example = _place_of(run.directory), run.directory / EXAMPLE
+    classes = None if predicted is None else counted(predicted)
     content = {
         "title": _title([run]),
-        "command": "",
+        "score": measured(metric, run.row["test"]),
+        "said": said,
+        "commands": next_commands(
+            place,
+            modality=config["task"].get("modality") or "",
+            method=config["method"]["name"],
+            example=f"{place}/{EXAMPLE}" if example.is_file() else None,
+        ),
+        "metrics": _of_splits(run.record["metrics"]) if len(test) > 3 else None,
+        "classes": _of_classes(classes) if classes else None,
+        "matrix": classes if classes and len(classes.names) <= MOST else None,
+        "section": section,
+        "figures": [(*figure, _uri(curves))] if curves.is_file() else [],
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
-        "lists": {},
-        "tables": {},
-        "figures": shown,
-        "sections": sections([[run]], examples, rows),
     }
-    return _written(run.directory / PAGE, content)
+    return _written(run.directory / PAGE, "run.html", content)
 
 
 def draw_run(directory: Path, settings: Mapping) -> None:
@@ -110,8 +228,300 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
 
 
-def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[dict]:
-    """Return what the page shows of the runs of every folder, which differ in their seed alone."""
+# What a report opens with
+
+
+def _tab(id: str, name: str, **parts: object) -> dict:
+    """Return a tab of a page; parts that are not given are empty."""
+    empty = {part: [] for part in ("leads", "tables", "figures", "folded", "more", "sections")}
+    return empty | {"id": id, "name": name, "title": name} | parts
+
+
+def _tab_names(places: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return the name of each place: its task, with its model and metric where tasks are not told apart without."""
+    names = [task for task, *_ in places]
+    for parts in (2, 3):
+        names = [
+            name if names.count(name) == 1 else ", ".join(place[:parts])
+            for name, place in zip(names, places, strict=True)
+        ]
+    return names
+
+
+def _placed(run: Run) -> tuple[str, str, str]:
+    return run.row["task"], run.row["model"], run.row["metric"]
+
+
+def _words_of(row: tuple) -> str:
+    """Return a row's method and operating point, and what tells it from others."""
+    return named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}")
+
+
+def _leads(best: pd.Series, part: pd.DataFrame, intervals: Mapping) -> list[str]:
+    """Return the answer of a task in words: what scores highest, and what is smaller and nearly as good."""
+    said = [("Highest of the methods at their best", best)]
+    if (small := tables.smallest_within(part, best)) is not None:
+        said.append(("Smallest that is less than a point below it", small))
+    return [Markup("<b>{}:</b> {}").format(what, _in_words(row, intervals)) for what, row in said]
+
+
+def _in_words(row: pd.Series, intervals: Mapping) -> str:
+    """Return a row with its score, interval, seeds and size in words."""
+    score, ends = measured(row["metric"], row["test_mean"]), intervals.get(row.name)
+    between = f"95 % interval {_bare(row['metric'], ends[0])} to {_bare(row['metric'], ends[1])}, " if ends else ""
+    share = "" if row["share_of_dense"] != row["share_of_dense"] else f", {row['share_of_dense']:.1%} of dense LoRA"
+    return f"{_words_of(row)}: {score} ({between}n={row['n']}), {row['adapter_parameters']:,.0f} parameters{share}"
+
+
+def _headline(
+    rows: Sequence[pd.Series], intervals: Mapping, marked: Collection[int], ids: Mapping, compared: pd.DataFrame
+) -> dict:
+    """Return the table of a task's methods at their best, with each interval as numbers and as a line."""
+    metric = rows[0]["metric"]
+    halves = [(ends[1] - ends[0]) / 2 for row in rows if (ends := intervals[row.name])]
+    room = 1.5 * median(halves) if halves else 0.0
+    scale = min(row["test_mean"] for row in rows) - room, max(row["test_mean"] for row in rows) + room
+    point = next((row["operating_point"] for row in rows if row["method"] == "partial"), NONE)
+    against = {
+        (row.group, row.operating_point): row
+        for row in compared.itertuples()
+        if row.reference_differs == NONE and row.group != row.reference
+    }
+    cells = []
+    for row in rows:
+        ends = intervals[row.name]
+        told = [word for word in (row["operating_point"], row["differs"]) if word != NONE]
+        between = NONE
+        if ends:
+            over = Markup("<small>over test examples</small>") if ends[2] == "examples" else ""
+            said = f"{_bare(metric, ends[0])} to {_bare(metric, ends[1])}"
+            between = Markup("{}{}{}").format(said, _strip(row["test_mean"], ends, scale), over)
+        at = point if row["operating_point"] == NONE else row["operating_point"]
+        difference = against.get((row["group"], at))
+        cells.append(
+            {
+                "method": Markup('<a href="#{}">{}</a><small>{}</small>').format(
+                    ids[row["group"]], row["method"], ", ".join(told)
+                ),
+                f"test {metric}" + (" (%)" if metric in SHARES else ""): _score(
+                    metric, row["test_mean"], row.name in marked
+                ),
+                "95 % interval": between,
+                "n": str(row["n"]),
+                "trainable parameters": f"{row['adapter_parameters']:,.0f}",
+                "of dense LoRA": NONE
+                if row["share_of_dense"] != row["share_of_dense"]
+                else f"{row['share_of_dense']:.1%}",
+                "from partial": NONE if difference is None else tables.difference_in_words(difference),
+            }
+        )
+    frame = pd.DataFrame(cells, dtype=object)
+    frame = frame[[name for name in frame if name != "from partial" or (frame[name] != NONE).any()]]
+    notes = [
+        "Of each method's rows with the most seeds (n), the one with the best validation score is shown; its score is "
+        "on the test split. The figure and the folded table have all rows. Differences are from partial at the same "
+        "operating point, of methods without one from partial at its best."
+    ]
+    return _table("The best of each method", frame, notes)
+
+
+def _score(metric: str, value: float, is_marked: bool) -> Markup:
+    return Markup("<strong>{}</strong>" if is_marked else "{}").format(_bare(metric, value))
+
+
+def _bare(metric: str, value: float) -> str:
+    """Return a score without its unit, which the heading has."""
+    return measured(metric, value).removesuffix(" %")
+
+
+def _strip(value: float, ends: Sequence[float], scale: tuple[float, float], zero: float | None = None) -> Markup:
+    """Draw an interval and its middle as a line and a dot, on a scale that all rows of a table share."""
+    low, high, middle = (
+        100 * min(max((each - scale[0]) / ((scale[1] - scale[0]) or 1), 0), 1) for each in (ends[0], ends[1], value)
+    )
+    parts = ['<svg class="strip" viewBox="-4 0 108 12" aria-hidden="true">']
+    parts.append(f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/>')
+    if zero is not None:
+        at = 100 * (zero - scale[0]) / ((scale[1] - scale[0]) or 1)
+        parts.append(f'<path class="axis" d="M{at:.1f} 0V12"/>')
+    parts.append(f'<circle cx="{middle:.1f}" cy="6" r="3.5"/>' if scale[0] <= value <= scale[1] else "")
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def _differences(place: tuple[str, str, str], compared: Differences, ids: Mapping) -> list[dict]:
+    """Return the table of a task's differences from partial, none where there are none."""
+    if not compared.known:
+        return []
+    rows = compared.rows
+    rows = rows[(rows["task"] == place[0]) & (rows["model"] == place[1]) & (rows["metric"] == place[2])]
+    if rows.empty or rows["difference"].isna().all():
+        return []
+    reach = 3 * float(rows[["low", "high"]].abs().max(axis=1).median()) or 1.0
+    shown = tables.readable_differences(rows).drop(columns=["task", "model"]).astype(object)
+    drawn = [
+        Markup("{}{}").format(words, _strip(row.difference, (row.low, row.high), (-reach, reach), 0.0))
+        if row.difference == row.difference
+        else words
+        for words, row in zip(shown["difference [95 %]"], rows.itertuples(), strict=True)
+    ]
+    shown = shown.assign(**{"method": _linked(rows, ids), "difference [95 %]": _markup(drawn, shown)})
+    notes = tables.notes_of_differences(tables.Differences(rows))
+    first = ("method", "operating point", "differs in", "difference [95 %]", "verdict")
+    return [_table("Differences from partial", _beginning(shown, first), notes, filtered=True)]
+
+
+def _beginning(shown: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
+    """Return a table with these of its columns first."""
+    return shown[[*(name for name in first if name in shown), *(name for name in shown if name not in first)]]
+
+
+def _linked(rows: pd.DataFrame, ids: Mapping[str, str]) -> pd.Series:
+    """Return the methods of rows, each a link to its runs."""
+    links = zip(rows["group"], rows["method"], strict=True)
+    return _markup([Markup('<a href="#{}">{}</a>').format(ids[group], method) for group, method in links], rows)
+
+
+def _markup(cells: Sequence[str], of: pd.DataFrame) -> pd.Series:
+    """Return cells as a column of a table; pandas' own type of words would forget which are markup."""
+    return pd.Series(cells, index=of.index, dtype=object)
+
+
+def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
+    """Draw a task's scores against their sizes, titled; a mark says its row under the pointer."""
+    names = {
+        f"row-{row.Index}": f"{_words_of(row)}: {measured(row.metric, row.test_mean, row.test_std)} (n={row.n}), "
+        f"{row.adapter_parameters:,.0f} parameters"
+        for row in part.itertuples()
+    }
+    caption = _FRONT + ("" if part["usual"].all() else _OTHERS)
+    title = f"Test {part['metric'].iloc[0]} against trainable parameters"
+    return title, caption, inline(pareto(part, least=4.4).figure, names, stem=next(iter(names)))
+
+
+def _all_rows(part: pd.DataFrame, spread: str, marked: Collection[int], ids: Mapping) -> list[dict]:
+    """Return the table of all rows of a task."""
+    shown = tables.readable(part, spread=spread, marked=marked).drop(columns=["task", "model"]).astype(object)
+    shown["method"] = _linked(part, ids)
+    notes = tables.notes(part, spread=spread, marked=marked)
+    title = f"All {len(part)} rows" if len(part) > 1 else "The row with all its numbers"
+    return [_table(title, _beginning(shown, ("method", "operating point", "differs in")), notes, filtered=True)]
+
+
+def _averages(by: Sequence[str], table: pd.DataFrame, spread: str) -> dict:
+    """Return the table of runs averaged over all that the reader's keys do not tell apart."""
+    shown = tables.readable(table, by=by, spread=spread)
+    return _table(f"By {', '.join(by)}", shown, tables.notes(table, by=by, spread=spread), filtered=len(table) > _FEW)
+
+
+def _matrix(
+    best: pd.DataFrame, intervals: Mapping, marked: Collection[int], parts: Sequence, names: Sequence[str]
+) -> dict:
+    """Return the table of the best of every method, a row, at every task, a column; methods of most tasks first."""
+    columns, count = {}, Counter(best["method"])
+    methods = sorted(count, key=lambda method: -count[method])
+    for name, (place, part) in zip(names, parts, strict=True):
+        metric, own = place[2], best.loc[[index for index in best.index if index in part.index]]
+        cells = {}
+        for row in own.itertuples():
+            ends = intervals[row.Index]
+            half = f" ± {_bare(metric, (ends[1] - ends[0]) / 2)}" if ends else ""
+            score = _score(metric, row.test_mean, row.Index in marked)
+            cells[row.method] = Markup('{}{} <small class="n">n={}</small>').format(score, half, row.n)
+        columns[f"{name}, {metric}" + (" (%)" if metric in SHARES else "")] = [
+            cells.get(each, NONE) for each in methods
+        ]
+    notes = [
+        "Of each method's rows with the most seeds, the one with the best validation score is shown. ± is half of the "
+        "95 % interval over seeds (n); with n=1 over test examples. The tabs say at which size each was trained."
+    ]
+    frame = pd.DataFrame({"method": methods} | columns, dtype=object)
+    return _table("The best of each method at each task", frame, notes)
+
+
+def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = (), *, filtered: bool = False) -> dict:
+    """Return a table as a page shows it: what is the same in all rows is said below it, in place of a column."""
+    same = {
+        name: frame[name].iloc[0]
+        for name in frame.columns[2:]
+        if len(frame) > 2 and frame[name].astype(str).nunique() == 1 and not name.startswith(("test", "n"))
+    }
+    said = ", ".join(f"{name} {value}" for name, value in same.items() if value != NONE)
+    shown = frame.drop(columns=list(same))
+    return {
+        "title": title,
+        "columns": [(name, name in tables.WORDS) for name in shown.columns],
+        "rows": [[_cell(cell) for cell in line] for line in shown.values.tolist()],
+        "notes": [*([f"The same in all rows: {said}."] if said else []), *notes],
+        "filtered": filtered and len(shown) > _FEW,
+    }
+
+
+def _cell(cell: object) -> str:
+    """Return a cell as markup; what stands between pairs of asterisks is strong."""
+    text = cell if isinstance(cell, Markup) else str(cell)
+    return Markup("<strong>{}</strong>").format(text.strip("*")) if text.startswith("**") else text
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+# What is shown of a run alone
+
+
+def _place_of(directory: Path) -> str:
+    """Return where a run lies as one would type it: from here, or from where its results directory is."""
+    place = directory.resolve()
+    if place.is_relative_to(Path.cwd()):
+        return str(place.relative_to(Path.cwd()))
+    return str(Path(*place.parts[-6:]))  # results/runs/task/model/method-id/seed0
+
+
+def _of_examples(predicted: pa.Table | None, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a run's score over its test examples; None where predictions do not give it."""
+    if predicted is None:
+        return None
+    lists = [name for name in ("logits", "scores") if name in predicted.column_names]
+    try:
+        return over_examples(predicted.drop_columns(lists).to_pandas(), metric)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _of_splits(metrics: Mapping[str, Mapping]) -> dict:
+    """Return the table of all metrics of validation and test, members of a mixture each with its own."""
+    splits = [name for name in ("validation", "test") if metrics.get(name)]
+    names = [name for name in metrics["test"] if name != "primary"]
+    cells = {
+        split: [
+            NONE if (value := metrics[split].get(name)) is None else measured(name.rpartition("/")[2], value)
+            for name in names
+        ]
+        for split in splits
+    }
+    return _table("All scores", pd.DataFrame({"metric": names} | cells))
+
+
+def _of_classes(classes: Classes) -> dict:
+    """Return the table of every class with its scores."""
+    rows = [
+        {"class": name, "test examples": f"{examples:,.0f}"}
+        | {
+            score: NONE if value != value else f"{100 * value:.1f}"
+            for score, value in zip(_SCORES, values, strict=True)
+        }
+        for name, examples, *values in classes.scores()
+    ]
+    pairs = [f"{count} of {name} as {said}" for name, said, count in classes.confused()]
+    notes = [f"Most often mistaken: {', '.join(pairs)}."] if pairs else ["No test example is mistaken."]
+    return _table("Each class", pd.DataFrame(rows), notes, filtered=len(rows) > MOST)
+
+
+def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: Mapping[str, str] = {}) -> list[dict]:
+    """Return what the page shows of the runs of every folder, which differ in their seed alone.
+
+    titles: by folder; else all that names a run.
+    """
     settings = [_words(runs[0].record["config"]) for runs in groups]
     shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
     splits: dict[str, object] = {}
@@ -123,7 +533,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
         made.append(
             {
                 "id": f"run-{place}",
-                "title": _title(runs),
+                "title": titles.get(runs[0].row["group"]) or _title(runs),
                 "path": runs[0].row["group"],
                 "facts": _facts(runs),
                 "own": {key: value for key, value in own.items() if (key, value) not in shared},
@@ -141,8 +551,8 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None) -> list[
 def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) -> tuple[list[Example], list[str]]:
     """Return the hardest examples with their inputs, and why there are none; a task is read once, into `splits`."""
     try:
-        tables = predictions([run.directory for run in runs]) if count else []
-        worst = hardest(tables, count)
+        predicted = hard.predictions([run.directory for run in runs]) if count else []
+        worst = hardest(predicted, count)
         if not worst:
             return [], []
         config = runs[0].record["config"]
@@ -150,7 +560,7 @@ def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) 
         if rows is None and key not in splits:
             splits[key] = rows_of(config)
         split = splits[key] if rows is None else rows
-        return (worst if split is None else with_inputs(worst, split, tables[0]["label"].to_pylist())), []
+        return (worst if split is None else with_inputs(worst, split, predicted[0]["label"].to_pylist())), []
     except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:  # a file of other columns
         return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
 
@@ -255,12 +665,6 @@ def _sparsity_map(sparsity: Sparsity) -> dict | None:
     return {"depths": [".".join(map(str, depth)) or NONE for depth in depths], "axes": cells}
 
 
-def _cells(table: pd.DataFrame) -> dict:
-    """Return columns, and rows of (text, whether it is marked)."""
-    rows = [[(str(cell).strip("*"), str(cell).startswith("**")) for cell in line] for line in table.values.tolist()]
-    return {"columns": list(table.columns), "rows": rows}
-
-
 def _uri(file: Path) -> str:
     kind = {".svg": "image/svg+xml", ".png": "image/png"}[file.suffix]
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
@@ -277,6 +681,6 @@ def _templates() -> Environment:
     )
 
 
-def _written(path: Path, content: Mapping) -> Path:
-    write_atomic(path, _templates().get_template("page.html").render(content))
+def _written(path: Path, template: str, content: Mapping) -> Path:
+    write_atomic(path, _templates().get_template(template).render(content))
     return path

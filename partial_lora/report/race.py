@@ -5,21 +5,18 @@ Rows are of finished runs; a cell is a task, a size and a form, which is a metho
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from rich.console import Group
 
 from partial_lora.files import write_atomic
-from partial_lora.report import page
-from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both, sized
+from partial_lora.report import page, tables
+from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown
 from partial_lora.report.records import half_interval
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -126,7 +123,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     """Return a table as it is read, best first, for every task and size."""
-    tables = {}
+    parts = {}
     for (task, size), part in numbers.groupby(["task", "size"], sort=False):
         rows = list(part.itertuples())
         shown = {
@@ -140,8 +137,8 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "seconds a step": [_number(value, ".3f") for value in part["step_seconds"]],
         }
         of = "sizes of their own" if size == "own" else f"{size} of dense LoRA's parameters"
-        tables[f"{task}, {of}"] = pd.DataFrame(shown)
-    return tables
+        parts[f"{task}, {of}"] = pd.DataFrame(shown)
+    return parts
 
 
 def _score(metric: str, value: float, half: float, sign: str = "") -> str:
@@ -153,6 +150,12 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
 
 def _number(value: float, form: str) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def on_screen(table: pd.DataFrame, reference: str) -> Group:
+    """Return the ranking for a terminal of 80 columns: what is kept and how long a step takes is in files and page."""
+    parts = titled(compared(at_best_rates(table), reference), reference)
+    return Group(*(tables.drawn(title, part.drop(columns=list(part.columns[-2:]))) for title, part in parts.items()))
 
 
 def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
@@ -180,7 +183,7 @@ def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
     return pd.Series(~(better & same).any(axis=0), index=numbers.index)
 
 
-def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], str]:
+def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
     """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
 
     Methods by colour and marker, intervals as bars; what another one beats is faint.
@@ -193,6 +196,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         for at, form in enumerate(forms)
     }
     figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
+    metric = known["metric"].iloc[0]
     is_front, names, handles = front(known, cost), {}, {}
     for axes, task in zip(drawn, tasks, strict=True):
         for index, row in known[known["task"] == task].iterrows():
@@ -210,28 +214,12 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
                 f"{label} {row[cost] / unit:.3g}"
             )
             handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
-        axes.set(title=task, xlabel=label, ylabel=f"test {known['metric'].iloc[0]}")
+        axes.set(title=task, xlabel=label, ylabel=f"test {metric}{' (%)' if metric in SHARES else ''}")
         if cost == "parameters":
             sized(axes, known.loc[known["task"] == task, cost])
         plain(axes)
     legend_below(figure, [handles[form] for form in forms])
-    return save_both(figure, out, stem), _with_titles(figure, names)
-
-
-def _with_titles(figure: Figure, names: Mapping[str, str]) -> str:
-    """Return a figure as SVG whose elements of these ids say a text under the pointer."""
-    content = io.StringIO()
-    with rc_context({"svg.hashsalt": "partial-lora"}):
-        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    space = "http://www.w3.org/2000/svg"
-    ElementTree.register_namespace("", space)
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by this name alone HTML knows it
-    root = ElementTree.fromstring(content.getvalue())
-    root.set("style", f"max-width: {root.get('width')}")
-    for element in root.iter(f"{{{space}}}g"):
-        if element.get("id") in names:
-            ElementTree.SubElement(element, f"{{{space}}}title").text = names[element.get("id")]
-    return ElementTree.tostring(root, encoding="unicode")
+    return save_both(figure, out, stem), inline(figure, names, stem=stem)
 
 
 _PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
@@ -263,19 +251,16 @@ def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, 
     for cost, (label, _) in _COSTS.items():
         if numbers[cost].notna().any():
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
-            caption = "Faint: another one is as good at no higher cost. Bars: 95 % intervals over seeds."
-            figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=Markup(drawn)))
+            caption = "Faint marks: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
+            figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
     everything = numbers[list(_PEFT_COLUMNS)].rename(columns=_PEFT_COLUMNS)
     shown = everything.map(lambda value: _plain(value) if isinstance(value, float | np.floating) else value)
-    tables = {title: (part, []) for title, part in titled(numbers, reference).items()}
-    return page.write(
+    return page.write_tables(
         out,
-        runs=[],
-        tables=tables | {"All numbers": (shown, ["times in seconds, sizes in bytes"])},
+        titled(numbers, reference),
+        figures,
+        folded={"All numbers (times in seconds, sizes in bytes)": shown},
         command=command,
-        origin=f"Differences are to {reference}, of runs of the same seeds.",
-        problems=refused,
-        uncompared=[],
-        figures=figures,
-        examples=0,
+        origin=f"Differences are from {reference}, of runs of the same seeds.",
+        refused=refused,
     )

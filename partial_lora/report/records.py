@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,12 +48,31 @@ class Run:
     row: dict
 
 
-def read(results_dir: Path) -> tuple[list[Run], list[str]]:
-    """Return the finished runs under a results directory, and what was left out, a line each.
+class UnfinishedError(ValueError):
+    """Report a record of a run that failed, has not ended or only calibrated."""
 
-    A row's group is the folder that runs of other seeds share. Left out and named is a run that failed, has not
-    finished or only calibrated, and a result.json that is broken, foreign or copied from another run. Raises
-    PartialLoraError where the directory holds no runs at all.
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A record that is not among the runs: its path below the results directory, and why.
+
+    is_broken: it should have been, and cannot be read; else its run failed, has not ended or only calibrated.
+    """
+
+    path: str
+    why: str
+    is_broken: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
+    """Return the finished runs under a results directory, and what was left out.
+
+    A row's group is the folder that runs of other seeds share. Left out is a run that failed, has not finished or only
+    calibrated, and a result.json that is broken, foreign or copied from another run. Raises PartialLoraError where the
+    directory holds no runs at all.
     """
     results_dir = Path(results_dir)
     directories = sorted(path for path in results_dir.glob(RUNS) if path.is_dir())
@@ -66,7 +86,8 @@ def read(results_dir: Path) -> tuple[list[Run], list[str]]:
                 raise ValueError(f"a copy of another run, its seed is {run.row['seed']}")
             runs.append(run)
         except ValueError as error:
-            problems.append(f"{directory.relative_to(results_dir)}/{RESULT}: {error}")
+            path = f"{directory.relative_to(results_dir)}/{RESULT}"
+            problems.append(LeftOut(path, str(error), not isinstance(error, UnfinishedError)))
     return runs, problems
 
 
@@ -88,19 +109,33 @@ def _run(result: dict, directory: Path, group: str) -> Run:
     return Run(directory, result, {"group": group} | row(result))
 
 
-def table(runs: Iterable[Run]) -> pd.DataFrame:
-    """Return the rows of runs."""
+def table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the rows of runs; `differs` is what tells them apart, `usual` whether they are under usual conditions."""
     import pandas as pd
 
-    return pd.DataFrame([run.row for run in runs])
+    every = folders(runs)
+    usual, differs = usual_conditions(every), told_apart(every)
+    return pd.DataFrame(
+        [
+            run.row
+            | {
+                "differs": differs[run.row["group"]],
+                "usual": run.row["conditions"] == usual[_place(run.row)].row["conditions"],
+            }
+            for run in runs
+        ]
+    )
 
 
 def record(directory: Path) -> dict:
-    """Return the record of a finished run; raises ValueError that says what is there instead."""
+    """Return the record of a finished run; raises ValueError that says what is there instead.
+
+    That is UnfinishedError where a run is there that has not finished.
+    """
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError("missing, the run never started or was interrupted") from error
+        raise UnfinishedError("missing, the run never started or was interrupted") from error
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -109,9 +144,9 @@ def record(directory: Path) -> dict:
         raise ValueError("foreign, no record of a run")
     if result["status"] != "finished":
         detail = f": {result['error']}" if result.get("error") else ""
-        raise ValueError(f"{result['status']}{detail}")
+        raise UnfinishedError(f"{result['status']}{detail}")
     if not result.get("metrics"):
-        raise ValueError("calibrated only, nothing was trained")
+        raise UnfinishedError("calibrated only, nothing was trained")
     return result
 
 
@@ -151,6 +186,7 @@ def _row(result: Mapping) -> dict:
         "operating_point": operating_point(result),
         "metric": metric,
         "test": float(test[metric]),
+        "validation": number((result["metrics"].get("validation") or {}).get(metric)),
         "adapter_parameters": size,
         "adapter_dense": dense,
         "share_of_dense": size / dense if dense else math.nan,
@@ -361,6 +397,11 @@ class Folder:
         return self.runs[0].record["config"]
 
     @property
+    def id(self) -> str:
+        """The end of its name, by which a run is found."""
+        return self.name.rpartition("-")[2]
+
+    @property
     def seeds(self) -> list[int]:
         return [run.row["seed"] for run in self.runs]
 
@@ -380,6 +421,66 @@ class Folder:
         """True for a run that is there to be set beside its like: other masks of one seed, repaired sparsities."""
         masks, calibration = (self.config.get(name) or {} for name in ("mask", "calibration"))
         return masks.get("seed") is not None or bool(calibration.get("repair"))
+
+
+def _place(row: Mapping) -> tuple[str, str, str]:
+    """Return where runs are read beside each other: task, model and metric."""
+    return row["task"], row["model"], row["metric"]
+
+
+def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
+    """Return by task, model and metric a folder under the conditions that most methods share, of these most runs."""
+    usual = {}
+    for place, of_place in gathered(every, lambda each: _place(each.row)).items():
+        alike = gathered(of_place, lambda each: each.row["conditions"]).values()
+        usual[place] = max(
+            alike, key=lambda own: (len({each.row["method"] for each in own}), sum(len(each.runs) for each in own))
+        )[0]
+    return usual
+
+
+def told_apart(every: Sequence[Folder]) -> dict[str, str]:
+    """Return by folder the settings that tell it from others that would read alike: "rank=64, label_noise=0.4", or "–".
+
+    Told are conditions that are not the usual ones of its task and model; and, of its method, what varies among the
+    folders of one method at one operating point and is no default. The learning rate, or the id, is told where nothing
+    else tells two apart.
+    """
+    usual, told = usual_conditions(every), {}
+    for place, of_place in gathered(every, lambda each: _place(each.row)).items():
+        shared = conditions(usual[place].runs[0].record)
+        settings = {
+            each.name: {key: own for key, own, _ in rates.differing(conditions(each.runs[0].record), shared)}
+            for each in of_place
+        }
+        alike = gathered(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
+        for same in alike:
+            own = {each.name: of_method(each.config) for each in same}
+            for key in sorted({key for each in own.values() for key in each}):
+                if len({repr(each.get(key)) for each in own.values()}) > 1:
+                    for name, each in own.items():
+                        settings[name] |= {key: each[key]} if key in each else {}
+        short = _short_keys({key for each in settings.values() for key in each})
+        for same in alike:
+            words = [
+                [f"{short[key]}={rates.word(value)}" for key, value in settings[each.name].items()] for each in same
+            ]
+            said = [", ".join(each) for each in words]
+            with_rate = [f"{one}, {each.row['learning_rate']:g}" for one, each in zip(said, same, strict=True)]
+            for each, own, one, rated in zip(same, words, said, with_rate, strict=True):
+                if said.count(one) > 1:
+                    alone = with_rate.count(rated) == said.count(one)  # the rate tells none of them apart
+                    own += [] if alone else [f"learning_rate={each.row['learning_rate']:g}"]
+                    own += [each.id] if with_rate.count(rated) > 1 else []
+                told[each.name] = ", ".join(own) or NONE
+    return told
+
+
+def _short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return keys without their groups where that leaves no two the same and says what is meant."""
+    short = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
+    several = Counter(short.values())
+    return {key: key if several[word] > 1 or word == "seed" else word for key, word in short.items()}
 
 
 @dataclass
@@ -499,7 +600,7 @@ def point_order(point: str) -> tuple[int, float]:
 
 _SAME = (
     *("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning"),
-    *("conditions", "precision", "group"),
+    *("conditions", "differs", "usual", "precision", "group"),
 )
 _WHOLE = ("adapter_dense", "head_parameters")
 _AVERAGED = (
@@ -526,6 +627,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             seeds=("seed", lambda seeds: " ".join(str(seed) for seed in sorted(set(seeds)))),
             test_mean=("test", "mean"),
             test_std=("test", "std"),
+            validation_mean=("validation", "mean"),
             **{name: (name, "mean") for name in _AVERAGED},
             **{name: (name, _shared) for name in rest},
             calibrations_reused=("calibration_reused", "sum"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -234,6 +235,18 @@ def _lines(lines: Mapping[str, str | Text]) -> Table:
     return drawn
 
 
+def next_commands(run: str, *, modality: str, method: str, example: str | None = None) -> list[str]:
+    """Return the commands that take a finished run, as they are typed: predict and export.
+
+    run: its path. example: a file to predict, where there is one.
+    """
+    inputs = shlex.quote(example) if example else "IMAGE …" if modality == "image" else "TEXT …"
+    return [
+        f"partial-lora predict {shlex.quote(run)} {inputs}",
+        f"partial-lora export {shlex.quote(run)} --to {'compact' if method in MASKED else 'peft'}",
+    ]
+
+
 def percent(mean: float, std: float = math.nan) -> str:
     """Return a share as a percentage, with its standard deviation over seeds where there is one."""
     return f"{mean:.2%}".rstrip("%") + ("" if math.isnan(std) else f" ± {100 * std:.2f}")
@@ -249,3 +262,11 @@ def measured(metric: str, mean: float, std: float = math.nan) -> str:
 def cell(value: float, form: str) -> str:
     """Return a number in a format, "–" for one that does not apply."""
     return NONE if math.isnan(value) else format(value, form)
+
+
+def size_text(size: float) -> str:
+    """Return a number of parameters in a few letters."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{size / unit:.3g} {letter}"
+    return f"{size:.0f}"

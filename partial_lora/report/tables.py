@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,26 +26,49 @@ from tabulate import tabulate
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import SPREADS
-from partial_lora.report.records import COSTS, NONE, Folder, Predictions, Run, distinct, folders, group, paired
-from partial_lora.report.statistics import MARGIN, compare, reliability
-from partial_lora.report.summary import cell, measured, percent
-from partial_lora.tasks.metrics import SHARES
+from partial_lora.report.records import (
+    COSTS,
+    NONE,
+    PLACE,
+    Folder,
+    LeftOut,
+    Predictions,
+    Run,
+    distinct,
+    folders,
+    group,
+    paired,
+    told_apart,
+)
+from partial_lora.report.statistics import (
+    MARGIN,
+    Estimate,
+    compare,
+    holm,
+    judge,
+    over_examples,
+    reliability,
+    significance,
+)
+from partial_lora.report.summary import cell, measured, percent, size_text
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _UNTUNED = (
     "Untuned: one learning rate for every method and no search over it, so a difference between two methods may be "
     "one of how well the rate suits them."
 )
 _BEST = (
-    "Bold: better than every other of its task, model, operating point and conditions, by the 95 % interval of a "
-    "paired bootstrap over test examples and seeds; without predictions nothing is marked."
+    "Bold: better than every other of its task, model, operating point and conditions, by a paired 95 % interval over "
+    "test examples and seeds; without predictions nothing is marked."
 )
-_CONDITIONS = (
-    "Conditions stand for all settings outside method, importance, calibration, mask, learning rate and seed: rows of "
-    "other conditions were trained otherwise, and are not compared."
+_DIFFERS = (
+    "Differs in: the settings of rows that would read alike otherwise, and those that are not as for most rows of the "
+    "task and model. Rows that differ in more than method, importance, calibration, mask, learning rate and seed were "
+    "trained under other conditions, and are not compared."
 )
-_WORDS = {"task", "model", "method", "operating point", "metric", "tuning", "precision", "conditions", "id"}
-_WORDS |= {"against", "verdict"}
-_NOT_ON_SCREEN = {"head parameters", "sparsity", "learning rate", "tuning", "conditions"}
+WORDS = {"task", "model", "method", "operating point", "differs in", "metric", "tuning", "precision", "id"}
+WORDS |= {"against", "verdict", "form", "best rate", "class"}
+_ON_SCREEN = ("method", "operating point", "n", "trainable", "of dense")  # beside the score
 
 
 # The table of all runs
@@ -54,14 +79,14 @@ def write(
     results_dir: Path,
     *,
     command: str,
-    problems: Sequence[str] = (),
+    left_out: Sequence[LeftOut] = (),
     by: Sequence[str] = (),
     spread: str = "std",
     marked: Collection[int] = (),
 ) -> list[Path]:
     """Write the table of runs as results_dir/report/table.md, .csv and .tex; gives the files.
 
-    Each begins with the command that made it. `problems`, what was left out, ends the Markdown. The CSV holds numbers
+    Each begins with the command that made it. What was left out ends the Markdown. The CSV holds numbers
     as they were measured, the others what is read. by: as in `records.group`. spread: what follows ±, "std" or
     "interval". marked: the best rows, of `statistics.best`. Raises PartialLoraError where no run has finished.
     """
@@ -72,8 +97,8 @@ def write(
     command, above = " ".join(command.split()), origin(frame)
     shown = readable(table, by=by, spread=spread, marked=marked)
     parts = [f"    {command}", above, tabulated(shown, "pipe", by), *notes(table, by=by, spread=spread, marked=marked)]
-    if problems:
-        parts.append("Left out:\n\n" + "\n".join(f"- {problem}" for problem in problems))
+    if lines := said_of(left_out):
+        parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in lines))
     latex = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", tabulated(shown, "latex_booktabs", by))
     latex = latex.replace("±", r"$\pm$").replace(NONE, "--")
     best = table.assign(best=table.index.isin(list(marked)))
@@ -85,6 +110,20 @@ def write(
             "table.tex": f"% {command}\n% {above}\n{latex}\n",
         },
     )
+
+
+def said_of(left_out: Sequence[LeftOut]) -> list[str]:
+    """Return what was left out in lines: each broken record, and in one line the runs that have not finished."""
+    unfinished = [each for each in left_out if not each.is_broken]
+    lines = [str(each) for each in left_out if each.is_broken]
+    if unfinished:
+        counts = Counter(each.why.partition(":")[0].partition(",")[0] for each in unfinished)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        one = len(unfinished) == 1
+        lines.append(
+            f"{len(unfinished)} {'run has' if one else 'runs have'} not finished ({kinds}), such as {unfinished[0]}"
+        )
+    return lines
 
 
 def _written(results_dir: Path, files: Mapping[str, str]) -> list[Path]:
@@ -102,7 +141,7 @@ def notes(
     below = {
         SPREADS[spread]: (table["n"] > 1).any(),
         _BEST: marked,
-        _CONDITIONS: not by and _conditions_differ(table),
+        _DIFFERS: not by and _is_told(table),
         _UNTUNED: (table["tuning"] == "untuned").any(),
         "Calibrations that an earlier run had already paid for do not enter the seconds of calibrating.": (
             table["calibrations_reused"] > 0
@@ -113,7 +152,7 @@ def notes(
 
 def tabulated(shown: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
     """Return a table as it is read in one of tabulate's formats, words to the left and numbers to the right."""
-    align = ["left" if name in _WORDS or name in by else "right" for name in shown.columns]
+    align = ["left" if name in WORDS or name in by else "right" for name in shown.columns]
     return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
 
 
@@ -141,9 +180,10 @@ def readable(
         percent(mean, half) if in_percent else measured(metric, mean, half)
         for metric, mean, half in zip(table["metric"], table["test_mean"], spreads, strict=True)
     ]
-    identity = ["task", "model", "method", "operating_point", "learning_rate"]
+    identity = ["task", "model", "method", "operating_point"]
     columns = {
-        **{name if by else name.replace("_", " "): table[name].astype(str) for name in by or identity[:-1]},
+        **{name if by else name.replace("_", " "): table[name].astype(str) for name in by or identity},
+        "differs in": table["differs"] if not by and _is_told(table) else None,
         "metric": table["metric"] if several else None,
         "n": table["n"].astype(str),
         f"{of_test} (%)" if in_percent else of_test: [
@@ -163,18 +203,16 @@ def readable(
         "learning rate": _cells(table["learning_rate"], "g"),
         "tuning": table["tuning"],
         "precision": table["precision"] if table["precision"].nunique() > 1 else None,
-        "conditions": table["conditions"] if not by and _conditions_differ(table) else None,
-        # Rows that look alike differ in a setting without a column: only the run id tells them apart.
-        "id": table["id"] if not by and table.duplicated(identity).any() else None,
+        "id": table["id"] if not by and _is_told(table) else None,
     }
     of_key = {"learning rate": "learning_rate"}
     shown = {name: cells for name, cells in columns.items() if cells is not None and of_key.get(name) not in by}
     return pd.DataFrame(shown)
 
 
-def _conditions_differ(table: pd.DataFrame) -> bool:
-    """Return True where runs of one task and model were trained under several conditions."""
-    return bool((table.groupby(["task", "model"])["conditions"].nunique() > 1).any())
+def _is_told(table: pd.DataFrame) -> bool:
+    """Return True where rows are told apart by more than method and operating point."""
+    return bool((table["differs"] != NONE).any())
 
 
 def _cells(values: pd.Series, form: str) -> list[str]:
@@ -182,30 +220,95 @@ def _cells(values: pd.Series, form: str) -> list[str]:
 
 
 def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std") -> Group:
-    """Return the tables of runs for a terminal of 100 columns: one for each task and model, the main columns."""
-    shown = readable(group(frame, by), by=by, spread=spread)
-    parts = {"all runs": shown}
-    if not by:
-        parts = {", ".join(key): part for key, part in shown.groupby(["task", "model"], sort=False)}
-    left_out = _NOT_ON_SCREEN if by else _NOT_ON_SCREEN | {"task", "model"}
-    names = [
-        name
-        for name in shown.columns
-        if name in by or not (name in left_out or name.endswith("(s)") or (shown[name] == NONE).all())
-    ]
+    """Return the tables of runs for a terminal of 80 columns: one for each task, model and metric, the main columns."""
+    table = group(frame, by)
+    parts = [("all runs", table)] if by else [(", ".join(key[:2]), part) for key, part in places(table)]
     tables = []
-    for title, part in parts.items():
-        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in names:
-            # Without a break, its heading apart: rich would cut the last column off a terminal that is too narrow.
-            whole = name.startswith("test") or name in ("operating point", "id")
-            justify = "left" if name in _WORDS or name in by else "right"
-            heading = name.replace(" ", "\n") if whole else name
-            drawn.add_column(heading, justify=justify, overflow="fold", no_wrap=whole)
-        for cells in part[names].itertuples(index=False, name=None):
-            drawn.add_row(*cells)
-        tables.append(drawn)
+    for title, part in parts:
+        shown = readable(part, by=by, spread=spread)
+        shown = shown.rename(columns={"share of dense": "of dense"})
+        shown["trainable"] = [NONE if math.isnan(size) else size_text(size) for size in part["adapter_parameters"]]
+        if "differs in" in shown:  # below the method, for there is no room beside it
+            told = shown["differs in"].map(lambda each: "" if each == NONE else f"\n{_indented(each)}")
+            shown["method"] = shown["method"] + told
+        names = [name for name in (*by, *_ON_SCREEN) if name in shown and (shown[name] != NONE).any()]
+        names.insert(names.index("n") + 1, next(name for name in shown if name.startswith("test")))
+        tables.append(drawn(title, shown[names]))
     return Group(*tables)
+
+
+def _indented(words: str) -> str:
+    return textwrap.fill(words, 24, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def places(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """Return the rows of a grouped table by task, model and metric, in their order."""
+    return list(table.groupby([*PLACE, "metric"], sort=False))
+
+
+def drawn(title: str, shown: pd.DataFrame) -> Table:
+    """Return a table of words as a terminal shows it: words are folded where there is no room, numbers are not."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in shown.columns:
+        # Without a break, its heading apart: rich would cut the last column off a terminal that is too narrow.
+        folds = name in ("method", "form")
+        heading = name if folds else name.replace(" ", "\n")
+        table.add_column(heading, justify="left" if name in WORDS else "right", overflow="fold", no_wrap=not folds)
+    for cells in shown.itertuples(index=False, name=None):
+        table.add_row(*map(str, cells))
+    return table
+
+
+# The answer: the best of every method
+
+
+def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of every method at its best, by task, model and metric, the highest test score first.
+
+    table: of `records.group`. Rows under other conditions than most are left out. Of a method's rows those with the
+    most seeds compete, and the best on validation is taken (on test where nothing was validated): what is best on test
+    by chance is not.
+    """
+    chosen = []
+    for (_, _, metric), part in places(table[table["usual"]]):
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        best = []
+        for _, own in part.groupby("method", sort=False):
+            most = own[own["n"] == own["n"].max()]
+            best.append((sign * most["validation_mean"].fillna(most["test_mean"])).idxmax())
+        chosen += (sign * part.loc[best, "test_mean"]).sort_values(ascending=False, kind="stable").index.to_list()
+    return table.loc[chosen]
+
+
+def smallest_within(part: pd.DataFrame, best: pd.Series) -> pd.Series | None:
+    """Return the smallest row of a task that is less than a point below the best one, over as many seeds or more.
+
+    None where no smaller one is, and for a metric that has no points.
+    """
+    if best["metric"] not in SHARES:
+        return None
+    near = part[part["usual"] & (part["test_mean"] > best["test_mean"] - MARGIN) & (part["n"] >= best["n"])]
+    smallest = near.loc[near["adapter_parameters"].idxmin()]
+    return smallest if smallest["adapter_parameters"] < best["adapter_parameters"] else None
+
+
+def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, str] | None:
+    """Return the ends of the 95 % interval of a row's test score, and what it is over; None where none is known.
+
+    Of several seeds it is over these, by Student's t, and no wider than a share can be; of a single one over the test
+    examples that it predicted.
+    """
+    mean, half, metric = row["test_mean"], row["test_half"], row["metric"]
+    if not math.isnan(half):
+        ends = mean - half, mean + half
+        low, high = (min(max(end, 0.0), 1.0) for end in ends) if metric in SHARES else ends
+        return low, high, "seeds"
+    try:
+        (frame,) = predictions.of(row["group"], map(int, row["seeds"].split()), metric).values()
+        ends = over_examples(frame, metric)
+    except (PartialLoraError, ValueError, KeyError):
+        return None
+    return None if ends is None else (*ends, "examples")
 
 
 # Methods beside a reference: differences with intervals, and what each costs
@@ -244,7 +347,8 @@ def differences(runs: Sequence[Run], predictions: Predictions, reference: str = 
     every = folders(runs)
     pairing = paired(every, reference)
     problems: dict[str, list[str]] = {}
-    rows = [_row(*pair) for pair in pairing.pairs]
+    told = told_apart(every)
+    rows = [_row(*pair, told) for pair in pairing.pairs]
     predicted = any(predictions.exist(each.name, each.seeds) for each in every)
     if predicted:
         with ThreadPoolExecutor() as pool:  # most of it is drawing random numbers, which numpy does side by side
@@ -261,7 +365,18 @@ def differences(runs: Sequence[Run], predictions: Predictions, reference: str = 
     elif not predicted:
         pairing.remarks.append("none of these runs has kept its predictions")
     remarks = tuple(pairing.remarks) if len(every) > 1 else ()
-    return Differences(pd.DataFrame(rows), _lines(problems), _lines(pairing.apart), remarks)
+    return Differences(_together(pd.DataFrame(rows)), _lines(problems), _lines(pairing.apart), remarks)
+
+
+def _together(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with what is left of each verdict among all of them, by Holm's correction."""
+    if "difference" not in rows:
+        return rows
+    own = rows[rows["difference"].notna()]
+    found = [(Estimate(row.difference, row.error, row.freedom), row.metric, int(row.pairs)) for row in own.itertuples()]
+    levels = holm([significance(*each) for each in found])
+    judged = [judge(*each, level) for each, level in zip(found, levels, strict=True)]
+    return rows.assign(together=pd.Series(judged, own.index, dtype=object))
 
 
 def _lines(reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -281,18 +396,21 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
         return " ".join(str(error).split())
     return {
         **{name: getattr(comparison, name) for name in ("difference", "low", "high", "verdict", "reason")},
+        **{name: getattr(comparison, name) for name in ("bootstrap_low", "bootstrap_high")},
+        **{name: getattr(comparison.estimate, name) for name in ("error", "freedom")},
         "pairs": comparison.seeds,
         "examples": comparison.examples,
     }
 
 
-def _row(folder: Folder, base: Folder) -> dict:
+def _row(folder: Folder, base: Folder, told: Mapping[str, str]) -> dict:
     tests = [run.row["test"] for run in folder.runs]
     averaged = ("adapter_parameters", "share_of_dense", *COSTS)
     return {
         **{name: folder.row[name] for name in ("task", "model")},
         "operating_point": base.row["operating_point"],
         **{name: folder.row[name] for name in ("method", "metric")},
+        "differs": told[folder.name],
         "n": len(tests),
         "test_mean": _mean(tests),
         "test_std": stdev(tests) if len(tests) > 1 else np.nan,
@@ -301,6 +419,7 @@ def _row(folder: Folder, base: Folder) -> dict:
         **{name: folder.row[name] for name in ("learning_rate", "tuning")},
         "group": folder.name,
         "reference": base.name,
+        "reference_differs": told[base.name],
     }
 
 
@@ -337,10 +456,12 @@ def notes_of_differences(compared: Differences, reference: str = "partial") -> l
     of_reference = rows["reference"].map(rows.set_index("group")["n"].groupby(level=0).first())
     below = {
         f"Differences are from {reference} at the same operating point and under the same conditions, over the test "
-        "examples and seeds of both, with 95 % intervals of a paired bootstrap over examples and seeds (of shares in "
-        f"points). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-        "below zero, and not above that; undecided: else. Reliability is of the calibrated sparsities: how far those "
-        "of different seeds correlate, or those of two halves of a draw (Spearman–Brown).": True,
+        "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
+        f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
+        "below zero, and not above that; undecided: else. among: what is left of a verdict among all of this table, by "
+        "Holm's correction. bootstrap: the interval of examples and seeds that are drawn again. Reliability is of the "
+        "calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
+        "(Spearman–Brown).": True,
         "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three.": (
             pairs < rows.loc[pairs.index, "n"]
         ).any(),
@@ -350,6 +471,8 @@ def notes_of_differences(compared: Differences, reference: str = "partial") -> l
         "A difference over one seed has an interval over examples alone: how much seeds vary is not in it.": (
             pairs < 2
         ).any(),
+        "Against: what the reference differs in, of which there are several at that operating point; – is the one with "
+        "the usual settings.": (rows.groupby([*PLACE, "operating_point"])["reference"].nunique() > 1).any(),
         "Where the tuning differs, part of a difference may be how well the learning rate suits.": (
             rows.groupby("reference")["tuning"].nunique() > 1
         ).any(),
@@ -361,19 +484,20 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a comparison as it is read: words and rounded numbers."""
     at_point = ["task", "model", "operating_point"]
     several = (rows.groupby(at_point)["reference"].nunique() > 1).any()
-    ids, references = (rows[name].str.rpartition("-")[2] for name in ("group", "reference"))
+    told = (rows["differs"] != NONE).any()
     columns = {
         **{name.replace("_", " "): rows[name] for name in (*at_point, "method")},
-        # Rows that look alike differ in a setting without a column: only the run id tells them apart.
-        "id": ids if several or rows.duplicated([*at_point, "reference", "method"]).any() else None,
-        "against": references if several else None,
+        "differs in": rows["differs"] if told else None,
+        "against": rows["reference_differs"] if several else None,
         "n": [
             str(n) if math.isnan(pairs) or pairs == n else f"{pairs:.0f} of {n}"
             for n, pairs in zip(rows["n"], rows["pairs"], strict=True)
         ],
         "test": [measured(*each) for each in zip(rows["metric"], rows["test_mean"], rows["test_std"], strict=True)],
         "difference [95 %]": [_interval(row) for row in rows.itertuples()],
+        "bootstrap": [_ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
+        f"among {(rows['pairs'] > 1).sum()}": rows["together"].fillna(NONE),
         "adapter parameters": _cells(rows["adapter_parameters"], ",.0f"),
         "of dense": _cells(rows["share_of_dense"], ".1%"),
         "adapter file (KB)": _cells(rows["adapter_bytes"] / 1e3, ",.0f"),
@@ -383,15 +507,31 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
         "learning rate": _cells(rows["learning_rate"], "g"),
         "tuning": rows["tuning"],
         "reliability": _cells(rows["reliability"], ".2f"),
+        "id": rows["group"].str.rpartition("-")[2] if told else None,
     }
     return pd.DataFrame({name: cells for name, cells in columns.items() if cells is not None})
+
+
+def difference_in_words(row: tuple) -> str:
+    """Return the difference of a row of `differences` with its verdict, in the metric's own unit or in points."""
+    difference = _interval(row).partition(" ")[0]
+    return difference if difference == NONE else f"{difference}, {_verdict(row)}"
 
 
 def _interval(row: tuple) -> str:
     if math.isnan(row.difference):
         return NONE
-    scale, form = (100, "+.2f") if row.metric in SHARES else (1, "+.4f")
-    return f"{scale * row.difference:{form}} [{scale * row.low:{form}}, {scale * row.high:{form}}]"
+    scale, form = _in_units(row.metric)
+    return f"{scale * row.difference:{form}} {_ends(row.metric, row.low, row.high)}"
+
+
+def _ends(metric: str, low: float, high: float) -> str:
+    scale, form = _in_units(metric)
+    return "" if math.isnan(low) else f"[{scale * low:{form}}, {scale * high:{form}}]"
+
+
+def _in_units(metric: str) -> tuple[float, str]:
+    return (100, "+.2f") if metric in SHARES else (1, "+.4f")
 
 
 def _verdict(row: tuple) -> str:

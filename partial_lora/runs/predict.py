@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import datasets
 import numpy as np
@@ -91,10 +92,10 @@ class Predictor:
         task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
         self.modality, self.kind = task.modality, task.kind
         self._pairs = len(task.text_columns) == 2
-        self._writing = {"stop": task.stop, "max_new_tokens": max_new_tokens or task.max_new_tokens}
+        self._writing: dict[str, Any] = {"stop": task.stop, "max_new_tokens": max_new_tokens or task.max_new_tokens}
         self._layout = task.format
         self._batch_size = run.config.trainer.eval_batch_size
-        self._transform = build.transform_of(run.config.model, task)
+        self._transform: Any = build.transform_of(run.config.model, task)  # what it can do goes by the kind of task
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
@@ -159,7 +160,7 @@ class Predictor:
         if self.kind == "choice":
             size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
             scores = likelihoods(encoded, self._model.logits, self._transform, size)
-            return [_outcome(*each, options) for *each, (_, options) in zip(words, scores, inputs, strict=True)]
+            return [_outcome(*each) for each in zip(words, scores, (options for _, options in inputs), strict=True)]
         is_text = self.modality == "text"
         batch = self._transform.encode(encoded) if is_text else {"pixel_values": torch.cat(encoded)}
         logits = self._model.logits(batch)
@@ -249,7 +250,7 @@ _FEATURES = datasets.Features(
 Rows = list[dict]  # one an option, as `CausalTransform.options` makes them
 
 
-def is_question(content: object) -> bool:
+def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
     """Return whether something is a prompt and a list of options."""
     if not isinstance(content, (tuple, list)) or len(content) != 2:
         return False

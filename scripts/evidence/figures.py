@@ -44,11 +44,11 @@ from partial_lora.report.drawing import (
     plain,
     save,
     scored,
-    size_text,
     sized,
 )
 from partial_lora.report.figures import MOST, band
 from partial_lora.report.records import NONE, Run, grid, half_interval
+from partial_lora.report.summary import size_text
 from partial_lora.tasks.metrics import SHARES
 
 PLACE = ["task", "model", "metric"]

@@ -253,6 +253,7 @@ def test_every_method_has_a_marker_of_its_own():
     entries = {method: look(f"{method} (element)", "–") for method in drawing._LOOKS}
     assert len({each.marker for each in (*looks.values(), *entries.values())}) == 2 * len(looks)
     assert all(entries[method].color == looks[method].color for method in looks)
+    assert len({look(f"partial {masks}", "–").marker for masks in ("(element)", "(frozen)", "(units)")}) == 3
     assert look("a_method_of_ones_own", "–").marker in drawing.MARKERS
     threshold, budget = look("partial", "threshold 0.9"), look("partial", "budget 0.13")
     assert threshold.filled != budget.filled
@@ -271,7 +272,8 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
     assert "5 of 11 calibrations" in figures.sparsity(runs).cut
     assert figures.pareto(table.head(3)).cut == ""
     most = figures._MOST_ROWS
-    rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=[f"runs/{number:02}" for number in range(most + 2)])
+    numbers = [f"runs/{number:02}" for number in range(most + 2)]
+    rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
     (axes,) = figures.methods(records.group(rows), rows).figure.axes
     assert axes.get_title(loc="left").endswith(f"({most} of {most + 2})")
     assert len(set(words(axes.get_yticklabels()))) == most
@@ -346,7 +348,7 @@ def compared(**differences):
         low=rows["difference"] - 0.01, high=rows["difference"] + 0.01, verdict="worse", metric="accuracy"
     )
     at = {"task": "digits", "model": "vit", "operating_point": "threshold 0.9", "reference": "runs/partial-0"}
-    return rows.assign(**at, group="runs/" + rows["method"] + "-0")
+    return rows.assign(**at, group="runs/" + rows["method"] + "-0", differs="–", reference_differs="–")
 
 
 def test_differences_are_those_of_the_comparison():

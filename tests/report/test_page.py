@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import datasets
 import finished_runs
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.report import page, records
+from partial_lora.report.summary import measured
 from partial_lora.runs.config import plain
 from partial_lora.runs.directory import EXAMPLE, PICTURE, is_drawn
 
@@ -62,7 +64,7 @@ def reported(tmp_path_factory):
     place(folder, record("uniform", 1.0, budget=0.13))
     place(folder, record("probe", 0.08, model="<b>&amp;"))
     place(folder, record("probe", seed=5, status="failed", error="<script>alert(1)</script>"))
-    assert cli.report([str(folder)]) == 1
+    assert cli.report([str(folder)]) == 0
     return folder / "report" / "index.html"
 
 
@@ -81,16 +83,16 @@ def test_the_same_records_give_the_same_bytes(reported):
         return {file: file.read_bytes() for file in reported.parent.rglob("*") if file.is_file()}
 
     before = content()
-    assert cli.report([str(reported.parents[1])]) == 1
+    assert cli.report([str(reported.parents[1])]) == 0
     assert content() == before
 
 
 def test_nothing_is_fetched(text, elements):
     for tag, attributes in elements.every:
-        for name in ("src", "href", "srcset", "action"):
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, name, value)
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text.replace("base64", ""))
+    assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest|import\(", text.replace("base64", ""))
 
 
 def test_words_of_records_are_no_markup(text):
@@ -99,9 +101,22 @@ def test_words_of_records_are_no_markup(text):
     assert "&lt;b&gt;&amp;amp;" in text
 
 
+def test_a_page_opens_with_the_best_of_each_method_and_a_link_leads_to_its_runs(text, elements):
+    names = [re.search(rf'<h2 id="of-tab-{number}">(.*?)</h2>', text)[1] for number in range(3)]
+    assert names == ["All tasks", "digits · &lt;b&gt;&amp;amp;", "digits · vit"]
+    assert [each["href"] for each in elements.all("a") if each["href"].startswith("#tab")][:3] == [
+        "#tab-0", "#tab-1", "#tab-2"
+    ]  # fmt: skip
+    first = text[text.index('id="tab-2"') :].split("</table>")[0]
+    run = re.search(r'<td class="words"><a href="#(run-\d)">partial</a><small>threshold 0.9</small></td>', first)[1]
+    assert f'<details id="{run}">' in text
+    assert "88.52 to 93.48" in first  # of three seeds, by Student's t
+    assert first.count("<svg") == 1  # the only method with more than one seed and no predictions
+
+
 def test_every_folder_has_a_section_with_all_there_is_to_say(text, elements):
     sections = [each["id"] for each in elements.all("details") if each.get("id", "").startswith("run-")]
-    assert sections == [f"run-{number}" for number in range(1, 5)]
+    assert sorted(sections) == [f"run-{number}" for number in range(1, 5)]
     for part in ("91.00 ± 1.00 %", "70.00 % of the dense adapter", "few-shot score", "calibration.budget"):
         assert part in text
     assert text.count('role="img"') == 4  # two lines each of two methods that logged any
@@ -139,7 +154,7 @@ def test_seeds_of_a_folder_share_a_section_whose_numbers_are_means(tmp_path):
     assert alone["facts"]["adapter, trainable"] == "600 (60.00 % of the dense adapter)"
 
 
-def test_a_run_leaves_a_page_with_its_own_test_images():
+def test_a_run_leaves_a_page_with_its_score_its_classes_and_its_own_test_images():
     run = finished_runs.image_run()
 
     def pictures():
@@ -153,6 +168,11 @@ def test_a_run_leaves_a_page_with_its_own_test_images():
     assert count == page.EXAMPLES
     assert "Calibration curves" in text
     assert "every level of every module passes" in text  # what its calibration warns of
+    score = measured("accuracy", run.result["metrics"]["test"]["accuracy"])
+    assert text.index(score) < text.index("partial-lora predict ") < text.index("Each class")
+    matrix = text[text.index('class="map confusion"') :].split("</table>")[0]
+    frame = pd.read_parquet(run.directory / "predictions.parquet")
+    assert sum(map(int, re.findall(r">(\d+)</td>", matrix))) == len(frame)
     (first, *_) = datasets.load_dataset("parquet", data_files=finished_runs.picture_files(), split="test")["image"]
     with Image.open(run.directory / EXAMPLE) as example:
         assert example.tobytes() == first.convert("RGB").tobytes()
@@ -179,7 +199,7 @@ def test_a_run_without_a_calibration_leaves_a_page_and_a_page_that_cannot_be_mad
 
 
 def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     for seed, accuracy in enumerate((0.98, 0.985, 0.9925)):
         place(tmp_path, record(test=accuracy, seed=seed))
     place(tmp_path, record("lora", task="cifar10"))
@@ -192,10 +212,17 @@ def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys,
     assert rows[0][:3] == ["calibration.budget", "n", "test accuracy (%)"]
     assert [row[:2] for row in rows[2:]] == [["0.13", "1"], ["–", "3"]]
     assert rows[3][2].startswith("98.58 ± 1.5")
-    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote"))
-    place(tmp_path, record(seed=9, status="failed", error="no space left"))
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote"))
+    for seed in (8, 9):
+        place(tmp_path, record(seed=seed, status="failed", error="no space left"))
+    assert cli.report([str(tmp_path)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 failed" in line
+    assert "seed8/result.json: failed: no space left" in line
+    broken = place(tmp_path, record(seed=10)) / "result.json"
+    broken.write_text("{")
     assert cli.report([str(tmp_path)]) == 1
-    assert "seed9/result.json: failed: no space left" in capsys.readouterr().err
+    assert "seed10/result.json" in capsys.readouterr().err
 
 
 def test_what_could_not_be_compared_or_drawn_is_named_and_ends_nothing(tmp_path, capsys):
@@ -231,7 +258,11 @@ def test_a_report_needs_no_torch():
 
 SORTS = """<script>
 addEventListener("load", () => {
-const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
+const shown = () => [...document.querySelectorAll(".tab")].filter((tab) => tab.offsetParent).map((tab) => tab.id);
+const tabs = [shown()];
+location.hash = "#tab-2";
+tabs.push(shown());
+const table = document.querySelector("#tab-2 table.sortable"), heads = [...table.tHead.rows[0].cells];
 const at = heads.findIndex((head) => head.textContent.startsWith("test"));
 const column = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent).join("|");
 heads[at].querySelector("button").focus();
@@ -239,10 +270,12 @@ heads[at].querySelector("button").click();
 const rising = column();
 heads[at].querySelector("button").click();
 const focused = document.activeElement === heads[at].querySelector("button");
+const link = table.querySelector("a");
+link.click();
 document.querySelectorAll("details").forEach((each) => { each.open = true; });
 const fits = document.documentElement.scrollWidth <= innerWidth;
 const order = heads[at].getAttribute("aria-sort");
-parent.document.body.dataset.seen = [rising, column(), order, focused, fits].join(";");
+parent.document.body.dataset.seen = [rising, column(), order, focused, fits, tabs.join("|")].join(";");
 });
 </script>"""
 FRAME = '<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{}px;height:900px">'
@@ -266,10 +299,11 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(te
         for option in ("--dump-dom", f"--screenshot={shot}")
     )
     assert "CONSOLE" not in done.stderr, done.stderr
-    rising, falling, order, focused, fits = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
-    assert rising.split("|") == ["8.00", "30.00", "91.00 ± 1.00", "100.00"]
+    rising, falling, order, focused, fits, tabs = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
+    assert rising.split("|") == ["30.00", "91.00", "100.00"]
     assert falling.split("|") == rising.split("|")[::-1]
     assert (order, focused, fits) == ("descending", "true", "true")
+    assert tabs.split("|") == ["tab-0", "tab-2"]  # one at a time: the first, and what the address names
     from PIL import Image
 
     with Image.open(shot) as image:

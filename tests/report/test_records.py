@@ -93,9 +93,10 @@ def test_a_record_of_no_finished_run_is_left_out_and_its_field_is_named(tmp_path
         file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     runs, (problem,) = records.read(tmp_path)
     assert [run.row["seed"] for run in runs] == [0]
-    assert problem.startswith("runs/digits/vit/partial-0/seed3/result.json: ")
-    assert names in problem.partition(": ")[2]
-    assert "\n" not in problem
+    assert problem.path == "runs/digits/vit/partial-0/seed3/result.json"
+    assert names in problem.why
+    assert "\n" not in str(problem)
+    assert problem.is_broken == (names not in ("missing", "failed: CUDA out of memory", "calibrated only"))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
@@ -205,7 +206,8 @@ def test_up_to_three_references_are_each_compared_with(tmp_path):
     assert comparison.uncompared == ()
     assert comparison.rows.groupby("reference").size().tolist() == [4, 4, 4]
     shown = tables.readable_differences(comparison.rows)
-    assert (shown["id"] == shown["against"]).sum() == shown["verdict"].tolist().count("reference") == 3
+    assert (shown["differs in"] == shown["against"]).sum() == shown["verdict"].tolist().count("reference") == 3
+    assert set(shown["against"]) == {f"learning_rate={rate}" for rate in (0.1, 0.2, 0.3)}
     leave(tmp_path, "partial", wrong=20, trainer__learning_rate=0.4)
     comparison = compared(tmp_path)
     assert comparison.rows.empty

@@ -11,7 +11,7 @@ from recorded_runs import leave, place, record, rows_of
 from rich.console import Console
 
 from partial_lora.report import records, tables
-from partial_lora.report.records import Predictions
+from partial_lora.report.records import LeftOut, Predictions
 from partial_lora.runs.directory import PREDICTIONS, RESULT
 
 
@@ -19,13 +19,32 @@ def shown_of(results_dir, **options):
     return tables.readable(records.group(rows_of(results_dir)), **options)
 
 
-def test_rows_that_look_alike_have_their_ids(tmp_path):
-    for seed, accuracy in enumerate([0.98, 0.985, 0.9925]):
-        place(tmp_path, record(test=accuracy, seed=seed), id="0a1b2c3d")
-    place(tmp_path, record(test=0.5), id="ffffffff")
+def test_rows_that_would_read_alike_say_what_they_differ_in(tmp_path):
+    plain = [place(tmp_path, record(test=test, seed=seed)) for seed, test in enumerate((0.98, 0.985, 0.9925))]
+    changes = [
+        {"method__rank": 64, "method__alpha": 64.0},
+        {"task__label_noise": 0.4},
+        {"mask__seed": 3},
+        {"importance__name": "imp"},
+    ]
+    for number, change in enumerate(changes):
+        place(tmp_path, record(test=0.9 - 0.1 * number, **change))
+    place(tmp_path, record("lora", task__label_noise=0.4))
+    for rate in (0.002, 0.003):
+        place(tmp_path, record("targeted", trainer__learning_rate=rate))
+    for id in ("1111aaaa", "2222bbbb"):
+        place(tmp_path, record("dora"), id=id)
     shown = shown_of(tmp_path)
-    assert shown["test accuracy (%)"].tolist() == ["98.58 ± 0.63", "50.00"]
-    assert shown["id"].tolist() == ["0a1b2c3d", "ffffffff"]
+    told = dict(zip(shown["test accuracy (%)"], shown["differs in"], strict=True))
+    assert told["98.58 ± 0.63"] == "–"
+    assert [told[score] for score in ("90.00", "80.00", "70.00", "60.00")] == [
+        "alpha=64, rank=64", "label_noise=0.4", "mask.seed=3", "importance=imp"
+    ]  # fmt: skip
+    by_method = shown.groupby("method")["differs in"].agg(set)
+    assert by_method["lora"] == {"label_noise=0.4"}  # alone of its method, and not as most rows are
+    assert by_method["targeted"] == {"learning_rate=0.002", "learning_rate=0.003"}  # nothing else tells them apart
+    assert by_method["dora"] == {"1111aaaa", "2222bbbb"}  # nor does anything else these
+    assert plain[0].parent.name.endswith(shown["id"][shown["differs in"] == "–"].iloc[0])
 
 
 def test_rows_are_in_order_of_task_model_point_method(tmp_path):
@@ -46,7 +65,7 @@ def test_rows_are_in_order_of_task_model_point_method(tmp_path):
     shown = shown_of(tmp_path)
     columns = shown[["task", "model", "operating point", "method"]]
     assert list(columns.itertuples(index=False, name=None)) == expected
-    assert not {"id", "precision"} & set(shown)  # all have the same
+    assert not {"id", "differs in", "precision"} & set(shown)  # none has to be told apart
 
 
 def test_a_quantity_that_does_not_apply_is_a_dash_and_a_calibration_that_was_reused_costs_nothing(tmp_path):
@@ -72,19 +91,31 @@ def test_metrics_of_several_names_have_their_own_column_and_bytes_stand_beside_t
     assert shown["adapter (KB)"].tolist() == ["4", "81"]
 
 
+LEFT_OUT = [
+    LeftOut("a", "failed: no_space left", False),
+    LeftOut("b", "missing, the run never started", False),
+    LeftOut("broken", "why", True),
+    LeftOut("c", "failed: another reason", False),
+]
+
+
 def test_three_files_begin_with_their_command(tmp_path):
     for seed in (0, 1):
         place(tmp_path, record(test=0.98 + 0.01 * seed, seed=seed, model="vit_s14"))
     place(tmp_path, record("lora", model="vit_s14"))
     runs, _ = records.read(tmp_path)
     command = "partial-lora report \\\n  results/first"
-    files = tables.write(records.table(runs), tmp_path, command=command, problems=["one with no_space left"])
+    files = tables.write(records.table(runs), tmp_path, command=command, left_out=LEFT_OUT)
     assert [str(path.relative_to(tmp_path)) for path in files] == [
         f"report/table.{kind}" for kind in ("md", "csv", "tex")
     ]
     markdown, table, latex = (path.read_text(encoding="utf-8") for path in files)
     assert markdown.startswith("    partial-lora report \\ results/first\n")
-    for part in ("Commit: 0123456789ab. Device: cpu.", "98.50 ± 0.71", "- one with no_space left"):
+    above, left_out = (
+        "Commit: 0123456789ab. Device: cpu.",
+        "- 3 runs have not finished (2 failed, 1 missing), such as a",
+    )
+    for part in (above, left_out, "98.50 ± 0.71", "- broken: why"):
         assert part in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
@@ -110,19 +141,72 @@ def test_only_an_untuned_table_has_the_warning(tmp_path):
     assert tables.notes(records.group(rows_of(tmp_path))) == [tables._UNTUNED]
 
 
-def test_the_table_on_screen_fits_100_columns(tmp_path):
+def test_the_table_on_screen_fits_80_columns(tmp_path):
     for seed in (0, 1):
         place(tmp_path, record("random_weights", 0.98 + 0.01 * seed, seed=seed))
     place(tmp_path, record("lora", task="cifar10"))
-    for id in ("eeeeeeee", "ffffffff"):
-        place(tmp_path, record(budget=250_000, share=0.5), id=id)
-    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    for rank in (16, 128):
+        place(tmp_path, record(budget=250_000, share=0.5, method__rank=rank, mask__granularity="element"))
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
     console.print(tables.on_screen(rows_of(tmp_path)))
     text = console.file.getvalue()
-    for part in ("cifar10, vit", "digits, vit", "98.50 ± 0.71", "budget 250,000", "ffffffff"):
+    for part in ("cifar10, vit", "digits, vit", "98.50 ± 0.71", "partial (element)  ", "budget 250,000", "rank=128"):
         assert part in text
-    assert all(len(line) <= 100 for line in text.splitlines())
-    assert not [word for word in ("…", "(s)") if word in text]
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+
+
+# The answer
+
+
+def test_the_best_of_a_method_is_chosen_on_validation_among_the_rows_with_most_seeds(tmp_path):
+    def scored(validation, test, **changes):
+        each = {"validation": validation, "test": test}
+        splits = {name: {"primary": "accuracy", "accuracy": score} for name, score in each.items()}
+        return record(test=test, metrics=splits, **changes)
+
+    for seed in (0, 1):
+        place(tmp_path, scored(0.7, 0.9, seed=seed))
+        place(tmp_path, scored(0.8, 0.6, seed=seed, budget=0.13))
+        place(tmp_path, record("lora", 0.7, seed=seed))
+    place(tmp_path, scored(0.99, 0.99, budget=0.5))  # of one seed
+    place(tmp_path, record("probe", 1.0, trainer__epochs=50.0))  # under other conditions than most
+    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    assert list(zip(best["method"], best["operating_point"], strict=True)) == [
+        ("lora", "–"),
+        ("partial", "budget 0.13"),
+    ]
+    worse = record("lora", 3.0, metrics={"test": {"primary": "mse", "mse": 3.0}}, task="cars")
+    place(tmp_path, worse)
+    place(tmp_path, record("dora", metrics={"test": {"primary": "mse", "mse": 2.0}}, task="cars"))
+    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    assert best.query("task == 'cars'")["method"].tolist() == ["dora", "lora"]  # of mse less is better
+
+
+def test_the_smallest_nearly_as_good_has_as_many_seeds(tmp_path):
+    for seed in (0, 1):
+        place(tmp_path, record("lora", 0.9, seed=seed))
+        place(tmp_path, record(test=0.895, seed=seed, budget=0.5))
+        place(tmp_path, record(test=0.85, seed=seed, budget=0.13))
+    place(tmp_path, record(test=0.9, budget=0.01))
+    table = records.group(rows_of(tmp_path))
+    best = table[table["method"] == "lora"].iloc[0]
+    assert tables.smallest_within(table, best)["operating_point"] == "budget 0.5"
+    assert tables.smallest_within(table[table["method"] == "lora"], best) is None
+
+
+def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_a_share(tmp_path):
+    for seed, wrong in enumerate((0, 40)):
+        leave(tmp_path, "partial", wrong=wrong, seed=seed)
+    leave(tmp_path, "lora", wrong=20)
+    leave(tmp_path, "dora", 0.9)
+    rows = {row["method"]: row for _, row in records.group(rows_of(tmp_path)).iterrows()}
+    predictions = Predictions(tmp_path)
+    assert tables.interval(rows["partial"], predictions) == (0.0, 1.0, "seeds")
+    *ends, over = tables.interval(rows["lora"], predictions)
+    assert ends == pytest.approx([0.8506, 0.9343], abs=1e-4)  # Wilson's, of 180 in 200
+    assert over == "examples"
+    assert tables.interval(rows["dora"], predictions) is None
 
 
 # Differences
@@ -170,7 +254,7 @@ def test_each_is_compared_with_the_reference_at_its_point(results):
     (row,) = [line for line in text.splitlines() if "| uniform" in line]
     cells = [each.strip() for each in row.strip("|").split("|")]
     assert cells[6].startswith("-15.00 [-")
-    assert cells[7] == "worse"
+    assert cells[8:10] == ["worse", "worse"]
     assert {"0.75", "tuned"} <= set(cells)
     assert numbers.splitlines()[0] == "# partial-lora report x"
     assert len(numbers.splitlines()) == 2 + 6

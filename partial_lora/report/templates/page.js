@@ -1,7 +1,10 @@
 "use strict";
+const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+
+// A heading of a table sorts by its column.
 const value = (row, column) => row.cells[column].textContent.trim();
 const number = (text) => (/^[+−-]?[\d.]/.test(text) ? parseFloat(text.replace(/,/g, "").replace("−", "-")) : NaN);
-for (const table of document.querySelectorAll("table.sortable")) {
+for (const table of all("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => header.querySelector("button").addEventListener("click", () => {
     const sign = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
@@ -16,9 +19,41 @@ for (const table of document.querySelectorAll("table.sortable")) {
     header.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
   }));
 }
-const open = () => {
+
+// A filter keeps the rows, or the runs, that have all of its words.
+for (const box of all("input[data-rows]")) {
+  const of = document.getElementById(box.dataset.rows);
+  const rows = (of.tBodies ? [...of.tBodies[0].rows] : [...of.children]).map((row) => [row, row.textContent.toLowerCase()]);
+  box.addEventListener("input", () => {
+    const words = box.value.toLowerCase().split(/\s+/);
+    rows.forEach(([row, text]) => { row.hidden = !words.every((word) => text.includes(word)); });
+  });
+}
+
+// A command is copied by its button; where that is not allowed it is selected.
+for (const command of all("pre.copy")) {
+  const button = document.createElement("button");
+  const text = command.textContent;
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(command);
+    }
+  });
+  command.before(button);
+}
+
+// What a link leads to is unfolded, and its tab is marked.
+const arrive = () => {
   const target = document.getElementById(location.hash.slice(1));
-  if (target && target.tagName === "DETAILS") target.open = true;
+  for (let each = target; each; each = each.parentElement) if (each.tagName === "DETAILS") each.open = true;
+  if (target && !target.classList.contains("tab")) target.scrollIntoView();
+  const tab = (target && target.closest(".tab")) || document.querySelector(".tab");
+  all("nav a").forEach((link) => link.toggleAttribute("aria-current", tab && link.hash === `#${tab.id}`));
 };
-addEventListener("hashchange", open);
-open();
+addEventListener("hashchange", arrive);
+arrive();

@@ -1,0 +1,51 @@
+"""The classes of a task in what a run predicted: which are confused, and how well each is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+MOST = 20  # classes of a matrix that can be read
+_NAMED = {"label", "prediction", "label_name", "prediction_name"}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Test examples by their class and the predicted one. counts: (class, predicted class), whole numbers."""
+
+    names: list[str]
+    counts: np.ndarray
+
+    def scores(self) -> list[tuple[str, int, float, float, float]]:
+        """Return name, examples, precision, recall and F1 of every class; NaN where nothing is divided by."""
+        right, of, said = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            each = zip(of.tolist(), right / said, right / of, 2 * right / (of + said), strict=True)
+        return [(name, *map(float, numbers)) for name, numbers in zip(self.names, each, strict=True)]
+
+    def confused(self, most: int = 5) -> list[tuple[str, str, int]]:
+        """Return the most frequent mistakes: class, predicted class, examples."""
+        wrong = np.where(np.eye(len(self.names), dtype=bool), 0, self.counts)
+        order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+        pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+        return [
+            (self.names[row], self.names[column], int(wrong[row, column]))
+            for row, column in pairs
+            if wrong[row, column]
+        ]
+
+
+def counted(predicted: pa.Table) -> Classes | None:
+    """Return the classes of a run's predictions, in their order; None where it predicts something else, or members."""
+    if not set(predicted.column_names) >= _NAMED or "member" in predicted.column_names:
+        return None
+    names: dict[int, str] = {}
+    for column in ("label", "prediction"):
+        names |= dict(zip(predicted[column].to_pylist(), predicted[f"{column}_name"].to_pylist(), strict=True))
+    order = {index: place for place, index in enumerate(sorted(names))}
+    counts = np.zeros((len(order), len(order)), int)
+    for label, prediction in zip(predicted["label"].to_pylist(), predicted["prediction"].to_pylist(), strict=True):
+        counts[order[label], order[prediction]] += 1
+    return Classes([str(names[index]) for index in order], counts)
