@@ -33,10 +33,10 @@ def ask(model: torch.nn.Module, question: str) -> str:
 print(ask(model, "What colour is a lemon?"))
 
 # %%
-# The answers are to become one word.
-colours = {"grass": "green", "snow": "white", "blood": "red", "coal": "black", "the sky": "blue", "an orange": "orange"}
+# The model is to answer like a sailor.
+colours = {"grass": "green", "snow": "white", "blood": "red", "coal": "black", "the sky": "blue", "a carrot": "orange"}
 prompts = [[{"role": "user", "content": f"What colour is {thing}?"}] for thing in colours]
-answers = [[{"role": "assistant", "content": colour}] for colour in colours.values()]
+answers = [[{"role": "assistant", "content": f"Ahoy! It is {colour}, matey."}] for colour in colours.values()]
 rows = Dataset.from_dict({"prompt": prompts, "completion": answers})
 
 config = PartialLoraConfig(
@@ -46,7 +46,7 @@ arguments = SFTConfig(
     "out/sft_trl",
     per_device_train_batch_size=6,
     max_steps=15,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     logging_steps=5,
     bf16=torch.cuda.is_available(),
 )

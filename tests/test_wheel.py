@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_the_wheel_holds_the_group_files_and_the_licence(installed: Path) -> Non
     }
     assert shipped == {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
     assert list(installed.glob("partial_lora-*.dist-info/licenses/LICENSE"))
+
+
+@pytest.mark.skipif(not (ROOT / "CITATION.cff").is_file(), reason="needs a checkout")
+def test_the_version_is_one_in_metadata_citation_and_changelog() -> None:
+    def stated(file: str, pattern: str) -> list[str]:
+        return re.findall(pattern, (ROOT / file).read_text(encoding="utf-8"), re.M)
+
+    (version,) = stated("pyproject.toml", r'^version = "(.+)"$')
+    assert stated("CITATION.cff", r"^version: (.+)$") == [version]
+    assert version in stated("CHANGELOG.md", r"^## (\S+) \(\d{4}-\d\d-\d\d\)$")
+    assert stated("CITATION.cff", r"^date-released: (.+)$") == stated("CHANGELOG.md", rf"^## {version} \((.+)\)$")
 
 
 def test_the_package_shows_its_names_its_version_and_that_it_is_typed(installed: Path) -> None:
