@@ -13,6 +13,7 @@
 #              results/mixture); hours
 # make tune    a search for the learning rate of every method, on validation (results/tune, results/tuning.json)
 # make methods every method at both operating points with the rates found, three seeds (results/cpu)
+# make coverage   how often intervals of differences hold the truth, simulated from the records (results/coverage)
 # make longer  four times the steps, dense LoRA and two methods at 13 % (results/longer)
 # make sst2-rate   dense LoRA on sst2 with a smaller learning rate (results/sst2_rate)
 # make digits-rate   table 1's other images with the learning rates of digits (results/digits_rate)
@@ -20,6 +21,9 @@
 # make reproduce-table1 … reproduce-fig7, reproduce   the evidence for the paper's claims (reproduce.mk; results/cpu)
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
+# make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); a day
+# make power   how many seeds decide a margin of one and two points, and how long to train, from the records (results/power)
+# make reach   what share of real gradients each form of mask can reach (results/reach)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour, many adapters on one base, and whole runs; each
@@ -33,7 +37,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race models bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -222,6 +226,49 @@ race: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(RACE) $(call spaced,$(task)) || test $$? = 1 &&) true
 	$(BIN)/python scripts/forms.py results/race --stem race --page
 
+# The claims with the power to decide them (conf/experiment/decided.yaml): sets, and stages of each, in this order.
+DECIDED ?= digits trec sst2 gtsrb cifar10 signdigits flowers17
+STAGES ?= first which point shares
+RACE_BEST ?= entries,dora
+IN_digits = task=digits task.test_share=0.5 trainer.max_steps=300
+IN_trec = task=trec model=$(TEXT_MODEL_cpu) trainer.max_steps=300
+IN_sst2 = task=sst2 model=$(TEXT_MODEL_cpu) trainer.max_steps=300
+IN_qnli = task=qnli model=$(TEXT_MODEL_cpu) trainer.max_steps=300
+IN_gtsrb = task=gtsrb model.image_size=56 trainer.max_steps=600
+IN_cifar10 = task=cifar10 model.image_size=56 trainer.max_steps=600
+IN_signdigits = task=signdigits model.image_size=56 trainer.max_steps=600
+IN_flowers17 = task=flowers17 model.image_size=56 trainer.max_steps=600
+of_decided = experiment=decided preset=cpu results_dir=results/decided \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) calibration.max_samples=160 $(IN_$(1))
+SEARCHED_BY = $(BIN)/partial-lora compare $(call of_decided,$(1)) rates=3 seeds=8 methods=[$(2)] budgets=[0.13] $(3) || test $$? = 1
+SUITED = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) trainer.learning_rate=auto $(2) || test $$? = 1
+AS_PEFT = mask.fan_in=dense mask.row_exponent=0
+define STAGE_first
+$(call SEARCHED_BY,$(1),lora$(comma)low_rank$(comma)partial$(comma)targeted$(comma)uniform$(comma)random_weights)
+
+endef
+define STAGE_which
+$(call SEARCHED_BY,$(1),partial,mask=element $(AS_PEFT))
+$(call SEARCHED_BY,$(1),partial,$(AS_PEFT))
+$(call SEARCHED_BY,$(1),$(RACE_BEST),$(AS_PEFT))
+
+endef
+define STAGE_point
+$(call SUITED,$(1),calibration=threshold method=partial$(comma)targeted$(comma)uniform)
+
+endef
+define SHARES
+$(call SUITED,$(1),method=partial calibration.shrink=0$(comma)0.5$(comma)2)
+$(call SUITED,$(1),method=uniform$(comma)shuffled)
+$(call SUITED,$(1),method=partial calibration.search=gradient)
+$(call SUITED,$(1),method=partial calibration.levels=0.01 calibration.max_sparsity=0.99)
+
+endef
+STAGE_shares = $(if $(filter digits gtsrb,$(1)),$(SHARES))
+decided: $(VENV)/.installed
+	$(foreach task,$(if $(FILES_AT),$(DECIDED),$(filter digits,$(DECIDED))),$(foreach stage,$(STAGES),$(call STAGE_$(stage),$(task))))
+	$(BIN)/python scripts/decided.py results/decided
+
 SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
 sst2-rate: $(VENV)/.installed
 	$(SST2_RATE)
@@ -229,6 +276,19 @@ sst2-rate: $(VENV)/.installed
 	$(BIN)/partial-lora report results/sst2_rate
 
 include reproduce.mk
+
+coverage: $(VENV)/.installed
+	$(BIN)/python scripts/coverage.py
+
+power: $(VENV)/.installed
+	$(BIN)/python scripts/power.py
+
+REACH = $(BIN)/python scripts/reach.py $(if $(FILES_AT),data_dir=$(FILES_AT))
+reach: $(VENV)/.installed
+	$(REACH) task=digits
+	$(if $(FILES_AT),$(REACH) task=gtsrb model.image_size=56)
+	$(if $(FILES_AT),$(REACH) task=trec model=$(TEXT_MODEL_cpu))
+	$(if $(FILES_AT),$(REACH) task=cifar10 model.image_size=56)
 
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py

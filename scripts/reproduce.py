@@ -50,7 +50,7 @@ def _tables(name: str, results_dir: Path) -> None:
         for line in table.missing if name != CLAIMS else ():
             print(f"missing: {line}")
         for verdict in table.verdicts:
-            print(f"{table.name}: {verdict.claim} ({verdict.where}): {verdict.verdict}, {verdict.found}")
+            print(f"{table.name}: {verdict.claim} ({verdict.where}): {tables.in_words(verdict)}; {verdict.found}")
 
 
 def _figure(name: str, results_dir: Path) -> None:

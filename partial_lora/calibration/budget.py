@@ -156,6 +156,20 @@ def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
     }
 
 
+def shrunk(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, shrink: float) -> Sparsity:
+    """Return densities moved towards one that is the same everywhere, with as many trainable parameters.
+
+    shrink: how far, in logarithms: 0 not at all, 0.5 half-way, 1 all the way, 2 as far on the other side, so that a
+    module of twice the density of another has half of it. Densities of 1 stay below it.
+    """
+    densities = {
+        module: {axis: (1 - share) ** (1 - shrink) for axis, share in axes.items()} for module, axes in sparsity.items()
+    }
+    most = max(density for axes in densities.values() for density in axes.values())  # above 1 on the other side
+    moved = {module: {axis: 1 - density / most for axis, density in axes.items()} for module, axes in densities.items()}
+    return scaled(moved, shapes, rank, kept_parameters(shapes, rank, sparsity))
+
+
 def even_sparsity(shapes: Shapes, rank: int, count: int) -> Sparsity:
     """Return one density everywhere that spends `count` parameters, and not one more, as `scaled` does."""
     return scaled({module: dict.fromkeys(AXES, 0.5) for module in shapes}, shapes, rank, count)  # any one density

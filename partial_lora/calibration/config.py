@@ -79,6 +79,9 @@ class CalibrationConfig:
     repair: bool = False  # true: relax sparsities until the score with all of them at once is high enough, too
     # ignore: the threshold is a share of the score; majority: of what the score is above guessing the largest class
     chance: str = "ignore"
+    # moves densities towards the same one everywhere, of as many parameters: 0.5 half-way (in logarithms), 1 all the
+    # way, 2 as far on the other side
+    shrink: float = 0.0
     score: str = "auto"  # what the score is: auto, the task's first metric, or another one
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
     # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},
@@ -106,6 +109,7 @@ class CalibrationConfig:
         around = "independent: calibration.search=gradient predicts from the intact model"
         require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
         one_of("calibration.chance", self.chance, "ignore", "majority")
+        require(0 <= self.shrink <= 2, "calibration.shrink", self.shrink, "a number in [0, 2]")
         one_of("calibration.score", self.score, *_SCORES)
         require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
         fixed = f"false: calibration.budget={budget} fixes the parameters, and a repair would change their number"
@@ -128,7 +132,7 @@ class CalibrationConfig:
             expected = "the share removed, in [0, 1)" + (", or uniform" if key == name else "")
             require(number and 0 <= share < 1, key, share, expected)
         self.sparsity = _as_floats(sparsity)
-        for key in ("threshold", "budget", "file", "repair", "reliability"):
+        for key in ("threshold", "budget", "file", "repair", "reliability", "shrink"):
             value, usual = getattr(self, key), getattr(type(self), key)
             spent = key == "budget" and sparsity == UNIFORM
             expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} takes its place"

@@ -206,6 +206,7 @@ def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
 
     stem: another one for every figure of a page, so that none refers to the shapes of a figure that is not shown.
     """
+    _lay_out(figure)
     content = io.StringIO()
     with rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):  # letters as text: a tenth as large
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -231,8 +232,14 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def _lay_out(figure: Figure) -> None:
+    """Place what a figure consists of once, and not each time it is drawn, for it takes as long as to draw."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def save_both(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write a figure as folder/stem.png and .svg."""
-    figure.get_layout_engine().execute(figure)  # once, for it takes as long as to draw
-    figure.set_layout_engine(None)
+    _lay_out(figure)
     return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")]

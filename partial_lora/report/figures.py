@@ -828,7 +828,7 @@ def draw_gallery(
 def _of_differences(compared: pd.DataFrame) -> str:
     """Return the caption of the differences: what the hatched strip means, or that less is better."""
     metrics = set(compared["metric"]) if len(compared) else set()
-    caption = "At the same operating point, with 95 % intervals of a paired bootstrap over examples and seeds."
+    caption = "At the same operating point, with paired 95 % intervals over examples and seeds."
     if metrics - LOWER_IS_BETTER:
         caption += " A method matches partial where the lower end of its interval lies in the hatched strip, less than "
         caption += "a point below zero, or to the right of it."

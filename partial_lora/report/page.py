@@ -118,8 +118,8 @@ def write(
     unfinished = sum(not each.is_broken for each in left_out)
     content = {
         "title": f"Report: {Path(results_dir).resolve().name}",
-        "line": f"{len(runs):,} finished {_plural(len(runs), 'run')} of {count:,} {_plural(count, 'configuration')}",
-        "unfinished": f"{unfinished:,} {_plural(unfinished, 'run')} did not finish" if unfinished else "",
+        "line": f"{len(runs):,} finished {_plural(len(runs), 'run')} of {count:,} {_plural(count, 'configuration')}.",
+        "unfinished": f"{unfinished:,} {_plural(unfinished, 'run')} did not finish." if unfinished else "",
         "tabs": tabs,
         "about": {
             "command": command,
@@ -145,17 +145,34 @@ def write_tables(
     origin: str,
     refused: Sequence[str],
 ) -> Path:
-    """Write results_dir/report/index.html out of tables by title, figures, and tables that are folded."""
+    """Write results_dir/report/index.html out of rankings by title, "TASK, SIZE", figures, and tables that are folded.
+
+    Of several tasks each has a tab with its rankings; the first tab says who is first in each.
+    """
+    by_task = gathered(shown.items(), lambda item: item[0].partition(",")[0])
+    several = len(by_task) > 1
+    rankings = [[_table(title, each) for title, each in own] for own in by_task.values()]
+    firsts = [(title, each.iloc[0]) for title, each in shown.items()] if several else []
     tab = _tab(
         "tab-0",
         "All tasks",
-        tables=[_table(title, each) for title, each in shown.items()],
+        leads=[Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts],
+        tables=[] if several else rankings[0],
         figures=[(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
         folded=[_table(title, each, filtered=True) for title, each in folded.items()],
     )
-    about = {"command": command, "origin": origin, "lists": {"Left out": refused}, "shared": {}}
-    content = {"title": f"Report: {Path(results_dir).resolve().name}", "line": origin, "unfinished": ""}
-    return _written(Path(results_dir) / "report" / PAGE, "page.html", content | {"tabs": [tab], "about": about})
+    of_task = [
+        _tab(f"tab-{count}", task, tables=own)
+        for count, (task, own) in enumerate(zip(by_task, rankings, strict=True), start=1)
+    ]
+    content = {
+        "title": f"Report: {Path(results_dir).resolve().name}",
+        "line": origin,
+        "unfinished": "",
+        "tabs": [tab, *(of_task if several else ())],
+        "about": {"command": command, "origin": origin, "lists": {"Left out": refused}, "shared": {}},
+    }
+    return _written(Path(results_dir) / "report" / PAGE, "page.html", content)
 
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:

@@ -196,6 +196,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         for at, form in enumerate(forms)
     }
     figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
+    metric = known["metric"].iloc[0]
     is_front, names, handles = front(known, cost), {}, {}
     for axes, task in zip(drawn, tasks, strict=True):
         for index, row in known[known["task"] == task].iterrows():
@@ -213,7 +214,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
                 f"{label} {row[cost] / unit:.3g}"
             )
             handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
-        axes.set(title=task, xlabel=label, ylabel=f"test {known['metric'].iloc[0]}")
+        axes.set(title=task, xlabel=label, ylabel=f"test {metric}{' (%)' if metric in SHARES else ''}")
         if cost == "parameters":
             sized(axes, known.loc[known["task"] == task, cost])
         plain(axes)

@@ -1,12 +1,23 @@
-"""Differences between methods that are more than chance, by a paired bootstrap over test examples and seeds.
+"""Differences between methods that are more than chance: intervals from variance components, a bootstrap beside them.
 
-Two methods predict the same test examples with the same seeds. The bootstrap draws examples and seeds with replacement
-and looks at the difference each time: an example that is hard for both or a seed that is lucky for both drops out.
-Drawing both at once is cautious where examples and seeds vary together, but of few seeds it cannot know how much they
-vary: in simulated experiments with three seeds and 200 examples (`coverage` in tests/report/test_statistics.py), 95 %
-intervals held the truth in 99.7 % where seeds moved a method's accuracy by 2 points (one standard deviation), in 93 %
-where by 5, and in 84 % where by 10; with ten seeds in 99, 95 and 92 %. One seed says nothing of that, so it decides
-nothing.
+Two methods predict the same test examples with the same seeds. The difference of what they score under seed s on
+example j is taken for
+
+    d[s, j] = truth + a[s] + b[j] + e[s, j]
+
+a: how much better the first method does under a seed (its masks, order, head), b: on an example, e: what is left. All
+three are chance: other seeds and other examples would be others. The error of the mean over S seeds and N examples has
+a part of each, Var = var(a) / S + var(b) / N + var(e) / (S N), and the mean squares of a two-way analysis of variance
+estimate it (`estimate`). Few seeds know little of var(a); Student's t, with the degrees of freedom of Satterthwaite
+(1946), makes up for that. Medical imaging compares methods over readers and cases in the same way: Hillis, "A
+comparison of denominator degrees of freedom methods for multiple observer ROC analysis", Statistics in Medicine 26
+(2007).
+
+A bootstrap that draws seeds and examples again knows nothing of that: of three seeds it is too narrow where seeds
+differ much, and of many too wide where they differ little, since it counts e twice. `make coverage` shows how often
+either holds the truth.
+
+One seed says nothing of how much seeds differ, so it decides nothing.
 """
 
 from __future__ import annotations
@@ -25,32 +36,144 @@ from partial_lora.report.records import BLOCK, LEVEL, Predictions
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
-_MOST_DRAWS_OF_WHOLE = 1_000
-_DRAWS_FOR_BEST = 2_000
 _DRAWS_OF_EXAMPLES = 10_000
 _COUNTS_AT_ONCE = 2**22  # of examples in draws: 32 MiB, and as much again for the same as floats
 _AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A difference, its standard error, and the degrees of freedom of the Student's t that (it - truth) / error has."""
+
+    difference: float
+    error: float
+    freedom: float
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Return the ends of the interval of a level; NaN where there is no error, without ends at level 1."""
+        from scipy.special import stdtrit  # scipy.stats takes half a second to import
+
+        half = self.error * stdtrit(self.freedom, (1 + level) / 2) if self.error else 0.0
+        return float(self.difference - half), float(self.difference + half)
+
+    def p(self, above: float, below: float) -> float:
+        """Return the significance at which an interval first lies above one number or below another; NaN as there."""
+        from scipy.special import stdtr
+
+        if not self.error:
+            return float(below <= self.difference <= above)
+        tails = [stdtr(self.freedom, side / self.error) for side in (above - self.difference, self.difference - below)]
+        return float(np.minimum(1, 2 * np.min(tails)))
+
+
+def estimate(*parts: np.ndarray) -> Estimate:
+    """Return the mean difference over seeds and examples, from d (seeds, examples), with its error.
+
+    Of several parts, tasks of other examples under the same seeds, it is the mean of their means: these count alike,
+    and a seed may be lucky on all of them. No component is taken for less than zero. Of one seed the error is over
+    examples alone; NaN of one seed and example.
+    """
+    of_seeds = np.mean([d.mean(axis=1) for d in parts], axis=0)
+    seeds = len(of_seeds)
+    left, extra = [], []  # parts of the variance of the mean, each with its degrees of freedom
+    for d in parts:
+        examples, shares = d.shape[1], len(parts) ** 2 * d.size
+        _, by_example, rest = mean_squares(d)
+        left.append((rest / shares, (seeds - 1) * (examples - 1)))
+        if seeds == 1:
+            extra.append((by_example / shares, examples - 1))
+        elif by_example > rest:
+            extra += [(by_example / shares, examples - 1), (-rest / shares, (seeds - 1) * (examples - 1))]
+    if seeds > 1:  # the spread of the seeds' means has e in it; where it is less than that, var(a) is taken for zero
+        spread = of_seeds.var(ddof=1) / seeds
+        extra += left if spread < sum(share for share, _ in left) else [(spread, seeds - 1)]
+    variance = sum(share for share, _ in extra)
+    squares = sum(share**2 / freedom for share, freedom in extra if freedom)
+    return Estimate(float(of_seeds.mean()), math.sqrt(variance), variance**2 / squares if squares else seeds - 1)
+
+
+def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean squares of seeds, of examples and of what is left, from d (seeds, examples); NaN of one.
+
+    They are expected to be N var(a) + var(e), S var(b) + var(e), and var(e).
+    """
+    seeds, examples = d.shape
+    of_seeds, of_examples, mean = d.mean(axis=1, keepdims=True), d.mean(axis=0, keepdims=True), d.mean()
+    sums = [examples * ((of_seeds - mean) ** 2).sum(), seeds * ((of_examples - mean) ** 2).sum()]
+    sums.append(((d - of_seeds - of_examples + mean) ** 2).sum())
+    freedoms = (seeds - 1, examples - 1, (seeds - 1) * (examples - 1))
+    return tuple(float(each / freedom) if freedom else math.nan for each, freedom in zip(sums, freedoms, strict=True))
+
+
+def over_sets(each: Sequence[Estimate]) -> Estimate:
+    """Return the mean difference over sets of which those at hand are a sample (random effects).
+
+    A set k is expected to have mean + u[k]: sets differ, by a variance tau². It is found by the condition that the
+    differences spread about their weighted mean as far as they should (Paule and Mandel 1982), with the weights
+    1 / (error² + tau²). The interval is that of Hartung and Knapp (2001), Student's t with one degree of freedom less
+    than there are sets, never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets know next
+    to nothing of others: t is 12.7 then.
+    """
+    from scipy.optimize import brentq
+
+    differences = np.array([one.difference for one in each])
+    errors = np.maximum([one.error for one in each], 1e-12)
+
+    def spread(tau2: float) -> float:
+        weights = 1 / (errors**2 + tau2)
+        return float((weights * (differences - np.average(differences, weights=weights)) ** 2).sum())
+
+    due = len(each) - 1
+    tau2 = brentq(lambda tau2: spread(tau2) - due, 0, differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
+    weights = 1 / (errors**2 + tau2)
+    # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
+    error = math.sqrt(1 / weights.sum()) if due else math.nan
+    return Estimate(float(np.average(differences, weights=weights)), error, float(due))
+
+
+def holm(significances: Sequence[float], family: float = 1 - LEVEL) -> list[float]:
+    """Return the significance at which each of several comparisons may be judged, by the step-down of Holm (1979).
+
+    The most significant of n may be judged at family / n, the next at family / (n - 1), and so on; after the first that
+    misses its own none is judged (0). So the chance that any of all judgements is wrong is at most `family`. NaN, a
+    comparison that cannot be judged, counts for none, and stays undecided.
+    """
+    known = [place for place, p in enumerate(significances) if not math.isnan(p)]
+    levels = [0.0] * len(significances)
+    for step, place in enumerate(sorted(known, key=lambda place: significances[place])):
+        level = family / (len(known) - step)
+        if significances[place] > level:
+            break
+        levels[place] = level
+    return levels
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The first method's metric less the second's, over the test examples and seeds that both have.
 
-    low, high: ends of its 95 % interval. verdict: "better" where all of the interval is above zero, "matches" where it
-    is above minus the margin, "worse" where it is below zero and not above minus the margin, else "undecided". For a
-    metric where less is better, better is below. Without a margin nothing "matches". Of one seed the interval is over
-    examples alone, so whatever it says the verdict is "undecided", and `reason` says why: "one seed".
+    low, high: ends of its 95 % interval; bootstrap_low, bootstrap_high: of the bootstrap's. verdict: "better" where all
+    of the interval is above zero, "matches" where it is above minus the margin, "worse" where it is below zero and not
+    above minus the margin, else "undecided". For a metric where less is better, better is below. Without a margin
+    nothing "matches". Of one seed the interval is over examples alone, so whatever it says the verdict is "undecided",
+    and `reason` says why: "one seed".
 
     seeds: how many both have; all numbers are of these.
     """
 
-    difference: float
+    estimate: Estimate
     low: float
     high: float
+    bootstrap_low: float
+    bootstrap_high: float
     verdict: str
     seeds: int
     examples: int
     reason: str | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.estimate.difference
 
 
 def compare(
@@ -64,34 +187,36 @@ def compare(
 ) -> Comparison:
     """Compare the predictions {seed: one row an example} of two methods by the metric of their task.
 
-    Only seeds that both have are used. Of the `draws` at most 1,000 are made for a metric that is no mean over examples
-    and so computed again for each. Raises PartialLoraError where there are no such seeds, where the examples are not
-    the same, and for a metric that predictions do not give.
+    Only seeds that both have are used. draws: of the bootstrap, which is left out (NaN) of none. Raises
+    PartialLoraError where there are no such seeds, where the examples are not the same, and for a metric that
+    predictions do not give.
     """
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         raise PartialLoraError(f"no seed that both have: {sorted(first)} and {sorted(second)}")
-    sides = [[frames[number] for number in seeds] for frames in (first, second)]
-    generator, differences = np.random.default_rng(seed), by_example(*sides, metric)
-    if differences is None:
-        difference, drawn = _bootstrap_of_whole(*sides, metric, generator, min(draws, _MOST_DRAWS_OF_WHOLE))
-    else:
-        difference, drawn = float(differences.mean()), bootstrap(differences, generator, draws)
+    d = by_example(*([frames[number] for number in seeds] for frames in (first, second)), metric)
+    found, drawn = estimate(d), (math.nan, math.nan)
+    if draws:
+        drawn = ends_of(bootstrap(d, np.random.default_rng(seed), draws))
     return Comparison(
-        difference,
-        *judge(drawn, metric, len(seeds), margin),
+        found,
+        *found.interval(),
+        *drawn,
+        verdict=judge(found, metric, len(seeds), margin=margin),
         seeds=len(seeds),
-        examples=len(sides[0][0]),
+        examples=d.shape[1],
         reason="one seed" if len(seeds) == 1 else None,
     )
 
 
-def judge(drawn: np.ndarray, metric: str, seeds: int, margin: float | None = MARGIN) -> tuple[float, float, str]:
-    """Return the ends of the 95 % interval of drawn differences and its verdict (`Comparison`)."""
-    low, high = map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    if seeds == 1:
-        return low, high, "undecided"
-    return low, high, verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high, margin)
+def judge(
+    found: Estimate, metric: str, seeds: int, significance: float = 1 - LEVEL, margin: float | None = MARGIN
+) -> str:
+    """Return the verdict (`Comparison`) on an estimate by its interval of a significance, 5 % or what `holm` says."""
+    low, high = found.interval(1 - significance)
+    if seeds == 1 or math.isnan(low):
+        return "undecided"
+    return verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high, margin)
 
 
 def verdict(low: float, high: float, margin: float | None = MARGIN) -> str:
@@ -103,12 +228,21 @@ def verdict(low: float, high: float, margin: float | None = MARGIN) -> str:
     return "worse" if high < 0 else "undecided"
 
 
-def bootstrap(
-    differences: np.ndarray, generator: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the mean difference in every draw of seeds and examples (draws,), from differences (seeds, examples).
+def significance(found: Estimate, metric: str, seeds: int, margin: float | None = MARGIN) -> float:
+    """Return the significance at which `judge` first says more than "undecided"; NaN where it never does."""
+    if seeds == 1:
+        return math.nan
+    return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(-(margin or 0), 0)
 
-    of_seeds: each seed's share in every draw (draws, seeds), where these are drawn already; else they are drawn here.
+
+def ends_of(drawn: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of drawn differences."""
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def bootstrap(differences: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
+    """Return the mean difference in every draw of seeds and examples (draws,), from differences (seeds, examples).
 
     Examples that differ alike under every seed are drawn together: the count of such a kind is multinomial. The draws
     are made in parts, of 64 MiB or one draw's counts at a time, which changes no number but by rounding; what stays of
@@ -121,31 +255,29 @@ def bootstrap(
     for start in range(0, draws, at_once):
         part = means[start : start + at_once]
         part[:] = generator.multinomial(examples, counts / examples, size=len(part)) @ kinds.T / examples
-    if of_seeds is None:
-        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     return (of_seeds * means).sum(axis=1)
 
 
-def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], metric: str) -> np.ndarray | None:
+def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], metric: str) -> np.ndarray:
     """Return the differences of two methods' predictions (seeds, examples), whose mean is the metric's difference.
 
-    None for a metric that is no mean over examples. Raises PartialLoraError as `per_example`, and where the examples
-    are not the same.
+    Raises PartialLoraError as `per_example`, and where the examples are not the same.
     """
     label = first[0]["label"].to_numpy()
     for frame in (*first, *second):
         if not np.array_equal(frame["label"].to_numpy(), label):
             raise PartialLoraError("the predictions are of different test examples: only the same can be compared")
-    if per_example(first[0], metric) is None:
-        return None
     own, other = (np.stack([per_example(frame, metric) for frame in frames]) for frames in (first, second))
     return own - other
 
 
-def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray | None:
-    """Return what every example adds to a metric that is their mean (N,); None for a metric that is no such mean.
+def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return what every example adds to a metric (N,), whose mean is the metric.
 
-    Raises PartialLoraError for a metric that these predictions do not give.
+    Of a metric of all examples together it is what the metric loses without the example: the jackknife's pseudo-values,
+    N m - (N - 1) m without it (Tukey 1958), moved so that their mean is m. Raises PartialLoraError for a metric that
+    these predictions do not give.
     """
     if "member" in frame:
         raise PartialLoraError("a mixture: compare its members one by one (`partial-lora evaluate RUN --member NAME`)")
@@ -157,31 +289,16 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray | None:
     if metric in ("exact_match", "rouge_l") and metric in frame:
         return frame[metric].to_numpy(dtype=float)
     if metric in ("f1", "matthews", "pearson", "spearman"):
-        return None
+        from partial_lora.training.metrics import function_of  # torch and its kin: for these metrics alone
+
+        label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
+        score = function_of(metric, len(frame["logits"].iloc[0]) if "logits" in frame else None)
+        every = np.arange(len(label))
+        # Examples of one label and one output are alike: one of each kind is left out.
+        kinds, which = np.unique([label, output], axis=1, return_index=True, return_inverse=True)[1:]
+        without = np.array([score(output[every != one], label[every != one]) for one in kinds])[which.ravel()]
+        return score(output, label) - (len(label) - 1) * (without - without.mean())
     raise PartialLoraError(f"the predictions do not say {metric}: examples cannot be compared by it")
-
-
-def _bootstrap_of_whole(
-    first: Sequence[pd.DataFrame],
-    second: Sequence[pd.DataFrame],
-    metric: str,
-    generator: np.random.Generator,
-    draws: int,
-) -> tuple[float, np.ndarray]:
-    """Return the difference of a metric of all examples together, and the same in every draw."""
-    from partial_lora.training.metrics import function_of  # torch and its kin: for these metrics alone
-
-    label = first[0]["label"].to_numpy()
-    outputs = [[frame["prediction"].to_numpy() for frame in frames] for frames in (first, second)]
-    score = function_of(metric, len(first[0]["logits"].iloc[0]) if "logits" in first[0] else None)
-
-    def difference(rows: np.ndarray, runs: np.ndarray) -> float:
-        own, other = (np.mean([score(each[run][rows], label[rows]) for run in runs]) for each in outputs)
-        return float(own - other)
-
-    examples, seeds = len(label), len(first)
-    drawn = ((generator.integers(examples, size=examples), generator.integers(seeds, size=seeds)) for _ in range(draws))
-    return difference(np.arange(examples), np.arange(seeds)), np.array([difference(*each) for each in drawn])
 
 
 def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
@@ -203,13 +320,13 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
     seeds = sorted(set(map(int, first.seeds.split())) & set(map(int, second.seeds.split())))
     try:
         pair = (predictions.of(each.group, seeds, metric) for each in (first, second))
-        return compare(*pair, metric, margin=None, draws=_DRAWS_FOR_BEST).verdict == "better"
+        return compare(*pair, metric, margin=None, draws=0).verdict == "better"
     except (PartialLoraError, ValueError, KeyError):
         return False
 
 
 def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of one run's metric over its test examples; None for a metric that is no mean of theirs.
+    """Return the 95 % interval of one run's metric over its test examples; None for one that predictions do not give.
 
     Of a share it is Wilson's, else of a bootstrap. How much another seed would move the metric is not in it.
     """
@@ -219,12 +336,9 @@ def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | Non
         each = per_example(frame, metric)
     except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
         return None
-    if each is None:
-        return None
     if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
-    drawn = bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES)
-    return tuple(map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])))
+    return ends_of(bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES))
 
 
 def reliability(records: Iterable[Mapping]) -> float:

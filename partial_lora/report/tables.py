@@ -40,7 +40,16 @@ from partial_lora.report.records import (
     paired,
     told_apart,
 )
-from partial_lora.report.statistics import MARGIN, compare, over_examples, reliability
+from partial_lora.report.statistics import (
+    MARGIN,
+    Estimate,
+    compare,
+    holm,
+    judge,
+    over_examples,
+    reliability,
+    significance,
+)
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -49,8 +58,8 @@ _UNTUNED = (
     "one of how well the rate suits them."
 )
 _BEST = (
-    "Bold: better than every other of its task, model, operating point and conditions, by the 95 % interval of a "
-    "paired bootstrap over test examples and seeds; without predictions nothing is marked."
+    "Bold: better than every other of its task, model, operating point and conditions, by a paired 95 % interval over "
+    "test examples and seeds; without predictions nothing is marked."
 )
 _DIFFERS = (
     "Differs in: the settings of rows that would read alike otherwise, and those that are not as for most rows of the "
@@ -356,7 +365,18 @@ def differences(runs: Sequence[Run], predictions: Predictions, reference: str = 
     elif not predicted:
         pairing.remarks.append("none of these runs has kept its predictions")
     remarks = tuple(pairing.remarks) if len(every) > 1 else ()
-    return Differences(pd.DataFrame(rows), _lines(problems), _lines(pairing.apart), remarks)
+    return Differences(_together(pd.DataFrame(rows)), _lines(problems), _lines(pairing.apart), remarks)
+
+
+def _together(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with what is left of each verdict among all of them, by Holm's correction."""
+    if "difference" not in rows:
+        return rows
+    own = rows[rows["difference"].notna()]
+    found = [(Estimate(row.difference, row.error, row.freedom), row.metric, int(row.pairs)) for row in own.itertuples()]
+    levels = holm([significance(*each) for each in found])
+    judged = [judge(*each, level) for each, level in zip(found, levels, strict=True)]
+    return rows.assign(together=pd.Series(judged, own.index, dtype=object))
 
 
 def _lines(reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -376,6 +396,8 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
         return " ".join(str(error).split())
     return {
         **{name: getattr(comparison, name) for name in ("difference", "low", "high", "verdict", "reason")},
+        **{name: getattr(comparison, name) for name in ("bootstrap_low", "bootstrap_high")},
+        **{name: getattr(comparison.estimate, name) for name in ("error", "freedom")},
         "pairs": comparison.seeds,
         "examples": comparison.examples,
     }
@@ -434,10 +456,12 @@ def notes_of_differences(compared: Differences, reference: str = "partial") -> l
     of_reference = rows["reference"].map(rows.set_index("group")["n"].groupby(level=0).first())
     below = {
         f"Differences are from {reference} at the same operating point and under the same conditions, over the test "
-        "examples and seeds of both, with 95 % intervals of a paired bootstrap over examples and seeds (of shares in "
-        f"points). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-        "below zero, and not above that; undecided: else. Reliability is of the calibrated sparsities: how far those "
-        "of different seeds correlate, or those of two halves of a draw (Spearman–Brown).": True,
+        "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
+        f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
+        "below zero, and not above that; undecided: else. among: what is left of a verdict among all of this table, by "
+        "Holm's correction. bootstrap: the interval of examples and seeds that are drawn again. Reliability is of the "
+        "calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
+        "(Spearman–Brown).": True,
         "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three.": (
             pairs < rows.loc[pairs.index, "n"]
         ).any(),
@@ -471,7 +495,9 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
         ],
         "test": [measured(*each) for each in zip(rows["metric"], rows["test_mean"], rows["test_std"], strict=True)],
         "difference [95 %]": [_interval(row) for row in rows.itertuples()],
+        "bootstrap": [_ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
+        f"among {(rows['pairs'] > 1).sum()}": rows["together"].fillna(NONE),
         "adapter parameters": _cells(rows["adapter_parameters"], ",.0f"),
         "of dense": _cells(rows["share_of_dense"], ".1%"),
         "adapter file (KB)": _cells(rows["adapter_bytes"] / 1e3, ",.0f"),
@@ -495,8 +521,17 @@ def difference_in_words(row: tuple) -> str:
 def _interval(row: tuple) -> str:
     if math.isnan(row.difference):
         return NONE
-    scale, form = (100, "+.2f") if row.metric in SHARES else (1, "+.4f")
-    return f"{scale * row.difference:{form}} [{scale * row.low:{form}}, {scale * row.high:{form}}]"
+    scale, form = _in_units(row.metric)
+    return f"{scale * row.difference:{form}} {_ends(row.metric, row.low, row.high)}"
+
+
+def _ends(metric: str, low: float, high: float) -> str:
+    scale, form = _in_units(metric)
+    return "" if math.isnan(low) else f"[{scale * low:{form}}, {scale * high:{form}}]"
+
+
+def _in_units(metric: str) -> tuple[float, str]:
+    return (100, "+.2f") if metric in SHARES else (1, "+.4f")
 
 
 def _verdict(row: tuple) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
+from partial_lora.calibration.budget import shrunk
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
 from partial_lora.calibration.peers import Peers, of_first
@@ -35,18 +36,22 @@ def task_of(config: Config, *, mixtures: bool = False) -> Task:
     chosen = config.task
     check_modality(config.model, chosen)
     if not chosen.members:
-        return _load_task(chosen)
+        return _load_task(chosen, config.seed)
     if not mixtures:
         raise PartialLoraError(
             f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
             f"of its members, {', '.join(chosen.members)}"
         )
-    members = [_load_task(member) for member in chosen.members.values()]
-    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=chosen.split_seed)
+    members = [_load_task(member, config.seed) for member in chosen.members.values()]
+    seed = config.seed if chosen.split_seed is None else chosen.split_seed
+    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=seed)
 
 
-def _load_task(task: TaskConfig) -> Task:
-    return tasks.load(**{name: getattr(task, name) for name in tasks.SETTINGS})
+def _load_task(task: TaskConfig, seed: int) -> Task:
+    settings = {name: getattr(task, name) for name in tasks.SETTINGS}
+    if task.split_seed is None:
+        settings["split_seed"] = (0, seed)
+    return tasks.load(**settings)
 
 
 def warnings_of(config: Config, task: Task) -> list[str]:
@@ -298,7 +303,7 @@ def setting_of(
     modules = config.model.trained_modules
     if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
         modules["target_modules"] = list(shapes)
-    return methods.Setting(
+    setting = methods.Setting(
         **modules,
         rank=config.method.rank,
         ranks=config.method.ranks,
@@ -319,6 +324,9 @@ def setting_of(
         sparsity=sparsity,
         scores=scores,
     )
+    if sparsity is None or not config.calibration.shrink:
+        return setting
+    return dataclasses.replace(setting, sparsity=shrunk(sparsity, *setting.units(), config.calibration.shrink))
 
 
 # --- What a model's files say beside its weights: how inputs are made, and what the classes are called.

@@ -148,7 +148,15 @@ def check_files(task: TaskConfig) -> None:
 
 # --- The members of a mixture.
 
-_FOR_EACH = ("train_samples", "test_samples", "validation_share", "split_seed", "label_noise", "cache_bytes")
+_FOR_EACH = (
+    "train_samples",
+    "test_samples",
+    "validation_share",
+    "test_share",
+    "split_seed",
+    "label_noise",
+    "cache_bytes",
+)
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FROM_MEMBERS = {"modality", "kind", "classes"}
 _OF_NUMBERS = {"pearson", "spearman", "mse"}

@@ -176,7 +176,13 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
 # --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
 
 _TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
-_CUTS = ("split_seed", "validation_share", "train_samples", "train_split")  # splits cut in another way would hold
+_CUTS = (
+    "split_seed",
+    "validation_share",
+    "test_share",
+    "train_samples",
+    "train_split",
+)  # splits cut in another way would hold
 # rows that the run was trained on
 
 

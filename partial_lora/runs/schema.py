@@ -242,14 +242,18 @@ class TaskConfig:
     train_samples: Optional[int] = None
     test_samples: Optional[int] = None  # test rows to use, the same share of every class; null: all
     validation_share: float = 0.1  # share of the training rows that becomes validation, if there is no validation split
-    split_seed: int = 0  # draws every split and sample of the rows; does not follow seed
+    test_share: float = 0.2  # share of the rows that becomes test, if there is no test split
+    # draws every split and sample of the rows; null: follows seed, but for test rows, which stay those of 0
+    split_seed: Optional[int] = 0
     label_noise: float = 0.0  # share of the training rows that get a wrong class, drawn by split_seed
     cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts to keep on disk; changes no result
 
     def __post_init__(self) -> None:
         self.path, self.data_files = at_home(self.path), at_home(self.data_files)
         plain_name("task.name", self.name)
-        require(self.split_seed >= 0, "task.split_seed", self.split_seed, "0 or more")
+        seeded = self.split_seed is None or self.split_seed >= 0
+        require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
+        require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
         one_of("task.modality", self.modality, "image", "text")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")

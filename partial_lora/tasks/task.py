@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-_TEST_SHARE = 0.2  # of a source that comes without a test split
 _METRICS = {  # of a task, by its labels
     "classes": ("accuracy", "f1", "matthews"),
     "real numbers": ("pearson", "spearman", "mse"),
@@ -103,7 +102,8 @@ def load(
     train_samples: int | None = None,
     test_samples: int | None = None,
     validation_share: float = 0.1,
-    split_seed: int = 0,
+    test_share: float = 0.2,
+    split_seed: int | tuple[int, int] | None = 0,
     label_noise: float = 0.0,
 ) -> Task:
     """Load a task's rows in fixed splits.
@@ -121,6 +121,8 @@ def load(
             generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
         train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
         validation_share: share of the training rows set aside, per class, where the source has no validation split.
+        test_share: share of all rows, per class, where the source has no test split.
+        split_seed: of every cut and sample; of two the first is of test rows, the second of all others. None: 0.
         label_noise: share of the rows left to train on whose label becomes another class, drawn by split_seed;
             validation and test keep theirs.
 
@@ -151,8 +153,9 @@ def load(
             columns = (image_column, text_columns, label_column)
             rows[split] = sources.select_columns(rows[split], name, split, modality, *columns, file)
         labels, rows = sources.encode_labels(rows, name, regression)
-    rows = _three_splits(rows, name, train_samples, test_samples, validation_share, split_seed)
-    rows["train"] = splits.with_label_noise(rows["train"], label_noise, split_seed, name)
+    test_seed, seed = split_seed if isinstance(split_seed, tuple) else (split_seed or 0,) * 2
+    rows = _three_splits(rows, name, train_samples, test_samples, validation_share, test_share, test_seed, seed)
+    rows["train"] = splits.with_label_noise(rows["train"], label_noise, seed, name)
     labelled_by = {"choice": "places of options", "generation": "texts"}.get(
         kind, "classes" if labels else "real numbers"
     )
@@ -188,18 +191,20 @@ def _three_splits(
     train_samples: int | None,
     test_samples: int | None,
     validation_share: float,
+    test_share: float,
+    test_seed: int,
     seed: int,
 ) -> dict[str, Dataset]:
     """Draw as many rows as there may be, and cut the splits that are lacking off the training rows."""
     rows, whole, steps = dict(rows), rows["train"], []
     least = len(SPLITS) - len(rows) + 1
     if "test" not in rows:
-        rows["train"], rows["test"] = splits.cut(whole, _TEST_SHARE, seed, name, least=least)
+        rows["train"], rows["test"] = splits.cut(whole, test_share, test_seed, name, least=least)
         steps.append("the test split was cut off")
     if train_samples is not None and train_samples < len(rows["train"]):
         rows["train"] = splits.sample(rows["train"], train_samples, seed, "train_samples")
         steps.append(f"task.train_samples={train_samples} rows were drawn")
-    rows["test"] = splits.sample(rows["test"], test_samples, seed, "test_samples")
+    rows["test"] = splits.sample(rows["test"], test_samples, test_seed, "test_samples")
     if "validation" not in rows:
         rows["train"], rows["validation"] = splits.cut(
             rows["train"], validation_share, seed, name, least=least, whole=whole, steps=steps

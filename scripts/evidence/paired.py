@@ -1,34 +1,46 @@
-"""Methods beside each other: scores by task, paired differences on each task and on average, and verdicts on claims.
+"""Methods beside each other: scores by task, paired differences on each task and over all, and verdicts on claims.
 
-Seeds and test examples are drawn again as report/statistics.py does for one task: examples within each task, seeds
-once for all, since a seed draws the same masks and the same order on every task. The tasks themselves are not drawn: an
-average is of these tasks, and says nothing of others.
+On a task a difference and its interval are those of report/statistics.py. Over several sets it is the mean over sets
+of which these are a sample, by random effects: sets differ, and a claim is of more than these. The members of a
+mixture are no such sample but parts of one task, with the same seeds: their mean has an interval over seeds and
+examples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
 
 from evidence.runs import Outcome
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import LEVEL, NONE, point_order
-from partial_lora.report.statistics import MARGIN, Comparison, bootstrap, by_example, compare, judge
+from partial_lora.report.statistics import (
+    MARGIN,
+    Estimate,
+    bootstrap,
+    by_example,
+    ends_of,
+    estimate,
+    holm,
+    judge,
+    over_sets,
+    significance,
+)
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
-SCORE, DIFFERENCE, AVERAGE = "score", "difference", "average"
+SCORE, DIFFERENCE, AVERAGE, ALL_SETS = "score", "difference", "average", "all sets"
 WHERE = ["model", "mixture", "importance", "operating_point"]
 ROW = [*WHERE, "method"]
+_NUMBERS = ("difference", "low", "high", "bootstrap_low", "bootstrap_high", "error", "freedom")
 DIFFERENCES = (
-    *("part", *WHERE, "first", "second", "task", "metric", "tasks"),
-    *("difference", "low", "high", "seeds", "examples", "over", "verdict"),
+    *("part", *WHERE, "first", "second", "task", "metric", "tasks", "up", "down"),
+    *(*_NUMBERS, "seeds", "examples", "over", "verdict", "together", "among"),
 )
-BOTH, SEEDS, EXAMPLES = "seeds and examples", "seeds", "examples"
+BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 WORSE = "undecided (worse, perhaps by less than a point)"
 
@@ -48,29 +60,32 @@ class Pair:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first method's score less the second's, and its 95 % interval; NaN where there is nothing to draw.
+    """The first method's score less the second's, and its 95 % interval; NaN where there is none.
 
-    over: what was drawn again: seeds and examples; examples, of one seed; seeds, where predictions were not kept
-    (Student's t). seeds: that both have, the fewest of a task; examples: of all tasks together. verdict: in the words
-    of report/statistics.py; of one seed nothing is decided, since how much seeds differ is not known.
+    bootstrap_low, bootstrap_high: the bootstrap's, of one task. over: what is taken for chance: seeds and examples;
+    examples, of one seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task;
+    examples: of all tasks together; up, down: tasks on which the first is above and below. verdict: in the words of
+    report/statistics.py, of the interval by itself; of one seed nothing is decided, since how much seeds differ is not
+    known.
     """
 
     difference: float
     low: float
     high: float
+    error: float
+    freedom: float
     seeds: int
     examples: int
     over: str
     verdict: str
+    up: int
+    down: int
+    bootstrap_low: float = math.nan
+    bootstrap_high: float = math.nan
 
-
-@dataclass(frozen=True)
-class _Drawn:
-    difference: float
-    draws: np.ndarray | None
-    seeds: int
-    examples: int
-    over: str
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.difference, self.error, self.freedom)
 
 
 def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
@@ -78,41 +93,40 @@ def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
 
     Raises PartialLoraError where there is no seed that all have.
     """
-    return _judged([_drawn(pairs, np.random.default_rng(0), draws)], pairs[0].metric)
+    seeds = _in_common(pairs)
+    d = _by_example(pairs, seeds)
+    one = _over_seeds([d] if d is not None else [_scores(pairs, seeds)], pairs[0].metric, d is not None)
+    if d is None or not draws:
+        return one
+    low, high = ends_of(bootstrap(d, np.random.default_rng(0), draws))
+    return replace(one, bootstrap_low=low, bootstrap_high=high)
 
 
-def average(tasks: Mapping[str, Sequence[Pair]], *, draws: int = 10_000) -> Difference:
-    """The mean over tasks of the differences on each, all tasks counting alike.
+def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
+    """The mean over tasks that have the same seeds, all tasks counting alike, as of the members of a mixture.
 
-    Of tasks that are not drawn by example (other metrics, predictions that were not kept) each is drawn by itself.
-    Raises PartialLoraError as `between`, and where a metric is one of which less is better.
+    Raises PartialLoraError where there is no seed that all have, and where a metric is one of which less is better.
     """
+    _refuse_falling(tasks)
+    seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
+    arrays = [_by_example(pairs, seeds) for pairs in tasks.values()]
+    known = all(d is not None for d in arrays)
+    parts = arrays if known else [_scores(pairs, seeds) for pairs in tasks.values()]
+    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, known)
+
+
+def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
+    """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
+    _refuse_falling(tasks)
+    each = [between(pairs, draws=0) for pairs in tasks.values()]
+    found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
+    seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
+    return _difference(found, metric, seeds, examples, SETS, [one.difference for one in each])
+
+
+def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
     if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
         raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
-    shares = _seed_shares([_in_common(pairs) for pairs in tasks.values()], draws)
-    # A stream of its own for each task: with one for all, lucky examples would be so on every task at once.
-    each = [
-        _drawn(pairs, np.random.default_rng([0, place]), draws, own)
-        for place, (pairs, own) in enumerate(zip(tasks.values(), shares, strict=True))
-    ]
-    return _judged(each, next(iter(tasks.values()))[0].metric)
-
-
-def _seed_shares(of_tasks: Sequence[Sequence[int]], draws: int) -> list[np.ndarray]:
-    """For each task the share of its seeds in every draw (draws, seeds): one draw of all seeds serves all tasks.
-
-    A draw that has none of a task's seeds is made again. How many a draw has of a task that has not all seeds varies,
-    which widens what such a task adds to an interval by about a tenth.
-    """
-    every = sorted(set().union(*of_tasks))
-    columns = [[every.index(seed) for seed in seeds] for seeds in of_tasks]
-    stream, counts = np.random.default_rng(0), np.empty((0, len(every)))
-    while len(counts) < draws:
-        more = stream.multinomial(len(every), np.full(len(every), 1 / len(every)), size=draws)
-        usable = np.all([more[:, own].sum(axis=1) > 0 for own in columns], axis=0)
-        counts = np.concatenate([counts, more[usable]])
-    of_task = [counts[:draws, own] for own in columns]
-    return [own / own.sum(axis=1, keepdims=True) for own in of_task]
 
 
 def _in_common(pairs: Sequence[Pair]) -> list[int]:
@@ -122,53 +136,39 @@ def _in_common(pairs: Sequence[Pair]) -> list[int]:
     return seeds
 
 
-def _judged(each: Sequence[_Drawn], metric: str) -> Difference:
-    difference, seeds = float(np.mean([one.difference for one in each])), min(one.seeds for one in each)
-    low = high = math.nan
-    judged = "undecided"
-    if all(one.draws is not None for one in each):
-        spread = np.mean([one.draws for one in each], axis=0)
-        low, high, judged = judge(spread, metric, seeds)
-    over = "; ".join(sorted({one.over for one in each}))
-    return Difference(difference, low, high, seeds, sum(one.examples for one in each), over, judged)
+def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool) -> Difference:
+    """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
+    seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
+    over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
+    return _difference(estimate(*parts), metric, seeds, examples, over, [d.mean() for d in parts])
 
 
-def _drawn(
-    pairs: Sequence[Pair], stream: np.random.Generator, draws: int, of_seeds: np.ndarray | None = None
-) -> _Drawn:
-    seeds = _in_common(pairs)
-    over = BOTH if len(seeds) > 1 else EXAMPLES
-    known = _by_example(pairs, seeds)
-    if isinstance(known, np.ndarray):
-        return _Drawn(float(known.mean()), bootstrap(known, stream, draws, of_seeds), len(seeds), known.shape[1], over)
-    shares = stream.permutation((np.arange(draws) + 0.5) / draws)
-    if known is not None:  # an interval alone: drawn from the normal that has it
-        deviation = (known.high - known.low) / (2 * ndtri((1 + LEVEL) / 2))
-        normal = known.difference + deviation * ndtri(shares)
-        return _Drawn(known.difference, normal, len(seeds), known.examples, over)
-    scores = np.mean([[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs], axis=0)
-    mean = float(scores.mean())
-    if len(seeds) == 1:
-        return _Drawn(mean, None, 1, 0, NONE)
-    error = scores.std(ddof=1) / np.sqrt(len(seeds))
-    return _Drawn(mean, mean + error * stdtrit(len(seeds) - 1, shares), len(seeds), 0, SEEDS)
+def _difference(
+    found: Estimate, metric: str, seeds: int, examples: int, over: str, each: Sequence[float]
+) -> Difference:
+    up, down = (sum(sign * one > 0 for one in each) for sign in (1, -1))
+    numbers = (found.difference, *found.interval(), found.error, found.freedom)
+    return Difference(*numbers, seeds, examples, over, judge(found, metric, seeds), up, down)
 
 
-def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | Comparison | None:
-    """Differences by example (seeds, examples), the mean over pairs; of one pair whose metric is no mean over examples
-    its comparison; None where predictions were not kept, or are of other examples."""
+def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
+    """Differences of scores (seeds, 1), the mean over pairs."""
+    each = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
+    return np.mean(each, axis=0)[:, None]
+
+
+def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
+    """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
+    other examples."""
     arrays = []
     for pair in pairs:
-        sides = [{seed: side[seed].predictions for seed in seeds} for side in (pair.first, pair.second)]
-        if any(frame is None for side in sides for frame in side.values()):
+        sides = [[side[seed].predictions for seed in seeds] for side in (pair.first, pair.second)]
+        if any(frame is None for side in sides for frame in side):
             return None
         try:
-            array = by_example(*(list(side.values()) for side in sides), pair.metric)
-            if array is None:
-                return compare(*sides, pair.metric, draws=1_000) if len(pairs) == 1 else None
+            arrays.append(by_example(*sides, pair.metric))
         except (PartialLoraError, ValueError, KeyError):
             return None
-        arrays.append(array)
     return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
 
 
@@ -185,13 +185,27 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
             other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
             other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
             rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second)
-    return pd.DataFrame(rows, columns=list(DIFFERENCES))
+    return together(pd.DataFrame(rows, columns=list(DIFFERENCES)))
+
+
+def together(rows: pd.DataFrame) -> pd.DataFrame:
+    """Differences with what is left of their verdicts among all of them, by Holm's correction (`statistics.holm`).
+
+    among: how many were corrected for, those that one seed cannot decide left out.
+    """
+    each = rows.to_dict("records")
+    estimates = [Estimate(row["difference"], row["error"], row["freedom"]) for row in each]
+    places = [(row["metric"], row["seeds"]) for row in each]
+    p = [significance(found, *place) for found, place in zip(estimates, places, strict=True)]
+    judged = [judge(found, *place, level) for found, place, level in zip(estimates, places, holm(p), strict=True)]
+    return rows.assign(together=judged, among=sum(not math.isnan(one) for one in p))
 
 
 def paired_rows(
     sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], where: Mapping[str, str], first: str, second: str
 ) -> list[dict]:
-    """A row for each task on which all sides share a seed, and one for the average over these if they are several.
+    """A row for each task on which all sides share a seed, and one over these if they are several: of a mixture the
+    average, else what is to be expected of all sets of which these are a sample.
 
     sides: runs of a method and of another; of several the difference is the mean over them, on every task.
     """
@@ -208,8 +222,10 @@ def paired_rows(
         for task, pairs in tasks.items()
     ]
     if len(tasks) > 1 and not {pairs[0].metric for pairs in tasks.values()} & LOWER_IS_BETTER:
-        of_all = {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)}
-        rows.append(named | of_all | asdict(average(tasks)))
+        if where["mixture"]:
+            rows.append(named | {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)} | asdict(average(tasks)))
+        else:
+            rows.append(named | {"task": ALL_SETS, "metric": AVERAGE, "tasks": len(tasks)} | asdict(over_tasks(tasks)))
     return rows
 
 
@@ -273,7 +289,7 @@ def _beats(own: pd.DataFrame, other: pd.DataFrame, sign: int) -> bool:
     pair = Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0])
     if sign * own["test"].mean() <= sign * other["test"].mean() or not pair.seeds:
         return False
-    interval = between([pair], draws=2_000)
+    interval = between([pair], draws=0)
     return interval.over == BOTH and min(sign * interval.low, sign * interval.high) > 0
 
 
@@ -297,79 +313,121 @@ def in_points(row: Mapping) -> bool:
 
 def interval(row: Mapping) -> str:
     """A difference with its interval: of shares in points, of other metrics as it is."""
-    scale, form = (100, "+.2f") if in_points(row) else (1, "+.4f")
-    difference = f"{scale * row['difference']:{form}}"
-    if math.isnan(row["low"]):
-        return difference
-    return f"{difference} [{scale * row['low']:{form}}, {scale * row['high']:{form}}]"
+    scale, form = _in_units(row)
+    return f"{scale * row['difference']:{form}} {_ends(row, 'low', 'high')}".rstrip()
+
+
+def bootstrapped(row: Mapping) -> str:
+    """The bootstrap's interval; "–" where there is none."""
+    return _ends(row, "bootstrap_low", "bootstrap_high") or NONE
+
+
+def _in_units(row: Mapping) -> tuple[float, str]:
+    return (100, "+.2f") if in_points(row) else (1, "+.4f")
+
+
+def _ends(row: Mapping, *names: str) -> str:
+    scale, form = _in_units(row)
+    low, high = (scale * row[name] for name in names)
+    return "" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
 
 
 # Verdicts
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A claim about a pair of methods: it holds where the interval is above one number, and fails below another.
+
+    Of a metric of which less is better a point says nothing: both are zero then, and better is below.
+    """
+
+    words: str
+    holds_above: float
+    fails_below: float
+
+    def judge(self, found: Estimate, metric: str, significance: float) -> str:
+        low, high = found.interval(1 - significance)
+        above, below = self.holds_above, self.fails_below
+        if metric in LOWER_IS_BETTER:
+            (low, high), above, below = (-high, -low), 0, 0
+        if low > above:
+            return HOLDS
+        if high < below:
+            return FAILS
+        return WORSE if high < 0 else OPEN
+
+    def significance(self, found: Estimate, metric: str) -> float:
+        return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(self.holds_above, self.fails_below)
+
+
+AS_GOOD = Claim("{first} is as good as {second}, to within a point", -MARGIN, -MARGIN)
+BETTER = Claim("{first} is better than {second}", 0, MARGIN)
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """Verdict on a claim: it holds, it does not, or it is undecided; the place, and the numbers."""
+    """Verdict on a claim: it holds, it does not, or it is undecided; the place, and the numbers.
+
+    alone: of the interval by itself; among: of how many claims it is one, and corrected for (Holm), 0 of none.
+    """
 
     claim: str
     where: str
     verdict: str
     found: str
+    alone: str = ""
+    among: int = 0
 
 
-def as_good(row: Mapping | None) -> str:
-    """The claim that the first of a pair is as good as the second, to within a point; refuted where it is worse by one.
+def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[Verdict]:
+    """A verdict for each claim (first, second, claim, operating point), model, mixture and measure of importance; one
+    that is open where there are no runs.
 
-    Of a metric of which less is better a point says nothing: refuted where it is worse.
+    It is of all sets (of a mixture of its average) or of the only one: one of several never stands for the others. All
+    verdicts are corrected for how many they are.
     """
-    if row is None or row["verdict"] not in ("better", "matches", "worse"):
-        return OPEN
-    if row["verdict"] != "worse":
-        return HOLDS
-    return FAILS if row["metric"] in LOWER_IS_BETTER or row["high"] < -MARGIN else WORSE
-
-
-def better(row: Mapping | None) -> str:
-    """The claim that the first is better; refuted where it is not so by as much as a point.
-
-    Of a metric of which less is better, better is below zero, and a point says nothing: refuted where it is worse.
-    """
-    if row is None or row["seeds"] < 2 or math.isnan(row["low"]):
-        return OPEN
-    falls = row["metric"] in LOWER_IS_BETTER
-    low, high = (-row["high"], -row["low"]) if falls else (row["low"], row["high"])
-    if low > 0:
-        return HOLDS
-    return FAILS if high < (0 if falls else MARGIN) else OPEN
-
-
-def judged(
-    numbers: pd.DataFrame, first: str, second: str, points: Iterable[str], judge: Callable = as_good
-) -> list[Verdict]:
-    """A verdict for each model, mixture and measure of importance at each point; one that is open where there is none.
-
-    It is of the average over tasks or of the only one: one of several never stands for the others.
-    """
-    claim = (
-        f"{first} is better than {second}" if judge is better else f"{first} is as good as {second}, to within a point"
-    )
-    rows = part_of(numbers, DIFFERENCE)
-    rows = rows[(rows["first"] == first) & (rows["second"] == second)]
-    verdicts = []
-    for point in points:
-        at_point = rows[rows["operating_point"] == point]
-        for where, own in at_point.groupby(WHERE, sort=False):
-            one = own if len(own) == 1 else own[own["task"] == AVERAGE]
+    rows, verdicts, estimates = part_of(numbers, DIFFERENCE), [], []
+    for first, second, claim, point in claims:
+        own = rows[(rows["first"] == first) & (rows["second"] == second) & (rows["operating_point"] == point)]
+        words = claim.words.format(first=first, second=second)
+        for where, each in own.groupby(WHERE, sort=False):
+            one = each if len(each) == 1 else each[each["task"].isin([AVERAGE, ALL_SETS])]
             row = one.iloc[0].to_dict() if len(one) else None
-            finding = "no average over tasks" if row is None else _finding(row)
-            verdicts.append(Verdict(claim, ", ".join(filter(None, where)), judge(row), finding))
-        if at_point.empty:
-            verdicts.append(Verdict(claim, point, judge(None), "no runs of both"))
-    return verdicts
+            finding = "nothing over all tasks" if row is None else _finding(row)
+            verdicts.append(Verdict(words, ", ".join(filter(None, where)), OPEN, finding))
+            decidable = row is not None and row["seeds"] > 1 and not math.isnan(row["low"])
+            estimates.append((claim, row) if decidable else None)
+        if own.empty:
+            verdicts.append(Verdict(words, point, OPEN, "no runs of both"))
+            estimates.append(None)
+    return _corrected(verdicts, estimates)
+
+
+def _corrected(verdicts: Sequence[Verdict], of: Sequence[tuple[Claim, Mapping] | None]) -> list[Verdict]:
+    """Verdicts with what their estimates say, alone and among all that can be decided."""
+    known = [
+        (claim, Estimate(row["difference"], row["error"], row["freedom"]), row["metric"])
+        for claim, row in filter(None, of)
+    ]
+    levels = iter(holm([claim.significance(found, metric) for claim, found, metric in known]))
+    numbers = iter(known)
+    made = []
+    for verdict, each in zip(verdicts, of, strict=True):
+        if each is None:
+            made.append(replace(verdict, alone=OPEN))
+            continue
+        claim, found, metric = next(numbers)
+        alone, among = (claim.judge(found, metric, level) for level in (1 - LEVEL, next(levels)))
+        made.append(replace(verdict, verdict=among, alone=alone, among=len(known)))
+    return made
 
 
 def _finding(row: Mapping) -> str:
-    where = row["task"] if row["tasks"] == 1 else f"average of {row['tasks']:.0f} tasks, at least"
+    where = row["task"]
+    if row["tasks"] > 1:
+        of = "sets" if row["task"] == ALL_SETS else "tasks"
+        where = f"{row['tasks']:.0f} {of} ({row['up']:.0f} up, {row['down']:.0f} down), at least"
     where += f"{',' * (row['tasks'] == 1)} {counted(row['seeds'], 'seed')}"
     return f"{interval(row)}{' points' if in_points(row) else ''}, {where}"
 

@@ -28,7 +28,7 @@ COLUMNS = (
 )
 # Settings that only figures and single tables vary: elsewhere they are as the schema has them.
 VARIED = {"method.rank", "task.label_noise", "mask.seed", "mask.count"}
-VARIED |= {f"calibration.{name}" for name in ("repair", "scope", "axes", "chance", "max_sparsity", "file")}
+VARIED |= {f"calibration.{name}" for name in ("repair", "scope", "axes", "chance", "max_sparsity", "file", "shrink")}
 # Settings in which runs of one method, measure and operating point may differ, or which these three are.
 _NOT_OWN = {"calibration.seed", "calibration.reliability", "importance.name", "mask.granularity"}
 

@@ -14,7 +14,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from evidence.paired import (
+    ALL_SETS,
+    AS_GOOD,
     AVERAGE,
+    BETTER,
     DIFFERENCE,
     DIFFERENCES,
     EXAMPLES,
@@ -26,7 +29,7 @@ from evidence.paired import (
     SEEDS,
     WHERE,
     Verdict,
-    better,
+    bootstrapped,
     counted,
     differences,
     in_points,
@@ -36,6 +39,7 @@ from evidence.paired import (
     paired_rows,
     part_of,
     scores,
+    together,
 )
 from evidence.runs import (
     BUDGET,
@@ -168,13 +172,20 @@ def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
 
 
 def _of_verdicts(table: Table) -> str:
-    return _tabulated(pd.DataFrame(map(asdict, table.verdicts)), "pipe")
+    shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in table.verdicts])
+    several = bool(shown["among"].max() > 1)
+    return _tabulated(shown[["claim", "where", *["alone"] * several, "verdict", "found"]], "pipe")
+
+
+def in_words(verdict: Verdict) -> str:
+    """A verdict with the number of those it was corrected for."""
+    return f"{verdict.verdict}, among {verdict.among}" if verdict.among > 1 else verdict.verdict
 
 
 def _tabulated(shown: pd.DataFrame, form: str) -> str:
     words = {"model", "mixture", "importance", "operating point", "method", "task", "difference", "over", "verdict"}
-    words |= {"what", "claim", "where", "found"}
-    align = ["left" if name in words else "right" for name in shown.columns]
+    words |= {"what", "claim", "where", "found", "alone"}
+    align = ["left" if name in words or name.startswith("among") else "right" for name in shown.columns]
     return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
 
 
@@ -218,20 +229,36 @@ def _size(row: Mapping | None) -> str:
 
 
 def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Differences in points with their interval, seeds, what was drawn again, verdict."""
+    """Differences in points with their interval and the bootstrap's, seeds, what is taken for chance, verdicts."""
+    paired = part_of(numbers, DIFFERENCE)
     return _readable(
         "Differences",
-        part_of(numbers, DIFFERENCE),
+        paired,
         {
             **{name.replace("_", " "): name for name in WHERE},
             "difference": lambda row: f"{row['first']} − {row['second']}",
-            "task": lambda row: f"{AVERAGE} of {row['tasks']:.0f}" if row["task"] == AVERAGE else row["task"],
+            "task": _task,
             "points [95 %]": interval,
+            "bootstrap": bootstrapped,
             "seeds": ("seeds", ".0f"),
             "over": "over",
             "verdict": "verdict",
+            _of_all(paired): "together",
         },
     )
+
+
+def _task(row: Mapping) -> str:
+    if row["tasks"] == 1:
+        return row["task"]
+    if row["task"] == ALL_SETS:
+        return f"{row['tasks']:.0f} sets ({row['up']:.0f} up, {row['down']:.0f} down)"
+    return f"{AVERAGE} of {row['tasks']:.0f}"
+
+
+def _of_all(paired: pd.DataFrame) -> str:
+    """How the column of corrected verdicts is called."""
+    return f"among {paired['among'].max():.0f}" if len(paired) else "among"
 
 
 Column = str | tuple[str, str] | tuple[str, str, float] | Callable[[Mapping], str]
@@ -265,21 +292,22 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
 # Notes
 
 _INTERVALS = (
-    "Differences are paired by seed and test example, with 95 % intervals of a bootstrap over both within each task; "
-    f"better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is below zero, and "
-    "not above that; undecided: else, and of one seed always."
+    "Differences are paired by seed and test example, with 95 % intervals over both from variance components "
+    f"(Student's t); better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
+    "below zero, and not above that; undecided: else, and of one seed always. bootstrap: the interval of seeds and "
+    "examples that are drawn again, too narrow of few seeds that differ (results/coverage)."
 )
 _EACH = (
-    "Each interval is at 95 % by itself, and not corrected for there being {count} of them; of three seeds that differ "
-    "much it is too narrow (a simulation, docs/evidence/fair.md: it held the truth in 84 to 99 %)."
+    "Each interval is at 95 % by itself. The last column has what is left of its verdict among the {count} of this "
+    "table, by Holm's correction."
 )
-_OF_TASKS = (
-    "An average over tasks is of these tasks alone, each counting alike; seeds are drawn once for all, since one has "
-    "the same masks on each."
+_OF_SETS = (
+    "Over sets a difference is the mean of all sets of which these are a sample (random effects), with the interval of "
+    "Hartung and Knapp; up and down count those on which the first is above and below."
 )
+_OF_TASKS = "The average over a mixture's members is of these alone, each counting alike, over the same seeds."
 _OVER = {
-    SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples), and the "
-    "interval is Student's t.",
+    SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples).",
     EXAMPLES: "Where differences are over examples alone, there is one seed, and how much seeds differ is not known.",
     NONE: "Of one seed without predictions there is no interval.",
 }
@@ -291,10 +319,10 @@ def notes_of(numbers: pd.DataFrame, runs: pd.DataFrame, evidence: Evidence) -> l
     paired, scored = part_of(numbers, DIFFERENCE), part_of(numbers, SCORE)
     notes = [_BEST] if len(scored) and scored["best"].any() else []
     if len(paired):
-        notes += [_INTERVALS, _EACH.format(count=len(paired))]
+        notes += [_INTERVALS, _EACH.format(count=int(paired["among"].max()))]
+        notes += [_OF_SETS] if (paired["task"] == ALL_SETS).any() else []
         notes += [_OF_TASKS] if (paired["task"] == AVERAGE).any() else []
-        over = {word for words in paired["over"] for word in words.split("; ")}
-        notes += [note for word, note in _OVER.items() if word in over]
+        notes += [note for word, note in _OVER.items() if word in set(paired["over"])]
     if at_ceiling := saturated(numbers):
         notes.append(f"Every adapter is at 98 % or above on {', '.join(at_ceiling)}: such a task tells little apart.")
     return [*notes, *learning_rates(runs), *shared_calibrations(runs), *left_out(runs, evidence)]
@@ -405,7 +433,7 @@ def table1(evidence: Evidence) -> Table:
         evidence,
         runs,
         numbers,
-        judged(numbers, "partial", "lora", POINTS),
+        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
         missing(runs, wanted, _planned(evidence, "table1"), "make reproduce-table1"),
     )
 
@@ -418,7 +446,8 @@ def table2(evidence: Evidence) -> Table:
     methods, command = ("targeted", "partial"), "make reproduce-table2"
     runs = at_points(evidence.comparable, methods, POINTS, _MEASURES)
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
-    numbers = _together(scores(runs), differences(runs, [("partial", "targeted")]), over_measures(runs))
+    paired = together(_together(differences(runs, [("partial", "targeted")]), over_measures(runs)))
+    numbers = _together(scores(runs), paired)
     tasks = _planned(evidence, "table2")
     lacking = missing(runs, planned(methods, POINTS), tasks, command)
     closely = runs[runs["task"].isin(tasks)] if tasks else runs
@@ -428,9 +457,8 @@ def table2(evidence: Evidence) -> Table:
         "set beside these.",
         "Means over measures of importance are of differences on the same examples and seeds.",
     ]
-    return _of_methods(
-        "table2", evidence, runs, numbers, judged(numbers, "partial", "targeted", POINTS), lacking, notes
-    )
+    verdicts = judged(numbers, *(("partial", "targeted", AS_GOOD, point) for point in POINTS))
+    return _of_methods("table2", evidence, runs, numbers, verdicts, lacking, notes)
 
 
 def over_measures(runs: pd.DataFrame) -> pd.DataFrame:
@@ -467,7 +495,8 @@ def table3(evidence: Evidence) -> Table:
         tasks = ", ".join(sorted(set(generated["task"])))
         runs_of = counted(len(generated), "run")
         notes.append(f"Left out, as their answers are generated and not chosen: {runs_of} on {tasks}.")
-    return _of_methods("table3", evidence, runs, numbers, judged(numbers, "partial", "lora", POINTS), lacking, notes)
+    verdicts = judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS))
+    return _of_methods("table3", evidence, runs, numbers, verdicts, lacking, notes)
 
 
 def zero_shot(runs: pd.DataFrame, frozen: Mapping) -> pd.DataFrame:
@@ -511,8 +540,8 @@ def table4(evidence: Evidence) -> Table:
     most = [name for name in methods if name not in _OF_THREE_SEEDS]
     lacking = missing(runs, planned(most, (BUDGET,)), _planned(evidence, "table4"), command)
     lacking += missing(runs, planned(_OF_THREE_SEEDS, (BUDGET,)), (), command)
-    verdicts = [each for name in _HOW_MUCH for each in judged(numbers, "partial", name, (BUDGET,), better)]
-    verdicts += [each for name in _WHICH for each in judged(numbers, "partial", name, (BUDGET,))]
+    claims = [*((name, BETTER) for name in _HOW_MUCH), *((name, AS_GOOD) for name in _WHICH)]
+    verdicts = judged(numbers, *(("partial", name, claim, BUDGET) for name, claim in claims))
     notes = [
         "Reliability is of the calibrated sparsities: how far those of different seeds, each with examples of its own, "
         "correlate over modules and axes; where a run calibrated on halves of its draw, the Spearman–Brown "
@@ -543,8 +572,10 @@ def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "n": ("n", ".0f"),
             "score": score,
             "partial − it [95 %]": lambda row: other(row, interval),
+            "bootstrap": lambda row: other(row, bootstrapped),
             "over seeds": lambda row: other(row, lambda pair: f"{pair['seeds']:.0f}"),
             "partial is": lambda row: other(row, lambda pair: pair["verdict"]),
+            _of_all(part_of(numbers, DIFFERENCE)): lambda row: other(row, lambda pair: pair["together"]),
             "parameters": ("parameters", ",.0f"),
             "of dense": ("share", ".1%"),
             "reliability": ("reliability", ".2f"),
@@ -748,7 +779,7 @@ def table6(evidence: Evidence) -> Table:
         evidence,
         runs,
         numbers,
-        judged(numbers, "partial", "lora", POINTS),
+        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
         lacking,
         [note] * (len(runs) > len(mixed)),
     )

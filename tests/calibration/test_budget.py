@@ -11,6 +11,7 @@ from partial_lora.calibration.budget import (
     meet,
     parameter_count,
     scaled,
+    shrunk,
     uniform_sparsity,
 )
 from partial_lora.errors import PartialLoraError
@@ -144,3 +145,35 @@ def test_a_threshold_that_spends_the_budget_is_taken_as_it_is():
     count = kept_parameters(VIT, 16, chosen_at(0.62))
     _, found = meet(count, VIT, 16, chosen_at)
     assert found == chosen_at(0.62)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_shrunk_densities_are_geometric_means_with_one_density_at_the_same_size(shrink):
+    sparsity = {
+        module: {axis: drawn.choice((0.5, 0.75, 0.9, 0.95)) for axis in ("rows", "columns")}
+        for drawn in (random.Random(0),)
+        for module in VIT
+    }
+    found, count = shrunk(sparsity, VIT, 16, shrink), kept_parameters(VIT, 16, sparsity)
+    assert count - 16 < kept_parameters(VIT, 16, found) <= count
+    whole = {(m, axis): size for m, shape in VIT.items() for axis, size in zip(("rows", "columns"), shape, strict=True)}
+
+    def literally(even: float) -> dict:
+        return {(m, axis): (1 - sparsity[m][axis]) * (even / (1 - sparsity[m][axis])) ** shrink for m, axis in whole}
+
+    low, high = 0.0, 1.0  # the one density that spends the budget
+    for _ in range(60):
+        even = (low + high) / 2
+        spent = 16 * sum(whole[place] * density for place, density in literally(even).items())
+        low, high = (even, high) if spent < count and shrink else (low, even)
+    for (module, axis), density in literally(even).items():
+        assert 1 - found[module][axis] == pytest.approx(density, abs=2 / whole[module, axis] + 0.02 * density)
+
+
+def test_shrinking_past_the_middle_turns_the_order_round_and_keeps_ties():
+    sparsity = {"a": {"rows": 0.5, "columns": 0.95}, "b": {"rows": 0.95, "columns": 0.75}}
+    shapes = {"a": (4000, 4000), "b": (4000, 4000)}
+    found = shrunk(sparsity, shapes, 1, 2.0)
+    (a_rows, a_columns), (b_rows, b_columns) = ((1 - axes["rows"], 1 - axes["columns"]) for axes in found.values())
+    assert a_columns == pytest.approx(b_rows, abs=1e-3)
+    assert (a_columns / a_rows, b_rows / b_columns) == pytest.approx((0.5 / 0.05, 0.25 / 0.05), rel=0.02)

@@ -80,4 +80,10 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     assert "<use xlink:href=" in text  # as letters and markers are drawn
     assert "num_trainable_params" in text
     assert "oft: not applicable" in text
+    assert 'id="tab-1"' not in text  # one task
+    two = pd.concat([table, table.assign(task="cars")])
+    settings = {"reference": "low_rank", "command": "", "refused": []}
+    text = race.write_page(two, tmp_path, **settings).read_text()
+    assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
+    assert "<b>cars, 0.13 of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched

@@ -14,7 +14,7 @@ from refusals import refusal
 from partial_lora import methods
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build, config
+from partial_lora.runs import build, compose, config
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 
 
@@ -89,3 +89,41 @@ def test_small_images_that_are_made_much_larger_are_said(name: str, pixels: int,
     rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     found = build._enlarged(ModelConfig(**settings(name)), SimpleNamespace(modality="image", train=rows))
     assert [line.partition("=")[0] for line in found] == ["model.image_size"] * warned
+
+
+def test_a_setting_has_the_shrunk_shares_of_a_calibration_at_its_size() -> None:
+    shapes, sparsity = (
+        {"a": (40, 30), "b": (50, 20)},
+        {
+            "a": {"rows": 0.9, "columns": 0.5},
+            "b": {"rows": 0.8, "columns": 0.9},
+        },
+    )
+    plain, half = (
+        build.setting_of(compose.composed("model=tiny_vit", f"calibration.shrink={shrink}"), shapes, sparsity)
+        for shrink in (0, 0.5)
+    )
+    assert plain.sparsity == sparsity
+    kept = half.counts()
+    assert abs(sum(kept.values()) - sum(plain.counts().values())) < 2 * half.rank
+    assert half.sparsity["a"]["rows"] < 0.9 < 0.5 + half.sparsity["a"]["columns"]
+    for settings_of_it in ("calibration.sparsity=0.5", "calibration=fixed"):
+        with refusal("calibration.shrink"):
+            compose.composed("model=tiny_vit", settings_of_it, "calibration.shrink=0.5")
+
+
+def test_seeds_have_training_rows_of_their_own_and_the_same_test_rows_where_the_split_follows_them() -> None:
+    def rows(*words: str) -> tuple[list, list]:
+        chosen = compose.composed(
+            "model=tiny_vit", "task=digits", "task.train_samples=300", "task.test_share=0.5", *words
+        )
+        task = build.task_of(chosen)
+        assert (len(task.train) + len(task.validation), len(task.test)) == (300, 899)
+        return [list(task.train["label"]), list(task.test["label"])], task.train[0]["image"].tobytes()
+
+    own = [rows("task.split_seed=null", f"seed={seed}") for seed in (0, 3)]
+    assert own[0][0][1] == own[1][0][1]  # labels of the test rows, in order
+    assert own[0][1] != own[1][1]
+    assert rows("task.split_seed=0", "seed=3") == own[0]
+    first, second = (compose.composed("task.split_seed=null", f"seed={seed}") for seed in (0, 3))
+    assert config.run_directory(first).parent == config.run_directory(second).parent

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import reproduce
 from evidence import paired, tables
-from evidence.paired import FAILS, HOLDS, OPEN, WORSE, Pair, average, between
+from evidence.paired import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE, Pair, average, between, over_tasks
 from evidence.runs import gather
 from evidence.tables import Table
 from recorded_runs import EXAMPLES, leave
 from refusals import refusal
 from scipy import stats
 
-from partial_lora.report.statistics import compare, verdict
+from partial_lora.report.statistics import Estimate, compare, estimate, over_sets
 
 BENCH = Path(__file__).parents[2] / "results" / "bench" / "adapter.json"
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
@@ -73,24 +73,11 @@ def by_comparison(one: Pair, **settings: object):
     return compare(*sides, one.metric, **settings)
 
 
-def literally(tasks: list[np.ndarray], draws: int) -> np.ndarray:
-    """The mean over tasks of the mean difference, in every draw of all seeds and each task's examples, one by one."""
-    generator, every, means = np.random.default_rng(7), max(map(len, tasks)), []
-    while len(means) < draws:
-        drawn_seeds, parts = generator.integers(every, size=every), []
-        for differences in tasks:
-            seeds = [seed for seed in drawn_seeds if seed < len(differences)]
-            examples = generator.integers(differences.shape[1], size=differences.shape[1])
-            parts.append(differences[np.ix_(seeds, examples)])
-        if all(map(len, parts)):
-            means.append(np.mean([each.mean() for each in parts]))
-    return np.array(means)
-
-
 def test_on_one_task_it_is_the_package_s_comparison() -> None:
     one = pair(*drawn(0, 3, 80, 0.8, 0.7))
     interval, expected = between([one]), by_comparison(one)
-    assert (interval.difference, interval.low, interval.high) == (expected.difference, expected.low, expected.high)
+    for name in ("estimate", "low", "high", "bootstrap_low", "bootstrap_high"):
+        assert getattr(interval, name) == getattr(expected, name)
     assert (interval.seeds, interval.examples, interval.verdict, interval.over) == (
         3,
         80,
@@ -101,38 +88,27 @@ def test_on_one_task_it_is_the_package_s_comparison() -> None:
     assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
     turned = between([pair(*base), pair(*base[::-1])])
     assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
-    one = pair(*drawn(9, 2, 60, 0.95, 0.6), metric="pearson")  # of all examples together
-    expected, interval = by_comparison(one, draws=1_000), between([one])
-    assert interval.difference == pytest.approx(expected.difference)
-    assert interval.high - interval.low == pytest.approx(expected.high - expected.low, rel=0.01)
 
 
-def test_the_average_is_that_of_a_literal_bootstrap_of_both_tasks() -> None:
-    arrays = [drawn(1, 2, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7)]
-    interval = average({str(place): [pair(*each)] for place, each in enumerate(arrays)})
+def test_members_of_a_mixture_have_the_average_of_their_common_seeds_and_sets_that_of_all_sets() -> None:
+    arrays = [drawn(1, 3, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7), drawn(3, 3, 40, 0.8, 0.5)]
+    tasks = {str(place): [pair(*each)] for place, each in enumerate(arrays)}
     differences = [first.astype(float) - second for first, second in arrays]
-    assert interval.difference == pytest.approx(np.mean([each.mean() for each in differences]))
-    expected = np.quantile(literally(differences, 4_000), [0.025, 0.975])
-    assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=0.012)
-    assert (interval.seeds, interval.examples) == (2, 80)
-
-
-def test_examples_are_lucky_on_one_task_and_seeds_on_all() -> None:
-    one = pair(*(np.repeat(each, 3, axis=0) for each in drawn(3, 1, 60, 0.8, 0.7)))  # all seeds alike
-    single, double = between([one]), average({"a": [one], "b": [one]})
-    assert double.high - double.low == pytest.approx((single.high - single.low) / np.sqrt(2), rel=0.05)
-    of_seeds = np.repeat([[True], [False], [True], [True]], 60, axis=1)  # all examples alike
-    one = pair(of_seeds, ~of_seeds & of_seeds)
-    single, double = between([one]), average({"a": [one], "b": [one]})
-    assert (double.low, double.high) == (single.low, single.high)
-    assert double.low < double.high
+    members = average(tasks)
+    assert members.estimate == estimate(*(each[:3] for each in differences))
+    assert (members.seeds, members.examples, members.over) == (3, 120, "seeds and examples")
+    sets = over_tasks(tasks)
+    assert sets.estimate == over_sets([estimate(each) for each in differences])
+    means = [each.mean() for each in differences]
+    assert (sets.up, sets.down) == (sum(mean > 0 for mean in means), sum(mean < 0 for mean in means))
+    assert (sets.seeds, sets.examples, sets.over) == (3, 120, "sets")
 
 
 def test_without_predictions_the_interval_is_students() -> None:
     interval = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
     values = np.array([0.05, -0.01, 0.05])
     expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-4)
+    assert (interval.low, interval.high) == pytest.approx(expected)
     assert (interval.difference, interval.seeds, interval.over, interval.verdict) == (
         pytest.approx(0.03),
         3,
@@ -152,8 +128,9 @@ def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     alone = between([pair([0.9], [0.5])])
     assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
     assert np.isnan([alone.low, alone.high]).all()
-    both = average({"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]})
-    assert (both.verdict, both.seeds, both.over) == ("undecided", 1, "examples; seeds and examples")
+    both = {"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]}
+    assert (average(both).verdict, average(both).seeds, average(both).over) == ("undecided", 1, "examples")
+    assert (over_tasks(both).verdict, over_tasks(both).seeds) == ("undecided", 1)
     with refusal("", "seed"):
         between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
     with refusal("", "perplexity"):
@@ -174,11 +151,34 @@ def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     ],
 )
 def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str, as_good: str, better: str) -> None:
-    word = verdict(-high, -low, None) if metric == "mse" else verdict(low, high)
-    row = {"low": low, "high": high, "metric": metric, "seeds": 3, "verdict": word}
-    assert (paired.as_good(row), paired.better(row)) == (as_good, better)
-    assert paired.better(row | {"seeds": 1}) == OPEN
-    assert paired.as_good(None) == paired.better(None) == OPEN
+    found = Estimate((low + high) / 2, (high - low) / 2 / stats.t.ppf(0.975, 6), 6)
+    assert tuple(claim.judge(found, metric, 0.05) for claim in (AS_GOOD, BETTER)) == (as_good, better)
+    for claim, said in ((AS_GOOD, as_good), (BETTER, better)):  # decided from its significance on
+        assert (claim.significance(found, metric) < 0.05) == (said in (HOLDS, FAILS))
+
+
+def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
+    def rows(*p: float) -> pd.DataFrame:
+        each = [{"difference": 0.01 * stats.t.isf(one / 2, 9) - 0.01, "error": 0.01, "freedom": 9.0} for one in p]
+        places = {"part": "difference", "model": "vit", "mixture": "", "importance": "svd", "second": "lora"}
+        places |= {"metric": "accuracy", "tasks": 1, "task": "digits", "seeds": 3, "low": 0.0, "high": 0.0}
+        return pd.DataFrame(
+            [places | one | {"first": str(at), "operating_point": "budget 0.13"} for at, one in enumerate(each)]
+        )
+
+    def of(numbers: pd.DataFrame) -> list[tuple[str, str, int]]:
+        claims = [(first, "lora", AS_GOOD, "budget 0.13") for first in (*numbers["first"], "other")]
+        made = paired.judged(numbers, *claims)
+        assert (made[-1].verdict, made[-1].alone, made[-1].among) == (OPEN, OPEN, 0)  # no runs
+        return [(each.alone, each.verdict, each.among) for each in made[:-1]]
+
+    assert of(rows(0.03)) == [(HOLDS, HOLDS, 1)]
+    assert of(rows(0.03, 0.04)) == [(HOLDS, OPEN, 2)] * 2
+    assert of(rows(0.04, 0.02)) == [(HOLDS, HOLDS, 2)] * 2
+    numbers = rows(0.03, 0.04)
+    numbers.loc[1, "seeds"] = 1  # decides nothing, and is no comparison
+    assert of(numbers) == [(HOLDS, HOLDS, 1), (OPEN, OPEN, 0)]
+    assert paired.together(numbers)["among"].tolist() == [1, 1]
 
 
 def test_only_shares_are_read_in_points() -> None:
@@ -235,17 +235,19 @@ def test_table1_has_means_and_differences_at_each_point_and_on_average(made: dic
     assert (mean["mean"], mean["std"]) == pytest.approx((of_seeds.mean(), of_seeds.std(ddof=1)))
     assert (mean["parameters"], mean["share"], mean["n"]) == (130, pytest.approx(0.13), 3)
     differences = part(made["table1"], "difference")
-    row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="average")
+    row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="digits")
     assert row["difference"] == pytest.approx(-42 / EXAMPLES)
     assert row["low"] < row["difference"] < row["high"] < -0.1
-    assert (row["tasks"], row["seeds"], row["examples"], row["verdict"]) == (2, 3, 2 * EXAMPLES, "worse")
-    assert len(differences) == 3 * 2 * 3  # pairs, points, two tasks and their average
+    assert (row["verdict"], row["together"], row["among"]) == ("worse", "worse", 18)
+    row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="all sets")
+    assert (row["tasks"], row["seeds"], row["examples"], row["up"], row["down"]) == (2, 3, 2 * EXAMPLES, 0, 2)
+    assert len(differences) == 3 * 2 * 3  # pairs, points, two tasks and all sets
     assert not part(made["table1"], "score")["best"].any()  # lora is the best at 13 % alone
 
 
 def test_verdicts_of_the_tables(made: dict) -> None:
-    assert ("vit, svd, budget 0.13", FAILS) in verdicts(made["table1"])
-    assert ("vit, mean over svd, snip and imp, threshold 0.9", HOLDS) in verdicts(made["table2"])
+    assert ("vit, svd, budget 0.13", OPEN) in verdicts(made["table1"])  # two sets, of which t is 12.7
+    assert ("vit, imp, threshold 0.9", HOLDS) in verdicts(made["table2"])
     assert ("lm, svd, threshold 0.9", OPEN) in verdicts(made["table3"])  # one seed
     by_claim = {each.claim: each.verdict for each in made["table4"].verdicts}
     assert by_claim["partial is better than uniform"] == HOLDS
@@ -386,7 +388,7 @@ def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> 
 # Single cases
 
 
-def test_an_average_is_of_tasks_that_a_method_has_all_with_a_common_seed(tmp_path: Path) -> None:
+def test_what_is_said_of_all_sets_is_of_those_with_a_common_seed(tmp_path: Path) -> None:
     for task, worse, seed in (("a", 0, 0), ("b", 80, 0), ("c", 0, 7)):
         for more in range(2):
             leave(tmp_path, "lora", seed=more, wrong=20, task=task)
@@ -397,12 +399,12 @@ def test_an_average_is_of_tasks_that_a_method_has_all_with_a_common_seed(tmp_pat
     assert {score.strip("*") for score in shown.loc["lora", ["a", "b", "c", "average"]]} == {"90.00 ± 0.00"}
     assert shown.loc["targeted", ["a", "b", "c", "average"]].tolist() == ["90.00", "–", "–", "–"]
     rows = part(table, "difference", first="partial", second="lora").set_index("task")
-    assert list(rows.index) == ["a", "b", "average"]
-    assert (rows.loc["average", "difference"], rows.loc["average", "tasks"]) == (pytest.approx(-0.2), 2)
-    assert "average of 2" in table.shown["Differences"]["task"].tolist()
-    assert ("vit, svd, threshold 0.9", FAILS) in verdicts(table)
-    without = rows.drop(index="average").reset_index()  # one of several tasks stands for none
-    assert {each.verdict for each in paired.judged(without, "partial", "lora", ("threshold 0.9",))} == {OPEN}
+    assert list(rows.index) == ["a", "b", "all sets"]
+    assert (rows.loc["all sets", "difference"], rows.loc["all sets", "tasks"]) == (pytest.approx(-0.2, abs=0.01), 2)
+    assert "2 sets (0 up, 1 down)" in table.shown["Differences"]["task"].tolist()
+    without = rows.drop(index="all sets").reset_index()  # one of several tasks stands for none
+    claim = ("partial", "lora", AS_GOOD, "threshold 0.9")
+    assert {each.verdict for each in paired.judged(without, claim)} == {OPEN}
 
 
 def test_only_what_beats_all_at_its_point_is_marked(tmp_path: Path) -> None:

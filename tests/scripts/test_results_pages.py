@@ -31,34 +31,37 @@ forms/forms: gtsrb: lora
 forms/forms: trec: lora
 """,
     "results/README.md": """
-cpu/tables/table1: average, budget 0.13: partial − lora
-cpu/tables/table1: gtsrb, budget 0.13: partial − lora
+cpu/tables/table1: all sets, budget 0.13: partial − lora
 cpu/tables/table1: digits, budget 0.13: partial − lora
-cpu/tables/table1: average, threshold 0.9: partial − lora
-cpu/tables/table2: average, budget 0.13: partial − targeted
+cpu/tables/table1: gtsrb, budget 0.13: partial − lora
+cpu/tables/table1: all sets, threshold 0.9: partial − lora
+cpu/tables/table2: all sets, budget 0.13: partial − targeted
 cpu/tables/table2: signdigits, budget 0.13: targeted
-digits_rate/tables/table1: average, budget 0.13: partial − targeted
+digits_rate/tables/table1: all sets, budget 0.13: partial − targeted
 cpu/tables/table2: digits, budget 0.13, mean over svd, snip and imp: partial − targeted
-cpu/tables/table2: average, threshold 0.9: partial − targeted
-digits_rate/tables/table1: average, threshold 0.9: partial − targeted
+cpu/tables/table2: all sets, threshold 0.9: partial − targeted
+digits_rate/tables/table1: all sets, threshold 0.9: partial − targeted
 same_rate/report/comparison: digits, threshold 0.9: partial − targeted
 same_rate/report/comparison: cifar10, threshold 0.9: partial − targeted
 same_rate/report/comparison: signdigits, threshold 0.9: partial − targeted
-cpu/tables/table3: minilm_l6, average, budget 0.13: partial − targeted
-cpu/tables/table3: minilm_l6, average, threshold 0.9: partial − targeted
+cpu/tables/table3: sst2, budget 0.13: partial − targeted
+cpu/tables/table3: trec, budget 0.13: partial − targeted
 cpu/tables/table3: sst2, threshold 0.9: partial − targeted
 cpu/tables/table3: trec, threshold 0.9: partial − targeted
-cpu/tables/table3: minilm_l6, average, budget 0.13: partial − lora
-cpu/tables/table3: minilm_l6, average, threshold 0.9: partial − lora
+cpu/tables/table3: sst2, budget 0.13: partial − lora
+cpu/tables/table3: trec, budget 0.13: partial − lora
 cpu/tables/table3: sst2: lora
 sst2_rate/report/comparison: sst2, budget 0.13: partial − lora
 sst2_rate/report/comparison: sst2, threshold 0.9: partial − lora
-cpu/tables/table3: trec, budget 0.13: partial − lora
 cpu/tables/table3: trec, threshold 0.9: partial − lora
-cpu/tables/table3: smollm2_135m, average, budget 0.13: partial − lora
-cpu/tables/table3: smollm2_135m, average, threshold 0.9: partial − lora
-cpu/tables/table4: digits, budget 0.13: partial − uniform; partial − shuffled; partial − inverted
-longer/report/comparison: digits, budget 0.13: uniform − partial
+cpu/tables/table3: arc_easy, budget 0.13: partial − lora
+cpu/tables/table3: piqa, budget 0.13: partial − lora
+cpu/tables/table4: digits, budget 0.13: partial − uniform
+cpu/report/comparison: digits, threshold 0.9: partial − uniform
+cpu/report/comparison: digits, threshold 0.8: partial − uniform
+cpu/report/comparison: digits, threshold 0.7: partial − uniform
+cpu/report/comparison: digits, threshold 0.5: partial − uniform
+cpu/tables/table4: digits, budget 0.13: partial − shuffled; partial − inverted
 cpu/tables/table4: digits, budget 0.13: partial − targeted; partial − partial (element); partial − flow;\
  partial − low_rank; partial − random_weights; partial − vera
 cpu/report/comparison: digits, budget 0.05: partial − low_rank

@@ -1,0 +1,212 @@
+"""How often 95 % intervals of a difference hold the truth, with 3, 5 and 8 seeds: of components, and of a bootstrap.
+
+    python scripts/coverage.py            # or `make coverage`; about five minutes of one core
+
+Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
+is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
+components of variance of a set's committed runs (medians over its pairs of methods), with seeds that are normal, or
+heavy-tailed as where a run collapses (Student's t with three degrees of freedom, of the same variance). Then five sets
+with these components, of which the truth is the mean of all such sets: the interval of random effects beside a
+bootstrap of the five at hand, as sets differ by 0, 1 and 3 points. Writes OUT/coverage.{md,csv,png,svg}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from evidence.paired import Pair
+from evidence.runs import NONE, POINTS, gather
+from matplotlib.figure import Figure
+
+from partial_lora.files import write_atomic
+from partial_lora.report.drawing import save_both
+from partial_lora.report.statistics import bootstrap, by_example, ends_of, estimate, mean_squares, over_sets
+
+SEEDS = (3, 5, 8)
+DRAWS = 300
+COMPONENTS, BOOTSTRAP = "components", "bootstrap"
+FIVE = "five sets"
+Experiment = Callable[[np.random.Generator, int], np.ndarray]
+Held = dict[str, tuple[float, float]]  # by interval: how often it held the truth, and its mean width
+
+
+def pairs(results_dir: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (task, "method − method, point", d (seeds, examples)) of all pairs of methods with three seeds or more.
+
+    Of each set: dense methods and, at an operating point, what has masks or a budget by `svd`.
+    """
+    runs = gather(results_dir).comparable
+    runs = runs[runs["importance"].isin(["svd", NONE]) & (runs["mixture"] == "") & (runs["metric"] == "accuracy")]
+    runs = runs[~runs["method"].isin(["probe", "full"])]
+    for task, of_task in runs.groupby("task", sort=False):
+        for point in POINTS:
+            at_point = of_task[of_task["operating_point"].isin([point, NONE])]
+            sides = {
+                name: dict(zip(own["seed"], own["outcome"], strict=True)) for name, own in at_point.groupby("method")
+            }
+            for place, first in enumerate(sides):
+                for second in list(sides)[place + 1 :]:
+                    seeds = sorted(Pair(sides[first], sides[second], "accuracy").seeds)
+                    if len(seeds) >= min(SEEDS):
+                        frames = ([sides[name][seed].predictions for seed in seeds] for name in (first, second))
+                        yield task, f"{first} − {second}, {point}", by_example(*frames, "accuracy")
+
+
+def components(d: np.ndarray) -> tuple[float, float, float]:
+    """Return the variances of seeds, of examples and of what is left, of d (seeds, examples); none below zero."""
+    (seeds, examples), (of_seeds, of_examples, left) = d.shape, mean_squares(d)
+    return max(0.0, (of_seeds - left) / examples), max(0.0, (of_examples - left) / seeds), left
+
+
+def resampled(population: np.ndarray) -> Experiment:
+    """Return what draws seeds and examples out of a population (seeds, examples), less its mean."""
+
+    def draw(generator: np.random.Generator, seeds: int) -> np.ndarray:
+        rows = generator.integers(len(population), size=seeds)
+        columns = generator.integers(population.shape[1], size=population.shape[1])
+        return population[np.ix_(rows, columns)] - population.mean()
+
+    return draw
+
+
+def fitted(
+    variances: tuple[float, float, float], examples: int, *, heavy: bool = False, between: float = 0
+) -> Experiment:
+    """Return what draws an experiment (seeds, examples) of these variances whose truth is 0.
+
+    heavy: seeds by Student's t with three degrees of freedom. between: the standard deviation of sets about the truth.
+    """
+    of_seeds, of_examples, left = map(math.sqrt, variances)
+
+    def draw(generator: np.random.Generator, seeds: int) -> np.ndarray:
+        luck = generator.standard_t(3, size=(seeds, 1)) / math.sqrt(3) if heavy else generator.normal(size=(seeds, 1))
+        shared, rest = generator.normal(size=examples), generator.normal(size=(seeds, examples))
+        return between * generator.normal() + of_seeds * luck + of_examples * shared + left * rest
+
+    return draw
+
+
+def of_one_set(draw: Experiment, seeds: int, repetitions: int) -> Held:
+    """Return how often intervals held the truth 0 of repeated experiments, and their mean width."""
+    generator = np.random.default_rng(seeds)
+    each = (draw(generator, seeds) for _ in range(repetitions))
+    return _held((estimate(d).interval(), ends_of(bootstrap(d, generator, DRAWS))) for d in each)
+
+
+def of_all_sets(draws: list[Experiment], seeds: int, repetitions: int) -> Held:
+    """Return the same of the mean of sets: by random effects, and by a bootstrap of the sets at hand."""
+    generator = np.random.default_rng(seeds)
+    each = ([draw(generator, seeds) for draw in draws] for _ in range(repetitions))
+    return _held(
+        (
+            over_sets([estimate(d) for d in sets]).interval(),
+            ends_of(np.mean([bootstrap(d, generator, DRAWS) for d in sets], axis=0)),
+        )
+        for sets in each
+    )
+
+
+def _held(ends: Iterable[tuple[tuple[float, float], tuple[float, float]]]) -> Held:
+    low, high = np.moveaxis(np.array(list(ends)), -1, 0)
+    held, width = ((low <= 0) & (high >= 0)).mean(axis=0), (high - low).mean(axis=0)
+    return {name: (float(held[at]), float(width[at])) for at, name in enumerate((COMPONENTS, BOOTSTRAP))}
+
+
+def simulate(results_dir: Path, repetitions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a row for each kind of experiment, set, number of seeds and interval; and the components of each set."""
+    rows, fits, every = [], [], {}
+    for task, _, d in pairs(results_dir):
+        every.setdefault(task, []).append(d)
+
+    def add(kind: str, task: str, seeds: int, found: Held) -> None:
+        for name, (held, width) in found.items():
+            named = {"experiments": kind, "set": task, "seeds": seeds, "interval": name}
+            rows.append(named | {"coverage": held, "width": 100 * width})
+
+    def fit(task: str, **settings: float) -> Experiment:
+        return fitted(np.median([components(d) for d in every[task]], axis=0), every[task][0].shape[1], **settings)
+
+    for task, of_pairs in every.items():
+        deviations = 100 * np.sqrt(np.median([components(d) for d in of_pairs], axis=0))
+        named = {"set": task, "pairs": len(of_pairs), "test examples": of_pairs[0].shape[1]}
+        fits.append(named | dict(zip(("of seeds", "of examples", "left"), deviations, strict=True)))
+        whole = [d for d in of_pairs if len(d) >= max(SEEDS)]
+        for seeds in SEEDS:
+            each = [of_one_set(resampled(d), seeds, math.ceil(2 * repetitions / len(whole))) for d in whole]
+            if each:
+                add("resampled", task, seeds, {name: np.mean([one[name] for one in each], axis=0) for name in each[0]})
+            add("fitted, normal", task, seeds, of_one_set(fit(task), seeds, repetitions))
+            add("fitted, heavy tails", task, seeds, of_one_set(fit(task, heavy=True), seeds, repetitions))
+    for between in (0, 0.01, 0.03):
+        draws = [fit(task, between=between) for task in list(every)[:5]]
+        for seeds in SEEDS:
+            kind = f"differing by {100 * between:g} points"
+            add(kind, FIVE, seeds, of_all_sets(draws, seeds, math.ceil(repetitions / 2)))
+    return pd.DataFrame(rows), pd.DataFrame(fits)
+
+
+def draw(numbers: pd.DataFrame, out: Path) -> list[Path]:
+    """Draw the coverage of both intervals by the number of seeds, a panel for each kind of experiment."""
+    five = numbers["set"] == FIVE
+    panels = [*numbers[~five].groupby("experiments", sort=False), (FIVE, numbers[five])]
+    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
+    looks = {COMPONENTS: ("C0", "o"), BOOTSTRAP: ("C1", "s")}
+    for axes, (title, part) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        axes.axhline(0.95, color="0.4", linestyle=":", linewidth=1)
+        for (name, *_), own in part.groupby(["interval", "experiments", "set"], sort=False):
+            color, marker = looks[name]
+            axes.plot(own["seeds"], own["coverage"], color=color, marker=marker, markersize=4, linewidth=1, alpha=0.7)
+        axes.set(title=title, xlabel="seeds", xticks=SEEDS)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("share of intervals that hold the truth")
+    handles = [figure.axes[0].plot([], [], color=color, marker=mark)[0] for color, mark in looks.values()]
+    figure.legend(handles, list(looks), loc="outside lower center", ncols=2, frameon=False)
+    return save_both(figure, out, "coverage")
+
+
+def page(numbers: pd.DataFrame, fits: pd.DataFrame, command: str, repetitions: int) -> str:
+    """Return the table as Markdown: coverage and mean width by the number of seeds, and the components."""
+    rows = {}
+    for row in numbers.itertuples():
+        cells = rows.setdefault((row.experiments, row.set), {"experiments": row.experiments, "set": row.set})
+        cells[f"{row.interval}, {row.seeds} seeds"] = f"{row.coverage:.3f} ({row.width:.1f})"
+    shown = fits.round({"of seeds": 2, "of examples": 1, "left": 1})
+    parts = [
+        f"    {command}",
+        "# How often 95 % intervals hold the truth",
+        f"Coverage over {repetitions} experiments, and in brackets the mean width in points. Resampled: "
+        f"{2 * repetitions} experiments, out of the predictions of all pairs of methods with eight seeds. Fitted: with "
+        f"the components below. Five sets: {math.ceil(repetitions / 2)} experiments; the truth is the mean of all sets "
+        "like them.",
+        pd.DataFrame(rows.values()).to_markdown(index=False),
+        "Components of a difference, standard deviations in points, medians over pairs of a set's methods:",
+        shown.to_markdown(index=False),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the table, its numbers and the figure; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results/cpu"), help="the records to resample and to fit")
+    parser.add_argument("--out", type=Path, default=Path("results/coverage"))
+    parser.add_argument("--repetitions", type=int, default=500)
+    options = parser.parse_args(arguments)
+    numbers, fits = simulate(options.results, options.repetitions)
+    options.out.mkdir(parents=True, exist_ok=True)
+    numbers.to_csv(options.out / "coverage.csv", index=False, float_format="%.5g")
+    command = f"python scripts/coverage.py --results {options.results}"
+    write_atomic(options.out / "coverage.md", page(numbers, fits, command, options.repetitions))
+    for file in [options.out / "coverage.md", options.out / "coverage.csv", *draw(numbers, options.out)]:
+        print(f"wrote {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

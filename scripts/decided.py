@@ -1,0 +1,122 @@
+"""The claims of conf/experiment/decided.yaml, from finished runs: differences by set, verdicts at two points.
+
+    python scripts/decided.py results/decided
+
+Of every form the runs at the learning rate that is best on validation over the seeds that chose it. A claim is of all
+sets, whatever their model. Writes RESULTS/tables/decided.md and .csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from evidence.paired import DIFFERENCE, SCORE, Claim, differences, judged, part_of, scores
+from evidence.runs import BUDGET, THRESHOLD, collect
+from evidence.tables import in_words, readable_differences, readable_scores
+
+from partial_lora import cli
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
+from partial_lora.report import race
+
+MARGIN = 0.02
+AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN)
+BETTER = Claim("{first} is better than {second}", 0, MARGIN)
+PARTIAL = "partial kept p^-1"
+CLAIMS = {
+    BUDGET: [
+        (PARTIAL, "lora", AS_GOOD),
+        (PARTIAL, "targeted kept p^-1", AS_GOOD),
+        (PARTIAL, "uniform kept p^-1", BETTER),
+        (PARTIAL, "low_rank", AS_GOOD),
+        (PARTIAL, "random_weights", AS_GOOD),
+        (PARTIAL, "entries", AS_GOOD),
+        (PARTIAL, "partial element", AS_GOOD),
+        (PARTIAL, "partial", BETTER),
+        (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER),
+        (PARTIAL, f"{PARTIAL}, shrink 2", BETTER),
+        (PARTIAL, "shuffled kept p^-1", BETTER),
+    ],
+    THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted kept p^-1", AS_GOOD)],
+}
+
+
+def form_of(config: dict) -> str:
+    """Return the name of a run's form, with what its calibration has of its own."""
+    calibration, name = config["calibration"], race.form_of(config)
+    if config["method"]["name"] in ("lora", "low_rank", "random_weights"):
+        return config["method"]["name"]  # without masks, whatever these are said to be
+    words = [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
+    words += ["by gradient"] if calibration.get("search") == "gradient" else []
+    words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []
+    return ", ".join([name, *words])
+
+
+def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of every form, set and point at the rate that validation prefers, of those with most seeds."""
+    chosen = []
+    for _, own in runs.groupby(["task", "mixture", "method", "operating_point"], sort=False):
+        own = own.drop_duplicates(["learning_rate", "seed"])
+        seeds = own.groupby("learning_rate")["seed"].nunique()
+        means = race.validated(own[own["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
+        best = means.sort_values(["validation", "loss"], ascending=[False, True]).index[0]
+        chosen.append(own[own["learning_rate"] == best])
+    return pd.concat(chosen, ignore_index=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        runs, problems = collect(options.results)
+        if runs.empty:
+            raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
+        records = [run.record for run in runs["run"]]
+        validation = [record["metrics"]["validation"] for record in records]
+        runs = runs.assign(
+            method=[form_of(record["config"]) for record in records],
+            model="all",
+            importance="",
+            validation=[each[each["primary"]] for each in validation],
+            loss=[each["loss"] for each in validation],
+        )
+        write(at_best_rates(runs), options.results, problems)
+        return 0
+
+    return cli.guarded(command)
+
+
+def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
+    """Write the verdicts, the scores and the differences of runs at their best rates."""
+    pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
+    numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
+    claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
+    verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
+    shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+    parts = [
+        f"    python scripts/decided.py {results_dir}",
+        "# The claims at a margin of two points, among all of them",
+        shown[["claim", "where", "alone", "verdict", "found"]].to_markdown(index=False),
+    ]
+    tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
+    parts += [
+        f"**{title}**\n\n{table.to_markdown(index=False, disable_numparse=True)}" for title, table in tables.items()
+    ]
+    parts += ["\n".join(f"- {line}" for line in problems)] if problems else []
+    folder = results_dir / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
+    numbers.to_csv(folder / "decided.csv", index=False)
+    print(shown.to_string(index=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Power against simulation, steps of literal histories, and the claims of `make decided` from literal records."""
+
+from __future__ import annotations
+
+import json
+
+import decided
+import numpy as np
+import pandas as pd
+import power
+import pytest
+from coverage import fitted
+from recorded_runs import leave
+
+from partial_lora.report.statistics import estimate
+
+VARIANCES = (0.02**2, 0.1**2, 0.3**2)
+
+
+def test_the_power_is_how_often_simulated_intervals_lie_above_the_margin() -> None:
+    draw, generator = fitted(VARIANCES, 300), np.random.default_rng(0)
+    found = [estimate(draw(generator, 6)) for _ in range(600)]
+    above = np.mean([one.interval()[0] > -0.03 for one in found])
+    assert power.power(VARIANCES, 300, 6, 0.03, 0.05) == pytest.approx(above, abs=0.07)
+    expected, _ = power.error(VARIANCES, 300, 6)
+    assert expected == pytest.approx(np.std([one.difference for one in found]), rel=0.1)
+
+
+def test_the_seeds_needed_are_the_fewest_with_enough_power() -> None:
+    few, more = (power.needed(VARIANCES, 300, margin, 0.05) for margin in (0.04, 0.02))
+    assert few < more
+    assert power.power(VARIANCES, 300, few, 0.04, 0.05) >= 0.8 > power.power(VARIANCES, 300, few - 1, 0.04, 0.05)
+    assert power.needed(VARIANCES, 300, 0.04, 0.05 / 12) > few
+    assert power.needed((0.5**2, 0.1, 0.1), 300, 0.01, 0.05) is None
+
+
+def test_a_set_has_stopped_where_the_last_quarter_of_its_longest_runs_gained_less_than_a_point(tmp_path) -> None:
+    for name, steps, last in (("cpu", 8, 0.9), ("longer", 16, 0.805)):
+        folder = leave(tmp_path / name, "lora", wrong=20)
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        points = {steps // 2: 0.7, 3 * steps // 4: 0.8, steps: last}
+        record["history"] = [{"step": step, "eval_accuracy": value} for step, value in points.items()]
+        (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
+    (row,) = power.steps_by_set([tmp_path / "cpu", tmp_path / "longer"]).to_dict("records")
+    assert (row["steps"], row["gain"], row["stopped"]) == (16, pytest.approx(0.005), True)
+
+
+def test_claims_are_of_the_rate_that_validation_prefers_and_named_by_form(tmp_path, capsys) -> None:
+    mask = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
+    for seed in range(8):
+        leave(tmp_path, "lora", seed=seed, wrong=10 + seed % 2)
+        leave(tmp_path, "partial", seed=seed, wrong=10 + seed % 3, budget=0.13, **mask)
+        leave(tmp_path, "uniform", seed=seed, wrong=60 + seed % 2, budget=0.13, **mask)
+    leave(tmp_path, "partial", seed=0, wrong=0, budget=0.13, trainer__learning_rate=0.5, **mask)  # one seed alone
+    leave(tmp_path, "partial", seed=0, wrong=90, budget=0.13, calibration__shrink=0.5, **mask)
+    assert decided.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "partial kept p^-1 is better than uniform kept p^-1" in shown
+    numbers = pd.read_csv(tmp_path / "tables" / "decided.csv")
+    (row,) = numbers[(numbers["part"] == "score") & (numbers["method"] == "partial kept p^-1")].to_dict("records")
+    assert row["n"] == 8
+    page = (tmp_path / "tables" / "decided.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("| partial kept p^-1 is better than uniform")]
+    assert "holds, among 2" in line
