@@ -1,6 +1,7 @@
 # make demo    from nothing in two minutes after installation: calibrate, mask, train and evaluate a real ViT on real digits
 # make test    everything the tests need, and the tests (JOBS=2 processes)
 # make test-all   the same with all that tests skip without: other libraries, a browser, real weights (docs/developing/house.md)
+# make test-oldest   a part of the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 # make test-serve   llama.cpp, built from source in some minutes, with adapters of runs, one of them over real weights
 # make lint    ruff, and mypy over the public surface
 # make examples   every script of examples/ and three of them as notebooks, in about ten minutes
@@ -37,7 +38,7 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: demo docs docs-serve docs-commands test test-all test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses clean
+.PHONY: demo docs docs-serve docs-commands test test-all test-oldest test-serve browser lint examples first vision encoders causal tune methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -71,6 +72,16 @@ test: $(VENV)/.test-installed
 # What is still skipped, and why, stands above the last line.
 test-all: $(VENV)/.test-all-installed browser
 	PARTIAL_LORA_TEST_DOWNLOAD=1 $(PYTEST)
+
+# uv finds them; the newest of what they bring along. Downloads torch with its libraries for GPUs: 4 GB.
+OLDEST = adapter/test_adapter.py adapter/test_adapter_embedding.py adapter/test_compact.py calibration/test_calibrating.py \
+	tasks/test_prompts.py tasks/test_sources.py training/test_objectives.py runs/test_evaluate_run.py
+test-oldest:
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
+		--editable . 'pytest>=8' 'pytest-xdist>=3.8'
+	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) $(addprefix tests/,$(OLDEST))
 
 test-serve: $(VENV)/.test-serve-installed
 	PARTIAL_LORA_TEST_DOWNLOAD=1 $(BIN)/python -m pytest -rP tests/runs/test_llama_cpp.py
@@ -310,4 +321,4 @@ calibration-analyses: $(VENV)/.installed
 	$(BIN)/python scripts/analyses.py stability calibration.search=bisect $(HALF) $(ANALYSES)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-oldest build dist

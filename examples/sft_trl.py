@@ -45,7 +45,7 @@ config = PartialLoraConfig(
 arguments = SFTConfig(
     "out/sft_trl",
     per_device_train_batch_size=6,
-    max_steps=15,
+    max_steps=15,  # to be quick: the new way of answering needs more
     learning_rate=2e-3,
     logging_steps=5,
     bf16=torch.cuda.is_available(),

@@ -54,10 +54,9 @@ def folder_of(
 
 def name_after(model: PreTrainedModel, weights: str) -> None:
     """Set the name of a model, and so of its saved adapters' base, to the user's; of a folder it has no path."""
-    if not weights.startswith(bundled.PREFIX):
-        folder = Path(weights)
-        name = redacted(folder.resolve().name) if folder.is_dir() else weights.partition("@")[0]
-        model.name_or_path = model.config.name_or_path = name
+    folder = Path(weights)
+    name = redacted(folder.resolve().name) if folder.is_dir() else weights.partition("@")[0]
+    model.name_or_path = model.config.name_or_path = name
 
 
 class _Events(tqdm):
