@@ -33,7 +33,7 @@ from partial_lora.runs.completion import candidates, complete
         ("train -m hydra/lau", ["hydra/launcher="], True),
         ("train task.data_files=./o", [], True),  # files are the shell's
         ("train own", [], True),
-        ("evaluate latest task=trec task.test", ["task.test_samples=", "task.test_split="], True),
+        ("evaluate latest task=trec task.test", ["task.test_samples=", "task.test_share=", "task.test_split="], True),
         ("predict ", ["latest", "0123abcd/seed0", "0123abcd/seed1", "4567abcd"], True),
         ("predict 4", ["4567abcd"], True),
         ("predict 4567abcd w", [], True),

@@ -198,8 +198,7 @@ def other_labels(folder: Path) -> None:
     path.write_text(path.read_text().replace('"good"', '"fine"'))
 
 
-@pytest.mark.parametrize("to", ["peft", "merged"])
-@pytest.mark.parametrize("spoil", [without_tokenizer, other_labels])
+@pytest.mark.parametrize(("to", "spoil"), [("merged", without_tokenizer), ("peft", other_labels)])
 def test_a_folder_without_tokenizer_or_labels_does_not_pass_the_check(tmp_path, monkeypatch, to, spoil):
     write = export.WRITE[to]
     monkeypatch.setitem(export.WRITE, to, lambda run, folder: (write(run, folder), spoil(folder)))
