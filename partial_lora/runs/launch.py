@@ -324,8 +324,8 @@ def openmp(processes: int = 1) -> dict[str, str]:
     """Return the variables of OpenMP that each of so many processes on this machine needs and the user has not set.
 
     They share the cores there are for this process, by its affinity and its cgroup. Threads that spin for a moment
-    before they sleep make a step of training a third shorter where these cores are free (results/bench/runs.md), and
-    much longer where other processes compute on them; there they sleep at once.
+    before they sleep make a step of training a quarter shorter where these cores are free, and almost three times as
+    long where another process computes on them (results/bench/runs.md); there they sleep at once.
     """
     import psutil
     from joblib import cpu_count

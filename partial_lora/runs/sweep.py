@@ -256,6 +256,7 @@ class Job:
             with suppress(PermissionError):  # the launcher has started a session for it
                 os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which then stops all its jobs, once
             os.chdir(hydra.runtime.cwd)
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # others may start beside it, on the same cores
         number, entry = hydra.job.num, {"overrides": list(hydra.overrides.task), "begun": time.time()}
         if self.ledger.stops():
             return None
