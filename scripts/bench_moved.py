@@ -1,4 +1,4 @@
-"""What of a benchmark has moved since the figures committed last: the last section of each page of `make bench`.
+"""Ratios of a benchmark that have moved since the figures committed last: a section of each page of `make bench`.
 
 Compared are ratios of what was measured side by side, which depend less on the machine than seconds do. A ratio has
 moved where its interval and that of before have nothing in common.

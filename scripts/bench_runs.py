@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = bench_moved.committed(file)
     record = json.loads(file.read_text()) if file.is_file() else {}
     words = sys.argv[1:] if argv is None else argv
-    made = {"command": f"python scripts/bench_runs.py {' '.join(words)}", "repeats": options.repeats}
+    made = {"command": f"python scripts/bench_runs.py {shlex.join(words)}", "repeats": options.repeats}
     record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(file, record)

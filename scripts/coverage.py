@@ -1,4 +1,4 @@
-"""How often 95 % intervals of a difference hold the truth, with 3, 5 and 8 seeds: of components, and of a bootstrap.
+"""Coverage of 95 % intervals of a difference, by components and by a bootstrap, with 3, 5 and 8 seeds.
 
     python scripts/coverage.py            # or `make coverage`; about five minutes of one core
 

@@ -1,4 +1,4 @@
-"""What the documentation site has beside the pages of docs/; mkdocs calls these functions (mkdocs.yml).
+"""Pages of the documentation site beside those of docs/; mkdocs calls these functions (mkdocs.yml).
 
 The README is the first page. A file outside docs/ that a page links to (a table, a figure, a script) is part of the
 site, and so is what that links to; code gets a page of its own. Pages get the schema's keys, the choices of each group

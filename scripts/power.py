@@ -1,4 +1,4 @@
-"""How many seeds decide that a method is as good as another to within one or two points, and how long to train.
+"""Seeds that decide whether a method is as good as another to within one or two points, and steps to train.
 
     python scripts/power.py               # or `make power`; from committed records alone
 

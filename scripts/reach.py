@@ -1,4 +1,4 @@
-"""What share of a real gradient a form of adapter can reach, and its first step does (docs/evidence/theory.md, 6).
+"""Shares of a real gradient that each form of adapter can reach, and its first step does (docs/evidence/theory.md, 6).
 
     python scripts/reach.py task=digits                              # or `make reach`: four sets, a minute or two each
     python scripts/reach.py task=gtsrb model.image_size=56 data_dir=../shared/data

@@ -392,17 +392,18 @@ class _Tied:
         result.copy_(result + self._spread(change, 1))
 
     def _sums(self, x: Tensor, axis: int) -> Tensor:
-        members, signs = (self._index(name, x.device) for name in ("members", "signs_of_members"))
-        shape = [1] * x.dim()
-        shape[axis] = -1
-        signed = x.index_select(axis, members) * signs.to(x.dtype).view(shape)
+        signed = self._signed(x, axis, "members", "signs_of_members")
         return signed.unflatten(axis, (len(self.mask.kept), -1)).sum(axis + 1)
 
     def _spread(self, x: Tensor, axis: int) -> Tensor:
-        places, signs = (self._index(name, x.device) for name in ("places", "signs"))
+        return self._signed(x, axis, "places", "signs")
+
+    def _signed(self, x: Tensor, axis: int, places: str, signs: str) -> Tensor:
+        """Return the entries of x along an axis at some places, each times its sign."""
         shape = [1] * x.dim()
         shape[axis] = -1
-        return x.index_select(axis, places) * signs.to(x.dtype).view(shape)
+        of_each = self._index(signs, x.device).to(x.dtype).view(shape)
+        return x.index_select(axis, self._index(places, x.device)) * of_each
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
         """Return `keep` of a factor, and refuse one that is not tied as this is."""

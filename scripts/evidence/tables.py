@@ -257,7 +257,7 @@ def _task(row: Mapping) -> str:
 
 
 def _of_all(paired: pd.DataFrame) -> str:
-    """How the column of corrected verdicts is called."""
+    """Name the column of corrected verdicts."""
     return f"among {paired['among'].max():.0f}" if len(paired) else "among"
 
 

@@ -102,7 +102,7 @@ def experiment(drawn: np.random.Generator, truth: float, seeds: int, examples: i
 
 
 def coverage(seeds: int, moved: float, truth: float = 0.05, repetitions: int = 150) -> tuple[float, float]:
-    """How often the 95 % intervals, of components and of the bootstrap, hold the true difference."""
+    """Count how often the 95 % intervals, of components and of the bootstrap, hold the true difference."""
     drawn = np.random.default_rng(seeds)
     pairs = (experiment(drawn, truth, seeds, 200, moved) for _ in range(repetitions))
     each = [compare(*pair, "accuracy", seed=number, draws=500) for number, pair in enumerate(pairs)]

@@ -1,4 +1,4 @@
-"""How often intervals hold the truth: draws of known truth, components of known arrays, and the files."""
+"""Coverage of intervals: draws of known truth, components of known arrays, and the files."""
 
 from __future__ import annotations
 
