@@ -46,7 +46,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units"])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units", "groups"])
 def test_an_embedding_trains_what_its_masks_keep_and_nothing_else(granularity):
     model = adapted(granularity=granularity, sparsity={"embed_tokens": SHARES, ".*": 0.5})
     layer, masks = model.get_base_model().model.embed_tokens, module_masks(model)[EMBED]
