@@ -3,8 +3,9 @@
 `python scripts/bench_runs.py starts` times a sweep of short runs whose workers are fresh interpreters, then forks, and
 commands that train nothing. `steps` times a step of LoRA by PEFT in a bare loop and in a plain Trainer, and of LoRA
 and Partial-LoRA in `partial-lora train`. `threads` times a step with one thread or all, and with each way in which
-OpenMP's threads can wait, of a run alone and of two side by side. Variants take turns. Every repetition is in
-runs.json. Each part replaces its own section of the record.
+OpenMP's threads can wait, of a run alone and of two side by side. `methods` times a step of every method of the race at one
+size, on one thread, and weighs what it keeps. Variants take turns. Every repetition is in runs.json. Each part replaces its
+own section of the record.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ JOBS = {
         "trainer.batch_size=4",
     ),
 }
+SIZE = 0.13  # of dense LoRA's parameters
+MASKED = ("partial", "entries", "random_weights")
+TUNERS = "lokr loha hira dora vera pissa psoft oft unilora fourierft randlora gralora".split()
+METHODS = ("lora", "low_rank", *MASKED, *TUNERS)
 TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 LOOPS = ("bare", "trainer", "lora", "partial")
 LOOP_TITLES = {
@@ -149,17 +154,20 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
 
     config = composed(*settings_of(job, loop, steps))
     with tempfile.TemporaryDirectory() as place:
-        return _in_a_run(config, Path(place)) if loop in ("lora", "partial") else _in_a_loop(config, loop, Path(place))
+        work_in = _in_a_loop if loop in ("bare", "trainer") else _in_a_run
+        return work_in(config, loop, Path(place))
 
 
-def _in_a_run(config, place: Path) -> dict[str, float]:
+def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
     from partial_lora.runs import directory
     from partial_lora.runs.config import plain
     from partial_lora.train import run
 
     record = directory.new(plain(config))
     run(config, place, record, "train")
-    return {"step": record["cost"]["step_seconds"], "peak": record["peak_memory_bytes"]}
+    cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
+    kept = {"saved": cost["saved_activation_bytes"], "optimizer": cost["optimizer_bytes"], "file": cost["adapter_bytes"]}
+    return {"step": cost["step_seconds"], "peak": record["peak_memory_bytes"], "parameters": trained} | kept
 
 
 def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
@@ -254,6 +262,39 @@ def steps_page(found: Mapping) -> list[str]:
     return ["## A step beside a bare loop's", "", *table(heads, rows)]
 
 
+# --- Methods.
+
+
+def methods(options: argparse.Namespace) -> dict:
+    """Measure a step of every method on one thread, each with as many parameters, in turns."""
+    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    found: dict[str, dict[str, list]] = {name: {method: [] for method in METHODS} for name in jobs}
+    for _ in range(options.repeats):
+        for name, job in jobs.items():
+            for method, each in found[name].items():
+                size = [] if method == "lora" else [f"calibration.budget={SIZE}"]
+                each.append(step_seconds([*job, *size], method, options.steps, {"OMP_NUM_THREADS": "1"}))
+    return found
+
+
+def methods_page(found: Mapping) -> list[str]:
+    """Return the table of methods."""
+    rows = []
+    for job, each in found.items():
+        reference = median(each["low_rank"], "step")
+        for method, runs in each.items():
+            seconds = median(runs, "step")
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" for key in _WEIGHED]
+            parameters = f"{median(runs, 'parameters'):,.0f}"
+            rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
+    kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
+    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of low_rank's", *kept]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", "", *table(heads, rows)]
+
+
+_WEIGHED = ("saved", "optimizer", "file", "peak")
+
+
 # --- Threads.
 
 
@@ -284,7 +325,12 @@ def threads_page(found: Mapping) -> list[str]:
 
 # --- The page.
 
-PARTS = {"starts": (starts, starts_page), "steps": (steps, steps_page), "threads": (threads, threads_page)}
+PARTS = {
+    "starts": (starts, starts_page),
+    "steps": (steps, steps_page),
+    "methods": (methods, methods_page),
+    "threads": (threads, threads_page),
+}
 
 
 def median(found: Sequence[Mapping], key: str) -> float:
@@ -310,7 +356,8 @@ def page(record: Mapping) -> str:
 
 
 def figures(record: Mapping) -> bench_moved.Figures:
-    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, ways to wait to one thread."""
+    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, methods to plain
+    LoRA of a lower rank, ways to wait to one thread."""
     found = {}
     if "starts" in record:
         fork, fresh = (
@@ -322,6 +369,10 @@ def figures(record: Mapping) -> bench_moved.Figures:
         for loop in LOOPS[1:]:
             steps_of = ([each["step"] for each in loops[name]] for name in (loop, "bare"))
             found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_moved.ratio_of_medians(*steps_of)
+    for job, each in record.get("methods", {"found": {}})["found"].items():
+        for method in (method for method in each if method != "low_rank"):
+            steps_of = ([run["step"] for run in each[name]] for name in (method, "low_rank"))
+            found[f"{job}: {method} / low_rank"] = bench_moved.ratio_of_medians(*steps_of)
     for job, ways in record.get("threads", {"found": {}})["found"].items():
         for way in list(WAITING)[1:]:
             for how in ("alone", "two"):
@@ -340,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="a tiny model: a test, no measurement")
-    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
     options, job = parser.parse_known_args(argv)
     if options.part == "worker":
         print(json.dumps(work(options.loop, options.steps, job)))

@@ -85,9 +85,12 @@ def record() -> dict:
     ways = {
         way: {how: [{"step": 2.0**at}] * 3 for how in ("alone", "two")} for at, way in enumerate(bench_runs.WAITING)
     }
+    weighed = dict.fromkeys(("saved", "optimizer", "file", "peak", "parameters"), 1e6)
+    methods = {name: [weighed | {"step": 2.0**at}] * 3 for at, name in enumerate(("low_rank", "lora", "oft"))}
     found = {
         "starts": {"runs": 4, "sweeps": sweeps, "commands": commands},
         "steps": {"job": steps},
+        "methods": {"job": methods},
         "threads": {"job": ways},
     }
     return {part: {"made": made, "found": each} for part, each in found.items()}
@@ -97,6 +100,7 @@ def test_whole_runs_are_compared_with_what_they_are_measured_beside() -> None:
     figures = {what: ratio for what, (ratio, _, _) in bench_runs.figures(record()).items()}
     assert figures["a forked run / a fresh one"] == 0.25
     assert [figures[f"job: {bench_runs.LOOP_TITLES[loop]} / bare loop"] for loop in bench_runs.LOOPS[1:]] == [2, 4, 8]
+    assert [figures[f"job: {method} / low_rank"] for method in ("lora", "oft")] == [2, 4]
     assert [figures[f"job, two: {way} / one thread"] for way in list(bench_runs.WAITING)[1:]] == [2, 4, 8, 16]
 
 
@@ -104,6 +108,7 @@ def test_the_page_of_whole_runs_has_every_variant_that_was_measured() -> None:
     page = bench_runs.page(record())
     for each in (*bench_runs.COMMANDS, *bench_runs.LOOP_TITLES.values(), *bench_runs.WAITING, "trainer.start=fork"):
         assert f"| {each} |" in page
+    assert "| job | oft | 1,000,000 | 4.000 | 4.00 | 1.0 | 1.0 | 1.0 | 1.0 |" in page
     assert bench_runs.page({"steps": record()["steps"]}).count("\n## ") == 1
 
 
