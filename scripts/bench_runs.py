@@ -2,10 +2,10 @@
 
 `python scripts/bench_runs.py starts` times a sweep of short runs whose workers are fresh interpreters, then forks, and
 commands that train nothing. `steps` times a step of LoRA by PEFT in a bare loop and in a plain Trainer, and of LoRA
-and Partial-LoRA in `partial-lora train`. `threads` times a step with one thread or all, and with each way in which
-OpenMP's threads can wait, of a run alone and of two side by side. `methods` times a step of every method of the race at one
-size, on one thread, and weighs what it keeps. Variants take turns. Every repetition is in runs.json. Each part replaces its
-own section of the record.
+and Partial-LoRA in `partial-lora train`. `methods` times a step of every method of the race at one size, on one thread,
+and weighs what it keeps. `threads` times a step with one thread or all, and with each way in which OpenMP's threads can
+wait, of a run alone and of two side by side. Variants take turns. Every repetition is in runs.json. Each part replaces
+its own section of the record.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ JOBS = {
     ),
 }
 SIZE = 0.13  # of dense LoRA's parameters
-MASKED = ("partial", "entries", "random_weights")
-TUNERS = "lokr loha hira dora vera pissa psoft oft unilora fourierft randlora gralora".split()
-METHODS = ("lora", "low_rank", *MASKED, *TUNERS)
+METHODS = ("lora", "low_rank", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
+METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora")
 TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 LOOPS = ("bare", "trainer", "lora", "partial")
 LOOP_TITLES = {
@@ -96,7 +95,9 @@ def starts(options: argparse.Namespace) -> dict:
                     json.loads(path.read_text()) for path in Path(place).glob("results/runs/*/*/*/*/result.json")
                 ]
             assert [record["status"] for record in records] == ["finished"] * options.runs
-            found.append(whole | {"of_training": sum(record["seconds"]["train"] for record in records)})
+            # Not its processors' seconds: a forked worker is nobody's child once the process that forked it has ended.
+            trained = sum(record["seconds"]["train"] for record in records)
+            found.append({"seconds": whole["seconds"], "of_training": trained})
         for name, found in commands.items():
             found.append(timed(COMMANDS[name]))
     return {"runs": options.runs, "sweeps": sweeps, "commands": commands}
@@ -106,13 +107,14 @@ def starts_page(found: Mapping) -> list[str]:
     """Return the tables of starts."""
     runs, rows = found["runs"], []
     for start, each in found["sweeps"].items():
-        rows.append([f"trainer.start={start}", *(f"{median(each, key) / runs:.2f}" for key in _SPENT)])
+        rows.append([f"trainer.start={start}", *(f"{median(each, key) / runs:.2f}" for key in _OF_A_SWEEP)])
     lines = [f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run", ""]
-    lines += table(["", "seconds", "processor seconds"], rows)
+    lines += table(["", "seconds", "of these in training"], rows)
     rows = [[name, *(f"{median(each, key):.2f}" for key in _SPENT)] for name, each in found["commands"].items()]
     return [*lines, "", "## Commands that train nothing", "", *table(["", "seconds", "processor seconds"], rows)]
 
 
+_OF_A_SWEEP = ("seconds", "of_training")
 _SPENT = ("seconds", "processor_seconds")
 
 
@@ -166,8 +168,9 @@ def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
     record = directory.new(plain(config))
     run(config, place, record, "train")
     cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
-    kept = {"saved": cost["saved_activation_bytes"], "optimizer": cost["optimizer_bytes"], "file": cost["adapter_bytes"]}
-    return {"step": cost["step_seconds"], "peak": record["peak_memory_bytes"], "parameters": trained} | kept
+    kept = {"saved": "saved_activation_bytes", "optimizer": "optimizer_bytes", "file": "adapter_bytes"}
+    weighed = {name: cost[key] for name, key in kept.items()} | {"peak": record["peak_memory_bytes"]}
+    return {"step": cost["step_seconds"], "parameters": trained} | weighed
 
 
 def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
@@ -360,10 +363,8 @@ def figures(record: Mapping) -> bench_moved.Figures:
     LoRA of a lower rank, ways to wait to one thread."""
     found = {}
     if "starts" in record:
-        fork, fresh = (
-            [each["processor_seconds"] for each in record["starts"]["found"]["sweeps"][start]]
-            for start in ("fork", "fresh")
-        )
+        sweeps = record["starts"]["found"]["sweeps"]
+        fork, fresh = ([each["seconds"] for each in sweeps[start]] for start in ("fork", "fresh"))
         found["a forked run / a fresh one"] = bench_moved.ratio_of_medians(fork, fresh)
     for job, loops in record.get("steps", {"found": {}})["found"].items():
         for loop in LOOPS[1:]:
