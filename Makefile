@@ -249,8 +249,11 @@ IN_gtsrb = task=gtsrb model.image_size=56 trainer.max_steps=600
 IN_cifar10 = task=cifar10 model.image_size=56 trainer.max_steps=600
 IN_signdigits = task=signdigits model.image_size=56 trainer.max_steps=600
 IN_flowers17 = task=flowers17 model.image_size=56 trainer.max_steps=600
+IN_mixture = task=mixture task.members=[digits$(comma)signdigits] model.image_size=56 trainer.max_steps=600
+IN_arc_easy = task=arc_easy model=smollm2_135m model.target_modules=[q_proj$(comma)v_proj] trainer.max_steps=300 \
+	trainer.head_learning_rate=null calibration.search=gradient
 of_decided = experiment=decided preset=cpu results_dir=results/decided \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) calibration.max_samples=160 $(IN_$(1))
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) calibration.max_samples=$(if $(filter arc_easy,$(1)),8,160) $(IN_$(1))
 SEARCHED_BY = $(BIN)/partial-lora compare $(call of_decided,$(1)) rates=3 seeds=8 methods=[$(2)] budgets=[0.13] $(3) || test $$? = 1
 SUITED = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) trainer.learning_rate=auto $(2) || test $$? = 1
 AS_PEFT = mask.fan_in=dense mask.row_exponent=0

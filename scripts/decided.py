@@ -3,7 +3,8 @@
     python scripts/decided.py results/decided
 
 Of every form the runs at the learning rate that is best on validation over the seeds that chose it. A claim is of all
-sets, whatever their model. Writes RESULTS/tables/decided.md and .csv.
+sets, whatever their model. With the scores stands what a form costs: seconds a step, memory, minutes of calibration.
+Writes RESULTS/tables/decided.md and .csv.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from evidence.paired import DIFFERENCE, SCORE, Claim, differences, judged, part_of, scores
+from evidence.paired import DIFFERENCE, SCORE, Claim, Pair, between, differences, interval, judged, part_of, scores
 from evidence.runs import BUDGET, THRESHOLD, collect
 from evidence.tables import in_words, readable_differences, readable_scores
 
@@ -23,16 +24,18 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
+from partial_lora.report.records import NONE
 
 MARGIN = 0.02
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN)
-PARTIAL = "partial kept p^-1"
+PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
+REFERENCES = ("low_rank", UNIFORM)
 CLAIMS = {
     BUDGET: [
         (PARTIAL, "lora", AS_GOOD),
         (PARTIAL, "targeted kept p^-1", AS_GOOD),
-        (PARTIAL, "uniform kept p^-1", BETTER),
+        (PARTIAL, UNIFORM, BETTER),
         (PARTIAL, "low_rank", AS_GOOD),
         (PARTIAL, "random_weights", AS_GOOD),
         (PARTIAL, "entries", AS_GOOD),
@@ -87,11 +90,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importance="",
             validation=[each[each["primary"]] for each in validation],
             loss=[each["loss"] for each in validation],
+            calibration_seconds=[(record.get("calibration") or {}).get("seconds", 0.0) for record in records],
         )
         write(at_best_rates(runs), options.results, problems)
         return 0
 
     return cli.guarded(command)
+
+
+def prices(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return by set and form, at one size, the score, its lead over the references, and what a run costs (medians)."""
+    rows = []
+    for _, own in runs[runs["operating_point"].isin([BUDGET, NONE])].groupby(["mixture", "task"], sort=False):
+        forms = dict(iter(own.groupby("method", sort=False)))
+        for form, each in sorted(forms.items(), key=lambda item: -item[1]["test"].mean()):
+            leads = {f"− {name}": _lead(each, forms.get(name)) for name in REFERENCES}
+            rows.append(
+                {"set": each["task"].iloc[0], "form": form, "test": f"{100 * each['test'].mean():.2f}"}
+                | {"rate": f"{each['learning_rate'].iloc[0]:g}", **leads}
+                | {"seeds": len(each), "parameters": f"{each['adapter_parameters'].median():,.0f}"}
+                | {"kept for the backward pass, MB": f"{each['saved_activation_bytes'].median() / 1e6:.1f}"}
+                | {"seconds a step": f"{each['step_seconds'].median():.3f}"}
+                | {"minutes of calibration": f"{each['calibration_seconds'].median() / 60:.1f}"}
+            )
+    return pd.DataFrame(rows)
+
+
+def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
+    """Return a form's difference to another, with its interval; a dash for itself and where no seed has both."""
+    if other is None or own is other:
+        return NONE
+    first, second = (dict(zip(each["seed"], each["outcome"], strict=True)) for each in (own, other))
+    metric = own["metric"].iloc[0]
+    if not first.keys() & second.keys():
+        return NONE
+    return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
 
 
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
@@ -107,6 +140,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
         shown[["claim", "where", "alone", "verdict", "found"]].to_markdown(index=False),
     ]
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
+    parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     parts += [
         f"**{title}**\n\n{table.to_markdown(index=False, disable_numparse=True)}" for title, table in tables.items()
     ]
