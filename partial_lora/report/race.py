@@ -57,6 +57,7 @@ def row_of(result: Mapping) -> dict:
         "task": config["task"]["name"],
         "size": f"{budget:.2g}" if has_budget else "own",
         "form": form_of(config),
+        "targets": ", ".join(config["model"]["target_modules"]),
         "metric": test["primary"],
         "learning_rate": float(config["trainer"]["learning_rate"]),
         "seed": result["seed"],
@@ -69,6 +70,15 @@ def row_of(result: Mapping) -> dict:
         "file_size": cost.get("adapter_bytes"),
         "seconds": sum(result["seconds"].values()),
     }
+
+
+def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
+    """Return the rows of records; where a task's runs adapt different modules, the rarer ones are in the forms' names."""
+    table = pd.DataFrame([row_of(result) for result in results])
+    for _, own in table.groupby("task"):
+        fewer = own[own["targets"] != own["targets"].mode()[0]]
+        table.loc[fewer.index, "form"] = fewer["form"] + " on " + fewer["targets"]
+    return table
 
 
 def validated(cell: pd.DataFrame) -> pd.DataFrame:
@@ -101,12 +111,14 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
-    A difference is of runs of the same seeds. Halves of intervals are of 95 %, by Student's t over seeds.
+    A difference is of runs of the same seeds; that of a form with a size of its own is to the reference's largest.
+    Halves of intervals are of 95 %, by Student's t over seeds.
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
         own = cell.set_index("seed")["test"]
-        other = chosen[(chosen["task"] == task) & (chosen["size"] == size) & (chosen["form"] == reference)]
+        other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("parameters")
+        other = other[other["size"] == (other["size"].iloc[-1] if size == "own" and len(other) else size)]
         difference = (own - other.set_index("seed")["test"]).dropna()
         first = cell.iloc[0]
         rows.append(
@@ -160,7 +172,7 @@ def on_screen(table: pd.DataFrame, reference: str) -> Group:
 
 def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
     """Write the ranking of records into out/stem.md and .csv; return it as text, and the rows of all runs."""
-    table = pd.DataFrame([row_of(result) for result in results])
+    table = rows_of(results)
     numbers = compared(at_best_rates(table), reference)
     numbers.to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from recorded_runs import record
 
 from partial_lora.report import race
 
@@ -87,3 +88,17 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
     assert "<b>cars, 0.13 of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
+    def results(method: str, test: float, **changes) -> list[dict]:
+        return [record(method, test, seed=seed, trainer__learning_rate=1e-3, **changes) for seed in range(2)]
+
+    few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
+    sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
+    table = race.rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
+    numbers = race.compared(race.at_best_rates(table), "low_rank").set_index(["size", "form"])
+    assert numbers["difference"].dropna().to_dict() == {
+        ("own", "lora"): pytest.approx(0.2),
+        ("own", "lora on query, value"): pytest.approx(0.1),
+    }
