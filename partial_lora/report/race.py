@@ -73,7 +73,7 @@ def row_of(result: Mapping) -> dict:
 
 
 def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
-    """Return the rows of records; where a task's runs adapt different modules, the rarer ones are in the forms' names."""
+    """Return the rows of records. Forms name their modules where runs of a task adapt others more often."""
     table = pd.DataFrame([row_of(result) for result in results])
     for _, own in table.groupby("task"):
         fewer = own[own["targets"] != own["targets"].mode()[0]]
