@@ -225,8 +225,13 @@ FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task
 spaced = $(subst +,$(empty) $(empty),$(1))
 FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
+# Plain LoRA on some modules alone: as many parameters as low_rank has on all of them, and less memory.
+SOME_MODULES = $(BIN)/partial-lora compare experiment=forms preset=cpu results_dir=results/forms \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 methods=[lora] $(call spaced,$(1)) \
+	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8)
 forms: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form)) || test $$? = 1 &&)) true
+	$(foreach task,$(FORM_TASKS),$(call SOME_MODULES,$(task)) || test $$? = 1 &&) true
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
