@@ -96,8 +96,8 @@ def _overview(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"partial-lora {version('partial-lora')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in _HELP.items():
-        commands.add_parser(name, help=text)
+    for name in COMMANDS:
+        commands.add_parser(name, help=_HELP[name])
     return COMMANDS[parser.parse_args(arguments).command]([])
 
 
@@ -296,7 +296,7 @@ def compare(arguments: Sequence[str]) -> int:
         metavar="KEY=VALUE",
         help="methods=[…]; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; seeds=3; "
         "rates=5: learning rates of a search; reference=NAME: the method that others are compared with (low_rank, else "
-        "the first); all other keys are those of train",
+        "the first); results_dir=results/compare; all other keys are those of train",
     )
     own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
     with _libraries():
@@ -320,10 +320,12 @@ def compare(arguments: Sequence[str]) -> int:
 
         from partial_lora.report import race as ranking
     out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
-    _, table = ranking.write(runs.values(), out, "compare", own["reference"])
-    Console().print(ranking.on_screen(table, own["reference"]))
+    references = [run for entry in entries if entry.method == own["reference"] for run in entry.done.values()]
+    reference = ranking.form_of(references[0]["config"]) if references else own["reference"]
+    _, table = ranking.write(runs.values(), out, "compare", reference)
+    Console().print(ranking.on_screen(table, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
-    print(ranking.write_page(table, out, reference=own["reference"], command=command, refused=refused))
+    print(ranking.write_page(table, out, reference=reference, command=command, refused=refused))
     return 0
 
 
@@ -345,6 +347,8 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     own["reference"] = own["reference"] or ("low_rank" if "low_rank" in names else names[0])
     require(own["reference"] in names, "reference", own["reference"], f"one of {', '.join(names)}")
     others = [each for each in settings if each.partition("=")[0] not in own]
+    for each in others:
+        require(not each.startswith("seed="), "seed", each.partition("=")[2], "seeds=N: compare takes seeds 0 to N − 1")
     if not any(each.startswith("results_dir=") for each in others):
         others.append("results_dir=results/compare")
     return own, others
@@ -429,7 +433,7 @@ def predict(arguments: Sequence[str]) -> int:
     """Predict what the arguments name and print it, batch by batch.
 
     Returns 0, or 1 where an input could not be predicted: it is named on stderr, and the others go on. Raises
-    PartialLoraError for a run or an argument that is none. A reader that has seen enough (`| head`) ends it quietly.
+    PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
     from partial_lora.runs.finished import finished_run, one_task, read_inputs
@@ -437,7 +441,7 @@ def predict(arguments: Sequence[str]) -> int:
     run = finished_run(parsed.run)
     task = one_task(run, parsed.member).config.task
     if parsed.max_new_tokens and task.kind != "generation":
-        raise PartialLoraError(f"--max-new-tokens: the run's model writes no texts, task={task.name} has none")
+        raise PartialLoraError(f"--max-new-tokens: task={task.name} generates no texts; leave it out")
     stream, total = read_inputs(
         [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
         modality=task.modality,
@@ -456,21 +460,17 @@ def predict(arguments: Sequence[str]) -> int:
     size = parsed.batch_size or run.config.trainer.eval_batch_size
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
     stream, code, done = chain([first], stream), 0, 0
-    try:
-        # On a terminal the predictions show themselves how far the stream is.
-        with _bar("predict", shown=not sys.stdout.isatty()) as advance:
-            while batch := list(islice(stream, size)):
-                problems, lines = _predictions(predictor, batch, line)
-                for problem in problems:
-                    code = 1
-                    print(f"partial-lora: {problem}", file=sys.stderr)
-                sys.stdout.write("".join(lines))
-                sys.stdout.flush()
-                done += len(batch)
-                advance(done, total)
-    except BrokenPipeError:
-        _forget_stdout()
-        return 0
+    # On a terminal the predictions show themselves how far the stream is.
+    with _bar("predict", shown=not sys.stdout.isatty()) as advance:
+        while batch := list(islice(stream, size)):
+            problems, lines = _predictions(predictor, batch, line)
+            for problem in problems:
+                code = 1
+                print(f"partial-lora: {problem}", file=sys.stderr)
+            sys.stdout.write("".join(lines))
+            sys.stdout.flush()
+            done += len(batch)
+            advance(done, total)
     return code
 
 
@@ -585,7 +585,7 @@ def generate(arguments: Sequence[str]) -> int:
         description="Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
         "into the chat template if the prompts of the run's task did.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
     parser.add_argument(
         "--temperature",
@@ -619,21 +619,18 @@ def generate(arguments: Sequence[str]) -> int:
         raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
     with _libraries():
         from partial_lora.runs import generate
-    try:
-        generate.generate(
-            run,
-            prompt,
-            lambda text: print(text, end="", flush=True),
-            member=parsed.member,
-            device=parsed.device,
-            max_new_tokens=parsed.max_new_tokens,
-            stop=parsed.stop,
-            temperature=parsed.temperature,
-            seed=parsed.seed,
-        )
-        print(flush=True)
-    except BrokenPipeError:
-        _forget_stdout()
+    generate.generate(
+        run,
+        prompt,
+        lambda text: print(text, end="", flush=True),
+        member=parsed.member,
+        device=parsed.device,
+        max_new_tokens=parsed.max_new_tokens,
+        stop=parsed.stop,
+        temperature=parsed.temperature,
+        seed=parsed.seed,
+    )
+    print(flush=True)
     return 0
 
 
@@ -753,7 +750,7 @@ def push(arguments: Sequence[str]) -> int:
         description="Upload the adapter of a finished run to the model hub, with the settings that made it and a page "
         "with its scores and sizes. The token is the one of huggingface_hub (`hf auth login`, HF_TOKEN).",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("repo", metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(

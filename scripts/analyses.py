@@ -535,7 +535,7 @@ def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
 
 
 def cost_figure(analysis: Mapping) -> Figure:
-    """Measure the evaluations and seconds of each search, and the seconds of each measure of importance."""
+    """Draw the evaluations and seconds of each search, and the seconds of each measure of importance."""
     searches, _, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
     searches, importance = searches.set_index("search"), importance.set_index("measure")
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")

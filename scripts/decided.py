@@ -52,8 +52,6 @@ CLAIMS = {
 def form_of(config: dict) -> str:
     """Return the name of a run's form, with what its calibration has of its own."""
     calibration, name = config["calibration"], race.form_of(config)
-    if config["method"]["name"] in ("lora", "low_rank", "random_weights"):
-        return config["method"]["name"]  # without masks, whatever these are said to be
     words = [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
     words += ["by gradient"] if calibration.get("search") == "gradient" else []
     words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []

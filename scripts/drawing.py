@@ -61,9 +61,7 @@ def drawing() -> str:
         words(at_b + thin / 2, below - 12, "B", fill=ROW),
         words(at_b + 70, below + high + 26, "B: kept rows train", fill=ROW),
         words(width - 66, below + high + 26, "ΔW = B A", fill=BOTH),
-        words(
-            width / 2, below + high + 58, "Nothing else exists as a parameter: rank × (kept rows + kept columns)", 17
-        ),
+        words(width / 2, below + high + 58, COUNT, 17),
     ]
     title = "W is frozen; of B some rows and of A some columns train, so W changes where a kept row meets a kept column"
     return (

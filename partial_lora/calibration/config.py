@@ -77,10 +77,11 @@ class CalibrationConfig:
     # by backward passes, a rougher one
     search: str = "scan"
     repair: bool = False  # true: relax sparsities until the score with all of them at once is high enough, too
-    # ignore: the threshold is a share of the score; majority: of what the score is above guessing the largest class
+    # ignore: the threshold is a share of the score; majority: a share of how far the score is above always guessing the
+    # largest class
     chance: str = "ignore"
-    # moves densities towards the same one everywhere, of as many parameters: 0.5 half-way (in logarithms), 1 all the
-    # way, 2 as far on the other side
+    # moves the densities of modules towards one for all, with as many parameters: 0, not at all; 0.5, half-way (in
+    # logarithms); 1, all the way; 2, as far beyond it
     shrink: float = 0.0
     score: str = "auto"  # what the score is: auto, the task's first metric, or another one
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree

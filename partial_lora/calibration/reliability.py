@@ -63,7 +63,8 @@ def verdict(corrected: float | None) -> str:
     if corrected is None:
         return "no reliability: there is nothing to correlate"
     if corrected < WEAK:
-        return f"inconsistent: split-half reliability {corrected:.2f}; use more shots or targeted"
+        todo = "use more examples (calibration.shots) or method=targeted"
+        return f"inconsistent: split-half reliability {corrected:.2f}; {todo}"
     return ""
 
 

@@ -215,8 +215,8 @@ def warnings_of(
         line = math.inf if budget or threshold is None else calibration.line(threshold)
         if not calibration.above_chance and line <= chance:
             words.append(
-                f"the threshold's line, {line:.3g}, is not above chance ({chance:.3g}), so the "
-                "rule is void: all that guesses passes; set calibration.chance=majority"
+                f"the threshold's line, {line:.3g}, is not above chance ({chance:.3g}), so the rule is void: a model "
+                "that guesses passes; set calibration.chance=majority"
             )
     broken = [
         module
@@ -237,7 +237,7 @@ def warnings_of(
     if jointly and calibration.joint is None:
         words.append("the joint score, with all sparsities at once, is not a number")
     if size is not None and density is not None and size < _FEW and density < _SPARSE:
-        words.append(f"few examples: {1 - density:.0%} of the adapter is given up on {size} of them")
+        words.append(f"few examples: only {size} of them decide to leave out {1 - density:.0%} of the adapter")
     return words
 
 

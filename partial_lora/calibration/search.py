@@ -11,7 +11,6 @@ from partial_lora.masks import AXES, Sparsity
 
 BOTH = "joint"  # one level zeroes that share of the rows and of the columns
 CURVE_AXES = {"separate": AXES, "joint": (BOTH,)}  # calibration.axes: the curves of a module
-SCOPES = ("independent", "cumulative", "cumulative_backward")
 
 Bounds = tuple[float, float]  # of a score, low and high; equal bounds are the score
 Curve = dict[float, Bounds]  # by level

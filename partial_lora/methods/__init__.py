@@ -1,7 +1,8 @@
 """The methods that are compared: each takes the frozen model and returns it with what it trains.
 
-Every method trains the task's head; they differ in what else they train. A new one is one function in `METHODS` and one
-file in conf/method. A method that trains in a way of its own has a second function, in `_TRAININGS`.
+Every method trains the task's head; they differ in what else they train. A new one is a function in `METHODS` and a
+file in conf/method; docs/developing/extend.md says where else its name goes. A method that trains in a way of its own
+has a second function, in `_TRAININGS`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from partial_lora.report import page, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown
 from partial_lora.report.records import half_interval
+from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 CELL = ["task", "size", "form"]
@@ -32,7 +33,7 @@ _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
 def form_of(config: Mapping) -> str:
     """Return the name of a run's form: its method, and what its masks, its draw and its scaling have of their own."""
     mask, name = config.get("mask") or {}, config["method"]["name"]
-    if config["method"].get("peft_type"):
+    if name not in MASKED:
         return name
     words = [mask[key] for key in ("granularity", "columns") if mask.get(key) not in (None, "rows_columns", "masked")]
     if name == "entries":
@@ -129,8 +130,9 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             | {"difference_half": half_interval(difference.std(), len(difference))}
             | cell[["parameters", "step_seconds", "saved_bytes", "file_size", "spent"]].mean().to_dict()
         )
-    worse = rows[0]["metric"] in LOWER_IS_BETTER
-    return pd.DataFrame(rows).sort_values(["task", "size", "test"], ascending=[True, True, worse])
+    numbers = pd.DataFrame(rows)
+    order = numbers["test"].where(numbers["metric"].isin(LOWER_IS_BETTER), -numbers["test"])
+    return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
@@ -186,7 +188,7 @@ def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> t
 
 def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
     """Return which rows no other one of their task beats: in score at no higher cost, or in cost at no lower score."""
-    sign = -1 if numbers["metric"].iloc[0] in LOWER_IS_BETTER else 1
+    sign = np.where(numbers["metric"].isin(LOWER_IS_BETTER), -1, 1)
     score, price = sign * numbers["test"].to_numpy(), numbers[cost].to_numpy(float)
     better = (
         (score[:, None] >= score) & (price[:, None] <= price) & ((score[:, None] > score) | (price[:, None] < price))

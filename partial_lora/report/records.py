@@ -49,7 +49,7 @@ class Run:
 
 
 class UnfinishedError(ValueError):
-    """Report a record of a run that failed, has not ended or only calibrated."""
+    """A record of a run that failed, has not ended or only calibrated."""
 
 
 @dataclass(frozen=True)

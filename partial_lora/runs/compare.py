@@ -22,7 +22,12 @@ _AT_BUDGET = {  # what makes PEFT's own methods of the size of a budget
     "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
     "vera": ("method.peft_type=VERA",),
 }
-_SIZED_ALIKE = ("uniform", "low_rank", "random_weights")  # calibrated for their size alone, which a budget says
+_SIZED_ALIKE = (
+    "uniform",
+    "low_rank",
+    "random_weights",
+    "shira",
+)  # calibrated for their size alone, which a budget says
 _MOST_RATES = 12  # of a search whose best is at an edge again and again
 
 Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None of a run that failed
@@ -116,7 +121,10 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 chosen += [*_AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
             size = "own size" if budget is None else f"{budget:g}"
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
-            (_, config), *_ = checked(["-m", *entry.overrides]).runs
+            (_, config), *others = checked(["-m", *entry.overrides]).runs
+            if others:
+                given = ", ".join(each for each in overrides if "," in each)
+                raise PartialLoraError(f"{given}: expected one value a key; compare sweeps rates and seeds by itself")
             settings = plain(config)
             dense = config.trainer.learning_rate if own_rate else defaults()["trainer.learning_rate"]
             steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder

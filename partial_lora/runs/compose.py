@@ -154,8 +154,8 @@ def _combinations(overrides: list) -> list[list[str]]:
 
     for override in overrides:
         if override.is_interval_sweep():
-            expected = "expected values, or a sampler: hydra/sweeper=optuna"
-            raise PartialLoraError(f"{override.input_line}: an interval has no end of values; {expected}")
+            expected = "list some, or take a sampler: hydra/sweeper=optuna"
+            raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
     return BasicSweeper.split_arguments(overrides, None)[0]
 
 

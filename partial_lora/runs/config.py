@@ -233,7 +233,7 @@ def _member(name: str, own: Mapping) -> TaskConfig:
         raise PartialLoraError(f"task.members, {name}: {error}") from error
     require(not member.members, "task.members", name, "tasks that are no mixtures")
     numbers = member.regression or _OF_NUMBERS & set(member.metrics)
-    require(not numbers, "task.members", name, "tasks of classes: an error squared is not to be added to cross entropy")
+    require(not numbers, "task.members", name, "tasks with classes: squared errors and cross entropies cannot be added")
     return member
 
 

@@ -128,9 +128,8 @@ def refuse_changed_files(run: FinishedRun) -> None:
         return
     if changed:
         raise PartialLoraError(
-            f"task.data_files={run.config.task.data_files}: not the rows that the run was trained on, so that "
-            "its splits would be others; expected the files as they were, or to evaluate it on rows it has not seen, "
-            "task.data_files.test=FILE"
+            f"task.data_files={run.config.task.data_files}: the files have changed since the run, so its splits cannot "
+            "be cut again; restore them, or name rows that the run has not seen: task.data_files.test=FILE"
         )
 
 

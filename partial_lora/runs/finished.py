@@ -152,15 +152,13 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
     members = task.members or {}
     if not members:
         if member is not None:
-            raise PartialLoraError(f"--member {member}: the run is of one task, {task.name}; leave it out")
+            raise PartialLoraError(f"--member {member}: the run has one task, {task.name}; leave it out")
         return OneTask(None, run.config, run.labels(), None)
     if member is None and of_another and task.kind != "label":
         return OneTask(None, run.config, [], None)
     listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
     if member is None:
-        raise PartialLoraError(
-            f"{run.directory}: the run is of several tasks, one of which is to be named: choose --member {listed}"
-        )
+        raise PartialLoraError(f"{run.directory}: the run has several tasks; name one: --member {listed}")
     if member not in members:
         raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")
     config = replace(run.config, task=members[member])
@@ -176,14 +174,8 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
 # --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
 
 _TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
-_CUTS = (
-    "split_seed",
-    "validation_share",
-    "test_share",
-    "train_samples",
-    "train_split",
-)  # splits cut in another way would hold
-# rows that the run was trained on
+# Splits that are cut in another way would hold rows that the run was trained on.
+_CUTS = ("split_seed", "validation_share", "test_share", "train_samples", "train_split")
 
 
 def evaluation_settings(
@@ -207,7 +199,7 @@ def evaluation_settings(
     own = one_task(run, member, of_another=of_another)
     if own.member and of_another and own.outputs is None:
         raise PartialLoraError(
-            f"--member {own.member}: the run's model has no heads, so that another task is asked without it"
+            f"--member {own.member}: the run's model has no heads; leave it out to evaluate another task"
         )
     allowed = {f"trainer.{key}" for key in _TRAINER}
     for override in overrides:

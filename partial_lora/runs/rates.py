@@ -354,8 +354,8 @@ def starting_rate(
 def suited(settings: Mapping, dense: float | None = None) -> float:
     """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
 
-    `method.rate_factor` is that of the method, `starting_rate` that of its masks. Without a budget or a fixed sparsity
-    the density is taken to be the paper's. dense: None for the schema's default.
+    `method.rate_factor` is that of the method, `starting_rate` that of its masks. Without a fixed sparsity or a budget
+    that is a share, the density is taken to be the paper's. dense: None for the schema's default.
     """
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
     method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]

@@ -229,7 +229,7 @@ class TaskConfig:
     messages_column: Optional[str] = None
     # true: put texts into the tokenizer's chat template; null: do so with your own data, if there is a template
     chat_template: Optional[bool] = None
-    # generation: what has to match in a response: number, its last number; null, all of it
+    # generation: what of a response has to match: number, its last number; null, all of it
     answer: Optional[str] = None
     stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's end token
     max_new_tokens: int = 256  # generation: longest response in tokens
@@ -243,7 +243,7 @@ class TaskConfig:
     test_samples: Optional[int] = None  # test rows to use, the same share of every class; null: all
     validation_share: float = 0.1  # share of the training rows that becomes validation, if there is no validation split
     test_share: float = 0.2  # share of the rows that becomes test, if there is no test split
-    # draws every split and sample of the rows; null: follows seed, but for test rows, which stay those of 0
+    # draws every split and sample of the rows; null: the run's seed, but test rows stay those of seed 0
     split_seed: Optional[int] = 0
     label_noise: float = 0.0  # share of the training rows that get a wrong class, drawn by split_seed
     cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts to keep on disk; changes no result

@@ -216,7 +216,7 @@ def _print_best(plan: Plan, begun: float, console: Console) -> None:
 
 
 class JobFailedError(PartialLoraError):
-    """Return the value that a sampler gets of a run that did not finish."""
+    """A run that did not finish, as a sampler is told."""
 
 
 def this_process() -> tuple[str, int]:

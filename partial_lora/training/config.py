@@ -42,8 +42,8 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
-    # fresh: every run is a process that imports everything; fork: runs of a sweep share one that has; changes no
-    # result
+    # fresh: every run imports everything in a process of its own; fork: the runs of a sweep are forked from one that
+    # has; changes no result
     start: str = "fresh"
     # processes on all machines together; null: one for every visible accelerator, 1 on a CPU
     num_processes: Optional[int] = None
@@ -51,7 +51,7 @@ class TrainerConfig:
     machine_rank: int = 0  # number of this machine; machine 0 has the run's directory
     main_process_ip: Optional[str] = None  # address of machine 0
     main_process_port: int = 29500  # port of machine 0
-    accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that you set here go before it
+    accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that you set here override it
     # processes that load data for each training process; null: some with an accelerator, else none
     num_workers: Optional[int] = None
     # ddp: every process has the whole model; fsdp: parameters, gradients and optimizer state are shared out
