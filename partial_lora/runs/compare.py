@@ -22,12 +22,8 @@ _AT_BUDGET = {  # what makes PEFT's own methods of the size of a budget
     "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
     "vera": ("method.peft_type=VERA",),
 }
-_SIZED_ALIKE = (
-    "uniform",
-    "low_rank",
-    "random_weights",
-    "shira",
-)  # calibrated for their size alone, which a budget says
+# Methods that are calibrated for their size alone, which a budget says.
+_SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best is at an edge again and again
 
 Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None of a run that failed

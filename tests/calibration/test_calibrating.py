@@ -218,7 +218,9 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
     found = {"pearson": agreement, "spearman": agreement, "spearman_brown": agreement, "n": 24, "said": said}
     monkeypatch.setattr(train, "halves_few_shot", lambda *arguments, **settings: found)
     _, entry = place.calibrate("calibration.reliability=true", "calibration.max_sparsity=0.05")
-    words = said or "inconsistent: split-half reliability 0.49; use more shots or targeted"
+    words = (
+        said or "inconsistent: split-half reliability 0.49; use more examples (calibration.shots) or method=targeted"
+    )
     assert (words in entry["calibration"]["warnings"]) == warned
 
 

@@ -68,7 +68,10 @@ def test_a_row_is_on_the_front_unless_another_one_is_as_good_at_no_higher_cost()
     ).assign(task="digits", metric="accuracy")
     assert list(race.front(table, "parameters")) == [True, False, True, True, True]
     assert list(race.front(table.assign(task=list("xyxyy")), "parameters")) == [True, False, True, True, True]
-    assert list(race.front(table.assign(metric="perplexity"), "parameters")) == [False, False, True, False, True]
+    falling = table.assign(metric="perplexity")
+    assert list(race.front(falling, "parameters")) == [False, False, True, False, True]
+    both = pd.concat([table, falling.assign(task="texts")], ignore_index=True)
+    assert list(race.front(both, "parameters")) == [True, False, True, True, True, False, False, True, False, True]
 
 
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:

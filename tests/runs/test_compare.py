@@ -124,6 +124,8 @@ def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
         (["methods=[low_rank]", "reference=lora"], "reference"),
         (["methods=[nothing]"], "method"),
         (["methods=[low_rank]", "trainer.nothing=1"], "trainer.nothing"),
+        (["methods=[low_rank]", "seed=5"], "seed"),
+        (["methods=[low_rank]", "model=tiny_vit,tiny_clip"], "model"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key: str, tmp_path) -> None:
@@ -133,23 +135,39 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
     assert not list(tmp_path.glob("results*"))
 
 
-def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
-    """Of runs that only left their records: the first method is better, the other one's are of no use."""
+def recording(monkeypatch, **changes) -> None:
+    """Have a comparison launch runs that only leave their records; those of unilora fail. changes: of records."""
 
     def launch(stage: str, arguments: list[str]) -> int:
         for _, config in compare.checked(arguments).runs:
             place = run_directory(config)
             place.mkdir(parents=True)
             score = 0.9 - abs(math.log2(config.trainer.learning_rate / 1e-3)) / 10
-            left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3})
+            left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
             left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
             failed = {"status": "failed", "error": "the loss is not finite"}
             write_json(place / "result.json", left | (failed if config.method.name == "unilora" else {}))
         return 1
 
     monkeypatch.setattr(cli, "_stage", launch)
+
+
+def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
+    """The first method is better, the other one's runs are of no use."""
+    recording(monkeypatch)
     done = here(tmp_path, "compare", *GIVEN, "methods=[low_rank,unilora]", "budgets=0.3", "results_dir=out")
     assert done.returncode == 0
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "| low_rank |       0.001 | 90.00" in (tmp_path / "out" / "compare.md").read_text()
     assert "unilora, 0.3: the loss is not finite" in done.stderr
+
+
+def test_a_masked_method_is_a_reference_whatever_its_form_is_called(tmp_path, monkeypatch) -> None:
+    recording(monkeypatch, mask__fan_in="kept", mask__row_exponent=1.0)
+    methods = ("methods=[partial,low_rank]", "reference=partial", "calibration=fixed")
+    done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", "results_dir=out")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "− partial kept p^-1" in table
+    assert "| low_rank " in table
+    assert "+0.00" in table
