@@ -218,10 +218,8 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
     found = {"pearson": agreement, "spearman": agreement, "spearman_brown": agreement, "n": 24, "said": said}
     monkeypatch.setattr(train, "halves_few_shot", lambda *arguments, **settings: found)
     _, entry = place.calibrate("calibration.reliability=true", "calibration.max_sparsity=0.05")
-    words = (
-        said or "inconsistent: split-half reliability 0.49; use more examples (calibration.shots) or method=targeted"
-    )
-    assert (words in entry["calibration"]["warnings"]) == warned
+    doubts = [each for each in entry["calibration"]["warnings"] if each.startswith(said or "inconsistent: ")]
+    assert bool(doubts) == warned
 
 
 def test_reliability_needs_two_examples(place: Place) -> None:
