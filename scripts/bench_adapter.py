@@ -93,23 +93,23 @@ def _cells(options: argparse.Namespace, parts: Path, key: Mapping) -> list[dict]
     todo, cells = list(product(options.models, options.ranks)), []
     for model, rank in todo:
         part = parts / f"{model}-r{rank}.json"
-        cell = _finished(part, key)
+        cell = measured_before(part, key)
         if cell is None:
             cell = measure_cell(options, model, rank)
-            write_json(part, {"key": key, "cell": cell})
+            write_json(part, {"key": key, "found": cell})
         cell["ratios"] = bench_report.ratios(cell["variants"])
         cells.append(cell)
         print(f"{len(cells)} of {len(todo)}: {bench_report.line(cell)}", flush=True)
     return cells
 
 
-def _finished(part: Path, key: Mapping) -> dict | None:
+def measured_before(part: Path, key: Mapping) -> dict | None:
     """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
     try:
         saved = json.loads(part.read_text())
     except (OSError, ValueError):
         return None
-    return saved["cell"] if saved["key"] == key else None
+    return saved["found"] if saved["key"] == json.loads(json.dumps(key)) else None
 
 
 def build_cell(options: argparse.Namespace, model: Model, rank: int) -> tuple[dict, measure.Batch]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import bench_calibration_page as page
 import bench_moved
 import torch
-from bench_adapter import ROOT, describe_machine
+from bench_adapter import ROOT, describe_machine, measured_before
 from torch import nn
 from transformers import set_seed
 
@@ -132,10 +132,10 @@ def main(argv: Sequence[str]) -> None:
     sides = {}
     for side, modules in {"scan": names, "bisect": names, "literal": some}.items():
         part, own = parts / f"{side}.json", key | {"modules": modules}
-        sides[side] = _finished(part, own)
+        sides[side] = measured_before(part, own)
         if sides[side] is None:
             sides[side] = question.measured(side, modules)
-            write_json(part, {"key": own, "side": sides[side]})
+            write_json(part, {"key": own, "found": sides[side]})
         print(f"{side}: {len(modules)} modules in {sides[side]['wall_seconds']:.0f} s", flush=True)
     blocks, examples = (
         len(question.model.get_submodule(question.blocks)),
@@ -197,15 +197,6 @@ def spread(count: int, wanted: int) -> list[int]:
     if wanted >= count:
         return list(range(count))
     return sorted({min(count - 1, number * count // wanted + number % 4) for number in range(wanted)})
-
-
-def _finished(part: Path, key: Mapping) -> dict | None:
-    """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
-    try:
-        saved = json.loads(part.read_text())
-    except (OSError, ValueError):
-        return None
-    return saved["side"] if saved["key"] == json.loads(json.dumps(key)) else None
 
 
 def _digest() -> str:

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             bench_adapter.main(words)
         assert not (out / "adapter.json").exists()
-        part = json.loads((out / "parts" / "vit_b16-r8.json").read_text(encoding="utf-8"))["cell"]
+        part = json.loads((out / "parts" / "vit_b16-r8.json").read_text(encoding="utf-8"))["found"]
         bench_adapter.main(words)
     return SimpleNamespace(out=out, measured=measured, first=part)
 
