@@ -16,7 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from evidence.paired import DIFFERENCE, SCORE, Claim, Pair, between, differences, interval, judged, part_of, scores
+from evidence.paired import (
+    DIFFERENCE,
+    NO_RUNS,
+    SCORE,
+    Claim,
+    Pair,
+    between,
+    differences,
+    interval,
+    judged,
+    part_of,
+    scores,
+)
 from evidence.runs import BUDGET, THRESHOLD, collect
 from evidence.tables import in_words, readable_differences, readable_scores
 
@@ -30,7 +42,7 @@ MARGIN = 0.02
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN)
 PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
-REFERENCES = ("low_rank", UNIFORM)
+REFERENCES = ("lora", "low_rank", UNIFORM)
 CLAIMS = {
     BUDGET: [
         (PARTIAL, "lora", AS_GOOD),
@@ -132,11 +144,14 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
     verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
     shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+    made = shown[shown["found"] != NO_RUNS]
+    planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
     parts = [
         f"    python scripts/decided.py {results_dir}",
         "# The claims at a margin of two points, among all of them",
-        shown[["claim", "where", "alone", "verdict", "found"]].to_markdown(index=False),
+        made[["claim", "where", "alone", "verdict", "found"]].to_markdown(index=False),
     ]
+    parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     parts += [
@@ -147,7 +162,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
     numbers.to_csv(folder / "decided.csv", index=False)
-    print(shown.to_string(index=False))
+    print(made.to_string(index=False))
 
 
 if __name__ == "__main__":

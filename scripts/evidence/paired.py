@@ -42,6 +42,7 @@ DIFFERENCES = (
 )
 BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+NO_RUNS = "no runs of both"
 WORSE = "undecided (worse, perhaps by less than a point)"
 
 
@@ -399,7 +400,7 @@ def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[
             decidable = row is not None and row["seeds"] > 1 and not math.isnan(row["low"])
             estimates.append((claim, row) if decidable else None)
         if own.empty:
-            verdicts.append(Verdict(words, point, OPEN, "no runs of both"))
+            verdicts.append(Verdict(words, point, OPEN, NO_RUNS))
             estimates.append(None)
     return _corrected(verdicts, estimates)
 

@@ -41,6 +41,7 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     assert partial.rstrip(" |").endswith("2.0")
     assert uniform.rstrip(" |").endswith("0.0")
     assert "+0.00 [+0.00, +0.00]" in rows["digits", "lora"]
+    assert "as good as entries, to within two points (budget 0.13); " in table  # of those without runs
     numbers = pd.read_csv(tmp_path / "tables" / "decided.csv")
     claims = numbers[(numbers["part"] == "difference") & (numbers["task"] == "all sets")]
     of = {(row.first, row.second): row.difference for row in claims.itertuples()}
