@@ -43,6 +43,7 @@ AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN,
 BETTER = Claim("{first} is better than {second}", 0, MARGIN)
 PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
 REFERENCES = ("lora", "low_rank", UNIFORM)
+BESIDE = [(UNIFORM, "lora"), ("low_rank", "lora"), (UNIFORM, "low_rank")]  # differences that no planned claim is about
 CLAIMS = {
     BUDGET: [
         (PARTIAL, "lora", AS_GOOD),
@@ -140,7 +141,7 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
     """Write the verdicts, the scores and the differences of runs at their best rates."""
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
-    numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
+    numbers = pd.concat([scores(runs), differences(runs, [*pairs, *BESIDE])], ignore_index=True)
     claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
     verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
     shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
