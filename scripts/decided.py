@@ -10,6 +10,7 @@ Writes RESULTS/tables/decided.md and .csv.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importance="",
             validation=[each[each["primary"]] for each in validation],
             loss=[each["loss"] for each in validation],
-            calibration_seconds=[(record.get("calibration") or {}).get("seconds", 0.0) for record in records],
+            calibration_seconds=[(record.get("calibration") or {}).get("seconds", math.nan) for record in records],
         )
         write(at_best_rates(runs), options.results, problems)
         return 0
@@ -122,9 +123,17 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
                 | {"seeds": len(each), "parameters": f"{each['adapter_parameters'].median():,.0f}"}
                 | {"kept for the backward pass, MB": f"{each['saved_activation_bytes'].median() / 1e6:.1f}"}
                 | {"seconds a step": f"{each['step_seconds'].median():.3f}"}
-                | {"minutes of calibration": f"{each['calibration_seconds'].median() / 60:.1f}"}
+                | {"minutes of calibration": _minutes(each["calibration_seconds"], own["calibration_seconds"])}
             )
     return pd.DataFrame(rows)
+
+
+def _minutes(own: pd.Series, all_forms: pd.Series) -> str:
+    """Return what a calibration takes (median): of a form or, if it has reused those of others, of all forms."""
+    if own.isna().all():
+        return NONE
+    made = next((each[each > 0] for each in (own, all_forms) if (each > 0).any()), own)
+    return f"{made.median() / 60:.1f}"
 
 
 def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
