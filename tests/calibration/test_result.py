@@ -94,7 +94,7 @@ def warned(*levels, size=160, density=0.5, jointly=True, **changes):
         ((0.8, 0.2), {"joint": 0.1}, []),
         ((0.4, 0.0), {"joint": None}, ["joint score.* is not a number"]),
         ((0.4, 0.0), {"joint": None, "jointly": False}, []),
-        ((0.4, 0.0), {"size": 63, "density": 0.19}, ["few examples: 81% .* 63"]),
+        ((0.4, 0.0), {"size": 63, "density": 0.19}, ["few examples: .* 63 .* 81%"]),
         ((0.4, 0.0), {"size": 64, "density": 0.19}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.2}, []),
     ],

@@ -404,7 +404,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(photos, run, monkeypatch,
     with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         patch.setattr(sys, "stdin", Stdin(iter(lambda: photos[0], None), lambda: lines.append(1)))
-        assert cli.predict([str(run.directory), "--device", "cpu", "--batch-size", "2", "-"]) == 0
+        assert cli.main(["predict", str(run.directory), "--device", "cpu", "--batch-size", "2", "-"]) == 0
         closed.flush()  # as the interpreter does at its end
     assert len(lines) == 2
     assert capfd.readouterr().err == ""

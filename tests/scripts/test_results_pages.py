@@ -87,7 +87,8 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
     """What a row has, the score of a method or the difference of two; what it is of; its measure of importance where
     that is not svd; and its numbers in points, a score with its deviation or a difference with its interval."""
     made = []
-    for row in pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").fillna({"importance": NOT_GIVEN}).to_dict("records"):
+    frame = pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").fillna({"importance": NOT_GIVEN})
+    for row in frame.to_dict("records"):
         if "form" in row:
             mean, half = 100 * row["difference"], 100 * row["difference_half"]
             where = {row["task"], f"budget {row['size']}"}
