@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importance="",
             validation=[each[each["primary"]] for each in validation],
             loss=[each["loss"] for each in validation],
-            calibration_seconds=[(record.get("calibration") or {}).get("seconds", math.nan) for record in records],
+            calibration_seconds=[_calibrated_for(record) for record in records],
         )
         write(at_best_rates(runs), options.results, problems)
         return 0
@@ -126,6 +126,12 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
                 | {"minutes of calibration": _minutes(each["calibration_seconds"], own["calibration_seconds"])}
             )
     return pd.DataFrame(rows)
+
+
+def _calibrated_for(record: Mapping) -> float:
+    """Return the seconds of a run's calibration: 0 if it has reused another run's, NaN without one."""
+    calibration = record.get("calibration") or {}
+    return 0.0 if calibration.get("cached") else calibration.get("seconds", math.nan)
 
 
 def _minutes(own: pd.Series, all_forms: pd.Series) -> str:

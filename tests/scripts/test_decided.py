@@ -23,7 +23,7 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     for task in ("digits", "trec", "gtsrb"):
         for seed in SEEDS:
             made = {"calibration": {"seconds": 120.0}}
-            reused = {"calibration": {"seconds": 0.0}}
+            reused = {"calibration": {"seconds": 0.1, "cached": True}}
             run(tmp_path, "partial", 20 + seed, task=task, seed=seed, **KEPT, **(made if seed else reused))
             run(tmp_path, "targeted", 20 + seed, task=task, seed=seed, **KEPT, **reused)
             run(tmp_path, "uniform", 40 + seed, task=task, seed=seed, **KEPT, calibration=None, fixed={"budget": 0.13})

@@ -13,7 +13,6 @@ from partial_lora.runs import config
 ROOT = config.conf_dir().parent
 SIGNED = r"([+−]\d+\.\d+)"
 NUMBER = re.compile(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|(\d+\.\d+) ± (\d+\.\d+)")  # a difference, or a score
-NOT_GIVEN = ""
 WHERE = ["task", "model", "mixture", "operating_point"]
 
 # For each page where its numbers are from, in their order: a table, what its row is of, and the method whose score or
@@ -87,15 +86,15 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
     """What a row has, the score of a method or the difference of two; what it is of; its measure of importance where
     that is not svd; and its numbers in points, a score with its deviation or a difference with its interval."""
     made = []
-    frame = pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").fillna({"importance": NOT_GIVEN})
-    for row in frame.to_dict("records"):
+    for row in pd.read_csv(ROOT / "results" / f"{table}.csv", comment="#").to_dict("records"):
         if "form" in row:
             mean, half = 100 * row["difference"], 100 * row["difference_half"]
             where = {row["task"], f"budget {row['size']}"}
             made.append((row["form"], where, set(), [100 * row["test"], 100 * row["half"]]))
             made.append((f"{row['form']} − low_rank", where, set(), [mean, mean - half, mean + half]))
             continue
-        where, measure = {row.get(name) for name in WHERE}, {row.get("importance", "svd")} - {"svd", "–", NOT_GIVEN}
+        where, measure = {row.get(name) for name in WHERE}, {row.get("importance", "svd")} - {"svd", "–"}
+        measure = {each for each in measure if isinstance(each, str)}  # a table may leave it empty
         difference, low, high = (100 * row[name] for name in ("difference", "low", "high"))
         if row.get("part") == "difference":
             made.append((f"{row['first']} − {row['second']}", where, measure, [difference, low, high]))
