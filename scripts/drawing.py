@@ -63,7 +63,7 @@ def drawing() -> str:
         words(width - 66, below + high + 26, "ΔW = B A", fill=BOTH),
         words(width / 2, below + high + 58, COUNT, 17),
     ]
-    title = "W is frozen; of B some rows and of A some columns train, so W changes where a kept row meets a kept column"
+    title = "W is frozen; some rows of B and some columns of A train, so W changes where a kept row meets a kept column"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="Helvetica, Arial, sans-serif" fill="#1d2329" role="img"><title>{title}</title>'

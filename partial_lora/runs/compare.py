@@ -117,10 +117,11 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 chosen += [*_AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
             size = "own size" if budget is None else f"{budget:g}"
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
-            (_, config), *others = checked(["-m", *entry.overrides]).runs
-            if others:
-                given = ", ".join(each for each in overrides if "," in each)
-                raise PartialLoraError(f"{given}: expected one value a key; compare sweeps rates and seeds by itself")
+            planned = checked(["-m", *entry.overrides])
+            if planned.swept:
+                keys = ", ".join(sorted(planned.swept))
+                raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
+            ((_, config),) = planned.runs
             settings = plain(config)
             dense = config.trainer.learning_rate if own_rate else defaults()["trainer.learning_rate"]
             steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder

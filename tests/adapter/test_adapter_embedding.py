@@ -44,7 +44,7 @@ def shares(model: PeftModel) -> dict[str, dict[str, float]]:
 
 
 def gradient_of_kept(factor: MaskedFactor, dense: torch.Tensor) -> torch.Tensor:
-    """What a dense factor's gradient is for the numbers that a masked one trains."""
+    """Return the gradient of the numbers that a masked factor trains, from a dense factor's."""
     if not isinstance(factor.mask, TiedMask):
         return factor.keep(dense)
     summed = torch.zeros_like(factor.kept)
