@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -89,34 +90,35 @@ def _llama(title: str, *, tokens: int, **size) -> Model:
     )
 
 
-MODELS = {
-    "vit_b16": _vit("ViT-B/16", labels=10, images=4),
-    "llama_8l": _llama(
-        "Llama, 8 layers, d = 1024",
-        tokens=512,
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    ),
-}
+_llama_8l = partial(
+    _llama,
+    "Llama, 8 layers, d = 1024",
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+)
+_tiny_llama = partial(
+    _llama,
+    "A tiny Llama",
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+MODELS = {"vit_b16": _vit("ViT-B/16", labels=10, images=4), "llama_8l": _llama_8l(tokens=512)}
+LONG = _llama_8l(tokens=2048)
 
 # The same classes at a size for tests; their times mean nothing.
 QUICK_MODELS = {
     "vit_b16": _vit("A tiny ViT", labels=4, images=2, img_size=32, embed_dim=64, depth=2, num_heads=2),
-    "llama_8l": _llama(
-        "A tiny Llama",
-        tokens=16,
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
+    "llama_8l": _tiny_llama(tokens=16),
 }
+QUICK_LONG = _tiny_llama(tokens=64)
 
 
 def share_frozen(base: nn.Module) -> nn.Module:

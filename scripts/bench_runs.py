@@ -3,9 +3,10 @@
 `python scripts/bench_runs.py starts` times a sweep of short runs whose workers are fresh interpreters, then forks, and
 commands that train nothing. `steps` times a step of LoRA by PEFT in a bare loop and in a plain Trainer, and of LoRA
 and Partial-LoRA in `partial-lora train`. `methods` times a step of every method of the race at one size, on one thread,
-and weighs what it keeps. `threads` times a step with one thread or all, and with each way in which OpenMP's threads can
-wait, of a run alone and of two side by side. Variants take turns. Every repetition is in runs.json. Each part replaces
-its own section of the record.
+and weighs what it keeps. `long` does so on one text of 2,048 tokens, with gradient checkpointing and compiled too.
+`threads` times a step with one thread or all, and with each way in which OpenMP's threads can wait, of a run alone and
+of two side by side. Variants take turns. Every repetition is in runs.json. Each part replaces its own section of the
+record.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ LOOP_TITLES = {
     "trainer": "transformers' Trainer, PEFT's LoRA",
     "lora": "partial-lora train method=lora",
     "partial": "partial-lora train method=partial",
+}
+WAYS = ("plain", "gradient checkpointing", "torch.compile")
+LONG_RANK, LONG_SPARSITY = 16, 0.87
+LONG_TITLES = {
+    "lora": f"LoRA, rank {LONG_RANK}",
+    "low_rank": "LoRA, rank 2",
+    "rows_columns": f"rows and columns at {1 - LONG_SPARSITY:.0%}, rank {LONG_RANK}",
 }
 WAITING = {
     "one thread": {"OMP_NUM_THREADS": "1"},
@@ -152,6 +160,8 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
 
 def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
     """Train for some steps in this process and return what `step_seconds` does."""
+    if job[0] in WAYS:
+        return _on_a_long_text(loop, steps, *job)
     from partial_lora.runs.compose import composed
 
     config = composed(*settings_of(job, loop, steps))
@@ -298,6 +308,61 @@ def methods_page(found: Mapping) -> list[str]:
 _WEIGHED = ("saved", "optimizer", "file", "peak")
 
 
+# --- Long texts.
+
+
+def long(options: argparse.Namespace) -> dict:
+    """Measure a step on one long text on one thread, in each of WAYS, in turns."""
+    found: dict[str, dict[str, list]] = {way: {variant: [] for variant in LONG_TITLES} for way in WAYS}
+    for _ in range(options.repeats):
+        for way, each in found.items():
+            for variant, runs in each.items():
+                size = "quick" if options.quick else "full"
+                runs.append(step_seconds([way, size], variant, options.steps, {"OMP_NUM_THREADS": "1"}))
+    return found
+
+
+def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
+    import bench_measure as measure
+    import torch
+    from bench_models import LONG, QUICK_LONG, SEED, build_variant
+
+    torch.manual_seed(SEED)
+    model = QUICK_LONG if size == "quick" else LONG
+    batch, rank = model.batch(), 2 if variant == "low_rank" else LONG_RANK
+    built = build_variant("lora" if variant == "low_rank" else variant, model.build(), model, rank, LONG_SPARSITY)
+    optimizer = measure.optimizer_of(built)
+    if way == "gradient checkpointing":
+        built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif way == "torch.compile":
+        built.compile()
+    began = time.perf_counter()
+    measure.step(built, optimizer, batch)
+    first = time.perf_counter() - began
+    times = [sum(measure.step(built, optimizer, batch).values()) for _ in range(steps)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    parameters = sum(each.numel() for each in measure.trainable(built))
+    measured = {"step": statistics.median(times), "first": first, "parameters": parameters, "peak": peak}
+    # What autograd is handed can be counted only where Python hands it over; a compiled forward pass does not.
+    return measured | ({"saved": measure.saved_bytes(built, batch)} if way != "torch.compile" else {})
+
+
+def long_page(found: Mapping) -> list[str]:
+    """Return the table of long texts."""
+    rows = []
+    for way, each in found.items():
+        reference = median(each["low_rank"], "step")
+        for variant, runs in each.items():
+            seconds = median(runs, "step")
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" if key in runs[0] else "–" for key in ("saved", "peak")]
+            ratio, first = f"{seconds / reference:.2f}", f"{median(runs, 'first'):.1f}"
+            title, parameters = LONG_TITLES[variant], f"{median(runs, 'parameters'):,.0f}"
+            rows.append([way, title, parameters, f"{seconds:.2f}", ratio, first, *weighed])
+    heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
+    heads += ["kept for the backward pass, MB", "peak memory, MB"]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", "", *table(heads, rows)]
+
+
 # --- Threads.
 
 
@@ -332,6 +397,7 @@ PARTS = {
     "starts": (starts, starts_page),
     "steps": (steps, steps_page),
     "methods": (methods, methods_page),
+    "long": (long, long_page),
     "threads": (threads, threads_page),
 }
 
@@ -374,6 +440,10 @@ def figures(record: Mapping) -> bench_moved.Figures:
         for method in (method for method in each if method != "low_rank"):
             steps_of = ([run["step"] for run in each[name]] for name in (method, "low_rank"))
             found[f"{job}: {method} / low_rank"] = bench_moved.ratio_of_medians(*steps_of)
+    for way, each in record.get("long", {"found": {}})["found"].items():
+        for variant in ("lora", "rows_columns"):
+            steps_of = ([run["step"] for run in each[name]] for name in (variant, "low_rank"))
+            found[f"a long text, {way}: {LONG_TITLES[variant]} / rank 2"] = bench_moved.ratio_of_medians(*steps_of)
     for job, ways in record.get("threads", {"found": {}})["found"].items():
         for way in list(WAITING)[1:]:
             for how in ("alone", "two"):

@@ -87,10 +87,17 @@ def record() -> dict:
     }
     weighed = dict.fromkeys(("saved", "optimizer", "file", "peak", "parameters"), 1e6)
     methods = {name: [weighed | {"step": 2.0**at}] * 3 for at, name in enumerate(("low_rank", "lora", "oft"))}
+    long = {
+        variant: [weighed | {"step": 2.0**at, "first": 9.0}] * 3 for at, variant in enumerate(bench_runs.LONG_TITLES)
+    }
+    compiled = {
+        variant: [{key: run[key] for key in run if key != "saved"} for run in runs] for variant, runs in long.items()
+    }
     found = {
         "starts": {"runs": 4, "sweeps": sweeps, "commands": commands},
         "steps": {"job": steps},
         "methods": {"job": methods},
+        "long": {"plain": long, "torch.compile": compiled},
         "threads": {"job": ways},
     }
     return {part: {"made": made, "found": each} for part, each in found.items()}
@@ -101,6 +108,8 @@ def test_whole_runs_are_compared_with_what_they_are_measured_beside() -> None:
     assert figures["a forked run / a fresh one"] == 0.25
     assert [figures[f"job: {bench_runs.LOOP_TITLES[loop]} / bare loop"] for loop in bench_runs.LOOPS[1:]] == [2, 4, 8]
     assert [figures[f"job: {method} / low_rank"] for method in ("lora", "oft")] == [2, 4]
+    long = {what: ratio for what, ratio in figures.items() if what.startswith("a long text, plain")}
+    assert list(long.values()) == [0.5, 2]
     assert [figures[f"job, two: {way} / one thread"] for way in list(bench_runs.WAITING)[1:]] == [2, 4, 8, 16]
 
 
@@ -109,6 +118,7 @@ def test_the_page_of_whole_runs_has_every_variant_that_was_measured() -> None:
     for each in (*bench_runs.COMMANDS, *bench_runs.LOOP_TITLES.values(), *bench_runs.WAITING, "trainer.start=fork"):
         assert f"| {each} |" in page
     assert "| job | oft | 1,000,000 | 4.000 | 4.00 | 1.0 | 1.0 | 1.0 | 1.0 |" in page
+    assert "| torch.compile | LoRA, rank 2 | 1,000,000 | 2.00 | 1.00 | 9.0 | – | 1.0 |" in page
     assert bench_runs.page({"steps": record()["steps"]}).count("\n## ") == 1
 
 
@@ -117,6 +127,13 @@ def test_a_step_is_timed_in_other_loops(loop) -> None:
     measured = bench_runs.work(loop, 3, bench_runs.TINY_JOBS["tiny_vit, digits"])
     assert measured["step"] > 0
     assert measured["peak"] > 2**20
+
+
+@pytest.mark.parametrize("variant", bench_runs.LONG_TITLES)
+def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -> None:
+    plain, checkpointed = (bench_runs.work(variant, 1, [way, "quick"]) for way in bench_runs.WAYS[:2])
+    assert plain["parameters"] == checkpointed["parameters"] > 0
+    assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
 def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:
