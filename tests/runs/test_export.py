@@ -19,6 +19,7 @@ import torch
 import transformers
 from finished_runs import changed, choice_run, generation_run, image_run, override, trained
 from PIL import Image
+from plain_libraries import in_this_process
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
@@ -62,30 +63,6 @@ def encoder_run() -> finished.FinishedRun:
 def run(tmp_path: Path) -> finished.FinishedRun:
     """A copy of the Partial-LoRA run that a test may spoil."""
     return finished.finished_run(shutil.copytree(image_run().directory, tmp_path / "run"))
-
-
-def in_this_process(samples: export.Samples, *, model: Path, adapter: Path | None = None, library="transformers"):
-    """What a clean interpreter computes, without the seconds that one takes to start."""
-    inputs, kind = samples.inputs, samples.pipeline
-    with torch.no_grad():
-        if library == "timm":
-            return timm.create_model(f"local-dir:{model}", pretrained=True).eval()(*inputs.values())
-        read = AutoImageProcessor if kind == "image-classification" else AutoTokenizer
-        own = {"image_processor" if "image" in kind else "tokenizer": read.from_pretrained(adapter or model)}
-        pipeline = transformers.pipeline(kind, model=str(model), **own)
-        if adapter:
-            adapted = peft.PeftModel.from_pretrained(pipeline.model, str(adapter))
-            assert type(adapted.base_model) is peft.LoraModel
-        if kind == "text-generation":
-            return pipeline.model.eval()(**inputs).logits
-        options = {"top_k": len(samples.labels)} if "image" in kind else {"top_k": None, "truncation": True}
-        found = [pipeline(each, function_to_apply="none", **options) for each in samples.raw]
-    scores = [{each["label"]: each["score"] for each in answer} for answer in found]
-    return torch.tensor([[each[label] for label in samples.labels or each] for each in scores])
-
-
-def close(exported: torch.Tensor, own: torch.Tensor) -> None:
-    torch.testing.assert_close(exported, own, atol=1e-5 * max(1, own.abs().max().item()), rtol=0)
 
 
 def nothing_left(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from finished_runs import choice_run, override, trained
+from plain_libraries import in_this_process
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
@@ -203,7 +204,8 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
     assert not (tmp_path / "513").exists()
 
 
-def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path):
+def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
     proof = export.export(choice_run(), "serve", tmp_path / "out", check=True).proof
     assert proof.startswith("plain PEFT: logits differ")
 
