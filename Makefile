@@ -226,7 +226,7 @@ spaced = $(subst +,$(empty) $(empty),$(1))
 FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
 # Plain LoRA on some modules alone: as many parameters as low_rank has on all of them, and less memory.
-SOME_MODULES = $(BIN)/partial-lora compare experiment=forms preset=cpu results_dir=results/forms \
+SOME_MODULES = $(BIN)/partial-lora compare experiment=race preset=cpu results_dir=results/forms \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 methods=[lora] $(call spaced,$(1)) \
 	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8)
 forms: $(VENV)/.installed

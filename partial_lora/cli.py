@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError, ProofError, require
+from partial_lora.errors import PartialLoraError, ProofError, one_line, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, launch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from partial_lora.runs.predict import Prediction
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,16 +69,16 @@ def guarded(command: Callable[[], int]) -> int:
         _forget_stdout()
         return 0
     except OSError as error:
-        if error.errno not in _UNWRITABLE or error.filename is None:
+        if error.errno not in _UNWRITABLE:
             raise
-        print(f"partial-lora: {directory.unwritable(error.filename, error)}", file=sys.stderr)
+        print(f"partial-lora: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
 def _complete(arguments: list[str]) -> int:
-    """Print what a shell needs to complete command lines, or asks for as it does so; return the exit code."""
+    """Print the shell's completion script, or the words that may come next; return the exit code."""
     from partial_lora.runs.completion import complete
 
     print(complete(arguments[-1], list(COMMANDS)))
@@ -152,7 +152,7 @@ def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcom
 
 
 def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
-    """Draw a finished run, also one whose parent did not live to draw it; not one of which only the record is left."""
+    """Draw a finished run that has not been drawn yet. A run of which only the record is left is not drawn."""
     is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
     if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
         return
@@ -176,7 +176,10 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
         console.print(outcome.message, highlight=False, soft_wrap=True)
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
-    console.print(closing(directory.read_result(outcome.directory)))
+    try:
+        console.print(closing(directory.read_result(outcome.directory)))
+    except ValueError as error:
+        print(f"partial-lora: {outcome.directory / directory.RESULT}: {error}", file=sys.stderr)
     for line in _next_steps(outcome.directory, stage, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -207,7 +210,7 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
 def info(arguments: list[str]) -> int:
     """Print trainable parameters, memory and file size of a run that is not run; return the exit code.
 
-    The default task is none for a model of texts, so that one of two classes stands for a task that is not named.
+    A text model without a named task is counted with a task of two classes.
     """
     shown = _print_json_outline if "--json" in arguments else _print_outline
     named = any(argument.lstrip("+").startswith(("task=", "task.")) for argument in arguments)
@@ -277,7 +280,7 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-# --- compare: a sweep for every method and size, and a ranking.
+# --- compare: a sweep for every method and size, and a race.
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -300,11 +303,11 @@ def compare(arguments: Sequence[str]) -> int:
     )
     own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
     with _libraries():
-        from partial_lora.runs import compare as race
-    entries = race.entries(own["methods"], own["budgets"], overrides)
+        from partial_lora.runs import compare as search
+    entries = search.entries(own["methods"], own["budgets"], overrides)
     for entry in entries:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
-    code = race.compare(
+    code = search.compare(
         entries, rates=own["rates"], seeds=own["seeds"], launch=functools.partial(_stage, "train"), say=print
     )
     if code > USAGE_ERROR:
@@ -318,14 +321,14 @@ def compare(arguments: Sequence[str]) -> int:
     with _libraries():
         from rich.console import Console
 
-        from partial_lora.report import race as ranking
+        from partial_lora.report import race
     out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     references = [run for entry in entries if entry.method == own["reference"] for run in entry.done.values()]
-    reference = ranking.form_of(references[0]["config"]) if references else own["reference"]
-    _, table = ranking.write(runs.values(), out, "compare", reference)
-    Console().print(ranking.on_screen(table, reference))
+    reference = race.form_of(references[0]["config"]) if references else own["reference"]
+    _, table = race.write(runs.values(), out, "compare", reference)
+    Console().print(race.on_screen(table, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
-    print(ranking.write_page(table, out, reference=reference, command=command, refused=refused))
+    print(race.write_page(table, out, reference=reference, command=command, refused=refused))
     return 0
 
 
@@ -335,10 +338,15 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
 
     own: dict = {"methods": None, "budgets": [0.13], "seeds": 3, "rates": 5, "reference": None}
     given = {key: value for key, _, value in (each.partition("=") for each in settings) if key in own}
-    own |= {key: yaml.safe_load(value) for key, value in given.items()}
+    for key, value in given.items():
+        try:
+            own[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b] ({one_line(error)})") from error
     for key in ("methods", "budgets"):
         own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
-    require(bool(own["methods"]), "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
+    named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
+    require(named, "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
     numbers = all(isinstance(each, int | float) and each > 0 for each in own["budgets"] or [None])
     require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
     for key, least in (("seeds", 1), ("rates", 2)):
@@ -514,10 +522,14 @@ def _predict_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {value!r}")
+def _whole(value: str, least: int = 0) -> int:
+    if not value.isdecimal() or not least <= int(value) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {value!r}")
     return int(value)
+
+
+def _positive(value: str) -> int:
+    return _whole(value, least=1)
 
 
 def _predictions(predictor, batch: Sequence[Input], line: Callable[[Prediction], str]) -> tuple[list[str], list[str]]:
@@ -594,7 +606,9 @@ def generate(arguments: Sequence[str]) -> int:
         metavar="T",
         help="0, the default: always the likeliest token; larger: more chance",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="draws the tokens above temperature 0 (default: no seed)")
+    parser.add_argument(
+        "--seed", type=_whole, metavar="N", help="draws the tokens above temperature 0 (default: no seed)"
+    )
     parser.add_argument(
         "--stop",
         action="append",
@@ -827,7 +841,7 @@ def report(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--examples",
-        type=int,
+        type=_whole,
         default=EXAMPLES,
         metavar="N",
         help="how many of the hardest test examples the page shows for each row (default: %(default)s; 0: none)",

@@ -18,6 +18,11 @@ class UnfitPackageError(PartialLoraError, ImportError):
     """A package is missing, or is of a version that this one does not go with."""
 
 
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """Return what an exception says, in one line and cut at so many characters; its kind where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 def shortlist(names: Sequence[str], most: int = 10) -> str:
     """Return the first few names for a message, and how many more there are: "a, b and 7 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

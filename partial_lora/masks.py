@@ -148,7 +148,7 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class TiedMask(Mask):
-    """A mask of which what goes is not zero: each row or column has the values of a kept one, or these times −1.
+    """A mask that sets nothing to zero: each removed row or column repeats a kept one, with sign 1 or −1.
 
     So rows fall into as many groups as stay, of sizes that differ by one at most. A group's values are one parameter.
 

@@ -63,7 +63,12 @@ class Reader:
 
 @contextmanager
 def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts."""
+    """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts.
+
+    A SIGHUP that is ignored stays so: that is what `nohup` asks for.
+    """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers = [number for number in numbers if number != signal.SIGHUP]
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

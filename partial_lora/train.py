@@ -59,7 +59,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     judge = build.judge_of(config, task, transform, world)
     if stage == "train":  # what cannot be read is found before anything is paid for
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
-        record["warnings"] = build.warnings_of(config, task) + getattr(transform, "warnings", [])
+        record["warnings"] = [*build.warnings_of(config, task), *transform.warnings]
         for warning in record["warnings"]:
             logger.warning("beware: %s", warning)
     set_seed(config.seed)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.progress import STOPPING, leave
 from partial_lora.runs import config, directory, launch
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def end_with_launcher() -> None:
-    """Let the kernel end this process should its launcher be killed, which could then no longer end it."""
+    """Have the kernel kill this process when its launcher is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -108,7 +108,7 @@ def _in_one_line(error: BaseException) -> str:
         return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return directory.INTERRUPTED
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error, None)}"
 
 
 def _leave_world(code: int) -> None:

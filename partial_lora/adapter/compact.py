@@ -30,7 +30,7 @@ from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import PartialLoraModel, adapter_tensors, base_modules, check_unmerged, module_masks
 from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks, geometry
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES, assign_sparsity
 
@@ -140,7 +140,7 @@ def load_compact(
             if not is_trainable:
                 adapted.eval()
     except (PartialLoraError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise PartialLoraError(f"{path} does not fit this model: {reason}") from error
     return adapted
 
@@ -295,7 +295,7 @@ def decode(content: bytes, path: Path) -> Compact:
         header, version = json.loads(text), key.removeprefix(_HEADER)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartialLoraError(
-            f"{path} is broken, truncated or no compact adapter ({' '.join(str(error).split())}): copy it again."
+            f"{path} is broken, truncated or no compact adapter ({one_line(error)}): copy it again."
         ) from None
     if version != str(VERSION):
         raise PartialLoraError(

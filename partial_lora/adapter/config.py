@@ -155,7 +155,9 @@ class PartialLoraConfig(LoraConfig):
     sparsity: float | dict | str | PathLike | None = field(
         default=None, metadata={"help": "Share of the adapter removed; 0: plain LoRA."}
     )
-    granularity: str = field(default="rows_columns", metadata={"help": "What is masked: rows_columns or element."})
+    granularity: str = field(
+        default="rows_columns", metadata={"help": "What is masked: rows_columns, units, element or groups."}
+    )
     selection: str = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
     mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
     count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})

@@ -20,6 +20,11 @@ Shapes = Mapping[str, tuple[int, int]]
 Counts = dict[str, dict[str, int]]
 
 
+def counted_of(granularity: str, columns: str) -> str:
+    """Return what masks count, and a budget is spent on: their granularity, or the rows alone beside a frozen A."""
+    return "rows" if columns == "frozen" else granularity
+
+
 def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
     """Return what masks count in modules with W (out, in): {module: (units of B, of A)}, and the parameters of a unit.
 

@@ -83,7 +83,8 @@ class CalibrationConfig:
     # moves the densities of modules towards one for all, with as many parameters: 0, not at all; 0.5, half-way (in
     # logarithms); 1, all the way; 2, as far beyond it
     shrink: float = 0.0
-    score: str = "auto"  # what the score is: auto, the task's first metric, or another one
+    # what the score is: auto, the task's first metric (of generation and mse the loss), or another one
+    score: str = "auto"
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
     # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},
     # or uniform, one share that spends the budget

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from partial_lora import progress
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
-from partial_lora.calibration.importance import NEEDS_DATA, OPTIONS, data_scores, scores_of
+from partial_lora.calibration.importance import NEEDS_DATA, OPTIONS, ModuleScores, data_scores, scores_of
 from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
@@ -37,7 +37,6 @@ _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 _BATCH = 32
 
 Batch = dict[str, Tensor]
-Scores = dict[str, tuple[Tensor, Tensor]]  # importance of rows (m,) and columns (n,) by module
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ def importance_few_shot(
     alpha: float = 16.0,
     new_head: bool = True,
     sizes: Sequence[int] = (),
-) -> Scores:
+) -> ModuleScores:
     """Return the importance of every row and column of the modules, by the measure that `config` names.
 
     A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
@@ -191,7 +190,7 @@ def calibrate_few_shot(
     config: CalibrationConfig,
     *,
     importance: ImportanceConfig,
-    scores: Scores,
+    scores: ModuleScores,
     draws: Draws,
     drawn: Mapping[str, object],
     architecture: Mapping[str, object],

@@ -26,6 +26,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 
 Scores = tuple[Tensor, Tensor]  # of rows (m,) and of columns (n,)
+ModuleScores = Mapping[str, Scores]  # by module
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 
 Value = TypeVar("Value")
 
@@ -34,22 +34,24 @@ class Alone:
 def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
     """Return the results of `work` in every process, in rank order.
 
-    An error in one of them must not leave the others waiting: they all raise it, as one PartialLoraError.
+    An error in one of them must not leave the others waiting: they all raise it, a PartialLoraError as such and any
+    other as a RuntimeError that names the process.
     """
     if peers.size == 1:
         return [work()]
-    failure, value = None, None
+    failure, value, cause = None, None, None
     try:
         value = work()
     except PartialLoraError as error:
-        failure = str(error)
+        failure = PartialLoraError, str(error)
     except Exception as error:
-        words = " ".join(str(error).split())  # in one line
-        failure = f"calibration: process {peers.rank} failed with {type(error).__name__}: {words}"
+        cause, what = error, f"{type(error).__name__}: {one_line(error)}"
+        failure = RuntimeError, f"calibration: process {peers.rank} failed with {what}"
     outcomes = peers.gather((failure, value))
     for failed, _ in outcomes:
         if failed is not None:
-            raise PartialLoraError(failed)
+            kind, words = failed
+            raise kind(words) from cause
     return [value for _, value in outcomes]
 
 

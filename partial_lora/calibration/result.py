@@ -242,7 +242,7 @@ def warnings_of(
 
 
 def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
-    """Return what would be alarming of a pruned model and is the rule here, where nothing of W is zeroed in training.
+    """Return what would alarm of a pruned model and is usual here, since training zeroes nothing of W.
 
     Nine in ten of the calibrations in results/ have either sentence. jointly: as of `warnings_of`.
     """

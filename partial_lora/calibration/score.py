@@ -390,7 +390,7 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.double().view_as(following).sum(1)
 
 
-MEASURES: dict[str, Callable[[], Measure]] = {
+SCORES: dict[str, Callable[[], Measure]] = {
     "accuracy": Correctness,
     "loss": Loss,
     "options": OptionLikelihood,
@@ -416,9 +416,9 @@ def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
 
 
 def within(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return logits (N, outputs), in float32, of which those of a row's other tasks are so small that softmax is 0.
+    """Return logits (N, outputs) in float32; those of other tasks than the row's own are so low that softmax gives 0.
 
-    They stay finite: what is not is a model that broke down. labels: (N,).
+    They stay finite, so that only a model that broke down has logits that are not. labels: (N,).
     """
     owners, labels, logits = _owners(sizes, logits.device), labels.to(logits.device), logits.float()
     return logits.masked_fill(owners != owners[labels][:, None], torch.finfo(logits.dtype).min)
@@ -562,7 +562,7 @@ class FewShotScore:
     """Score of a model on the scored draw, by any measure.
 
     batches: the scored draw; each holds the model's inputs by name and "labels" (what else "options" needs: see
-    `OptionLikelihood`). measure: a name out of `MEASURES`, or a function (predictions, labels) -> float of two arrays.
+    `OptionLikelihood`). measure: a name out of `SCORES`, or a function (predictions, labels) -> float of two arrays.
     blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds the altered
     module nothing changes. memory: bytes that may be kept for that between passes.
     sizes: where several tasks' heads are side by side, how many outputs each has; of accuracy or loss.
@@ -581,10 +581,10 @@ class FewShotScore:
         memory: int = MEMORY,
         sizes: Sequence[int] = (),
     ) -> None:
-        if not callable(measure) and measure not in MEASURES:
-            raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(MEASURES)}")
+        if not callable(measure) and measure not in SCORES:
+            raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(SCORES)}")
         self.evaluations = Evaluations()
-        self.measure = Whole(measure) if callable(measure) else MEASURES[measure]()
+        self.measure = Whole(measure) if callable(measure) else SCORES[measure]()
         if sizes:
             self.measure = Within(self.measure, sizes)
         for batch in batches:

@@ -11,13 +11,13 @@ from peft import PeftModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods import controls, flow, full, partial, peft, tuners
-from partial_lora.methods.setting import Method, Scores, Setting, Sparsity, Training
+from partial_lora.methods.setting import Method, ModuleScores, Setting, Sparsity, Training
 from partial_lora.methods.tuners import configuration, put_back, taken_out
 
 __all__ = [
     "METHODS",
     "Method",
-    "Scores",
+    "ModuleScores",
     "Setting",
     "Sparsity",
     "Training",

@@ -10,9 +10,8 @@ from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.budget import even_sparsity, masked_units
-from partial_lora.calibration.search import AXES
-from partial_lora.masks import Mask
-from partial_lora.methods.setting import Scores, Setting
+from partial_lora.masks import AXES, Mask
+from partial_lora.methods.setting import ModuleScores, Setting
 
 
 def partial(model: nn.Module, setting: Setting) -> PeftModel:
@@ -60,7 +59,7 @@ def ticket(model: nn.Module, setting: Setting) -> PeftModel:
     return get_peft_model(model, PartialLoraConfig(**setting.masked(), selection="top", indices=indices))
 
 
-def largest(scores: Scores, count: int) -> dict[str, dict[str, Mask]]:
+def largest(scores: ModuleScores, count: int) -> dict[str, dict[str, Mask]]:
     """Return masks of the `count` rows and columns of all modules that score highest; of equals the first.
 
     The highest of every module's rows and of its columns is among them: an adapter without either is none, and a

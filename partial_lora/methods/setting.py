@@ -10,10 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from partial_lora.calibration.budget import Shapes, kept_parameters, masked_units
+from partial_lora.calibration.budget import Shapes, counted_of, kept_parameters, masked_units
+from partial_lora.calibration.importance import ModuleScores
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
-
-Scores = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Setting:
     row_exponent: float = 0.0
     column_exponent: float = 0.0
     sparsity: Sparsity | None = None
-    scores: Scores | None = None
+    scores: ModuleScores | None = None
     new_modules: Sequence[str] = ()
     shapes: Shapes = field(default_factory=dict)
     projections: int = 256
@@ -83,7 +82,7 @@ class Setting:
 
     def units(self) -> tuple[Shapes, int]:
         """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""
-        return masked_units(self.shapes, self.rank, "rows" if self.columns == "frozen" else self.granularity)
+        return masked_units(self.shapes, self.rank, counted_of(self.granularity, self.columns))
 
     def masks(self) -> dict[str, dict[str, Mask]]:
         """Draw the masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partial_lora.calibration.budget import TOLERANCE
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Training
@@ -91,7 +91,7 @@ def configuration(peft_type: str, options: Mapping, **shared: object) -> PeftCon
     try:
         return known[peft_type](**{"target_modules": ["all"]} | shared | dict(options))
     except (TypeError, ValueError, AssertionError) as error:
-        raise PartialLoraError(f"method.peft: {_first_line(error)}") from error
+        raise PartialLoraError(f"method.peft: {one_line(error)}") from error
 
 
 @cache
@@ -112,7 +112,7 @@ def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        raise PartialLoraError(f"method.peft_type={setting.peft_type}: {_first_line(error)}") from error
+        raise PartialLoraError(f"method.peft_type={setting.peft_type}: {one_line(error)}") from error
 
 
 def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
@@ -141,10 +141,6 @@ def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
 def _defaults(peft_type: str) -> dict[str, object]:
     fields = dataclasses.fields(weight_tuners()[peft_type])
     return {each.name: None if each.default is dataclasses.MISSING else each.default for each in fields}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- The size that meets a budget.

@@ -109,9 +109,9 @@ def empty(
     return _family(family).empty(architecture=architecture, model_args=dict(model_args or {}), num_labels=num_labels)
 
 
-def has_own_head(family: str | Mapping) -> bool:
-    """Return True where models of the family (or of these settings) have a head before anything is fitted."""
-    return _family(family if isinstance(family, str) else family.get("family", "timm")).own_head
+def has_own_head(family: str) -> bool:
+    """Return True where models of the family have a head before anything is fitted."""
+    return _family(family).own_head
 
 
 def head_name(model: PreTrainedModel, family: str) -> str:

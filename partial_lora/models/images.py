@@ -14,7 +14,7 @@ import transformers  # not the classes: it imports each when it is used, TimmWra
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
 from partial_lora.models.texts import VOCABULARY, byte_tokenizer, tokenizer_in
 from partial_lora.models.weights import (
@@ -23,7 +23,6 @@ from partial_lora.models.weights import (
     fixed_seed,
     head_config,
     load_weights,
-    one_line,
     quiet,
 )
 

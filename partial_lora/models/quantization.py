@@ -12,8 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
-from partial_lora.errors import PartialLoraError
-from partial_lora.models.weights import one_line
+from partial_lora.errors import PartialLoraError, one_line
 
 QUANTIZATIONS = ("nf4", "int8")
 # Messages of bitsandbytes that repeat: at every product that LLM.int8() casts its inputs to fp16, as it does; and that

@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models import quantization as quantizations
 from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
-from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, one_line, quiet
+from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, quiet
 
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 
 
 def load_weights(
@@ -92,11 +92,6 @@ def fixed_seed() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-def one_line(error: Exception) -> str:
-    """Return the beginning of an error's message, for an error of our own in one line."""
-    return " ".join(str(error).split())[:160]
 
 
 @dataclass(frozen=True)

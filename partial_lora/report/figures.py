@@ -45,10 +45,10 @@ from partial_lora.report.records import (
     PLACE,
     Predictions,
     Run,
+    depth_of,
     gathered,
     grid,
     method_of,
-    place,
     without_common_start,
 )
 from partial_lora.report.statistics import MARGIN
@@ -518,7 +518,7 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
     calibration = result["calibration"]
     kinds, depths, _ = grid({name: {axis: of[axis]["sparsity"] for axis in AXES} for name, of in modules.items()})
     shown = [depths[round(index)] for index in np.linspace(0, len(depths) - 1, min(len(depths), _MOST_DEPTHS))]
-    lines = dict(zip(dict.fromkeys(place(name)[0] for name in modules), range(len(kinds)), strict=True))
+    lines = dict(zip(dict.fromkeys(depth_of(name)[0] for name in modules), range(len(kinds)), strict=True))
     figure = Figure(figsize=(max(6.5, 1.05 * len(shown) + 3.2), 1.0 * len(kinds) + 1.9), layout="constrained")
     drawn = figure.subplots(len(kinds), len(shown), sharex=True, sharey=True, squeeze=False)
     held = _held(calibration)
@@ -535,7 +535,7 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
     for axes in drawn.flat:
         axes.set_visible(False)
     for name, of in modules.items():
-        kind, depth = place(name)
+        kind, depth = depth_of(name)
         if depth not in shown:
             continue
         axes = drawn[lines[kind], shown.index(depth)]
@@ -609,7 +609,7 @@ def kind_curves(modules: Mapping[str, Mapping]) -> dict[tuple[str, str], list[tu
     lowest and highest are the bounds within which scores are known; a level of which no score is bounded on both sides
     is left out.
     """
-    places = {name: place(name)[0] for name in modules}
+    places = {name: depth_of(name)[0] for name in modules}
     kinds = list(dict.fromkeys(places.values()))
     names = dict(zip(kinds, without_common_start(kinds), strict=True))
     bounds: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = {}

@@ -21,6 +21,7 @@ import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from partial_lora.errors import one_line
 from partial_lora.files import flatten, write_atomic
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, tables
@@ -38,7 +39,18 @@ from partial_lora.report.figures import (
     selected,
     training_curve,
 )
-from partial_lora.report.records import NONE, LeftOut, Predictions, Run, gathered, grid, number, run_of, warnings_of
+from partial_lora.report.records import (
+    NONE,
+    LeftOut,
+    Predictions,
+    Run,
+    gathered,
+    grid,
+    number,
+    panel_of,
+    run_of,
+    warnings_of,
+)
 from partial_lora.report.statistics import over_examples
 from partial_lora.report.summary import measured, next_commands, percent
 from partial_lora.report.tables import Differences
@@ -101,7 +113,7 @@ def write(
                 tables=[_headline(own, intervals, marked, ids, known), *_differences(place, compared, ids)],
                 figures=[_front(part)],
                 folded=_all_rows(part, spread, marked, ids),
-                sections=[told[index] for index, of in enumerate(groups) if _placed(of[0]) == place],
+                sections=[told[index] for index, of in enumerate(groups) if panel_of(of[0].row) == place],
             )
         )
     more = [(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures]
@@ -225,7 +237,7 @@ def draw_run(directory: Path, settings: Mapping) -> None:
             draw_predictions(record, directory, rows)
             write_run(run_of(record, directory), rows)
     except Exception as error:
-        logger.warning("%s: no page could be made (%s: %s)", directory, type(error).__name__, error)
+        logger.warning("%s: no page could be made (%s)", directory, type(error).__name__, exc_info=True)
 
 
 # What a report opens with
@@ -246,10 +258,6 @@ def _tab_names(places: Sequence[tuple[str, str, str]]) -> list[str]:
             for name, place in zip(names, places, strict=True)
         ]
     return names
-
-
-def _placed(run: Run) -> tuple[str, str, str]:
-    return run.row["task"], run.row["model"], run.row["metric"]
 
 
 def _words_of(row: tuple) -> str:
@@ -482,10 +490,7 @@ def _of_examples(predicted: pa.Table | None, metric: str) -> tuple[float, float]
     if predicted is None:
         return None
     lists = [name for name in ("logits", "scores") if name in predicted.column_names]
-    try:
-        return over_examples(predicted.drop_columns(lists).to_pandas(), metric)
-    except (ValueError, TypeError, KeyError):
-        return None
+    return over_examples(predicted.drop_columns(lists).to_pandas(), metric)
 
 
 def _of_splits(metrics: Mapping[str, Mapping]) -> dict:
@@ -562,7 +567,7 @@ def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) 
         split = splits[key] if rows is None else rows
         return (worst if split is None else with_inputs(worst, split, predicted[0]["label"].to_pylist())), []
     except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:  # a file of other columns
-        return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {' '.join(str(error).split())}"]
+        return [], [f"The hardest examples cannot be told from {PREDICTIONS}: {one_line(error)}"]
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
+from partial_lora.tasks.metrics import OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second, which lists of runs and what a run ends with do not wait for
     import pandas as pd
@@ -120,7 +121,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
             run.row
             | {
                 "differs": differs[run.row["group"]],
-                "usual": run.row["conditions"] == usual[_place(run.row)].row["conditions"],
+                "usual": run.row["conditions"] == usual[panel_of(run.row)].row["conditions"],
             }
             for run in runs
         ]
@@ -172,7 +173,7 @@ def _row(result: Mapping) -> dict:
     config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
     seconds, calibration, cost = result["seconds"], result["calibration"], result.get("cost") or {}
     metric = test["primary"]
-    if not math.isfinite(test[metric]):
+    if test[metric] is None or not math.isfinite(test[metric]):
         raise ValueError(f"broken, its test {metric} is {test[metric]}")
     # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
     dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
@@ -261,7 +262,7 @@ def _check(value: object, shape: Mapping, field: str = "") -> None:
 
 
 def warnings_of(record: Mapping) -> list[str]:
-    """Return what of a run to beware of: its settings and rows, and its calibration; a sentence each."""
+    """Return the warnings of a run, about its settings, rows and calibration, a sentence each."""
     return [*record.get("warnings", []), *((record["calibration"] or {}).get("warnings") or [])]
 
 
@@ -302,7 +303,7 @@ def number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def place(module: str) -> tuple[str, tuple[int, ...]]:
+def depth_of(module: str) -> tuple[str, tuple[int, ...]]:
     """Return a module's kind and depth, by its name: "m.blocks.3.attn.qkv" is ("m.blocks.attn.qkv", (3,))."""
     parts = module.split(".")
     return ".".join(part for part in parts if not part.isdigit()), tuple(int(part) for part in parts if part.isdigit())
@@ -310,7 +311,7 @@ def place(module: str) -> tuple[str, tuple[int, ...]]:
 
 def grid(sparsity: Sparsity) -> tuple[list[str], list[tuple[int, ...]], dict[str, np.ndarray]]:
     """Return kinds of modules in the model's order, depths, and per axis the sparsities, NaN where is no module."""
-    places = {module: place(module) for module in sparsity}
+    places = {module: depth_of(module) for module in sparsity}
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     depths = sorted({depth for _, depth in places.values()})
     grids = {axis: np.full((len(kinds), len(depths)), np.nan) for axis in AXES}
@@ -340,7 +341,6 @@ _PRECISION = "trainer.mixed_precision"
 _MOST_NAMED = 5
 _MOST_DIFFERENCES = 4
 _MOST_REFERENCES = 3  # of one place, each of which every other method is compared with
-_COMPARED_BY = {"accuracy", "accuracy_norm", "mse", "exact_match", "rouge_l", "f1", "matthews", "pearson", "spearman"}
 
 
 def conditions(result: Mapping) -> dict[str, object]:
@@ -423,7 +423,7 @@ class Folder:
         return masks.get("seed") is not None or bool(calibration.get("repair"))
 
 
-def _place(row: Mapping) -> tuple[str, str, str]:
+def panel_of(row: Mapping) -> tuple[str, str, str]:
     """Return where runs are read beside each other: task, model and metric."""
     return row["task"], row["model"], row["metric"]
 
@@ -431,7 +431,7 @@ def _place(row: Mapping) -> tuple[str, str, str]:
 def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
     """Return by task, model and metric a folder under the conditions that most methods share, of these most runs."""
     usual = {}
-    for place, of_place in gathered(every, lambda each: _place(each.row)).items():
+    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
         alike = gathered(of_place, lambda each: each.row["conditions"]).values()
         usual[place] = max(
             alike, key=lambda own: (len({each.row["method"] for each in own}), sum(len(each.runs) for each in own))
@@ -447,7 +447,7 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
     else tells two apart.
     """
     usual, told = usual_conditions(every), {}
-    for place, of_place in gathered(every, lambda each: _place(each.row)).items():
+    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
         shared = conditions(usual[place].runs[0].record)
         settings = {
             each.name: {key: own for key, own, _ in rates.differing(conditions(each.runs[0].record), shared)}
@@ -550,7 +550,7 @@ def _not_by_examples(folder: Folder) -> str | None:
     task, metric = folder.row["task"], folder.row["metric"]
     if folder.config["task"].get("members"):
         return f"{task}: a mixture; `partial-lora evaluate RUN --member NAME` says how each of its members is done"
-    if metric not in _COMPARED_BY:
+    if metric not in OF_EXAMPLES:
         return f"{task}: measured by {metric}, which predictions do not say"
     return None
 
@@ -748,7 +748,6 @@ def _check_key(runs: Sequence[Run], key: str, option: str) -> None:
 # Predictions
 
 _COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l", "member"}
-_OF_ALL_TOGETHER = {"f1", "matthews", "pearson", "spearman"}  # metrics that also ask how many outputs there are
 
 
 class Predictions:
@@ -766,7 +765,7 @@ class Predictions:
 
         Raises PartialLoraError where a run has none, ValueError where its file is broken.
         """
-        return {seed: self._frame(group, seed, whole=metric in _OF_ALL_TOGETHER) for seed in seeds}
+        return {seed: self._frame(group, seed, whole=metric in OF_ALL_TOGETHER) for seed in seeds}
 
     def outputs(self, group: str, seed: int) -> np.ndarray | None:
         """Return the prediction for every example (N,); None where none can be read."""

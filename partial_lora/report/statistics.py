@@ -33,7 +33,7 @@ import pandas as pd
 from partial_lora.calibration.reliability import every_two, mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import BLOCK, LEVEL, Predictions
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 _DRAWS_OF_EXAMPLES = 10_000
@@ -288,7 +288,7 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         return (frame["prediction"] - frame["label"]).to_numpy(dtype=float) ** 2
     if metric in ("exact_match", "rouge_l") and metric in frame:
         return frame[metric].to_numpy(dtype=float)
-    if metric in ("f1", "matthews", "pearson", "spearman"):
+    if metric in OF_ALL_TOGETHER:
         from partial_lora.training.metrics import function_of  # torch and its kin: for these metrics alone
 
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
@@ -326,7 +326,7 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
 
 
 def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of one run's metric over its test examples; None for one that predictions do not give.
+    """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
     Of a share it is Wilson's, else of a bootstrap. How much another seed would move the metric is not in it.
     """
@@ -334,7 +334,12 @@ def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | Non
 
     try:
         each = per_example(frame, metric)
-    except PartialLoraError:  # of a mixture, or a loss, which predictions do not have
+    except (
+        PartialLoraError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ):  # of a mixture, a loss, a file of other columns, one row
         return None
     if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))

@@ -15,14 +15,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.calibration.budget import dense_parameters, kept_parameters, masked_units, saturated
+from partial_lora.calibration.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.masks import AXES
 from partial_lora.report.records import (
     NONE,
+    depth_of,
     method_of,
     number,
     operating_point,
-    place,
     row,
     warnings_of,
     without_common_start,
@@ -111,7 +111,7 @@ def module_table(result: Mapping) -> Table:
     Kept parameters and shapes are blank for a record that was made before shapes were kept.
     """
     sparsity, shapes = result["sparsity"], result.get("shapes") or {}
-    kinds = without_common_start([place(module)[0] for module in sparsity])
+    kinds = without_common_start([depth_of(module)[0] for module in sparsity])
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     drawn.add_column("module", overflow="fold")
     drawn.add_column("type", overflow="fold")
@@ -135,9 +135,8 @@ def _parameters(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, fl
 
 
 def _counted(config: Mapping) -> str:
-    """Return what a budget is spent on (`MaskConfig.counted`)."""
     mask = config.get("mask", {})
-    return "rows" if mask.get("columns") == "frozen" else mask.get("granularity", "rows_columns")
+    return counted_of(mask.get("granularity", "rows_columns"), mask.get("columns", "masked"))
 
 
 def _saturated(result: Mapping) -> str:
@@ -168,7 +167,7 @@ def _by_member(test: Mapping) -> dict[str, str]:
     for key, value in test.items():
         member, _, metric = key.rpartition("/")
         if member and metric != "loss":
-            words = f"{value:.2f}" if metric == "perplexity" else f"{percent(value)} %"
+            words = NONE if value is None else measured(metric, value)
             lines.setdefault(f"test {member}", []).append(f"{metric} {words}")
     return {member: " · ".join(metrics) for member, metrics in lines.items()}
 

@@ -23,7 +23,7 @@ from rich.console import Group
 from rich.table import Table
 from tabulate import tabulate
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
 from partial_lora.report import SPREADS
 from partial_lora.report.records import (
@@ -305,13 +305,15 @@ def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, st
         return low, high, "seeds"
     try:
         (frame,) = predictions.of(row["group"], map(int, row["seeds"].split()), metric).values()
-        ends = over_examples(frame, metric)
     except (PartialLoraError, ValueError, KeyError):
         return None
+    ends = over_examples(frame, metric)
     return None if ends is None else (*ends, "examples")
 
 
 # Methods beside a reference: differences with intervals, and what each costs
+
+REFERENCE = "partial"
 
 
 @dataclass(frozen=True)
@@ -338,14 +340,14 @@ class Differences:
         return "difference" in self.rows and bool(self.rows["difference"].notna().any())
 
 
-def differences(runs: Sequence[Run], predictions: Predictions, reference: str = "partial") -> Differences:
-    """Compare the methods of runs with `reference`, each with its like (`records.paired`).
+def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
+    """Compare the methods of runs with REFERENCE, each with its like (`records.paired`).
 
     Numbers are as measured: difference and interval of the metric itself, seconds, bytes (means over seeds), and how
     reliable the sparsities are. Of records alone, without predictions, there are no differences.
     """
     every = folders(runs)
-    pairing = paired(every, reference)
+    pairing = paired(every, REFERENCE)
     problems: dict[str, list[str]] = {}
     told = told_apart(every)
     rows = [_row(*pair, told) for pair in pairing.pairs]
@@ -360,8 +362,8 @@ def differences(runs: Sequence[Run], predictions: Predictions, reference: str = 
                     kind.setdefault(difference, []).append(folder.name)
                 else:
                     row |= difference
-    if not any(each.row["method"] == reference for each in every):
-        pairing.remarks.append(f"none of these runs is of {reference}")
+    if not any(each.row["method"] == REFERENCE for each in every):
+        pairing.remarks.append(f"none of these runs is of {REFERENCE}")
     elif not predicted:
         pairing.remarks.append("none of these runs has kept its predictions")
     remarks = tuple(pairing.remarks) if len(every) > 1 else ()
@@ -393,7 +395,7 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     try:
         comparison = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
     except (PartialLoraError, ValueError, KeyError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return {
         **{name: getattr(comparison, name) for name in ("difference", "low", "high", "verdict", "reason")},
         **{name: getattr(comparison, name) for name in ("bootstrap_low", "bootstrap_high")},
@@ -429,9 +431,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(known)) if known else np.nan
 
 
-def write_differences(
-    compared: Differences, results_dir: Path, *, command: str, reference: str = "partial"
-) -> list[Path]:
+def write_differences(compared: Differences, results_dir: Path, *, command: str) -> list[Path]:
     """Write results_dir/report/comparison.md and .csv; gives the files, none where there is nothing to compare.
 
     Each begins with the command that made it. Where nothing was compared, comparison.md alone says why.
@@ -442,20 +442,20 @@ def write_differences(
         return []
     parts, files = [f"    {command}"], {}
     if compared.known:
-        parts += [tabulated(readable_differences(compared.rows), "pipe"), *notes_of_differences(compared, reference)]
+        parts += [tabulated(readable_differences(compared.rows), "pipe"), *notes_of_differences(compared)]
         files = {"comparison.csv": f"# {command}\n" + compared.rows.to_csv(index=False)}
     if compared.uncompared:
         parts.append("Not compared:\n\n" + "\n".join(f"- {each}" for each in compared.uncompared))
     return _written(results_dir, {"comparison.md": "\n\n".join(parts) + "\n"} | files)
 
 
-def notes_of_differences(compared: Differences, reference: str = "partial") -> list[str]:
+def notes_of_differences(compared: Differences) -> list[str]:
     """Return what a reader of a table of differences has to know, a sentence or two each."""
     rows = compared.rows
     pairs = rows["pairs"].dropna()
     of_reference = rows["reference"].map(rows.set_index("group")["n"].groupby(level=0).first())
     below = {
-        f"Differences are from {reference} at the same operating point and under the same conditions, over the test "
+        f"Differences are from {REFERENCE} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
         f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
         "below zero, and not above that; undecided: else. among: what is left of a verdict among all of this table, by "

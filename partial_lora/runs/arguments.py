@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from partial_lora.errors import PartialLoraError, require
+from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
 from partial_lora.runs.schema import list_keys
 
@@ -134,7 +134,7 @@ def _content(file: str) -> dict:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no YAML ({' '.join(str(error).split())})"
+        reason = error.strerror if isinstance(error, OSError) else f"no YAML ({one_line(error)})"
         raise PartialLoraError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(content, dict) or not content:
         raise PartialLoraError(f"{file}: expected a line KEY: VALUE for each setting, such as model: minilm_l6")
@@ -192,7 +192,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
 
 
 def refuse(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for what is no setting, and for one that would be read as another or not at all."""
+    """Raise PartialLoraError for an argument that is no setting, or that Hydra would misread or ignore."""
     refuse_group_lists(arguments)
     _refuse_options(arguments)
     _refuse_hidden_files(arguments)

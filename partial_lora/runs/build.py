@@ -200,7 +200,7 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
 
 def importance(
     config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
-) -> methods.Scores:
+) -> methods.ModuleScores:
     """Score the rows and columns of the modules that are to be adapted."""
     return importance_few_shot(
         model,
@@ -223,7 +223,7 @@ def few_shot_arguments(
     task: Task,
     transform: Transform,
     model: nn.Module,
-    scores: methods.Scores,
+    scores: methods.ModuleScores,
     draws: Draws,
     peers: Peers,
 ) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
     sparsity: methods.Sparsity | None = None,
-    scores: methods.Scores | None = None,
+    scores: methods.ModuleScores | None = None,
 ) -> methods.Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules = config.model.trained_modules

@@ -193,9 +193,11 @@ def results(entry: Entry, runs: Runs) -> dict[tuple[float, int], tuple[Path, dic
 
 
 def worth(record: Mapping | None) -> Worth:
-    """Return a run's score and loss on validation, the larger the better; None where it has none."""
+    """Return a run's score and loss on validation, the larger the better; None where one of them is no number."""
     if not record or record["status"] != "finished":
         return None
     validation = record["metrics"]["validation"]
-    sign = -1 if validation["primary"] in LOWER_IS_BETTER else 1
-    return sign * validation[validation["primary"]], -validation["loss"]
+    score, loss = validation[validation["primary"]], validation["loss"]
+    if score is None or loss is None:
+        return None
+    return (-score if validation["primary"] in LOWER_IS_BETTER else score), -loss

@@ -201,8 +201,8 @@ def compose(
 ) -> int:
     """Compose one run or a sweep from the arguments, and `work` with each once all are checked; return the exit code.
 
-    sweep: has all runs of a plan launched, given what makes Hydra call a job for each; None for work that is done here,
-    one after another.
+    sweep: launches the runs of a plan; it is given a function by which Hydra calls a job for each. None: `work` runs
+    here, one run after another.
 
     The exit code is the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one that
     was interrupted. Raises PartialLoraError for arguments that do not compose.
@@ -371,7 +371,7 @@ def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def _of_key(error: BaseException | None) -> BaseException | None:
-    """Return the first of an exception and those that it came from which names a key."""
+    """Return the first exception of a chain of causes that names a key; None if none does."""
     while error is not None and not getattr(error, "full_key", None):
         error = error.__cause__ or error.__context__
     return error

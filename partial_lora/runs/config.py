@@ -88,9 +88,9 @@ def _schema() -> DictConfig:
 
 
 def _with_budget(calibration: CalibrationConfig, method: str) -> CalibrationConfig:
-    """Return the settings with the budget that null stands for where there is no calibration, but a size to meet.
+    """Return the settings with PAPER_BUDGET for a budget of null, where nothing is calibrated but a size is to be met.
 
-    A method that spends a budget by a rule of its own needs not be told that nothing is calibrated.
+    A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
     """
     if method in BUDGETED:
         calibration = replace(calibration, sparsity=None)
@@ -286,7 +286,7 @@ def check_modality(model: ModelConfig, task: TaskConfig) -> None:
 def is_calibrated(config: Config) -> bool:
     """Return whether a calibration finds a run's sparsities, or its size.
 
-    One share everywhere meets a budget without one, unless it is asked how far a calibration can be trusted.
+    `method=uniform` meets a budget without one, unless calibration.file or calibration.reliability is set.
     """
     calibration, method = config.calibration, config.method.name
     met = method == UNIFORM and calibration.budget is not None and not (calibration.file or calibration.reliability)

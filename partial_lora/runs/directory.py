@@ -66,7 +66,8 @@ def find(name: Path | str) -> Path:
     start, seed = (place.parent, place.name) if re.fullmatch(r"seed\d+", place.name) else (place, "seed*")
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
-        return results / os.readlink(results / LATEST)
+        link = results / LATEST
+        return results / os.readlink(link) if link.is_symlink() else link
     found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
     if len(found) > 1:
         raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
@@ -83,8 +84,11 @@ def link_latest(results_dir: Path | str, run: Path) -> None:
     link = Path(results_dir) / LATEST
     temporary = link.with_name(f".{LATEST}.{os.getpid()}")
     with suppress(OSError):
-        temporary.symlink_to(run.relative_to(results_dir), target_is_directory=True)
-        os.replace(temporary, link)
+        try:
+            temporary.symlink_to(run.relative_to(results_dir), target_is_directory=True)
+            os.replace(temporary, link)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def is_finished(directory: Path) -> bool:

@@ -95,7 +95,7 @@ def evaluate_run(
         "split": split,
         "examples": len(getattr(other, split)),
         "labels": known.labels,
-        "metrics": directory.finite(found.metrics),  # a correlation with labels that are all alike is none
+        "metrics": directory.finite(found.metrics),  # NaN, as of a model that broke down, is null in JSON
         "device": model.device,
         "mixed_precision": model.precision,
         "seconds": round(time.perf_counter() - start, 3),
@@ -158,7 +158,7 @@ def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> 
 def logits_of(
     model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a model's logits (N, outputs) of all rows, reduced if need be, and their labels: (N,), none of tokens."""
+    """Return a model's logits (N, outputs) of all rows, reduced if asked for, and their labels (N,), none of tokens."""
     logits, references, done = [], [], 0
     for batch in batches:
         logits.append(model.logits(batch, reduce))

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
-from partial_lora.errors import PartialLoraError, ProofError
+from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256
 from partial_lora.runs import build, directory, serving
 from partial_lora.runs.finished import FinishedRun
@@ -135,7 +135,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
             adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise PartialLoraError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise PartialLoraError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     for name in sorted(_tensors(adapted).keys() ^ saved.keys()):
         state = "has no place in the model" if name in saved else "is missing"
         raise PartialLoraError(f"{folder}/adapter_model.safetensors: {name} {state}; train the run again")

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.runs import directory as results
 from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
 from partial_lora.runs.compose import composition_error
@@ -61,7 +61,7 @@ class FinishedRun:
             names |= dict(zip(frame["prediction"], frame["prediction_name"], strict=True))
             return [str(names.get(index, index)) for index in range(len(frame["logits"].iloc[0]))]
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise PartialLoraError(f"{path} cannot be read ({reason}): run the training again") from error
 
 
@@ -314,7 +314,7 @@ class Input:
 def read_inputs(
     arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO, kind: str = "label"
 ) -> tuple[Iterator[Input], int | None]:
-    """Return the inputs that arguments name, in order, to be gone through once, and how many, where that is known.
+    """Return an iterator over the inputs that arguments name, in order, and their number where it is known.
 
     Args:
         arguments: an image file, a folder of images or a text; @FILE for the lines of a file, - for those of `stdin`.

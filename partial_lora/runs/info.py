@@ -26,6 +26,7 @@ from partial_lora.masks import Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton, stored_skeleton
 from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.runs.directory import LIBRARIES, git_commit
+from partial_lora.runs.launch import has_accelerator
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 from partial_lora.training import size
 
@@ -126,8 +127,6 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
 
 # --- What can be known to be wrong before anything is imported, downloaded or written.
 
-_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux
-
 
 def check(config: Config, *, here: bool) -> None:
     """Raise PartialLoraError for a task, device, image size, module or budget that the model or this machine has not.
@@ -137,8 +136,7 @@ def check(config: Config, *, here: bool) -> None:
     model, calibration = config.model, config.calibration
     check_modality(model, config.task)
     if here and config.trainer.device == "cuda" and sys.platform == "linux":
-        found = any(any(Path("/dev").glob(name)) for name in _DEVICES)
-        require(found, "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
+        require(has_accelerator(), "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
     bare = stored_skeleton(family=model.family, architecture=model.architecture, model_args=model.model_args, outputs=2)
     if bare is None:
         return

@@ -31,7 +31,7 @@ from unittest import mock
 import yaml
 
 from partial_lora import files, progress
-from partial_lora.errors import PartialLoraError, require
+from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.files import redacted
 from partial_lora.runs import directory, schema
 from partial_lora.runs.config import calibration_directory, plain, run_directory
@@ -82,7 +82,8 @@ def launch(
         config: the settings (`config.resolve`).
         stage: "train" for a whole run, "calibrate" for its sparsities alone.
         watch: called with every progress event of the worker.
-        note: called with every line about what an earlier attempt left, and what of the settings to beware of.
+        note: called with a line for each file that an earlier attempt left broken, and for each warning about the
+            settings.
         stop: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
@@ -127,7 +128,7 @@ def directory_of(config: Config, stage: str) -> Path:
 
 
 def _is_done(config: Config, stage: str, place: Path) -> bool:
-    """Return whether a stage needs not be run: its files are whole, or its record is and that is enough."""
+    """Return whether a stage need not run: its files are whole, or its record is and suffices."""
     if config.overwrite:
         return False
     if stage == "calibrate":
@@ -136,7 +137,7 @@ def _is_done(config: Config, stage: str, place: Path) -> bool:
 
 
 def _outcome(place: Path, code: int) -> Outcome:
-    """Return how a run has ended by its record and, where that has no word of it, by the worker's exit code."""
+    """Return how a run ended: by its record, or else by the worker's exit code."""
     result = directory.read_result(place) or {}
     status = result.get("status")
     if status == "finished":
@@ -266,7 +267,7 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
         require(quantization is None, "model.quantization", quantization, "null, for trainer.strategy=fsdp")
     if kind == "deepspeed":
         installed = importlib.util.find_spec("deepspeed") is not None
-        require(installed, schema.KEY, "DEEPSPEED", "a machine with DeepSpeed (`pip install deepspeed`)")
+        require(installed, schema.ACCELERATE_CONFIG, "DEEPSPEED", "a machine with DeepSpeed (`pip install deepspeed`)")
         rate, ratio, one = trainer.head_learning_rate, trainer.loraplus_ratio, _has_one_rate(file)
         why = "an optimizer or scheduler in DeepSpeed's own file has one learning rate for all"
         require(rate is None or not one, "trainer.head_learning_rate", rate, f"null: {why}")
@@ -349,9 +350,17 @@ def _has_one_rate(file: Mapping) -> bool:
     return "optimizer" in own or "scheduler" in own
 
 
+_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux
+
+
+def has_accelerator() -> bool:
+    """Return True where this machine shows an accelerator; torch, which takes seconds to import, is not asked."""
+    return any(any(Path("/dev").glob(name)) for name in _DEVICES)
+
+
 def _accelerators(on_cpu: bool) -> int:
     """Return the number of accelerators that this machine shows, and at least one."""
-    if on_cpu or not any(Path("/dev").glob("nvidia[0-9]*")):
+    if on_cpu or not has_accelerator():
         return 1
     count = "import torch; print(max(1, torch.cuda.device_count()))"  # in a process of its own: the parent has no torch
     return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
@@ -427,9 +436,10 @@ def _start(command: list[str], environment: Mapping[str, str], log: int, lock: i
 
 
 def end_with_parent() -> None:
-    """Have this process asked to stop once its parent is gone (kill -9, out of memory), which could then no longer ask.
+    """Ask this process to stop once its parent is gone (kill -9, out of memory).
 
-    A thread looks, and goes on asking, since Python drops an exception that a signal raises inside a finalizer.
+    A thread watches the parent and repeats the request, since Python drops an exception that a signal raises inside a
+    finalizer.
     """
     forked_for, parent = multiprocessing.parent_process(), os.environ.get(_PARENT)
     if forked_for is None and parent is None:  # started by hand
@@ -578,8 +588,7 @@ class _StopRequests:
 @contextmanager
 def _stop_requests() -> Iterator[_StopRequests]:
     requests = _StopRequests()
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup is to be heeded
-    with progress.handling(requests, [number for number in progress.STOPPING if number not in ignored]):
+    with progress.handling(requests):
         yield requests
 
 
@@ -735,7 +744,7 @@ def main() -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        report_failure(redacted(f"accelerate launch: {type(error).__name__}: {' '.join(str(error).split())}"))
+        report_failure(redacted(f"accelerate launch: {type(error).__name__}: {one_line(error, None)}"))
         raise
 
 

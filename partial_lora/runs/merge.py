@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building
 from partial_lora.runs import export
 from partial_lora.runs.finished import FinishedRun
@@ -69,10 +69,13 @@ def merge(
         set_seed(0)
         adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise PartialLoraError(f"--how {way}: PEFT does not combine these ({' '.join(str(error).split())})") from error
-    with building(folder.resolve()) as built:
-        adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
-        export.describe(adapted.get_base_model(), first, built)
+        raise PartialLoraError(f"--how {way}: PEFT does not combine these ({one_line(error)})") from error
+    try:
+        with building(folder.resolve()) as built:
+            adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
+            export.describe(adapted.get_base_model(), first, built)
+    except OSError as error:
+        raise PartialLoraError(f"--out {folder} cannot be written ({error.strerror or error})") from error
     return [
         _overlap(one, other, kept[names[one]], kept[names[other]]) for one, other in combinations(range(len(runs)), 2)
     ]

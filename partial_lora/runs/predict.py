@@ -16,11 +16,11 @@ from typing import Any, TypeGuard
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from scipy.special import log_softmax
 from torch import Tensor
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.runs import build, export
 from partial_lora.runs.finished import FinishedRun, finished_run, one_task, problem_of_question
 from partial_lora.tasks import CausalTransform
@@ -202,8 +202,7 @@ def read_image(image: object) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "its format is not known" if "cannot identify image file" in text else text[:200]
+    return "its format is not known" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def _words(content: object) -> str:
@@ -318,6 +317,6 @@ def _rows(
         return _unfit(prompt, "an option is longer than the run's model.max_length")
 
 
-def _unfit(prompt: str, problem: str, most: int = 80) -> PartialLoraError:
-    quoted = f"{prompt[:most]!r}: " if prompt.strip() else ""
+def _unfit(prompt: str, problem: str) -> PartialLoraError:
+    quoted = f"{prompt[:80]!r}: " if prompt.strip() else ""
     return PartialLoraError(f"{quoted}{problem}")

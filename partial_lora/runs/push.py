@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building, redacted
 from partial_lora.runs import directory, export
 from partial_lora.runs.config import plain, without_places
@@ -24,7 +24,7 @@ def check(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise PartialLoraError(f"{repo}: expected OWNER/NAME ({' '.join(str(error).split())})") from None
+        raise PartialLoraError(f"{repo}: expected OWNER/NAME ({one_line(error)})") from None
     if repo.count("/") != 1:
         raise PartialLoraError(f"{repo}: expected OWNER/NAME")
 
@@ -52,7 +52,7 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
         made = api.create_repo(repo, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload by partial-lora push")
     except (HTTPError, OSError) as error:
-        reason = redacted(" ".join(str(error).split()))[:300]
+        reason = redacted(one_line(error))
         raise PartialLoraError(
             f"{repo}: cannot be written to {api.endpoint} ({reason}); `hf auth login` with a token that may write, or"
             " --dry-run"

@@ -18,8 +18,9 @@ from typing import Any, Optional
 import yaml
 from omegaconf import MISSING, OmegaConf
 
+from partial_lora.calibration.budget import counted_of
 from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig, ImportanceConfig
-from partial_lora.errors import PartialLoraError, one_of, positive, require
+from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
 from partial_lora.files import at_home, flatten
 from partial_lora.training.config import TrainerConfig
 
@@ -48,8 +49,8 @@ class MaskConfig:
 
     @property
     def counted(self) -> str:
-        """What a budget is spent on (`budget.masked_units`): the granularity, or the rows alone."""
-        return "rows" if self.columns == "frozen" else self.granularity
+        """What a budget is spent on (`budget.counted_of`)."""
+        return counted_of(self.granularity, self.columns)
 
     def __post_init__(self) -> None:
         one_of("mask.granularity", self.granularity, "rows_columns", "element", "units", "groups")
@@ -64,7 +65,7 @@ class MaskConfig:
             require(0 <= getattr(self, key) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")
 
 
-KEY = "trainer.accelerate_config"
+ACCELERATE_CONFIG = "trainer.accelerate_config"
 _ALIKE = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU"}  # a whole model in every process
 
 
@@ -77,24 +78,27 @@ def accelerate_file(file: str | Path) -> dict:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise PartialLoraError(f"{KEY}={file}: cannot be read as YAML: {reason}") from error
+        reason = one_line(error)
+        raise PartialLoraError(f"{ACCELERATE_CONFIG}={file}: cannot be read as YAML: {reason}") from error
     expected = "a file that `accelerate config` makes"
     require(
-        isinstance(content, dict) and "distributed_type" in content, KEY, file, f"{expected}, with distributed_type"
+        isinstance(content, dict) and "distributed_type" in content,
+        ACCELERATE_CONFIG,
+        file,
+        f"{expected}, with distributed_type",
     )
     where = content.get("compute_environment", "LOCAL_MACHINE")
-    require(where == "LOCAL_MACHINE", f"{KEY}: compute_environment", where, "LOCAL_MACHINE")
+    require(where == "LOCAL_MACHINE", f"{ACCELERATE_CONFIG}: compute_environment", where, "LOCAL_MACHINE")
     kind = content["distributed_type"]
     known = sorted(_ALIKE | {"FSDP", "DEEPSPEED"})
-    require(kind in known, f"{KEY}: distributed_type", kind, f"one of {', '.join(known)}")
+    require(kind in known, f"{ACCELERATE_CONFIG}: distributed_type", kind, f"one of {', '.join(known)}")
     for name in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
         value = content.get(name)
         whole = value is None or (isinstance(value, int) and value >= (name in ("num_processes", "num_machines")))
-        require(whole, f"{KEY}: {name}", value, "a whole number")
+        require(whole, f"{ACCELERATE_CONFIG}: {name}", value, "a whole number")
     if kind == "FSDP":
         version = (content.get("fsdp_config") or {}).get("fsdp_version", 1)
-        require(str(version) == "2", f"{KEY}: fsdp_version", version, "2")
+        require(str(version) == "2", f"{ACCELERATE_CONFIG}: fsdp_version", version, "2")
     return content
 
 
@@ -289,7 +293,7 @@ class TaskConfig:
 
 
 _NOMINAL_RANK = 16
-_RANKED = ("partial", "uniform", "shuffled", "inverted")  # methods whose random rows and columns go with any rank
+_ANY_RANK = ("partial", "uniform", "shuffled", "inverted")  # methods whose random rows and columns go with any rank
 
 
 @dataclass
@@ -322,7 +326,7 @@ class MethodConfig:
         require(whole, "method.rank", self.rank, "a whole number, at least 1, or auto")
         one_of("method.ranks", self.ranks, "one", "auto")
         if self.ranks == "auto":
-            require(self.name in _RANKED, "method.rank", "auto", f"a whole number, for method={self.name}")
+            require(self.name in _ANY_RANK, "method.rank", "auto", f"a whole number, for method={self.name}")
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         self._check_tuner()
         positive("method.alpha", self.alpha)

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from partial_lora import models
 from partial_lora.adapter.config import scaling_of
-from partial_lora.errors import PartialLoraError, ProofError
+from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.runs.finished import FinishedRun
 
 _PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
@@ -69,7 +69,7 @@ def _settings(run: FinishedRun, to: str) -> LoraConfig:
         if given["peft_type"] == "LORA" and not more:
             return LoraConfig.from_pretrained(str(run.adapter))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PartialLoraError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+        raise PartialLoraError(f"{path}: cannot be read ({one_line(error)})") from error
     what = f"an adapter with {more[0]}" if more else f"PEFT's {given['peft_type']}"
     raise PartialLoraError(
         f"{run.directory}: method={run.method} is {what}, expected a LoRA alone for --to {to}; export it with"
@@ -81,7 +81,7 @@ def _factors(path: Path, settings: LoraConfig, linear: Mapping[str, nn.Linear]) 
     try:
         tensors = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise PartialLoraError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise PartialLoraError(f"{path}: cannot be loaded ({one_line(error)})") from error
     factors = {}
     for module in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
         a, b = (tensors.get(f"{module}.lora_{factor}.weight") for factor in "AB")

@@ -29,12 +29,13 @@ from rich.table import Table
 from rich.text import Text
 
 from partial_lora import files
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.progress import STOPPING, handling
 from partial_lora.runs import directory, launch
 from partial_lora.runs.compose import Plan
 from partial_lora.runs.config import resolve
 from partial_lora.runs.schema import Config
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _LOOK = 0.3  # seconds between two looks at the jobs
 _PATIENCE = 3  # requests to stop after which jobs that do not are left alone
@@ -90,7 +91,7 @@ def _check_sampler(plan: Plan, stage: str) -> None:
         raise PartialLoraError(f"hydra/sweeper={plan.sweeper}: calibrate has no validation metric; use it with train")
     task = plan.runs[0][1].task
     metric = "perplexity" if task.kind == "generation" else (task.metrics or ["accuracy"])[0]
-    better = "minimize" if metric in ("perplexity", "mse") else "maximize"
+    better = "minimize" if metric in LOWER_IS_BETTER else "maximize"
     if not task.members and plan.direction not in (None, better):
         warning = f"hydra.sweeper.direction={plan.direction} seeks the worst {metric}; expected {better}"
         print(f"partial-lora: beware: {warning}", file=sys.stderr)
@@ -114,7 +115,7 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     except PartialLoraError as error:  # out of Hydra
         return str(error)
     except Exception as error:  # out of a plug-in
-        what = " ".join(str(error).split())
+        what = one_line(error)
         return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {type(error).__name__}: {what}"
     return None
 

@@ -38,6 +38,7 @@ class ImageTransform:
     """
 
     lengths = False  # rows are all of one size
+    warnings = ()
 
     def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str) -> None:
         self._size, self._interpolation = image_size, interpolation
@@ -51,11 +52,6 @@ class ImageTransform:
                 v2.PILToTensor(),
             ]
         )
-
-    def __call__(self, rows: Mapping[str, Sequence]) -> dict[str, list]:
-        """Convert rows of decoded images, one tensor each: for `Dataset.with_transform`."""
-        pixels = [self._normalised(self._square(image)) for image in rows["image"]]
-        return {"pixel_values": pixels, "labels": rows["label"]}
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows for `collate`: `pixels`, the bytes of (3, S, S) uint8, and `label`.

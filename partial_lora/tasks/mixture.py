@@ -150,9 +150,14 @@ class MixtureTransform:
         self.lengths = self.transforms[0].lengths
         self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # of the model
 
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the members."""
+        return [warning for transform in self.transforms for warning in transform.warnings]
+
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
         """Return rows for `collate`, as the members' own transforms prepare them."""
-        parts = self._by_member(rows)
+        parts = self._parts_of(rows)
         prepared = [transform.prepare(own, cache_bytes=cache_bytes) for own, transform, _ in parts]
         return Joined(prepared, [start for *_, start in parts])
 
@@ -164,11 +169,11 @@ class MixtureTransform:
         """Return the batches of each member's rows and transform; labels of classes count on over the members."""
         return [
             batch | {"labels": batch["labels"] + start} if start else batch
-            for own, transform, start in self._by_member(rows)
+            for own, transform, start in self._parts_of(rows)
             for batch in batches(own, transform)
         ]
 
-    def _by_member(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
+    def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
         """Return, for each member that has any of the rows, those, its transform, and its first label's number."""
         sizes = self._mixture.sizes
         each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]

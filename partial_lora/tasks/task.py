@@ -30,10 +30,12 @@ _METRICS = {  # of a task, by its labels
 class Transform(Protocol):
     """Conversion of rows to the inputs of a model (`tasks.ImageTransform`, `tasks.TextTransform`).
 
-    lengths: True where prepared rows have a column `length`, of tokens.
+    lengths: True where prepared rows have a column `length`, of tokens. warnings: what it had to cut or to leave out,
+    a sentence each, known once rows are prepared.
     """
 
     lengths: bool
+    warnings: Sequence[str]
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset: ...
 

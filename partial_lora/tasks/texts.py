@@ -33,6 +33,7 @@ class TextTransform:
     """
 
     lengths = True  # prepared rows have a column `length`, of tokens
+    warnings = ()
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer, self._max_length = tokenizer, max_length

@@ -200,7 +200,7 @@ def option_metrics(columns: dict[str, list]) -> dict[str, float]:
 def generation_config(
     model: nn.Module, transform: CausalTransform, max_new_tokens: int, stop: Sequence[str], temperature: float = 0.0
 ) -> GenerationConfig:
-    """Return how texts are generated: the most likely token at temperature 0, else one drawn from all at that one."""
+    """Return how texts are generated: at temperature 0 the most likely token, else one drawn at that temperature."""
     tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
     # The tokens that end a text: the tokenizer's, which it is trained on, and the model's own.
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]

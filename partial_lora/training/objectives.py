@@ -342,7 +342,7 @@ class ByMembers:
         return Joined([judge.validation() for judge in self._judges], self._starts)
 
     def _own_outputs(self, number: int, logits: np.ndarray) -> np.ndarray:
-        """Return a member's own of the logits (N, outputs)."""
+        """Return the logits (N, outputs) of one member."""
         if not self._sizes:
             return logits
         return logits[:, self._starts[number] : self._starts[number] + self._sizes[number]]

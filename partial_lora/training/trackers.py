@@ -17,6 +17,7 @@ from typing import Protocol
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from partial_lora.errors import one_line
 from partial_lora.files import flatten, one_writer, redacted, write_json
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
@@ -169,7 +170,7 @@ class Wandb:
         try:
             self._run = wandb.init(**settings)
         except Exception as error:
-            logger.warning("wandb: %s; written to %s for `wandb sync`", one_line(error), run.directory / "wandb")
+            logger.warning("wandb: %s; written to %s for `wandb sync`", _in_one_line(error), run.directory / "wandb")
             wandb.teardown()  # otherwise the run's id counts as taken by the failed attempt
             self._run = wandb.init(**settings, mode="offline")
         self._run.define_metric("step")
@@ -292,13 +293,12 @@ class Tracking(TrainerCallback):
         try:
             yield
         except Exception as error:  # of any kind: a run must not end for its trackers
-            logger.warning("trainer.report_to: %s is left out from now on (%s)", name, one_line(error))
+            logger.warning("trainer.report_to: %s is left out from now on (%s)", name, _in_one_line(error))
             self._open.pop(name, None)
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception as one line of at most 300 characters, without credentials."""
-    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+def _in_one_line(error: BaseException) -> str:
+    return redacted(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _numbers(values: Mapping[str, object]) -> dict[str, float]:

@@ -49,6 +49,8 @@ def together(work, folder, *arguments):
             answers.put((rank, work(Gloo(), folder, *arguments)))
         except PartialLoraError as error:
             answers.put((rank, f"refused: {error}"))
+        except RuntimeError as error:
+            answers.put((rank, f"failed: {error}"))
         except BaseException:
             answers.put((rank, traceback.format_exc()))
         torch.distributed.destroy_process_group()
@@ -132,13 +134,13 @@ def breaking(peers, folder, rank, error, scope):
 @pytest.mark.parametrize(
     ("rank", "error", "scope", "words"),
     [
-        (1, ValueError("two\nlines"), "independent", "calibration: process 1 failed with ValueError: two lines"),
-        (0, PartialLoraError("one line"), "independent", "one line"),
-        (0, ValueError("bad"), "cumulative", "calibration: process 0 failed with ValueError: bad"),
+        (1, ValueError("2\nlines"), "independent", "failed: calibration: process 1 failed with ValueError: 2 lines"),
+        (0, PartialLoraError("one line"), "independent", "refused: one line"),
+        (0, ValueError("bad"), "cumulative", "failed: calibration: process 0 failed with ValueError: bad"),
     ],
 )
 def test_an_error_in_one_is_the_same_error_in_all(tmp_path, rank, error, scope, words):
-    assert together(breaking, tmp_path, rank, error, scope) == (f"refused: {words}",) * 2
+    assert together(breaking, tmp_path, rank, error, scope) == (words,) * 2
 
 
 def broken_baseline(peers, folder):

@@ -128,7 +128,7 @@ def test_every_module_is_at_its_kind_and_depth():
         cells = axes.images[0].get_array()
         assert cells.mask.sum() == 1  # the module that is not there
         for module, sparsity in result["sparsity"].items():
-            (depth,), kind = records.place(module)[1], module.split(".", 3)[3]
+            (depth,), kind = records.depth_of(module)[1], module.split(".", 3)[3]
             assert cells[KINDS.index(kind), depth] == pytest.approx(np.clip(sparsity[axis], 0, 1))
         assert (axes.images[0].norm.vmin, axes.images[0].norm.vmax) == (0, 1)  # the same scale in every figure
     few, _ = calibrated(2)

@@ -79,6 +79,7 @@ def _without(group, name):
         (record(seed=3, history=[{"loss": 1.0}]), "history.step"),
         (record(seed=3, history=[{"step": 1, "eval_accuracy": "?"}]), "history.eval_accuracy is '?'"),
         (record(test=math.nan, seed=3), "accuracy is nan"),
+        (record(test=None, seed=3), "accuracy is None"),
         (record(seed=3, status="failed", error="CUDA out of memory"), "failed: CUDA out of memory"),
         (record(seed=3, metrics={}), "calibrated only"),
         (record(seed=2), "its seed is 2"),
@@ -106,9 +107,9 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 
 def test_a_module_has_a_kind_and_a_depth():
-    assert records.place("timm_model.blocks.3.attn.qkv") == ("timm_model.blocks.attn.qkv", (3,))
-    assert records.place("layers.1.blocks.0.mlp.fc1") == ("layers.blocks.mlp.fc1", (1, 0))
-    assert records.place("fc1") == ("fc1", ())
+    assert records.depth_of("timm_model.blocks.3.attn.qkv") == ("timm_model.blocks.attn.qkv", (3,))
+    assert records.depth_of("layers.1.blocks.0.mlp.fc1") == ("layers.blocks.mlp.fc1", (1, 0))
+    assert records.depth_of("fc1") == ("fc1", ())
 
 
 # Conditions

@@ -55,6 +55,14 @@ def test_the_mean_over_seeds_decides() -> None:
     assert best == 2.0
 
 
+@pytest.mark.parametrize("name", ["accuracy", "loss"])
+def test_a_run_whose_score_or_loss_is_no_number_is_worth_nothing(name) -> None:
+    run = record()
+    assert compare.worth(run) is not None
+    run["metrics"]["validation"][name] = None  # as JSON has NaN
+    assert compare.worth(run) is None
+
+
 def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() -> None:
     best, batches = searched(lambda rate, seed: None if rate > 1 else rate)
     assert best == 1.0
@@ -64,6 +72,7 @@ def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() ->
 
 
 GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
+SHORT = ("rates=3", "seeds=2", "results_dir=out")
 
 
 def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
@@ -118,6 +127,8 @@ def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
     [
         ([], "methods"),
         (["methods=[]"], "methods"),
+        (["methods=[partial"], "methods"),
+        (["methods=[1]"], "methods"),
         (["methods=[low_rank]", "budgets=[some]"], "budgets"),
         (["methods=[low_rank]", "seeds=0"], "seeds"),
         (["methods=[low_rank]", "rates=1"], "rates"),
@@ -155,7 +166,7 @@ def recording(monkeypatch, **changes) -> None:
 def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
     """The first method is better, the other one's runs are of no use."""
     recording(monkeypatch)
-    done = here(tmp_path, "compare", *GIVEN, "methods=[low_rank,unilora]", "budgets=0.3", "results_dir=out")
+    done = here(tmp_path, "compare", *GIVEN, "methods=[low_rank,unilora]", "budgets=0.3", *SHORT)
     assert done.returncode == 0
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "| low_rank |       0.001 | 90.00" in (tmp_path / "out" / "compare.md").read_text()
@@ -165,7 +176,7 @@ def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
 def test_a_masked_method_is_a_reference_whatever_its_form_is_called(tmp_path, monkeypatch) -> None:
     recording(monkeypatch, mask__fan_in="kept", mask__row_exponent=1.0)
     methods = ("methods=[partial,low_rank]", "reference=partial", "calibration=fixed")
-    done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", "results_dir=out")
+    done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "out" / "compare.md").read_text()
     assert "− partial kept p^-1" in table

@@ -72,6 +72,10 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
         "other/runs/digits/vit/low_rank-1f330000/seed0",
     ]
     assert results.find("latest") == Path("latest")
+    Path("results/latest").mkdir(parents=True)  # copied, with what the link led to
+    assert results.find("latest") == Path("results/latest")
+    results.link_latest("results", Path("results/runs/digits/vit/low_rank-1f330000/seed0"))
+    assert [each.name for each in Path("results").iterdir()] == ["latest"]
 
 
 def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from commands import is_alive
 from torch._utils import ExceptionWrapper
 
-from partial_lora import files, worker
+from partial_lora import files, progress, worker
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory, launch
 from partial_lora.runs.compose import composed
@@ -153,10 +153,13 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
 # Signals, and the launcher between a parent and several workers
 
 
-def test_nohup_is_heeded() -> None:
+@pytest.mark.parametrize(
+    "handled", [launch._stop_requests, lambda: progress.handling(progress.leave)], ids=["of a run", "of a sweep"]
+)
+def test_nohup_is_heeded(handled) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with launch._stop_requests():
+        with handled():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:

@@ -225,6 +225,7 @@ def test_one_answer_that_does_not_fit_does_not_end_a_training(too_long: str, row
     assert len(prepared) == len(transform.collate(prepared)["input_ids"]) == rows
     assert len(transform.warnings) == said
     assert all("1 of 3" in line for line in transform.warnings)
+    assert tasks.MixtureTransform([transform, transform], None).warnings == 2 * transform.warnings
     others = [row for row in prepared if not row.pop("cut")]
     assert [row for row in plain if row["length"] <= 40] == others
     if too_long == "cut" and said:

@@ -92,7 +92,6 @@ def test_pixels_are_those_of_torchvision_in_every_way_of_making_them() -> None:
         assert same(transform.collate(prepared.__getitems__([7, 2])), {k: v[[7, 2]] for k, v in expected.items()})
         workers = DataLoader(prepared, batch_size=4, num_workers=2, collate_fn=transform.collate)
         assert [same(*pair) for pair in zip(workers, parts, strict=True)] == [True] * 3
-    assert torch.equal(torch.stack(rows.with_transform(transform)[:]["pixel_values"]), pixels)
     assert same(transform.encode(rows["image"][:]), {"pixel_values": pixels})
 
 

@@ -25,7 +25,7 @@ from partial_lora.calibration import score as slices
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head, fitted_heads
 from partial_lora.calibration.peers import Alone
-from partial_lora.calibration.score import MEASURES, FewShotScore
+from partial_lora.calibration.score import SCORES, FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import summary
 from partial_lora.runs import build, config, directory, evaluate, export
@@ -279,9 +279,9 @@ def test_the_few_shot_head_is_the_members_heads_side_by_side() -> None:
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
 def test_an_example_is_scored_within_its_member_and_guessed_there(measure: str) -> None:
     logits, labels = logits_and_labels()
-    rubric, batch = slices.Within(MEASURES[measure](), SIZES), {"labels": labels}
+    rubric, batch = slices.Within(SCORES[measure](), SIZES), {"labels": labels}
     values, sureness, chance = (torch.empty(len(labels), dtype=torch.float64) for _ in range(3))
-    plain = MEASURES[measure]()
+    plain = SCORES[measure]()
     for own, columns, start in parts(labels, SIZES):
         of_member = {"labels": labels[own] - start}
         values[own] = plain.values(logits[own, columns], of_member)
