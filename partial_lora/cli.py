@@ -16,17 +16,15 @@ import os
 import shlex
 import signal
 import sys
-import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora import files
+from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, one_line, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
@@ -393,7 +391,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     task, trainer = finished.evaluation_settings(run, parsed.overrides, parsed.member)
     with _libraries():
         from partial_lora.runs.evaluate import evaluate_run
-    with _bar("evaluate") as advance:
+    with bar("evaluate") as advance:
         done = evaluate_run(
             run,
             task=task,
@@ -469,7 +467,7 @@ def predict(arguments: Sequence[str]) -> int:
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
     stream, code, done = chain([first], stream), 0, 0
     # On a terminal the predictions show themselves how far the stream is.
-    with _bar("predict", shown=not sys.stdout.isatty()) as advance:
+    with bar("predict", shown=not sys.stdout.isatty()) as advance:
         while batch := list(islice(stream, size)):
             problems, lines = _predictions(predictor, batch, line)
             for problem in problems:
@@ -848,52 +846,22 @@ def report(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(list(arguments))
     with _libraries():
-        from partial_lora.report import figures, page, records, tables
-        from partial_lora.report.statistics import best
+        from partial_lora.report import make, page, records
     place = directory.find(parsed.results_dir)
     if (place / directory.RESULT).is_file():
         _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
         return 0
-    runs, left_out = records.read(place)
-    for line in tables.said_of(left_out):
-        print(f"partial-lora: {line}", file=sys.stderr)
-    command = " ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])])
-    predictions = records.Predictions(place)
-    by = records.keys(runs, parsed.by) if parsed.by else []
-    runs = records.where(runs, parsed.where)
-    frame = records.table(runs)
-    for key in by:
-        frame[key] = [records.value_of(run, key) for run in runs]
-    folders = records.group(frame)
-    marked = set() if by or frame.empty else best(folders, predictions)
-    written = tables.write(frame, place, command=command, left_out=left_out, by=by, spread=parsed.spread, marked=marked)
-    compared = tables.differences(runs, predictions)
-    written += tables.write_differences(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
-    written.append(
-        page.write(
-            place,
-            runs=runs,
-            table=folders,
-            by=(by, records.group(frame, by)) if by else None,
-            spread=parsed.spread,
-            marked=marked,
-            compared=compared,
-            predictions=predictions,
-            figures=drawn + figures.analyses(place),
-            command=command,
-            origin=tables.origin(frame),
-            left_out=left_out,
-            examples=parsed.examples,
-        )
+    made = make.report(
+        place,
+        where=parsed.where,
+        by=parsed.by,
+        spread=parsed.spread,
+        examples=parsed.examples,
+        command=" ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])]),
+        note=lambda line: print(f"partial-lora: {line}", file=sys.stderr),
     )
-    if drawn:
-        written.append(drawn[0].files[0].parent)
-    remarks = [f"not compared: {each}" for each in compared.uncompared]
-    remarks += [f"comparison: {remark}" for remark in compared.remarks]
-    remarks += [f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut]
-    _print_report(tables.on_screen(frame, by=by, spread=parsed.spread), remarks, written)
-    return 1 if compared.problems or any(each.is_broken for each in left_out) else 0
+    _print_report(made.table, made.remarks, made.files)
+    return 0 if made.is_whole else 1
 
 
 def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]) -> None:
@@ -904,113 +872,6 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
         console.print(table)
     for line in (*remarks, *(f"wrote {path}" for path in written)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-# --- Bars.
-
-
-_EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds in the unit that one would say them in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-@dataclass
-class _Lines:
-    """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
-
-    began: float
-    at: int
-    printed: float
-
-
-class Bars:
-    """One bar a stage; where the output is not a terminal, plain lines: at a stage's start and end, and now and then.
-
-    clock: gives seconds.
-    """
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._console, self._clock = console, clock
-        self._tasks: dict[str, int] = {}
-        self._lines: dict[str, _Lines] = {}
-        self._ended: set[str] = set()
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]:>14}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
-            console=console,
-            redirect_stdout=not console.stderr,  # what goes to stdout beside bars on stderr is for a file or a pipe
-        )
-
-    def __enter__(self) -> Bars:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def note(self, line: str) -> None:
-        """Print a line that is no progress."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def update(self, event: Mapping) -> None:
-        """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
-        stage, done, total = event["stage"], event["done"], event["total"]
-        if "expected" in event:
-            self.note(f"{stage}: about {_duration(event['expected'])}")
-        count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
-        detail = []
-        if "module" in event:
-            detail.append(f"{event['module']} {event.get('axis', '')} {event.get('sparsity', 0):.2f}")
-        if "loss" in event:
-            detail.append(f"loss {event['loss']:.3f}")
-        if "tokens_per_second" in event:
-            detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-        detail += [f"validation {name} {value:.4f}" for name, value in event.get("validation", {}).items()]
-        if not self._console.is_terminal:
-            self._print_line(stage, done, total, [count, *detail])
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
-        self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
-
-    def _print_line(self, stage: str, done: int, total: int, words: Sequence[str]) -> None:
-        now = self._clock()
-        if stage not in self._lines:
-            self._lines[stage] = _Lines(now, done, now)
-            self.note(f"{stage} …")
-        lines = self._lines[stage]
-        if done >= total and stage not in self._ended:
-            self._ended.add(stage)
-            self.note(f"{stage} done")
-        elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
-            lines.printed = now
-            left = round((now - lines.began) / (done - lines.at) * (total - done))
-            self.note(f"{stage} {', '.join(words)}, {timedelta(seconds=left)} left")
-
-
-@contextmanager
-def _bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr, where that is a terminal; gives what advances it: units done, and of how many."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-
-    with Bars(Console(stderr=True)) as bars:
-        yield lambda done, total: bars.update({"stage": stage, "done": done, "total": total})
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -20,7 +20,7 @@ ORDER = (
     ("training",),
     ("runs",),
     ("report", "train"),
-    ("worker",),
+    ("worker", "bars"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,93 @@
+"""The report of a folder of results: its runs read once, then tables, differences, figures and the page of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from partial_lora.report import figures, page, records, tables
+from partial_lora.report.statistics import best
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report that was written.
+
+    Attributes:
+        table: the runs, for a terminal.
+        files: what was written, and the folder of figures.
+        remarks: what was not compared or not drawn in full, a line each.
+        is_whole: False where a record is broken, or what should have been compared could not be.
+    """
+
+    table: RenderableType
+    files: list[Path]
+    remarks: list[str]
+    is_whole: bool
+
+
+def report(
+    place: Path,
+    *,
+    where: Sequence[str],
+    by: str | None,
+    spread: str,
+    examples: int,
+    command: str,
+    note: Callable[[str], None],
+) -> Made:
+    """Write the report of the runs below `place` into place/report.
+
+    Args:
+        where: conditions on runs, KEY=VALUE each (`records.where`).
+        by: the keys, with commas between them, that rows of the table differ in; None for the usual ones.
+        spread: one of `report.SPREADS`.
+        examples: how many of the hardest test examples the page shows for each row.
+        command: the command line, for the head of every file.
+        note: called with a line for each run that is left out, before anything is drawn.
+
+    Raises PartialLoraError for a folder without runs, and for a key that no run has.
+    """
+    runs, left_out = records.read(place)
+    for line in tables.said_of(left_out):
+        note(line)
+    predictions = records.Predictions(place)
+    keys = records.keys(runs, by) if by else []
+    runs = records.where(runs, where)
+    frame = records.table(runs)
+    for key in keys:
+        frame[key] = [records.value_of(run, key) for run in runs]
+    folders = records.group(frame)
+    marked = set() if keys or frame.empty else best(folders, predictions)
+    written = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
+    compared = tables.differences(runs, predictions)
+    written += tables.write_differences(compared, place, command=command)
+    drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
+    whole = page.write(
+        place,
+        runs=runs,
+        table=folders,
+        by=(keys, records.group(frame, keys)) if keys else None,
+        spread=spread,
+        marked=marked,
+        compared=compared,
+        predictions=predictions,
+        figures=drawn + figures.analyses(place),
+        command=command,
+        origin=tables.origin(frame),
+        left_out=left_out,
+        examples=examples,
+    )
+    return Made(
+        table=tables.on_screen(frame, by=keys, spread=spread),
+        files=[*written, whole, *([drawn[0].files[0].parent] if drawn else [])],
+        remarks=[
+            *(f"not compared: {each}" for each in compared.uncompared),
+            *(f"comparison: {remark}" for remark in compared.remarks),
+            *(f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut),
+        ],
+        is_whole=not (compared.problems or any(each.is_broken for each in left_out)),
+    )
