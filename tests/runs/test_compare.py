@@ -92,7 +92,7 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
 
 def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:
     """With a launcher that only writes records: the ranking, and nothing twice."""
-    entries = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list[list[str]] = []
 
     def launch(arguments: list[str]) -> int:
@@ -110,13 +110,13 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
     assert all("left" in each for each in said)
-    again = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
-    entries = compare.entries(["low_rank", "unilora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list[list[str]] = []
     code = compare.compare(entries, rates=3, seeds=2, launch=lambda each: launched.append(each) or 130, say=print)
     assert (code, len(launched)) == (130, 1)
