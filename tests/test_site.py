@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from checkout import needs_results
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
@@ -20,7 +21,7 @@ LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "vide
 MENTIONED = re.compile(r"\bdocs/[\w./-]+\.(?:md|svg)")
 PATHS = re.compile(r"`((?:scripts|tests|conf|docs|examples|partial_lora)/[\w./-]+\.\w+)`")
 
-pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs a checkout")
+pytestmark = needs_results
 
 
 class Page(HTMLParser):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import bench_calibration_page
 import bench_moved
@@ -12,8 +11,9 @@ import bench_runs
 import bench_serving
 import numpy as np
 import pytest
+from checkout import RESULTS, needs_results
 
-BENCH = Path(__file__).parents[2] / "results" / "bench"
+BENCH = RESULTS / "bench"
 
 
 def test_a_ratio_has_moved_where_the_intervals_have_nothing_in_common() -> None:
@@ -64,6 +64,7 @@ FIGURES = {
 }
 
 
+@needs_results
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_records_here_have_figures_to_compare(name) -> None:
     found = FIGURES[name](json.loads((BENCH / f"{name}.json").read_text()))

@@ -7,6 +7,7 @@ from functools import cache
 
 import pandas as pd
 import pytest
+from checkout import needs_results
 
 from partial_lora.runs import config
 
@@ -78,7 +79,7 @@ longer/report/comparison: digits, budget 0.13: lora; lora − partial; partial; 
 """,
 }
 
-pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs a checkout")
+pytestmark = needs_results
 
 
 @cache

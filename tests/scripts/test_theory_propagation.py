@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import theory_propagation as script
 import torch
+from checkout import RESULTS, needs_results
 from theory_propagation import Step
 
-RECORDED = Path(__file__).resolve().parents[2] / "results" / "theory"
+RECORDED = RESULTS / "theory"
 
 
 @pytest.fixture
@@ -170,6 +170,7 @@ def test_the_largest_slope_is_the_jacobians_norm() -> None:
         assert 0.9 * norm <= slope <= norm * (1 + 1e-9)
 
 
+@needs_results
 def test_the_recorded_page_and_figure_are_of_the_record(tmp_path) -> None:
     record = json.loads((RECORDED / "propagation.json").read_text(encoding="utf-8"))
     assert (RECORDED / "propagation.md").read_text(encoding="utf-8") == script.page(record)

@@ -1,0 +1,11 @@
+"""What only a checkout has: the committed results, which a source distribution leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+NEEDED = "needs a checkout"
+needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason=NEEDED)
