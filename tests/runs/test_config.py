@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import RESULTS, needs_results
 from finished_runs import override, written
 from method_settings import adapted
 from omegaconf import OmegaConf
@@ -207,17 +208,20 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
 def test_every_group_file_composes() -> None:
     folders = [each for each in config.conf_dir().iterdir() if each.is_dir()]
     groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
-    some = ("task", "model", "importance", "mask", "trainer")  # any of one goes with any of the others
-    assert groups.keys() == {*some, "method", "calibration", "experiment", "preset"}
-    most = max(len(groups[group]) for group in some)
-    choices = [{group: groups[group][number % len(groups[group])] for group in some} for number in range(most)]
-    for choice in [*choices, *({group: name} for group in ("method", "calibration") for name in groups[group])]:
-        needed = ["task.members=[sst2,mrpc]"] if choice.get("task") == "mixture" else []
-        needed += ["method.peft_type=LOKR"] if choice == {"method": "peft"} else []
-        found = composed(*(f"{group}={name}" for group, name in choice.items()), *needed)
-        other = {"shira": "random_weights", "peft": "peft_lokr"}  # what the file calls it
-        choice = {group: other.get(name, name) for group, name in choice.items()}
-        assert {group: getattr(getattr(found, group), "name", name) for group, name in choice.items()} == choice
+    together = [("task", "model", "method", "trainer"), ("importance", "mask", "calibration")]  # any goes with any
+    assert groups.keys() == {*together[0], *together[1], "experiment", "preset"}
+    functions = set()
+    for some in together:
+        for number in range(max(len(groups[group]) for group in some)):
+            choice = {group: groups[group][number % len(groups[group])] for group in some}
+            needed = ["task.members=[sst2,mrpc]"] if choice.get("task") == "mixture" else []
+            needed += ["method.peft_type=LOKR"] if choice.get("method") == "peft" else []
+            found = composed(*(f"{group}={name}" for group, name in choice.items()), *needed)
+            functions.add(found.method.function)
+            other = {"shira": "random_weights", "peft": "peft_lokr"}  # what the file calls it
+            choice = {group: other.get(name, name) for group, name in choice.items()}
+            assert {group: getattr(getattr(found, group), "name", name) for group, name in choice.items()} == choice
+    assert functions == methods.METHODS.keys()
 
 
 def test_what_a_measure_takes_is_in_the_schema_with_its_own_defaults() -> None:
@@ -342,9 +346,11 @@ def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
     assert config.run_ids(usual) != config.run_ids(other) == [config.run_id(other)]
 
 
+@needs_results
 def test_every_committed_run_is_found() -> None:
-    root = Path(__file__).parents[2] / "results"
-    for file in root.glob("*/runs/digits/*/*/seed0/result.json"):
+    files = list(RESULTS.glob("*/runs/digits/*/*/seed0/result.json"))
+    assert files
+    for file in files:
         settings = config.load(json.loads(file.read_text())["config"])
         own = dataclasses.replace(settings, results_dir=str(file.parents[5]))
         assert config.run_directory(own) == file.parent
