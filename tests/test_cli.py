@@ -39,14 +39,21 @@ def record(place: Path, **choice: object) -> tuple[Path, dict]:
     return found[0]
 
 
+def calibrations(place: Path) -> set[Path]:
+    """The calibrations that are kept for later."""
+    return set((place / "cache" / "calibrations").glob("*.json"))
+
+
 @pytest.fixture(scope="module")
 def trained(place: Path) -> subprocess.CompletedProcess:
     """Two thresholds and, for one of them, two seeds; the first run is by a worker that started from nothing."""
+    known = calibrations(place)
     first = command(place, "train", *TINY)
     assert first.returncode == 0, first.stderr
     for swept in ("calibration.threshold=0.5,0.9", "seed=1"):
         more = here(place, "train", "-m", *TINY, swept)
         assert more.returncode == 0, more.stderr
+    assert len(calibrations(place) - known) == 1
     return first
 
 
@@ -111,7 +118,6 @@ def test_a_lower_threshold_removes_more(place: Path, trained) -> None:
 
 def test_seeds_and_thresholds_share_one_calibration(place: Path, trained) -> None:
     made, reused = record(place, threshold=0.9, seed=0)[1], record(place, threshold=0.9, seed=1)[1]
-    assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
     assert reused["calibration"]["cached"]
     assert reused["calibration"]["evaluations"] == 0
     assert made["sparsity"] == reused["sparsity"]
@@ -215,11 +221,11 @@ def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) 
 
 
 def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> None:
-    known = set((place / "cache" / "calibrations").glob("*.json"))
+    known = calibrations(place)
     done = here(place, "calibrate", *TINY, "model.model_args.num_heads=4")  # the weights have the same shapes
     assert done.returncode == 0, done.stderr
     assert "reused" not in done.stdout
-    assert len(set((place / "cache" / "calibrations").glob("*.json")) - known) == 1
+    assert len(calibrations(place) - known) == 1
 
 
 @pytest.mark.parametrize("method", ["targeted", "uniform", "lora", "probe"])

@@ -53,7 +53,7 @@ def swept(place: Path) -> subprocess.CompletedProcess:
 
 def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
     assert swept.returncode == 1
-    assert {rate: result["status"] for rate, result in records(place).items()} == {0.05: "finished", 1e30: "failed"}
+    assert [records(place)[rate]["status"] for rate in (0.05, 1e30)] == ["finished", "failed"]
     assert statuses(swept.stdout)[1] == ("trainer.learning_rate=1e+30", "failed")
     accuracy = records(place)[0.05]["metrics"]["test"]["accuracy"]
     assert re.search(rf"^ trainer\.learning_rate=0\.05 .* {accuracy:.4f} ", swept.stdout, re.M)
@@ -120,25 +120,27 @@ def test_what_a_failed_run_means_is_for_the_sampler_to_say(place: Path, swept, a
     assert "beware" not in done.stderr
 
 
-def workers(results_dir: Path) -> list[int]:
-    """The workers, on this machine, of runs under a results directory."""
+def workers(place: Path) -> list[int]:
+    """The workers, on this machine, of runs below a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "partial_lora.worker" in words and any(word.startswith(str(results_dir.resolve())) for word in words):
+        if "partial_lora.worker" in words and any(word.startswith(str(place.resolve())) for word in words):
             found.append(int(process.name))
     return found
 
 
-def under_way(place: Path, results_dir: str) -> subprocess.Popen:
+LOCKS = "results/runs/*/*/*/*/.lock"  # which name a worker before it is another program than its parent
+
+
+def under_way(place: Path) -> subprocess.Popen:
     """A sweep of which two runs have their workers."""
-    running = begun(place, *LONG, *JOBLIB, f"results_dir={results_dir}")
+    running = begun(place, *LONG, *JOBLIB)
     deadline = time.monotonic() + 120
-    locks = f"{results_dir}/runs/*/*/*/*/.lock"  # which name a worker before it is another program than its parent
-    while sum("worker" in lock.read_text() for lock in place.glob(locks)) < 2 or len(workers(place / results_dir)) < 2:
+    while sum("worker" in lock.read_text() for lock in place.glob(LOCKS)) < 2 or len(workers(place)) < 2:
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -146,29 +148,28 @@ def under_way(place: Path, results_dir: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_sweep_that_is_stopped_takes_its_runs_with_it(place: Path, number: signal.Signals) -> None:
-    name = f"stopped_{number.name}"
-    running = under_way(place, name)
+def test_a_sweep_that_is_stopped_takes_its_runs_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    running = under_way(tmp_path)
     if number == signal.SIGINT:  # as a terminal sends it: to the launcher's processes, too
         os.killpg(running.pid, number)
     else:
         running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number
-    assert workers(place / name) == []
+    assert workers(tmp_path) == []
     assert dict(statuses(out)) == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "not started"}
-    assert len(list(place.glob(f"{name}/runs/*/*/*/*"))) == 2
+    assert len(list(tmp_path.glob("results/runs/*/*/*/*"))) == 2
     assert "Traceback" not in err
-    assert not list((place / name / "sweep").glob(".jobs-*"))
+    assert not list((tmp_path / "results" / "sweep").glob(".jobs-*"))
 
 
-def test_when_a_launcher_gives_up_no_worker_is_left_behind(place: Path) -> None:
-    running = under_way(place, "given_up")
-    holder = next(iter(place.glob("given_up/runs/*/*/*/*/.lock"))).read_text()
+def test_when_a_launcher_gives_up_no_worker_is_left_behind(tmp_path: Path) -> None:
+    running = under_way(tmp_path)
+    holder = next(iter(tmp_path.glob(LOCKS))).read_text()
     os.kill(int(re.match(r"pid (\d+)", holder)[1]), signal.SIGKILL)  # the process of a job, not its worker
     out, err = running.communicate(timeout=60)
     assert running.returncode == 1
-    assert workers(place / "given_up") == []
+    assert workers(tmp_path) == []
     assert dict(statuses(out)) == {"seed=0": "failed", "seed=1": "failed", "seed=2": "not started"}
     assert "hydra/launcher=joblib hydra/sweeper=basic: TerminatedWorkerError" in err
 
