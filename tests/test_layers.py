@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,16 +37,28 @@ def modules() -> dict[str, Path]:
     return names
 
 
-def imports(tree: ast.Module, known: set[str], *, lazy: bool) -> set[str]:
-    """The modules of this package that one imports: when it is loaded, or (lazy) also inside its functions."""
+def imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of this package that one imports when it is loaded."""
     found = set()
-    for node in ast.walk(tree) if lazy else tree.body:
+    for node in loaded(tree.body):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "partial_lora":
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in known else node.module for name in full}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in known}
     return found - {"partial_lora"}
+
+
+def loaded(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is loaded, those under `try`, `if` and `with` among them."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
+            yield from loaded(node.orelse)
+        elif isinstance(node, (ast.Try, ast.If, ast.With)):
+            parts = (node, *getattr(node, "handlers", ()))
+            for name in ("body", "orelse", "finalbody"):
+                yield from (each for part in parts for each in loaded(getattr(part, name, [])))
 
 
 def trees() -> dict[str, ast.Module]:
@@ -64,7 +77,7 @@ def test_packages_import_downward_only() -> None:
     upward = set()
     for name, tree in trees().items():
         own = name.split(".")[1] if "." in name else None
-        for other in imports(tree, known, lazy=False) if own else ():
+        for other in imports(tree, known) if own else ():
             theirs = other.split(".")[1]
             if theirs != own and HEIGHT[theirs] >= HEIGHT[own]:
                 upward.add((own, theirs))
@@ -73,7 +86,7 @@ def test_packages_import_downward_only() -> None:
 
 def test_modules_import_each_other_in_no_circle() -> None:
     known = set(modules())
-    edges = {name: imports(tree, known, lazy=False) - {name} for name, tree in trees().items()}
+    edges = {name: imports(tree, known) - {name} for name, tree in trees().items()}
     TopologicalSorter(edges).prepare()
 
 
