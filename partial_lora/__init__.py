@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from partial_lora.calibration.calibrate import calibrate
     from partial_lora.calibration.result import Calibration
     from partial_lora.errors import PartialLoraError
-    from partial_lora.runs.predict import Predictor
+    from partial_lora.finished.predict import Predictor
 
     __version__: str
 
@@ -21,7 +21,7 @@ _PUBLIC = {
     "PartialLoraConfig": "adapter",
     "PartialLoraError": "errors",
     "PartialLoraModel": "adapter",
-    "Predictor": "runs.predict",
+    "Predictor": "finished.predict",
     "calibrate": "calibration.calibrate",
     "load_compact": "adapter",
     "warm_start": "adapter",

@@ -37,9 +37,9 @@ from partial_lora.runs.schema import MASKED, Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from partial_lora.runs.finished import Input
+    from partial_lora.finished.inputs import Input
+    from partial_lora.finished.predict import Prediction
     from partial_lora.runs.info import Outline
-    from partial_lora.runs.predict import Prediction
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
@@ -385,12 +385,13 @@ def evaluate(arguments: Sequence[str]) -> int:
         "--json", action="store_true", help="print one JSON object: the folder and all of evaluation.json"
     )
     parsed = parser.parse_intermixed_args(list(arguments))
-    from partial_lora.runs import finished
+    from partial_lora.finished.run import finished_run
+    from partial_lora.finished.task import evaluation_settings
 
-    run = finished.finished_run(parsed.run)
-    task, trainer = finished.evaluation_settings(run, parsed.overrides, parsed.member)
+    run = finished_run(parsed.run)
+    task, trainer = evaluation_settings(run, parsed.overrides, parsed.member)
     with _libraries():
-        from partial_lora.runs.evaluate import evaluate_run
+        from partial_lora.finished.evaluate import evaluate_run
     with bar("evaluate") as advance:
         done = evaluate_run(
             run,
@@ -442,7 +443,9 @@ def predict(arguments: Sequence[str]) -> int:
     PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    from partial_lora.runs.finished import finished_run, one_task, read_inputs
+    from partial_lora.finished.inputs import read_inputs
+    from partial_lora.finished.run import finished_run
+    from partial_lora.finished.task import one_task
 
     run = finished_run(parsed.run)
     task = one_task(run, parsed.member).config.task
@@ -461,7 +464,7 @@ def predict(arguments: Sequence[str]) -> int:
             "nothing to predict: expected an image, a folder, a text, @FILE or - as INPUT, and at least one line in it"
         )
     with _libraries():
-        from partial_lora.runs.predict import Predictor
+        from partial_lora.finished.predict import Predictor
     predictor = Predictor(run, device=parsed.device, max_new_tokens=parsed.max_new_tokens, member=parsed.member)
     size = parsed.batch_size or run.config.trainer.eval_batch_size
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
@@ -618,7 +621,8 @@ def generate(arguments: Sequence[str]) -> int:
     parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parsed = parser.parse_args(list(arguments))
-    from partial_lora.runs.finished import finished_run, one_task
+    from partial_lora.finished.run import finished_run
+    from partial_lora.finished.task import one_task
 
     run = finished_run(parsed.run)
     if run.config.model.family != "causal":
@@ -630,7 +634,7 @@ def generate(arguments: Sequence[str]) -> int:
     if not prompt.strip() or "" in parsed.stop:
         raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
     with _libraries():
-        from partial_lora.runs import generate
+        from partial_lora.finished import generate
     generate.generate(
         run,
         prompt,
@@ -677,13 +681,13 @@ def export(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console
 
-    from partial_lora.runs.finished import finished_run
+    from partial_lora.finished.run import finished_run
 
     with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
         run = finished_run(parsed.run)
         with _libraries():
+            from partial_lora.finished import export
             from partial_lora.report import card
-            from partial_lora.runs import export
         done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
     console = Console()
     written = "written again, as it was" if done.existed else "written"
@@ -728,7 +732,7 @@ def merge(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from partial_lora.runs.finished import finished_run
+    from partial_lora.finished.run import finished_run
 
     base = parsed.runs.pop(0) if len(parsed.runs) == len(parsed.weights) + 1 else None
     runs = [finished_run(each) for each in parsed.runs]
@@ -736,7 +740,7 @@ def merge(arguments: Sequence[str]) -> int:
         known = (run.config.model.name, run.config.model.weights)
         require(str(base) in known, "BASE", base, f"{' or '.join(known)}, which {run.directory} was trained over")
     with _libraries():
-        from partial_lora.runs import merge
+        from partial_lora.finished import merge
     overlaps = merge.merge(runs, parsed.weights, parsed.out, way=parsed.how, density=parsed.density)
     table = Table("run", "and run", "rows", "columns", "entries of W", title="what both change, of the smaller one's")
     for each in overlaps:
@@ -773,12 +777,12 @@ def push(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub and upload nothing")
     parsed = parser.parse_args(list(arguments))
-    from partial_lora.runs.finished import finished_run
+    from partial_lora.finished.run import finished_run
 
     run = finished_run(parsed.run)
     with _libraries():
+        from partial_lora.finished import push
         from partial_lora.report import card
-        from partial_lora.runs import push
     push.check(parsed.repo)
     folder = push.write(
         run, lambda built: card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact

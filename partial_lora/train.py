@@ -21,12 +21,12 @@ from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
+from partial_lora.finished.run import FinishedRun
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
 from partial_lora.runs.directory import finite, timed
-from partial_lora.runs.finished import FinishedRun
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives

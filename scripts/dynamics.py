@@ -18,9 +18,9 @@ from pathlib import Path
 from evidence.dynamics import DYNAMICS, measure, read_dynamics
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.finished.run import finished_run
 from partial_lora.report import records
 from partial_lora.runs import launch
-from partial_lora.runs.finished import finished_run
 
 FIGURES = ("fig3", "fig7")
 MISSING = 3  # how the command ends where some could not be measured; a traceback ends with 1

@@ -16,8 +16,8 @@ from PIL import Image
 
 from partial_lora import files as sealed
 from partial_lora import train
+from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.runs import directory as record
-from partial_lora.runs import finished
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
 
@@ -33,7 +33,7 @@ def cache() -> str:
     return str(Path(_PLACE.name) / "cache")
 
 
-def trained(name: str, *overrides: str) -> finished.FinishedRun:
+def trained(name: str, *overrides: str) -> FinishedRun:
     """What a worker does with a run, in this process."""
     directory = Path(_PLACE.name) / name
     directory.mkdir()
@@ -44,10 +44,10 @@ def trained(name: str, *overrides: str) -> finished.FinishedRun:
         patch.setenv("PARTIAL_LORA_CACHE", cache())
         train.run(config, directory, entry, "train")
     sealed.write_json(directory / record.RESULT, entry | {"status": "finished"})
-    return finished.finished_run(directory)
+    return finished_run(directory)
 
 
-def changed(run: finished.FinishedRun, group: str, **values: object) -> finished.FinishedRun:
+def changed(run: FinishedRun, group: str, **values: object) -> FinishedRun:
     """The run with other settings in one group."""
     config = dataclasses.replace(run.config, **{group: dataclasses.replace(getattr(run.config, group), **values)})
     return dataclasses.replace(run, config=config)
@@ -104,7 +104,7 @@ def picture_files() -> dict[str, str]:
 
 
 @functools.cache
-def image_run() -> finished.FinishedRun:
+def image_run() -> FinishedRun:
     """A masked adapter on the pictures."""
     return trained("images", "model=tiny_vit", "task=cifar10", "calibration.shots=4", override(picture_files()))
 
@@ -148,13 +148,13 @@ def pair_files() -> dict[str, str]:
 
 
 @functools.cache
-def text_run() -> finished.FinishedRun:
+def text_run() -> FinishedRun:
     """A dense adapter of a small BERT on the sentences."""
     return trained("texts", "model=tiny_bert", "task=text_table", "method=lora", override(sentence_files()))
 
 
 @functools.cache
-def pair_run() -> finished.FinishedRun:
+def pair_run() -> FinishedRun:
     """A regression on the pairs, by a small DeBERTa."""
     columns = "task.text_columns=[first,second]"
     paths = override(pair_files())
@@ -208,7 +208,7 @@ def exchange_files() -> dict[str, str]:
 
 
 @functools.cache
-def choice_run() -> finished.FinishedRun:
+def choice_run() -> FinishedRun:
     """A masked adapter of a small Llama that chooses among options, scaled by alpha alone: merging rounds less."""
     unscaled = ("mask.fan_in=dense", "mask.row_exponent=0")
     given = ("calibration.levels=0.45", "calibration.share=0.1", "method.alpha=128", *unscaled, _AT_ITS_END)
@@ -216,7 +216,7 @@ def choice_run() -> finished.FinishedRun:
 
 
 @functools.cache
-def generation_run() -> finished.FinishedRun:
+def generation_run() -> FinishedRun:
     """A dense adapter of a small Llama, trained so little that what it writes still depends on the prompt."""
     given = ("method=lora", "task.max_new_tokens=12", "trainer.learning_rate=0.001", _AT_ITS_END)
     return trained(

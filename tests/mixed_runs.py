@@ -7,7 +7,7 @@ import functools
 from datasets import ClassLabel, Dataset, Features, Value
 from finished_runs import exchanges, files, picture_files, questions, sentence_files, tables, trained, written
 
-from partial_lora.runs.finished import FinishedRun
+from partial_lora.finished.run import FinishedRun
 
 LONGER = ("method=lora", "trainer.max_steps=40", "trainer.save_steps=40")
 _CAUSAL = ("model=tiny_llama", "method=lora", "trainer.save_steps=12")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from partial_lora.runs import export
+from partial_lora.finished import export
 
 
 def in_this_process(samples: export.Samples, *, model: Path, adapter: Path | None = None, library="transformers"):

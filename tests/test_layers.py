@@ -20,6 +20,7 @@ ORDER = (
     ("methods",),
     ("training",),
     ("runs",),
+    ("finished",),
     ("report", "train"),
     ("worker", "bars"),
     ("cli",),

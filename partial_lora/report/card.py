@@ -15,12 +15,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.config import TAGS
 from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.finished.run import FinishedRun
 from partial_lora.models.bundled import PREFIX
 from partial_lora.report import records, statistics, summary
 from partial_lora.runs import directory
 from partial_lora.runs.config import plain, without_places
 from partial_lora.runs.directory import tensor_files
-from partial_lora.runs.finished import FinishedRun
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, computed_from
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-    from partial_lora.runs.finished import FinishedRun
-    from partial_lora.runs.predict import RunModel
+    from partial_lora.finished.predict import RunModel
+    from partial_lora.finished.run import FinishedRun
 
 DYNAMICS = "dynamics.json"
 VERSION = 1
@@ -108,8 +108,9 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     from torch.utils.data import DataLoader
 
     from partial_lora.calibration.peers import Alone
-    from partial_lora.runs import build, evaluate, export
-    from partial_lora.runs.predict import RunModel
+    from partial_lora.finished import evaluate, export
+    from partial_lora.finished.predict import RunModel
+    from partial_lora.runs import build
 
     blocks = run.config.model.blocks
     if blocks is None:

@@ -18,9 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from partial_lora.calibration.config import BUDGETED
+from partial_lora.finished import export
+from partial_lora.finished.predict import Predictor
 from partial_lora.report import records
-from partial_lora.runs import build, directory, export
-from partial_lora.runs.predict import Predictor
+from partial_lora.runs import build, directory
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries", "ticket")
 

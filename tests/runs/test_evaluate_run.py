@@ -16,10 +16,11 @@ from finished_runs import files, override, pictures
 from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.runs import config, finished
+from partial_lora.finished import evaluate as evaluate_run
+from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.finished.task import evaluation_settings
+from partial_lora.runs import config
 from partial_lora.runs import directory as results
-from partial_lora.runs import evaluate as evaluate_run
-from partial_lora.runs.finished import FinishedRun
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -194,7 +195,7 @@ def with_files(run: FinishedRun, folder: Path, data_files: object) -> FinishedRu
     shutil.copytree(run.directory, directory)
     record = json.loads((directory / results.RESULT).read_text())
     (directory / results.RESULT).write_text(json.dumps(record | {"config": config.plain(settings)}))
-    return finished.finished_run(directory)
+    return finished_run(directory)
 
 
 def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tmp_path) -> None:
@@ -230,16 +231,16 @@ def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:
 
 def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:
     one = finished_runs.changed(run, "task", data_files=str(tmp_path))
-    task, _ = finished.evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
+    task, _ = evaluation_settings(one, [f"task.data_files.test={tmp_path}"])
     assert task.data_files == {"train": str(tmp_path), "test": str(tmp_path)}
     odd = tmp_path / "a, [b] (1)"
     odd.mkdir()
     for path in (odd, f"'{odd}'"):
-        task, _ = finished.evaluation_settings(one, [f"task.data_files.test={path}"])
+        task, _ = evaluation_settings(one, [f"task.data_files.test={path}"])
         assert task.data_files["test"] == str(odd)
     hub = finished_runs.changed(run, "task", data_files=None)
     with refusal("task.data_files.test: "):
-        finished.evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])
+        evaluation_settings(hub, [f"task.data_files.test={tmp_path}"])
 
 
 def test_a_folder_of_splits_keeps_them_where_another_folder_is_named_for_one(run, evaluate, tmp_path) -> None:

@@ -26,10 +26,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 
 from partial_lora import cli, tasks
 from partial_lora.errors import ProofError
+from partial_lora.finished import export
+from partial_lora.finished.predict import Predictor
+from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.models.texts import byte_tokenizer
 from partial_lora.runs import directory as record
-from partial_lora.runs import export, finished
-from partial_lora.runs.predict import Predictor
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -44,7 +45,7 @@ B = "base_model.model.timm_model.blocks.2.mlp.fc2.lora_B.weight"
 
 
 @functools.cache
-def run_of(name: str) -> finished.FinishedRun:
+def run_of(name: str) -> FinishedRun:
     """A finished run of every kind on the pictures."""
     if name == "partial":
         return image_run()
@@ -53,16 +54,16 @@ def run_of(name: str) -> finished.FinishedRun:
 
 
 @functools.cache
-def encoder_run() -> finished.FinishedRun:
+def encoder_run() -> FinishedRun:
     """A masked adapter of a text encoder, whose pooler trains beside the head."""
     given = ("model=tiny_deberta", "task=text_table", "calibration.levels=0.45", "trainer.learning_rate=0.05")
     return trained("masked texts", *given, override(finished_runs.sentence_files()))
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> finished.FinishedRun:
+def run(tmp_path: Path) -> FinishedRun:
     """A copy of the Partial-LoRA run that a test may spoil."""
-    return finished.finished_run(shutil.copytree(image_run().directory, tmp_path / "run"))
+    return finished_run(shutil.copytree(image_run().directory, tmp_path / "run"))
 
 
 def nothing_left(folder: Path) -> bool:
@@ -401,4 +402,4 @@ def test_a_class_of_an_early_record_that_no_row_has_is_called_by_its_index(run):
     assert run.labels() == list(finished_runs.COLOURS)
     without_labels(run.directory)
     first, _, last = finished_runs.COLOURS
-    assert finished.finished_run(run.directory).labels() == [first, "1", last]
+    assert finished_run(run.directory).labels() == [first, "1", last]

@@ -27,8 +27,8 @@ from commands import begun, here
 from partial_lora.calibration import calibrate as calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
+from partial_lora.finished.run import finished_run
 from partial_lora.runs import directory as results
-from partial_lora.runs.finished import finished_run
 from partial_lora.training import trainer
 
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from partial_lora.runs import finished
-from partial_lora.runs.finished import Input, read_inputs
+from partial_lora.finished.inputs import Input, read_inputs
+from partial_lora.finished.run import _with_found_files
 from partial_lora.runs.schema import Config, TaskConfig
 
 
@@ -125,7 +125,7 @@ def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeyp
     files = {"train": "rows.csv", "test": "gone.csv", "validation": "/dev/null"}
     config = Config(task=TaskConfig(name="own", data_files=files), results_dir="out/results")
     monkeypatch.chdir("/")
-    found = finished._with_found_files(config, run).task.data_files
+    found = _with_found_files(config, run).task.data_files
     assert found == files | {"train": str(tmp_path / "rows.csv")}
     monkeypatch.chdir(tmp_path)
-    assert finished._with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0")) == config
+    assert _with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0")) == config

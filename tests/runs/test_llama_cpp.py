@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from partial_lora.finished import export
+from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.models import bundled
-from partial_lora.runs import export
-from partial_lora.runs.finished import FinishedRun, finished_run
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")
 pytestmark = pytest.mark.usefixtures("same_cache")

@@ -16,9 +16,11 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli
-from partial_lora.runs import build, config, export
-from partial_lora.runs.finished import FinishedRun, one_task
-from partial_lora.runs.predict import Predictor
+from partial_lora.finished import export
+from partial_lora.finished.predict import Predictor
+from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.task import one_task
+from partial_lora.runs import build, config
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 

@@ -24,11 +24,11 @@ from scipy.special import softmax
 
 from partial_lora import cli, tasks
 from partial_lora.errors import PartialLoraError
+from partial_lora.finished import generate
+from partial_lora.finished import predict as predicting
+from partial_lora.finished.predict import Prediction, Predictor, RunModel
+from partial_lora.finished.run import FinishedRun
 from partial_lora.models.texts import byte_tokenizer
-from partial_lora.runs import generate
-from partial_lora.runs import predict as predicting
-from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.predict import Prediction, Predictor, RunModel
 from partial_lora.tasks import questions
 
 SIZES = (1, 7, 100)  # of a batch: texts are padded to other lengths each time

@@ -23,8 +23,8 @@ from huggingface_hub import ModelCard
 from refusals import refusal
 
 from partial_lora import cli, load_compact
+from partial_lora.finished import export, push
 from partial_lora.report import card
-from partial_lora.runs import export, push
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 

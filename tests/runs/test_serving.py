@@ -21,7 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from partial_lora import cli
 from partial_lora.adapter import module_masks
-from partial_lora.runs import export, finished, merge
+from partial_lora.finished import export, merge
+from partial_lora.finished.run import FinishedRun, finished_run
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -36,27 +37,27 @@ _PLACES = {
 }
 
 
-def causal(name: str, *given: str) -> finished.FinishedRun:
+def causal(name: str, *given: str) -> FinishedRun:
     files = override(finished_runs.question_files())
     short = ("calibration=fixed", "calibration.sparsity=0.6", "trainer.save_steps=12")
     return trained(name, "task=choice_table", *finished_runs.CHOICE, *short, *given, files)
 
 
 @functools.cache
-def qwen_run() -> finished.FinishedRun:
+def qwen_run() -> FinishedRun:
     """Masked, two kinds of modules of two ranks, each with its own scaling."""
     return causal("qwen", "model=tiny_qwen", "model.target_modules=[q_proj,down_proj]", "method.rank=auto")
 
 
 @functools.cache
-def low_rank_run() -> finished.FinishedRun:
+def low_rank_run() -> FinishedRun:
     return causal("low rank", "model=tiny_llama", "method=low_rank", "method.alpha=32")
 
 
 RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}
 
 
-def changes(run: finished.FinishedRun) -> dict[str, torch.Tensor]:
+def changes(run: FinishedRun) -> dict[str, torch.Tensor]:
     """What plain PEFT adds to each weight of the run's base model."""
     model = peft.PeftModel.from_pretrained(export.base_model(run), str(run.adapter))
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
@@ -93,7 +94,7 @@ def test_the_same_file_is_written_again_and_a_spoilt_one_does_not_pass(tmp_path,
     with refusal(f"{out} "):
         export.export(choice_run(), "gguf", out)
 
-    def spoil(run: finished.FinishedRun, folder: Path) -> None:
+    def spoil(run: FinishedRun, folder: Path) -> None:
         write(run, folder)
         (path,) = folder.iterdir()
         path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
@@ -106,7 +107,7 @@ def test_the_same_file_is_written_again_and_a_spoilt_one_does_not_pass(tmp_path,
 
 
 @functools.cache
-def head_run() -> finished.FinishedRun:
+def head_run() -> FinishedRun:
     """The layer that gives the logits is adapted, too."""
     return causal("logits", "model=tiny_qwen", "method=lora", "model.target_modules=[q_proj,lm_head]")
 
@@ -114,10 +115,10 @@ def head_run() -> finished.FinishedRun:
 def with_adapter(**settings: object):
     """The run with other settings of its adapter, as PEFT writes them for other methods."""
 
-    def run(folder: Path) -> finished.FinishedRun:
+    def run(folder: Path) -> FinishedRun:
         path = shutil.copytree(choice_run().directory, folder / "run") / "adapter" / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-        return finished.finished_run(folder / "run")
+        return finished_run(folder / "run")
 
     return run
 
@@ -144,7 +145,7 @@ def test_what_a_gguf_file_cannot_hold_is_refused_before_anything_is_written(tmp_
 
 
 @functools.cache
-def units_run() -> finished.FinishedRun:
+def units_run() -> FinishedRun:
     """Rows and columns of its own for each unit, in one layer of three and not of all the kinds that servers stack."""
     targets = "model.target_modules=[layers.1.self_attn.v_proj,layers.1.mlp.up_proj]"
     return causal("units", "model=tiny_llama", targets, "mask=units", "method.rank=12", "mask.row_exponent=1")
@@ -185,7 +186,7 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
     folder = export.export(units_run(), "serve", tmp_path / "12").folder
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
 
-    def widened(rank: int, kept: int) -> finished.FinishedRun:
+    def widened(rank: int, kept: int) -> FinishedRun:
         folder = shutil.copytree(choice_run().directory, tmp_path / f"run{rank}-{kept}")
         path = folder / "adapter" / "adapter_model.safetensors"
         tensors = {}
@@ -194,7 +195,7 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
             tensors[name] = torch.ones(shape)
             tensors[name].transpose(0, int("lora_B" in name))[kept:] = 0
         save_file(tensors, path, metadata={"format": "pt"})
-        return finished.finished_run(folder)
+        return finished_run(folder)
 
     folder = export.export(widened(600, 8), "serve", tmp_path / "8").folder
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
@@ -214,7 +215,7 @@ def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, mo
 
 
 @functools.cache
-def other_run() -> finished.FinishedRun:
+def other_run() -> FinishedRun:
     """As `choice_run`, of other masks, in fewer modules."""
     given = ("mask.seed=7", "method.alpha=64", "model.target_modules=[q_proj,down_proj]")
     return causal("other masks", "model=tiny_llama", *given)

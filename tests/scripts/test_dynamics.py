@@ -30,10 +30,10 @@ from recorded_runs import leave
 from refusals import refusal
 from transformers import BertConfig, BertForSequenceClassification
 
+from partial_lora.finished import export
+from partial_lora.finished.predict import RunModel
+from partial_lora.finished.run import FinishedRun
 from partial_lora.report import records
-from partial_lora.runs import export
-from partial_lora.runs.finished import FinishedRun
-from partial_lora.runs.predict import RunModel
 
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:

@@ -27,8 +27,9 @@ from partial_lora.calibration.few_shot import features, fitted_head, fitted_head
 from partial_lora.calibration.peers import Alone
 from partial_lora.calibration.score import SCORES, FewShotScore
 from partial_lora.errors import PartialLoraError
+from partial_lora.finished import evaluate, export
 from partial_lora.report import summary
-from partial_lora.runs import build, config, directory, evaluate, export
+from partial_lora.runs import build, config, directory
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
 from partial_lora.tasks import Task

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from partial_lora import models
 from partial_lora.adapter.config import scaling_of
 from partial_lora.errors import PartialLoraError, ProofError, one_line
-from partial_lora.runs.finished import FinishedRun
+from partial_lora.finished.run import FinishedRun
 
 _PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"

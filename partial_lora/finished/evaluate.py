@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
+from partial_lora.finished.predict import RunModel
+from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.task import OneTask, files_by_split, one_task
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id, run_ids
-from partial_lora.runs.finished import FinishedRun, OneTask, files_by_split, one_task
-from partial_lora.runs.predict import RunModel
 from partial_lora.runs.schema import TaskConfig
 from partial_lora.tasks import Task
 from partial_lora.training import metrics, objectives

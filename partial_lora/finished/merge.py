@@ -15,8 +15,8 @@ from transformers import set_seed
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building
-from partial_lora.runs import export
-from partial_lora.runs.finished import FinishedRun
+from partial_lora.finished import export
+from partial_lora.finished.run import FinishedRun
 
 
 @dataclass(frozen=True)

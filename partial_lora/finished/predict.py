@@ -21,8 +21,11 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.runs import build, export
-from partial_lora.runs.finished import FinishedRun, finished_run, one_task, problem_of_question
+from partial_lora.finished import export
+from partial_lora.finished.inputs import problem_of_question
+from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.finished.task import one_task
+from partial_lora.runs import build
 from partial_lora.tasks import CausalTransform
 from partial_lora.training.metrics import generate, log_likelihoods
 

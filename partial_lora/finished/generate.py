@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer, set_seed
 
+from partial_lora.finished.predict import RunModel
+from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.task import one_task
 from partial_lora.runs import build
-from partial_lora.runs.finished import FinishedRun, one_task
-from partial_lora.runs.predict import RunModel
 from partial_lora.training.metrics import generation_config
 
 

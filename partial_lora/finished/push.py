@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building, redacted
-from partial_lora.runs import directory, export
+from partial_lora.finished import export
+from partial_lora.finished.run import FinishedRun
+from partial_lora.runs import directory
 from partial_lora.runs.config import plain, without_places
-from partial_lora.runs.finished import FinishedRun
 
 FOLDER = "hub"  # beside the exports
 

@@ -30,8 +30,9 @@ from transformers.utils import logging as transformers_logging
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256
-from partial_lora.runs import build, directory, serving
-from partial_lora.runs.finished import FinishedRun
+from partial_lora.finished import serving
+from partial_lora.finished.run import FinishedRun
+from partial_lora.runs import build, directory
 from partial_lora.tasks.task import Transform
 
 

@@ -1,0 +1,149 @@
+"""The inputs of a prediction: image files, folders, texts and lines, read one by one and never all held at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from partial_lora.errors import PartialLoraError
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing to predict.
+
+    text: its words on the command line or in a file: a path, a text, or texts with tabs between them.
+    content: what the model is shown: the path, the text, the two texts, or a prompt and its options.
+    problem: why there is nothing to show, in one line; None for an input that can be predicted.
+    place: the line it was read from, "FILE, line 3"; "" for an argument.
+    """
+
+    text: str
+    content: str | tuple[str, str] | tuple[str, tuple[str, ...]]
+    problem: str | None = None
+    place: str = ""
+
+
+def read_inputs(
+    arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO, kind: str = "label"
+) -> tuple[Iterator[Input], int | None]:
+    """Return an iterator over the inputs that arguments name, in order, and their number where it is known.
+
+    Args:
+        arguments: an image file, a folder of images or a text; @FILE for the lines of a file, - for those of `stdin`.
+            A line is a text, several of them with tabs between them, or the path of an image; it is read when needed.
+        modality: "image" or "text".
+        pairs: whether texts come in pairs.
+        kind: of the task; "choice" has a prompt and its options in a line, "generation" a prompt.
+
+    Raises PartialLoraError, in one line, for an argument that is no such thing.
+    """
+    if sum(argument in (STDIN, f"@{STDIN}") for argument in arguments) > 1:
+        raise PartialLoraError("-: standard input can be read once, and is named twice")
+    parse = _image_path if modality == "image" else _question if kind == "choice" else _pair if pairs else _text
+    sources: list[tuple[Iterable[Input], int | None]] = []
+    for argument in arguments:
+        if argument in (STDIN, f"@{STDIN}"):
+            sources.append((_lines(stdin, "standard input", parse), None))
+        elif argument.startswith("@"):
+            sources.append((_lines_of_file(argument, modality, parse), None))
+        elif modality == "image":
+            images = [Input(file, file) for file in _images(argument)]
+            sources.append((images, len(images)))
+        else:
+            sources.append(([_argument(argument, parse)], 1))
+    totals = [total for _, total in sources]
+    return chain.from_iterable(inputs for inputs, _ in sources), None if None in totals else sum(totals)
+
+
+def _images(argument: str) -> list[str]:
+    """Return an image file, or those in a folder: by name, before those of its sub-folders; no hidden ones."""
+    if not os.path.exists(argument):
+        hint = "" if Path(argument).suffix.lower() in IMAGES else "; the run's model reads images, not texts"
+        raise PartialLoraError(f"{argument or repr(argument)}: no such image file or folder{hint}")
+    if not os.path.isdir(argument):
+        return [argument]
+    found = []
+    for parent, folders, names in os.walk(argument):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = [name for name in sorted(names) if os.path.splitext(name)[1].lower() in IMAGES]
+        found += [os.path.join(parent, name) for name in images if not name.startswith(".")]
+    if not found:
+        raise PartialLoraError(f"{argument}: no image in this folder ({', '.join(IMAGES)})")
+    return found
+
+
+def _argument(argument: str, parse: Callable[[str], Input]) -> Input:
+    if os.path.isfile(argument) or (os.sep in argument and os.path.exists(argument)):
+        raise PartialLoraError(
+            f"{argument} is a file or folder, and the run's model reads texts: @{argument} stands for the lines of a "
+            "file; a text of that very wording goes through standard input"
+        )
+    parsed = parse(argument)
+    if parsed.problem:
+        raise PartialLoraError(f"{argument!r}: {parsed.problem}")
+    return parsed
+
+
+def _lines_of_file(argument: str, modality: str, parse: Callable[[str], Input]) -> Iterator[Input]:
+    file = argument[1:]
+    if os.path.isdir(file) or not os.access(file, os.R_OK):
+        reason = "a folder" if os.path.isdir(file) else "cannot be read" if os.path.exists(file) else "no such file"
+        hint = "; a text that starts with @ goes through standard input" if modality == "text" else ""
+        raise PartialLoraError(f"{file or argument}: {reason}, expected a file of lines{hint}")
+
+    def lines() -> Iterator[Input]:
+        with open(file, "rb") as stream:
+            yield from _lines(stream, file, parse)
+
+    return lines()
+
+
+def _lines(stream: BinaryIO, name: str, parse: Callable[[str], Input]) -> Iterator[Input]:
+    """One input a line. Only a newline ends a line: texts may hold other characters that Unicode calls line breaks."""
+    for number, raw in enumerate(stream, 1):
+        place = f"{name}, line {number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            parsed = parse(line) if line.strip() else Input(line, line, "an empty line")
+        except UnicodeDecodeError:
+            line = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+            parsed = Input(line, line, "not UTF-8")
+        yield Input(parsed.text, parsed.content, parsed.problem, place)
+
+
+def _image_path(line: str) -> Input:
+    return Input(line, line)
+
+
+def _text(line: str) -> Input:
+    return Input(line, line, None if line.strip() else "an empty text")
+
+
+def _pair(line: str) -> Input:
+    parts = tuple(line.split("\t"))
+    if len(parts) != 2 or not all(part.strip() for part in parts):
+        return Input(line, line, "expected two texts with a tab between them")
+    return Input(line, parts)
+
+
+def _question(line: str) -> Input:
+    prompt, *options = line.split("\t")
+    problem = problem_of_question(prompt, options)
+    return Input(line, line if problem else (prompt, tuple(options)), problem)
+
+
+def problem_of_question(prompt: str, options: Sequence[str]) -> str | None:
+    """Return why there is nothing to choose among options, in a few words; None where there is."""
+    texts = [text.strip() for text in (prompt, *options)]
+    if len(options) < 2 or not all(texts):
+        return "expected a prompt and two or more options, with tabs between them"
+    twice = next((text for text in texts[1:] if texts[1:].count(text) > 1), None)
+    return f"the option {twice!r} is there twice" if twice else None

@@ -1,0 +1,115 @@
+"""A run that ended well: its directory, its settings and its record. It needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.runs import directory as results
+from partial_lora.runs.config import load
+from partial_lora.runs.schema import Config, TaskConfig
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that ended well: its directory, its settings and its record.
+
+    Settings that were recorded before a key was there have its default.
+    """
+
+    directory: Path
+    config: Config
+    result: dict
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.directory / results.ADAPTER
+
+    @property
+    def method(self) -> str:
+        return self.config.method.name
+
+    @property
+    def is_masked(self) -> bool:
+        """True where its adapter has masks."""
+        return (self.adapter / "partial_lora.json").is_file()
+
+    def labels(self) -> list[str]:
+        """Return the names of the classes, in the order of the logits; of a regression none.
+
+        An early record lacks labels, which its predictions alone have; there a class that no test row has and that was
+        never predicted is called by its index.
+        """
+        if "labels" in self.result:
+            return list(self.result["labels"])
+        import pandas
+
+        path = self.directory / results.PREDICTIONS
+        try:
+            frame = pandas.read_parquet(path)
+            names = dict(zip(frame["label"], frame["label_name"], strict=True))
+            names |= dict(zip(frame["prediction"], frame["prediction_name"], strict=True))
+            return [str(names.get(index, index)) for index in range(len(frame["logits"].iloc[0]))]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            reason = one_line(error)
+            raise PartialLoraError(f"{path} cannot be read ({reason}): run the training again") from error
+
+
+def finished_run(directory: Path) -> FinishedRun:
+    """Return the finished run in a directory, or that `latest` or the start of its id names (`directory.find`).
+
+    Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
+    only calibrated, and one that has lost files.
+    """
+    directory = results.find(directory)
+    if not directory.is_dir():
+        raise PartialLoraError(
+            f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
+            "its id; `partial-lora runs` lists them"
+        )
+    if not (directory / results.RESULT).is_file():
+        raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
+    result = results.read_result(directory)
+    if result is None:
+        raise PartialLoraError(f"{directory / results.RESULT}: no record of a run, or a broken one")
+    if result["status"] != "finished":
+        error = f" ({result['error']})" if result.get("error") else ""
+        raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
+    if not result.get("metrics"):
+        raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
+    missing = results.missing(directory, result)
+    if missing:
+        raise PartialLoraError(
+            f"{directory}: {missing}; the same `partial-lora train` with overwrite=true does the run again"
+        )
+    settings = result.get("config")
+    try:
+        _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
+        return FinishedRun(directory, _with_found_files(load(settings), directory), result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+
+
+def _with_found_files(config: Config, run: Path) -> Config:
+    """Return settings whose files of rows are found from any directory, where they still lie beside the results."""
+    depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
+    parents = run.resolve().parents
+    if Path(config.results_dir).is_absolute() or len(parents) < depth:
+        return config
+
+    def found(files: str | Mapping | None) -> str | dict | None:
+        if files is None:
+            return None
+        if isinstance(files, Mapping):
+            return {split: found(file) for split, file in files.items()}
+        here = parents[depth - 1] / files
+        return files if Path(files).exists() or not here.exists() else str(here)
+
+    def of(task: TaskConfig) -> TaskConfig:
+        members = {name: of(member) for name, member in (task.members or {}).items()}
+        return replace(task, data_files=found(task.data_files), members=members or task.members)
+
+    return replace(config, task=of(config.task))

@@ -1,0 +1,181 @@
+"""The task that a finished run is used on: its own, a member of it, or what other settings make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.finished.run import FinishedRun
+from partial_lora.runs import directory as results
+from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
+from partial_lora.runs.compose import composition_error
+from partial_lora.runs.config import check_files, conf_dir, plain
+from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.tasks.folders import split_folders
+from partial_lora.training.config import TrainerConfig
+
+
+@dataclass(frozen=True)
+class OneTask:
+    """A single task, and the places of its classes among the outputs of the run's model.
+
+    member: its name in the run's mixture; None where it is the run's own task.
+    config: the run's settings, with this task.
+    labels: the names of its classes; none of a regression, a choice or a generation.
+    outputs: the places of its classes among the model's logits; None for all that there are.
+    """
+
+    member: str | None
+    config: Config
+    labels: list[str]
+    outputs: list[int] | None
+
+
+def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = False) -> OneTask:
+    """Return the task that a run is used on.
+
+    of_another: it is another task than the run's; a causal language model, having no heads, then needs no member.
+    Raises PartialLoraError, in one line that lists the members, for a mixture without one, a name that is none of them,
+    and a member of a run that is no mixture.
+    """
+    task = run.config.task
+    members = task.members or {}
+    if not members:
+        if member is not None:
+            raise PartialLoraError(f"--member {member}: the run has one task, {task.name}; leave it out")
+        return OneTask(None, run.config, run.labels(), None)
+    if member is None and of_another and task.kind != "label":
+        return OneTask(None, run.config, [], None)
+    listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
+    if member is None:
+        raise PartialLoraError(f"{run.directory}: the run has several tasks; name one: --member {listed}")
+    if member not in members:
+        raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")
+    config = replace(run.config, task=members[member])
+    if task.kind != "label":
+        return OneTask(member, config, [], None)
+    prefix = f"{config.task.name}/"
+    own = {place: label for place, label in enumerate(run.result.get("labels", [])) if label.startswith(prefix)}
+    if not own:
+        raise PartialLoraError(f"{run.directory / results.RESULT}: no labels of {member} in it; train the run again")
+    return OneTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
+
+
+# --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
+
+_TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
+# Splits that are cut in another way would hold rows that the run was trained on.
+_CUTS = ("split_seed", "validation_share", "test_share", "train_samples", "train_split")
+
+
+def evaluation_settings(
+    run: FinishedRun, overrides: Sequence[str], member: str | None = None
+) -> tuple[TaskConfig, TrainerConfig]:
+    """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
+
+    `task=NAME` takes that group file in place of the run's own task. member: as `one_task` takes it. Raises
+    PartialLoraError, in one line, for any other key, and as `config.resolve` does.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = [in_grammar(each) for each in overrides]
+    keys = {override.partition("=")[0] for override in overrides}
+    of_another = "task" in keys
+    own = one_task(run, member, of_another=of_another)
+    if own.member and of_another and own.outputs is None:
+        raise PartialLoraError(
+            f"--member {own.member}: the run's model has no heads; leave it out to evaluate another task"
+        )
+    allowed = {f"trainer.{key}" for key in _TRAINER}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise PartialLoraError(f"{override!r}: expected KEY=VALUE")
+        if key != "task" and not key.startswith("task.") and key not in allowed:
+            others = ", ".join(sorted(allowed))
+            raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {others}")
+    refuse_group_lists(overrides)
+    recorded = own.config.task
+    trainer = {key: getattr(own.config.trainer, key) for key in _TRAINER}
+    if trainer["device"] == "cuda":  # where it trained; here is perhaps none
+        trainer["device"] = "auto"
+    node = {"trainer": trainer}
+    if not of_another:
+        for name in _CUTS:
+            if f"task.{name}" in keys:
+                raise PartialLoraError(
+                    f"task.{name}: a finished run keeps it, else splits would hold rows it was trained on"
+                )
+        files, overrides = _with_files(recorded.data_files, overrides)
+        node["task"] = plain(recorded) | {"data_files": files}
+    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("evaluated", overrides)
+        for group in ("task", "trainer"):
+            for key in sorted(OmegaConf.missing_keys(composed[group])):
+                raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
+        task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
+        check_files(task)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise PartialLoraError(composition_error(error, overrides)) from error
+    if not of_another:
+        _refuse_another_cut(recorded.data_files, task.data_files)
+    return task, trainer
+
+
+def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[str | dict | None, list[str]]:
+    """Return the files of the run's task with those of single splits that overrides name, and the other overrides.
+
+    One PATH that a run had for all its splits is that of training rows where another file is named for a split; a
+    folder with one sub-folder a split is these.
+    """
+    prefix = "task.data_files."
+    named = dict(_path(each.removeprefix(prefix)) for each in overrides if each.startswith(prefix))
+    others = [each for each in overrides if not each.startswith(prefix)]
+    if not named:
+        return recorded, others
+    if recorded is None and "train" not in named:
+        split = next(iter(named))
+        raise PartialLoraError(
+            f"task.data_files.{split}: the run's rows came without files; expected task.data_files={{train: FILE, "
+            "test: FILE}"
+        )
+    return files_by_split(recorded) | named, others
+
+
+def _path(override: str) -> tuple[str, str]:
+    """Return the key and the text of KEY=PATH, which may be in quotes."""
+    key, _, text = override.partition("=")
+    read = parsed(override)
+    return key, read.value() if read is not None and isinstance(read.value(), str) else text
+
+
+def files_by_split(data_files: str | Mapping | None) -> dict[str, str]:
+    """Return the file or folder of each split that has its own; others are cut from that of the training rows."""
+    if not isinstance(data_files, str):
+        return dict(data_files or {})
+    of_splits = split_folders(Path(data_files)) if Path(data_files).is_dir() else {}
+    return {split: str(part) for split, part in of_splits.items()} or {"train": data_files}
+
+
+def _refuse_another_cut(recorded: str | Mapping | None, files: str | Mapping | None) -> None:
+    """Refuse a test split that is cut from other training rows: they may hold rows that the run was trained on."""
+    if isinstance(files, Mapping):
+        is_cut = "test" not in files
+    else:  # one file, or a folder of images that has none of its own for it
+        is_cut = files is not None and Path(files).exists() and not Path(files, "test").is_dir()
+    if is_cut and files != recorded:
+        raise PartialLoraError(
+            "task.data_files.train: a finished run keeps it, else splits would hold rows it was trained on; expected "
+            "task.data_files.test=FILE"
+        )
