@@ -106,41 +106,20 @@ def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_
         PartialLoraConfig.from_pretrained(tmp_path)
 
 
-def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(tmp_path):
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What an interpreter says that imports the adapter: by a PEFT without three things first, then as it is."""
     code = """
         import sys
 
         sys.modules["fcntl"] = None  # as on Windows
+        import peft.mapping
+        import peft.tuners.lora
+        import peft.utils.other
         from peft import PeftModel, get_peft_model
         from torch import nn
 
         libraries = {name.split(".")[0] for name in sys.modules}
-        from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
-
-        more = {name.split(".")[0] for name in sys.modules} - libraries
-        assert more == {"partial_lora"}, more  # the import costs what PEFT's does
-        base = nn.Sequential(nn.Linear(8, 8))
-        model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
-        model.save_pretrained("saved")
-        write_compact(model, "compact")
-        base = model.unload()
-        again = PeftModel.from_pretrained(base, "saved", config=PartialLoraConfig.from_pretrained("saved"))
-        assert module_masks(again) == module_masks(load_compact(again.unload(), "compact"))
-        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("partial_lora.")}
-        assert loaded == {"adapter", "errors", "files", "masks"}, loaded
-        """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(tmp_path):
-    code = """
-        import peft.mapping
-        import peft.tuners.lora
-        import peft.utils.other
-
         renamed = [
             (peft.utils.other, "get_pattern_key"),
             (peft.tuners.lora.LoraModel, "_create_new_module"),  # which is overridden
@@ -155,13 +134,36 @@ def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(tmp_path):
                 lines = str(error).splitlines()
                 print(type(error).__name__, len(lines), name in lines[0], "pip install" in lines[0])
             setattr(place, name, value)
-        from partial_lora.adapter import PartialLoraConfig
+        from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
+
+        more = {name.split(".")[0] for name in sys.modules} - libraries
+        assert more == {"partial_lora"}, more  # the import costs what PEFT's does
+        base = nn.Sequential(nn.Linear(8, 8))
+        model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
+        model.save_pretrained("saved")
+        write_compact(model, "compact")
+        base = model.unload()
+        again = PeftModel.from_pretrained(base, "saved", config=PartialLoraConfig.from_pretrained("saved"))
+        assert module_masks(again) == module_masks(load_compact(again.unload(), "compact"))
+        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("partial_lora.")}
+        assert loaded == {"adapter", "errors", "files", "masks"}, loaded
         """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    environment = os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 3
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path_factory.mktemp("imported"),
+        env=os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(imported):
+    assert imported.returncode == 0, imported.stderr
+
+
+def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
+    assert imported.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 3
     project = (Path(partial_lora.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{PEFT}"' in project
 
