@@ -24,6 +24,7 @@ import pytest
 import torch
 from commands import begun, here
 
+from partial_lora import files
 from partial_lora.calibration import calibrate as calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
@@ -237,7 +238,7 @@ def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: P
     ends_as(unbroken, tmp_path)
 
 
-def test_two_calibrations_of_the_same_pay_once(tmp_path: Path) -> None:
+def test_two_calibrations_of_the_same_pay_once(tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
     begun, asked, outcomes = threading.Event(), threading.Event(), []
@@ -254,6 +255,13 @@ def test_two_calibrations_of_the_same_pay_once(tmp_path: Path) -> None:
             asked.wait(30)
             return float(model(torch.ones(1, 8)).sum().abs())
 
+    def lock(descriptor: int, *, wait: bool = False) -> bool:
+        if wait:
+            asked.set()
+        return locked(descriptor, wait=wait)
+
+    locked = files.lock
+    monkeypatch.setattr(files, "lock", lock)
     first, second = Slow(), Slow()
 
     def calibrate(score: Slow) -> None:
@@ -264,9 +272,9 @@ def test_two_calibrations_of_the_same_pay_once(tmp_path: Path) -> None:
     threads[0].start()
     assert begun.wait(30)
     threads[1].start()
-    threading.Timer(0.5, asked.set).start()
     for thread in threads:
         thread.join(60)
+    assert asked.is_set()
     assert first.calls > 2
     assert second.calls == 0
     assert outcomes[0].sparsity == outcomes[1].sparsity
