@@ -189,10 +189,14 @@ def test_a_regression_is_selected_by_its_metric(tmp_path: Path, primary: str, be
     assert training.evaluate()[f"eval_{primary}"] == pytest.approx(best(measured))
 
 
-def test_no_process_loads_data_beside_a_cpu_by_default() -> None:
+def test_no_process_loads_data_beside_a_cpu_by_default(monkeypatch) -> None:
     assert data_workers(None, "cpu", 1) == 0
     assert data_workers(3, "cpu", 1) == 3
-    assert 1 <= data_workers(None, "cuda", 1) <= 8
+    found = []
+    for cores in (1, 6, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        found.append((cores, data_workers(None, "cuda", 1)))
+    assert found == [(1, 1), (6, 5), (64, 8)]
 
 
 def test_a_process_that_loads_data_outlives_a_signal() -> None:
