@@ -311,7 +311,6 @@ def test_a_terminal_of_few_characters_is_given_escapes(monkeypatch) -> None:
 
 def test_all_that_a_process_prints_is_without_credentials(monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # a process group of another test leaves its own
     beneath = {name: io.StringIO() for name in ("stdout", "stderr")}
     for name, stream in beneath.items():
         monkeypatch.setattr(sys, name, stream)
