@@ -65,7 +65,7 @@ def test_entry_is_built_once_and_nothing_is_left_beside_it(tmp_path):
 def test_whole_entry_is_used_without_writing_anything(tmp_path, monkeypatch):
     entry = verified_folder(tmp_path / "entry", build_two_files)
     monkeypatch.setattr(files, "one_writer", never)  # a read-only cache could not hold a lock either
-    verified_folder(entry, never)
+    assert verified_folder(entry, never) == entry
 
 
 def damage(entry: Path, how: str) -> None:

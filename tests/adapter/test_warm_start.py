@@ -148,8 +148,12 @@ def test_biases_and_a_head_are_taken_where_both_have_them():
 
 
 def test_a_lora_drawn_in_another_way_that_leaves_the_base_alone_is_taken(lora):
+    usual, other = adapt(sparsity=0.7), adapt(sparsity=0.7)
+    warm_start(usual, lora)
     rewrite(lora, init_lora_weights="eva", eva_config={"rho": 2.0})
-    warm_start(adapt(sparsity=0.7), lora)
+    warm_start(other, lora)
+    assert all(torch.equal(value, state(usual)[key]) for key, value in state(other).items())
+    assert any(value.any() for key, value in state(other).items() if "lora_B" in key)
 
 
 def rewrite(folder, **settings):
