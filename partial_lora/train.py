@@ -77,13 +77,13 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                 draws = build.draws_of(config, task.train)
                 # One process measures importance for all of them, to the bit; what it decides on is then shared out.
                 scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
-                arguments = build.few_shot_arguments(config, task, transform, model, scores, draws, world)
+                calibrate = build.calibrating(config, task, transform, model, scores, world)
                 calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
-                calibration = calibration or build.calibration(config.calibration.file, arguments)
+                calibration = calibration or build.calibration(config.calibration.file, targets, draws, calibrate)
             agreement = {}
             if config.calibration.reliability:
                 with timed(record, "reliability"):
-                    agreement["reliability"] = halves_few_shot(**arguments)
+                    agreement["reliability"] = halves_few_shot(calibrate, task.train, draws, config.calibration_seed)
                 calibration = build.with_reliability(calibration, agreement["reliability"])
             record["calibration"] = calibration.summary() | agreement
             record["sparsity"] = sparsity = calibration.sparsity

@@ -107,31 +107,29 @@ class Subject:
         chosen = replace(self.config, calibration=replace(self.config.calibration, **changes))
         task = self.task if train is None else replace(self.task, train=train)
         with models.dequantised(self.model):
-            return few_shot.calibrate_few_shot(**self._arguments(chosen, task, draws))
+            scores = build.importance(chosen, task, self.transform, self.model, list(self.shapes), draws)
+            calibrate = build.calibrating(chosen, task, self.transform, self.model, scores, peers.Alone())
+            return calibrate(draws=draws)
 
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         with models.dequantised(self.model):
-            arguments = self._arguments(self.config, self.task, draws)
-            chosen, head, blocks = arguments["config"], self.config.model.head, self.config.model.blocks
-            with few_shot.scored_head(self.model, head, fit, arguments["new_head"]):
-                score = FewShotScore(self.model, scored, chosen.score, blocks, chosen.memory)
+            scores = build.importance(self.config, self.task, self.transform, self.model, list(self.shapes), draws)
+            model, chosen = self.config.model, build.calibration_config(self.config, self.task)
+            with few_shot.scored_head(self.model, model.head, fit, not models.has_own_head(model.family)):
+                score = FewShotScore(self.model, scored, chosen.score, model.blocks, chosen.memory)
                 calibrated = calibrate(
                     self.model,
                     score,
                     chosen,
                     target_modules=list(self.shapes),
-                    importance=arguments["scores"],
+                    importance=scores,
                     search=search,
                     rank=self.config.method.rank,
                     granularity=self.config.mask.counted,
                 )
         return calibrated, score
-
-    def _arguments(self, chosen: Config, task: tasks.Task, draws: tasks.Draws) -> dict:
-        scores = build.importance(chosen, task, self.transform, self.model, list(self.shapes), draws)
-        return build.few_shot_arguments(chosen, task, self.transform, self.model, scores, draws, peers.Alone())
 
     def record(self, calibrated: Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""

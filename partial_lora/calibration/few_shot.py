@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -249,18 +248,18 @@ def calibrate_few_shot(
         )
 
 
-def halves_few_shot(*, train: Dataset, config: CalibrationConfig, draws: Draws, **given: Any) -> dict:
+def halves_few_shot(calibrate: Callable[..., Calibration], train: Dataset, draws: Draws, seed: int) -> dict:
     """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
 
-    Arguments as of `calibrate_few_shot`, which calibrates on each half, with the head of the whole fit draw.
+    calibrate: `calibrate_few_shot` but for the draws and the stage; each half has the head of the whole fit draw. seed:
+    splits the draw.
     """
     labels = strata(train)[draws.scored]
     sparsities = []
-    for number, half in enumerate(split_half(labels, config.seed), start=1):
+    for number, half in enumerate(split_half(labels, seed), start=1):
         logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
         part = Draws(draws.fit, draws.scored[half])
-        calibrated = calibrate_few_shot(train=train, config=config, draws=part, stage=f"half {number}", **given)
-        sparsities.append(calibrated.sparsity)
+        sparsities.append(calibrate(draws=part, stage=f"half {number}").sparsity)
     return reliability(*sparsities)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,46 +219,42 @@ def importance(
     )
 
 
-def few_shot_arguments(
-    config: Config,
-    task: Task,
-    transform: Transform,
-    model: nn.Module,
-    scores: methods.ModuleScores,
-    draws: Draws,
-    peers: Peers,
-) -> dict[str, Any]:
-    """Return the arguments of `calibrate_few_shot` and of `halves_few_shot`."""
-    return {
-        "model": model,
-        "train": task.train,
-        "transform": transform,
-        "config": calibration_config(config, task),
-        "importance": config.importance,
-        "scores": scores,
-        "draws": draws,
-        "drawn": draw_settings(config),
-        "architecture": {"architecture": config.model.architecture, "model_args": config.model.model_args},
-        "rank": config.method.rank,
-        "granularity": config.mask.counted,
-        "alpha": config.method.alpha,
-        "head": config.model.head,
-        "new_head": not models.has_own_head(config.model.family),
-        "blocks": config.model.blocks,
-        "sizes": task.sizes,
-        "peers": peers,
-    }
+def calibrating(
+    config: Config, task: Task, transform: Transform, model: nn.Module, scores: methods.ModuleScores, peers: Peers
+) -> Callable[..., Calibration]:
+    """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
+    return functools.partial(
+        calibrate_few_shot,
+        model,
+        task.train,
+        transform,
+        calibration_config(config, task),
+        importance=config.importance,
+        scores=scores,
+        drawn=draw_settings(config),
+        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
+        rank=config.method.rank,
+        granularity=config.mask.counted,
+        alpha=config.method.alpha,
+        head=config.model.head,
+        new_head=not models.has_own_head(config.model.family),
+        blocks=config.model.blocks,
+        sizes=task.sizes,
+        peers=peers,
+    )
 
 
-def calibration(file: str | None, arguments: dict[str, Any]) -> Calibration:
+def calibration(
+    file: str | None, modules: Sequence[str], draws: Draws, calibrate: Callable[..., Calibration]
+) -> Calibration:
     """Return the sparsities: those of a file where one is named, whatever stands beside it; else of the draws.
 
     What is wrong with the draws is among the warnings.
     """
     if file:
-        return Calibration.load(Path(file)).reused_for(list(arguments["scores"]))
-    calibrated = calibrate_few_shot(**arguments)
-    return dataclasses.replace(calibrated, warnings=[*arguments["draws"].warnings, *calibrated.warnings])
+        return Calibration.load(Path(file)).reused_for(list(modules))
+    calibrated = calibrate(draws=draws)
+    return dataclasses.replace(calibrated, warnings=[*draws.warnings, *calibrated.warnings])
 
 
 def earlier_calibration(file: Path, modules: Sequence[str], peers: Peers) -> Calibration | None:

@@ -15,7 +15,6 @@ from partial_lora import Calibration, progress, tasks, train
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
 from partial_lora.calibration.budget import kept_parameters
-from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build
@@ -190,12 +189,11 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
     asked = []
     calibrate = few_shot.calibrate_few_shot
 
-    def watched(*, draws, **settings):
-        found = calibrate(draws=draws, **settings)
+    def watched(*given, draws, **settings):
+        found = calibrate(*given, draws=draws, **settings)
         asked.append((draws, found, settings))
         return found
 
-    monkeypatch.setattr(few_shot, "calibrate_few_shot", watched)
     monkeypatch.setattr(build, "calibrate_few_shot", watched)
     directory, entry = place.calibrate("calibration.reliability=true")
     (whole, found, how), (first, one, how_one), (second, other, _) = asked
@@ -225,4 +223,4 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
 def test_reliability_needs_two_examples(place: Place) -> None:
     rows, draws = Dataset.from_dict({"label": [0, 1]}), tasks.Draws(fit=[0], scored=[1])
     with pytest.raises(PartialLoraError, match=r"^split-half: "):
-        few_shot.halves_few_shot(train=rows, config=CalibrationConfig(), draws=draws)
+        few_shot.halves_few_shot(None, rows, draws, seed=0)
