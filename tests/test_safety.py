@@ -18,6 +18,7 @@ import datasets
 import pytest
 from PIL import Image
 from tiny_wheel import bundle, write_wheel
+from transformers import AutoConfig, LlamaConfig
 
 import partial_lora
 from partial_lora.errors import PartialLoraError
@@ -96,11 +97,15 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
+def named(folder: Path, model_type: str) -> None:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(content | {"model_type": model_type}))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "of_its_own"])
 def test_code_that_comes_with_a_model_never_runs(hostile: Path, monkeypatch, model_type: str) -> None:
     monkeypatch.setattr("builtins.input", lambda *asked: "y")  # transformers would ask, and wait for an answer
-    content = json.loads((hostile / "config.json").read_text(encoding="utf-8"))
-    (hostile / "config.json").write_text(json.dumps(content | {"model_type": model_type}))
+    named(hostile, model_type)
     for read in (
         lambda: configured.load("tiny_llama", weights=str(hostile)),
         lambda: tokenizer(name="tiny_llama", weights=str(hostile), family="causal"),
@@ -108,6 +113,14 @@ def test_code_that_comes_with_a_model_never_runs(hostile: Path, monkeypatch, mod
         with contextlib.suppress(PartialLoraError):  # refused, or read as what it is without its code
             read()
     assert not list(hostile.parent.rglob("it_ran"))
+
+
+def test_that_code_runs_where_it_is_trusted(hostile: Path, monkeypatch) -> None:
+    """Else the test above would look for something that never is there."""
+    named(hostile, "of_its_own")
+    monkeypatch.setattr(LlamaConfig, "_auto_class", None)  # transformers leaves a mark on the class
+    AutoConfig.from_pretrained(hostile, trust_remote_code=True)
+    assert (hostile.parent / "it_ran").is_file()
 
 
 def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: Path) -> None:
