@@ -76,7 +76,8 @@ def kept_only(model, gradient):
 
 def assert_no_further_off_than_dense_lora(one, other, exact):
     assert 0 < distance(other, exact) < 0.1 * distance(exact, [0 * tensor for tensor in exact])
-    assert distance(one, exact) < 4 * distance(other, exact)  # with other seeds 0.3 to 3 times, on average once
+    # With other seeds 0.3 to 3 times, on average once. Another processor adds up in another order: one more such draw.
+    assert distance(one, exact) < 10 * distance(other, exact)
 
 
 @pytest.mark.parametrize(
