@@ -143,7 +143,7 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
 
 def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcome:
     """Return how a run ended, drawn and the latest of its results where it ended well."""
-    if stage == "train" and not outcome.exit_code and not outcome.message:
+    if stage == "train" and not outcome.exit_code and not outcome.elsewhere:
         directory.link_latest(config.results_dir, outcome.directory)
     _draw(outcome, config, stage)
     return outcome
@@ -152,7 +152,7 @@ def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcom
 def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
     """Draw a finished run that has not been drawn yet. A run of which only the record is left is not drawn."""
     is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
-    if outcome.status not in ("finished", "skipped") or outcome.message or not is_whole(outcome.directory):
+    if outcome.status not in ("finished", "skipped") or outcome.elsewhere or not is_whole(outcome.directory):
         return
     if not directory.is_drawn(outcome.directory, stage):
         with _libraries():  # also those that a drawing comes to, with the rows of its task
@@ -170,8 +170,8 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
         return
     if outcome.status == "skipped":
         console.print("finished before, not run again (overwrite=true runs it again)")
-    if outcome.message:  # of one of several machines, whose results another one has
-        console.print(outcome.message, highlight=False, soft_wrap=True)
+    if outcome.elsewhere:
+        console.print(outcome.elsewhere, highlight=False, soft_wrap=True)
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
     try:

@@ -32,6 +32,7 @@ from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256
 from partial_lora.finished import serving
 from partial_lora.finished.run import FinishedRun
+from partial_lora.models import weights
 from partial_lora.runs import build, directory
 from partial_lora.tasks.task import Transform
 
@@ -146,15 +147,13 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep bars off the screen, and warnings: of PEFT, for a name that transformers gives up, and of number formats."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
+        with weights.quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 

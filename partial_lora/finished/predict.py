@@ -27,6 +27,7 @@ from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import one_task
 from partial_lora.runs import build
 from partial_lora.tasks import CausalTransform
+from partial_lora.training.distributed import device_of
 from partial_lora.training.metrics import generate, log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow lets go of the interpreter while it decodes
@@ -53,7 +54,7 @@ class RunModel:
     """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had."""
 
     def __init__(self, run: FinishedRun, device: str = "auto") -> None:
-        self.device = _device(device)
+        self.device = device_of(device, "device")
         precision = run.result.get("mixed_precision", "no")
         self.precision = precision if run.result.get("device") == self.device and precision in _AUTOCAST else "no"
         self.model = export.adapted_model(run).to(self.device)
@@ -231,13 +232,6 @@ def _is_text(content: object, pairs: bool) -> bool:
 
 def _unlike(content: object, expected: str) -> PartialLoraError:
     return PartialLoraError(f"an input of type {type(content).__name__}: expected {expected}")
-
-
-def _device(requested: str) -> str:
-    cuda = torch.cuda.is_available()
-    if requested == "cuda" and not cuda:
-        raise PartialLoraError("device=cuda: torch finds no CUDA device; use cpu")
-    return "cuda" if cuda and requested != "cpu" else "cpu"
 
 
 # --- Questions to a causal language model: a prompt and its options, and the likelihood of each option.

@@ -46,26 +46,32 @@ _RECORD = 40.0  # seconds that the record of a run which has ended may take to s
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: finished, skipped (it was finished before), failed or interrupted; and a message about it."""
+    """The end of a run: finished, skipped (it was finished before), failed or interrupted.
+
+    signal: the name of what interrupted it. error: why it failed. elsewhere: where the results are, of one of several
+    machines that has none.
+    """
 
     directory: Path
     status: str
-    message: str = ""
+    signal: str = ""
+    error: str = ""
+    elsewhere: str = ""
 
     @property
     def exit_code(self) -> int:
         """The exit code of a command whose only run ended so."""
         if self.status == "interrupted":
-            return 128 + signal.Signals[self.message]
+            return 128 + signal.Signals[self.signal]
         return 1 if self.status == "failed" else 0
 
     @property
     def reason(self) -> str:
         """Why the run did not end well, in a line that says where to read on."""
         if self.status == "interrupted":
-            return f"interrupted by {self.message}; the same command goes on from there"
+            return f"interrupted by {self.signal}; the same command goes on from there"
         log = self.directory / directory.LOG
-        return f"{self.message} (log: {log})" if log.is_file() else self.message
+        return f"{self.error} (log: {log})" if log.is_file() else self.error
 
 
 def launch(
@@ -143,8 +149,8 @@ def _outcome(place: Path, code: int) -> Outcome:
     if status == "finished":
         return Outcome(place, "finished")
     if code in _STOPPED and result.get("error") in (None, directory.INTERRUPTED):
-        return Outcome(place, "interrupted", signal.Signals(code - 128).name)
-    return Outcome(place, "failed", result["error"] if status == "failed" else _silent_end(code))
+        return Outcome(place, "interrupted", signal=signal.Signals(code - 128).name)
+    return Outcome(place, "failed", error=result["error"] if status == "failed" else _silent_end(code))
 
 
 def _silent_end(code: int) -> str:
@@ -203,11 +209,11 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
             time.sleep(0.5)
     result, machine = directory.read_result(place) or {}, f"machine {cluster.rank} of {cluster.machines}"
     if result.get("status") == "finished" and (code == 0 or result != before):
-        return Outcome(place, "finished", f"{machine}: finished; the results are machine 0's: {place}")
+        return Outcome(place, "finished", elsewhere=f"{machine}: finished; the results are machine 0's: {place}")
     reason = _silent_end(code) if failure is None else failure.text(cluster)
     if result.get("status") == "failed" and result != before and (failure is None or failure.explained):
         reason = result["error"]  # of which this machine's failure is the echo
-    return Outcome(place, "failed", f"{machine}: {reason}")
+    return Outcome(place, "failed", error=f"{machine}: {reason}")
 
 
 # --- The processes of one run: their number, their machines, and the command that starts those of this one.

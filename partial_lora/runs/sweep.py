@@ -294,7 +294,7 @@ class Job:
             outcome = self.run(config, self.stage, shown=here, stop=self.ledger.stops)
         end = {"status": outcome.status, "code": outcome.exit_code}
         if end["code"]:
-            return end | {"reason": outcome.message if outcome.status == "interrupted" else outcome.reason}
+            return end | {"reason": outcome.signal if outcome.status == "interrupted" else outcome.reason}
         result = directory.read_result(outcome.directory)
         if not result["metrics"]:
             return end | {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}

@@ -52,16 +52,21 @@ class World:
         return peak if platform.system() == "Darwin" else peak * 1024  # Linux counts in KiB
 
 
+def device_of(requested: str, key: str) -> str:
+    """Return "cuda" or "cpu" for auto, cuda or cpu; raise PartialLoraError, naming the key, for cuda without one."""
+    cuda = torch.cuda.is_available()
+    if requested == "cuda" and not cuda:
+        raise PartialLoraError(f"{key}=cuda: torch finds no CUDA device; use {key}=cpu")
+    return "cuda" if cuda and requested != "cpu" else "cpu"
+
+
 def join(requested_device: str) -> World:
     """Take this process's place in its run.
 
     Raises PartialLoraError for a device that is not there, or where the launcher started another number of processes
     than the parent expects (accelerate is known to start one, silently, where it should start two).
     """
-    cuda = torch.cuda.is_available()
-    if requested_device == "cuda" and not cuda:
-        raise PartialLoraError("trainer.device=cuda: torch finds no CUDA device; use trainer.device=cpu")
-    device = "cuda" if cuda and requested_device != "cpu" else "cpu"
+    device = device_of(requested_device, "trainer.device")
     expected, size = int(os.environ.get(EXPECTED, "1")), int(os.environ.get("WORLD_SIZE", "1"))
     if size != expected:
         raise PartialLoraError(f"trainer.num_processes={expected}: the launcher started {size} processes instead")
