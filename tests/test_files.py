@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -89,9 +90,9 @@ def damage(entry: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("cut short", "weights.bin has 999 bytes, not 1000"),
-        ("one byte changed", "the SHA-256 of weights.bin"),
-        ("removed", "weights.bin cannot be read"),
+        ("cut short", r"weights\.bin .*999 .*1000"),
+        ("one byte changed", r"SHA-256 .*weights\.bin"),
+        ("removed", r"weights\.bin "),
         ("a file too many", "other.bin"),
         ("no marker", MARKER),
         ("half a marker", MARKER),
@@ -101,11 +102,11 @@ def damage(entry: Path, how: str) -> None:
 def test_broken_entry_is_named_and_built_again(tmp_path, caplog, how, named):
     entry = verified_folder(tmp_path / "entry", build_two_files)
     damage(entry, how)
-    assert named in fault(entry)
+    assert re.search(named, fault(entry))
     with caplog.at_level(logging.WARNING):
         verified_folder(entry, build_two_files)
     assert str(entry) in caplog.text
-    assert named in caplog.text
+    assert re.search(named, caplog.text)
     assert fault(entry) is None
     assert (entry / "weights.bin").read_bytes() == b"w" * 1000
     assert not (entry / "other.bin").exists()

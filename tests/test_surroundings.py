@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -138,8 +139,9 @@ def test_a_results_directory_that_cannot_be_written_is_named(secretive, read_onl
     lines = done.stderr.strip().splitlines()
     assert lines
     for line in lines:
-        assert line.startswith(f"partial-lora: results_dir: cannot write to {named}")
-        assert line.endswith("Read-only file system; set it to a folder that can be written")
+        assert line.startswith("partial-lora: results_dir: ")
+        assert named in line
+        assert os.strerror(errno.EROFS) in line
     assert len(lines) == 1 or "-m" in arguments  # of a sweep as many as it has runs, at most
     assert sorted(secretive.place.rglob("*")) == before
 
@@ -148,6 +150,5 @@ def test_a_report_that_cannot_be_written_is_one_line(secretive, read_only) -> No
     done = command(secretive.place, "report", "results", before=read_only)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(
-        "partial-lora: results_dir: cannot write to results/report: Read-only file system; set it to"
-    )
+    assert line.startswith("partial-lora: ")
+    assert f"results/report: {os.strerror(errno.EROFS)}" in line

@@ -401,9 +401,9 @@ def test_a_dense_weight_that_is_assigned_is_kept_where_the_mask_keeps(factor, wr
     for module, layer in layers(model).items():
         ours, theirs = (getattr(each, factor)["default"] for each in (layer, layers(donor)[module]))
         before = ours.kept.clone()
-        with pytest.raises(PartialLoraError, match="values outside this adapter's mask"):
+        with pytest.raises(PartialLoraError, match=r"^weight .*from_pretrained"):
             ours.weight = wrap(torch.ones(ours.shape))
-        with pytest.raises(PartialLoraError, match="masked factor"):
+        with pytest.raises(PartialLoraError, match=r"^weight .*\(2, 3\)"):
             ours.weight = wrap(torch.zeros(2, 3))
         assert torch.equal(ours.kept, before)
         ours.weight = wrap(theirs.weight.detach().clone())

@@ -157,15 +157,15 @@ QKV = Geometry((12, 4), a=(2, 4), b=(12, 2))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["attn.proj", "qvk"]}, "target_modules names 'qvk', which matches no module"),
-        ({"modules_to_save": ["qkv", "fc1"]}, "matches no module that is left to adapt"),
-        ({"target_modules": ".*qvk"}, r"target_modules='\.\*qvk' matches no module that is left"),
-        ({"target_modules": ["qkv", "norm1"]}, "target module timm_model.blocks.0.norm1 is a LayerNorm: only linear"),
-        ({"sparsity": {"qkv": 0.5, ".*": 0.1, "qvk": 0.2}}, "sparsity names 'qvk', which matches no target module"),
-        ({"sparsity": {"qkv": 0.5}}, f"sparsity has no entry for the target module .*{FC1}"),
-        ({"sparsity": {"(": 0.5}}, r"sparsity names '\(', which is neither a module nor a regular expression"),
-        ({"selection": "top", "indices": {}}, "indices has no entry for the target module"),
-        ({"selection": "top", "indices": {"fc1": both([0])}}, "indices names 'fc1', which is no target module"),
+        ({"target_modules": ["attn.proj", "qvk"]}, "^target_modules .*'qvk'"),
+        ({"modules_to_save": ["qkv", "fc1"]}, "^target_modules="),
+        ({"target_modules": ".*qvk"}, r"^target_modules='\.\*qvk'"),
+        ({"target_modules": ["qkv", "norm1"]}, r"timm_model\.blocks\.0\.norm1 .*LayerNorm"),
+        ({"sparsity": {"qkv": 0.5, ".*": 0.1, "qvk": 0.2}}, "^sparsity .*'qvk'"),
+        ({"sparsity": {"qkv": 0.5}}, f"^sparsity .*{FC1}"),
+        ({"sparsity": {"(": 0.5}}, r"^sparsity .*'\('"),
+        ({"selection": "top", "indices": {}}, "^indices .*qkv"),
+        ({"selection": "top", "indices": {"fc1": both([0])}}, "^indices .*'fc1'"),
     ],
 )
 def test_targets_and_sparsities_that_do_not_fit_are_refused_before_anything_is_built(settings, message):
@@ -304,7 +304,7 @@ def test_the_method_has_a_name_that_peft_can_read_as_one_of_its_own():
 
 
 def test_a_config_without_masks_is_not_saved(tmp_path):
-    with pytest.raises(PartialLoraError, match="PartialLoraConfig has no masks"):
+    with pytest.raises(PartialLoraError, match="PartialLoraConfig"):
         PartialLoraConfig(target_modules=["qkv"]).save_pretrained(str(tmp_path))
 
 

@@ -290,7 +290,7 @@ def saved(tmp_path_factory):
 def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(tmp_path, saved, granularity, selection, alter, key):
     shutil.copytree(saved[granularity, selection], tmp_path, dirs_exist_ok=True)
     change(tmp_path, alter)
-    with pytest.raises(PartialLoraError, match=rf"partial_lora\.json is broken: .*{key}") as refusal:
+    with pytest.raises(PartialLoraError, match=rf"partial_lora\.json .*{key}") as refusal:
         PartialLoraConfig.from_pretrained(str(tmp_path))
     assert str(refusal.value).startswith(f"{tmp_path}/")
     assert "\n" not in str(refusal.value)
@@ -315,23 +315,26 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
 @pytest.mark.parametrize(
     ("granularity", "alter", "message"),
     [
-        ("rows_columns", setting("version", 2), "partial_lora.json has version 2"),
-        ("rows_columns", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
-        ("element", setting("mask_seed", 1), "rows does not match the digest.*mask_seed"),
-        ("element", setting("count", "bernoulli"), "rows does not match the digest"),
-        *(("rows_columns", setting("sparsity", share), "does not match the digest") for share in (0.25, {".*": 0.25})),
-        ("rows_columns", setting("columns", 0.25), f"{QKV}.*columns does not match the digest"),
+        ("rows_columns", setting("version", 2), r"partial_lora\.json .*version 2"),
+        ("rows_columns", setting("mask_seed", 1), "rows .*mask_seed"),
+        ("element", setting("mask_seed", 1), "rows .*mask_seed"),
+        ("element", setting("count", "bernoulli"), r"rows .*partial_lora\.json"),
+        *(
+            ("rows_columns", setting("sparsity", share), r"partial_lora\.json: .*sparsity")
+            for share in (0.25, {".*": 0.25})
+        ),
+        ("rows_columns", setting("columns", 0.25), rf"{QKV}: .*columns .*partial_lora\.json"),
         ("rows_columns", setting("shape", [96, 33]), rf"{QKV}.*\[96, 32\].*\[96, 33\]"),
         (
             "element",
             lambda s: s["modules"][QKV].update(a=[2, 32], b=[96, 2]),
             rf"{QKV}.* A .*\[4, 32\].*\[2, 32\]",
         ),
-        ("rows_columns", lambda s: s["modules"].pop(FC2), f"{FC2} is masked"),
+        ("rows_columns", lambda s: s["modules"].pop(FC2), f"{FC2} "),
         (
             "rows_columns",
             lambda s: s["modules"].update(more=s["modules"][FC2]),
-            r"adapter_model\.safetensors has no lora_A of more",
+            r"adapter_model\.safetensors .*lora_A of more",
         ),
     ],
 )

@@ -271,7 +271,7 @@ def test_several_adapters_load_beside_each_other(tmp_path):
         model.set_adapter(own)
         loaded.set_adapter(other)
         assert torch.equal(logits(model, images()), logits(loaded, images()))
-    refuses(loaded, tmp_path / "other", "adapter_name is 'first'", adapter_name="first")
+    refuses(loaded, tmp_path / "other", "^adapter_name .*'first'", adapter_name="first")
 
 
 # What does not fit
@@ -294,15 +294,15 @@ def fine_tuned(model):
     ("change", "message"),
     [
         (lambda m: replaced(m, FC1, torch.nn.Identity()), FC1),
-        (lambda m: replaced(m, FC1, torch.nn.Linear(32, 64)), f"{FC1} is 64 x 32 .* 128 x 32"),
-        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 5)), rf"{HEAD}\.bias is \[5\] .* \[4\]"),
-        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 4, bias=False)), r"head\.bias .* this model"),
+        (lambda m: replaced(m, FC1, torch.nn.Linear(32, 64)), f"{FC1} .*64 x 32 .*128 x 32"),
+        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 5)), rf"{HEAD}\.bias .*\[5\] .*\[4\]"),
+        (lambda m: replaced(m, HEAD, torch.nn.Linear(32, 4, bias=False)), rf"{HEAD}\.bias"),
         (lambda m: redrawn(), "check_base"),
         (fine_tuned, "check_base"),
         (lambda m: redrawn().to(torch.bfloat16), "check_base"),
-        (lambda m: llama(), r"no module timm_model\.blocks"),
-        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "another method"),
-        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "no PeftModel"),
+        (lambda m: llama(), r"timm_model\.blocks"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "model has adapters"),
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "PeftModel"),
     ],
 )
 def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(tmp_path, change, message):
@@ -430,18 +430,18 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda h: h.update(KEY="partial_lora.2"), "version '2'"),
-        (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), f"{FC1} do not match their digest"),
+        (lambda h: h.update(KEY="partial_lora.2"), "'2'"),
+        (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), f"{FC1} .*digest"),
         (lambda h: h["config"].update(mask_seed=1), "digest"),
         (lambda h: h["modules"].pop(FC1), FC1),
         (lambda h: h["modules"][FC1].__setitem__(2, 3), FC1),
         (lambda h: h["config"].update(colour="red"), "colour"),
         (lambda h: h["config"].update(use_dora=True), "use_dora=True"),
-        (lambda h: h.update(modules=[]), "is broken"),
-        (lambda h: h.pop("base"), "is broken"),
-        (lambda h: h.update(base="?"), "is broken"),
-        (lambda h: h["modules"][FC1].__setitem__(2, 0), f"{FC1} keeps 0 of"),
-        *((lambda h, size=size: h["modules"][FC1][0].__setitem__(0, size), "is broken") for size in (0, 10**13, 1e3)),
+        (lambda h: h.update(modules=[]), FILE_NAME),
+        (lambda h: h.pop("base"), FILE_NAME),
+        (lambda h: h.update(base="?"), FILE_NAME),
+        (lambda h: h["modules"][FC1].__setitem__(2, 0), f"{FC1} .*0 of"),
+        *((lambda h, size=size: h["modules"][FC1][0].__setitem__(0, size), FILE_NAME) for size in (0, 10**13, 1e3)),
     ],
 )
 def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
@@ -455,9 +455,9 @@ def test_a_header_that_does_not_hold_is_refused(tmp_path, alter, message):
         ("random", lambda t: t.pop(FC1), FC1),
         ("random", lambda t: t.update({FC1: t[FC1][1:].clone()}), FC1),
         ("random", lambda t: t.update({FC1: t[FC1].int()}), FC1),
-        ("random", lambda t: t.pop(f"{HEAD}.bias"), rf"{HEAD}\.bias .* the file"),
-        ("random", lambda t: t.update(extra=torch.zeros(1)), "extra .* this model"),
-        ("random", lambda t: t.update({f"{HEAD}.bias": torch.zeros(3)}), rf"{HEAD}\.bias is \[4\] .* \[3\]"),
+        ("random", lambda t: t.pop(f"{HEAD}.bias"), rf"{HEAD}\.bias"),
+        ("random", lambda t: t.update(extra=torch.zeros(1)), "extra "),
+        ("random", lambda t: t.update({f"{HEAD}.bias": torch.zeros(3)}), rf"{HEAD}\.bias .*\[4\] .*\[3\]"),
         ("top", lambda t: t.pop("#indices"), "#indices"),
         ("top", lambda t: t.update({"#indices": t["#indices"][1:].clone()}), "#indices"),
         ("top", lambda t: t.update({"#indices": t["#indices"].long()}), "#indices"),
@@ -498,9 +498,9 @@ def test_only_a_masked_adapter_is_written(tmp_path):
     file.write_text("")
     for arguments, message in (
         ({"model": vit()}, "TimmWrapperForImageClassification"),
-        ({"adapter_name": "none"}, "adapter_name is 'none'"),
-        ({"model": adapt()}, "adapter 'default' is a LoraConfig"),
-        ({"dtype": torch.int8}, r"dtype is torch\.int8"),
+        ({"adapter_name": "none"}, "^adapter_name .*'none'"),
+        ({"model": adapt()}, "'default' .*LoraConfig"),
+        ({"dtype": torch.int8}, r"^dtype .*torch\.int8"),
         ({"folder": file}, str(file)),
     ):
         with pytest.raises(PartialLoraError, match=message):

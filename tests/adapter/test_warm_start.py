@@ -226,18 +226,18 @@ def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
     several.base_model.set_adapter(["default", "more"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for model, source, name, message in (
-        (vit(), lora, "default", "adapter_name is 'default'"),
-        (adapt(sparsity=0.5), lora, "mine", "adapter_name is 'mine'"),
-        (adapt(), lora, "default", "'default' is not masked"),
+        (vit(), lora, "default", "^adapter_name .*'default'"),
+        (adapt(sparsity=0.5), lora, "mine", "^adapter_name .*'mine'"),
+        (adapt(), lora, "default", "'default' "),
         (merged, lora, "default", f"{QKV} .*unmerge_adapter"),
-        (get_peft_model(vit(), config, low_cpu_mem_usage=True), lora, "default", f"{QKV}.* meta device"),
+        (get_peft_model(vit(), config, low_cpu_mem_usage=True), lora, "default", rf"{QKV}\.lora_A\.weight .*meta"),
         (
             adapt(sparsity=0.5),
             get_peft_model(vit(), AdaLoraConfig(target_modules=["qkv"], total_step=10)),
             "default",
             "ADALORA",
         ),
-        (adapt(sparsity=0.5), several, "default", r"2 active adapters, \['default', 'more'\]"),
+        (adapt(sparsity=0.5), several, "default", r"2 .*\['default', 'more'\]"),
         (adapt(sparsity=0.5), "me/nothing", "default", "me/nothing"),
     ):
         with pytest.raises(PartialLoraError, match=message) as refusal:
