@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -117,8 +118,13 @@ def optimizer_of(model: PeftModel, directory: Path, **changes: object) -> torch.
     return trainer(model, directory, weight_decay=DECAY, **changes).create_optimizer()
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
-@pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_convnext"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("tiny_vit", method) for method in sorted(methods.METHODS.keys() - {"peft"})),
+        *itertools.product(("tiny_deberta", "tiny_convnext"), ("partial", "lora", "full")),
+    ],
+)
 def test_groups_hold_every_parameter_that_trains_once(tmp_path: Path, name: str, method: str) -> None:
     model, setting = adapted_by(method, name)
     own = OWN | ({"loraplus_ratio": 1.0} if method in _WITHOUT_PRODUCT else {})
