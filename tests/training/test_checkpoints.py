@@ -47,7 +47,7 @@ def ended_after(step: int, directory: Path, **changes: object) -> None:
         training.train()
 
 
-ENDS = [((1,), False, None), ((5,), False, 4), ((3, 6, 11), False, 10), ((12,), False, 10), ((4, 12), True, 12)]
+ENDS = [((1,), False, None), ((3, 6, 11), False, 10), ((4, 12), True, 12)]
 
 
 @pytest.mark.parametrize(("steps", "saved", "resumes_from"), ENDS)
@@ -176,25 +176,24 @@ def test_checkpoints_beside_the_best_are_as_many_as_configured(tmp_path: Path) -
 
 
 class Signal(TrainerCallback):
-    """Send this process a signal within a step."""
+    """Ask this process to stop, within a step."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self._step, self._number = step, number
+    def __init__(self, step: int) -> None:
+        self._step = step
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self._step - 1:
-            os.kill(os.getpid(), self._number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_path: Path, number) -> None:
-    before = signal.getsignal(number)
+def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     training = trainer(masked(), tmp_path, **RESUMED)
-    training.add_callback(Signal(3, number))
+    training.add_callback(Signal(3))
     with pytest.raises(SystemExit) as ended:
         training.train()
-    assert ended.value.code == 128 + number
-    assert signal.getsignal(number) == before
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
     found = resumable(tmp_path)
     assert checkpoints.step_of(found) == 3  # no step at which one was due
     training = trainer(masked(), tmp_path, **RESUMED)
@@ -216,7 +215,7 @@ def unbroken_by_epoch(tmp_path_factory: pytest.TempPathFactory):
     return training
 
 
-@pytest.mark.parametrize("step", [3, 5, 8, 15])
+@pytest.mark.parametrize("step", [3, 5, 15])  # within an epoch, at its end, at the last one's
 def test_a_stop_within_epochs_changes_nothing_of_what_follows(
     unbroken_by_epoch, tmp_path: Path, monkeypatch, step: int
 ) -> None:
