@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 import signal
@@ -89,8 +90,13 @@ def test_peft_is_an_ordinary_adapter_of_the_run(tmp_path, name):
     assert tensors.keys() == {f"base_model.model.timm_model.head.{each}" for each in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("of", [*ALL, "encoder", "causal"])
-@pytest.mark.parametrize("to", ["peft", "compact", "merged"])
+OTHERS = [
+    *itertools.product(("partial", "lora", "probe", "encoder", "causal"), ("peft", "compact", "merged")),
+    *(("element", "compact"), ("targeted", "compact")),  # which are as `partial` is once they are dense
+]
+
+
+@pytest.mark.parametrize(("of", "to"), OTHERS)
 def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, of, to):
     monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
     run = {"encoder": encoder_run, "causal": choice_run}.get(of, functools.partial(run_of, of))()
