@@ -101,6 +101,14 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
         (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
         ([*CAUSAL, "trainer.head_learning_rate=1e-2"], ["trainer.head_learning_rate=0.01", "model=tiny_llama"]),
+        (["calibration.threshold=1.5"], ["calibration.threshold=1.5: "]),
+        (["calibration.threshold=null"], ["calibration.threshold: "]),
+        (["calibration=threshold,budget"], ["calibration=threshold,budget: "]),
+        (["model.colour=red"], ["model.colour: "]),
+        (["+colour=red"], ["colour: "]),
+        (["calibration.threshold"], ["'calibration.threshold': "]),
+        (["=3"], ["'=3': "]),
+        ([""], ["'': "]),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
