@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import skeletons
 from configured import ALL, settings
@@ -11,11 +13,13 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.models import skeleton as module
 from partial_lora.models.skeleton import key_of, skeleton, skeleton_of
 
+settings_of = functools.cache(skeletons.settings_of)  # composed once for both tests
+
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_stored_of_a_model_is_what_is_built(name: str, monkeypatch) -> None:
     """Where this fails, timm or transformers or the file in conf/model has changed: `python scripts/skeletons.py`."""
-    model = skeletons.settings_of(name)
+    model = settings_of(name)
     geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
     built = {outputs: skeleton_of(models.empty(**geometry, num_labels=outputs)) for outputs in (2, 7)}
     monkeypatch.setattr(models.family, "empty", None)  # it is not built again
@@ -26,7 +30,7 @@ def test_what_is_stored_of_a_model_is_what_is_built(name: str, monkeypatch) -> N
 
 
 def test_nothing_is_stored_that_no_model_has() -> None:
-    every = map(skeletons.settings_of, ALL)
+    every = map(settings_of, ALL)
     assert module._stored().keys() == {key_of(each.family, each.architecture, each.model_args) for each in every}
 
 

@@ -204,6 +204,8 @@ def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys,
         place(tmp_path, record(test=accuracy, seed=seed))
     place(tmp_path, record("lora", task="cifar10"))
     place(tmp_path, record(budget=0.13))
+    for seed in (8, 9):
+        place(tmp_path, record(seed=seed, status="failed", error="no space left"))
     arguments = [str(tmp_path), "--where", "task=digits", "--by", "calibration.budget", "--spread", "interval"]
     assert cli.report(arguments) == 0
     text = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
@@ -212,11 +214,9 @@ def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys,
     assert rows[0][:3] == ["calibration.budget", "n", "test accuracy (%)"]
     assert [row[:2] for row in rows[2:]] == [["0.13", "1"], ["–", "3"]]
     assert rows[3][2].startswith("98.58 ± 1.5")
-    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote"))
-    for seed in (8, 9):
-        place(tmp_path, record(seed=seed, status="failed", error="no space left"))
-    assert cli.report([str(tmp_path)]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    assert all(len(line) <= 80 for line in printed.out.splitlines() if not line.startswith("wrote"))
+    (line,) = printed.err.splitlines()
     assert "2 failed" in line
     assert "seed8/result.json: failed: no space left" in line
     broken = place(tmp_path, record(seed=10)) / "result.json"
