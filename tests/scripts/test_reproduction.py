@@ -28,9 +28,7 @@ MODELS = {"cpu": "vit_s14", "paper": "vit_b16"}  # of images
 POINTS = {"threshold": "threshold 0.9", "budget": "budget 0.13"}
 RATES = {"cpu": "results/tuning.json", "paper": "results/paper/tuning.json"}
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("make") or not (ROOT / "Makefile").is_file(), reason="needs make, and a checkout"
-)
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 @pytest.fixture(scope="module")
