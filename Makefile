@@ -84,7 +84,7 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) $(addprefix tests/,$(OLDEST))
 
 test-serve: $(VENV)/.test-serve-installed
-	PARTIAL_LORA_TEST_DOWNLOAD=1 $(BIN)/python -m pytest -rP tests/runs/test_llama_cpp.py
+	PARTIAL_LORA_TEST_DOWNLOAD=1 $(BIN)/python -m pytest -rP tests/finished/test_llama_cpp.py
 
 # Chromium, for the tests of the report's page; no failure where it cannot be installed.
 browser:

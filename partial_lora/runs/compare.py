@@ -163,7 +163,8 @@ def compare(
         searching = search(entry.centre, rates, seeds)
         runs = next(searching)
         while True:
-            new = sum(worth(record) is None for _, record in results(entry, runs).values())
+            places = places_of(entry, runs)
+            new = sum(worth(read_result(place)) is None for place in places.values())
             time = f"at most {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
             say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - new} finished; {left} left, {time}")
             began = monotonic()
@@ -172,24 +173,23 @@ def compare(
                 return code
             took += [(monotonic() - began) / new] * new if new else []
             left = max(left - len(runs), 0)
-            found = results(entry, runs)
-            entry.done |= {place: record for place, record in found.values() if worth(record) is not None}
+            found = {run: read_result(place) for run, place in places.items()}
+            entry.done |= {places[run]: record for run, record in found.items() if worth(record) is not None}
             try:
-                runs = searching.send({run: worth(record) for run, (_, record) in found.items()})
+                runs = searching.send({run: worth(record) for run, record in found.items()})
             except StopIteration as end:
                 entry.best = end.value
                 break
         if entry.best is None:
-            errors = [record["error"] for _, record in found.values() if record and record.get("error")]
+            errors = [record["error"] for record in found.values() if record and record.get("error")]
             entry.refused = errors[0] if errors else "no run of it finished"
     return 0
 
 
-def results(entry: Entry, runs: Runs) -> dict[tuple[float, int], tuple[Path, dict | None]]:
-    """Return the directory and the record of every run."""
+def places_of(entry: Entry, runs: Runs) -> dict[tuple[float, int], Path]:
+    """Return the directory of every run."""
     configs = [config for _, config in checked(entry.arguments(runs)).runs]
-    places = {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
-    return {run: (place, read_result(place)) for run, place in places.items()}
+    return {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
 
 
 def worth(record: Mapping | None) -> Worth:
