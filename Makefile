@@ -75,7 +75,7 @@ test-all: $(VENV)/.test-all-installed browser
 
 # uv finds them; the newest of what they bring along. Downloads torch with its libraries for GPUs: 4 GB.
 OLDEST = adapter/test_adapter.py adapter/test_adapter_embedding.py adapter/test_compact.py calibration/test_calibrating.py \
-	tasks/test_prompts.py tasks/test_sources.py training/test_objectives.py runs/test_evaluate_run.py
+	tasks/test_prompts.py tasks/test_sources.py training/test_objectives.py finished/test_evaluate_run.py
 test-oldest:
 	$(PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
