@@ -1,4 +1,4 @@
-"""Progress of a run on a terminal: a bar a stage, or plain lines where there is no terminal."""
+"""Progress of a run on a terminal: a bar for each stage, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds in the unit that one would say them in."""
+    """Return a duration in seconds, minutes or hours, whichever reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
@@ -33,7 +33,7 @@ class _Lines:
 
 
 class Bars:
-    """One bar a stage; where the output is not a terminal, plain lines: at a stage's start and end, and now and then.
+    """One bar for each stage; without a terminal, plain lines at a stage's start and end, and every 30 seconds.
 
     clock: gives seconds.
     """
@@ -54,7 +54,7 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             console=console,
-            redirect_stdout=not console.stderr,  # what goes to stdout beside bars on stderr is for a file or a pipe
+            redirect_stdout=not console.stderr,  # while bars are on stderr, stdout is for a file or a pipe
         )
 
     def __enter__(self) -> Bars:
@@ -66,7 +66,7 @@ class Bars:
         self._progress.stop()
 
     def note(self, line: str) -> None:
-        """Print a line that is no progress."""
+        """Print a line beside the bars."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, event: Mapping) -> None:
@@ -107,7 +107,7 @@ class Bars:
 
 @contextmanager
 def bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
-    """Draw a bar on stderr, where that is a terminal; give what advances it: units done, and of how many."""
+    """Draw a bar on stderr if that is a terminal; yield the function (done, total) that advances it."""
     if not shown or not sys.stderr.isatty():
         yield lambda done, total: None
         return

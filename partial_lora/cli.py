@@ -125,7 +125,7 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     """Launch a run, draw its figures and page once it has finished, and return how it ended.
 
     shown: on the terminal, with bars while it lasts and a table at its end; else silently, where other runs use the
-    terminal, too. stop: as `launch.launch` takes it. Raises PartialLoraError as that does.
+    terminal, too. stop: as `launch.launch` takes it. Raises PartialLoraError as `launch.launch` does.
     """
     launch.refuse_foreign_world()
     if not shown:
@@ -142,7 +142,7 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
 
 
 def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcome:
-    """Return how a run ended, drawn and the latest of its results where it ended well."""
+    """Return how a run ended; draw it if it ended well, and link it as `latest` if it was trained."""
     if stage == "train" and not outcome.exit_code and not outcome.elsewhere:
         directory.link_latest(config.results_dir, outcome.directory)
     _draw(outcome, config, stage)
@@ -155,7 +155,7 @@ def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
     if outcome.status not in ("finished", "skipped") or outcome.elsewhere or not is_whole(outcome.directory):
         return
     if not directory.is_drawn(outcome.directory, stage):
-        with _libraries():  # also those that a drawing comes to, with the rows of its task
+        with _libraries():  # a drawing that reads the rows of its task needs them, too
             from partial_lora.report import page
 
             page.draw_run(outcome.directory, plain(config))
@@ -183,7 +183,7 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
 
 
 def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
-    """Return where a run's files are, unbroken, a path a line, and the commands that take it."""
+    """Return lines, unbroken: where a run's files are, a path each, and the commands that take the run."""
     drawn = (directory.PAGE, directory.PICTURE) if stage == "train" else (directory.CURVES,)
     lines = [str(place), *(str(place / name) for name in drawn if (place / name).is_file())]
     if stage == "calibrate":
@@ -217,7 +217,7 @@ def info(arguments: list[str]) -> int:
         from partial_lora.runs.info import outline, without_task
 
         config = config if named else without_task(config)
-        with _libraries():  # which some methods are counted with
+        with _libraries():  # some methods are counted with them
             run = outline(config)
         shown(config, run)
         return 0
@@ -423,7 +423,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Import torch, datasets and their kin inside the block, with what they read then: no bars, OpenMP's threads."""
+    """Import torch, datasets and their kin inside the block, in the environment they need: no bars, OpenMP threads."""
     os.environ.update(launch.openmp())
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -456,9 +456,9 @@ def predict(arguments: Sequence[str]) -> int:
         modality=task.modality,
         pairs=len(task.text_columns) == 2,
         kind=task.kind,
-        stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # there is none where it was closed
+        stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # standard input may be closed
     )
-    first = next(stream, None)  # before torch is there, which takes its time
+    first = next(stream, None)  # before torch is imported, which takes its time
     if first is None:
         raise PartialLoraError(
             "nothing to predict: expected an image, a folder, a text, @FILE or - as INPUT, and at least one line in it"
@@ -469,7 +469,7 @@ def predict(arguments: Sequence[str]) -> int:
     size = parsed.batch_size or run.config.trainer.eval_batch_size
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
     stream, code, done = chain([first], stream), 0, 0
-    # On a terminal the predictions show themselves how far the stream is.
+    # On a terminal the predictions themselves show how far the stream is.
     with bar("predict", shown=not sys.stdout.isatty()) as advance:
         while batch := list(islice(stream, size)):
             problems, lines = _predictions(predictor, batch, line)
@@ -484,7 +484,7 @@ def predict(arguments: Sequence[str]) -> int:
 
 
 def _forget_stdout() -> None:
-    """Let go of an output that nobody reads any more: Python would complain when it flushes it at its end."""
+    """Let go of an output that nobody reads any more: Python would complain when it flushes it at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -534,7 +534,7 @@ def _positive(value: str) -> int:
 
 
 def _predictions(predictor, batch: Sequence[Input], line: Callable[[Prediction], str]) -> tuple[list[str], list[str]]:
-    """Return what kept inputs of a batch from being predicted, and the lines of the others, each in order."""
+    """Return the problems of inputs that cannot be predicted, and the lines of the others, each in a batch's order."""
     outcomes = iter(predictor.outcomes([each.content for each in batch if each.problem is None]))
     problems, lines = [], []
     for each in batch:
@@ -698,7 +698,7 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def merge(arguments: Sequence[str]) -> int:
-    """Write one adapter that does what those of several runs do, and print what they have in common."""
+    """Write one adapter that combines those of several runs, print their overlaps, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora merge",
         description="Merge the adapters of several finished runs into one, by PEFT's add_weighted_adapter. All runs "

@@ -1,8 +1,8 @@
 """Files: whole or absent, one writer at a time, checksums, the cache, and no credentials in what is written.
 
-What is built gets its name by one rename, once all of it is on disk: whatever ends the writing half-way leaves nothing
-that looks whole. A sealed folder also holds a marker that lists its files with their sizes and SHA-256, so that a file
-that was cut short, changed, lost or added later shows.
+A file or folder gets its name by one rename, once all of it is on disk, so that an interrupted write leaves
+nothing that looks whole. A sealed folder also holds a marker that lists its files with their sizes and SHA-256, which
+shows a file that was cut short, changed, lost or added later.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
 
 
 def at_home(path: Any) -> Any:
-    """Return a path with the home folder in place of `~`, of a mapping each of its paths; all else as it is."""
+    """Return a path, or a mapping of paths, with the home folder in place of `~`; all else as it is."""
     if isinstance(path, Mapping):
         return {key: at_home(each) for key, each in path.items()}
     return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
@@ -82,8 +82,8 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(built: Path, folder: Path) -> None:
-    """Give the folder `built` the name `folder`, once all of it is on disk; what had that name goes after that."""
-    for path in (built, *built.rglob("*")):  # mkdtemp lets only its maker in, and safetensors writes likewise
+    """Give the folder `built` the name `folder`, once all of it is on disk, then remove what had that name."""
+    for path in (built, *built.rglob("*")):  # mkdtemp and safetensors let only the owner in
         path.chmod(0o755 if path.is_dir() else 0o644)
     sync(built)
     before = built.with_name(f"{built.name}.replaced")
@@ -101,14 +101,14 @@ def replace_folder(built: Path, folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Let everything in a folder reach the disk, whatever wrote it."""
+    """Flush everything in a folder to the disk, whatever wrote it."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Let a file's content, or a folder's names, reach the disk before what is written next."""
+    """Flush a file's content, or a folder's names, to the disk before anything else is written."""
     if os.name == "nt":
         return  # Windows syncs only what is open for writing, which a folder cannot be
     descriptor = os.open(path, os.O_RDONLY)
@@ -122,7 +122,7 @@ def _sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex; the file is never in memory whole."""
+    """Return the SHA-256 of a file's bytes, in hex, read a part at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -187,7 +187,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return True while another process holds the lock of a file; no process holds that of a missing one."""
+    """Return True while another process holds the lock of a file; False for a missing file."""
     try:
         with open(path, "rb") as file:
             return not lock(file.fileno())
@@ -197,10 +197,10 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def one_writer(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the right to make `path`; waits for the process that holds it, and logs that.
+    """Hold the right to write `path`; where another process holds it, log that and wait.
 
-    purpose: what is done to it, a verb for the log. The lock is a file beside it, whose folder is made if need be.
-    Raises OSError where it cannot be written.
+    purpose: what is done to `path`, a verb for the log. The lock is a file beside it; their folder is made if need be.
+    Raises OSError where the lock cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -228,9 +228,9 @@ def cache_dir() -> Path:
 def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
     """Return the folder at `path` with exactly the files that `build` wrote; built first where absent or broken.
 
-    `build(folder)` fills an empty folder, which gets its name only when it is whole. What is broken is logged by name
-    and removed. Of two processes at once one builds, and the other waits. A whole entry is only read, so a cache that
-    others filled may be read-only. Raises PartialLoraError where the cache cannot be written.
+    `build(folder)` fills an empty folder, which gets its name only when it is whole. A broken folder is logged by name
+    and removed. Where two processes call this at once, one builds and the other waits. A whole folder is only read, so
+    a cache that others filled may be read-only. Raises PartialLoraError where the cache cannot be written.
     """
     if path.exists() and fault(path) is None:
         return path
@@ -242,7 +242,7 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
                     return path
                 logger.warning("%s in the cache is broken (%s): it is removed and built again", path, broken)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for abandoned in path.parent.glob(f".{path.name}.building-*"):  # its builder held the lock, so it is gone
+            for abandoned in path.parent.glob(f".{path.name}.building-*"):  # its builder held the lock, so it has ended
                 shutil.rmtree(abandoned)
             with building(path) as folder:
                 build(folder)
@@ -255,14 +255,14 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
-# No credentials in what is written and printed: a mark stands in the place of each.
+# No credentials in what is written and printed: a mark replaces each.
 
 HIDDEN = "[hidden]"
-_SHORTEST = 8  # characters of a variable's value: a shorter one stands in harmless text, too
+_SHORTEST = 8  # characters of a variable's value; a shorter value occurs in harmless text, too
 _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|PASSWORD|PASSWD|CREDENTIALS?)$|(^|_)SECRETS?(_|$)", re.IGNORECASE
 )
-_CREDENTIALS = (  # what stands before one, in the first group, stays
+_CREDENTIALS = (  # the first group, the text before a credential, stays
     re.compile(
         r"((?<![A-Za-z0-9]))(?:"
         r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
@@ -282,7 +282,7 @@ _CREDENTIALS = (  # what stands before one, in the first group, stays
 
 
 def redacted(content: Any) -> Any:
-    """Return a text, or plain data (mappings, lists) with all its texts, without credentials; all else as it is."""
+    """Return a text, or plain data (mappings, lists), with credentials hidden in all texts; all else as it is."""
     if isinstance(content, Mapping):
         return {redacted(key): redacted(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -290,7 +290,7 @@ def redacted(content: Any) -> Any:
     if not isinstance(content, str):
         return content
     secrets = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
-    for value in sorted(secrets, key=len, reverse=True):  # one that holds another goes before it
+    for value in sorted(secrets, key=len, reverse=True):  # a longer one may contain a shorter one
         content = content.replace(value, HIDDEN)
     for pattern in _CREDENTIALS:
         content = pattern.sub(rf"\1{HIDDEN}", content)
@@ -298,9 +298,9 @@ def redacted(content: Any) -> Any:
 
 
 def redact_output() -> None:
-    """Hide credentials in all that this process prints from now on, logs and tracebacks among it.
+    """Hide credentials in all that this process prints from now on, logs and tracebacks included.
 
-    What the terminal's encoding has no character for is printed as an escape, and ends nothing.
+    A character that the terminal's encoding lacks is printed as an escape, instead of raising an error.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -311,7 +311,7 @@ def redact_output() -> None:
 
 
 class _Redacting:
-    """A stream that hides credentials in what is written to it, and is in all else the one beneath."""
+    """A stream that hides credentials in what is written to it, and passes all else on to the stream beneath."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -75,16 +75,16 @@ class Mask:
         Single entries are masked alike: ``size`` is then their number, "rows" stands for B and "columns" for A.
 
         The keys depend on the seed, the module's name and the axis only. So masks of one seed are nested across
-        sparsities, and neither the device, the rank, the number of processes nor the order of injection moves them.
+        sparsities, and neither the device, the rank, the number of processes nor the order of injection changes them.
         """
         return cls._lowest(random_keys(size, mask_seed=mask_seed, module=module, axis=axis), sparsity)
 
     @classmethod
     def bernoulli(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
-        """Return the mask that keeps each one independently with probability ``1 - sparsity``.
+        """Return the mask that keeps each row, column or entry independently with probability ``1 - sparsity``.
 
-        Keys are those of `random`; those below ``(1 - sparsity) * 2**64`` stay, and always the lowest. So the number
-        that stays is random too, and masks of one seed are nested across sparsities.
+        Keys are drawn as in `random`; keys below ``(1 - sparsity) * 2**64`` stay, and the lowest always does. So the
+        number kept is random too, and masks of one seed are nested across sparsities.
         """
         keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
         limit = math.ceil((1 - _checked(sparsity)) * 2**64)  # exact: a product with a power of two does not round
@@ -104,7 +104,7 @@ class Mask:
         count = kept_count(len(keys), sparsity)
         limit = np.partition(keys, count - 1)[count - 1]
         kept = keys < limit
-        kept[np.flatnonzero(keys == limit)[: count - kept.sum()]] = True  # of equals those with the lower index
+        kept[np.flatnonzero(keys == limit)[: count - kept.sum()]] = True  # lower indices first
         return cls(len(keys), np.flatnonzero(kept))
 
     @property
@@ -114,7 +114,7 @@ class Mask:
 
     @property
     def reach(self) -> float:
-        """The share of rows, columns or entries that have values, and do not stay zero."""
+        """The share of rows, columns or entries that are not fixed at zero."""
         return self.density
 
     @property
@@ -143,17 +143,17 @@ class Mask:
         return self  # nobody can change it
 
     def __reduce__(self) -> tuple:
-        return Mask, (self.size, self.kept)  # through the constructor, or what is unpickled could be changed
+        return Mask, (self.size, self.kept)  # through the constructor, which makes the indices read-only
 
 
 @dataclass(frozen=True, eq=False)
 class TiedMask(Mask):
     """A mask that sets nothing to zero: each removed row or column repeats a kept one, with sign 1 or −1.
 
-    So rows fall into as many groups as stay, of sizes that differ by one at most. A group's values are one parameter.
+    So rows fall into one group for each kept row, of sizes that differ by at most one, and a group shares its values.
 
     Attributes:
-        places: which of the kept ones each of the ``size`` has its values from, (size,), from 0 to len(kept) − 1.
+        places: for each of the ``size``, the place in ``kept`` of the one that it repeats, (size,).
         signs: 1 or −1 for each, (size,); 1 for the kept ones.
     """
 
@@ -162,7 +162,7 @@ class TiedMask(Mask):
 
     @classmethod
     def tied(cls, size: int, sparsity: float, *, mask_seed: int, module: str, axis: str) -> TiedMask:
-        """Draw the groups of one module and axis: those kept are the same as by `random`, of the same keys."""
+        """Draw the groups of one module and axis, by the keys of `random`, so that the same ones are kept."""
         keys = random_keys(size, mask_seed=mask_seed, module=module, axis=axis)
         order, count = np.argsort(keys, kind="stable"), kept_count(size, sparsity)
         kept, places, signs = np.sort(order[:count]), np.empty(size, dtype=np.int64), np.ones(size, dtype=np.int64)
@@ -173,7 +173,7 @@ class TiedMask(Mask):
 
     @property
     def reach(self) -> float:
-        """All have values."""
+        """The share that is not fixed at zero: all."""
         return 1.0
 
     def __eq__(self, other: object) -> bool:
@@ -197,10 +197,10 @@ def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndar
 
 
 def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsity:
-    """Return the sparsity setting in its one form: a number, or {module or pattern: {"rows": s, "columns": s}}.
+    """Normalise the sparsity setting to a number or {module or pattern: {"rows": s, "columns": s}}.
 
     Takes a number, {module name or pattern: number or {"rows": number, "columns": number}}, or the path of a
-    calibration.json. Raises PartialLoraError naming the entry that is no sparsity.
+    calibration.json. Raises PartialLoraError, naming the entry, where one is no sparsity.
     """
     if isinstance(sparsity, (str, PathLike)):
         return _calibrated_sparsity(Path(sparsity))
@@ -245,8 +245,8 @@ def _share(value: object, key: str) -> float:
 def assign_sparsity(sparsity: float | Sparsity, modules: list[str]) -> Sparsity:
     """Return one {"rows": s, "columns": s} for each of `modules`, in their order.
 
-    A module takes the entry of its own full name, else of the first pattern that ends it (PEFT's rule for patterns:
-    the whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
+    A module takes the entry of its own full name, else of the first pattern that matches its end (as in PEFT: the
+    whole name, or what follows a dot). Raises PartialLoraError for a module without an entry, and for an entry
     without a module.
     """
     if not isinstance(sparsity, Mapping):

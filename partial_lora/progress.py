@@ -39,7 +39,7 @@ def emit(stage: str, done: int, total: int, **detail: object) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "done": done, "total": total, **detail}) + "\n")
     except OSError:
-        os.environ.pop(VARIABLE)  # a full disk or a removed directory must not end a training for its progress bar
+        os.environ.pop(VARIABLE)  # a progress bar must not end a training over a full disk or a removed directory
 
 
 class Reader:
@@ -65,7 +65,7 @@ class Reader:
 def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
     """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts.
 
-    A SIGHUP that is ignored stays so: that is what `nohup` asks for.
+    A SIGHUP that is ignored stays ignored, as `nohup` asks.
     """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         numbers = [number for number in numbers if number != signal.SIGHUP]
@@ -78,5 +78,5 @@ def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPP
 
 
 def leave(number: int, frame: object) -> None:
-    """End the process at a signal by way of an exception, so that nothing is left half-written."""
+    """End the process at a signal by raising SystemExit, so that nothing is left half-written."""
     sys.exit(128 + number)

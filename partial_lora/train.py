@@ -57,7 +57,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     transform = build.transform_of(config.model, config.task, task)
     record["labels"] = list(task.labels)
     judge = build.judge_of(config, task, transform, world)
-    if stage == "train":  # what cannot be read is found before anything is paid for
+    if stage == "train":  # rows that cannot be read end the run before anything is computed
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
         record["warnings"] = [*build.warnings_of(config, task), *transform.warnings]
         for warning in record["warnings"]:
@@ -65,7 +65,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"
-    # What is calibrated and ranked are weights; codes of 4 or 8 bits come back for training.
+    # Calibration and importance read the weights; training gets their codes of 4 or 8 bits back.
     with models.dequantised(model, values=calibrated or config.method.name in RANKED):
         targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
@@ -75,7 +75,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         if calibrated:
             with timed(record, "calibrate"):
                 draws = build.draws_of(config, task.train)
-                # One process measures importance for all of them, to the bit; what it decides on is then shared out.
+                # One process measures importance, so that all have the same bits; they then share the calibration.
                 scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
                 calibrate = build.calibrating(config, task, transform, model, scores, world)
                 calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
@@ -90,7 +90,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
-                files.write_json(directory / results.RESULT, record)  # what it took is known to who goes on from here
+                files.write_json(directory / results.RESULT, record)  # so that a resumed run knows the seconds spent
         if stage == "calibrate":
             return
         sparsity = sparsity if calibrated else fixed_sparsity(config, shapes)
@@ -109,7 +109,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     adapted = method(model, setting)
     dense = dense_parameters(shapes, setting.rank)
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
-    record["sparsity"] = module_sparsity(adapted)  # measured, and proof that the masks are in force
+    record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
 
     start = methods.taken_out(adapted)
 
@@ -120,7 +120,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         fsdp.name_blocks(adapted, config.model.blocks)
     aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
-    # A checkpoint of other libraries, or of another precision, computes something else.
+    # Under other libraries or another precision, a resumed training would compute something else.
     computed_by = record["versions"] | {"precision": record["mixed_precision"]}
     tracking = Tracking(
         config.trainer.report_to if world.is_main else [],
@@ -186,18 +186,18 @@ def _save_adapter(
     is_main: bool,
     start: Mapping[str, Tensor] | None,
 ) -> None:
-    """Save the adapter so that its folder is there whole or not at all; all processes call it, and one writes.
+    """Save the adapter; its folder is there whole or not at all. All processes call this, and one writes.
 
-    run: finished but for the adapter. start: what was taken out of W for it (`methods.taken_out`), if anything.
+    run: finished but for the adapter. start: the new adapter, if it was taken out of W (`methods.taken_out`).
     """
     temporary = run.adapter.with_name(f".{run.adapter.name}.tmp")
     state = fsdp.adapter_state(adapted)
-    if is_main:  # another process would make the folder once more, perhaps after it has its name
+    if is_main:  # a second process would make the temporary folder again, perhaps after the first has renamed it
         adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         if start:
             methods.put_back(temporary, start)
         build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
-        from partial_lora.report import card  # no run needs it at its start
+        from partial_lora.report import card  # imported here, since a run needs it only at its end
 
         card.write(run, temporary)
         files.replace_folder(temporary, run.adapter)

@@ -57,7 +57,7 @@ def end_with_launcher() -> None:
 def work(place: Path, stage: str) -> int:
     """Do the run that belongs in a directory, leave a record of how it ended, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it would be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background starts by ignoring it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     settings = directory.worker_settings(place)
@@ -71,19 +71,19 @@ def work(place: Path, stage: str) -> int:
             files.write_json(place / directory.RESULT, record)
         chosen = config.load(settings)
         launch.hide_quantiser(chosen.model)
-        with launch.importing():  # torch and its kin: what fails to import is recorded, too
+        with launch.importing():  # torch and its kin; the record says, too, where an import fails
             from transformers.utils import logging as transformers_logging
 
             from partial_lora.train import run
-        gc.freeze()  # nor is it looked through again in training
+        gc.freeze()  # the garbage collector need not look through the imports again in training
         transformers_logging.disable_progress_bar()  # a bar in a log is noise
         run(chosen, place, record, stage)
         if is_main:
-            files.sync(place)  # before the record says that it is there
+            files.sync(place)  # before the record says that the files are there
         record |= {"status": "finished", "files": directory.file_sizes(place)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)  # the parent reminds; once is enough
+            signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal
         record |= {"status": "failed", "error": files.redacted(_in_one_line(error))}
         begun = record["parameters"] or record["calibration"]
         record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
@@ -98,12 +98,12 @@ def work(place: Path, stage: str) -> int:
     if record["status"] != "finished":
         return 1
     if is_main:
-        directory.remove_checkpoints(place)  # once the record says that nobody needs them
+        directory.remove_checkpoints(place)  # once the record says that the run has finished
     return 0
 
 
 def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, PartialLoraError):  # of a process that loads data it comes with that one's traceback
+    if isinstance(error, PartialLoraError):  # from a process that loads data, its text holds that process's traceback
         own = str(error).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
         return " ".join(own.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):

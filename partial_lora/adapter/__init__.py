@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from partial_lora.errors import UnfitPackageError
 
-PEFT = "peft>=0.21,<0.22"  # as in pyproject.toml: much of what the adapter stands on is not PEFT's public API
+PEFT = "peft>=0.21,<0.22"  # as in pyproject.toml: the adapter uses much of PEFT that is not public API
 
 try:
     from partial_lora.adapter.compact import load_compact, read_compact, write_compact

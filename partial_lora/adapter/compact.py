@@ -1,6 +1,6 @@
-"""The compact form of an adapter: a file of its kept values, and nothing that can be made again.
+"""The compact form of an adapter: a file of its kept values, without anything that can be made again.
 
-The masks are made again from their settings, and must be those the adapter was trained with.
+Masks are made again from their settings, and must match those that the adapter was trained with.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FILE_NAME = "partial_lora.safetensors"
 VERSION = 1
 
 _HEADER = "partial_lora."
-_INDICES = "#indices"  # no module of a model can be called so and be reached
-# Settings that stand elsewhere in the file, or mean nothing in it.
+_INDICES = "#indices"  # a name that no module has
+# Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
 
 
@@ -48,9 +48,9 @@ def write_compact(
 ) -> Path:
     """Write the kept values of an adapter into ``folder``, made if need be, and return the file's path.
 
-    The file takes 4 bytes a kept value in float32 (2 in bfloat16), those of a head in modules_to_save included, 4 bytes
-    an index where the selection is "top", and less than 400 bytes a module (a head is one, where there are only one
-    or two others).
+    The file takes 4 bytes for each kept value in float32 (2 in bfloat16), including a head in modules_to_save; 4 bytes
+    for each index where the selection is "top"; and less than 400 bytes for each module (a head counts as one where
+    there are only one or two others).
 
     Args:
         model: any PEFT model with a Partial-LoRA adapter called ``adapter_name``, not merged.
@@ -59,7 +59,7 @@ def write_compact(
     Raises PartialLoraError, and writes nothing, where there is no such adapter, or it is plain LoRA, merged or sharded.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
-        raise PartialLoraError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16, or None for as trained.")
+        raise PartialLoraError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16, or None (as trained).")
     config = _writable_config(model, adapter_name)
     base, modules, masks = model.get_base_model(), base_modules(model), module_masks(model, adapter_name)
     kept = {
@@ -81,7 +81,7 @@ def write_compact(
     path = Path(folder) / FILE_NAME
     content = encode(compact)
     if decode(content, path).masks != masks:
-        raise PartialLoraError(f"adapter {adapter_name!r}: its masks are not those that its config makes again.")
+        raise PartialLoraError(f"adapter {adapter_name!r}: its config does not make the masks that it has.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -91,11 +91,11 @@ def write_compact(
 
 
 def read_compact(folder: str | Path) -> tuple[PartialLoraConfig, dict[str, Tensor]]:
-    """Return the config and the kept tensors of a compact adapter, checked as far as that goes without its base model.
+    """Return the config and the kept tensors of a compact adapter, checked as far as possible without its base model.
 
-    Tensors are called "MODULE.lora_A" (of rows and columns: rank × kept columns), "MODULE.lora_B" (kept rows × rank),
-    and as in the base model what trained whole; single entries come as lists (kept,). Raises PartialLoraError, naming
-    the file, where it is missing, truncated or broken, and where the masks do not match their digests.
+    Factors are called "MODULE.lora_A" (rank × kept columns) and "MODULE.lora_B" (kept rows × rank); single entries come
+    as lists (kept,). Tensors that trained whole have their names in the base model. Raises PartialLoraError, naming the
+    file, where it is missing, truncated or broken, and where the masks do not match their digests.
     """
     compact = _read(folder)
     factors = {f"{name}.lora_{factor}": value for name, both in compact.kept.items() for factor, value in both.items()}
@@ -109,14 +109,14 @@ def load_compact(
     is_trainable: bool = False,
     check_base: bool = True,
 ) -> PeftModel:
-    """Return the base ``model`` with the compact adapter in ``folder``, masked, its values as written, bit for bit.
+    """Return the base ``model`` with the compact adapter in ``folder``, masked, with its values bit for bit as written.
 
-    A PeftModel with other Partial-LoRA adapters gets this one beside them, not activated, as by PEFT's load_adapter.
+    A PeftModel with other Partial-LoRA adapters gets it as one more, not activated, as with PEFT's load_adapter.
     Values that were rounded when written load in the dtype PEFT gives an adapter (float32 for a base in half
     precision). Everything else is as with PeftModel.from_pretrained.
 
-    check_base: False takes it on trust that the values of the base are those the adapter was trained over, where the
-    fingerprint cannot know: rows of an embedding that `resize_token_embeddings` has drawn again, say.
+    check_base: False does not compare the base's values with the fingerprint, for a base that was changed on purpose:
+    `resize_token_embeddings`, for example, draws new rows of an embedding.
 
     Raises PartialLoraError, and leaves the model as it was, for what `read_compact` refuses, a missing module, a wrong
     shape, another base model (see `fingerprint`) and a name that is taken.
@@ -160,12 +160,12 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
     check_unmerged(model)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
-            raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which puts it together.")
+            raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
     return config
 
 
 def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return what trains whole beside the masked factors, by names in the base model; the model's own tensors."""
+    """Return the tensors that train whole beside the masked factors, by names in the base model; no copies."""
     factors = {f"{name}.lora_{factor}.weight" for name in masked for factor in "AB"}
     return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
 
@@ -180,7 +180,7 @@ def _read(folder: str | Path) -> Compact:
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
-    """Put the file's values into the adapter just built; refuse one with other masks or tensors than the file."""
+    """Put the file's values into the adapter just built; refuse them where masks or tensors differ from the file's."""
     if module_masks(adapted, adapter_name) != compact.masks:
         raise PartialLoraError("the masks made again for this model are not those of the file.")
     here = _whole_tensors(adapted, adapter_name, compact.masks)
@@ -202,9 +202,9 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for key, own in module.modules_to_save[adapter_name].named_parameters():
                 value = compact.whole[f"{name}.{key}"]
-                own.data = own.data.to(torch.promote_types(own.dtype, value.dtype))  # as wide as what it is to hold
+                own.data = own.data.to(torch.promote_types(own.dtype, value.dtype))  # wide enough for the file's
     with torch.no_grad():
-        for name, own in _whole_tensors(adapted, adapter_name, compact.masks).items():  # of the parameters just widened
+        for name, own in _whole_tensors(adapted, adapter_name, compact.masks).items():  # now wide enough
             own.copy_(compact.whole[name])
 
 
@@ -221,7 +221,7 @@ class Compact:
         kept: {module: {"A": tensor, "B": tensor}}, the kept part of the factors.
         whole: the tensors that trained beside them, by their names in the base model.
         base: the fingerprint of the base model.
-        rounded: True where the values are narrower than they were trained.
+        rounded: True where the values have a narrower dtype than in training.
     """
 
     config: PartialLoraConfig
@@ -233,7 +233,7 @@ class Compact:
     rounded: bool = False
 
     def rounded_to(self, dtype: torch.dtype | None) -> Compact:
-        """Return the same with every floating-point value in ``dtype``; None leaves all as they are."""
+        """Return the adapter with every floating-point value in ``dtype``; None leaves values as they are."""
         if dtype is None:
             return self
 
@@ -253,7 +253,7 @@ def encode(compact: Compact) -> bytes:
     for name, shapes in compact.geometries.items():
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
-    if config.count == "bernoulli":  # the number kept is random: the requested sparsity cannot be measured
+    if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
         for name, shares in assign_sparsity(config.shares, list(masks)).items():
             modules[name] += [shares[axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
@@ -271,7 +271,7 @@ def encode(compact: Compact) -> bytes:
 
 
 def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
-    """Return the settings that are not the default, but for those that stand elsewhere in the file."""
+    """Return the settings that differ from their defaults, without those that the file holds elsewhere."""
     default = PartialLoraConfig(sparsity=0).to_dict()
     changed = {key: value for key, value in config.to_dict().items() if value != default[key] and key not in _LEFT_OUT}
     targets = changed.get("target_modules")
@@ -285,7 +285,7 @@ def _digest(masks: ModuleMasks) -> str:
 
 
 def decode(content: bytes, path: Path) -> Compact:
-    """Return what `encode` made a file of; raises PartialLoraError, naming ``path``, for anything else."""
+    """Return the adapter that `encode` has written; raises PartialLoraError, naming ``path``, for anything else."""
     try:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
@@ -339,7 +339,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     elif settings.get("count") == "bernoulli":
         masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
     else:
-        masks_of["sparsity"] = {  # of the measured sparsity as many stay again
+        masks_of["sparsity"] = {  # the measured sparsity keeps as many again
             name: {axis: 1 - counts[name][axis] / size for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
@@ -354,14 +354,14 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
 
 
 def _trained_factors(columns: str) -> str:
-    """Return the factors whose values the file holds: A's only where they are not the seed's."""
+    """Return the factors whose values the file holds: B alone where the seed draws A."""
     return "B" if columns == "frozen" else "AB"
 
 
 def _factors(
     name: str, values: Tensor, geometry: Geometry, counts: Mapping, granularity: str, trained: str
 ) -> dict[str, Tensor]:
-    """Return the kept part of A and of B, out of one flat tensor; of those that are ``trained``."""
+    """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
     if granularity not in OF_ENTRIES:
         shapes = {
@@ -379,7 +379,7 @@ def _factors(
     }
 
 
-# The model: a base that the adapter belongs to, left as it was whatever goes wrong.
+# The model: checked to be the adapter's base, and left as it was whatever goes wrong.
 
 
 def _check_model(model: nn.Module, adapter_name: str) -> None:
@@ -395,7 +395,7 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
 
 
 def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) -> None:
-    """Raise PartialLoraError where the base lacks a module, or has another shape or (``values``) fingerprint."""
+    """Raise PartialLoraError where the base lacks a module, or differs in a shape or (``values``) the fingerprint."""
     modules = base_modules(base)
     for name, expected in compact.geometries.items():
         if name not in modules:
@@ -410,19 +410,19 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
     if values and not compact.base.agrees(fingerprint(base, exclude=own)):
         known = compact.config.base_model_name_or_path
         raise PartialLoraError(
-            f"{path}: the weights of this model are not those of the base model that the adapter belongs to"
-            f"{f' ({known})' if known else ''}: load that one, again if an adapter was merged into it; check_base=False"
-            " loads all the same, as where tokens were added since."
+            f"{path}: the weights of this model are not those of the adapter's base model"
+            f"{f' ({known})' if known else ''}: load that one, anew if an adapter was merged into it; check_base=False"
+            " loads the adapter anyway, for example after tokens were added."
         )
 
 
 def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of parameters that the adapter has of its own, so that the base's say nothing about it."""
+    """Return the names of base parameters that the adapter replaces, and that so say nothing about its base."""
     modules = base_modules(base)
     heads = tuple(config.modules_to_save or ())
     copied = tuple(f"{name}." for name in modules if heads and name.endswith(heads))
     own = {name.replace(".base_layer", "") for name in whole}
-    # Embeddings of which rows train: their other rows, and what is tied to them, say too little about the base.
+    # Embeddings with trained rows count as replaced, with what is tied to them: the other rows say too little.
     tokens = config.trainable_token_indices or ()
     if isinstance(tokens, dict):
         embeddings = [module for name, module in modules.items() if name.endswith(tuple(tokens))]
@@ -444,9 +444,8 @@ def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[st
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put a model's modules, parameters and settings back as they were if the block raises.
 
-    Everything a module holds is remembered by reference, and its dictionaries, lists and sets one level deep: enough
-    for code that puts modules and parameters in, takes them out or freezes them. Values written into a tensor in place
-    are not undone.
+    A module's attributes are remembered by reference, and its dictionaries, lists and sets one level deep. That undoes
+    code that adds, removes or freezes modules and parameters, but not values written into a tensor in place.
     """
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, dict(vars(module))) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""PartialLoraConfig: a LoraConfig with the share of each module that is removed, and the way to choose it."""
+"""PartialLoraConfig: a LoraConfig that also says what share of each module is removed, and how it is chosen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from partial_lora.masks import AXES, Sparsity, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):
-    """A name that PEFT can also read as a member of its PeftType, by its ``value``."""
+    """A string with a ``value``, so that PEFT can read it as a member of its PeftType."""
 
     @property
     def value(self) -> str:
@@ -81,8 +81,8 @@ PASSED = frozenset(
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
     "lora_bias": "it would train entries that no mask covers",
-    "target_parameters": "PEFT nests those of one module in each other, and masks need a name for each",
-    "layer_replication": "two modules would share one name, and their masks",
+    "target_parameters": "PEFT nests a module's parameters in each other, and each mask needs a name of its own",
+    "layer_replication": "two modules would share one name and its masks",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
     "use_bdlora": "its factors are block diagonal",
@@ -98,58 +98,58 @@ REFUSED = {
     "corda_config": "it belongs to an initialisation that fits dense factors to data",
     "lora_ga_config": "it belongs to an initialisation that fits dense factors to gradients",
 }
-"""Options that the masked form cannot hold, with the reason. Each must have its default."""
+"""Options that do not go with masks, with the reason. Each must have its default."""
 
 
 @dataclass
 class PartialLoraConfig(LoraConfig):
-    """LoRA of which every module trains only a part: some rows of B and some columns of A, or single entries.
+    """LoRA that trains only a part of every module: some rows of B and some columns of A, or single entries.
 
     The adapted form of a base weight W (out × in) is W + ΔW,
 
         ΔW = (alpha / rank) · (u_row ⊙ B) (u_col ⊙ A)
 
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
-    keeps columns of A; for entries u_row has the shape of B and u_col that of A. Only what is kept exists as a
-    parameter. Of a convolution, rows are its output channels and columns its input channels;
-    of an embedding (tokens × dimensions) rows are tokens and columns dimensions.
+    keeps columns of A; masks of single entries have the shapes of B and A. Only what is kept exists as a parameter. In
+    a convolution, rows are output channels and columns input channels; in an embedding (tokens × dimensions), rows are
+    tokens and columns dimensions.
 
-    A module of which p of the rows and q of the columns stay can be drawn and scaled for that: ``fan_in`` and the two
-    exponents, with which its scaling is alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter has it as
-    the alpha of each module (``alpha_pattern``), and so has the config read from it.
+    Where a module keeps a share p of its rows and q of its columns, ``fan_in`` can draw A for the kept columns, and the
+    exponents make the scaling alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter, and a config read
+    from it, hold this scaling as the alpha of each module (``alpha_pattern``).
 
     Attributes:
         sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
             "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
-            the end of one (the full name first, then the first that matches); or the path (str or PathLike) of a
-            calibration.json. 0 is plain LoRA, and what is left out is 0, with a warning.
-        granularity: the unit that stays or goes: "rows_columns" (rows of B and columns of A), "units" (rows and columns
-            of its own for each unit of the rank, disjoint while they last), "element" (single entries of both; "rows"
-            then stands for B and "columns" for A wherever both are named), or "groups" (rows and columns tied in random
-            groups, each but for a random sign with one set of values: none is zero, and as many numbers train).
+            the end of one (a full name wins, then the first match); or the path (str or PathLike) of a
+            calibration.json. 0 is plain LoRA; left out, it is 0, with a warning.
+        granularity: what stays or goes together: "rows_columns" (rows of B and columns of A), "units" (each unit of the
+            rank has its own rows and columns, disjoint while they last), "element" (single entries of both; "rows" then
+            stands for B and "columns" for A wherever both are named), or "groups" (rows and columns fall into random
+            groups that share one set of values up to random signs: none is zero, and as many numbers train).
         selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
         mask_seed: the seed of random masks, a whole number; no other seed moves them.
         count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
             "element" only, "bernoulli" (each on its own with probability 1 - sparsity; at least one).
-        scores: for "top", the importance of everything that may be kept, larger is kept and of equals the lower
-            index: {module's full name: {"rows": (out,), "columns": (in,)}} for every target module, as lists, arrays
-            or tensors; for single entries those of B and A, flat in row-major order. ``sparsity`` says how many stay.
-        indices: for "top" instead of ``scores``, the kept ones themselves: {module's full name: {"rows": [...],
-            "columns": [...]}}, ascending, for every target module; for single entries flat row-major indices into B
-            and A. ``sparsity`` is left out, or agrees.
-        columns: "masked", or "frozen": A stays whole as ``mask_seed`` draws it, and B's kept rows alone train. The
+        scores: for "top", the importance of all that may be kept: the largest stay, and the lower index among equals.
+            {module's full name: {"rows": (out,), "columns": (in,)}} for every target module, as lists, arrays or
+            tensors; for single entries, scores of B and A, flat in row-major order. ``sparsity`` says how many stay.
+        indices: for "top" instead of ``scores``, the kept indices, ascending: {module's full name: {"rows": [...],
+            "columns": [...]}} for every target module; for single entries, flat row-major indices into B and A.
+            ``sparsity`` is left out, or agrees.
+        columns: "masked", or "frozen": A stays whole, as ``mask_seed`` draws it, and only B's kept rows train. The
             sparsity of columns then has no meaning.
-        fan_in: the number of inputs that A is drawn for: "dense", all of them, as PEFT does, or "kept", those that
-            stay, so that the features A x have at every sparsity the size they have in plain LoRA.
-        row_exponent: in [0, 1]; 0 leaves the scaling alone.
-        column_exponent: likewise.
+        fan_in: the inputs that A is drawn for: "dense", all of them, as in PEFT, or "kept", those that stay, so that
+            the features A x are as large at every sparsity as in plain LoRA.
+        row_exponent: the exponent of p in the scaling, in [0, 1]; 0 leaves the scaling alone.
+        column_exponent: likewise of q.
 
     Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank of their own; a saved adapter
-    has the highest rank everywhere, lower ones filled up with zeros. Options that the masked form does not have
-    (``use_dora``, initialisations that fit the factors to weights or data, ...) are refused by name.
+    has the highest rank everywhere, and pads lower ones with zeros. Options that do not go with masks (``use_dora``,
+    initialisations that fit the factors to weights or data, ...) are refused by name.
 
-    Raises PartialLoraError, naming the attribute, for values out of range and for what does not go together; and from
-    get_peft_model, before the model is changed, where the settings do not fit the model's modules.
+    Raises PartialLoraError, naming the attribute, for values that are out of range or do not go together.
+    get_peft_model raises it, before the model is changed, where the settings do not fit the model's modules.
     """
 
     sparsity: float | dict | str | PathLike | None = field(
@@ -169,7 +169,7 @@ class PartialLoraConfig(LoraConfig):
     column_exponent: float = field(default=0.0, metadata={"help": "Likewise of columns."})
 
     def __post_init__(self) -> None:
-        refuse_options(self)  # first, so that PEFT's own checks do not speak of what is refused anyway
+        refuse_options(self)  # first, before PEFT's own checks complain of a refused option
         if self.sparsity is None:
             if self.indices is None:
                 warnings.warn(
@@ -179,12 +179,12 @@ class PartialLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.check()
-        self.masks: dict[str, ModuleMasks] = {}  # of the model this was last injected into
+        self.masks: dict[str, ModuleMasks] = {}  # of the model that this was last injected into
         self.geometries: dict[str, Geometry] = {}  # of the same modules
         self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
 
     def check(self) -> None:
-        """Bring our settings into their one form; raise PartialLoraError for what is refused or out of range."""
+        """Normalise our settings; raise PartialLoraError for an option that is refused or a value out of range."""
         refuse_options(self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -192,14 +192,14 @@ class PartialLoraConfig(LoraConfig):
                 raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
         if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
-        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # of numpy's kinds, which JSON does not know
+        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # from numpy's types, which JSON does not know
         if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
-            raise PartialLoraError("count is 'bernoulli': it goes with granularity 'element' and selection 'random'.")
+            raise PartialLoraError("count is 'bernoulli': it needs granularity 'element' and selection 'random'.")
         values = [name for name in ("scores", "indices") if getattr(self, name) is not None]
         if len(values) != (self.selection == "top"):
             has = " and ".join(values) or "neither"
             raise PartialLoraError(
-                f"selection is {self.selection!r} with {has} of scores and indices: 'top' takes one, 'random' neither."
+                f"selection is {self.selection!r} with {has}: 'top' takes one of scores and indices, 'random' neither."
             )
         for name in ("row_exponent", "column_exponent"):
             exponent = getattr(self, name)
@@ -207,18 +207,18 @@ class PartialLoraConfig(LoraConfig):
                 raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
             setattr(self, name, float(exponent))
         if self.granularity in ("units", "groups") and self.selection != "random":
-            raise PartialLoraError(f"granularity is {self.granularity!r}: it goes with selection 'random'.")
+            raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
-            raise PartialLoraError("columns is 'frozen': it goes with granularity 'rows_columns'.")
+            raise PartialLoraError("columns is 'frozen': it needs granularity 'rows_columns'.")
         if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
-            raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' depends on no number of inputs.")
+            raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
         self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
 
     @property
     def shares(self) -> float | Sparsity:
-        """The sparsity in its one form, as `check` has read it."""
+        """The sparsity, as `check` has normalised it."""
         return cast("float | Sparsity", self.sparsity)
 
     def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
@@ -227,7 +227,7 @@ class PartialLoraConfig(LoraConfig):
         Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
         masks.
         """
-        self.check()  # again: attributes can be set
+        self.check()  # again: attributes may have changed since
         sparsity = self.shares
         if self.columns == "frozen":
             shares = assign_sparsity(sparsity, list(geometries))
@@ -235,11 +235,11 @@ class PartialLoraConfig(LoraConfig):
         for module, geometry in geometries.items():
             if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
                 raise PartialLoraError(
-                    f"rank_pattern: target module {module} is a convolution in groups of rank {geometry.a[0]}, which"
-                    f" cannot be filled up on disk: give it the highest rank, {self.saved_rank}."
+                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.a[0]}, which"
+                    f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
         for module in sorted((self.expected or {}).keys() - geometries.keys()):
-            raise PartialLoraError(f"this model has no target module {module}, which the adapter read is for.")
+            raise PartialLoraError(f"this model has no target module {module}, which the saved adapter has.")
         if self.selection == "random":
             masks = random_masks(
                 geometries,
@@ -264,7 +264,7 @@ class PartialLoraConfig(LoraConfig):
         return masks
 
     def frozen_a(self, module: str) -> np.ndarray | None:
-        """Return the A of a module that this was last injected into where it is drawn by the seed, else None."""
+        """Return the frozen A that the seed draws for a module of the last injected model; None where A is masked."""
         if self.columns != "frozen":
             return None
         return frozen_a(self.geometries[module], mask_seed=self.mask_seed, module=module)
@@ -276,20 +276,20 @@ class PartialLoraConfig(LoraConfig):
 
     @property
     def saved_rank(self) -> int:
-        """The rank on disk, where all modules have the highest."""
+        """The rank of every module on disk: the highest of all."""
         return max([self.r, *(self.rank_pattern or {}).values()])
 
     def alpha_of(self, module: str) -> float:
-        """Return the alpha of a module that this was last injected into: its own, times what its density adds."""
+        """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
         masks, alphas = self.masks[module], self.alpha_pattern or {}
         scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
         return alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha) * scale
 
     def as_lora(self) -> LoraConfig:
-        """Return the plain LoraConfig of the same adapter, seen as dense."""
+        """Return the plain LoraConfig of the same adapter in its dense form."""
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
         if self.masks and (self.row_exponent or self.column_exponent or self.rank_pattern):
-            # The rank is one everywhere, and the scaling what it is here.
+            # On disk all modules have one rank; alpha keeps each scaling as it is here.
             options |= {"r": self.saved_rank, "rank_pattern": {}}
             options["alpha_pattern"] = {
                 _only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
@@ -297,7 +297,7 @@ class PartialLoraConfig(LoraConfig):
         return LoraConfig(**options)
 
     def _padding(self, rank: int) -> float:
-        """Return the factor of alpha that makes up for a rank that is filled up on disk."""
+        """Return the factor on alpha that keeps the scaling of a module whose rank is padded on disk."""
         return math.sqrt(self.saved_rank / rank) if self.use_rslora else self.saved_rank / rank
 
     def to_dict(self) -> dict:
@@ -312,15 +312,15 @@ class PartialLoraConfig(LoraConfig):
         return content
 
     def __eq__(self, other: object) -> bool:
-        # By way of plain types: arrays have no single truth value.
+        # As plain types: comparing arrays gives no single truth value.
         return type(other) is type(self) and self.to_dict() == other.to_dict()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json as of a LoRA adapter, partial_lora.json beside it, and our part of the card."""
+        """Write adapter_config.json as for a LoRA adapter, partial_lora.json beside it, and our part of the card."""
         if not self.masks:
             raise PartialLoraError(
-                "this PartialLoraConfig has no masks to save: a model makes them for a copy of its own, so save the"
-                " model, or its peft_config[NAME]."
+                "this PartialLoraConfig has no masks to save: a model draws them into its own copy of the config, so"
+                " save the model, or its peft_config[NAME]."
             )
         self.as_lora().save_pretrained(save_directory, **kwargs)
         own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
@@ -332,9 +332,9 @@ class PartialLoraConfig(LoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PartialLoraConfig:
-        """Return the config that masks a saved adapter again, from its folder (or hub repository).
+        """Return the config of a saved adapter with its masks, from its folder (or hub repository).
 
-        Masks made from it must match the digests saved there, and the values must all be there, else PartialLoraError.
+        Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(lora) is not LoraConfig:
@@ -358,7 +358,7 @@ class PartialLoraConfig(LoraConfig):
         config = cls(
             **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
             sparsity=saved["sparsity"]
-            if "sparsity" in saved  # of before: what was measured
+            if "sparsity" in saved  # older files have only the measured one
             else {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
             granularity=saved["granularity"],
             selection=saved["selection"],
@@ -387,14 +387,14 @@ def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
 
 
 def _only(module: str) -> str:
-    """Return the pattern of one module. PEFT matches it with the end of a name, so it begins where the name does."""
+    """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it."""
     return f"^{re.escape(module)}"
 
 
 def refuse_options(config: LoraConfig) -> None:
-    """Raise PartialLoraError, naming the option, if ``config`` sets one of LoRA's that does not go with masks.
+    """Raise PartialLoraError, naming the option, if ``config`` sets an option that does not go with masks.
 
-    An option of a PEFT that is more recent than the two lists is refused too, unless it has its default.
+    An option of a newer PEFT, which is in neither list, is refused too unless it has its default.
     """
     for option in fields(LoraConfig):
         value = getattr(config, option.name)
@@ -411,7 +411,7 @@ def refuse_options(config: LoraConfig) -> None:
     for name in ("target_modules", "exclude_modules"):
         pattern = getattr(config, name)
         try:
-            re.compile(pattern if isinstance(pattern, str) else "")  # a list has names, a single text is a pattern
+            re.compile(pattern if isinstance(pattern, str) else "")  # a list holds names, a string is a pattern
         except re.error as error:
             raise PartialLoraError(
                 f"{name} is {pattern!r}: expected names or a regular expression ({error})."
@@ -426,8 +426,8 @@ def refuse_options(config: LoraConfig) -> None:
 def check_values(folder: Path, modules: Collection[str]) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
-    PEFT only warns of the second, and refuses the first after it has changed the model. Reads the file's header
-    alone; a folder without such a file is PEFT's to judge. Raises PartialLoraError, naming the file and the module.
+    PEFT only warns of a missing factor, and refuses a truncated file after it has changed the model. Only the file's
+    header is read; a folder without such a file is left to PEFT. Raises PartialLoraError, naming file and module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -440,7 +440,7 @@ def check_values(folder: Path, modules: Collection[str]) -> None:
     for module in modules:
         for factor in ("lora_A", "lora_B"):
             if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
-                raise PartialLoraError(f"{path} has no {factor} of {module}, which its masks are for: copy it again.")
+                raise PartialLoraError(f"{path} has no {factor} of {module}, which has masks: copy it again.")
 
 
 # The model card of a saved adapter: PEFT's README.md, and how a masked adapter is loaded.
@@ -474,10 +474,10 @@ model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_train
 
 
 def complete_card(folder: Path) -> None:
-    """Add our tags, and once a section on loading, to the card that PEFT has just written of the adapter in ``folder``.
+    """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
 
-    PEFT's card of an adapter with a name of its own lies in the folder above. Everything else in the card stays as it
-    is. Where there is no card of PEFT's (a README.md whose library_name is peft), none is written.
+    The card of a named adapter lies in the folder above. A section that is there already is not added again, and all
+    else in the card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written.
     """
     path, adapter = folder / CARD, '"path/or/hub-id"'
     if not path.is_file():

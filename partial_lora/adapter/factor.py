@@ -1,8 +1,8 @@
-"""The masked low-rank factors: modules of which only the kept entries exist as a parameter.
+"""The masked low-rank factors: modules whose one parameter holds only the kept entries.
 
 For W (out × in), kept rows I and kept columns J, A (rank × in) is zero outside the columns J and B (out × rank) is zero
-outside the rows I; stored are A' (rank × |J|) and B' (|I| × rank). Masks over entries store the kept ones as a column
-(kept × 1): optimizers and schedules that tell weights from biases by their dimensions take them for weights.
+outside the rows I; only A' (rank × |J|) and B' (|I| × rank) are stored. Kept single entries are stored as a column
+(kept × 1), so that optimizers and schedules that tell weights from biases by their dimensions take them for weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import GATHER_DENSITY, Mask, TiedMask
 
 SCATTER_DENSITY_PER_RANK = 0.01
-"""Up to this density times the rank, adding to the kept features alone beats adding a zero-filled product to all."""
+"""Up to a density of this times the rank, adding to kept features beats adding a zero-filled product to all."""
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -34,21 +34,21 @@ def _convolve(x: Tensor, weight: Tensor, **settings) -> Tensor:
 class MaskedFactor(nn.Module):
     """A low-rank factor that holds only what its ``mask`` keeps, as the parameter ``kept``; the rest is zero.
 
-    Everyone else sees the whole factor: ``weight`` is the dense tensor with zeros where masked, and the state dict
-    holds it under PEFT's own key, ``weight``; ``kept``, the name of the parameter, loads as well.
+    Other code sees the whole factor: ``weight`` is the dense tensor with zeros where masked, and the state dict holds
+    it under PEFT's own key, ``weight``. A state dict with ``kept``, the parameter's own name, loads as well.
 
     Args:
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
 
-    Where the mask keeps everything (``full``) it is the factor plain LoRA has, and treated alike.
+    Where the mask keeps everything (``full``), this is plain LoRA's factor and is computed as in PEFT.
     """
 
     axis_name: str
-    axis: int  # of the weight, along which W's own features lie; the rank lies along the other
+    axis: int  # the weight's axis of W's own features; its other axis is the rank
     rank: int
-    in_groups = False  # a gather of features would mix groups up
+    in_groups = False  # True for a convolution in groups, which a gather of features would mix up
 
     def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MaskedFactor(nn.Module):
         # How the dense factor is applied to its input.
         self._apply_weight = F.linear
         if not self.is_convolution:
-            self.out_features, self.in_features = self.shape  # as of the layer it stands in for
+            self.out_features, self.in_features = self.shape  # as of the layer that it replaces
         else:
             settings = ("stride", "padding", "dilation", "groups")
             self._apply_weight = partial(_convolve, **{name: getattr(dense, name) for name in settings})
@@ -68,10 +68,10 @@ class MaskedFactor(nn.Module):
             self._places |= _within_features(mask.kept, self.shape, self.axis)
         if isinstance(mask, TiedMask):
             self._places |= _groups(mask)
-        # Once, for the forward pass: a compiler that follows them into the arrays warns that these are read-only.
+        # Not in the forward pass: a compiler that reads them off the arrays there warns that these are read-only.
         self.touched = len(self._places["features" if entries else "kept"])
         self.density = self.touched / self.shape[self.axis]
-        # No buffers: DistributedDataParallel would send them every step, and a detour over the meta device would empty
+        # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
         # them.
         self._indices: dict[str, Tensor] = {}
         self._move_indices(dense.weight.device)
@@ -79,7 +79,7 @@ class MaskedFactor(nn.Module):
 
     @property
     def gathers(self) -> bool:
-        """True where products with activations take the features that have kept entries; else they take all.
+        """True where products with activations take only the features that have kept entries; else they take all.
 
         Channels of a convolution are contiguous, so gathering them always pays.
         """
@@ -89,11 +89,11 @@ class MaskedFactor(nn.Module):
 
     @property
     def scatters(self) -> bool:
-        """True where a product is added to the kept features of an activation; else, zero-filled, to all of them."""
+        """True where a product is added to an activation's kept features alone; else it is zero-filled for all."""
         return self.gathers and (self.is_convolution or self.density <= SCATTER_DENSITY_PER_RANK * self.rank)
 
     def _apply(self, *args, **kwargs) -> MaskedFactor:
-        """Move the indices with the module: a compiler would take their moving later for a change."""
+        """Move the indices with the module: if they moved later, a compiler would see a change."""
         moved = super()._apply(*args, **kwargs)
         self._move_indices(self.kept.device)
         return moved
@@ -128,11 +128,11 @@ class MaskedFactor(nn.Module):
         return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
 
     def nearest(self, dense: Tensor) -> Tensor:
-        """Return the ``kept`` whose factor is the nearest to a dense one."""
+        """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
 
     def padded(self, dense: Tensor, rank: int) -> Tensor:
-        """Return a dense factor with as many units of zeros that it has ``rank``, as on disk."""
+        """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
         missing = rank - self.rank
         if missing <= 0:
             return dense
@@ -140,7 +140,7 @@ class MaskedFactor(nn.Module):
         return torch.cat([dense, zeros], dim=1 - self.axis)
 
     def _unpadded(self, dense: Tensor) -> Tensor:
-        """Return a factor from disk without the units of zeros, if there are any; the inverse of `padded`."""
+        """Return a factor from disk without its units of zeros, if it has any; the inverse of `padded`."""
         unit = 1 - self.axis
         if dense.dim() != len(self.shape) or dense.shape[unit] <= self.shape[unit]:
             return dense
@@ -151,11 +151,11 @@ class MaskedFactor(nn.Module):
     def weight(self) -> Tensor:
         """The dense factor, zero where masked; gradients reach ``kept`` through it.
 
-        Writing into it raises; assigning another dense factor makes ``kept`` a new parameter, with what the mask keeps
-        of it. A sharded factor (FSDP2, ZeRO) is read by all processes together.
+        Writing into it raises. Assigning a dense factor makes ``kept`` a new parameter with what the mask keeps. All
+        processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
         dense = self.fill(whole(self.kept))
-        # Under a compiler nobody writes; and a full mask's view is of `kept` itself, so that nothing written is lost.
+        # Under a compiler nobody writes, and with a full mask this is a view of `kept`: nothing written is lost.
         return dense if self.full or torch.compiler.is_compiling() else dense.as_subclass(DenseView)
 
     @weight.setter
@@ -166,14 +166,14 @@ class MaskedFactor(nn.Module):
         self.kept = nn.Parameter(kept, requires_grad=self.kept.requires_grad)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register as any module does; ``weight``, which is none of its parameters, is assigned."""
+        """Register as any module does, but assign ``weight``, which is not a parameter here."""
         if name == "weight":
-            self.weight = param.data  # no parameter, or this method would be asked again
+            self.weight = param.data  # not as a parameter, or this method would be called again
         else:
             super().register_parameter(name, param)
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor, and refuse values elsewhere. Zeros are no proof of the right mask, values are."""
+        """Return `keep` of a factor; refuse one with values elsewhere, which was trained under another mask."""
         kept = self.keep(dense)
         if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
             raise PartialLoraError(
@@ -183,7 +183,7 @@ class MaskedFactor(nn.Module):
         return kept
 
     def operand(self, kept: Tensor) -> Tensor:
-        """Return the matrix of a product: that of the gathered features, or the dense factor."""
+        """Return the matrix of a product: the factor's part for the gathered features, or the dense factor."""
         if not self.gathers:
             return self.fill(kept)
         if not self.entries:
@@ -194,7 +194,7 @@ class MaskedFactor(nn.Module):
         return narrow.index_copy(0, self._index("narrow", kept.device), kept.squeeze(1)).view(shape)
 
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of ``kept``, from that of `operand`."""
+        """Return the gradient of ``kept``, from the gradient of `operand`."""
         if not self.gathers:
             return self.keep(gradient).view_as(self.kept)
         if not self.entries:
@@ -206,7 +206,7 @@ class MaskedFactor(nn.Module):
         return self._apply_weight(x, self.fill(self.kept))
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the features of an activation that meet those of `operand`: the ones that have kept entries."""
+        """Return an activation's features that meet `operand`: those that have kept entries."""
         index = self.features_on(x.device)
         if self.is_convolution:
             return x.index_select(1, index)
@@ -214,7 +214,7 @@ class MaskedFactor(nn.Module):
         return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
 
     def scatter(self, result: Tensor, change: Tensor) -> None:
-        """Add to result (tokens × features), in place and in the wider dtype, a change of what `gather` takes of it."""
+        """Add a change, in place and in the wider dtype, to those features (tokens × features) that `gather` takes."""
         index = self.features_on(result.device)
         if result.dtype == change.dtype:
             result.index_add_(1, index, change)
@@ -222,7 +222,7 @@ class MaskedFactor(nn.Module):
             result.index_copy_(1, index, (result.index_select(1, index) + change).to(result.dtype))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 seeks parameters in a state dict by their names
+        if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 looks parameters up by their names
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         dense = entry_like(self.kept, self.fill(whole(self.kept)))
@@ -234,7 +234,7 @@ class MaskedFactor(nn.Module):
         own = {}
         dense, kept = (state_dict.get(prefix + name) for name in ("weight", "kept"))
         dense = dense if dense is None else self._unpadded(dense)
-        if dense is None and kept is not None:  # parameters copied by their names, as an average of weights is
+        if dense is None and kept is not None:  # parameters copied by name, as by averaging of weights
             own[prefix + "kept"] = sharded_like(self.kept, whole(kept))
         elif dense is None:
             missing_keys.append(prefix + "weight")
@@ -260,13 +260,13 @@ class FactorA(MaskedFactor):
         return self.shape[0]
 
     def draw_for_kept(self) -> None:
-        """Bring A from PEFT's draw, for all inputs, to that for the kept ones: the same values, 1/√density as large."""
+        """Rescale A from PEFT's draw for all inputs to a draw for the kept ones: the same values times 1/√density."""
         self.kept.data *= self.mask.reach**-0.5
 
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
-        """Return A dropout(x), for x whose features are on the last dimension (a convolution's channels on the second).
+        """Return A dropout(x), for x with features in the last dimension (a convolution's channels in the second).
 
-        Where features are gathered, the backward pass stores those of x alone.
+        Where features are gathered, only these features of x are stored for the backward pass.
         """
         if self.gathers:
             return self._apply_weight(dropout(self.gather(x)), self.operand(self.kept))
@@ -274,17 +274,17 @@ class FactorA(MaskedFactor):
 
 
 class FrozenA(FactorA):
-    """A (rank × in) as a seed has drawn it: all of it is there, none of it trains, and no file has to hold it.
+    """A (rank × in) as drawn by a seed: it is whole, does not train, and need not be saved.
 
     Args:
-        dense: the factor as PEFT has drawn it, whose place and number format it takes.
-        drawn: its values, in float32 (`selection.frozen_a`).
+        dense: the factor as PEFT has drawn it, which gives the device and dtype.
+        drawn: the values, in float32 (`selection.frozen_a`).
     """
 
     def __init__(self, dense: nn.Module, drawn: np.ndarray) -> None:
         super().__init__(dense, Mask.full(dense.weight.shape[1]), entries=False)
         self._drawn = drawn
-        # No parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send.
+        # Not a parameter, which PEFT would set to train, nor a buffer, which DistributedDataParallel would send.
         like = self.kept.detach()
         del self.kept
         self.kept = self._drawn_like(like)
@@ -293,13 +293,13 @@ class FrozenA(FactorA):
         return like if like.is_meta else torch.from_numpy(self._drawn).to(like.device, like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> FrozenA:
-        """Follow the module to another device or number format, and back from the meta device with the same values."""
+        """Follow the module to another device or dtype, and back from the meta device with the same values."""
         self.kept = self._drawn_like(fn(self.kept))
         return super()._apply(fn, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
-        """The factor, to be read; only its own values can be assigned."""
+        """The factor, read-only; nothing but its own values can be assigned."""
         return self.kept.as_subclass(DenseView)
 
     @weight.setter
@@ -307,7 +307,7 @@ class FrozenA(FactorA):
         self._check_values(dense, "weight")
 
     def _check_values(self, dense: Tensor, name: str) -> None:
-        """Refuse another factor than this, in the coarser of the two number formats."""
+        """Refuse a factor that differs from this one in the coarser of the two dtypes."""
         own = self.kept
         same = dense.shape == own.shape and (
             dense.is_meta
@@ -341,24 +341,24 @@ class FactorB(MaskedFactor):
         return self.rank != self.shape[1]
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
-        """Return result + scaling * B low; where features are gathered only the kept ones are touched."""
+        """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
-        low = low * scaling  # the narrow one of the two
+        low = low * scaling  # narrower than the result
         if self.scatters:
             change = self._apply_weight(low, self.operand(self.kept))
             index, features = self.features_on(change.device), 1 if self.is_convolution else -1
             if result.dtype == change.dtype:
                 return result.index_add(features, index, change)
-            # Sum in the wider of the two, as `+` does; features that do not change need no such detour.
+            # Sum in the wider dtype, as `+` does, but only the features that change.
             return result.index_copy(features, index, (self.gather(result) + change).to(result.dtype))
         return result + self(low)
 
 
 class _Tied:
-    """A factor whose features are tied in groups (`TiedMask`): each is ± the values of a kept one, which all share.
+    """A factor whose features are tied in groups (`TiedMask`): each has the values of its group's kept one, times ±1.
 
-    Its product with an activation takes the sum of a group's features, by their signs, for one feature.
+    In a product with an activation, the signed sum of a group's features stands for one feature.
     """
 
     @property
@@ -374,21 +374,21 @@ class _Tied:
         return kept if self.full else self._spread(kept, self.axis)
 
     def nearest(self, dense: Tensor) -> Tensor:
-        """Return the mean of each group's features, by their signs."""
+        """Return the signed mean of each group's features."""
         places = torch.tensor(self.mask.places, device=dense.device)
         sizes = places.bincount().view([-1 if axis == self.axis else 1 for axis in range(dense.dim())])
         return self._sums(dense, self.axis) / sizes
 
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of ``kept``, from that of `operand`."""
+        """Return the gradient of ``kept``, from the gradient of `operand`."""
         return gradient if self.gathers or self.full else self._sums(gradient, self.axis)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the sums of an activation's features, by their signs: one for each group."""
+        """Return the signed sum of each group's features of an activation."""
         return self._sums(x, 1 if self.is_convolution else x.dim() - 1)
 
     def scatter(self, result: Tensor, change: Tensor) -> None:
-        """Add a change of the groups to the features (tokens × features) of each, by their signs, in place."""
+        """Add each group's change, with signs, to its features in result (tokens × features), in place."""
         result.copy_(result + self._spread(change, 1))
 
     def _sums(self, x: Tensor, axis: int) -> Tensor:
@@ -406,7 +406,7 @@ class _Tied:
         return x.index_select(axis, self._index(places, x.device)) * of_each
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor, and refuse one that is not tied as this is."""
+        """Return `keep` of a factor; refuse one that is not tied in the same groups."""
         kept = self.keep(dense)
         if not dense.is_meta and not torch.equal(self.fill(kept), dense):
             raise PartialLoraError(
@@ -432,7 +432,7 @@ class TiedB(_Tied, FactorB):
 
 
 def _groups(mask: TiedMask) -> dict[str, np.ndarray]:
-    """Return a mask's ties, and the members of its groups one after another, filled up to one size with sign 0."""
+    """Return a mask's ties, and the members of its groups in turn, each group padded to one size with sign 0."""
     order = np.argsort(mask.places, kind="stable")
     sizes = np.bincount(mask.places, minlength=len(mask.kept))
     shape = (len(sizes), sizes.max())
@@ -448,9 +448,9 @@ def _groups(mask: TiedMask) -> dict[str, np.ndarray]:
 
 
 def _within_features(entries: np.ndarray, shape: torch.Size, axis: int) -> dict[str, np.ndarray]:
-    """Return the features along ``axis`` that have any of ``entries`` (flat), and the entries' places among them alone.
+    """Return the features along ``axis`` that have any of the flat ``entries``, and the entries' places among these.
 
-    "features" are ascending; "narrow" are flat row-major places in the tensor of these features.
+    "features" are ascending; "narrow" are flat row-major places in the tensor of these features alone.
     """
     places = list(np.unravel_index(entries, shape))
     features, places[axis] = np.unique(places[axis], return_inverse=True)
@@ -459,15 +459,14 @@ def _within_features(entries: np.ndarray, shape: torch.Size, axis: int) -> dict[
     return {"features": features, "narrow": np.ravel_multi_index(places, narrow)}
 
 
-# The dense form of a masked factor, as code outside sees it: to be read, never written.
+# The dense form of a masked factor, as other code sees it: to be read, never written.
 
 
 class DenseView(Tensor):
     """A tensor computed from the kept entries of a factor; writing into it, or into a view of it, raises.
 
-    Much code knows a factor as ``layer.lora_A[name].weight`` and changes it by writing there. Written values would be
-    lost without a word, since the next reader computes the tensor again. Everything that is computed from it, and every
-    copy, is an ordinary tensor.
+    Much code changes a factor by writing into ``layer.lora_A[name].weight``. Such values would be lost without a word,
+    since the next reader computes the tensor again. Copies, and all that is computed from it, are ordinary tensors.
     """
 
     @classmethod
@@ -475,16 +474,16 @@ class DenseView(Tensor):
         if _writes(func.__name__, args, kwargs or {}):
             raise PartialLoraError(
                 f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
-                " this would be lost: load a state dict, or do it to `kept`, which is the parameter."
+                " a change would be lost: load a state dict, or change `kept`, the parameter."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
         if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
-            return result.as_subclass(cls)  # .data, .detach(), a slice: a way to write all the same
+            return result.as_subclass(cls)  # .data, .detach(), a slice: writing there must raise too
         return result
 
     def __reduce_ex__(self, protocol: int) -> object:
-        """Pickle, and so torch.save, an ordinary tensor: the reader may not know this class."""
+        """Pickle as an ordinary tensor, for torch.save too: the reader may not know this class."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
@@ -508,11 +507,11 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
-# Parameters that FSDP2 or ZeRO has spread over processes: whole where someone looks, in parts where they are stored.
+# Parameters that FSDP2 or ZeRO has sharded over processes: whole when read, in parts when stored.
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor itself; of a sharded one all of it, in a call of all its processes together."""
+    """Return the tensor itself, or all of a sharded one; all its processes have to call this together."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if not _emptied(tensor):
@@ -523,18 +522,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(parameter: Tensor) -> Iterator[None]:
-    """Make a parameter that ZeRO's stage 3 has emptied whole inside the block; what process 0 writes into it stays."""
+    """Restore, inside the block, a parameter that ZeRO's stage 3 has emptied; what process 0 writes into it stays."""
     if not _emptied(parameter):
         yield
         return
-    import deepspeed  # where there is such a parameter, there is DeepSpeed
+    import deepspeed  # only DeepSpeed makes such a parameter
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         yield
 
 
 def _emptied(parameter: Tensor) -> bool:
-    """Return True where ZeRO's stage 3 has the values elsewhere for now."""
+    """Return True where ZeRO's stage 3 currently keeps the values elsewhere."""
     return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
 
 
@@ -549,7 +548,7 @@ def numel(parameter: Tensor) -> int:
 
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Return a whole tensor spread over the processes as ``parameter`` is, if it is."""
+    """Return a whole tensor, sharded over the processes like ``parameter``; as it is where that is not sharded."""
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -558,8 +557,8 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 def entry_like(parameter: Tensor, dense: Tensor) -> Tensor:
     """Return the state-dict entry that stands for ``parameter``, made from the whole ``dense`` tensor.
 
-    On the meta device it only plans what is to be loaded where, and accelerate reads the mesh off every entry of such a
-    plan; with values, an ordinary tensor is what everyone who saves can write.
+    On the meta device a state dict only plans what is loaded where, and accelerate reads the mesh off its entries, so
+    they are DTensors. With values, an entry is an ordinary tensor, which anyone can save.
     """
     if not isinstance(parameter, DTensor) or not dense.is_meta:
         return dense

@@ -1,20 +1,20 @@
-"""The fingerprint of the base model that an adapter belongs to, which costs a few values of each weight.
+"""The fingerprint of an adapter's base model, made from a few values of each weight.
 
-Shapes alone cannot tell a model from its fine-tuned sibling, and all weights are too much to read on every load. So:
+Shapes alone cannot tell a model from its fine-tuned sibling, and reading all weights on every load is slow. So:
 
-digest   sha256 over the name, shape, dtype and a diagonal of every base parameter: at least one value of each row and
-         each column, so that a change to a block of it, such as a masked adapter merged into it, shows. It must match
-         on a model that has the same dtypes. Quantised parameters are left out: some are packed otherwise once they
+digest   sha256 over the name, shape, dtype and a diagonal of every base parameter. The diagonal has at least one value
+         of each row and column, so that a change to many of them, such as a merged masked adapter, shows. Models with
+         the same dtypes must have the same digest. Quantised parameters are left out: some are packed anew once they
          have run.
 samples  two values from the middle of each of the two largest parameters outside linear layers, in bfloat16, and one
-         from the middle of each of four linear layers. On a model of other dtypes these must agree, up to rounding;
-         where its linear layers are quantised, the first of them alone.
+         from the middle of each of four linear layers. Models with different dtypes must agree in these, up to
+         rounding; where one is quantised, only in the values outside linear layers.
 
-An adapter that is merged and unmerged leaves a base weight as it was but for rounding. `remember_base` keeps the
-diagonals from before, and they count for as long as the weights are still near them; `forget_base` drops them where an
-adapter stays in the weights for good.
+Merging and unmerging an adapter restores a base weight only up to rounding. `remember_base` keeps the diagonals from
+before; they count as the weight's own while it is still near them. `forget_base` drops them where an adapter stays in
+the weights for good.
 
-Buffers are left out, since running averages move in training, and so are the parameters an adapter has of its own.
+Buffers are left out, since running averages change in training, and so are an adapter's own parameters.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 from partial_lora.adapter.factor import is_sharded
 
-_SAMPLED = 2  # parameters outside linear layers, of two values each
-_SAMPLED_LINEAR = 4  # of one value each
-_ROUNDING = 2**-6  # four times what bfloat16 rounds off; other weights hardly ever agree so far
+_SAMPLED = 2  # parameters outside linear layers, with two values each
+_SAMPLED_LINEAR = 4  # weights of linear layers, with one value each
+_ROUNDING = 2**-6  # four times the rounding error of bfloat16; other weights hardly ever agree so closely
 _REMEMBERED = "_diagonals_before_merging"
-_TINY = 1e-6  # float16 has no relative precision below
+_TINY = 1e-6  # below this, float16 has little relative precision
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A base model's identity: the dtypes of its parameters, a digest, and a few values for models of other dtypes.
+    """A base model's identity: the dtypes of its parameters, a digest, and a few values to compare across dtypes.
 
     ``digest`` is None where a value cannot be read (parameters on the meta device, or spread over processes).
     """
@@ -51,7 +51,7 @@ class Fingerprint:
     linear_samples: tuple[float, ...] = ()
 
     def agrees(self, other: Fingerprint) -> bool:
-        """Return True where both can be of one model, also where neither digests nor samples can be compared."""
+        """Return whether both can be of one model: True also where a digest is missing, so that nothing is compared."""
         if self.digest is None or other.digest is None:
             return True
         if self.dtypes == other.dtypes:
@@ -67,7 +67,7 @@ class Fingerprint:
 
     @property
     def is_quantised(self) -> bool:
-        """True where some parameters are not numbers that can be compared with another model's."""
+        """True where some parameters are codes, which cannot be compared with another model's numbers."""
         return any(not name.startswith(("float", "bfloat")) or "float8" in name for name in self.dtypes.split("+"))
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Fingerprint:
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
-        """Return the inverse of ``str``; raises ValueError for another text."""
+        """Return the fingerprint that ``str`` has written; raises ValueError for any other text."""
         dtypes, digest, *samples = text.split(" ")
         values, linear_values = (
             () if some == "-" else torch.frombuffer(bytearray.fromhex(some), dtype=torch.bfloat16).tolist()
@@ -86,7 +86,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
-    """Return the fingerprint of a base model, with or without adapters in it, but for the parameters in ``exclude``."""
+    """Return the fingerprint of a base model, adapted or not, over all its parameters but those in ``exclude``."""
     parameters = sorted(
         (entry for entry in base_parameters(model) if entry[0] not in exclude), key=lambda entry: entry[0]
     )
@@ -113,14 +113,14 @@ def remember_base(model: nn.Module) -> None:
 
 
 def forget_base(layers: Iterable[nn.Module]) -> None:
-    """Drop the diagonals of the weights under these layers: something else has become of them."""
+    """Drop the diagonals kept for the weights under these layers: the weights have changed for good."""
     for layer in layers:
         for _, owner, _ in base_parameters(layer):
             vars(owner).pop(_REMEMBERED, None)
 
 
 def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tensor:
-    """Return the diagonal of a parameter; the remembered one where merging and rounding account for the difference."""
+    """Return a parameter's diagonal: the one from before merging where the two differ only by rounding."""
     here = _diagonal(parameter)
     before = vars(owner).get(_REMEMBERED, {}).get(name.rpartition(".")[2])
     if before is None or before.shape != here.shape:
@@ -131,7 +131,7 @@ def _diagonal_as_loaded(name: str, owner: nn.Module, parameter: Tensor) -> Tenso
 
 
 def short(digest: hashlib._Hash) -> str:
-    """Return 64 bits of a digest in eleven characters: enough against mistakes, which is all that it is for."""
+    """Return 64 bits of a digest in eleven characters: enough to catch mistakes, not attacks."""
     return base64.urlsafe_b64encode(digest.digest()[:8]).decode().rstrip("=")
 
 
@@ -182,7 +182,7 @@ def _middle(parameter: Tensor, *, count: int) -> list[float]:
 
 
 def _diagonal(parameter: Tensor) -> Tensor:
-    """Return values of a parameter, seen as a matrix, that meet each row and column at least once; on the CPU."""
+    """Return values of a parameter, taken as a matrix: at least one of each row and column; on the CPU."""
     values = parameter.detach()
     if values.dim() < 2 or values.numel() == 0:
         return values.reshape(-1).cpu()
@@ -196,17 +196,17 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Return True for numbers, False for the codes or the class of a quantiser."""
+    """Return True for an ordinary tensor of numbers, False for a quantiser's codes or its class of tensor."""
     return parameter.is_floating_point() and type(parameter) in (nn.Parameter, Tensor)
 
 
 def _readable(parameter: Tensor) -> bool:
-    """Return True where the values are here: not a DTensor, nor the rest of a parameter in DeepSpeed's stage 3."""
+    """Return True where this process has the values: not on the meta device, nor sharded (DTensor, ZeRO's stage 3)."""
     return not parameter.is_meta and not is_sharded(parameter)
 
 
 def _kind_of(parameter: Tensor) -> str:
-    """Return its dtype; of a quantiser's codes stored as numbers (bnb_4bit_quant_storage) their class."""
+    """Return the dtype; for a quantiser's codes stored as numbers (bnb_4bit_quant_storage), their class."""
     is_codes = parameter.is_floating_point() and not _is_plain(parameter) and hasattr(parameter, "quant_state")
     return type(parameter).__name__ if is_codes else _name_of(parameter.dtype)
 

@@ -30,7 +30,7 @@ def adapted_linear(
     Args:
         x: activations (..., in).
         weight: W (out × in), which gets no gradient.
-        bias: b (out), which may get one.
+        bias: b (out), which may get a gradient.
         a: the masked A; b: the masked B, both of a linear layer.
         scaling: alpha / rank.
         dropout: the probability of zeroing a feature of x on its way into A; 0 in evaluation.
@@ -46,7 +46,7 @@ def adapted_linear(
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
             for tensor in (tokens, weight, bias, kept_a, kept_b)
         )
-    # Of matrices, so that the result is no view: later code may write into it, as into any layer's output.
+    # On matrices, so that the function returns no view: later code may write into it, as into any layer's output.
     result = _AdaptedLinear.apply(tokens, weight, bias, kept_a, kept_b, a, b, scaling, dropout)
     return result.view(*x.shape[:-1], result.shape[-1])
 
@@ -70,7 +70,7 @@ class _AdaptedLinear(torch.autograd.Function):
         low = (dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T).mul_(scaling)
         result = F.linear(tokens, weight, bias)
         _add_product(result, low, b, kept_b)
-        # What B's gradient needs is `low`; A's needs the inputs, which are wider but make `low` again.
+        # B's gradient needs `low`. A's needs the inputs, which are wider but give `low` again.
         ctx.save_for_backward(inputs if ctx.needs_input_grad[3] else low, dropped.zeroed, weight, kept_a, kept_b)
         ctx.a, ctx.b, ctx.scaling, ctx.dropout = a, b, scaling, dropout
         return result
@@ -88,7 +88,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def _gradients(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
         saved, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
-        matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # as the features below were taken
+        matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # which match the features below
         dropped = _Dropout(zeroed, ctx.dropout)
         outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
         gradient_low = (outputs @ matrix_b).mul_(ctx.scaling)
@@ -185,19 +185,19 @@ class PartialLoraVariant(LoraVariant):
 
 
 def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
-    """Return the adapter's B A, scaled: in the dtype of W, or whole where the sum is quantised again."""
+    """Return the adapter's scaled B A in the dtype of W, or unrounded where the sum is quantised again."""
     change = module.get_delta_weight(adapter)
     return change.to(weight.dtype) if isinstance(module, (lora.Linear, lora.layer._ConvNd)) else change
 
 
 class PartialLinear(lora.Linear):
-    """PEFT's LoRA layer over a plain linear layer, which runs base and adapter as one operation where it may.
+    """PEFT's LoRA layer over a plain linear layer, which fuses base and adapter into one operation where it can.
 
-    It may where exactly one masked adapter is active and nothing else watches the parts; everything else runs as in
-    PEFT, through PartialLoraVariant, with the same result.
+    It can where exactly one masked adapter is active and nothing else watches the parts. All else runs as in PEFT,
+    through PartialLoraVariant, with the same result.
 
     Attributes:
-        fuses: False keeps the parts apart. Set it on the class for second derivatives, which the one operation lacks.
+        fuses: False keeps the parts apart. Set it on the class for second derivatives, which the fused one lacks.
     """
 
     fuses = True
@@ -219,7 +219,7 @@ class PartialLinear(lora.Linear):
         )
 
     def _fusable_adapter(self) -> str | None:
-        """Return the one active adapter, where it can run as one operation with the base layer."""
+        """Return the name of the active adapter where it can be fused with the base layer, else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not self.fuses or len(active) != 1:
             return None
@@ -234,14 +234,14 @@ class PartialLinear(lora.Linear):
 
 
 EMBEDDED = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
-"""PEFT's names of an embedding's factors, in files too, where they lie on their side: it adapts the transpose of W."""
+"""PEFT's names of an embedding's factors, in files too. They are transposed: PEFT adapts the transpose of W."""
 
 
 class PartialEmbedding(lora.Embedding):
-    """PEFT's LoRA layer over an embedding W (tokens × dimensions), whose masked adapters are factors of W like others.
+    """PEFT's LoRA layer over an embedding W (tokens × dimensions), whose masked factors are modules as in other layers.
 
-    Rows of B are tokens, columns of A are dimensions. PEFT's own methods know of no adapter here but those that are not
-    masked, which are still its tensors; what this class adds are the others.
+    Rows of B are tokens, columns of A are dimensions. PEFT's own methods handle the adapters that are not masked, which
+    are tensors as PEFT has made them; this class adds the masked ones.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -275,7 +275,7 @@ class PartialEmbedding(lora.Embedding):
         return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to W; ``safe_merge`` raises ValueError where that gives a number that is none."""
+        """Add adapters to W; ``safe_merge`` raises ValueError where the result is not finite."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_B]
         remember_base(self)
         super().merge(safe_merge, adapter_names)
@@ -288,7 +288,7 @@ class PartialEmbedding(lora.Embedding):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take what is merged out of W again."""
+        """Take the merged adapters out of W again."""
         for name in [name for name in self.merged_adapters if name in self.lora_B]:
             weight = self.get_base_layer().weight
             weight.data = weight.data - self.get_delta_weight(name).to(weight.dtype)
@@ -297,7 +297,7 @@ class PartialEmbedding(lora.Embedding):
             super().unmerge()
 
     def with_linears(self, name: str) -> None:
-        """Put the linear layers of an adapter in the place of the tensors that PEFT has just drawn."""
+        """Replace the tensors that PEFT has just drawn for an adapter by linear layers."""
         for factor, embedded in EMBEDDED.items():
             drawn = getattr(self, embedded).pop(name)
             linear = nn.Linear(*drawn.shape, bias=False, device="meta")
@@ -306,7 +306,7 @@ class PartialEmbedding(lora.Embedding):
 
 
 def as_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of a state dict, the factors of embeddings named and turned as those of other layers."""
+    """Return a state dict's tensors, with the factors of embeddings named and transposed like other layers' factors."""
     named = {}
     for key, tensor in tensors.items():
         path, _, rest = key.partition(".lora_embedding_")
@@ -322,7 +322,7 @@ def can_fuse(layer: nn.Module) -> bool:
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Return True where the base layer is its product alone, with a frozen weight that is an ordinary tensor."""
+    """Return True where the base layer computes its product alone, with a frozen weight that is an ordinary tensor."""
     return (
         can_fuse(base)
         and not _is_watched(base)
@@ -332,7 +332,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Return True where a call does more than the module's forward: hooks, accelerate's too, which replace it."""
+    """Return True where a call does more than the module's forward: it has hooks, or accelerate has replaced it."""
     return bool(
         "forward" in vars(module)
         or module._forward_hooks
@@ -354,8 +354,8 @@ def mask_layer(
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
-    Its values stay as drawn, or become what they would be were the kept inputs all (``fan_in`` "kept"). ``frozen``: the
-    values of an A that does not train.
+    Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``frozen``: the values of an
+    A that does not train.
     """
     embeds, tied = isinstance(layer, PartialEmbedding), isinstance(masks.rows, TiedMask)
     if embeds:
@@ -363,7 +363,7 @@ def mask_layer(
     if frozen is None:
         kind = TiedA if tied else FactorA
         layer.lora_A[adapter_name] = kind(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
-        if fan_in == "kept" and not embeds:  # whose outputs are no sum over the columns of A
+        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
             layer.lora_A[adapter_name].draw_for_kept()
     else:
         layer.lora_A[adapter_name] = FrozenA(layer.lora_A[adapter_name], frozen)

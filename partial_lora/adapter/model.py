@@ -21,10 +21,10 @@ from partial_lora.masks import AXES, Mask
 
 
 class PartialLoraModel(LoraModel):
-    """A base model with adapters of which only the kept rows and columns exist.
+    """A base model whose adapters hold only the kept rows and columns.
 
-    Everything PEFT's LoRA does (merging, saving, several adapters, quantised bases) is PEFT's. All its adapters are of
-    a PartialLoraConfig, plain LoRA's of sparsity 0; what add_weighted_adapter combines them into is dense.
+    PEFT itself does all that its LoRA does (merging, saving, several adapters, quantised bases). Every adapter has a
+    PartialLoraConfig, with sparsity 0 for plain LoRA; add_weighted_adapter combines adapters into a dense one.
 
     Raises PartialLoraError, before anything is built, for targets that cannot be masked.
     """
@@ -35,17 +35,17 @@ class PartialLoraModel(LoraModel):
             raise PartialLoraError("targets taken from a state_dict cannot be masked: name them in target_modules.")
         if any(isinstance(layer, LoraLayer) and adapter_name in layer.lora_A for layer in model.modules()):
             raise PartialLoraError(
-                f"the model has an adapter {adapter_name!r} in it: unload() or delete_adapter() it first, or choose "
+                f"the model already has an adapter {adapter_name!r}: unload() or delete_adapter() it first, or choose "
                 "another name."
             )
-        # Of its own: the config remembers the masks of one model, and the caller may use or change it for another.
+        # A copy: the config remembers the masks of one model, and the caller may use or change it for another.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
-        # The last step of PEFT's injection before it replaces the first module: here everything is still whole.
+        # PEFT calls this last before it replaces the first module: the model is still unchanged.
         if isinstance(peft_config, PartialLoraConfig):
-            peft_config.check()  # attributes can be set, and this step would already replicate layers
+            peft_config.check()  # attributes may have changed since, and super() would replicate layers
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             _maybe_include_all_linear_layers(peft_config, model)
@@ -69,12 +69,12 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
                 )
             if peft_config.columns == "frozen" and isinstance(modules[name], nn.Embedding):
-                raise PartialLoraError(f"target module {name} is an embedding: columns='frozen' draws no A for one.")
+                raise PartialLoraError(f"target module {name} is an embedding: columns='frozen' cannot draw its A.")
         ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
         return {base_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT refuses what does not work with LoRA by the name of the method.
+        # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown a LoraConfig.
         own = isinstance(peft_config, PartialLoraConfig)
         super()._check_target_module_compatiblity(peft_config.as_lora() if own else peft_config, model, target_name)
 
@@ -82,8 +82,8 @@ class PartialLoraModel(LoraModel):
     def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
         layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         if type(layer) is lora.Linear and can_fuse(layer.get_base_layer()):
-            # The same layer with another forward pass. PEFT chooses and builds its layers in functions that know their
-            # classes by name; its hook for custom ones (_register_custom_module) would displace the quantised layers.
+            # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and
+            # its hook for custom ones (_register_custom_module) would displace the quantised layers.
             layer.__class__ = PartialLinear
         elif type(layer) is lora.Embedding:
             layer.__class__ = PartialEmbedding
@@ -94,7 +94,7 @@ class PartialLoraModel(LoraModel):
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if isinstance(lora_config, PartialLoraConfig):
-            # PEFT has drawn the dense factors, with the random numbers plain LoRA takes; now most of them go.
+            # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
             layer, name = parent.get_submodule(target_name), base_name(current_key)
             frozen = lora_config.frozen_a(name)
             mask_layer(layer, adapter_name, lora_config.masks[name], fan_in=lora_config.fan_in, frozen=frozen)
@@ -108,38 +108,38 @@ class PartialLoraModel(LoraModel):
         own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
         for key, layer in self.model.named_modules():
             if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & own.keys():
-                raise PartialLoraError(f"{base_name(key)} is an embedding: PEFT combines no masked adapters of one.")
+                raise PartialLoraError(f"{base_name(key)} is an embedding: PEFT cannot combine its masked adapters.")
         for name, config in own.items():
             if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
                 raise PartialLoraError(
-                    f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors of one"
-                    " rank; take 'cat' or one that ends in 'svd'."
+                    f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors, which"
+                    " must have one rank; take 'cat' or a type that ends in 'svd'."
                 )
         dense = {name: config.as_lora() for name, config in own.items() if isinstance(config, PartialLoraConfig)}
-        self.peft_config.update(dense)  # PEFT makes the new config after the first of these
+        self.peft_config.update(dense)  # PEFT copies the new config from the first of these
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             self.peft_config.update(own)
 
     def merge_adapter(self, *args, **kwargs) -> None:
-        """Merge, as PEFT does; unmerging gives weights back but for rounding, so what tells the base apart is kept."""
+        """Merge, as PEFT does, but first keep the base's diagonals: unmerging restores weights only up to rounding."""
         remember_base(self.model)
         super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
         layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
-        altered = [layer for layer in layers if merge or layer.merged]  # unload() leaves in what is merged
+        altered = [layer for layer in layers if merge or layer.merged]  # unload() does not unmerge
         base = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         forget_base(altered)
         return base
 
     @classmethod
     def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
-        """Return the adapter's part of a state dict, every factor dense and of rank r.
+        """Return the adapter's part of a state dict, every factor dense and padded to the rank on disk.
 
-        A masked factor writes itself dense; but ZeRO's stage 3 gathers a state dict by the names of parameters, and has
-        its kept entries under ``kept``.
+        A masked factor writes itself dense. ZeRO's stage 3 instead gathers a state dict by the names of parameters, so
+        there it has the kept entries under ``kept``.
         """
         state = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         for key in [key for key in state if key.endswith((".kept", ".weight"))]:
@@ -169,9 +169,9 @@ class PartialLoraModel(LoraModel):
 
 
 def register() -> None:
-    """Register the method with PEFT. Its own register_peft_method takes no names it does not list itself.
+    """Register the method with PEFT, whose own register_peft_method takes only names that PEFT lists.
 
-    Raises AttributeError for a PEFT without a method that PartialLoraModel overrides: it would never be called.
+    Raises AttributeError where PEFT lacks a method that PartialLoraModel overrides: the override would never be called.
     """
     for name in vars(PartialLoraModel).keys() - {"_geometries"}:
         getattr(LoraModel, name)
@@ -181,12 +181,12 @@ def register() -> None:
 
 
 def base_name(key: str) -> str:
-    """Return a name as in the base model when it was loaded, without what PEFT and torch.compile put into it."""
+    """Return a name as the loaded base model has it, without what PEFT and torch.compile put into it."""
     return key.removeprefix("base_model.model.").replace("_orig_mod.", "")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the base model, those of its adapters among them, by their names as loaded."""
+    """Return the modules of the base model, adapters included, by their names as loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {base_name(name): module for name, module in base.named_modules()}
 
@@ -198,9 +198,9 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return what PEFT saves of an adapter, by names in the base model; beside the factors the model's own tensors."""
+    """Return the tensors that PEFT saves of an adapter, by names in the base model; only masked factors are copies."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    again = (".modules_to_save.", ".original_module.")  # with bias="all", the biases of a head are there once more
+    again = (".modules_to_save.", ".original_module.")  # with bias="all", a head's biases are there twice
     return as_factors({base_name(key): state[key] for key in state if not any(part in key for part in again)})
 
 
@@ -214,7 +214,7 @@ def check_unmerged(model: nn.Module) -> None:
 def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, ModuleMasks]:
     """Return the masks in force, {module: masks}, read off the adapter itself; full ones for plain LoRA.
 
-    Raises PartialLoraError for a module whose masks were lost, which PEFT code that builds its layers again can do.
+    Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
     masks = {}
     partial = isinstance(model.peft_config[adapter_name], PartialLoraConfig)
@@ -223,7 +223,7 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
         if isinstance(low, FactorA) and isinstance(high, FactorB):
             masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
         elif partial:
-            raise PartialLoraError(f"{name} has lost its masks: something has built its adapter again, densely.")
+            raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
         else:
             masks[name] = ModuleMasks(rows=Mask.full(layer.out_features), columns=Mask.full(layer.in_features))
     return masks

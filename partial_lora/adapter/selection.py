@@ -1,4 +1,4 @@
-"""From settings to masks: the rows and columns, or the single entries, of each module that stay."""
+"""From settings to masks: the rows and columns, or the single entries, that each module keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = dict[str, dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes of a module, all that a mask needs to know of it.
+    """The shapes of a module: all that a mask needs to know about it.
 
     Attributes:
         shape: (out, in) of W; for a convolution its output and input channels.
@@ -45,9 +45,9 @@ class Geometry:
 class ModuleMasks:
     """The masks of one module.
 
-    Of rows and columns: ``rows`` over the outputs, ``columns`` over the inputs of its W, of ``shape`` (out, in).
-    Of entries: ``rows`` is over the entries of B, ``columns`` over those of A, both flat and row-major; their sizes are
-    then not those of W, and ``shape`` holds (out, in).
+    Masks of rows and columns: ``rows`` is over the outputs of W, ``columns`` over its inputs; ``shape`` is (out, in).
+    Masks of entries: ``rows`` is over the entries of B, ``columns`` over the entries of A, both flat and row-major;
+    only ``shape`` then holds (out, in).
     """
 
     rows: Mask
@@ -60,7 +60,7 @@ class ModuleMasks:
 
     @property
     def element(self) -> bool:
-        """True for masks of entries; at rank 1 a row of B, a column of A is one entry: the same masks."""
+        """True for masks of entries; False at rank 1, where every row of B and column of A is one entry."""
         return (self.rows.size, self.columns.size) != self.shape
 
 
@@ -85,8 +85,8 @@ def random_masks(
 def _of_units(geometry: Geometry, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
     """Draw rows of B, or columns of A, for each unit of the rank by itself, as a mask over the factor's entries.
 
-    All units take theirs from one random order, each the next ones, from the start again at its end. So no two have one
-    in common while they last, and 16 units of 6 % reach 96 % of W's rows.
+    Units take the next ones in turn from one random order, which starts again at its end. So units are disjoint while
+    it lasts, and 16 units of 6 % reach 96 % of W's rows.
     """
     shape = geometry.b if axis == "rows" else geometry.a
     size, units = shape[:2] if axis == "rows" else shape[1::-1]
@@ -102,11 +102,10 @@ def _of_units(geometry: Geometry, sparsity: float, *, mask_seed: int, module: st
 def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
     """Draw the dense A (rank × in, float32) of a module from the seed and its name alone, distributed as PEFT draws it.
 
-    Uniform between ±1/√n for n inputs (for a convolution, of all places of its kernel), as of any seed of numpy's the
-    same on every machine.
+    Uniform between ±1/√n for n inputs (times the places of the kernel, for a convolution), the same on every machine.
     """
     keys = random_keys(math.prod(geometry.a), mask_seed=mask_seed, module=module, axis="frozen")
-    uniform = (keys >> np.uint64(11)) * 2.0**-52 - 1  # of the 53 bits that a double holds
+    uniform = (keys >> np.uint64(11)) * 2.0**-52 - 1  # from the 53 bits that a double holds
     return (uniform / math.sqrt(math.prod(geometry.a[1:]))).astype(np.float32).reshape(geometry.a)
 
 
@@ -127,7 +126,7 @@ def top_masks(
 
 
 def index_masks(geometries: Mapping[str, Geometry], indices: Values, *, granularity: str) -> dict[str, ModuleMasks]:
-    """Return masks that keep these ``indices``, ascending: the selection "top" of those who have selected already."""
+    """Return masks that keep these ascending ``indices``: the selection "top", chosen by the caller."""
     _check_modules(geometries, indices, "indices")
 
     def choose(module: str, axis: str, size: int) -> Mask:
@@ -179,7 +178,7 @@ def read_values(values: object, key: str) -> Values:
     """Return scores or indices in one form: lists, arrays or tensors become arrays of numbers.
 
     ``values`` is {module: {"rows": numbers, "columns": numbers}}; ``key`` is its name in errors. Raises
-    PartialLoraError naming the entry that is no such thing, or holds what is not finite.
+    PartialLoraError, naming the entry, for any other form and for numbers that are not finite.
     """
     if not isinstance(values, Mapping):
         raise PartialLoraError(f"{key} is a {type(values).__name__}: expected {{module: {{rows, columns}}}}.")
@@ -198,7 +197,7 @@ def _numbers(values: object, key: str) -> np.ndarray:
             values = values.detach().cpu()
             values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
         numbers = np.array(values)  # a copy, which nobody else changes
-    except (ValueError, TypeError, RuntimeError):  # a ragged list, a sparse tensor, one without values
+    except (ValueError, TypeError, RuntimeError):  # a ragged list, a tensor that is sparse or has no values
         numbers = np.array(None)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
         raise PartialLoraError(
@@ -212,17 +211,17 @@ def _numbers(values: object, key: str) -> np.ndarray:
     return numbers
 
 
-# The base layers that a masked adapter fits on, and the shapes of its factors there.
+# The base layers that a masked adapter fits, and the shapes of its factors there.
 
-# A bag adds embeddings up itself, and attention's projections are one tensor without modules.
+# EmbeddingBag sums embeddings itself, and MultiheadAttention has its projections in one tensor, not in modules.
 _UNFIT = (nn.EmbeddingBag, nn.MultiheadAttention)
 
 
 def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
     """Return the shapes of W, A and B for the base ``layer`` called ``name`` (or PEFT's layer around it).
 
-    Linear layers, quantised ones and transformers' Conv1D included, have W (out × in). Of a convolution, rows are
-    output channels and columns input channels; of an embedding, rows are tokens and columns dimensions. Raises
+    Linear layers, quantised ones and transformers' Conv1D included, have W (out × in). In a convolution, rows are
+    output channels and columns input channels; in an embedding, rows are tokens and columns dimensions. Raises
     PartialLoraError for a layer that masks do not fit.
     """
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -234,8 +233,8 @@ def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
     inputs, outputs = (None, None) if isinstance(layer, _UNFIT) else _get_in_out_features(layer)
     if not isinstance(inputs, int) or not isinstance(outputs, int):
         raise PartialLoraError(
-            f"target module {name} is a {type(layer).__name__}: only linear layers, convolutions and embeddings are"
-            " masked, name the targets so that it does not match."
+            f"target module {name} is a {type(layer).__name__}: only linear layers, convolutions and embeddings can"
+            " be masked; name the targets so that it does not match."
         )
     return Geometry(shape=(outputs, inputs), a=(rank, inputs), b=(outputs, rank))
 
@@ -245,12 +244,12 @@ def _convolution(name: str, layer: nn.modules.conv._ConvNd, rank: int) -> Geomet
         value = getattr(layer, option)
         if value != plain and set(value if isinstance(value, tuple) else ()) != {plain}:
             raise PartialLoraError(
-                f"target module {name} is a convolution with {option}={value}, which PEFT's LoRA leaves out: name the"
+                f"target module {name} is a convolution with {option}={value}, which PEFT's LoRA ignores: name the"
                 " targets so that it does not match."
             )
     if rank % layer.groups:
         raise PartialLoraError(
-            f"target module {name} is a convolution in {layer.groups} groups, which rank {rank} is not a multiple of:"
+            f"target module {name} is a convolution in {layer.groups} groups, and rank {rank} is no multiple of that:"
             " choose another rank or name the targets so that it does not match."
         )
     shape = (layer.out_channels, layer.in_channels)

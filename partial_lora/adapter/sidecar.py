@@ -1,7 +1,7 @@
 """partial_lora.json, the file beside an ordinary LoRA adapter that tells its masked zeros from the others.
 
-Masks cannot be read off the zeros, since B starts as all zeros. The file holds what they are made from, and a digest
-of each that the masks made again must match.
+Masks cannot be read off the zeros, since B starts as all zeros. The file holds the settings they are made from, and
+their digests, which the masks made again must match.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ def describe(
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    version, granularity, selection, mask_seed, count (of single entries only), columns (where A is frozen), fan_in
-    (where A is drawn for the kept inputs), sparsity as the config has it, and modules, for each:
-    rows, columns (the sparsity as measured; as requested for "bernoulli", whose number is random), shape [out, in],
-    rank (where it is not that of the adapter), a, b (of masks over entries only: the shapes of the dense factors),
-    sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns} where the selection
-    is not random.
+    Its keys: version, granularity, selection, mask_seed, count (for single entries only), columns (where A is frozen),
+    fan_in (where A is drawn for the kept inputs), sparsity as in the config, and modules. A module has: rows, columns
+    (the measured sparsity; the requested one for "bernoulli", whose number is random), shape [out, in], rank (where it
+    is not the adapter's), a, b (the shapes of the dense factors, for masks over entries only), sha256 {rows, columns}
+    of the kept indices as little-endian int64, and indices {rows, columns} where the selection is not random.
     """
     content = {"version": VERSION, "granularity": granularity, "selection": selection, "mask_seed": mask_seed}
     if granularity == "element":
@@ -91,11 +90,11 @@ def read(path: Path) -> dict:
 def verify(
     masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict], *, count: str
 ) -> None:
-    """Refuse ``masks`` that are not those the sidecar's ``modules`` describe: other modules, shapes or digests."""
+    """Refuse ``masks`` that differ from the sidecar's ``modules`` in modules, shapes or digests."""
     for module in [*masks, *modules]:
         if module not in modules or module not in masks:
             where = "the sidecar" if module not in modules else "this model"
-            raise PartialLoraError(f"{module} is masked in the adapter or the model, but {where} does not have it.")
+            raise PartialLoraError(f"{module} is a masked module that {where} does not have.")
         entry = modules[module]
         for what, name in (("shape", "shape"), ("a factor A of shape", "a"), ("a factor B of shape", "b")):
             here = list(getattr(geometries[module], name))
@@ -131,7 +130,7 @@ def _check(content: object) -> None:
             _expect_one_of(content, name, choices)
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
     entries, frozen = content.get("granularity") in OF_ENTRIES, "columns" in content
-    later = [name for name in ("fan_in", "sparsity") if name in content]  # files of before have neither
+    later = [name for name in ("fan_in", "sparsity") if name in content]  # older files have neither
     optional = [*["count"] * element, *["columns"] * frozen, *later]
     _expect_keys(content, "", ["version", "granularity", "selection", "mask_seed", *optional, "modules"])
     _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
@@ -174,9 +173,9 @@ def _check_module(entry: object, key: str, *, entries: bool, top: bool) -> None:
         _expect(fits, f"{key}[{name!r}]", sizes, "[out, in]" if name == "shape" else "the shape of a factor")
     shape, a, b = tuple(entry["shape"]), tuple(entry.get("a", ())), tuple(entry.get("b", ()))
     if entries:
-        _expect(a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as by shape")
+        _expect(a[1] == shape[1], f"{key}['a']", entry["a"], f"[rank, {shape[1]}, ...], as in shape")
         fits = b[0] == shape[0] and a[0] % b[1] == 0 and len(b) == len(a)
-        _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as by shape and a")
+        _expect(fits, f"{key}['b']", entry["b"], f"[{shape[0]}, rank, ...], as in shape and a")
     _expect_keys(entry["sha256"], f"{key}['sha256']", AXES)
     for axis, digest in entry["sha256"].items():
         fits = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
@@ -195,7 +194,7 @@ def _check_indices(entry: dict, key: str, axis: str, size: int) -> None:
     except (PartialLoraError, OverflowError) as error:
         raise _BrokenError(f"{name}: {error}".rstrip(".")) from None
     count = kept_count(size, entry[axis])
-    _expect(len(kept) == count, f"the number of {name}", len(kept), f"{count}, as by the sparsity")
+    _expect(len(kept) == count, f"the number of {name}", len(kept), f"{count}, by the sparsity")
     _expect(mask.digest == entry["sha256"][axis], f"{key}['sha256'][{axis!r}]", entry["sha256"][axis], "its indices'")
 
 

@@ -34,20 +34,20 @@ def warm_start(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Give a masked adapter the values that a trained LoRA has where the adapter's masks keep.
+    """Give a masked adapter the values that a trained LoRA has at the entries that the masks keep.
 
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
     B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
-    the mean of its columns, or rows, by their signs. What trains whole beside the
-    adapter (a head in modules_to_save, biases) takes the LoRA's values too; where the LoRA has none, it stays as it
-    is. B is then no longer zero: with sparsity 0 the model starts from the LoRA's outputs, and the more is masked, the
-    further away from them. Values are written in place, in the model's dtype, so that optimizers stay valid.
+    the signed mean of its columns or rows. Tensors that train whole beside the adapter (a head in modules_to_save,
+    biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the model starts with the
+    LoRA's outputs, and with higher sparsity further from them. Values are written in place, in the model's dtype, so
+    that optimizers stay valid.
 
         model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
         warm_start(model, "path/or/hub-id/of/a/lora")
 
     Args:
-        model: what get_peft_model (or inject_adapter_in_model) has made with a PartialLoraConfig.
+        model: a model that get_peft_model (or inject_adapter_in_model) has made with a PartialLoraConfig.
         lora: a folder, a hub repository, or a PeftModel, whose active adapter is taken. No bare state dict: it does
             not say its alpha.
         adapter_name: the adapter of ``model`` that takes the values.
@@ -57,7 +57,7 @@ def warm_start(
 
     Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
     shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter
-    does not train, options of LoRA that masks do not go with, a merged adapter, a missing, broken or pickled file.
+    does not train, options of LoRA that do not go with masks, a merged adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
     plain = PartialLoraConfig(sparsity=0)
@@ -100,7 +100,7 @@ def _masked_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
 def _masked_factors(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:
     """Return the adapter's factors by the names of their weights; refuse those that cannot be filled."""
     check_unmerged(model)
-    module_masks(model, adapter_name)  # which raises where masks were lost
+    module_masks(model, adapter_name)  # raises where masks were lost
     factors = {
         f"{name}.{factor}.weight": getattr(layer, factor)[adapter_name]
         for name, layer in adapter_layers(model, adapter_name).items()
@@ -141,7 +141,7 @@ def _checked(config: PeftConfig, name: str) -> LoraConfig:
     """Return the config of a LoRA whose values mean what a masked adapter's mean; refuse any other."""
     if config.peft_type not in ("LORA", PEFT_TYPE) or not isinstance(config, LoraConfig):
         raise PartialLoraError(f"{name} is a {config.peft_type} adapter: expected LORA.")
-    trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other ways of drawing than these change W
+    trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other special ones change W
     try:
         refuse_options(replace(config, init_lora_weights=True, eva_config=None) if trained_as_drawn else config)
     except PartialLoraError as error:

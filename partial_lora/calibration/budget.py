@@ -1,7 +1,7 @@
 """Operating points by size: the sparsities that spend a given number of trainable parameters.
 
 The adapter of a weight (m, n) with |I| rows and |J| columns kept trains rank * (|I| + |J|) parameters. Rows and columns
-are whole, so a budget is met from below, to within what one more of them costs.
+are kept whole, so a budget is met from below, to within the cost of one more row or column.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Counts = dict[str, dict[str, int]]
 
 
 def counted_of(granularity: str, columns: str) -> str:
-    """Return what masks count, and a budget is spent on: their granularity, or the rows alone beside a frozen A."""
+    """Return what masks count and a budget is spent on: their granularity, or "rows" alone where A is frozen."""
     return "rows" if columns == "frozen" else granularity
 
 
 def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
     """Return what masks count in modules with W (out, in): {module: (units of B, of A)}, and the parameters of a unit.
 
-    A row of B and a column of A are `rank` parameters; where single entries are masked ("element"), a unit is one. Of a
-    frozen A ("rows") nothing counts.
+    A row of B and a column of A are `rank` parameters; where single entries are masked ("element"), a unit is one
+    parameter. A frozen A ("rows") has no units.
     """
     if granularity == "element":
         return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
@@ -53,11 +53,11 @@ def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[st
 def saturated(
     shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float, granularity: str = "rows_columns"
 ) -> list[str]:
-    """Return the modules of W (out, in) that train as many numbers as the block of W has that these can change.
+    """Return the modules, of W (out, in), that train at least as many numbers as they can change entries of W.
 
-    Rows I and columns J change |I| |J| entries of W by rank * (|I| + |J|) numbers: where that is no less, a lower rank
-    with more rows and columns reaches more of W at the same size. Rows and columns of each unit of the rank, and single
-    entries, are taken to be different ones while they last.
+    Rows I and columns J change |I| |J| entries of W by rank * (|I| + |J|) numbers; where these are no fewer, a lower
+    rank with more rows and columns reaches more of W at the same size. Units of the rank and single entries are taken
+    to keep different rows and columns as long as there are any.
     """
     units, unit = masked_units(shapes, rank, granularity)
     found = []
@@ -101,8 +101,8 @@ def meet(
     """Return the largest threshold whose sparsities train at most `count` parameters, and sparsities that spend them.
 
     sparsities: what calibration chooses at a threshold; a larger threshold never gives a larger sparsity.
-    lowest: the threshold at which scores are at chance. What passes below it says nothing about a module, so where
-    even that costs too much, its densities are scaled down in proportion; where a threshold leaves more than 1 %
+    lowest: the threshold whose line is the score of chance; below it a pass says nothing about a module. Where even
+    its sparsities cost too much, their densities are scaled down in proportion; where a threshold leaves more than 1 %
     unused, they are scaled up.
     """
     threshold = largest_threshold(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
@@ -115,7 +115,7 @@ def meet(
 def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
     """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
 
-    From high to low at first, since a low threshold leads deep into the curves.
+    It starts with the highest, since a low threshold leads deep into the curves.
     """
     low, high = lowest, 1.0
     if low >= high or fits(high):
@@ -130,10 +130,10 @@ def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
 
 
 def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, count: int) -> Sparsity:
-    """Return every density times one factor (never above 1), so that `count` parameters are spent, and not one more.
+    """Return the sparsities that multiply every density by one factor (to 1 at most) and spend `count` parameters.
 
-    Rows of equal density appear together as the factor grows; of those that the last step would add, as many are
-    taken as still fit, in the order of the modules.
+    Not one parameter more is spent. As the factor grows, rows of equal density appear together; of those that the last
+    step adds, as many are kept as still fit, in the order of the modules.
     """
 
     def at(factor: float) -> Counts:
@@ -162,10 +162,10 @@ def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
 
 
 def shrunk(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, shrink: float) -> Sparsity:
-    """Return densities moved towards one that is the same everywhere, with as many trainable parameters.
+    """Return the sparsities whose densities are moved towards a common one, with as many trainable parameters.
 
     shrink: how far, in logarithms: 0 not at all, 0.5 half-way, 1 all the way, 2 as far on the other side, so that a
-    module of twice the density of another has half of it. Densities of 1 stay below it.
+    module of twice the density of another has half of it. No density exceeds 1.
     """
     densities = {
         module: {axis: (1 - share) ** (1 - shrink) for axis, share in axes.items()} for module, axes in sparsity.items()
@@ -176,7 +176,7 @@ def shrunk(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
 
 
 def even_sparsity(shapes: Shapes, rank: int, count: int) -> Sparsity:
-    """Return one density everywhere that spends `count` parameters, and not one more, as `scaled` does."""
+    """Return the sparsities of one density everywhere that spend `count` parameters, and not one more, by `scaled`."""
     return scaled({module: dict.fromkeys(AXES, 0.5) for module in shapes}, shapes, rank, count)  # any one density
 
 

@@ -1,8 +1,8 @@
-"""Algorithm 1: the share of each module's rows and columns that the adapter can do without, by the frozen model.
+"""Algorithm 1: the frozen model decides which share of each module's rows and columns the adapter can do without.
 
-(1) The score of the frozen model on few examples. (2) For each module and axis, zero the least important rows (columns)
-of the weight, level by level, until less than `threshold` of that score is left: the last level before is the module's
-sparsity. (3) The score with all sparsities at once, since modules that can each be cut need not be cut together.
+(1) Score the frozen model on few examples. (2) For each module and axis, zero the least important rows (columns) of the
+weight, level by level, until less than `threshold` of that score is left: the last level before is the module's
+sparsity. (3) Score all sparsities at once, since modules that can be cut one by one may not bear it together.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.targets import target_linears
 
-_POINTS = ("search", "axes", "scope", "levels", "max_sparsity")  # decide which points a calibration has
-_ROUND = 4  # modules of each process between two exchanges: as much is lost where one of them is killed
+_POINTS = ("search", "axes", "scope", "levels", "max_sparsity")  # settings that decide which points a calibration has
+_ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 
 Progress = Callable[..., None]
 
@@ -82,42 +82,42 @@ def calibrate(
 
     Args:
         model: the frozen model; altered while it is scored, and its weights restored bit for bit.
-        score: `score(model) -> float`, larger = better; one with `bounds` (score.py) saves most of the work.
+        score: `score(model) -> float`, larger = better; a score with `bounds` (score.py) saves most of the work.
         target_modules: as in PEFT: a list of names or suffixes, or one regular expression. Linear layers only.
-        config: the settings, by default those of CalibrationConfig; `changes`, by keyword, go before them:
+        config: the settings, by default those of CalibrationConfig; `changes` are keywords that override them:
             threshold: share of the baseline score that must be left.
             budget: in place of the threshold, the trainable parameters to spend: a share (at most 1) or a count. Met to
-                within 1 %, in every scope; in a cumulative one each threshold tried has curves of its own to pay for.
-            search: "scan", the level before the first failure; or an approximation: "bisect", since curves are not
-                monotone, or "gradient", whose curves are predicted from gradients (gradient.py). It asks for a score
-                with `predicted`, as FewShotScore has, and evaluates few points, none of them for a budget.
+                within 1 %, in every scope; a cumulative scope measures new curves for each threshold tried.
+            search: "scan" takes the level before the first failure. "bisect" halves, an approximation where a curve is
+                not monotone. "gradient" predicts curves from gradients (gradient.py), a rougher approximation: it needs
+                a score with `predicted`, such as FewShotScore, and evaluates few points, none for a budget.
             levels, max_sparsity: the levels are multiples of `levels`, up to `max_sparsity`.
-            axes: "separate"; or "joint", one level zeroes that share of rows and of columns, so both have one curve.
-            scope: "independent", all other modules intact; "cumulative" and "cumulative_backward", what was chosen
-                before stays zeroed, from the first module to the last or from the last to the first.
+            axes: "separate", a curve for each axis; or "joint", one curve, whose levels zero rows and columns alike.
+            scope: "independent": all other modules stay intact. "cumulative", "cumulative_backward": earlier choices
+                stay zeroed, from the first module to the last or from the last to the first.
             repair: relax sparsities until the score with all of them at once is enough, too (repair.py).
             seed: passed to the measure.
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         importance_options: passed to the measure.
         rank: of the adapter that spends a budget.
         granularity: of that adapter; "element" where single entries of A and B are masked, "rows" where A is frozen.
-        chance: the score of guessing, by default `score.chance`; a budget never follows a threshold below it.
+        chance: the score of guessing, by default `score.chance`; a budget never lowers the threshold's line below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
-        known: an earlier result for the same model and score; what its curves decide is not evaluated again. Of no use
-            to "gradient".
-        store: a JSON file of the curves found so far, kept up to date. Its name must stand for the model, the score and
-            the importance: none of them is in it. With the same settings again, it is all that is read.
-        peers: the processes that share the work by module. Each calls this alike; all have the same result, and the
-            one of rank 0 keeps the store. In a cumulative scope, where modules wait for each other, it works alone.
-        progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, axis being "joint" where
-            both share it; with a budget, from 1 again for each threshold tried. Before the first, once the intact model
-            has been scored, as progress(0, total, expected=seconds), right to about a factor of two. None: a bar, on a
-            terminal.
+        known: an earlier result for the same model and score; what its curves decide is not evaluated again. "gradient"
+            ignores it.
+        store: a JSON file of the curves found so far, kept up to date. Its name must identify the model, the score and
+            the importance scores, which are not in the file. A second call with the same settings evaluates nothing.
+        peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
+            store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
+        progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, with axis "joint" where
+            both axes share it; with a budget, the count begins again for each threshold tried. Called before all these,
+            once the intact model has been scored, as progress(0, total, expected=seconds), right to about a factor of
+            two. None: a bar, on a terminal.
 
     Raises:
-        PartialLoraError: in one line, for a target that is none, an argument out of range, a baseline score that is
-            not finite, a `known` of something else, and an error of any of the peers.
+        PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline
+            score that is not finite, a `known` that does not fit, and an error of any of the peers.
     """
     began = time.perf_counter()
     peers = peers or Alone()
@@ -128,10 +128,10 @@ def calibrate(
     chance = getattr(score, "chance", None) if chance is None else chance
     if chance is None and config.chance == "majority":
         raise PartialLoraError(
-            "calibration.chance=majority: this score does not say what guessing scores: give it, or set ignore"
+            "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
         )
     if chance is not None and not math.isfinite(chance):
-        raise PartialLoraError(f"calibration.chance={chance}: expected what guessing scores, a finite number")
+        raise PartialLoraError(f"calibration.chance={chance}: expected the score of guessing, a finite number")
     chance = None if chance is None else float(chance)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
@@ -153,13 +153,13 @@ def calibrate(
         cached = request in shared.results
         if not cached:
             if config.search == "gradient" and not hasattr(score, "predicted"):
-                raise PartialLoraError("calibration.search=gradient: expected a score that predicts, a FewShotScore")
+                raise PartialLoraError("calibration.search=gradient: expected a score with `predicted`: a FewShotScore")
             curves = Curves(model, score, modules, scores, shared)
             shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, known, peers, progress)
             shared.changed = True
 
             def paid() -> tuple[int, float]:
-                shared.save()  # here, where an error is one in all processes
+                shared.save()  # inside `gathered`, which raises an error in all processes
                 return curves.evaluations, time.perf_counter() - began
 
             cost = gathered(peers, paid)
@@ -241,7 +241,7 @@ def _algorithm_1(
         limit = line(baseline=baseline, threshold=threshold, chance=above)
         check = partial(checked, predicted, grid, enough=sufficient, line=limit, survives=evaluate)
         found |= of_first(peers, check)
-    if count is not None:  # the largest threshold that meets the budget, but none that scores at chance pass
+    if count is not None:  # the largest threshold that meets the budget, but none whose line is below chance
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
     levels = levels_at(threshold)
@@ -260,7 +260,7 @@ def _algorithm_1(
             return known
         return predicted[module][axis] | {level: known[level] for *of, level in found if of == [module, axis]}
 
-    # (3) The score with all of it zeroed at once; where that is too little and a repair is wanted, less is zeroed.
+    # (3) The score with all sparsities at once; where it is not enough, a repair zeroes less.
     def together() -> dict:
         joint, final, repaired = curves.joint(sparsity), sparsity, None
         if config.repair:
@@ -288,9 +288,9 @@ def _algorithm_1(
 def _entries(
     curve: Callable[[str, str, str], Curve], levels: Levels, sparsity: Sparsity, scope: str
 ) -> dict[str, dict[str, dict]]:
-    """Return each module's and axis's sparsity and curve, and the level chosen from it where that is another.
+    """Return sparsity and curve by module and axis, and the level chosen from the curve where the sparsity differs.
 
-    curve: of a module and axis, after the cuts that a digest names.
+    curve: (module, axis, digest of the cuts made before) -> the curve.
     """
     entries: dict[str, dict[str, dict]] = {module: {} for module in levels}
     for module, axis, level, after in walk(levels, scope):
@@ -303,7 +303,7 @@ def _entries(
 
 @contextmanager
 def _bar(peers: Peers) -> Iterator[Progress]:
-    """A bar on stderr, where that is a terminal; gives what advances it."""
+    """Draw a bar on stderr if that is a terminal; yield the function that advances it."""
     with tqdm(desc="calibrate", unit="curve", disable=None if peers.rank == 0 else True) as bar:
 
         def advance(done: int, total: int, **detail: object) -> None:
@@ -326,11 +326,11 @@ def choose_levels(
     peers: Peers,
     progress: Progress | None,
 ) -> Levels:
-    """Return the level of every curve, the modules in their own order whatever the scope.
+    """Return the level of every curve, modules in the model's order whatever the scope.
 
-    axes: of a module's curves. search: (module, axis) -> the level of one curve. scope: "independent", all other
-    modules intact; "cumulative" and "cumulative_backward", all that was chosen before stays zeroed, from front to back
-    or from back to front (rows before columns). progress: called after every curve.
+    axes: of a module's curves. search: (module, axis) -> the level of one curve. scope: "independent": all other
+    modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay zeroed, from front to back or from
+    back to front (rows before columns). progress: called after every curve.
     """
     done, total = 0, len(modules) * len(axes)
 
@@ -385,7 +385,7 @@ def choose_levels(
 
 
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:
-    """Return the key of a result in the store of its curves; what is as it always was is not in it."""
+    """Return the key of a result in the store; settings newer than the first stores enter unless they are defaults."""
     point: dict = {"threshold": config.threshold}
     if count is not None:
         point = {"budget": count, "rank": rank, "chance": chance}
@@ -421,9 +421,9 @@ def _check_known(known: Calibration, config: CalibrationConfig, modules: Sequenc
 
 
 def _add_known(store: Store, known: Calibration) -> None:
-    """Add the points of an earlier calibration to a store, where it knows no better.
+    """Add the points of an earlier calibration to a store that does not know them as well.
 
-    Raises PartialLoraError where its baseline is not that of the model in the store.
+    Raises PartialLoraError where the two have different baseline scores.
     """
     baseline = store.baseline
     if baseline is None or not math.isclose(known.baseline, baseline, rel_tol=1e-6, abs_tol=1e-9):

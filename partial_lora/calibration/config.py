@@ -14,17 +14,17 @@ from partial_lora.files import at_home, flatten
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 # Methods that spend calibration.budget (null: PAPER_BUDGET) by a rule of their own and are never calibrated.
 BUDGETED = ("entries", "ticket")
-# Those whose sparsities, or whose number of parameters, come from calibration.
+# Methods whose sparsities, or whose number of parameters, come from calibration.
 CALIBRATED = ("partial", "targeted", "flow", "uniform", "shuffled", "inverted", "low_rank", "random_weights")
-RANKED = ("targeted", "ticket")  # by the importance of rows and columns, whether or not they are calibrated
-UNIFORM = "uniform"  # in place of a sparsity: the same for every module and axis, so that calibration.budget is spent
+RANKED = ("targeted", "ticket")  # methods that rank rows and columns by importance, calibrated or not
+UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
 
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
 
 
 @dataclass
 class ImportanceConfig:
-    """Measure of importance, and its keys: each measure takes those that are its own (importance.OPTIONS)."""
+    """Measure of importance, and its keys: each names the measures that read it (importance.OPTIONS)."""
 
     name: str = "svd"  # a file of conf/importance
     k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold importance.energy
@@ -46,7 +46,7 @@ class ImportanceConfig:
 
 
 def _as_floats(sparsity: Any) -> Any:
-    """Return checked shares as they are, but 0.0 for 0: an id is of how a value is written."""
+    """Return checked shares as floats: a run's id would tell 0 from 0.0."""
     if isinstance(sparsity, Mapping):
         return {str(name): _as_floats(share) for name, share in sparsity.items()}
     return sparsity if sparsity == UNIFORM else float(sparsity)
@@ -57,15 +57,14 @@ class CalibrationConfig:
     """Choice of the sparsity of each module and axis on a handful of examples."""
 
     threshold: float = 0.9  # share of the frozen model's score that must be left
-    # what may train, in place of the threshold: a share of dense LoRA's parameters (at most 1) or a number of
-    # parameters
+    # trainable parameters, in place of the threshold: a share of dense LoRA's (at most 1) or a number
     budget: Optional[float] = None
     shots: int = 16  # scored examples of each class
     share: float = 0.03  # texts: share of the training rows to score, in place of shots; 0: take shots
     # most examples of each of the two draws, for the head and for the score; null: no limit
     max_samples: Optional[int] = None
-    seed: Optional[int] = 0  # draws these examples, and what a measure of importance draws; null: the run's seed
-    # a calibration.json whose sparsities are used as they are; the other keys then decide nothing
+    seed: Optional[int] = 0  # draws these examples and the random numbers of importance; null: the run's seed
+    # a calibration.json whose sparsities are used in place of a calibration
     file: Optional[str] = None
     levels: float = 0.05  # step between two sparsities to try
     max_sparsity: float = 0.95  # largest sparsity to try
@@ -74,16 +73,16 @@ class CalibrationConfig:
     # on; cumulative_backward: from the last
     scope: str = "independent"
     # scan: level by level to the first failure; bisect: fewer passes, an approximation; gradient: curves predicted
-    # by backward passes, a rougher one
+    # by backward passes, a rougher approximation
     search: str = "scan"
     repair: bool = False  # true: relax sparsities until the score with all of them at once is high enough, too
-    # ignore: the threshold is a share of the score; majority: a share of how far the score is above always guessing the
+    # ignore: the threshold is a share of the score; majority: a share of the score's part above always guessing the
     # largest class
     chance: str = "ignore"
-    # moves the densities of modules towards one for all, with as many parameters: 0, not at all; 0.5, half-way (in
-    # logarithms); 1, all the way; 2, as far beyond it
+    # moves all densities towards a common one, with as many parameters: 0, not at all; 0.5, half-way (in logarithms);
+    # 1, all the way; 2, as far beyond it
     shrink: float = 0.0
-    # what the score is: auto, the task's first metric (of generation and mse the loss), or another one
+    # the score: auto, the task's first metric (for generation and mse the loss), or another by name
     score: str = "auto"
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
     # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},
@@ -122,7 +121,7 @@ class CalibrationConfig:
             self._check_sparsity()
 
     def _check_sparsity(self) -> None:
-        """Refuse a sparsity that is none, and keys that would decide nothing beside it."""
+        """Refuse a sparsity out of range, and keys that have no effect beside one."""
         sparsity, name = self.sparsity, "calibration.sparsity"
         if isinstance(sparsity, Mapping):
             require(len(sparsity) > 0, name, dict(sparsity), "a share, {module or pattern: share}, or uniform")

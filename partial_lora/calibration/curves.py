@@ -1,7 +1,7 @@
 """Calibration curves: what is left of the model's score when part of one module is zeroed, level by level.
 
 A point of a curve is known as bounds (low, high) of the score; equal bounds are the score. Points are evaluated when a
-question needs them, no further than the question needs, and are stored on disk so that the next calibration need not.
+question needs them, no further than it needs, and are stored on disk for the next calibration.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
 
 VERSION = 1
-PREDICTED = "predicted"  # in a store, in place of what is zeroed in other modules
+PREDICTED = "predicted"  # names predicted curves in a store, in place of what is zeroed in other modules
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
 
 
 class Curves:
-    """Every point of every curve that has been needed, each evaluated at most once.
+    """All points of curves that have been needed; no point is evaluated beyond what a question needs.
 
     modules: what may be zeroed. importance: returns the (rows, columns) scores of a module by its name, larger = keep;
     called when first needed. store: what is known already, and where to keep it.
@@ -90,7 +90,7 @@ class Curves:
 
     @property
     def pass_seconds(self) -> float | None:
-        """Seconds that a pass over an altered model takes, as far as the score has measured that."""
+        """Seconds that a pass over an altered model takes; None where the score does not say."""
         return getattr(self._score, "pass_seconds", None)
 
     def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
@@ -102,7 +102,7 @@ class Curves:
         return passes(low)
 
     def exact(self, module: str, axis: str, level: float) -> float:
-        """Return the score itself with so much of one module zeroed; NaN where it is no number."""
+        """Return the score itself with a level of one module zeroed; NaN where it is not finite."""
         return self._point(module, axis, level, lambda low, high: low < high)[0]
 
     def joint(self, sparsity: Sparsity) -> float | None:
@@ -134,7 +134,7 @@ class Curves:
         return curves
 
     def _removed(self, module: str, axis: str, level: float) -> Tensor:
-        """Return 1 for what a level zeroes of a module's rows or columns (size,), in float32 or better."""
+        """Return 1 for every row or column of a module that a level zeroes, else 0 (size,), in float32 or better."""
         weight = self._modules[module].weight
         mask = Mask.top(self._importance(module)[AXES.index(axis)], level)
         return torch.from_numpy(~mask.dense()).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
@@ -160,11 +160,11 @@ class Curves:
                 yield choose
         finally:
             self._chosen, self._after = {}, ""
-            self._settle(altered - self._unsettled)  # of the others it has never known that they were altered
+            self._settle(altered - self._unsettled)  # the score never knew that the others were altered
             self._unsettled = set()
 
     def curve(self, module: str, axis: str) -> Curve:
-        """Return the points known of one curve after the choices that are in force; to be added to."""
+        """Return the points known of one curve after the choices that are in force; the caller may add points."""
         return self._store.curve(module, axis, self._after)
 
     def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
@@ -177,7 +177,7 @@ class Curves:
         self._store.save()
 
     def _settle(self, modules: Collection[str]) -> None:
-        """Let the score know that modules have been altered for longer than one evaluation, or are back."""
+        """Tell the score that modules have been altered for longer than one evaluation, or are as they were."""
         if hasattr(self._score, "settled"):
             for module in modules:
                 self._score.settled(module)
@@ -191,7 +191,7 @@ class Curves:
 
     def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
         point = self._after, module, axis, level
-        # Without `settled` a score goes by the intact model, and reuses what the earlier choices have changed.
+        # A score without `settled` would reuse what it knows of the intact model, which earlier choices have changed.
         bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
         with self._zeroed(module, axis, level):
             if not bounded:
@@ -223,7 +223,7 @@ class Store:
     """Curves and finished results on disk, for one model, score, importance and search.
 
     path: a JSON file, or None to store nothing. key: plain data that says what the curves are of. A file that is broken
-    or has another key is named, removed and never used.
+    or has another key is never used: a warning names it, and it is removed.
     """
 
     def __init__(self, path: Path | None, key: Mapping) -> None:
@@ -248,8 +248,8 @@ class Store:
     def shared(cls, path: Path | None, key: Mapping, peers: Peers) -> Iterator[Store]:
         """Open the store of processes that share a calibration: rank 0 has the file, all know its content.
 
-        The file is held until the block ends, and written then, also where it is interrupted: another run with the same
-        question waits, and finds the answer.
+        The file is held until the block ends, and written then, interrupted or not: another run with the same question
+        waits, and finds the answer.
         """
         with ExitStack() as held:
             opened: list[Store] = []
@@ -271,7 +271,7 @@ class Store:
                 opened[0].save()
 
     def curve(self, module: str, axis: str, after: str = "") -> Curve:
-        """Return the points known of one curve, to be added to. `after` names what is zeroed in other modules."""
+        """Return the points known of one curve; the caller may add points. `after` names what is zeroed elsewhere."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
 
     def points(self) -> int:

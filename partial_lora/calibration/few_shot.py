@@ -1,6 +1,6 @@
 """Calibration on a handful of a task's examples: the two draws, the head fitted on one, the score on the other.
 
-The model's head is new, as a rule, so calibration scores it with one that is fitted on the fit draw.
+The model's head is usually new, so calibration scores the model with a head that is fitted on the fit draw.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from partial_lora.tasks import Draws, strata
 from partial_lora.tasks.mixture import training_batches
 from partial_lora.tasks.task import Transform
 
-VERSION = 1  # of how scores are computed; another one leaves every cached calibration unused
+VERSION = 1  # of the computation of scores; a calibration that was cached under another version is not used
 _ITERATIONS = 5000  # of the logistic regression; a few hundred are needed
 _BATCH = 32
 
@@ -63,10 +63,10 @@ def features(model: nn.Module, head: str, batches: Sequence[Batch]) -> tuple[np.
 def fitted_head(inputs: np.ndarray, labels: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Return weight (outputs, d) and bias (outputs,) of a linear model of the labels (N,) on features (N, d).
 
-    Classes: a multinomial logistic regression with C = 1; one without an example gets a zero row and a bias that no
-    other logit falls below. Real numbers: a ridge regression with a penalty of 1.
+    Classes: a multinomial logistic regression with C = 1; a class without an example gets a zero row and a bias so low
+    that it is never predicted. Real numbers: a ridge regression with a penalty of 1.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge  # half a second, and not every run fits a head
+    from sklearn.linear_model import LogisticRegression, Ridge  # half a second to import, and not every run fits a head
 
     if np.issubdtype(labels.dtype, np.floating):
         ridge = Ridge(alpha=1.0).fit(inputs, labels)
@@ -104,7 +104,7 @@ def scored_head(
     peers: Peers | None = None,
     sizes: Sequence[int] = (),
 ) -> AbstractContextManager:
-    """Score the model with a head fitted on `batches` in place of a new one, else with its own."""
+    """Return the context in which a model is scored: a new head is fitted on `batches`, any other head stays."""
     return few_shot_head(model, head, batches, peers, sizes) if new else nullcontext()
 
 
@@ -114,8 +114,8 @@ def few_shot_head(
 ) -> Iterator[None]:
     """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
 
-    peers: the processes that all need the very same head; the first one fits it. sizes: as of `fitted_heads`, where it
-    is the heads of several tasks.
+    peers: the processes that all need the very same head; the first one fits it. sizes: as in `fitted_heads`, for the
+    heads of several tasks.
     """
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
@@ -159,9 +159,8 @@ def importance_few_shot(
 ) -> ModuleScores:
     """Return the importance of every row and column of the modules, by the measure that `config` names.
 
-    A measure that needs data sees the fit draw alone, with the head fitted on it in place of the model's own, unless
-    that one is not new; any other sees the weights alone. rank, alpha: of the adapter. sizes: of a mixture, how many
-    classes each member has.
+    A measure that needs data sees the fit draw alone, and a new head is fitted on it; any other measure sees the
+    weights alone. rank, alpha: of the adapter. sizes: the number of classes of each member of a mixture.
     """
     measure, options = config.name, options_of(config, rank, alpha)
     targets = {name: model.get_submodule(name) for name in modules}
@@ -177,7 +176,7 @@ def importance_few_shot(
 
 
 def options_of(config: ImportanceConfig, rank: int, alpha: float) -> dict[str, object]:
-    """Return what the measure of these settings takes: its keys and, if it trains an adapter, the size of that."""
+    """Return the options of the measure: its keys and, if it trains an adapter, that adapter's rank and alpha."""
     options = {name: getattr(config, name) for name in OPTIONS[config.name]}
     return options | ({"rank": rank, "alpha": alpha} if config.name == "adapter" else {})
 
@@ -207,13 +206,13 @@ def calibrate_few_shot(
 
     Args:
         train: the training rows that both draws come from.
-        config: the settings; `score` and `seed` are what "auto" and null stand for.
+        config: the settings, with `score` and `seed` in place of "auto" and null.
         scores: importance of rows and columns by module; `importance` says how it was measured.
-        draws: the two draws of `train`; `drawn`, recorded and no more, are the settings they were made with.
+        draws: the two draws of `train`; `drawn`, which is only recorded, holds the settings that they were made with.
         architecture: what, beside its weights, decides what the model computes.
-        head: the module that is fitted on the fit draw, where it is new; left as it was.
-        sizes: of a mixture, how many classes each member has, whose heads are fitted and scored each by itself.
-        stage: the name of this work in what progress shows.
+        head: the module that is fitted on the fit draw, if it is new; left as it was.
+        sizes: the number of classes of each member of a mixture; each member's head is fitted and scored by itself.
+        stage: the name of this work in progress reports.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
         The others as in `calibration.calibrate`.
     """
@@ -227,7 +226,7 @@ def calibrate_few_shot(
         "max_sparsity": config.max_sparsity,
         "search": config.search,
     }
-    if config.score != "accuracy":  # which calibrations were of before there was another
+    if config.score != "accuracy":  # keys from before there were other scores do not name it
         decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
     if sizes:
         decides["sizes"] = list(sizes)
@@ -251,8 +250,8 @@ def calibrate_few_shot(
 def halves_few_shot(calibrate: Callable[..., Calibration], train: Dataset, draws: Draws, seed: int) -> dict:
     """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
 
-    calibrate: `calibrate_few_shot` but for the draws and the stage; each half has the head of the whole fit draw. seed:
-    splits the draw.
+    calibrate: `calibrate_few_shot`, to be called with draws and stage; each half has the head of the whole fit draw.
+    seed: splits the draw.
     """
     labels = strata(train)[draws.scored]
     sparsities = []

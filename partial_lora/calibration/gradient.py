@@ -1,8 +1,8 @@
-"""Scores that gradients predict: to first order, what a model answers is linear in the zeroing of rows and columns.
+"""Scores that gradients predict: to first order, a model's outputs are linear in the zeroing of rows and columns.
 
 With row i of W zeroed, output c of an example changes by -sum_t d[t, i] (W x)[t, i]; with column j by -sum_t x[t, j]
-(W'd)[t, j]. d is the gradient of c at what the module gives, x what enters it, t their tokens. So a forward pass and a
-backward pass for each output are enough for all modules, rows, columns and levels at once.
+(W'd)[t, j]. x is the module's input, d the gradient of c at the module's output, t a token. So one forward pass, and
+one backward pass for each output, are enough for all modules, rows, columns and levels at once.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def linearised(
     """Return the outputs of some rows of a batch, which of them compete, and how these change at every level.
 
     answer: the outputs of a slice of the batch (rows, all), and the places of those that compete (rows, outputs).
-    Where what enters a module is not one item for each row (positions that all share, windows, an expert's tokens),
-    each row goes through the model by itself.
+    Where a module's input does not hold one item for each row (shared positions, windows, an expert's tokens), each
+    row goes through the model by itself.
     """
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}  # what enters, and what is given
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}  # input and output of each call
 
     def noted(name: str, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             entering = input.view_as(input) if input.requires_grad else input.detach().requires_grad_()
             calls[name].append((entering, own(entering)))
-            return calls[name][-1][1].clone()  # for whoever writes into it
+            return calls[name][-1][1].clone()  # since the model may write into it
 
         return forward
 
     with wrapped(modules, noted), torch.enable_grad():
         outputs, places = answer(slice(rows.start, rows.stop))
-        competing = outputs.gather(1, places).sum(0).unbind()  # of different rows, which do not depend on each other
+        competing = outputs.gather(1, places).sum(0).unbind()  # rows may be summed: they do not depend on each other
     if len(rows) > 1 and any(len(entering) != len(rows) for of in calls.values() for entering, _ in of):
         singly = [linearised(answer, modules, removed, axes, rows[at : at + 1]) for at in range(len(rows))]
         all_outputs, all_places, parts = zip(*singly, strict=True)
@@ -55,7 +55,7 @@ def linearised(
         return torch.cat(all_outputs), torch.cat(all_places), changes
     if not outputs.requires_grad:
         raise PartialLoraError(
-            "calibration.search=gradient: no gradient goes from what the model answers to its modules; "
+            "calibration.search=gradient: no gradient flows from the model's outputs to its modules; "
             "expected scan or bisect"
         )
     ends = [end for of in calls.values() for call in of for end in call]
@@ -78,7 +78,7 @@ def _changes(
 ) -> dict[str, Tensor]:
     """Return how one output of each row changes by the zeroing in one module (rows, levels), by axis.
 
-    calls: of each what entered, what was given, and the gradients of the output there.
+    calls: input, output, and the gradients at both, of each call of the module.
     """
     rows, columns = (removed[axis] for axis in AXES)
     changes = {axis: rows.new_zeros(count, rows.shape[1]) for axis in axes}
@@ -87,7 +87,7 @@ def _changes(
         if module.bias is not None:
             product = product - module.bias.detach().to(rows.dtype)
         lost = {"rows": (d * product).sum(1) @ rows, "columns": (x * entering).sum(1) @ columns}
-        if BOTH in axes:  # what is in a zeroed row and in a zeroed column is lost once
+        if BOTH in axes:  # an entry in a zeroed row and a zeroed column is lost once, not twice
             weight = module.weight.detach().to(rows.dtype)
             entries = (weight * (gradient.T @ own) for gradient, own in zip(d, x, strict=True))
             twice = torch.stack([(rows.T @ each * columns.T).sum(1) for each in entries])
@@ -106,7 +106,7 @@ def levels_of(
     enough: Callable[[float], bool],
     found: Mapping[Point, bool] = MappingProxyType({}),
 ) -> Levels:
-    """Return the level before the first failure of every predicted curve; what was found goes before a prediction."""
+    """Return the level before the first failure of every predicted curve; points in `found` override predictions."""
 
     def survives(module: str, axis: str, level: float) -> bool:
         return found.get((module, axis, level), enough(predicted[module][axis][level][0]))
@@ -125,10 +125,10 @@ def checked(
     line: float,
     survives: Callable[[str, str, float], bool],
 ) -> dict[Point, bool]:
-    """Return the points that are evaluated all the same, as many as `checks` gives a scan of the predicted curves.
+    """Evaluate some points of the predicted curves, as many as `checks` gives their scan; return which survive.
 
-    line: the score that is just enough. survives: evaluates a point. Of the levels chosen and of those after them, the
-    one whose prediction is nearest to the line is evaluated, again and again.
+    line: the score that is just enough. survives: evaluates a point. Each time it is the point, among the chosen levels
+    and those after them, whose prediction is nearest to the line.
     """
     found: dict[Point, bool] = {}
 

@@ -32,12 +32,12 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 # Up to here the exact leverage scores take 2 seconds on 2 cores, and the randomized ones save little.
 EXACT_SIZE = 2048
-# For 14336 x 4096, on 2 cores: exact 15 to 19 s; 5 to 9 iterations on n / 8 = 512 dimensions 6 s, on twice as many as
-# long as exact.
+# For 14336 x 4096, on 2 cores: exact 15 to 19 s; 5 to 9 iterations on n / 8 = 512 dimensions 6 s, on 1024 dimensions
+# as long as exact.
 WIDEST = 1 / 8
 FIRST_WIDTH = 128
 ITERATIONS = 12
-# The change still to come when the iteration stops, by its own estimate. That is up to 4 times too low, as the fast
+# The change still to come when the iteration stops, by its own estimate, which is up to 4 times too low, as the fast
 # part of the change dies first; 1e-3 is promised.
 TOLERANCE = 3e-5
 
@@ -60,7 +60,7 @@ def random(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
     """
 
     def draw(size: int, axis: str) -> Tensor:
-        """Score the smallest key `size`, the largest 1: keys have more digits than a float64 holds."""
+        """Return ranks as scores, `size` for the smallest key: keys have more digits than a float64 holds."""
         order = np.argsort(random_keys(size, mask_seed=seed, module=module, axis=axis), kind="stable")
         scores = torch.empty(size, dtype=torch.float64)
         scores[torch.from_numpy(order)] = torch.arange(size, 0, -1, dtype=torch.float64)
@@ -76,8 +76,8 @@ def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None
     the smallest that holds `energy` of the squared spectrum; at full rank every row of a square matrix scores 1.
     The scores of a weight with more than EXACT_SIZE rows and columns may differ from the exact ones by 1e-3 (a score
     is at most 1); `seed` and `module` decide the random start and nothing else.
-    Source: the paper's importance; what decides k is DESIGN section 3. Raises PartialLoraError for a k above the rank,
-    and for a weight that is zero or not finite.
+    Source: the paper's importance; that `energy` decides k is the project's own. Raises PartialLoraError for a k above
+    the rank, and for a weight that is zero or not finite.
     """
     if weight.shape[0] < weight.shape[1]:
         columns, rows = svd(weight.T, module=module, seed=seed, k=k, energy=energy)
@@ -129,12 +129,12 @@ def _lower_gram(weight: Tensor, width: int = 512) -> Tensor:
 
 
 def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, energy: float) -> Scores | None:
-    """Return leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones, or None where exact is the better way.
+    """Return leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones; None where `exact` is to be preferred.
 
     Subspace iteration from a random start until the scores settle: the change still to come is extrapolated from their
     last two changes, which shrink geometrically. The subspace has twice k dimensions or more, and as many as allowed
-    where the scores settle too slowly. Without `k` it grows until half of it holds `energy` of the squared norm of W:
-    a subspace never holds more than as many singular vectors do, so that much is proven. None where even WIDEST * n
+    where the scores settle too slowly. Without `k` it grows until half of it holds `energy` of the squared norm of W,
+    which proves that as many singular vectors hold it: no subspace of that size holds more. None where even WIDEST * n
     dimensions are too few or settle too slowly, and where rounding in float32 could decide k, or which of two
     directions is the k-th.
     Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1.
@@ -175,14 +175,14 @@ def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, ene
 
 
 def _oversampled(k: int) -> int:
-    """Return the dimensions of the subspace for k directions, which settle as (s_2k / s_k)^2 to the number of steps."""
+    """Return the dimensions of the subspace for k directions: a step shrinks their error by about (s_2k / s_k)^2."""
     return 2 * k + 16
 
 
 def _iterate(weight: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield left vectors (m, l), singular values (l,) and right vectors (n, l) of W seen in ever better subspaces.
+    """Yield left vectors (m, l), singular values (l,) and right vectors (n, l) of W in ever better subspaces.
 
-    Orthogonal again after either product, or float32 would keep the strongest direction alone.
+    Each product is made orthogonal again, or float32 would keep the strongest direction alone.
     """
     for _ in range(ITERATIONS):
         left, _ = torch.linalg.qr(weight @ basis)
@@ -192,7 +192,7 @@ def _iterate(weight: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor, Te
 
 
 class _Convergence:
-    """Change that a sequence of scores has still to come, if it shrinks as the last two changes did."""
+    """Estimate of the change still to come in a sequence of scores, if it shrinks as the last two changes did."""
 
     def __init__(self) -> None:
         self._last: tuple[int, Scores] | None = None
@@ -218,7 +218,7 @@ class _Convergence:
         return change * rate ** (steps + 1) / (1 - rate) if rate < 1 else math.inf
 
     def too_slow(self, steps: int) -> bool:
-        """Return True where so many further steps will not do, and enough have been seen to trust the rate."""
+        """Return True where `steps` more will not be enough, and enough have been seen to trust the rate."""
         return len(self._changes) > 3 and self.remaining(steps) > 10 * TOLERANCE
 
 
@@ -230,9 +230,9 @@ def snip(
 ) -> dict[str, Scores]:
     """Return the connection sensitivity |W * dL/dW|, summed over the row (column).
 
-    L is the mean loss of all examples and the absolute value is taken of its gradient, so gradients are first summed
-    over the batches: one copy of the modules' weights in float32 is held, and the gradients of one batch. Weights are
-    as pre-trained, where the source draws new ones.
+    L is the mean loss of all examples, so gradients are summed over the batches before the absolute value is taken:
+    memory holds the sums in float32 and the gradients of one batch. Weights are pre-trained, where the source draws new
+    ones.
     Source: SNIP, Lee, Ajanthan and Torr 2019 (arXiv 1810.02340), section 4.1, without its division by the sum of all
     entries. Raises PartialLoraError for a module that the loss does not depend on.
     """
@@ -258,7 +258,7 @@ def activation(
     |x_j| is the norm of input feature j over all tokens of all examples. Tokens that the batch's attention_mask (batch,
     tokens) leaves out do not count, wherever a module's input has one row a token; in an encoder-decoder, where the
     mask is of the encoder alone, all tokens count. The source compares entries within a row and needs no sum; here a
-    whole row or column goes, and like snip's, the scores of entries that go together add up.
+    whole row or column goes, so the scores of its entries add up, as in `snip`.
     Source: Wanda, Sun, Liu, Bair and Kolter 2024 (arXiv 2306.11695), equation 1. `loss` decides how the model is run.
     Raises PartialLoraError for a module that no input reaches.
     """
@@ -323,7 +323,7 @@ def imp(
     diverges.
     """
     pretrained = {name: module.weight.detach().clone() for name, module in modules.items()}
-    # Of rows and of columns: which are left, the last round that each was left in, and its norm in that round.
+    # For rows and for columns: which are left, the last round in which each was left, and its norm in that round.
     left = {
         name: tuple(torch.ones(size, dtype=torch.bool, device=own.device) for size in own.shape)
         for name, own in pretrained.items()
@@ -406,11 +406,11 @@ def adapter(
 ) -> dict[str, Scores]:
     """Return how far the rows of B and the columns of A of a dense adapter move in a short training, as norms.
 
-    B starts from zero, so that its change is B itself. Of A the drawn values would hide it: on digits the norms of its
-    columns after 30 steps are those they were drawn with (correlation 0.94), and a column of a W that is four times as
-    wide is half as large. What has moved is in one unit everywhere, a step of Adam, and B's rows and A's columns move
-    about as far: all of them can stand in one ranking. Norms themselves, or their products with the other factor's norm
-    (what BA loses with a row or column), rank modules by their shapes: nearly all that is kept is then A's.
+    B starts from zero, so that its change is B itself. A's drawn values would hide its change: on digits the norms of
+    its columns after 30 steps are those they were drawn with (correlation 0.94), and where W is four times as wide,
+    they are half as large. Movement has one unit everywhere, a step of Adam, and B's rows and A's columns move about as
+    far, so one ranking holds all of them. Norms themselves, or their products with the other factor's norm (what BA
+    loses with a row or column), would rank modules by their shapes, and keep little but columns of A.
     The adapter trains for `steps` steps by AdamW without decay, drawn with `seed` as `get_peft_model` draws it; it is
     taken off again, and torch's random numbers go on as if it had never been. A run of that seed and rank starts from
     the same A: what is kept of it is a winning ticket, rewound to the values that it was trained from.
@@ -483,7 +483,7 @@ def task_loss(model: nn.Module, batch: Batch) -> Tensor:
     logits, labels = logits_of(output), batch.get("labels")
     if not isinstance(logits, Tensor) or labels is None or labels.is_floating_point() or logits.ndim != 2:
         raise PartialLoraError(
-            f"importance: {type(model).__name__} gives no loss, and none can be made of what it gives; pass `loss`"
+            f"importance: {type(model).__name__} returns no loss, and its output does not suffice for one; pass `loss`"
         )
     return F.cross_entropy(logits.float(), labels)
 
@@ -568,8 +568,8 @@ def data_scores(
 ) -> dict[str, Scores]:
     """Return the scores of each module's rows (m,) and columns (n,) by a measure that needs data, on the CPU.
 
-    name: a key of NEEDS_DATA. model: with a head for the task; left as it was, bit for bit. modules: those of the model
-    that are scored, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
+    name: a key of NEEDS_DATA. model: with a head for the task; left as it was, bit for bit. modules: the modules of the
+    model to score, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
     loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own, else cross entropy.
     Raises PartialLoraError where there is nothing to score by, and, naming the module, for scores that are not finite.
     """
@@ -600,14 +600,14 @@ def _checked(module: str, weight: Tensor, rows: object, columns: object) -> Scor
 
 
 def name_of(importance: Importance) -> str:
-    """Return the name of an importance in records. Raises PartialLoraError for one that no weight-only measure has."""
+    """Return the name of an importance in records. Raises PartialLoraError for a name of no weight-only measure."""
     if isinstance(importance, Mapping):
         return "given"
     if callable(importance):
         return getattr(importance, "__qualname__", type(importance).__qualname__)
     if importance in NEEDS_DATA:
         raise PartialLoraError(
-            f"importance={importance}: needs examples, which are not at hand here; give what data_scores returns"
+            f"importance={importance}: needs examples, which are not at hand here; pass what data_scores returns"
         )
     if importance not in MEASURES:
         raise PartialLoraError(f"importance={importance}: expected one of {', '.join(MEASURES)}")

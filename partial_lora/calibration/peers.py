@@ -1,4 +1,4 @@
-"""Processes that calibrate together: the results of each, and an error on one as an error on all."""
+"""Processes that calibrate together: each gets the results of all, and an error in one is raised in all."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Alone:
 def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
     """Return the results of `work` in every process, in rank order.
 
-    An error in one of them must not leave the others waiting: they all raise it, a PartialLoraError as such and any
-    other as a RuntimeError that names the process.
+    An error in one process must not leave the others waiting: all raise it, a PartialLoraError as it is and any other
+    as a RuntimeError that names the process.
     """
     if peers.size == 1:
         return [work()]

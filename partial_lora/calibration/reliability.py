@@ -22,8 +22,8 @@ _FEWEST = 3  # through two points there is always a line
 def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return two disjoint halves of a draw, as ascending indices, the same ones for a seed.
 
-    Every class is halved at random. One with an odd number of examples gives its last to the half that has fewer, so
-    neither the halves nor their classes differ by more than one; real labels are of one class. Raises
+    Every class is halved at random. A class with an odd number of examples gives its last to the smaller half, so
+    neither the halves nor their classes differ by more than one; real labels count as one class. Raises
     PartialLoraError for fewer than two examples.
     """
     labels = np.asarray(labels)
@@ -59,7 +59,7 @@ def reliability(first: Sparsity, second: Sparsity) -> dict:
 
 
 def verdict(corrected: float | None) -> str:
-    """Return the doubt that a corrected correlation casts on the sparsities, in words; empty where there is none."""
+    """Return the doubt that a corrected correlation casts on the sparsities, in words; empty if there is none."""
     if corrected is None:
         return "no reliability: there is nothing to correlate"
     if corrected < WEAK:
@@ -71,10 +71,10 @@ def verdict(corrected: float | None) -> str:
 def correlation(first: Sparsity, second: Sparsity) -> dict:
     """Return Pearson's and Spearman's correlation over (module, axis): {pearson, spearman, n, said}.
 
-    Where all sparsities of one side are equal, or there are fewer than three, they are None and `said` is the reason.
-    Raises PartialLoraError, naming the first module, for calibrations of different modules.
+    Where all sparsities of one side are equal, or there are fewer than three, both correlations are None and `said` is
+    the reason. Raises PartialLoraError, naming the first module, for calibrations of different modules.
     """
-    from scipy.stats import pearsonr, spearmanr  # half a second, and few runs ask how far to trust a calibration
+    from scipy.stats import pearsonr, spearmanr  # half a second to import, and few runs need it
 
     pairs = paired(first, second)
     reason = ""
@@ -104,8 +104,8 @@ def paired(first: Sparsity, second: Sparsity) -> np.ndarray:
 def difference(first: Sparsity, second: Sparsity) -> dict:
     """Return how far two calibrations lie apart: {pearson, spearman, mean_absolute, n, said}.
 
-    mean_absolute is the mean absolute difference of the sparsities over (module, axis), which sees what a correlation
-    does not: that all of them are larger.
+    mean_absolute is the mean absolute difference of the sparsities over (module, axis). It shows where all of them are
+    larger, which a correlation does not.
     """
     pairs = paired(first, second)
     distance = float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else None
@@ -115,7 +115,7 @@ def difference(first: Sparsity, second: Sparsity) -> dict:
 def mean_difference(pairs: Sequence[tuple[Sparsity, Sparsity]]) -> dict:
     """Return the means of `difference` over pairs of calibrations: {pearson, spearman, mean_absolute, pairs, said}.
 
-    A pair without a correlation does not enter its mean, and is counted in words; None where no pair has one.
+    A pair without a correlation does not enter that mean, and `said` counts it; None where no pair has one.
     """
     each = [difference(*pair) for pair in pairs]
     none = [one["said"] for one in each if one["said"]]
@@ -132,12 +132,12 @@ def every_two(calibrations: Sequence[Sparsity]) -> list[tuple[Sparsity, Sparsity
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the numbers that there are; None where there is none."""
+    """Return the mean of the values that are not None; None where all are."""
     there = [value for value in values if value is not None]
     return fmean(there) if there else None
 
 
 def deviation_of(values: Sequence[float | None]) -> float | None:
-    """Return the standard deviation (n - 1) of the numbers that there are; None where there are fewer than two."""
+    """Return the standard deviation (n - 1) of the values that are not None; None where there are fewer than two."""
     there = [value for value in values if value is not None]
     return float(np.std(there, ddof=1)) if len(there) > 1 else None

@@ -1,7 +1,7 @@
 """Sparsities relaxed until the model that has all of them at once scores enough.
 
-This is the project's own choice; the paper, whose sparsities are found one by one, does not say what to do where they
-do not bear each other. Modules whose own curves have lost most are the ones whose losses add up, so they go first.
+This is the project's own step: the paper finds sparsities one by one, and does not say what to do where all of them at
+once cost too much. Losses add up, so the modules whose own curves have lost most are relaxed first.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def relax(
 ) -> tuple[Levels, float | None, int]:
     """Return levels whose joint score is enough, that score, and the steps to them: a step lowers one curve's level.
 
-    grid: the levels that there are. shapes: what masks count in every module, (out, in). before: the joint score of
-    `levels`. Steps are taken in the order of `relaxations`; their number is searched by doubling and then by halving,
-    so one fewer is not enough. All of them together give the intact model, which is taken to suffice.
+    grid: all levels. shapes: what masks count in every module, (out, in). before: the joint score of `levels`. Steps
+    are taken in the order of `relaxations`; their number is searched by doubling and then by halving, so one step fewer
+    is not enough. All possible steps give the intact model, which is taken to suffice.
     """
     total = sum(grid.index(level) + 1 for axes in levels.values() for level in axes.values() if level)
     order, taken = relaxations(levels, grid, shapes, own), []  # each step is worked out only when it is needed
@@ -64,8 +64,8 @@ def relax(
 def relaxations(levels: Levels, grid: Sequence[float], shapes: Shapes, own: Own) -> Iterator[tuple[str, str]]:
     """Yield the (module, axis) whose sparsity goes down by one level next, until nothing is zeroed any more.
 
-    Always the one whose own curve has lost most of the score at its level; of equals the one that gives back the fewest
-    parameters; of equals in that, too, the first in the model's order. A level without a score has lost all of it.
+    Its own curve has lost most of the score at its level; among equals it gives back the fewest parameters, and then
+    comes first in the model's order. A level without a score has lost all of it.
     """
     curves = [(module, axis) for module, axes in levels.items() for axis in axes]
 

@@ -27,7 +27,7 @@ from partial_lora.masks import AXES, Sparsity
 
 VERSION = 1
 
-_NEAR = 0.1  # share of the way from chance to the best score that is no more than luck on so few examples
+_NEAR = 0.1  # share of the way from chance to the best score that luck covers on so few examples
 _FEW, _SPARSE = 64, 0.2  # examples, and density of the whole adapter
 
 
@@ -36,13 +36,13 @@ class Calibration:
     """Sparsities of each module and axis, and the curves they were read from.
 
     joint: the score with all of them at once; None where it is no number, or where it was not evaluated (`at`).
-    threshold: the one of the settings, or the one that meets `budget`. scaled: densities were then scaled to spend the
-    budget, so the sparsities are no levels of the curves. chance: the score of guessing; above_chance: the threshold is
-    of the part above it. repaired: {"joint_before", "steps", "threshold", "evaluations"} of a repair.
+    threshold: as it was set, or as it was found for `budget`. scaled: densities were then scaled to spend the budget,
+    so that sparsities lie between the levels. chance: the score of guessing; above_chance: the threshold is a share of
+    the part above it. repaired: {"joint_before", "steps", "threshold", "evaluations"} of a repair.
     evaluations, seconds: the cost of this call, in all processes; cached: it evaluated nothing. warnings: sentences.
     usual: sentences about what is no cause for concern (`usual_of`).
     modules: {name: {"rows"|"columns": {"sparsity", "curve": [[level, score | [low, high] | null]...]}}}, and "level",
-    the one chosen from the curve, where a budget or a repair has made the sparsity another one.
+    the level chosen from the curve, where a budget or a repair has then changed the sparsity.
     """
 
     baseline: float
@@ -83,7 +83,7 @@ class Calibration:
 
     @property
     def grid(self) -> list[float]:
-        """Levels that there are, in rising order."""
+        """Levels that may be chosen, in rising order."""
         return sparsity_levels(self.levels, self.max_sparsity)
 
     def points(self, module: str, axis: str) -> list[list]:
@@ -105,8 +105,8 @@ class Calibration:
     def at(self, threshold: float) -> Calibration:
         """Return the sparsities at another threshold, from the points that are stored; the joint score is not known.
 
-        No repair, no budget. Raises PartialLoraError where the points do not decide it, as a curve measured after
-        earlier choices never does once one of these is another.
+        They are neither repaired nor scaled to a budget. Raises PartialLoraError where the points do not decide them:
+        the curves of a cumulative scope do not, once an earlier choice is another one.
         """
         if not 0 < threshold <= 1:
             raise PartialLoraError(f"calibration.threshold={threshold}: expected a share in (0, 1]")
@@ -142,7 +142,7 @@ class Calibration:
         return read
 
     def _search(self, module: str, axis: str, threshold: float) -> float | None:
-        """Return the level that the search ends at on a stored curve; None where a point on its way is undecided."""
+        """Return the level that the search finds on a stored curve; None where a point that it tries is undecided."""
         curve = curve_of(self.points(module, axis))
 
         def survives(level: float) -> bool:
@@ -166,9 +166,9 @@ class Calibration:
         write_json(Path(path), dataclasses.asdict(self))
 
     def reused_for(self, modules: Sequence[str]) -> Calibration:
-        """Return the same, as a run that did not pay for it records it.
+        """Return the calibration as a run that reuses it records it: cached, at no cost.
 
-        Raises PartialLoraError, naming the first, where these are not the modules that the run adapts.
+        Raises PartialLoraError, naming the first module, where `modules`, which the run adapts, are not its own.
         """
         for module in sorted(self.modules.keys() ^ set(modules)):
             where = "not in this model's targets" if module in self.modules else "missing"
@@ -201,8 +201,8 @@ def warnings_of(
 ) -> list[str]:
     """Return what a calibration's numbers warn of, one sentence each, the gravest first.
 
-    jointly: the joint score was evaluated, so that None means it is no number. size: scored examples. density: of the
-    adapter as a whole.
+    jointly: the joint score was evaluated, so that None means that it is no number. size: scored examples. density: of
+    the adapter as a whole.
     """
     baseline, chance, threshold = calibration.baseline, calibration.chance, calibration.threshold
     budget, words = calibration.budget is not None, []
@@ -242,9 +242,9 @@ def warnings_of(
 
 
 def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
-    """Return what would alarm of a pruned model and is usual here, since training zeroes nothing of W.
+    """Return sentences that would alarm about a pruned model, and are usual here since training zeroes nothing of W.
 
-    Nine in ten of the calibrations in results/ have either sentence. jointly: as of `warnings_of`.
+    Nine in ten of the calibrations in results/ have either sentence. jointly: as in `warnings_of`.
     """
     joint, threshold, chance, words = calibration.joint, calibration.threshold, calibration.chance, []
     if calibration.grid:

@@ -1,7 +1,7 @@
 """Passes over the same batches, again and again, that compute only what one altered module can have changed.
 
-What enters the block of that module is kept for every batch, within a number of bytes; past it, a pass starts at an
-earlier block or at the inputs. The outputs are those of a full pass, bit for bit.
+What enters the block of that module is kept for every batch, up to a number of bytes; beyond that, a pass starts at an
+earlier block or at the inputs. The outputs equal those of a full pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Snapshot:
         return [_version(tensor) for tensor in self.tensors] == self._versions
 
     def value(self, *, copy: bool = False) -> Any:
-        """Return the same tensors in containers of their own, or copies of them for whoever may write into them."""
+        """Return the tensors in new containers; copy: copies of them, for code that may write into them."""
         value = pytree.tree_unflatten(self._leaves, self._structure)
         return (
             pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value) if copy else value
@@ -38,14 +38,14 @@ class Snapshot:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # of inference mode: not to be written into outside it
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors cannot be written into outside that mode
 
 
 class Reuse:
     """A model's passes over numbered batches; `ran` is the number of blocks that the latest pass has run.
 
-    blocks: the name of the model's sequence of blocks, or None to compute everything, which counts as one. memory:
-    bytes that may be kept between passes, each piece of memory counted once and whole.
+    blocks: the name of the model's sequence of blocks, or None to compute everything, which counts as one block.
+    memory: bytes that may be kept between passes, each piece of memory counted once and whole.
 
     Raises PartialLoraError where `blocks` names no sequence, or one that does not run as a plain sequence.
     """
@@ -112,7 +112,7 @@ class Reuse:
         return output
 
     def settled(self, module: str) -> None:
-        """Take this module as it is for the intact one from now on: what depends on it is forgotten."""
+        """Treat this module, as it is now, as intact from here on: what depends on it is forgotten."""
         block = self._block_of.get(module, 0)
         self._entering = {place: state for place, state in self._entering.items() if place[1] <= block}
 
@@ -127,7 +127,7 @@ class Reuse:
         return min(blocks, default=0)
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
-        """Run the model's own forward, in which the blocks before `start` do nothing but return what enters it."""
+        """Run the model's own forward, in which the blocks before `start` only return what enters block `start`."""
         self.ran = max(1, len(self._names)) - start  # a model that is no sequence is one block
         skipping = nullcontext()
         if start:
@@ -138,7 +138,7 @@ class Reuse:
             return model(**inputs)
 
     def _keep(self, batch: int, block: int, state: Snapshot, target: int) -> None:
-        """Keep what enters a block: the target's in place of what is needed less, that of others where room is."""
+        """Keep what enters a block: of the target in place of what is needed less, of others where there is room."""
         if not state.unchanged():
             self._written.add(block)
             return
@@ -149,7 +149,7 @@ class Reuse:
             return
 
         def need(place: tuple[int, int]) -> tuple:
-            """Sort by need: later blocks, earlier ones of this batch, then of others, this block's last."""
+            """Order by need, the least first: later blocks; earlier ones of this batch, then of others; this block."""
             of, at = place
             return at == block, at <= block, of != batch, at
 
@@ -175,7 +175,7 @@ class Reuse:
 
 @contextmanager
 def wrapped(modules: Mapping[str, nn.Module], wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """Put `wrapper(name, forward)` in the place of every module's forward; what each had comes back afterwards."""
+    """Put `wrapper(name, forward)` in the place of every module's forward, and put the forward back afterwards."""
     own = {name: vars(module).get("forward") for name, module in modules.items()}
     for name, module in modules.items():
         module.forward = wrapper(name, module.forward)

@@ -1,9 +1,8 @@
 """Scores of a frozen model on a handful of examples, evaluated again and again with one module altered.
 
-A score is anything that can be called as `score(model) -> float`, larger = better. A score that also has `bounds` says
-only as much as is needed to decide a question about it, and does not compute again what the altered module cannot have
-changed. Both give the numbers of a full pass: they save time and nothing else. A measure makes the score of what the
-model answers to each example.
+A score is anything that can be called as `score(model) -> float`, larger = better. A score that also has `bounds`
+evaluates only as much as decides a question about it, and does not compute again what the altered module cannot have
+changed. Both save time and change no number. A measure makes the score from the model's answers to each example.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ _NO_INPUTS = ("labels", "items", "answers")
 class BoundedScore(Protocol):
     """A score that can stop as soon as a question about it is decided.
 
-    It may also have `settled(module)`, to be called once that module's weights have been altered for good, `chance`,
-    the score of guessing (None where that means nothing), `size`, the number of examples, and `pass_seconds`, about
-    what one of `bounds` takes.
+    It may also have `settled(module)`, to be called once that module's weights have been altered for good; `chance`,
+    the score of guessing (None where that means nothing); `size`, the number of examples; and `pass_seconds`, about
+    what a call of `bounds` takes.
     """
 
     def __call__(self, model: nn.Module) -> float: ...
@@ -66,7 +65,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they change
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count how often they change
             yield
     finally:
         for module, training in flags:
@@ -77,7 +76,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def differentiable(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Turn dropout off, and gradients on for the weights of these modules alone, for as long as the block lasts.
 
-    A classifier of transformers that computes a loss writes down of what type; that is put back too.
+    A classifier of transformers that computes a loss sets its config.problem_type; that is put back, too.
     """
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
@@ -100,7 +99,7 @@ def differentiable(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterat
 
 
 class Measure:
-    """Value of answers: a unit is what is right or wrong by itself, an example here, an item of several options below.
+    """Value of a model's answers, by units: a unit is an example here, an item of several options below.
 
     `lowest` and `highest` are the least and the most that a unit adds to the score.
     """
@@ -121,19 +120,19 @@ class Measure:
         return torch.arange(len(batch["labels"]))
 
     def weight(self, batch: Batch) -> float:
-        """Return what a batch adds to the number that the sum of all values is divided by."""
+        """Return the batch's part of the divisor: the score is the sum of all values over the sum of all weights."""
         return len(batch["labels"])
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return one number for each unit (units,), float64; not finite where the model's answer is no number."""
+        """Return one number for each unit (units,), float64; not finite where the model's answer is not."""
         return self.judged(self.outputs(logits, batch), batch)
 
     def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return all that the values depend on (rows, outputs): the logits, or of those of tokens what they come to."""
+        """Return what the values depend on (rows, outputs): the logits, or one number for each row of tokens."""
         return logits
 
     def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the `values` of such outputs."""
+        """Return the `values` of these `outputs`."""
         raise NotImplementedError
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -155,7 +154,7 @@ class Correctness(Measure):
         return torch.where(outputs.isfinite().all(-1), right, math.nan)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the margin: of the examples that are right, those come first that stay right longest."""
+        """Return the margin of the label: the examples that stay right longest come first."""
         labels = batch["labels"][:, None]
         best_other = logits.scatter(1, labels, -math.inf).max(1).values
         return logits.gather(1, labels).squeeze(1) - best_other
@@ -173,8 +172,8 @@ def _class_shares(batches: Sequence[Batch]) -> np.ndarray:
 class Whole(Measure):
     """Any function (predictions, labels) -> float, larger = better, of all examples at once, as numpy arrays (N,).
 
-    It is no mean of examples, so it takes them all. A prediction is the class with the largest logit or, where labels
-    are real numbers, the model's one output.
+    It is no mean over examples, so it needs all of them. A prediction is the class with the largest logit or, where
+    labels are real numbers, the model's one output.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -198,7 +197,7 @@ class Whole(Measure):
         return float(self.metric(predictions, labels.cpu().numpy()))
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
-        """Return the metric of the majority class for all; of real labels 0 for a correlation, else None."""
+        """Return the metric of always answering the majority class; for real labels, 0 for a correlation, else None."""
         labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
             return 0.0 if self.metric in (pearson, spearman) else None
@@ -216,11 +215,11 @@ def _real_outputs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
-    """Return F1 of the second of two classes, as GLUE has it; of more, the mean over those that occur (macro).
+    """Return F1 of the second of two classes, as GLUE has it; of more classes, the mean over those that occur (macro).
 
     classes: how many there are; None for as many as are seen.
     """
-    from sklearn.metrics import f1_score  # like scipy.stats, imported by those runs that have such a metric
+    from sklearn.metrics import f1_score  # slow to import, as scipy.stats is: only runs with such a metric do
 
     if (classes or max(predictions.max(), labels.max()) + 1) == 2:
         return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
@@ -255,12 +254,12 @@ def _correlation(function: Callable, predictions: np.ndarray, labels: np.ndarray
 
 
 class OptionLikelihood(Measure):
-    """1 for an item whose right option is likelier than all its others, 0 for another.
+    """1 for an item whose right option is likelier than all its others, 0 for any other item.
 
-    A batch holds one row for each option: input_ids, attention_mask and labels (rows, length), the labels those of
-    `IGNORED` outside the option; `items` (rows,), the number of the item a row is an option of; `answers` (rows,), True
-    for the right option. All options of an item are in one batch, next to each other. The likelihood of an option is
-    the sum of its tokens' log probabilities, or their mean where `per_token`.
+    A batch holds one row for each option: input_ids, attention_mask and labels (rows, length), labels being `IGNORED`
+    outside the option; `items` (rows,), the number of the row's item; `answers` (rows,), True for the right option. All
+    options of an item are in one batch, next to each other. The likelihood of an option is the sum of its tokens' log
+    probabilities, or their mean if `per_token`.
     """
 
     lowest, highest = 0.0, 1.0
@@ -310,7 +309,7 @@ class OptionLikelihood(Measure):
         return log_likelihood[right] - best_other
 
     def chance(self, batches: Sequence[Batch]) -> float:
-        """Return the share of the position that is right most often, but no less than one of its options at random."""
+        """Return the score of the position that is right most often, or of a random option where that is higher."""
         positions, options = [], []
         for batch in batches:
             sizes = torch.bincount(self.units(batch))
@@ -326,7 +325,7 @@ class Loss(Measure):
 
     The labels decide between them: whole numbers (batch,), real numbers (batch,) or (batch, outputs), tokens (batch,
     length) with `IGNORED` where none counts; the mean is over examples or over the tokens that count. No loss is below
-    zero, so what has been lost so far is lost, while it takes a whole pass to see that enough is left.
+    zero, so a failure may show early in a pass, while a success shows only at its end.
     """
 
     lowest, highest = -math.inf, 0.0
@@ -352,11 +351,11 @@ class Loss(Measure):
         return outputs.squeeze(1)
 
     def sureness(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of the intact model: what is lost most already is first to pass the line."""
+        """Return the loss of the intact model: the examples with the largest loss bring the sum to the line soonest."""
         return -self.values(logits, batch)
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
-        """Return minus the entropy of the labels' shares, minus the labels' variance; of tokens None."""
+        """Return minus the entropy of the classes' shares, or minus the variance of real labels; None for tokens."""
         if not _per_example(batches[0]["labels"]):
             return None
         labels = torch.cat([batch["labels"] for batch in batches])
@@ -382,7 +381,7 @@ def _tokens(labels: Tensor) -> Tensor:
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross entropy of each row's tokens that count, each from those before it (batch,), float64."""
+    """Return the summed cross entropy (batch,), float64, of each row's tokens that count, given those before them."""
     following = labels[:, 1:]
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), following.flatten(), reduction="none", ignore_index=IGNORED
@@ -402,7 +401,7 @@ SCORES: dict[str, Callable[[], Measure]] = {
 }
 
 
-# --- Heads of several tasks side by side in one linear layer: an example sees the outputs of its own task alone
+# --- Heads of several tasks side by side in one linear layer: an example has only the outputs of its own task
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
@@ -418,7 +417,7 @@ def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
 def within(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return logits (N, outputs) in float32; those of other tasks than the row's own are so low that softmax gives 0.
 
-    They stay finite, so that only a model that broke down has logits that are not. labels: (N,).
+    They stay finite, so that logits which are not finite still show a model that broke down. labels: (N,).
     """
     owners, labels, logits = _owners(sizes, logits.device), labels.to(logits.device), logits.float()
     return logits.masked_fill(owners != owners[labels][:, None], torch.finfo(logits.dtype).min)
@@ -435,7 +434,7 @@ def mean_loss_within(sizes: Sequence[int]) -> Callable[[nn.Module, Mapping[str, 
 
 
 class Within(Measure):
-    """A measure that sees of every example the outputs of its own task alone."""
+    """A measure that sees only the outputs of each example's own task."""
 
     def __init__(self, measure: Measure, sizes: Sequence[int]) -> None:
         self._measure, self._sizes = measure, sizes
@@ -472,7 +471,7 @@ class Tally:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def copy(self) -> Tally:
-        """Return one that can be added to while this one stays."""
+        """Return a copy that can be added to while this one stays."""
         return Tally(list(self.seen), self.units, self.total, dict(self.values))
 
     def add(self, batch: int, values: Tensor, keep: bool) -> None:
@@ -483,17 +482,17 @@ class Tally:
             self.values[batch] = values
 
 
-# (Up to this share of the draw, batches of this share of it at most, of that many units at least): small ones where
-# most questions are decided, but what is nearly always seen in as few as can be, since small batches take longer.
+# (End of a part of the draw, largest batch in it, both as shares of the draw; units that such a batch may always have.)
+# Batches are small where most questions are decided, and large where all is seen anyway: small ones take longer.
 _BATCHES = ((0.6, 0.15, 24), (0.8, 0.1, 16), (1.0, 0.05, 8))
-_LESS_WORK = 0.58  # of a full pass, in one over an altered model: 0.55 by vit_s14 on digits, 0.62 by minilm_l6 on trec
-_LESS_SURE = 1 / 8  # of those less sure are right: by vit_s14 on digits, where 0.06 to 0.2 save as much
+_LESS_WORK = 0.58  # full passes that one over an altered model costs: vit_s14 on digits 0.55, minilm_l6 on trec 0.62
+_LESS_SURE = 1 / 8  # share of the less sure units that are right: for vit_s14 on digits, where 0.06 to 0.2 save as much
 
 
 def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Measure) -> list[Batch]:
     """Return the same units, those with the largest `sureness` (units,) first, in batches that get smaller.
 
-    Where inputs are of several lengths, padded together as the caller put them, whole batches change places.
+    Inputs of several lengths stay in the batches that the caller padded, and whole batches change places.
     """
     parts = {name: [batch[name] for batch in batches] for name in batches[0]}
     if any(len({part.shape[1:] for part in of_name}) > 1 for of_name in parts.values()):
@@ -510,7 +509,7 @@ def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Meas
 
 
 def batch_sizes(sizes: Sequence[int]) -> list[int]:
-    """Return sizes of batches that get smaller, for as many units in all, none larger than the largest there is."""
+    """Return sizes of batches that get smaller, for as many units in all, none larger than the largest of `sizes`."""
     size, smaller = sum(sizes), []
     for until, share, least in _BATCHES:
         most = min(max(least, math.ceil(share * size)), max(sizes))
@@ -520,16 +519,16 @@ def batch_sizes(sizes: Sequence[int]) -> list[int]:
 
 
 def enough(undecided: Callable[[float, float], bool], size: int) -> int:
-    """Return how many of `size` units have to be right to decide a question about their share; size + 1 if none do."""
+    """Return how many of `size` units must be right to decide a question on their share; size + 1 if no number does."""
     return bisect_left(range(size + 1), True, key=lambda right: not undecided(right / size, 1.0))
 
 
 def next_batch(sizes: Sequence[int], tally: Tally, needed: int) -> int:
     """Return the batch to see next, of batches arranged by sureness, where `needed` units have to be right.
 
-    First come the one in which this is decided if examples turn wrong in their order, and two that are surer. Where
-    they let expect a pass, the surest of the others follow, most of which will be right; else the least sure, most of
-    which are wrong anyway. That is not thought over again: what follows looks better, or worse, than it is.
+    The batch of the `needed`-th unit comes first, which decides if examples turn wrong in their order; then the two
+    surer ones. If these promise a pass, the surest of the others follow, most of which are right; if not, the least
+    sure, most of which are wrong anyway. That choice stands: what follows it is no fair sample of the rest.
     """
     unseen = [index for index in range(len(sizes)) if index not in tally.seen]
     hinge = min(sum(end < needed for end in accumulate(sizes)), len(sizes) - 1)
@@ -565,7 +564,7 @@ class FewShotScore:
     `OptionLikelihood`). measure: a name out of `SCORES`, or a function (predictions, labels) -> float of two arrays.
     blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds the altered
     module nothing changes. memory: bytes that may be kept for that between passes.
-    sizes: where several tasks' heads are side by side, how many outputs each has; of accuracy or loss.
+    sizes: where several tasks' heads are side by side, how many outputs each has; for accuracy or loss.
 
     The first full pass, which must be of the intact model, puts the examples in the order that decides soonest.
 
@@ -606,7 +605,7 @@ class FewShotScore:
 
     @property
     def rows(self) -> int:
-        """Rows that one full pass runs: of a choice one for each option."""
+        """Rows of one full pass; a choice has one for each option."""
         return sum(len(batch["labels"]) for batch in self._batches)
 
     def __call__(self, model: nn.Module) -> float:
@@ -631,7 +630,7 @@ class FewShotScore:
         """Return what is known of the score once `undecided(low, high)` turns False: equal bounds are the score itself.
 
         model: as it was at the first pass, or when `settled` was last called, but for the weights of `module`.
-        known: bounds that an earlier, cut-short call gave for these very weights; it goes on where that one stopped.
+        known: bounds that an earlier, cut-short call gave for these very weights; this call goes on where it stopped.
         """
         self.evaluations.passes += 1
         if known is not None and not undecided(*known):
@@ -658,7 +657,7 @@ class FewShotScore:
         """Return the scores at the levels of every curve as gradients predict them (gradient.py), and the passes taken.
 
         removed: what each level zeroes. A backward pass counts as one. Of many classes, the right one and those that
-        the intact model finds likeliest compete; the logits of the others are taken to stay.
+        the intact model finds likeliest compete; the logits of the others are taken not to change.
         """
         tallies = {module: {axis: [] for axis in axes} for module in modules}
         passes = 0
@@ -694,7 +693,7 @@ class FewShotScore:
         return outputs, outputs.detach().scatter(1, labels[:, None], math.inf).topk(COMPETING).indices
 
     def settled(self, module: str) -> None:
-        """Take the model as it is, with this module altered for good, for the intact one from now on."""
+        """Treat the model, with this module altered for good, as the intact one from now on."""
         self._reuse.settled(module)
 
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
@@ -717,15 +716,15 @@ class FewShotScore:
         return logits_of(output).to(batch["labels"].device)
 
     def _inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Return what of a batch the model takes, on its device."""
+        """Return the model's inputs out of a batch, on its device."""
         device = next(model.parameters()).device
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
         if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs["use_cache"] = False  # nothing is generated, and a cache is something to write into
+            inputs["use_cache"] = False  # nothing is generated, and passes would write into a cache
         return inputs
 
     def _bounds(self, tally: Tally) -> Bounds:
-        """Return the least and the most that the score is, whatever the units are that have not been seen."""
+        """Return the least and the most that the score can be, whatever the unseen units add."""
         rest = self.size - tally.units
         if isinstance(self.measure, Whole):
             if rest:

@@ -18,10 +18,10 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
-_TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries, and passes of a budget to one of a threshold
-_FORWARD, _BACKWARD = 2.0, 5.0  # passes over an altered model that one over the intact one takes, with gradients
-COMPETING = 10  # outputs of an example that gradients are taken of
-CHECKED, MOST_CHECKED = 0.05, 32  # of the points that a scan of predicted curves tries, so many are evaluated; at most
+_TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries; passes for a budget as a multiple of a threshold's
+_FORWARD, _BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model
+COMPETING = 10  # outputs of each example whose gradients are taken
+CHECKED, MOST_CHECKED = 0.05, 32  # share of a scan's points on predicted curves that are evaluated; at most so many
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
@@ -31,8 +31,8 @@ _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 def line(*, baseline: float, threshold: float, chance: float | None = None) -> float:
     """Return the score that is just enough: the threshold's share of the baseline, or of its height above chance.
 
-    For scores below zero, which are losses, a loss that has grown to 1 / threshold of its own. chance: the score of
-    guessing, where the threshold is of the part above it; a baseline that is not above it leaves nothing to share: inf.
+    A baseline below zero is a loss, which may grow to 1 / threshold of itself. chance: the score of guessing, if the
+    threshold is a share of the part above it; a baseline that is not above it gives inf.
     """
     if chance is not None:
         return chance + threshold * (baseline - chance) if baseline > chance else math.inf
@@ -42,7 +42,7 @@ def line(*, baseline: float, threshold: float, chance: float | None = None) -> f
 
 
 def passes(score: float, *, baseline: float, threshold: float, chance: float | None = None) -> bool:
-    """Return True where enough of the baseline score is left (see `line`); never where the score is no number."""
+    """Return True where enough of the baseline score is left (see `line`); a score of NaN never passes."""
     needed = line(baseline=baseline, threshold=threshold, chance=chance)
     if needed == math.inf:
         return False
@@ -75,7 +75,7 @@ def scan(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
 
 
 def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
-    """Return a level that survives next to one that does not, by halving; the scan's where the curve is monotone."""
+    """Return, by halving, a level that survives below one that does not; on a monotone curve it is the scan's."""
     below, above = 0, len(grid) + 1  # of the levels 0 (intact), 1, 2, ...: this one survives, that one does not
     while above - below > 1:
         middle = (below + above) // 2
@@ -87,11 +87,11 @@ def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
 
 
 Search = Callable[[Callable[[float], bool], Sequence[float]], float]
-SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # the last of predicted curves
+SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # "gradient" scans predicted curves
 
 
 def checks(points: float) -> int:
-    """Return how many of the points that a scan of predicted curves tries are evaluated all the same."""
+    """Return how many points are evaluated where a scan of predicted curves tries `points`."""
     return min(math.floor(CHECKED * points), MOST_CHECKED)
 
 
@@ -99,7 +99,7 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
     A repair relaxes at most every level of every curve, and takes a joint score whenever it doubles or halves.
-    Gradients take a pass forward, one backward for each output that competes, and the points that are evaluated, too.
+    Gradients take one forward pass, a backward pass for each competing output, and the points that are evaluated.
     """
     tried = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
     points = modules * axes * tried
@@ -108,7 +108,7 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
     if not repair:
         return points + 1
     steps = modules * axes * levels
-    every = points if search == "gradient" else steps  # their order needs the levels that a bisection has passed over
+    every = points if search == "gradient" else steps  # the order of steps needs the levels that a bisection skips
     return every + 1 + 2 * math.ceil(math.log2(steps + 1))
 
 
@@ -130,7 +130,7 @@ def in_order(modules: Sequence[str], scope: str) -> list[str]:
 
 
 def walk(levels: Mapping[str, Mapping[str, float]], scope: str) -> Iterator[tuple[str, str, float, str]]:
-    """Yield every curve in the order of calibration: module, axis, the level chosen, the cuts made before it."""
+    """Yield every curve in the order of calibration: module, axis, level chosen, digest of the cuts made before it."""
     before: Levels = {}
     for module in in_order(list(levels), scope):
         for axis, level in levels[module].items():
@@ -139,14 +139,14 @@ def walk(levels: Mapping[str, Mapping[str, float]], scope: str) -> Iterator[tupl
 
 
 def both_axes(levels: Mapping[str, Mapping[str, float]]) -> Sparsity:
-    """Return the sparsity of rows and of columns that the levels of a module's curves mean."""
+    """Return each module's sparsity of rows and of columns from the levels of its curves."""
     return {module: {axis: of.get(axis, of.get(BOTH)) for axis in AXES} for module, of in levels.items()}
 
 
 def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a name for what is zeroed elsewhere while a curve is measured; "" where that is nothing.
+    """Return a name for what is zeroed elsewhere while a curve is measured; "" for nothing.
 
-    cuts: levels by module and axis; the order in which they were made does not matter, and level 0 is no cut.
+    cuts: levels by module and axis; their order does not matter, and level 0 is no cut.
     """
     made = sorted(
         (module, axis, level) for module, of in both_axes(cuts).items() for axis, level in of.items() if level
@@ -158,7 +158,7 @@ def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def bounds_of(low: float, high: float) -> Bounds:
-    """Return what a score evaluated to as a point: a score that is not finite is no number, a bound may be infinite."""
+    """Return the bounds of a score as a point: an infinite score counts as NaN, an infinite bound stays."""
     if math.isnan(low) or math.isnan(high) or (low == high and math.isinf(low)):
         return NOT_A_NUMBER
     return float(low), float(high)
@@ -179,7 +179,7 @@ def points_of(curve: Mapping[float, Bounds]) -> list[list]:
 
 
 def curve_of(points: Iterable[Iterable]) -> Curve:
-    """Return the curve of points that `points_of` has written."""
+    """Return the curve of points as `points_of` writes them."""
     curve = {}
     for level, value in points:
         if value is None:

@@ -50,9 +50,9 @@ def evaluate_run(
     """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
 
     Args:
-        task: the settings of a task; None is the run's own. Its labels are matched by name; a causal
-            model, which has none, chooses options or writes texts, whichever the task asks for.
-        member: of a mixture, the task whose head and labels are meant, and whose rows where `task` is None.
+        task: the settings of a task; None is the run's own. Its labels are matched by name; a causal model, which has
+            none, chooses options or writes texts, whichever the task asks for.
+        member: of a mixture, the task whose head and labels are meant, and whose rows if `task` is None.
         batch_size: None takes the run's own.
         advance: called with the number of rows that are done, and of all.
 
@@ -112,15 +112,15 @@ def _own_rows(run: FinishedRun, member: str) -> Task:
 
 
 def _source(task: TaskConfig, split: str) -> str | None:
-    """Return the source of a split's rows: its own file, else that of the training rows, else a data set."""
+    """Return the source of a split's rows: its own file, else the training rows' file, else a data set."""
     files = files_by_split(task.data_files)
     return files.get(split) or files.get("train") or task.path
 
 
 def refuse_changed_files(run: FinishedRun) -> None:
-    """Raise PartialLoraError where the run's files have changed: what is cut from them would be other rows.
+    """Raise PartialLoraError where the run's files have changed: splits cut from them would have other rows.
 
-    A run's folder is named by an id of its settings and of the content of its files; one that was renamed is no help.
+    The id in a run's folder name depends on its settings and its files' content; a renamed folder is not checked.
     """
     name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
     try:
@@ -159,7 +159,7 @@ def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> 
 def logits_of(
     model: RunModel, batches: DataLoader, reduce: Callable | None, advance: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a model's logits (N, outputs) of all rows, reduced if asked for, and their labels (N,), none of tokens."""
+    """Return a model's logits (N, outputs) of all rows, reduced if asked for, and the labels (N,), empty if reduced."""
     logits, references, done = [], [], 0
     for batch in batches:
         logits.append(model.logits(batch, reduce))

@@ -61,7 +61,7 @@ def export(
         to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
             "gguf", an adapter for llama.cpp; "serve", a LoRA for vLLM, SGLang and LoRAX.
         describe: puts a page on the run into the folder of the export.
-        check: prove that it can be used, and computes what the run's own adapter does, before it gets its name.
+        check: prove, before the folder gets its name, that others can use it and compute what the run's adapter does.
 
     Raises PartialLoraError, leaving nothing behind, for a format that the run's method does not have, where the run's
     files are broken or the folder holds other files, and ProofError where the check fails.
@@ -81,7 +81,7 @@ def export(
             describe(run, built)
             try:
                 proof = PROVE[to](run, built) if check else None
-            except ProofError as error:  # it knows the folder by the name it has while it is built
+            except ProofError as error:  # it names the folder as it is called while it is built
                 raise ProofError(str(error).replace(str(built), str(folder))) from error
             existed = _is_same(built, folder)
             if occupied and not existed:
@@ -108,7 +108,7 @@ def _is_same(built: Path, folder: Path) -> bool:
 # How far others' logits may be from the run's own, as a share of the largest of them (of 1, where none exceeds that).
 # They compute the same in another order: PEFT multiplies with the zeros too, and a merged weight is W + BA rounded once
 # to the model's number format. Measured on the real ViT-S at 98 pixels, with logits up to 28: 1.1e-6 (PEFT) and 1.6e-6
-# (merged); in bf16, on a random Llama of three layers: 0.014 (PEFT) and 0.04 (merged). fp16 has eight times its digits.
+# (merged); in bf16, on a random Llama of three layers: 0.014 (PEFT) and 0.04 (merged). fp16 is eight times as fine.
 _BOUND = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.0125}
 
 _SAMPLES = 4  # inputs on which logits are compared
@@ -116,7 +116,7 @@ _WORDS = ["the", "film", "was", "long", "but", "every", "scene", "of", "it", "ha
 
 
 def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
-    """Return the run's base model as it was before training; its head is drawn anew, the adapter has the trained one.
+    """Return the run's base model as it was before training. Its head is drawn anew; the adapter has the trained head.
 
     whole: quantised weights in the model's number format again, with the values that they stand for.
     """
@@ -146,7 +146,7 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep bars off the screen, and warnings: of PEFT, for a name that transformers gives up, and of number formats."""
+    """Keep bars off the screen, and warnings: PEFT's, of a name that transformers deprecates, and of number formats."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -163,7 +163,7 @@ def _tensors(adapted: PeftModel) -> dict[str, Tensor]:
 
 
 def describe(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
-    """Write beside weights what makes a run's inputs, and the names of its classes."""
+    """Write, beside weights, what prepares a run's inputs, and the names of its classes."""
     build.describe(model, run.config.model, _transform(run), folder)
 
 
@@ -202,9 +202,9 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
 
 
 def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> str:
-    """Prove that plain PEFT loads it on the base model without a warning, and computes the run's logits.
+    """Prove that plain PEFT loads the export on the base model without a warning, and computes the run's logits.
 
-    Quantised weights are whole again for this: how they are multiplied differs from one library and device to another.
+    Quantised weights are whole again for this: libraries and devices differ in how they multiply them.
     """
     samples = _samples(run)
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
@@ -216,7 +216,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
-    """Prove that on another base model it has the values of the run's adapter, bit for bit, and computes its logits."""
+    """Prove that the export, on a fresh base model, has the values of the run's adapter bit for bit, and its logits."""
     own = adapted_model(run)
     with quiet():
         loaded = load_compact(base_model(run), folder)
@@ -232,7 +232,7 @@ def _prove_compact(run: FinishedRun, folder: Path) -> str:
 def _prove_merged(run: FinishedRun, folder: Path) -> str:
     """Prove that the libraries that own the format load it on their own, and compute the run's logits.
 
-    transformers does so by a pipeline, of texts or images as they are: its tokenizer or image processor, its labels.
+    transformers does so by a pipeline on raw texts or images, with its own tokenizer or image processor and labels.
     """
     own, samples = adapted_model(run, whole=True), _samples(run)
     libraries = ["transformers"]
@@ -260,7 +260,7 @@ def _bound(run: FinishedRun) -> float:
 
 
 def _transform(run: FinishedRun) -> Transform:
-    """Return the transform of the run's inputs; of a mixture that of its first member, since all are read alike."""
+    """Return the transform of the run's inputs; a mixture's first member has it, since all members are read alike."""
     task = run.config.task
     return build.transform_of(run.config.model, next(iter(task.members.values())) if task.members else task)
 
@@ -317,7 +317,7 @@ def _compared(own: Tensor, others: Mapping[str, Callable[[], Tensor]], folder: P
 
 
 def _prove_serve(run: FinishedRun, folder: Path) -> str:
-    """Prove of the LoRA for servers what `_prove_peft` proves, as near as its number format comes."""
+    """Prove what `_prove_peft` proves for the LoRA for servers, as closely as its number format allows."""
     return _prove_peft(run, folder, max(_bound(run), _BOUND["bfloat16"]))
 
 

@@ -29,7 +29,7 @@ def generate(
 ) -> None:
     """Call `emit` with the parts of the text that a causal run writes after a prompt, without space around it.
 
-    The prompt enters the model as those of the run's task did, chat template included. The text ends at the model's end
+    The prompt enters the model as the task's own prompts did, chat template included. The text ends at the model's end
     token, before the first of the task's stop strings or of `stop`, or after `max_new_tokens` (None: the task's).
 
     Args:
@@ -52,7 +52,7 @@ def generate(
 
 
 class _Words(TextStreamer):
-    """transformers' streamer, which ends before stop strings: it holds back what may yet become one, and space."""
+    """A streamer of transformers that ends before stop strings: it holds back what may become one, and space."""
 
     def __init__(
         self, tokenizer: object, ends: Sequence[int], stop: Sequence[str], emit: Callable[[str], object]

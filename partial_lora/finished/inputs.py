@@ -107,7 +107,7 @@ def _lines_of_file(argument: str, modality: str, parse: Callable[[str], Input]) 
 
 
 def _lines(stream: BinaryIO, name: str, parse: Callable[[str], Input]) -> Iterator[Input]:
-    """One input a line. Only a newline ends a line: texts may hold other characters that Unicode calls line breaks."""
+    """Yield an input a line. Only a newline ends a line: texts may hold other characters that Unicode calls breaks."""
     for number, raw in enumerate(stream, 1):
         place = f"{name}, line {number}"
         try:

@@ -21,7 +21,7 @@ from partial_lora.finished.run import FinishedRun
 
 @dataclass(frozen=True)
 class Overlap:
-    """The overlap of two adapters: what both change, as a share of what the one that changes less does.
+    """The overlap of two adapters: what both change, as a share of what the smaller of them changes.
 
     first, second: the places of their runs. rows, columns: of B and A. entries: of the weights that the adapters are
     added to.
@@ -37,13 +37,13 @@ class Overlap:
 def merge(
     runs: Sequence[FinishedRun], weights: Sequence[float], folder: Path, *, way: str = "cat", density: float = 0.5
 ) -> list[Overlap]:
-    """Write one adapter that does what those of several runs do, weighted, and return what each two have in common.
+    """Write one adapter that combines those of several runs by weights, and return the overlap of every two of them.
 
     way: PEFT's `combination_type`. density: the share of each factor's entries that ties, dare and
     magnitude_prune keep, zeros of masks among them; dare draws the same ones each time.
 
-    Raises PartialLoraError, in one line and before it writes, for another number of weights, runs over other base
-    models, a folder that holds anything, and what PEFT does not combine (heads, other kinds of adapters).
+    Raises PartialLoraError, in one line and before it writes, where there is not one weight for each run, for runs over
+    different base models, a folder that is not empty, and what PEFT does not combine (heads, other kinds of adapters).
     """
     if len(runs) < 2 or len(weights) != len(runs):
         raise PartialLoraError(
@@ -59,7 +59,7 @@ def merge(
                 )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PartialLoraError(f"--out {folder}: there is something already, expected a new folder")
-    names = [f"run{place}" for place in range(len(runs))]  # of a bare number PEFT would take a layer's for it
+    names = [f"run{place}" for place in range(len(runs))]  # PEFT would take a bare number for a layer's
     try:
         with export.quiet():
             adapted = PeftModel.from_pretrained(export.base_model(first), str(first.adapter), adapter_name=names[0])

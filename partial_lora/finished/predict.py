@@ -30,7 +30,7 @@ from partial_lora.tasks import CausalTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.metrics import generate, log_likelihoods
 
-_DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow lets go of the interpreter while it decodes
+_DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,7 +65,7 @@ class RunModel:
     ) -> np.ndarray:
         """Return the logits (N, outputs), float32, of a batch that a transform made of N inputs.
 
-        reduce: makes something smaller of the logits and the labels of a batch, which then has some.
+        reduce: makes something smaller of a batch's logits and labels; the batch then needs labels.
         """
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         dtype = _AUTOCAST.get(self.precision)
@@ -78,9 +78,9 @@ class RunModel:
 class Predictor:
     """A finished run, ready to predict. Raises PartialLoraError where there is none, or not on that device.
 
-    device: "cpu", "cuda", or "auto" for the second where there is one. max_new_tokens: the most that a generation
+    device: "cpu", "cuda", or "auto" for cuda if there is such a device. max_new_tokens: the most that a generation
     writes, None for as many as the run's task has. member: of a mixture, the task that the inputs are of. `labels` is
-    empty but where there are classes.
+    empty unless there are classes.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Predictor:
         self._writing: dict[str, Any] = {"stop": task.stop, "max_new_tokens": max_new_tokens or task.max_new_tokens}
         self._layout = task.format
         self._batch_size = run.config.trainer.eval_batch_size
-        self._transform: Any = build.transform_of(run.config.model, task)  # what it can do goes by the kind of task
+        self._transform: Any = build.transform_of(run.config.model, task)  # its methods depend on the kind of task
         self._model = RunModel(run, device)
 
     def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
@@ -107,7 +107,7 @@ class Predictor:
 
         Args:
             inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
-            batch_size: None takes that of the run's own evaluation.
+            batch_size: None takes the batch size of the run's own evaluation.
 
         Raises PartialLoraError that names the first input that cannot be read.
         """
@@ -131,9 +131,9 @@ class Predictor:
         return outcomes
 
     def _encode(self, inputs: Sequence) -> list:
-        """Return images as the pixels of the model's size, since as files they may be far larger; texts as they are.
+        """Return images as pixels of the model's size, since their files may be far larger; texts as they are.
 
-        Of a question, which can be too long, the options as tokens. In place of what cannot be read, the error.
+        Questions, which can be too long, come as the tokens of their options. An error stands for what cannot be read.
         """
         if self.kind == "choice":
             rows = iter(rows_of(self._transform, self._layout, [each for each in inputs if is_question(each)]))
@@ -162,7 +162,7 @@ class Predictor:
             texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
             return [Prediction(*each, None, {}) for each in zip(words, texts, strict=True)]
         if self.kind == "choice":
-            size = max(len(encoded), *map(len, encoded))  # the options of one are not held back by a small batch
+            size = max(len(encoded), *map(len, encoded))  # as large as the options of any one question need
             scores = likelihoods(encoded, self._model.logits, self._transform, size)
             return [_outcome(*each) for each in zip(words, scores, (options for _, options in inputs), strict=True)]
         is_text = self.modality == "text"
@@ -184,7 +184,7 @@ def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Predictio
 
 
 def read_image(image: object) -> Image.Image:
-    """Return an image decoded as the rows of a data set are, turned as its EXIF says; one that is decoded as it is.
+    """Return an image decoded as the rows of a data set are, turned as its EXIF says; a decoded image as it is.
 
     Raises PartialLoraError, naming the file, for one that is not there or not an image.
     """
@@ -260,7 +260,7 @@ def rows_of(
 ) -> list[Rows | PartialLoraError]:
     """Return the options of every question as the model reads them, or what is wrong with the question.
 
-    layout: the task's `format`. That of winogrande puts the options where the prompt has a _, and scores what follows.
+    layout: the task's `format`; winogrande's puts the options where the prompt has a _, and scores what follows.
     """
     outcomes: list = []
     shown = datasets.are_progress_bars_disabled()
@@ -310,7 +310,7 @@ def _rows(
     row = {"prompts": [prompts], "options": [answers], "label": [0]}
     try:
         return transform.options(datasets.Dataset.from_dict(row, features=_FEATURES), cache_bytes=0).to_list()
-    except PartialLoraError:  # its words are about a row of a table
+    except PartialLoraError:  # its message is about a row of a table
         return _unfit(prompt, "an option is longer than the run's model.max_length")
 
 

@@ -16,7 +16,7 @@ from partial_lora.runs.schema import Config, TaskConfig
 class FinishedRun:
     """A run that ended well: its directory, its settings and its record.
 
-    Settings that were recorded before a key was there have its default.
+    A key that is newer than the record has its default.
     """
 
     directory: Path
@@ -38,10 +38,10 @@ class FinishedRun:
         return (self.adapter / "partial_lora.json").is_file()
 
     def labels(self) -> list[str]:
-        """Return the names of the classes, in the order of the logits; of a regression none.
+        """Return the names of the classes, in the order of the logits; empty for a regression.
 
-        An early record lacks labels, which its predictions alone have; there a class that no test row has and that was
-        never predicted is called by its index.
+        An early record lacks labels, so they are read from its predictions. There a class that no test row has and that
+        was never predicted is called by its index.
         """
         if "labels" in self.result:
             return list(self.result["labels"])
@@ -59,7 +59,7 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    """Return the finished run in a directory, or that `latest` or the start of its id names (`directory.find`).
+    """Return the finished run that its directory, `latest` or the start of its id names (`directory.find`).
 
     Raises PartialLoraError, in one line, for a directory that holds no run, a run that failed, was interrupted or has
     only calibrated, and one that has lost files.

@@ -151,7 +151,7 @@ def gguf_tensors(run: FinishedRun) -> tuple[dict[str, Tensor], int]:
 
 
 def rows_of_llama(module: str, model: PretrainedConfig) -> Tensor | slice:
-    """Return which row of a layer each row of llama.cpp's is: its Llama turns neighbours, ours halves."""
+    """Return, for each row of llama.cpp's layer, the row of ours: its Llama rotates neighbours, ours halves."""
     heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}.get(module.rpartition(".")[2])
     if heads is None:
         return slice(None)
@@ -170,15 +170,15 @@ def prove_gguf(run: FinishedRun, folder: Path) -> str:
     return f"{len(found)} tensors read back equal bit for bit"
 
 
-# --- vLLM, SGLang and LoRAX: an ordinary adapter of one rank and one scaling, with all that they count on to be there.
+# --- vLLM, SGLang and LoRAX: an ordinary adapter of one rank and one scaling, with all modules that they expect.
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be, 1 apart
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # SGLang stacks these, and finds none missing
-_OURS = {_WEIGHTS, _CONFIG, "partial_lora.json", "README.md"}  # what an export does not take over as it is
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's max_lora_rank may have, apart from 1
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # SGLang stacks these, and expects all of a group
+_OURS = {_WEIGHTS, _CONFIG, "partial_lora.json", "README.md"}  # files that an export does not copy as they are
 
 
 def write_serve(run: FinishedRun, folder: Path) -> None:
-    """Write a LoRA whose scaling is in B, in bf16 (fp16 over such a base model), zeros where a server wants more.
+    """Write a LoRA in bf16 (fp16 over an fp16 base model), the scaling in B, zeros where a server expects more.
 
     Units of the rank that add nothing are left out, and the rank is the next that servers have; each kind of module is
     there in every layer. Raises PartialLoraError, before it writes, where no such rank is large enough.

@@ -23,7 +23,7 @@ class OneTask:
 
     member: its name in the run's mixture; None where it is the run's own task.
     config: the run's settings, with this task.
-    labels: the names of its classes; none of a regression, a choice or a generation.
+    labels: the names of its classes; empty for a regression, a choice or a generation.
     outputs: the places of its classes among the model's logits; None for all that there are.
     """
 
@@ -36,9 +36,9 @@ class OneTask:
 def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = False) -> OneTask:
     """Return the task that a run is used on.
 
-    of_another: it is another task than the run's; a causal language model, having no heads, then needs no member.
-    Raises PartialLoraError, in one line that lists the members, for a mixture without one, a name that is none of them,
-    and a member of a run that is no mixture.
+    of_another: the run is used on another task than its own; a causal language model, having no heads, then needs no
+    member. Raises PartialLoraError, in one line, for a mixture without a member or with a name that is no member (the
+    line lists them), and for a member of a run that is no mixture.
     """
     task = run.config.task
     members = task.members or {}
@@ -104,7 +104,7 @@ def evaluation_settings(
     refuse_group_lists(overrides)
     recorded = own.config.task
     trainer = {key: getattr(own.config.trainer, key) for key in _TRAINER}
-    if trainer["device"] == "cuda":  # where it trained; here is perhaps none
+    if trainer["device"] == "cuda":  # the run trained there, and this machine may have none
         trainer["device"] = "auto"
     node = {"trainer": trainer}
     if not of_another:
@@ -134,10 +134,10 @@ def evaluation_settings(
 
 
 def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[str | dict | None, list[str]]:
-    """Return the files of the run's task with those of single splits that overrides name, and the other overrides.
+    """Return the run's files, those of single splits replaced as overrides say, and the other overrides.
 
-    One PATH that a run had for all its splits is that of training rows where another file is named for a split; a
-    folder with one sub-folder a split is these.
+    Where a split gets another file, a single PATH for all splits stands for the training rows; a folder with a
+    sub-folder for each split stands for these.
     """
     prefix = "task.data_files."
     named = dict(_path(each.removeprefix(prefix)) for each in overrides if each.startswith(prefix))
@@ -161,7 +161,7 @@ def _path(override: str) -> tuple[str, str]:
 
 
 def files_by_split(data_files: str | Mapping | None) -> dict[str, str]:
-    """Return the file or folder of each split that has its own; others are cut from that of the training rows."""
+    """Return the file or folder of each split that has its own; other splits are cut from the training rows' file."""
     if not isinstance(data_files, str):
         return dict(data_files or {})
     of_splits = split_folders(Path(data_files)) if Path(data_files).is_dir() else {}
@@ -172,7 +172,7 @@ def _refuse_another_cut(recorded: str | Mapping | None, files: str | Mapping | N
     """Refuse a test split that is cut from other training rows: they may hold rows that the run was trained on."""
     if isinstance(files, Mapping):
         is_cut = "test" not in files
-    else:  # one file, or a folder of images that has none of its own for it
+    else:  # one file, or a folder of images without a sub-folder for the test split
         is_cut = files is not None and Path(files).exists() and not Path(files, "test").is_dir()
     if is_cut and files != recorded:
         raise PartialLoraError(

@@ -1,4 +1,4 @@
-"""Controls of the size of Partial-LoRA: each keeps its trainable parameters and takes away one of its choices."""
+"""Controls as large as Partial-LoRA: each trains as many parameters and takes away one of its choices."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from partial_lora.methods.setting import Setting
 def uniform(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: one sparsity for every module and axis. Does it matter how much each module keeps?
 
-    Modules of one shape gain a row or column at the same sparsity; where the budget does not reach for all of them, the
-    first in the model's order have one more.
+    Modules of one shape gain a row or column at the same sparsity; where the budget is too small for all of them, the
+    first in the model's order gain it.
     """
     even = even_sparsity(*setting.units(), setting.budget())
     return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(even)))
 
 
 def shuffled(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: the sparsities of `partial`, permuted among modules of one shape. Does it matter which has which?"""
+    """Control: the sparsities of `partial`, permuted among modules of one shape. Does it matter whose they are?"""
     return _masked_at_budget(model, setting, permuted(setting.sparsity, setting.shapes, setting.mask_seed))
 
 
 def inverted(model: nn.Module, setting: Setting) -> PeftModel:
     """Control: the densities of `partial` in reverse order over the modules.
 
-    The modules keep most that calibration lets keep least.
+    The modules that calibration lets keep least keep most.
     """
     return _masked_at_budget(model, setting, reversed_ranks(setting.sparsity))
 
@@ -53,9 +53,9 @@ def _masked_at_budget(model: nn.Module, setting: Setting, sparsity: Sparsity) ->
 
 
 def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping[str, float]]:
-    """Return the sparsities of both axes in a random order, drawn by the seed, among modules of one shape (out, in).
+    """Permute the sparsities, of both axes together, among modules of one shape (out, in), at random by the seed.
 
-    A module that is the only one of its shape keeps its own, and any other may: one of its shape, on average.
+    A module that is the only one of its shape keeps its own; in any other shape, one module does so on average.
     """
     dealt = {}
     for shape in dict.fromkeys(shapes[module] for module in sparsity):
@@ -66,7 +66,7 @@ def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping
 
 
 def reversed_ranks(sparsity: Sparsity) -> dict[str, dict[str, float]]:
-    """Give, on each axis, the highest of all sparsities to the module that has the lowest, and so on.
+    """Give, on each axis, the highest sparsity to the module that has the lowest, and so on.
 
     Modules that were equal stay equal: they share the mean of what their ranks would get.
     """
@@ -89,16 +89,16 @@ _MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their
 
 
 def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: dense LoRA of as low a rank as gives it the trainable parameters of `partial`, to within 1 %.
+    """Control: dense LoRA with ranks so low that it trains as many parameters as `partial`, to within 1 %.
 
-    Ranks of two modules differ by at most a few, and alpha / rank is everywhere what it is for the others. Where rank 1
-    on every module would be too much, fewer modules have it, drawn by `mask_seed`. Raises PartialLoraError, "not
+    Ranks of two modules differ by at most a few, and alpha / rank is the same as in other methods. Where rank 1 on
+    every module would be too much, `mask_seed` draws the modules that have it. Raises PartialLoraError, "not
     applicable", where no ranks meet the budget.
     """
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
     scaling, usual = setting.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
-    # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
+    # PEFT matches a pattern with the end of a name: ^ ties it to the start, too.
     unusual = {f"^{re.escape(module)}": rank for module, rank in adapted.items() if rank != usual}
     config = LoraConfig(
         **setting.lora()
@@ -116,8 +116,8 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
 def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
     """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget ± 1 %.
 
-    Every size out + in has close to its proportional share of rank units, and modules of one size differ by at most
-    one; which have the one more is drawn by the seed.
+    The modules of one size out + in together have close to their proportional share of rank units. Their ranks differ
+    by at most one, and the seed draws which have one more.
     """
     sizes = {module: m + n for module, (m, n) in shapes.items()}
     even = budget / sum(sizes.values())
@@ -135,7 +135,7 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
     if not within:
         raise PartialLoraError(
             f"method=low_rank: not applicable: no ranks give a dense adapter within 1 % of {budget:,} trainable "
-            f"parameters; one rank of a module has at least {min(groups):,}"
+            f"parameters; rank 1 on one module takes at least {min(groups):,}"
         )
     chosen = min(within, key=lambda units: (round(distance(units), 6), missed(units)))
     ranks = {}
@@ -152,10 +152,10 @@ _ADAPTER = "default"
 
 
 def random_weights(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: random entries of W itself train, in every module as many as `partial` has parameters there.
+    """Control: train random entries of W itself, in every module as many as `partial` trains parameters there.
 
-    SHiRA has rank * (out + in) entries in every module; here each has a number of its own. There is no alpha and no
-    dropout. Raises PartialLoraError, "not applicable", where a module has too few weights.
+    SHiRA has rank * (out + in) entries in every module; here each has its own number. There is no alpha and no dropout.
+    Raises PartialLoraError, "not applicable", where a module has too few weights.
     """
     counts = setting.counts()
     shapes = {module: setting.shapes[module] for module in counts}
@@ -184,7 +184,7 @@ def _first_entries(base: nn.Module, r: int, **more) -> Tensor:
 
 
 def _draw_entries(layer: Linear, count: int, *, seed: int, module: str) -> None:
-    """Leave `count` random entries of a layer to train; those that pad the saved file come after them."""
+    """Let `count` random entries of a layer train; the entries after them only pad the saved file."""
     weight, width = layer.shira_weight[_ADAPTER], layer.in_features
     (drawn,) = random_keys(1, mask_seed=seed, module=module, axis="entries")
     places = np.random.default_rng(int(drawn)).choice(layer.out_features * width, weight.numel(), replace=False)
@@ -195,7 +195,7 @@ def _draw_entries(layer: Linear, count: int, *, seed: int, module: str) -> None:
 
 
 class _EntriesLinear(Linear):
-    """PEFT's layer, of which the first entries exist."""
+    """PEFT's layer with only the first of its entries."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the change of W (out, in), sparse."""

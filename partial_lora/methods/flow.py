@@ -14,10 +14,10 @@ from partial_lora.models.targets import chains
 
 
 def flow(model: nn.Module, setting: Setting) -> PeftModel:
-    """Partial-LoRA with as many rows and columns, drawn at random so that what one module writes the next one reads.
+    """Partial-LoRA of the same size, with random masks by which a module reads what the one before it writes.
 
-    Rows and columns: the kept columns of a module are those of `partial`, and every one of them meets a kept row of the
-    module that feeds it; the rest of that one's rows are again those of `partial`. Where it has fewer rows than there
+    Rows and columns: a module keeps the same columns as in `partial`, and each of them meets a kept row of the module
+    that feeds it; the feeding module's other kept rows are drawn as in `partial`. Where it keeps fewer rows than there
     are columns to meet, each of its rows meets one. Single entries: no unit of the rank is empty, in A or in B, where
     enough are kept. Raises PartialLoraError, "not applicable", where no adapted module feeds another.
     """
@@ -39,10 +39,10 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarray) -> Mask:
-    """Return a mask of as many rows as `rows` keeps: all that are `read`, and those of the lowest keys.
+    """Return a mask of as many rows as `rows` keeps: all that are `read`, then those with the lowest keys.
 
-    `feeding` are the rows that the next module can read; the others (queries and keys beside the values) keep what they
-    have where there are too few rows for all that are read.
+    `feeding` are the rows that the next module can read. Where `rows` keeps too few for all that are read, its other
+    rows (queries and keys beside the values) stay as they are.
     """
     count = len(rows.kept)
     wanted = np.zeros(rows.size, dtype=bool)
@@ -57,7 +57,7 @@ def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarr
 
 
 def spread(count: int, groups: np.ndarray, keys: np.ndarray, order: np.ndarray) -> Mask:
-    """Return a mask of `count` entries of the lowest keys (size,), the lowest of each group (size,) before all others.
+    """Return a mask of `count` entries: first the lowest key (size,) of each group (size,), then the lowest keys.
 
     Where there are fewer entries than groups, the groups that come first in `order` have one.
     """

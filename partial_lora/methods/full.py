@@ -16,7 +16,7 @@ from partial_lora.methods.setting import Setting
 def full(model: nn.Module, setting: Setting) -> PeftModel:
     """Train every weight of the model: an adapter that is a whole copy of it.
 
-    As such it is saved, loaded, evaluated and merged like the others, by plain PEFT, too; its file is as large as the
+    So it is saved, loaded, evaluated and merged like other adapters, by plain PEFT, too; its file is as large as the
     model. Weights that the model ties stay tied. Raises PartialLoraError, "not applicable", for weights that are
     quantised or in a narrow number format, where small steps would be rounded away.
     """
@@ -25,10 +25,10 @@ def full(model: nn.Module, setting: Setting) -> PeftModel:
             "method=full: not applicable: expected float32 weights; set model.dtype=float32 and model.quantization=null"
         )
     if any(True for _ in model.parameters(recurse=False)):
-        raise PartialLoraError(f"method=full: not applicable: {type(model).__name__} has weights of no module")
+        raise PartialLoraError(f"method=full: not applicable: {type(model).__name__} has weights outside its modules")
     parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
     first_name: dict[int, str] = {}
-    tied = {}  # {name of a parameter: the name of the same one that comes first}
+    tied = {}  # {a parameter's name: the first name of the same parameter}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if first_name.setdefault(id(weight), name) != name:
             tied[name] = first_name[id(weight)]
@@ -52,7 +52,7 @@ def _name_in_copy(name: str) -> str:
 def probe(model: nn.Module, setting: Setting) -> PeftModel:
     """Train the head alone: an adapter that adapts no module, so that it is saved and loaded like the others.
 
-    Raises PartialLoraError for a model without a new head, of which nothing would train.
+    Raises PartialLoraError for a model without a new head, since nothing would train.
     """
     if setting.head is None:
         raise PartialLoraError("method=probe: the model has no new head, so that nothing would train; choose another")

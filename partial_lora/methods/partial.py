@@ -1,4 +1,4 @@
-"""Partial-LoRA, the paper's other method, Targeted-LoRA, and two forms of mask that need no calibration."""
+"""The paper's two methods, Partial-LoRA and Targeted-LoRA, and two forms of mask that need no calibration."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def entries(model: nn.Module, setting: Setting) -> PeftModel:
 def ticket(model: nn.Module, setting: Setting) -> PeftModel:
     """Train winning tickets of the adapter: the rows of B and columns of A that a short dense training moves farthest.
 
-    All modules' rows and columns stand in one ranking (`importance.adapter`), as in global magnitude pruning, so that
-    it decides, too, how much each module keeps; nothing is calibrated. The budget is spent to the last row or column.
-    Source: Frankle and Carbin 2019 (arXiv 1803.03635), section 4 for one ranking of all layers: train, prune what is
-    smallest, rewind what is left, train that.
+    One ranking holds all modules' rows and columns (`importance.adapter`), as in global magnitude pruning, so that it
+    also decides how much each module keeps; nothing is calibrated. The budget is spent to the last row or column.
+    Source: Frankle and Carbin 2019 (arXiv 1803.03635): train, prune the smallest, rewind the rest and train it; their
+    section 4 ranks all layers together.
     """
     kept = setting.budget() // setting.rank
     indices = {
@@ -60,10 +60,10 @@ def ticket(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def largest(scores: ModuleScores, count: int) -> dict[str, dict[str, Mask]]:
-    """Return masks of the `count` rows and columns of all modules that score highest; of equals the first.
+    """Return masks of the `count` rows and columns of all modules that score highest; the first among equals.
 
-    The highest of every module's rows and of its columns is among them: an adapter without either is none, and a
-    network that loses a whole layer has collapsed.
+    Every module keeps at least its highest row and its highest column: without either it has no adapter, and a network
+    that loses a whole layer collapses.
     """
     parts = {(module, axis): part for module, axes in scores.items() for axis, part in zip(AXES, axes, strict=True)}
     values = np.concatenate([part.cpu().double().numpy() for part in parts.values()])

@@ -28,10 +28,10 @@ def dora(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def vera(model: nn.Module, setting: Setting) -> PeftModel:
-    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): modules share two frozen random matrices, scaled by own vectors.
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): modules share two frozen random matrices and train scales.
 
-    The rank is `setting.projections`; modules smaller than the largest use a part of the matrices. They are in the
-    adapter's file, so that it loads everywhere as it was. There is no alpha: the vectors have its part.
+    The rank is `setting.projections`; modules smaller than the largest use a part of the matrices. The adapter's file
+    holds the matrices, so that it loads everywhere as it was. There is no alpha: the trained scales play its part.
     """
     config = VeraConfig(
         r=setting.projections,
@@ -45,7 +45,7 @@ def vera(model: nn.Module, setting: Setting) -> PeftModel:
 
 # --- AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
 
-# Of the steps: ranks are whole for the first tenth, and as they will stay for the last three.
+# Shares of the steps: all ranks train for the first tenth, and only the final ones for the last three tenths.
 _WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.3
 _LEAST_STEPS = 4  # so that each of the three phases has one
 _INITIAL_RANK = 1.5  # times the final one, as in the paper (12 for 8)
@@ -72,12 +72,12 @@ def adalora(model: nn.Module, setting: Setting) -> PeftModel:
         )
     adapted = get_peft_model(model, config)
     for layer in _layers(adapted):
-        layer.ranknum["default"].requires_grad_(False)  # on another device than the CPU, PEFT leaves it to train
+        layer.ranknum["default"].requires_grad_(False)  # on any device but the CPU, PEFT lets it train
     return adapted
 
 
 def train_adalora(adapted: PeftModel) -> Training:
-    """Call the allocator until ranks are final, and add to the loss the penalty of the method."""
+    """Call the allocator until ranks are final, and add the method's penalty to the loss."""
     return Training(
         callbacks=[Allocate(adapted)],
         penalty=lambda: orthogonality_penalty(adapted),
@@ -87,12 +87,12 @@ def train_adalora(adapted: PeftModel) -> Training:
 
 
 class Allocate(TrainerCallback):
-    """Let PEFT's allocator choose which ranks of which modules go on, at every optimizer step until the last ones.
+    """Let PEFT's allocator choose which ranks each module keeps, at every optimizer step until the final ones.
 
-    The smoothed importance of every weight, by which it chooses, lies in the optimizer's state and so in every
-    checkpoint. PEFT's own note of the ranks that are left would have it save tensors of other sizes; pruned ranks are
-    zeros here. A step that the gradient scaler of fp16 skipped, its gradients being no numbers, is not shown to the
-    allocator; the final choice is made at its step nevertheless.
+    It chooses by the smoothed importance of every weight, which is kept in the optimizer's state and so in every
+    checkpoint. PEFT's own list of kept ranks is cleared, since PEFT would save smaller tensors by it; pruned ranks are
+    zeros here. The allocator does not see a step that fp16's gradient scaler skipped for gradients that are not finite,
+    but makes the final choice at its step all the same.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
@@ -117,11 +117,11 @@ class Allocate(TrainerCallback):
         config.tinit, config.tfinal = max(1, int(_WARMUP_SHARE * steps)), _final_steps(steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step > self._final and not self._pruned:  # once, of this attempt
+        if state.global_step > self._final and not self._pruned:  # once per attempt
             self._pruned = [rank == 0 for rank in self._ranks]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step > self._final:  # Adam moves what is zero, too
+        if state.global_step > self._final:  # Adam would move the pruned ones, too
             with torch.no_grad():
                 for rank, pruned in zip(self._ranks, self._pruned, strict=True):
                     rank.masked_fill_(pruned, 0.0)
@@ -144,7 +144,7 @@ class Allocate(TrainerCallback):
         self._config.rank_pattern = None
 
     def _restore(self, allocator: RankAllocator, weights: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Restore the state of an allocator that has just been made, after an interruption, from the optimizer's."""
+        """Restore the state of a new allocator, after an interruption, from the optimizer's state."""
         for name, weight in weights.items():
             if name not in allocator.ipt and _STATE[0] in optimizer.state.get(weight, ()):
                 allocator.ipt[name] = torch.zeros_like(weight)
@@ -153,7 +153,7 @@ class Allocate(TrainerCallback):
 
 
 def _final_steps(steps: int) -> int:
-    """Return the number of steps, at the end of so many, that train with the final ranks."""
+    """Return how many of the `steps`, at their end, train with the final ranks."""
     return max(1, int(_FINAL_SHARE * steps))
 
 
@@ -167,7 +167,7 @@ def orthogonality_penalty(adapted: PeftModel) -> Tensor:
 
 
 def rank_counts(adapted: PeftModel) -> dict[str, int]:
-    """Count the ranks that the allocator was to leave and those it has left, and the parameters of these."""
+    """Count the ranks that the allocator should have kept, those it has kept, and the parameters of the latter."""
     ranks = [(layer, int((layer.lora_E["default"] != 0).sum())) for layer in _layers(adapted)]
     return {
         "target_ranks": adapted.base_model.rankallocator.target_bgt,
@@ -193,15 +193,15 @@ def lorafa(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def train_lorafa(adapted: PeftModel) -> Training:
-    """Train as every method, on the gradient of B that brings B A closest to where the gradient of W would."""
+    """Train as every method does, but on the gradient of B whose change of B A is closest to the gradient of W."""
     return Training(callbacks=[Project(adapted)])
 
 
 class Project(TrainerCallback):
-    """Replace the gradient G of B, before every optimizer step, by the closest to W's, G (A Aᵀ)⁻¹ / scaling².
+    """Replace the gradient G of B, before every optimizer step, by G (A Aᵀ)⁻¹ / scaling², the closest to W's.
 
     PEFT's LoraFAOptimizer does so inside an AdamW of its own, which has another eps, decays biases, and rounds the
-    product to bfloat16 wherever that can be computed; here training differs in nothing else from other methods'.
+    product to bfloat16 wherever that can be computed. Here nothing else differs from other methods' training.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
@@ -215,13 +215,13 @@ class Project(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         for layer, inverse in zip(self._layers, self._inverses, strict=True):
             gradient = layer.lora_B["default"].weight.grad
-            if gradient is not None:  # of a module that the pass has gone through
+            if gradient is not None:  # None where the pass did not go through the module
                 gradient.copy_((gradient.flatten(1) @ inverse).view_as(gradient))
 
 
 def _inverse(layer: LoraLayer) -> Tensor:
-    """(A Aᵀ)⁻¹ / scaling², (rank × rank)."""
+    """Return (A Aᵀ)⁻¹ / scaling² (rank × rank)."""
     with torch.no_grad():
         a = layer.lora_A["default"].weight.flatten(1)  # a convolution's, too
-        added = 1e-8 * torch.eye(len(a), device=a.device)  # PEFT's, against a singular A Aᵀ
+        added = 1e-8 * torch.eye(len(a), device=a.device)  # as in PEFT, against a singular A Aᵀ
         return torch.linalg.pinv(a @ a.T + added) / layer.scaling["default"] ** 2

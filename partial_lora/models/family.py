@@ -17,9 +17,9 @@ from partial_lora.models import images, texts
 
 @dataclass(frozen=True)
 class Family:
-    """Functions of one family, and the settings that it takes beside those that all take.
+    """The functions of one family, and the settings that it takes beside the common ones.
 
-    own_head: whether a model has a head for any task before anything is fitted.
+    own_head: whether its models have a head for any task before anything is fitted.
     """
 
     load: Callable[..., PreTrainedModel]
@@ -68,8 +68,8 @@ def load(
     """Load a pre-trained model with a head for `labels` (none: one real number), on the CPU, in evaluation mode.
 
     The settings are those of the config's `model`; `load_timm`, `load_clip`, `load_encoder` and `load_causal` explain
-    them for each family; a causal model has no head, and no use for labels. All weights, the head's too, are of
-    `dtype`, but those that `quantization` is for. Raises PartialLoraError, in one line, where the model cannot be had.
+    them for each family; a causal model gets no new head and ignores labels. All weights but the quantised ones have
+    `dtype`, the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
     """
     chosen = _family(family)
     if dtype not in _DTYPES:
@@ -146,12 +146,12 @@ def weights_digest(model: nn.Module, exclude: str) -> str:
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Save only the inputs of each block for the backward pass, and compute the rest again; gradients stay the same.
 
-    Takes a model of any family, with or without PEFT around it. The variant is the one that is not re-entrant: the
-    other gives no gradients where the inputs need none, as those of a frozen first block do. Raises PartialLoraError
-    for a model that cannot.
+    Takes a model of any family, with or without PEFT around it. Uses the variant that is not re-entrant: the other
+    gives no gradients where a block's inputs need none, as in a frozen first block. Raises PartialLoraError for a model
+    that does not support it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "supports_gradient_checkpointing", False):
         name = getattr(getattr(base, "config", None), "architecture", type(base).__name__)
-        raise PartialLoraError(f"model.gradient_checkpointing=true: {name} cannot do that; set it to false")
+        raise PartialLoraError(f"model.gradient_checkpointing=true: {name} does not support it; set it to false")
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

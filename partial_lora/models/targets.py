@@ -1,4 +1,4 @@
-"""Target modules: the linear ones that are adapted, matched as PEFT matches them; and the chains between them."""
+"""Target modules: the linear modules to adapt, matched as PEFT matches them; and the chains between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def target_linears(
 ) -> dict[str, nn.Linear]:
     """Return the modules to adapt, by full name in the model's order.
 
-    The arguments, and what is refused, are those of `Skeleton.targets`.
+    Takes the arguments of `Skeleton.targets`, and refuses the same.
     """
     shapes = skeleton_of(model).targets(target_modules, head, new_modules)
     return {name: model.get_submodule(name) for name in shapes}
@@ -35,10 +35,10 @@ def target_names(
     return list(target_linears(model, target_modules, head, new_modules))
 
 
-# --- Chains: linear modules of which one's outputs are the next one's inputs, unit by unit.
+# --- Chains: pairs of linear modules, where the first one's outputs are the second one's inputs, unit by unit.
 
-# (those that feed, what they feed), by the ends of their names inside one block. Between the two is at most a product
-# or a function of each unit alone, or attention, which mixes positions and leaves the units of the values apart.
+# (feeding modules, the module they feed), by the ends of their names inside one block. Between the two is at most a
+# product, a function of each unit alone, or attention, which mixes positions but not the units of the values.
 _CHAINS = (
     (("mlp.fc1",), "mlp.fc2"),  # timm
     (("attn.qkv",), "attn.proj"),
@@ -60,10 +60,10 @@ class Chain:
 
 
 def chains(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> list[Chain]:
-    """Return the chains among the modules of the given shapes of W (out, in), in the model's order.
+    """Return the chains among the modules with these shapes of W (out, in), in the model's order.
 
-    Of queries, keys and values in one module, the values are the last third of its rows; where several query heads
-    share a key and value head, each of its rows feeds as many columns.
+    Where one module holds queries, keys and values, the values are the last third of its rows. Where several query
+    heads share a value head, each of its rows feeds one column for each of them.
     """
     head_width, pairs = _head_width(model), []
     for second, (_, inputs) in shapes.items():
@@ -77,7 +77,7 @@ def chains(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> list[Chai
 
 
 def _rows(outputs: int, inputs: int, head: int | None) -> np.ndarray | None:
-    """Return the row (of `outputs`) that feeds each column; None for sizes that are of another kind of block."""
+    """Return the row (of `outputs`) that feeds each column; None where the sizes fit no known block."""
     columns = np.arange(inputs)
     if outputs == inputs:
         return columns

@@ -1,7 +1,7 @@
 """Text models of transformers' own classes, encoders and causal language models, and their tokenizers.
 
-An encoder's head is new for every task. A class may have more that no pre-training has filled, DeBERTa's pooler for
-one: it starts from the same numbers in every run. A causal model has nothing new, and every weight is loaded.
+An encoder's head is new for every task. Other parts without pre-trained weights, such as DeBERTa's pooler, start from
+the same numbers in every run. A causal model has no new part: every weight is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from partial_lora.models import quantization as quantizations
 from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
 from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, quiet
 
-_SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # 2 ends no text: CLIP's class takes that for a mistake of old
+_SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # [SEP] is not 2, which CLIP's class takes for an old mistake
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
@@ -44,8 +44,8 @@ def load_encoder(
     """Load the pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in eval mode.
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
-    drawn from torch's global generator; building the rest moves that generator nowhere. Raises PartialLoraError where
-    the weights cannot be had, are of another geometry than `model_args` says, or leave the encoder unfilled.
+    drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the weights
+    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled.
     """
     model = _load(
         _encoder_geometry(architecture, model_args, head_config(labels, name)),
@@ -58,7 +58,7 @@ def load_encoder(
         instead=OFFLINE_TEXT_MODEL,
     )
     draw_head(model.get_submodule(head_name(model)), std=model.config.initializer_range)
-    # Else the loss, and with it the gradient, is multiplied by the steps of accumulation and by the processes.
+    # Else the Trainer multiplies the loss, and so the gradient, by the steps of accumulation and the processes.
     model.accepts_loss_kwargs = False
     return model.eval()
 
@@ -76,9 +76,9 @@ def load_causal(
     """Load the pre-trained model in evaluation mode, on the CPU; a quantised one where transformers puts it.
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
-    random. `quantization` is nf4 or int8: the linear layers but the last are; all else is of `dtype`, as are products.
-    torch's global generator is left where it was. Raises PartialLoraError where the weights cannot be had, are of
-    another geometry than `model_args` says, leave a part unfilled, or cannot be quantised here.
+    random. `quantization`, nf4 or int8, is for all linear layers but the last; all other weights have `dtype`. torch's
+    global generator is left as it was. Raises PartialLoraError where the weights cannot be had, do not have the
+    geometry of `model_args`, leave a part unfilled, or cannot be quantised here.
     """
     options = {}
     if quantization is not None:
@@ -111,7 +111,7 @@ def _load(
     instead: str,
     **options: object,
 ) -> PreTrainedModel:
-    geometry.empty()  # refuses the impossible before anything is downloaded
+    geometry.empty()  # refuses an impossible one before anything is downloaded
     if attn_implementation is not None:
         geometry.check_attention(attn_implementation)
         options["attn_implementation"] = attn_implementation
@@ -185,10 +185,10 @@ def head_name(model: PreTrainedModel) -> str:
 
 
 def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a text model's weights; for random ones, one token for each byte.
+    """Load the tokenizer beside a text model's weights; for random weights, one with a token for each byte.
 
-    Padding is one of its tokens: where it has none of its own, as Llama's, the one that ends a text, which is masked
-    out. `weights` and `family` as in `models.load`. Raises PartialLoraError where there is none that can be read.
+    A tokenizer without a token for padding, as Llama's, pads with the token that ends a text, which is masked out.
+    `weights` and `family` as in `models.load`. Raises PartialLoraError where no tokenizer can be read.
     """
     if weights == RANDOM:
         return byte_tokenizer()
@@ -208,7 +208,7 @@ def tokenizer_in(folder: Path, *, name: str, weights: str) -> PreTrainedTokenize
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         if [*folder.glob("*.model")] and find_spec("sentencepiece") is None:
             raise PartialLoraError(
-                f"model={name}: the tokenizer of {weights} takes sentencepiece, which is not installed: "
+                f"model={name}: the tokenizer of {weights} needs sentencepiece, which is not installed: "
                 "pip install 'partial-lora[sentencepiece]'"
             ) from error
         raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({one_line(error)})") from error
@@ -220,7 +220,7 @@ def tokenizer_in(folder: Path, *, name: str, weights: str) -> PreTrainedTokenize
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of bytes between [CLS] and [SEP], as BERT has its words, for random weights."""
+    """Build a tokenizer of bytes for random weights, with texts between [CLS] and [SEP] as in BERT."""
     symbols = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     built = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Weights out of a folder into a model, every one of them accounted for; and the new head."""
+"""Loading of weights from a folder into a model, every one of them accounted for; and the new head."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_weights(
 
 
 def check_architecture(expected: str, actual: str, weights: str) -> None:
-    """Raise PartialLoraError where the weights are of another architecture than the one that is counted."""
+    """Raise PartialLoraError where the weights do not have the architecture for which parameters are counted."""
     if actual != expected:
         raise PartialLoraError(
             f"model.architecture={expected}: {weights} is a {actual}; set that, so that "
@@ -126,7 +126,7 @@ class Geometry:
             )
         for key in self.model_args:
             if not hasattr(default, key):
-                # DeBERTa for one asks its config for keys that the config's class does not list.
+                # DeBERTa, for one, asks its config for keys that the config's class does not list.
                 model_class = self.auto._model_mapping[type(default)]
                 if f'"{key}"' not in inspect.getsource(sys.modules[model_class.__module__]):
                     raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
@@ -145,14 +145,14 @@ class Geometry:
             raise self._impossible(error) from error
 
     def check_attention(self, implementation: str) -> None:
-        """Raise PartialLoraError where the class, or this machine, cannot compute attention so."""
+        """Raise PartialLoraError where the class, or this machine, cannot compute attention that way."""
         config = self.config()
         try:
             with torch.device("meta"):
                 self.auto.from_config(config, attn_implementation=implementation)
         except (ValueError, ImportError) as error:
             raise PartialLoraError(
-                f"model.attn_implementation={implementation}: {config.model_type} cannot be computed so "
+                f"model.attn_implementation={implementation}: {config.model_type} cannot be computed that way "
                 f"({one_line(error)}); null leaves it to transformers"
             ) from error
 

@@ -1,4 +1,4 @@
-"""What finished runs come to: tables, figures and pages. What a command offers of them is here, without pandas."""
+"""Reports of finished runs: tables, figures and pages. What a command offers of them is here, without pandas."""
 
 SPREADS = {  # what follows ±, and the note about it
     "std": "± is one standard deviation over the n runs of a row.",

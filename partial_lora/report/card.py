@@ -67,20 +67,20 @@ _OF_FOLDER = """The settings that are not partial-lora's defaults, of files thei
 {settings}```
 """
 _HERE = "path/to/this/folder"
-_LIBRARIES = {"compact": "partial-lora", "merged": "transformers", "gguf": "llama.cpp"}  # of others peft
+_LIBRARIES = {"compact": "partial-lora", "merged": "transformers", "gguf": "llama.cpp"}  # peft for other forms
 
 
 def write(run: FinishedRun, folder: Path) -> None:
-    """Put the page of a finished run into a folder of its files; where its score is no number, what is there stays."""
+    """Put the page of a finished run into a folder of its files; if its score is no number, the folder stays as is."""
     with suppress(PartialLoraError):
         card(run, None, folder).save(folder / "README.md")
 
 
 def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | None = None) -> ModelCard:
-    """Return the model card of a finished run as the repository `repo` ("OWNER/NAME") of a hub, or of a folder (None).
+    """Return the model card of a finished run for the repository `repo` ("OWNER/NAME") of a hub, or a folder (None).
 
-    folder: what it holds: an adapter, ordinary or compact, the merged model, or a GGUF file. license: the hub's name of
-    one, which the run cannot know. Raises PartialLoraError for a run whose score is no number.
+    folder: it holds an adapter, ordinary or compact, the merged model, or a GGUF file. license: its name on the hub;
+    the run cannot know it. Raises PartialLoraError for a run whose score is no number.
     """
     try:
         numbers = records.row(run.result)

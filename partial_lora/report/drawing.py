@@ -69,7 +69,7 @@ def look(method: str, point: str) -> Look:
     """Return the look of a method at an operating point."""
     kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
     color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
-    if masks:  # of other things than rows and columns: the method's colour, and a star of its own number of points
+    if masks:  # not of rows and columns: the method's colour, and a star of its own number of points
         points = 4 + list(_LOOKS).index(name) if name in _LOOKS else 3
         marker = (points + 3 * _MASKS.index(masks) if masks in _MASKS else 3, 1, 0)
     return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
@@ -104,7 +104,7 @@ def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
 
 
 def plain(axes: Axes) -> None:
-    """Leave of a panel's frame what is read: two edges and a light grid behind."""
+    """Keep of a panel's frame only two edges, with a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -135,7 +135,7 @@ def sized(axes: Axes, sizes: Collection[float], label: str = "trainable paramete
 
 
 def fitted(axes: Axes, values: Collection[float], metric: str, axis: str = "y") -> None:
-    """Let an axis of scores reach over the values, and no further than a share can: what is longer is cut off there."""
+    """Fit an axis of scores to the values; for shares it ends about 0 and 1, and what is longer is cut off there."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.01 * (abs(high) or 1)
     low, high = low - room, high + room
@@ -155,7 +155,7 @@ def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -
 
 
 def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
-    """Name every method once below the panels, and say how those at a budget look where others are there, too."""
+    """Name every method once below the panels, and how markers at a budget look where there are others, too."""
     handles = []
     for method in dict.fromkeys(method for method, _ in used):
         own = look(method, NONE)
@@ -188,7 +188,7 @@ def named(method: str, point: str) -> str:
 def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, size: float = 8) -> None:
     """Draw a matrix as shades with its numbers in the cells: in grey a light cell is low, a dark one high.
 
-    form: of the numbers; none where it is empty.
+    form: the format of the numbers; empty for no numbers.
     """
     shades = np.clip((values - low) / ((high - low) or 1), 0, 1)
     axes.imshow(np.ma.masked_invalid(shades), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -202,9 +202,9 @@ def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, 
 
 
 def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
-    """Return a figure as SVG for a page, whose elements of these ids say a text under the pointer.
+    """Return a figure as SVG for a page. names: the texts that its elements show under the pointer, by id.
 
-    stem: another one for every figure of a page, so that none refers to the shapes of a figure that is not shown.
+    stem: different for every figure of a page, so that none refers to the shapes of a figure that is not shown.
     """
     _lay_out(figure)
     content = io.StringIO()
@@ -233,7 +233,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Place what a figure consists of once, and not each time it is drawn, for it takes as long as to draw."""
+    """Lay a figure out once, and not each time it is drawn: that takes as long as drawing."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
         figure.set_layout_engine(None)

@@ -35,7 +35,7 @@ class Example:
 
 
 def predictions(directories: Sequence[Path]) -> list[pa.Table]:
-    """Return what the runs of these directories predicted, of those that kept it and agree about the examples."""
+    """Return what the runs of these directories predicted, for those that kept it and agree about the examples."""
     tables: list[pa.Table] = []
     for directory in directories:
         try:
@@ -50,11 +50,11 @@ def predictions(directories: Sequence[Path]) -> list[pa.Table]:
 
 
 def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
-    """Return the examples with the highest loss, a mean over runs, those first that are the worst; ties by their order.
+    """Return the examples with the highest loss, a mean over runs, the worst first; ties in their own order.
 
-    tables: of `predictions`, one row an example. The loss is the label's surprise where classes or options are chosen,
-    the squared error of numbers, what a text lacks of ROUGE-L or else of being right. Raises ValueError where the
-    columns do not give it.
+    tables: of `predictions`, one row an example. The loss is minus the log probability of the label for classes and
+    options, the squared error of numbers, 1 minus ROUGE-L for texts, and else 1 for a wrong answer. Raises ValueError
+    where the columns do not give it.
     """
     if not tables:
         return []
@@ -72,7 +72,7 @@ def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
 
 
 def with_inputs(examples: Sequence[Example], rows, labels: Sequence) -> list[Example]:
-    """Return examples with their inputs out of `rows`, the task's test split; as they are where that is another split.
+    """Return examples with their inputs out of `rows`, the task's test split; as they are if `rows` is another split.
 
     labels: what the run's predictions have as labels of all examples.
     """
@@ -92,7 +92,7 @@ def with_inputs(examples: Sequence[Example], rows, labels: Sequence) -> list[Exa
 
 
 def are_of(rows, labels: Sequence) -> bool:
-    """Return whether rows are the ones that have these labels, in that order."""
+    """Return whether rows have these labels, in that order."""
     column = next((name for name in ("label", "response") if name in rows.column_names), None)
     return len(rows) == len(labels) and (column is None or _alike(rows[column], labels))
 
@@ -158,7 +158,7 @@ def _losses(table: pa.Table) -> np.ndarray:
 def _end_to_end(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return lists of numbers, however long each is, end to end; where each begins, and where its label's number is.
 
-    Raises ValueError where one has no number for its label.
+    Raises ValueError where a list has no number for its label.
     """
     together = lists.combine_chunks()
     lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
@@ -172,7 +172,7 @@ def _end_to_end(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndar
 def _named(table: pa.Table, column: str, row: int) -> str:
     name = f"{column}_name" if f"{column}_name" in table.column_names else column
     value = table[name][row].as_py()
-    if value is None:  # of a mixture whose other members have names
+    if value is None:  # in a mixture, where members without class names stand beside others
         value = table[column][row].as_py()
     return f"{value:.4g}" if isinstance(value, float) else _short(str(value))
 

@@ -63,13 +63,13 @@ _MOST_MAPS, _MOST_MATRICES, _MOST_MATRIX_ROWS = 5, 4, 12
 _MOST_NUMBERED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
 _MOST_IMAGES, _ACROSS, _MOST_WRONG = 24, 8, 8
-_FAR = 3  # times the usual distance from zero: a row all of which is farther is a number at the end of the axis
+_FAR = 3  # times the usual distance from zero: a row that lies wholly beyond is a number at the end of the axis
 
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
 _TRAIN = {"color": BLUE, "linestyle": "-"}
 _VALIDATION = {"color": VERMILLION, "linestyle": "--", "marker": "o", "markersize": 4}
-_CURVES = {  # of the two, rows are the darker, and their marker shows behind the other
+_CURVES = {  # rows are darker than columns, and their larger marker shows behind the other
     "rows": ({"color": BLUE, "linestyle": "-"}, None, {"color": BLUE, "marker": "o", "markersize": 7}),
     "columns": (
         {"color": VERMILLION, "linestyle": "--"},
@@ -107,7 +107,7 @@ class Drawing:
 
 
 def titled(what: str, result: Mapping) -> str:
-    """Return what a figure shows, and of which run; the share the adapter goes without where it is known."""
+    """Return what a figure shows, and of which run; also the adapter's sparsity where it is known."""
     config = result["config"]
     names = [method_of(result), config["model"]["name"], config["task"]["name"]]
     words = f"{what}: {', '.join(names)}, seed {result['seed']}"
@@ -116,7 +116,7 @@ def titled(what: str, result: Mapping) -> str:
 
 
 def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized = ()) -> None:
-    """Name the place, and of how many rows or lines some are drawn."""
+    """Name the place, and how many of its rows or lines are drawn if not all."""
     some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
     axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
 
@@ -198,12 +198,11 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
 
 
 def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
-    """Draw test images of a run with what they were taken for, and write the first of them as a file of its own.
+    """Draw test images of a run with its predictions, and write the first image of the split as a file of its own.
 
-    Those that it is most wrong about come first, where it is wrong, in red and with their label; others follow in the
-    order of the split.
+    Its worst mistakes come first, in red and with their label; other images follow in the order of the split.
 
-    rows: the task's test split. Gives the file; None, and writes nothing, where the rows are at hand no longer, have no
+    rows: the task's test split. Gives the file; None, and writes nothing, where the rows are no longer at hand, have no
     images or are not of classes.
     """
     tables = predictions([folder])
@@ -231,7 +230,7 @@ def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
 
 
 def training(runs: Sequence[Run]) -> Drawing | None:
-    """Draw training loss above and validation's metric below, of each task and model a pair of panels.
+    """Draw training loss above and validation's metric below, in a pair of panels for each task and model.
 
     Lines are means over seeds, bands reach from the lowest seed to the highest.
     """
@@ -270,7 +269,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
 
 
 def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[float, float]]:
-    """Return the points (size, score) that no other is both as small as and better than, by size."""
+    """Return the points (size, score) for which no point as small or smaller has a better score, by size."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best: list[tuple[float, float]] = []
     for size, score in sorted(points, key=lambda point: (point[0], -sign * point[1])):
@@ -429,7 +428,7 @@ def _listed(axes: Axes, names: Sequence[str], metric: str, label: str | None = N
 def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     """Return the sparsities of every calibration, by (task, model, importance, point): a mean over its runs.
 
-    Of the methods that share a calibration those of `partial` count, if there are any: another may move them.
+    Of the methods that share a calibration, runs of `partial` count if there are any: others may move sparsities.
     """
     calibrated = [run for run in runs if run.record["calibration"] is not None and run.record.get("sparsity")]
     averaged = {}
@@ -511,9 +510,9 @@ def draw_calibration(result: Mapping, modules: Mapping[str, Mapping] | None, dir
 def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
     """Draw what is left of the score as each module's rows and columns are zeroed: kind of module against depth.
 
-    A panel is one module. What is known of a score is drawn: a line where it is known, a band between its bounds where
-    the evaluation was cut short; and a marker at the sparsity that was chosen, on the line that had to be held. Of many
-    depths a dozen are drawn.
+    A panel is one module. A line shows a score that is known, a band the bounds of a score whose evaluation was cut
+    short; a marker shows the sparsity that was chosen, at the score that had to be held. Of many depths a dozen are
+    drawn.
     """
     calibration = result["calibration"]
     kinds, depths, _ = grid({name: {axis: of[axis]["sparsity"] for axis in AXES} for name, of in modules.items()})
@@ -571,7 +570,7 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
 
 
 def _held(calibration: Mapping) -> float:
-    """Return the score that a level had to hold to pass, the baseline where that is not known or none would do."""
+    """Return the score that a level had to hold to pass; the baseline where it is not known or no score would do."""
     baseline, threshold = calibration["baseline"], calibration["threshold"]
     if threshold is None:
         return baseline
@@ -581,10 +580,10 @@ def _held(calibration: Mapping) -> float:
 
 
 def calibrations(runs: Sequence[Run], results_dir: Path) -> dict[str, dict]:
-    """Return {baseline, curves} of calibration.json files by "task, model, importance": of runs, then those alone.
+    """Return {baseline, curves} of calibration.json files by "task, model, importance": runs', then those without runs.
 
     curves: `kind_curves`. One of each is read, whatever the operating point: they share their curves. A file that
-    cannot be read is none.
+    cannot be read is skipped.
     """
     places = [
         (", ".join(_calibration(run)[:3]), run.directory) for run in runs if run.record["calibration"] is not None
@@ -712,7 +711,7 @@ def sparsity_alike(runs: Sequence[Run]) -> Drawing | None:
 
 
 def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing | None:
-    """Draw how often two methods agree on a test example; where they do not they are different adapters indeed."""
+    """Draw how often two methods agree on a test example; where they do not, their adapters do differ."""
     places = [
         (key, part)
         for key, part in table.groupby(list(PLACE), sort=False)
@@ -817,7 +816,7 @@ def draw_gallery(
     }
     shown = []
     for stem, (drawing, title, caption) in figures.items():
-        for old in folder.glob(f"{stem}.*"):  # of an earlier report, which may have been of other runs
+        for old in folder.glob(f"{stem}.*"):  # from an earlier report, perhaps of other runs
             old.unlink()
         if drawing is not None:
             files = tuple(save_both(drawing.figure, folder, stem))

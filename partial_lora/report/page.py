@@ -1,7 +1,7 @@
 """Pages over runs: one file that needs nothing else, neither a network nor another file.
 
-What is shown is gathered here; how, is in templates/. A section's lines and cells are SVG and HTML in the page's own
-colours: for every configuration of a report a figure of figures.py would take half a second and 100 KB.
+What is shown is gathered here; how it is shown is in templates/. A section's lines and cells are SVG and HTML in the
+page's own colours: a figure of figures.py for every configuration would take half a second and 100 KB each.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def write_tables(
 ) -> Path:
     """Write results_dir/report/index.html out of rankings by title, "TASK, SIZE", figures, and tables that are folded.
 
-    Of several tasks each has a tab with its rankings; the first tab says who is first in each.
+    Each of several tasks has a tab with its rankings; the first tab says which form is first in each.
     """
     by_task = gathered(shown.items(), lambda item: item[0].partition(",")[0])
     several = len(by_task) > 1
@@ -223,8 +223,8 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
 def draw_run(directory: Path, settings: Mapping) -> None:
     """Draw a finished run's figures and page, or a calibration's figures, out of the files in its directory.
 
-    settings: those of the run, whose paths are not redacted as in its record. The run does not depend on a drawing, so
-    that what goes wrong is only logged. The file by which `directory.is_drawn` knows comes last.
+    settings: the run's, unredacted, where its record may have redacted paths. The run does not depend on a drawing, so
+    errors are only logged. The file that `directory.is_drawn` looks for is written last.
     """
     try:
         record = json.loads((directory / RESULT).read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ def _tab(id: str, name: str, **parts: object) -> dict:
 
 
 def _tab_names(places: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return the name of each place: its task, with its model and metric where tasks are not told apart without."""
+    """Return the name of each place: its task, with model and metric where the task alone is not unique."""
     names = [task for task, *_ in places]
     for parts in (2, 3):
         names = [
@@ -390,12 +390,12 @@ def _linked(rows: pd.DataFrame, ids: Mapping[str, str]) -> pd.Series:
 
 
 def _markup(cells: Sequence[str], of: pd.DataFrame) -> pd.Series:
-    """Return cells as a column of a table; pandas' own type of words would forget which are markup."""
+    """Return cells as a column of a table; pandas' own type of strings would forget which are markup."""
     return pd.Series(cells, index=of.index, dtype=object)
 
 
 def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
-    """Draw a task's scores against their sizes, titled; a mark says its row under the pointer."""
+    """Draw a task's scores against sizes; return title, caption and figure, whose marks name their rows on hovering."""
     names = {
         f"row-{row.Index}": f"{_words_of(row)}: {measured(row.metric, row.test_mean, row.test_std)} (n={row.n}), "
         f"{row.adapter_parameters:,.0f} parameters"
@@ -525,7 +525,7 @@ def _of_classes(classes: Classes) -> dict:
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: Mapping[str, str] = {}) -> list[dict]:
     """Return what the page shows of the runs of every folder, which differ in their seed alone.
 
-    titles: by folder; else all that names a run.
+    titles: by folder; by default all names of a run.
     """
     settings = [_words(runs[0].record["config"]) for runs in groups]
     shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
@@ -554,7 +554,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
 
 
 def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) -> tuple[list[Example], list[str]]:
-    """Return the hardest examples with their inputs, and why there are none; a task is read once, into `splits`."""
+    """Return the hardest examples with their inputs, or why there are none; `splits` keeps the rows that were read."""
     try:
         predicted = hard.predictions([run.directory for run in runs]) if count else []
         worst = hardest(predicted, count)
@@ -626,7 +626,7 @@ def _words(config: Mapping) -> dict[str, str]:
 
 
 def _training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
-    """Draw training loss and the metric of validation of runs, titled; none that has no points."""
+    """Draw training loss and the metric of validation of runs, titled; a drawing without points is left out."""
     metric = selected(records[0])
     drawn = []
     for title, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
@@ -638,7 +638,7 @@ def _training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
 
 
 def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], title: str, form: str) -> Markup:
-    """Draw lines over steps as SVG; they differ in dashes, and their ends are named for those who hear the page."""
+    """Draw lines over steps as SVG; they differ in dashes, and a label names their ends for screen readers."""
     steps, values = zip(*(point for line in lines.values() for point in line), strict=True)
     left, right, low, high = min(steps), max(steps), min(values), max(values)
     ends = [f"{name} from {line[0][1]:{form}} to {line[-1][1]:{form}}" for name, line in lines.items()]
@@ -655,14 +655,14 @@ def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], title: str, form: s
         across = [_LEFT + (step - left) / ((right - left) or 1) * (_WIDE - _LEFT - 8) for step, _ in line]
         down = [_HIGH - _BELOW - (value - low) / ((high - low) or 1) * (_HIGH - _BELOW - _ABOVE) for _, value in line]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # where colours come again, another dash
+        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # another dash where a colour comes again
         parts.append(f'<polyline class="line{index % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
         parts.append(f'<circle class="line{index % 6}" cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="2.5"/>')
     return Markup("".join([*parts, "</svg>"]))
 
 
 def _sparsity_map(sparsity: Sparsity) -> dict | None:
-    """Return {depths, axes: {axis: [(kind, cells by depth)]}}, NaN where is no module; None where nothing is sparse."""
+    """Return {depths, axes: {axis: [(kind, cells by depth)]}}, NaN where no module is; None where nothing is sparse."""
     if not any(of[axis] for of in sparsity.values() for axis in AXES):
         return None
     kinds, depths, grids = grid(sparsity)

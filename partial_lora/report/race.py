@@ -1,6 +1,6 @@
 """Methods at equal size, each at its best learning rate: a ranking with intervals, and who is on the Pareto front.
 
-Rows are of finished runs; a cell is a task, a size and a form, which is a method and what its masks have of their own.
+Rows are of finished runs; a cell is a task, a size and a form, which is a method with what is special about its masks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
 
 
 def form_of(config: Mapping) -> str:
-    """Return the name of a run's form: its method, and what its masks, its draw and its scaling have of their own."""
+    """Return the name of a run's form: its method, and what is special about its masks, draw and scaling."""
     mask, name = config.get("mask") or {}, config["method"]["name"]
     if name not in MASKED:
         return name
@@ -49,7 +49,7 @@ def form_of(config: Mapping) -> str:
 
 
 def row_of(result: Mapping) -> dict:
-    """Return what the table needs of a record. The size is the budget, or "own" of a method that has none."""
+    """Return what the table needs of a record. The size is the budget, or "own" for a method without one."""
     config, parameters, test = result["config"], result["parameters"], result["metrics"]["test"]
     validation, cost = result["metrics"]["validation"], result.get("cost") or {}
     budget = config["calibration"].get("budget")
@@ -74,7 +74,7 @@ def row_of(result: Mapping) -> dict:
 
 
 def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
-    """Return the rows of records. Forms name their modules where runs of a task adapt others more often."""
+    """Return the rows of records. A form names its modules where most runs of the task adapt others."""
     table = pd.DataFrame([row_of(result) for result in results])
     for _, own in table.groupby("task"):
         fewer = own[own["targets"] != own["targets"].mode()[0]]
@@ -92,7 +92,7 @@ def validated(cell: pd.DataFrame) -> pd.DataFrame:
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of every cell at the learning rate that is best on validation, and the rates that were tried.
 
-    Rates compete that have as many seeds as any: a search goes on with the better ones alone. `spent` is the seconds of
+    Only the rates with the most seeds compete: a search goes on with the better rates alone. `spent` is the seconds of
     all runs of the cell.
     """
     chosen = []
@@ -112,8 +112,8 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
-    A difference is of runs of the same seeds; that of a form with a size of its own is to the reference's largest.
-    Halves of intervals are of 95 %, by Student's t over seeds.
+    A difference is between runs of the same seeds; a form with a size of its own is compared with the reference's
+    largest size. Halves of intervals are of 95 %, by Student's t over seeds.
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
@@ -167,7 +167,7 @@ def _number(value: float, form: str) -> str:
 
 
 def on_screen(table: pd.DataFrame, reference: str) -> Group:
-    """Return the ranking for a terminal of 80 columns: what is kept and how long a step takes is in files and page."""
+    """Return the ranking for a terminal of 80 columns; the memory and time of a step are in the files and the page."""
     parts = titled(compared(at_best_rates(table), reference), reference)
     return Group(*(tables.drawn(title, part.drop(columns=list(part.columns[-2:]))) for title, part in parts.items()))
 
@@ -187,7 +187,7 @@ def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> t
 
 
 def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
-    """Return which rows no other one of their task beats: in score at no higher cost, or in cost at no lower score."""
+    """Return which rows no other row of their task beats: in score at no higher cost, or in cost at no lower score."""
     sign = np.where(numbers["metric"].isin(LOWER_IS_BETTER), -1, 1)
     score, price = sign * numbers["test"].to_numpy(), numbers[cost].to_numpy(float)
     better = (
@@ -200,7 +200,7 @@ def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
 def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
     """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
 
-    Methods by colour and marker, intervals as bars; what another one beats is faint.
+    Forms have a colour and a marker, intervals are bars; what another row beats is faint.
     """
     label, unit = _COSTS[cost]
     known = numbers.dropna(subset=[cost])

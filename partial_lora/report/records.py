@@ -25,13 +25,13 @@ from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
 from partial_lora.tasks.metrics import OF_ALL_TOGETHER, OF_EXAMPLES
 
-if TYPE_CHECKING:  # a second, which lists of runs and what a run ends with do not wait for
+if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
     import pandas as pd
 
 NONE = rates.NO_POINT  # for what does not apply
 LEVEL = 0.95  # of every interval
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
-_ROWS_COLUMNS = "rows_columns"  # the granularity of masks that goes without saying
+_ROWS_COLUMNS = "rows_columns"  # the granularity of masks that a method's name leaves out
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -42,7 +42,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, its record, and the numbers of it that tables have (`row`)."""
+    """A finished run: its directory, its record, and its numbers as tables have them (`row`)."""
 
     directory: Path
     record: dict
@@ -57,7 +57,7 @@ class UnfinishedError(ValueError):
 class LeftOut:
     """A record that is not among the runs: its path below the results directory, and why.
 
-    is_broken: it should have been, and cannot be read; else its run failed, has not ended or only calibrated.
+    is_broken: the record cannot be read or is not the run's; else the run failed, has not ended or only calibrated.
     """
 
     path: str
@@ -71,9 +71,9 @@ class LeftOut:
 def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
     """Return the finished runs under a results directory, and what was left out.
 
-    A row's group is the folder that runs of other seeds share. Left out is a run that failed, has not finished or only
-    calibrated, and a result.json that is broken, foreign or copied from another run. Raises PartialLoraError where the
-    directory holds no runs at all.
+    A row's group is the folder that runs of other seeds share. A run that failed, has not finished or only calibrated
+    is left out, and so is a result.json that is broken, foreign or copied from another run. Raises PartialLoraError
+    where the directory holds no runs at all.
     """
     results_dir = Path(results_dir)
     directories = sorted(path for path in results_dir.glob(RUNS) if path.is_dir())
@@ -102,7 +102,7 @@ def one(directory: Path) -> Run:
 
 
 def run_of(result: dict, directory: Path) -> Run:
-    """Return a record as a run, wherever its directory is; raises ValueError as `row`."""
+    """Return a record as a run, wherever its directory is; raises ValueError as `row` does."""
     return _run(result, Path(directory), Path(directory).resolve().parent.name)
 
 
@@ -131,7 +131,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 def record(directory: Path) -> dict:
     """Return the record of a finished run; raises ValueError that says what is there instead.
 
-    That is UnfinishedError where a run is there that has not finished.
+    For a run that has not finished it is an UnfinishedError.
     """
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def record(directory: Path) -> dict:
 def row(result: Mapping) -> dict:
     """Return one run as a row of plain numbers; raises ValueError, naming the field, for a record of another shape.
 
-    conditions: eight hex digits that runs have in common that may be compared (`conditions`).
+    conditions: eight hex digits, the same for runs that may be compared (`conditions`).
     """
     try:
         _check(result, _SHAPE)
@@ -175,7 +175,7 @@ def _row(result: Mapping) -> dict:
     metric = test["primary"]
     if test[metric] is None or not math.isfinite(test[metric]):
         raise ValueError(f"broken, its test {metric} is {test[metric]}")
-    # What AdaLoRA has left is its size, as in its paper; that it began with more shows in its bytes.
+    # AdaLoRA's size is what it has left, as in its paper; that it began with more shows in its bytes.
     dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
     reused = bool(calibration and calibration.get("cached"))
     shared = json.dumps(conditions(result), sort_keys=True, default=str)
@@ -211,7 +211,7 @@ def _row(result: Mapping) -> dict:
 
 
 # The fields that reports read, with their types: "*" is every key of a mapping; a key with "?" may be absent or null,
-# since records of earlier versions lack it. What `_row` needs anyway is named by its own KeyError.
+# since records of earlier versions lack it. Fields that `_row` reads itself are not here: its KeyError names them.
 _NUMBER = (int, float)
 _TYPES = {int: "a whole number", _NUMBER: "a number", str: "a word", list: "a list"}
 _SHAPE: Mapping[str, object] = {
@@ -246,7 +246,7 @@ _SHAPE: Mapping[str, object] = {
 
 
 def _check(value: object, shape: Mapping, field: str = "") -> None:
-    """Raise ValueError, naming the field, where a value lacks one of a shape or has it of another type."""
+    """Raise ValueError, naming the field, where a value lacks a field of a shape or has it in another type."""
     if not isinstance(value, Mapping):
         raise ValueError(f"foreign, its {field.removesuffix('.')} is not a mapping")
     for key, expected in shape.items():
@@ -267,7 +267,7 @@ def warnings_of(record: Mapping) -> list[str]:
 
 
 def method_of(result: Mapping) -> str:
-    """Return the name of a run's method; one whose masks are of other things than rows and columns has them in it."""
+    """Return the name of a run's method, with what it masks where that is not rows and columns."""
     name, mask = result["config"]["method"]["name"], result["config"].get("mask") or {}
     masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
     unmasked = result.get("calibration") is None and result.get("fixed") is None
@@ -285,7 +285,7 @@ def operating_point(result: Mapping) -> str:
 
 def precision(result: Mapping) -> str:
     """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
-    computed_in = result.get("mixed_precision") or "no"  # records that are older than the field are of fp32
+    computed_in = result.get("mixed_precision") or "no"  # runs whose records are older than the field used fp32
     return "fp32" if computed_in == "no" else computed_in
 
 
@@ -310,7 +310,7 @@ def depth_of(module: str) -> tuple[str, tuple[int, ...]]:
 
 
 def grid(sparsity: Sparsity) -> tuple[list[str], list[tuple[int, ...]], dict[str, np.ndarray]]:
-    """Return kinds of modules in the model's order, depths, and per axis the sparsities, NaN where is no module."""
+    """Return kinds of modules in the model's order, depths, and sparsities by axis, NaN where there is no module."""
     places = {module: depth_of(module) for module in sparsity}
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     depths = sorted({depth for _, depth in places.values()})
@@ -333,22 +333,22 @@ def without_common_start(kinds: Sequence[str]) -> list[str]:
 # Which runs may stand beside each other: those under the same conditions, which differ in what makes a method.
 
 PLACE = ("task", "model")
-BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows of which one may be the best
+BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows that share these compete for the best
 _OF_METHOD = ("method.", "calibration.", "mask.", "importance.", "trainer.loraplus_ratio")
-_NAMED = ("method.name", "calibration.threshold", "calibration.budget", "calibration.sparsity")  # the method's columns
+_NAMED = ("method.name", "calibration.threshold", "calibration.budget", "calibration.sparsity")  # have columns already
 _RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
 _PRECISION = "trainer.mixed_precision"
 _MOST_NAMED = 5
 _MOST_DIFFERENCES = 4
-_MOST_REFERENCES = 3  # of one place, each of which every other method is compared with
+_MOST_REFERENCES = 3  # of one place, point, conditions and measure; other methods are compared with each of them
 
 
 def conditions(result: Mapping) -> dict[str, object]:
-    """Return all that may not differ between runs that are compared, by full key, where it is no default.
+    """Return the settings that may not differ between runs that are compared, by full key, where they are no defaults.
 
     Left out are what defines a method (its own group, importance, calibration, mask and LoRA+), its learning rate, the
-    seed, and what changes no result. Keys that are newer than a record are what the schema has. The precision is the
-    one that was computed in: `trainer.mixed_precision=auto` depends on the device.
+    seed, and what changes no result. Keys that are newer than a record have the schema's defaults. The precision is the
+    one that the run used: `trainer.mixed_precision=auto` depends on the device.
     """
     shared = {
         key: value
@@ -360,7 +360,7 @@ def conditions(result: Mapping) -> dict[str, object]:
 
 
 def of_method(config: Mapping) -> dict[str, object]:
-    """Return what makes a method that method, beside its name and operating point, where it is no default."""
+    """Return the settings that define a method, beside its name and operating point, where they are no defaults."""
     return {
         key: value for key, plain, value in _settings(config) if plain.startswith(_OF_METHOD) and plain not in _NAMED
     }
@@ -398,7 +398,7 @@ class Folder:
 
     @property
     def id(self) -> str:
-        """The end of its name, by which a run is found."""
+        """The end of the folder's name, by which a run is found."""
         return self.name.rpartition("-")[2]
 
     @property
@@ -413,23 +413,23 @@ class Folder:
 
     @cached_property
     def distance(self) -> int:
-        """The number of settings of its own that the schema has otherwise."""
+        """The number of the method's settings that differ from the schema's defaults."""
         return len(of_method(self.config))
 
     @property
     def is_variant(self) -> bool:
-        """True for a run that is there to be set beside its like: other masks of one seed, repaired sparsities."""
+        """True for a variant of another run: its masks have a seed of their own, or its sparsities were repaired."""
         masks, calibration = (self.config.get(name) or {} for name in ("mask", "calibration"))
         return masks.get("seed") is not None or bool(calibration.get("repair"))
 
 
 def panel_of(row: Mapping) -> tuple[str, str, str]:
-    """Return where runs are read beside each other: task, model and metric."""
+    """Return the panel in which a row is read beside others: task, model and metric."""
     return row["task"], row["model"], row["metric"]
 
 
 def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
-    """Return by task, model and metric a folder under the conditions that most methods share, of these most runs."""
+    """Return, by panel, a folder under the conditions that most methods share; of equals, those with the most runs."""
     usual = {}
     for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
         alike = gathered(of_place, lambda each: each.row["conditions"]).values()
@@ -442,9 +442,9 @@ def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Fold
 def told_apart(every: Sequence[Folder]) -> dict[str, str]:
     """Return by folder the settings that tell it from others that would read alike: "rank=64, label_noise=0.4", or "–".
 
-    Told are conditions that are not the usual ones of its task and model; and, of its method, what varies among the
-    folders of one method at one operating point and is no default. The learning rate, or the id, is told where nothing
-    else tells two apart.
+    They are the conditions that are not usual for its task and model, and the settings of its method that vary among
+    the folders of one method at one operating point and are no defaults. The learning rate, or the id, is added where
+    nothing else tells two folders apart.
     """
     usual, told = usual_conditions(every), {}
     for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
@@ -477,7 +477,7 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
 
 
 def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return keys without their groups where that leaves no two the same and says what is meant."""
+    """Return keys without their groups, except where two would be the same or the meaning would be lost."""
     short = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
     several = Counter(short.values())
     return {key: key if several[word] > 1 or word == "seed" else word for key, word in short.items()}
@@ -503,7 +503,7 @@ def folders(runs: Iterable[Run]) -> list[Folder]:
 
 
 def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
-    """Return things by what they share, in the order of the first."""
+    """Return things by their key, in the order in which the keys first come."""
     groups: dict[Key, list[T]] = {}
     for one in each:
         groups.setdefault(key(one), []).append(one)
@@ -513,10 +513,10 @@ def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
 def paired(every: Sequence[Folder], reference: str) -> Pairing:
     """Return who is compared with whom: `reference` with all others of its `BLOCK`.
 
-    Methods without a point are compared at all of them, and calibrated ones with references of the same measure of
-    importance, the plainest measure first. A run that was repaired or whose masks have a seed of their own is no
-    reference beside others. Of up to three references of a measure each is taken, of more the one whose own settings
-    are nearest to the schema's.
+    Methods without an operating point are compared at every point, and calibrated methods with references of the same
+    measure of importance, the plainest measure first. A variant (`Folder.is_variant`) is a reference only where there
+    is no other. Up to three references of a measure are all taken; of more, those nearest to the schema's defaults, if
+    these are no more than three.
     """
     pairing, usual = Pairing(), schema.defaults()["importance.name"]
     for of_place in gathered(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
@@ -546,7 +546,7 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
 
 
 def _not_by_examples(folder: Folder) -> str | None:
-    """Return why nothing of a task can be compared example by example; None where it can."""
+    """Return why a task's runs cannot be compared example by example; None where they can."""
     task, metric = folder.row["task"], folder.row["metric"]
     if folder.config["task"].get("members"):
         return f"{task}: a mixture; `partial-lora evaluate RUN --member NAME` says how each of its members is done"
@@ -556,7 +556,7 @@ def _not_by_examples(folder: Folder) -> str | None:
 
 
 def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]:
-    """Return the references that others are compared with; that they are some of many is remarked."""
+    """Return the references that others are compared with; where they are some of many, a remark says so."""
     several = [each for each in several if not each.is_variant] or several
     if len(several) <= _MOST_REFERENCES:
         return several
@@ -753,7 +753,7 @@ _COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l",
 class Predictions:
     """The predictions of the runs under a results directory, a row a test example.
 
-    Every file is read once, and of it no more than is compared.
+    Every file is read once, and only the columns that are compared.
     """
 
     def __init__(self, results_dir: Path) -> None:

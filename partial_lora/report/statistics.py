@@ -1,21 +1,21 @@
 """Differences between methods that are more than chance: intervals from variance components, a bootstrap beside them.
 
 Two methods predict the same test examples with the same seeds. The difference of what they score under seed s on
-example j is taken for
+example j is modelled as
 
     d[s, j] = truth + a[s] + b[j] + e[s, j]
 
 a: how much better the first method does under a seed (its masks, order, head), b: on an example, e: what is left. All
-three are chance: other seeds and other examples would be others. The error of the mean over S seeds and N examples has
-a part of each, Var = var(a) / S + var(b) / N + var(e) / (S N), and the mean squares of a two-way analysis of variance
-estimate it (`estimate`). Few seeds know little of var(a); Student's t, with the degrees of freedom of Satterthwaite
-(1946), makes up for that. Medical imaging compares methods over readers and cases in the same way: Hillis, "A
-comparison of denominator degrees of freedom methods for multiple observer ROC analysis", Statistics in Medicine 26
-(2007).
+three are random: with other seeds and other examples they would differ. The error of the mean over S seeds and N
+examples has a part of each, Var = var(a) / S + var(b) / N + var(e) / (S N), and the mean squares of a two-way analysis
+of variance estimate it (`estimate`). Few seeds say little of var(a); Student's t, with the degrees of freedom of
+Satterthwaite (1946), makes up for that. Medical imaging compares methods over readers and cases in the same way:
+Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis", Statistics in
+Medicine 26 (2007).
 
-A bootstrap that draws seeds and examples again knows nothing of that: of three seeds it is too narrow where seeds
-differ much, and of many too wide where they differ little, since it counts e twice. `make coverage` shows how often
-either holds the truth.
+A bootstrap that draws seeds and examples again makes up for nothing: over three seeds its interval is too narrow where
+seeds differ much, and over many seeds too wide where they differ little, since it counts e twice. `make coverage` shows
+how often either interval holds the truth.
 
 One seed says nothing of how much seeds differ, so it decides nothing.
 """
@@ -37,27 +37,27 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 _DRAWS_OF_EXAMPLES = 10_000
-_COUNTS_AT_ONCE = 2**22  # of examples in draws: 32 MiB, and as much again for the same as floats
+_COUNTS_AT_ONCE = 2**22  # counts of examples in draws: 32 MiB, and as much again for a copy as floats
 _AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference, its standard error, and the degrees of freedom of the Student's t that (it - truth) / error has."""
+    """A difference, its standard error, and the degrees of freedom of Student's t for (difference - truth) / error."""
 
     difference: float
     error: float
     freedom: float
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Return the ends of the interval of a level; NaN where there is no error, without ends at level 1."""
+        """Return the ends of the interval of a level; NaN for an error of NaN, infinite at level 1."""
         from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
         half = self.error * stdtrit(self.freedom, (1 + level) / 2) if self.error else 0.0
         return float(self.difference - half), float(self.difference + half)
 
     def p(self, above: float, below: float) -> float:
-        """Return the significance at which an interval first lies above one number or below another; NaN as there."""
+        """Return the significance at which the interval first lies above one number or below another; NaN as above."""
         from scipy.special import stdtr
 
         if not self.error:
@@ -69,9 +69,9 @@ class Estimate:
 def estimate(*parts: np.ndarray) -> Estimate:
     """Return the mean difference over seeds and examples, from d (seeds, examples), with its error.
 
-    Of several parts, tasks of other examples under the same seeds, it is the mean of their means: these count alike,
-    and a seed may be lucky on all of them. No component is taken for less than zero. Of one seed the error is over
-    examples alone; NaN of one seed and example.
+    For several parts, tasks with other examples under the same seeds, it is the mean of their means: these count alike,
+    and a seed may be lucky on all of them. No component is taken for less than zero. With one seed the error is over
+    examples alone; with one seed and one example it is NaN.
     """
     of_seeds = np.mean([d.mean(axis=1) for d in parts], axis=0)
     seeds = len(of_seeds)
@@ -93,7 +93,7 @@ def estimate(*parts: np.ndarray) -> Estimate:
 
 
 def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, of examples and of what is left, from d (seeds, examples); NaN of one.
+    """Return the mean squares of seeds, of examples and of what is left, from d (seeds, examples); of a single one NaN.
 
     They are expected to be N var(a) + var(e), S var(b) + var(e), and var(e).
     """
@@ -111,8 +111,8 @@ def over_sets(each: Sequence[Estimate]) -> Estimate:
     A set k is expected to have mean + u[k]: sets differ, by a variance tau². It is found by the condition that the
     differences spread about their weighted mean as far as they should (Paule and Mandel 1982), with the weights
     1 / (error² + tau²). The interval is that of Hartung and Knapp (2001), Student's t with one degree of freedom less
-    than there are sets, never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets know next
-    to nothing of others: t is 12.7 then.
+    than there are sets, never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets say next to
+    nothing of others: t is 12.7 then.
     """
     from scipy.optimize import brentq
 
@@ -135,8 +135,8 @@ def holm(significances: Sequence[float], family: float = 1 - LEVEL) -> list[floa
     """Return the significance at which each of several comparisons may be judged, by the step-down of Holm (1979).
 
     The most significant of n may be judged at family / n, the next at family / (n - 1), and so on; after the first that
-    misses its own none is judged (0). So the chance that any of all judgements is wrong is at most `family`. NaN, a
-    comparison that cannot be judged, counts for none, and stays undecided.
+    misses its own level none is judged (0). So the chance that any judgement is wrong is at most `family`. NaN, a
+    comparison that cannot be judged, is not counted among the n, and stays undecided.
     """
     known = [place for place, p in enumerate(significances) if not math.isnan(p)]
     levels = [0.0] * len(significances)
@@ -155,7 +155,7 @@ class Comparison:
     low, high: ends of its 95 % interval; bootstrap_low, bootstrap_high: of the bootstrap's. verdict: "better" where all
     of the interval is above zero, "matches" where it is above minus the margin, "worse" where it is below zero and not
     above minus the margin, else "undecided". For a metric where less is better, better is below. Without a margin
-    nothing "matches". Of one seed the interval is over examples alone, so whatever it says the verdict is "undecided",
+    nothing "matches". With one seed the interval is over examples alone, so whatever it is the verdict is "undecided",
     and `reason` says why: "one seed".
 
     seeds: how many both have; all numbers are of these.
@@ -187,9 +187,8 @@ def compare(
 ) -> Comparison:
     """Compare the predictions {seed: one row an example} of two methods by the metric of their task.
 
-    Only seeds that both have are used. draws: of the bootstrap, which is left out (NaN) of none. Raises
-    PartialLoraError where there are no such seeds, where the examples are not the same, and for a metric that
-    predictions do not give.
+    Only seeds that both have are used. draws: of the bootstrap; 0 leaves it out (NaN). Raises PartialLoraError where
+    there are no such seeds, where the examples are not the same, and for a metric that predictions do not give.
     """
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
@@ -275,9 +274,9 @@ def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], me
 def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
     """Return what every example adds to a metric (N,), whose mean is the metric.
 
-    Of a metric of all examples together it is what the metric loses without the example: the jackknife's pseudo-values,
-    N m - (N - 1) m without it (Tukey 1958), moved so that their mean is m. Raises PartialLoraError for a metric that
-    these predictions do not give.
+    For a metric of all examples together it is what the metric loses without the example: the jackknife's
+    pseudo-values, N m - (N - 1) m without it (Tukey 1958), moved so that their mean is m. Raises PartialLoraError for a
+    metric that these predictions do not give.
     """
     if "member" in frame:
         raise PartialLoraError("a mixture: compare its members one by one (`partial-lora evaluate RUN --member NAME`)")
@@ -328,7 +327,7 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
 def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
-    Of a share it is Wilson's, else of a bootstrap. How much another seed would move the metric is not in it.
+    For a share it is Wilson's, else a bootstrap's. It does not cover how much another seed would move the metric.
     """
     from scipy.stats import binomtest  # half a second
 
@@ -341,7 +340,7 @@ def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | Non
         KeyError,
     ):  # of a mixture, a loss, a file of other columns, one row
         return None
-    if set(each) <= {0.0, 1.0}:  # of few examples, or none that is wrong, the bootstrap knows too little
+    if set(each) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
     return ends_of(bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES))
 

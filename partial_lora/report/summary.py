@@ -56,7 +56,7 @@ def summary(result: Mapping) -> Table:
 
 
 def _rates(trainer: Mapping) -> str:
-    """Return the learning rate of a run, that of its head where it has its own, and where they are from."""
+    """Return the learning rate of a run, its head's if that has its own, and where they are from."""
     rates = [f"{trainer['learning_rate']:g}"]
     if trainer.get("head_learning_rate") is not None:
         rates.append(f"head {trainer['head_learning_rate']:g}")
@@ -80,7 +80,7 @@ def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
 
 
 def calibration_summary(result: Mapping) -> Group:
-    """Return one calibration: what it chose for each module, what that does to the score, what to beware of.
+    """Return one calibration: what it chose for each module, what the choice does to the score, what to beware of.
 
     Fits 100 columns; long names are folded.
     """
@@ -140,7 +140,7 @@ def _counted(config: Mapping) -> str:
 
 
 def _saturated(result: Mapping) -> str:
-    """Return how many modules could do with a lower rank; nothing where none could, or each has a rank of its own."""
+    """Return how many modules would do with a lower rank; nothing where none would, or each has a rank of its own."""
     config, sparsity, shapes = result["config"], result["sparsity"], result.get("shapes")
     if not shapes or config["method"].get("ranks", "one") != "one":
         return ""
@@ -152,7 +152,7 @@ def _saturated(result: Mapping) -> str:
 
 
 def _starting_point(result: Mapping) -> str:
-    """Return the learning rate to try first, of a masked adapter; nothing of a record that was made without shapes."""
+    """Return the learning rate to try first for a masked adapter; nothing for a record that was made without shapes."""
     config, shapes = result["config"], result.get("shapes")
     if not shapes or config["method"]["name"] not in MASKED:
         return ""
@@ -173,12 +173,12 @@ def _by_member(test: Mapping) -> dict[str, str]:
 
 
 def _usual(result: Mapping) -> Text:
-    """Return what a calibration has said that is no cause for concern, dim."""
+    """Return, dim, what a calibration says that is no cause for concern."""
     return Text("; ".join((result["calibration"] or {}).get("usual") or []), style="dim")
 
 
 def _threshold(calibration: Mapping) -> str:
-    """Return the share of the score that had to be left, and what it was a share of."""
+    """Return the threshold, the score that it is a share of, and the budget that it meets, if any."""
     if calibration["threshold"] is None:
         return NONE
     whole = "the intact score"
@@ -211,7 +211,7 @@ def _title(result: Mapping) -> str:
 
 
 def _seconds(result: Mapping, *stages: str) -> str:
-    """Return the seconds of stages; those of a calibration say whether there was one, and whether it was reused."""
+    """Return the seconds of stages; "calibrate" also says whether there was a calibration, and if it was reused."""
     calibration, words = result["calibration"], []
     for stage in stages:
         spent = cell(number(result["seconds"].get(stage)), ",.1f")
@@ -223,7 +223,7 @@ def _seconds(result: Mapping, *stages: str) -> str:
 
 
 def _lines(lines: Mapping[str, str | Text]) -> Table:
-    """Return a table of named lines; one of which there is nothing to show is left out."""
+    """Return a table of named lines; a line with nothing to show is left out."""
     drawn = Table(show_header=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")

@@ -86,9 +86,9 @@ def write(
 ) -> list[Path]:
     """Write the table of runs as results_dir/report/table.md, .csv and .tex; gives the files.
 
-    Each begins with the command that made it. What was left out ends the Markdown. The CSV holds numbers
-    as they were measured, the others what is read. by: as in `records.group`. spread: what follows ±, "std" or
-    "interval". marked: the best rows, of `statistics.best`. Raises PartialLoraError where no run has finished.
+    Each begins with the command that made it. What was left out ends the Markdown. The CSV holds numbers as they were
+    measured, the other files rounded ones. by: as in `records.group`. spread: what follows ±, "std" or "interval".
+    marked: the best rows, of `statistics.best`. Raises PartialLoraError where no run has finished.
     """
     results_dir = Path(results_dir)
     if frame.empty:
@@ -266,8 +266,8 @@ def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
     """Return the row of every method at its best, by task, model and metric, the highest test score first.
 
     table: of `records.group`. Rows under other conditions than most are left out. Of a method's rows those with the
-    most seeds compete, and the best on validation is taken (on test where nothing was validated): what is best on test
-    by chance is not.
+    most seeds compete, and the best on validation is taken (on test where nothing was validated): the best on test may
+    be so by chance.
     """
     chosen = []
     for (_, _, metric), part in places(table[table["usual"]]):
@@ -283,7 +283,7 @@ def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
 def smallest_within(part: pd.DataFrame, best: pd.Series) -> pd.Series | None:
     """Return the smallest row of a task that is less than a point below the best one, over as many seeds or more.
 
-    None where no smaller one is, and for a metric that has no points.
+    None where no such row is smaller, and for a metric without points.
     """
     if best["metric"] not in SHARES:
         return None
@@ -295,8 +295,8 @@ def smallest_within(part: pd.DataFrame, best: pd.Series) -> pd.Series | None:
 def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, str] | None:
     """Return the ends of the 95 % interval of a row's test score, and what it is over; None where none is known.
 
-    Of several seeds it is over these, by Student's t, and no wider than a share can be; of a single one over the test
-    examples that it predicted.
+    With several seeds it is over these, by Student's t, and no wider than a share can be; with a single seed it is over
+    the test examples.
     """
     mean, half, metric = row["test_mean"], row["test_half"], row["metric"]
     if not math.isnan(half):
@@ -341,10 +341,10 @@ class Differences:
 
 
 def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
-    """Compare the methods of runs with REFERENCE, each with its like (`records.paired`).
+    """Compare the methods of runs with REFERENCE, in the pairs of `records.paired`.
 
     Numbers are as measured: difference and interval of the metric itself, seconds, bytes (means over seeds), and how
-    reliable the sparsities are. Of records alone, without predictions, there are no differences.
+    reliable the sparsities are. Without predictions there are no differences.
     """
     every = folders(runs)
     pairing = paired(every, REFERENCE)
@@ -353,11 +353,11 @@ def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
     rows = [_row(*pair, told) for pair in pairing.pairs]
     predicted = any(predictions.exist(each.name, each.seeds) for each in every)
     if predicted:
-        with ThreadPoolExecutor() as pool:  # most of it is drawing random numbers, which numpy does side by side
+        with ThreadPoolExecutor() as pool:  # most of the time goes to random numbers, which numpy draws side by side
             each = pool.map(partial(_difference, predictions), pairing.pairs)
             for (folder, base), row, difference in zip(pairing.pairs, rows, each, strict=True):
                 if isinstance(difference, str):
-                    # Runs of other seeds are not broken: there are no such runs yet, perhaps.
+                    # Runs without a common seed are no problem: perhaps they are still to be made.
                     kind = problems if set(folder.seeds) & set(base.seeds) else pairing.apart
                     kind.setdefault(difference, []).append(folder.name)
                 else:
@@ -382,7 +382,7 @@ def _together(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return reasons after the names of what they are of, a line each."""
+    """Return lines: the names that a reason concerns, then the reason."""
     return tuple(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items())
 
 
@@ -391,7 +391,7 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     if pair[0] is pair[1]:
         return {}
     metric = pair[1].row["metric"]
-    both = sorted(set(pair[0].seeds) & set(pair[1].seeds))  # no matter whether the others' predictions are there
+    both = sorted(set(pair[0].seeds) & set(pair[1].seeds))  # other seeds may lack their predictions
     try:
         comparison = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
     except (PartialLoraError, ValueError, KeyError) as error:
@@ -436,7 +436,7 @@ def write_differences(compared: Differences, results_dir: Path, *, command: str)
 
     Each begins with the command that made it. Where nothing was compared, comparison.md alone says why.
     """
-    for stale in (Path(results_dir) / "report").glob("comparison.*"):  # of runs that may be others now
+    for stale in (Path(results_dir) / "report").glob("comparison.*"):  # from an earlier report, perhaps of other runs
         stale.unlink()
     if not compared.known and not compared.uncompared:
         return []

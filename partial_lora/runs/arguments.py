@@ -28,11 +28,11 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
-    """Return KEY=VALUE so that Hydra reads in it what was meant; one that has no meaning stays as it is.
+    """Return KEY=VALUE so that Hydra reads it as it was meant; an argument without a meaning stays as it is.
 
-    A text of characters that are not in its grammar is quoted, and so is a file's path of which it would make several
-    values or a number; `{train: ~/a (1).csv}` is read as YAML; where a list is expected, its words will do. is_sweep:
-    several values are a run for each.
+    A text with characters outside Hydra's grammar is quoted, and so is a path that Hydra would read as several values
+    or a number. `{train: ~/a (1).csv}` is read as YAML. A list needs no brackets. is_sweep: several values are a run
+    for each.
     """
     key, equals, text = argument.partition("=")
     if argument.startswith(("-", "~")) or not (equals and key):
@@ -64,7 +64,7 @@ def parsed(argument: str) -> Override | None:
 
 
 def _from_yaml(text: str) -> object:
-    """Return the list or mapping that a text is, or the text; None for one that was begun as these or in quotes."""
+    """Return the list or mapping that a text is, or the text; None for a broken list, mapping or quotation."""
     if not text.startswith(("[", "{", "'", '"')):
         return text
     try:
@@ -96,8 +96,8 @@ def as_text(argument: str) -> str:
 
 # --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
 
-_OF_RECORDS = ("model", "task", "method", "importance", "calibration", "mask", "trainer")  # of which a run's has all
-OWN = "own"  # what Hydra calls it
+_OF_RECORDS = ("model", "task", "method", "importance", "calibration", "mask", "trainer")  # groups of every run's file
+OWN = "own"  # Hydra's name for the file
 
 
 def _with_file(arguments: Sequence[str]) -> list[str]:
@@ -176,8 +176,8 @@ def _primary(file: str, content: Mapping) -> dict:
 def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     """Return the primary config of a run's config.yaml, which has every key: a group that is chosen comes after it.
 
-    Of the run's own model or task nothing stays where another one is chosen. What the record says of that one run, that
-    it was to overwrite and where its rate was searched for, is no setting of another.
+    Where another model or task is chosen, nothing of the run's own stays. `overwrite` and `trainer.tuned_elsewhere` are
+    left out, since they concern that one run.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
@@ -211,7 +211,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 
 def _refuse_options(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for an option that Hydra has not, where other tools may have a setting."""
+    """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
     from hydra._internal.utils import get_args_parser
 
     known = get_args_parser()._option_string_actions
@@ -223,7 +223,7 @@ def _refuse_options(arguments: Sequence[str]) -> None:
 
 
 def _refuse_hidden_files(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a --config-dir that is none, or where the package's files would hide some."""
+    """Raise PartialLoraError for a --config-dir that is no folder, or has a file that the package's would hide."""
     from hydra._internal.utils import get_args_parser
 
     folder = get_args_parser().parse_known_args(list(arguments))[0].config_dir

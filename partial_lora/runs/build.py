@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def task_of(config: Config, *, mixtures: bool = False) -> Task:
-    """Load the task of a run. Raises PartialLoraError for several in one, unless the caller knows `mixtures`."""
+    """Load the task of a run. Raises PartialLoraError for a mixture, unless the caller knows `mixtures`."""
     chosen = config.task
     check_modality(config.model, chosen)
     if not chosen.members:
@@ -82,13 +82,13 @@ def _enlarged(model: ModelConfig, task: Task) -> list[str]:
         return []
     times = (model.image_size / _SMALL) ** 2
     return [
-        f"model.image_size={model.image_size}: the images have {largest} pixels; model.image_size={_SMALL} takes about "
-        f"1/{times:.0f} of the time"
+        f"model.image_size={model.image_size}: no image side has more than {largest} pixels; model.image_size={_SMALL} "
+        f"takes about 1/{times:.0f} of the time"
     ]
 
 
 def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = None) -> Transform:
-    """Return how rows of a task enter a model. Of a mixture `task` says where the rows are, if any are to be read."""
+    """Return the transform by which a task's rows enter a model. task: needed to read the rows of a mixture."""
     if chosen.members:
         members = [transform_of(model, member) for member in chosen.members.values()]
         return tasks.MixtureTransform(members, task)
@@ -100,7 +100,7 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
     if chosen.kind == "label":
         return tasks.TextTransform(tokenizer, model.max_length)
     chat = chosen.chat_template
-    if chat is None:  # of a benchmark the prompt is part of what is compared
+    if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
         chat = chosen.path == "files" and tokenizer.chat_template is not None
     too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
     return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
@@ -130,10 +130,10 @@ def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> 
 def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
     """Load the frozen model with a head for `labels`, or for one number where there are none.
 
-    A head that is new is drawn from torch's global generator as it is. It and the other modules that train whole are in
-    float32 whatever `model.dtype` says of the frozen rest. class_names: what CLIP's sentences call the classes, where
-    that is not what they are told apart by. Raises PartialLoraError where texts of the settings' length do not fit, and
-    for a `head` that does not give the logits.
+    A new head is drawn from torch's global generator. It and the other modules that train whole are in float32,
+    whatever `model.dtype` says of the frozen rest. class_names: the names of the classes in CLIP's sentences, where
+    these are not the labels. Raises PartialLoraError where texts of the settings' length do not fit, and for a `head`
+    that does not give the logits.
     """
     settings = {name: getattr(model, name) for name in models.SETTINGS}
     loaded = models.load(labels=list(class_names or labels), **settings)
@@ -158,7 +158,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
 
 
 def _check_length(loaded: PreTrainedModel, model: ModelConfig) -> None:
-    """Positions that are embedded one by one come to an end; some models start to count after the padding's."""
+    """Refuse texts longer than a model's table of positions; some models use only the positions after the padding's."""
     for name, module in loaded.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -179,7 +179,7 @@ def draw_settings(config: Config) -> dict[str, int | float | None]:
 
 
 def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
-    """Draw the rows to fit on and those to score on; `changes` are of `shots`, which then count, and of `seed`."""
+    """Draw the rows to fit on and those to score on; `changes`: `shots`, which then goes before `share`, and `seed`."""
     settings = {"seed": config.calibration_seed} | draw_settings(config) | changes
     if "shots" in changes:
         settings.pop("share", None)
@@ -194,7 +194,7 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     if score == "auto" and task.kind != "label":
         score = {"choice": "options", "generation": "loss"}[task.kind]
     elif score == "auto":
-        primary = "accuracy" if task.sizes else task.metrics[0]  # of members, the only one that all have
+        primary = "accuracy" if task.sizes else task.metrics[0]  # the only metric that all members of a mixture have
         score = {"mse": "loss"}.get(primary, primary)
     return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
@@ -247,9 +247,9 @@ def calibrating(
 def calibration(
     file: str | None, modules: Sequence[str], draws: Draws, calibrate: Callable[..., Calibration]
 ) -> Calibration:
-    """Return the sparsities: those of a file where one is named, whatever stands beside it; else of the draws.
+    """Return the calibration in a file if one is named, whatever the other keys say; else calibrate on the draws.
 
-    What is wrong with the draws is among the warnings.
+    Warnings about the draws are among its warnings.
     """
     if file:
         return Calibration.load(Path(file)).reused_for(list(modules))
@@ -258,9 +258,9 @@ def calibration(
 
 
 def earlier_calibration(file: Path, modules: Sequence[str], peers: Peers) -> Calibration | None:
-    """Return the calibration of an earlier attempt of this run, at its cost; None where there is none.
+    """Return the calibration of an earlier attempt of this run, with its cost; None where there is none.
 
-    It is not made again, since on another device or processor a close call may end otherwise than it did there.
+    It is not made again, since another device or processor may decide a close call otherwise.
     """
 
     def load() -> Calibration | None:
@@ -326,7 +326,7 @@ def setting_of(
     return dataclasses.replace(setting, sparsity=shrunk(sparsity, *setting.units(), config.calibration.shrink))
 
 
-# --- What a model's files say beside its weights: how inputs are made, and what the classes are called.
+# --- What a model's files say beside its weights: how inputs are made, and the names of the classes.
 
 # The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
 _ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
@@ -355,7 +355,7 @@ def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, 
 
 
 def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of timm's format, which transformers reads, too, its image processor as well."""
+    """Return a config.json in timm's format, which transformers and its image processor read, too."""
     known = {
         key: value
         for key, value in model.timm_model.pretrained_cfg.items()

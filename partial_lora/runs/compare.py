@@ -18,15 +18,15 @@ from partial_lora.runs.schema import defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
-_AT_BUDGET = {  # what makes PEFT's own methods of the size of a budget
+_AT_BUDGET = {  # overrides that give PEFT's own methods the size of a budget
     "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
     "vera": ("method.peft_type=VERA",),
 }
-# Methods that are calibrated for their size alone, which a budget says.
+# Methods that are calibrated for their size alone, which a budget sets.
 _SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
-_MOST_RATES = 12  # of a search whose best is at an edge again and again
+_MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 
-Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None of a run that failed
+Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None for a run that failed
 Runs = list[tuple[float, int]]  # learning rate and seed
 
 
@@ -34,8 +34,8 @@ def search(centre: float, count: int, seeds: int) -> Generator[Runs, Mapping[tup
     """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
 
     The first seed tries `count` rates a factor of two apart around the centre, and more while the best of them is at an
-    edge. Of these the better half goes on to the next seed, by the mean over the seeds so far, and so on (successive
-    halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all seeds.
+    edge. The better half goes on to the next seed, by the mean over the seeds so far, and so on (successive halving,
+    Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all seeds.
     """
     rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
     worth: dict[tuple[float, int], Worth] = {}
@@ -101,7 +101,7 @@ class Entry:
 
 
 def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
-    """Return the methods at every budget, those of a size of their own once, each checked as `train` checks it.
+    """Return the methods at every budget, and once those that no budget resizes, each checked as `train` checks it.
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
@@ -128,7 +128,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             entry.centre = dense * 2.0**steps
             try:
                 entry.parameters = outline(config).counts["adapter_trainable"]
-            except PartialLoraError as error:  # not of this size, or not on this model
+            except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
             made.append(entry)
     return made
@@ -154,7 +154,7 @@ def compare(
     """Search for the learning rate of every entry that is not refused; return the exit code.
 
     Runs that are finished are not made again. launch: makes the runs of a sweep of `train`, given its arguments, and
-    returns its exit code; of an interrupted one nothing more is made.
+    returns its exit code; after an interrupted sweep no further run is made.
     """
     searched = [entry for entry in chosen if entry.refused is None]
     left = runs_at_least(rates, seeds) * len(searched)

@@ -11,8 +11,8 @@ from partial_lora.runs import directory
 from partial_lora.runs.compose import config_loader_of
 from partial_lora.runs.schema import list_keys
 
-# Where nothing is found, all of them complete names of files. Bash takes `=` and `:` for ends of words, so that what it
-# completes is what stands behind them. Zsh and bash are told by a space which words are whole; fish knows.
+# Where nothing is found, all three complete names of files. Bash ends a word at `=` and `:`, so that it completes what
+# stands behind them. A space tells zsh and bash which words are whole; fish knows by itself.
 _INSTALL = {
     "bash": """\
 _partial_lora()
@@ -108,5 +108,5 @@ def _settings(before: Sequence[str], word: str) -> list[str]:
     with config_loader_of([each for each in before if "=" in each or each.endswith((".yaml", ".yml"))]) as known:
         loader, name, overrides = known
         found = BashCompletion(loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
-    lists = {f"{key}." for key in list_keys()}  # which Hydra completes by their places
+    lists = {f"{key}." for key in list_keys()}  # Hydra would complete a list by the places of its items
     return [f"{each[:-1]}=" if each in lists else each for each in found if each != "hydra"]

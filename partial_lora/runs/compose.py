@@ -29,7 +29,7 @@ class Plan:
         runs: the overrides and the settings of every run. A sampler chooses its own: one example stands for them, with
             the first or the middle of the values that each key may get.
         refused: why runs are refused, a line each.
-        is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: where Hydra writes of it.
+        is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: the folder that Hydra writes to.
         swept: the keys in which its runs differ.
         direction: of a sampler, where it has such a key.
     """
@@ -82,7 +82,7 @@ def plan(arguments: Sequence[str]) -> Plan:
             sweeper=choices["hydra/sweeper"],
             sweep_dir=Path(master.hydra.sweep.dir),
             swept=frozenset(override.get_key_element() for override in parsed if override.is_sweep_override()),
-            direction=direction if isinstance(direction, str) else None,  # one of several goals is not the direction
+            direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
     finally:
         GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
@@ -257,7 +257,7 @@ def _print_help(arguments: Sequence[str]) -> None:
 
 
 def _unfit(config: Config, launcher: str) -> str | None:
-    """Return why a run would be refused once its libraries are there; None where nothing speaks against it."""
+    """Return why a run would be refused once its libraries are imported; None where it would not."""
     from partial_lora.runs.info import check
 
     try:
@@ -268,7 +268,7 @@ def _unfit(config: Config, launcher: str) -> str | None:
 
 
 def _uncalibrated(config: Config) -> str | None:
-    """Return why a run has no calibration that could be made alone; None where it has."""
+    """Return why a run has no calibration that could be made alone; None where it has one."""
     if config.method.name in BUDGETED:
         return f"method.name={config.method.name}: expected another method for calibrate: this one is not calibrated"
     sparsity = config.calibration.sparsity
@@ -331,7 +331,7 @@ def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
-    """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several."""
+    """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
     from hydra._internal.utils import get_args_parser
     from omegaconf.errors import ConfigKeyError
 

@@ -77,13 +77,13 @@ def resolve(composed: DictConfig) -> Config:
         return config
     if trainer.tuned is None:
         return replace(config, trainer=replace(trainer, learning_rate=suited(plain(config))))
-    rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which is of the rate
+    rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which the rate decides
     return replace(config, trainer=replace(trainer, **rate))
 
 
 @functools.cache
 def _schema() -> DictConfig:
-    """Return the schema as a node, to be read alone: a sweep of hundreds of runs need not make it for each."""
+    """Return the schema as a node that is only read, so that a sweep of hundreds of runs makes it once."""
     return OmegaConf.structured(Config)
 
 
@@ -112,7 +112,7 @@ def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> lis
 
 
 def _check_surroundings(config: Config) -> None:
-    """Raise PartialLoraError, by its key, for a file, folder or package that a run names and that is not there."""
+    """Raise PartialLoraError, naming the key, for a file, folder or package that a run names and that is not there."""
     trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
     known = calibration is None or Path(calibration).is_file()
     require(known, "calibration.file", calibration, "an existing calibration.json")
@@ -124,20 +124,20 @@ def _check_surroundings(config: Config) -> None:
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
-        accelerate_file(trainer.accelerate_config)  # runs.launch checks what comes of it and the keys beside it
+        accelerate_file(trainer.accelerate_config)  # runs.launch checks it together with the keys of the trainer
     known = data_dir is None or Path(data_dir).is_dir()
     require(known, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
     check_files(config.task)
 
 
 def _installed(module: str) -> bool:
-    """Return whether a package can be imported; a mere folder of that name, as wandb leaves behind, is none."""
+    """Return whether a package can be imported; a mere folder of that name, as wandb leaves behind, does not count."""
     found = find_spec(module)
     return found is not None and found.origin is not None
 
 
 def check_files(task: TaskConfig) -> None:
-    """Raise PartialLoraError for a file of a task's rows that is not there; those of a mixture are its members'."""
+    """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
     files = task.data_files
     if files is None or task.path == "members":
         return
@@ -160,14 +160,14 @@ _FOR_EACH = (
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FROM_MEMBERS = {"modality", "kind", "classes"}
 _OF_NUMBERS = {"pearson", "spearman", "mse"}
-_SCORES = {"auto", "accuracy", "loss"}  # that are means of examples, each within its member's classes
+_SCORES = {"auto", "accuracy", "loss"}  # scores that are means over examples, each within its member's classes
 
 
 def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
     """Return a mixture whose members are {name: TaskConfig}, in place of names; another task as it is.
 
-    folder: of the group files. Raises PartialLoraError, in one line that names the member, for one that is not there,
-    is wrong, or is of another modality or kind than the others.
+    folder: of the group files. Raises PartialLoraError, in one line that names the member, for a member that is not
+    there, is wrong, or is of another modality or kind than the others.
     """
     if not task.members:
         return task
@@ -241,10 +241,10 @@ def _member(name: str, own: Mapping) -> TaskConfig:
 
 
 def _with_files(task: TaskConfig, folder: Path) -> TaskConfig:
-    """Return a task, or a mixture whose members, read the files that `data_dir` has for it.
+    """Return a task that reads the files that `data_dir` has for it; of a mixture each member does.
 
-    A task that came out of a package and one that has `task.data_files` of its own stay as they are. Raises
-    PartialLoraError, in one line, where the folder has no training rows of a task.
+    A task out of a package, and a task with `task.data_files` of its own, stay as they are. Raises PartialLoraError, in
+    one line, where the folder has no training rows of a task.
     """
     if task.members:
         return replace(task, members={name: _with_files(member, folder) for name, member in task.members.items()})
@@ -261,12 +261,12 @@ def _with_files(task: TaskConfig, folder: Path) -> TaskConfig:
 
 # --- What settings say of a run before it begins.
 
-_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models that read these
-_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # of what models of a family do
+_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models by modality
+_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # tasks by the family of a model
 
 
 def check_modality(model: ModelConfig, task: TaskConfig) -> None:
-    """Raise PartialLoraError where the task's inputs are not what the model reads, or its answers not what it gives."""
+    """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
     if model.modality != task.modality:
         raise PartialLoraError(
             f"model={model.name} reads {model.modality}s, and task={task.name} has {task.modality}s: choose another "
@@ -344,7 +344,7 @@ def without_places(settings: object) -> object:
 
 
 def load(settings: Mapping) -> Config:
-    """Return the Config of nested mappings, such as config.yaml's or a record's; keys that came later have defaults."""
+    """Return the Config of nested mappings, as in config.yaml or a record; keys that are newer have their defaults."""
 
     def made(kind: type, values: Mapping) -> Any:
         return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
@@ -369,13 +369,13 @@ def run_id(config: Config | Mapping) -> str:
 
     The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON, without those that the method
     has no use for. Files enter by content, so a copy elsewhere gives the same id and an edited file another one. The
-    members of a mixture enter as tasks do, and in their order, which is that of the outputs.
+    members of a mixture enter as tasks do, in the order of the outputs.
     """
     return run_ids(config)[0]
 
 
 def run_ids(config: Config | Mapping) -> list[str]:
-    """Return the id of a run and, where it is another one, that of all its settings, which earlier runs have."""
+    """Return the id of a run and, where it differs, the id of all its settings, by which earlier versions named it."""
     settings = config if isinstance(config, Mapping) else plain(config)
     members, changed = list(settings.get("task", {}).get("members") or ()), computed_from(settings)
     for key, value in changed.items():
@@ -384,10 +384,10 @@ def run_ids(config: Config | Mapping) -> list[str]:
         if is_file or (own in _PLACES and Path(value).is_dir()):
             changed[key] = _digest(Path(value))
     if isinstance(shares := settings.get("calibration", {}).get("sparsity"), Mapping):
-        changed["calibration.sparsity"] = list(shares)  # of patterns the first that matches counts
+        changed["calibration.sparsity"] = list(shares)  # their order counts: the first pattern that matches decides
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
-    method = settings.get("method")  # none of a task alone
+    method = settings.get("method")  # settings of a task alone have none
     used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
     texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
     return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
@@ -396,7 +396,7 @@ def run_ids(config: Config | Mapping) -> list[str]:
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    VeRA's matrices and what other tuners of PEFT draw are of mask.seed, and the size of these of calibration.budget.
+    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
     """
     if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
         return True
@@ -416,7 +416,7 @@ def _digest(path: Path) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """Return where a run's files go: results_dir/runs/task/model/method-id/seed; or are, by an id of earlier runs."""
+    """Return a run's directory, results_dir/runs/task/model/method-id/seed; by its earlier id if only that is there."""
     parent = Path(config.results_dir).joinpath("runs", config.task.name, config.model.name)
     places = [parent / f"{config.method.name}-{each}" / f"seed{config.seed}" for each in run_ids(config)]
     there = [place for place in places if place.is_dir()] or [place for place in places if place.parent.is_dir()]
@@ -424,7 +424,7 @@ def run_directory(config: Config) -> Path:
 
 
 def calibration_directory(config: Config) -> Path:
-    """Return where `partial-lora calibrate` puts the sparsities of a model and task; each seed that draws has one."""
+    """Return where `partial-lora calibrate` puts the sparsities of a model and task; each seed of the draws has one."""
     config = replace(config, calibration=replace(config.calibration, seed=config.calibration_seed))
     names = config.task.name, config.model.name, f"{config.importance.name}-{run_ids(config)[-1]}"
     return Path(config.results_dir).joinpath("calibrations", *names)
@@ -483,7 +483,7 @@ def no_such_key(key: str, about: str = "job") -> str:
 
 
 def no_such_option(option: str, value: str | None) -> str:
-    """Return one line that names an option there is none of, and the setting that was probably meant by it."""
+    """Return one line that names an unknown option, and the setting that was probably meant by it."""
     name = option.strip("-").replace("-", "_")
     if name in ("config", "config_file", "config_path"):
         return f"{option}: no such option; a file of settings stands alone: {value or 'FILE.yaml'}"
@@ -495,7 +495,7 @@ def no_such_option(option: str, value: str | None) -> str:
 
 
 def _meant(key: str) -> str | None:
-    """Return what another tool's name stands for, the key of that name, or one of the same group spelt almost so."""
+    """Return the key that another tool's name stands for, the only key of that name, or one of its group like it."""
     group, _, name = key.rpartition(".")
     if name in _KEYS:
         return _KEYS[name]

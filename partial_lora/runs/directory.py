@@ -28,7 +28,7 @@ CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
-TRACKERS = "trackers.json"  # the trackers' names of the run, so that a resumed one goes on in the same place
+TRACKERS = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
 CURVES = "curves.svg"  # of a calibration
@@ -57,8 +57,8 @@ def find(name: Path | str) -> Path:
     """Return the directory of a run that a user names.
 
     name: its path; `latest`, of the results in ./results; or the start of its id, with `/seed1` behind it where runs
-    differ in their seed alone. Before both may stand another results directory: DIR/latest, DIR/1f0e. What is none of
-    these is returned as it is. Raises PartialLoraError, with their paths, where several runs have that start.
+    differ in their seed alone. Another results directory may stand before `latest` or the id: DIR/latest, DIR/1f0e.
+    Any other name is returned as it is. Raises PartialLoraError, with the paths, where several runs have that start.
     """
     place = Path(name)
     if place.exists():
@@ -80,7 +80,7 @@ def id_of(run: Path) -> str:
 
 
 def link_latest(results_dir: Path | str, run: Path) -> None:
-    """Let `latest` in a results directory be a run; without it where there are no links."""
+    """Link `latest` in a results directory to a run; do nothing where no link can be made."""
     link = Path(results_dir) / LATEST
     temporary = link.with_name(f".{LATEST}.{os.getpid()}")
     with suppress(OSError):
@@ -125,7 +125,7 @@ def _is_trained(result: Mapping | None) -> bool:
 
 
 def missing(directory: Path, result: Mapping) -> str | None:
-    """Return in what a directory falls short of its finished record, naming the file; None where in nothing."""
+    """Return which file of a finished record is missing or of another size, in words; None where all are whole."""
     names = [CONFIG] + ([CALIBRATION] if result.get("calibration") else [])
     if _is_trained(result):
         names += [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
@@ -154,8 +154,8 @@ def tensor_files(folder: Path) -> list[Path]:
 def prepare(directory: Path, *, overwrite: bool) -> list[str]:
     """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
 
-    What an attempt that did not end left for the next one stays: checkpoints, sparsities, log, what trackers keep, and
-    its record under another name. All else goes, result.json first: whatever is still there when this is interrupted
+    What an unfinished attempt left for the next one stays: checkpoints, sparsities, log, what trackers keep, and its
+    record under another name. All else goes, result.json first: whatever is still there when this is interrupted
     belongs to no finished run. With `overwrite` nothing stays but the lock, which is held.
     """
     notes, record = [], directory / RESULT
@@ -197,7 +197,7 @@ def remove_checkpoints(directory: Path) -> None:
 
 
 def unwritable(place: Path | str, error: OSError) -> PartialLoraError:
-    """Return what is said of a folder of results that cannot be written."""
+    """Return the error about a folder of results that cannot be written."""
     reason = f"cannot write to {place}: {error.strerror}"
     return PartialLoraError(f"results_dir: {reason}; set it to a folder that can be written")
 
@@ -211,10 +211,10 @@ def name_holder(descriptor: int, worker: int | None = None) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[int]:
-    """Hold a run's directory, made if need be, while the block lasts; gives the lock's file descriptor.
+    """Hold a run's directory, made if need be, while the block lasts; yield the lock's file descriptor.
 
     A worker inherits the descriptor and holds the lock on, should its parent die. Raises PartialLoraError that names
-    the holder.
+    another holder.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -317,6 +317,6 @@ def worker_variables(settings: Mapping) -> dict[str, str]:
 
 
 def worker_settings(directory: Path) -> dict:
-    """Return the settings that this worker was handed, and its children will not be; else those in config.yaml."""
+    """Return the settings that were handed to this worker, and not on to its children; else those in config.yaml."""
     handed = os.environ.pop(VARIABLE, None)
     return yaml.safe_load(handed or (directory / CONFIG).read_text(encoding="utf-8"))

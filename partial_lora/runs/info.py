@@ -36,8 +36,8 @@ class Outline:
     """Size of a run that has not begun.
 
     counts: counts and bytes as `training.size` gives them. sparsity_is: where their sparsity is from. outputs: of
-    the head; 0 for a model without a new one. passes: of its calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`size.peak_memory`) by what the frozen weights are kept in.
+    the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
+    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights.
     """
 
     counts: dict[str, int | float | None]
@@ -48,7 +48,7 @@ class Outline:
 
 
 def without_task(config: Config) -> Config:
-    """Return the settings with a task of two classes where the default task is none for the model; else as they are."""
+    """Return the settings with a task of two classes if the default task does not suit the model; else as they are."""
     model = config.model
     if (model.modality, model.head is None) == (config.task.modality, config.task.kind != "label"):
         return config
@@ -87,7 +87,7 @@ def outline(config: Config) -> Outline:
 def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity, str]:
     """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
 
-    The controls of the method have as many parameters.
+    The control methods have as many parameters.
     """
     calibration, masks = config.calibration, (shapes, config.method.rank, config.mask.counted)
     if calibration.file:
@@ -105,7 +105,7 @@ def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int
     from partial_lora.runs.build import method_of, setting_of
     from partial_lora.training.cost import describe_adapted
 
-    with warnings.catch_warnings():  # PEFT asks for a name that transformers gives up
+    with warnings.catch_warnings():  # PEFT uses a name that transformers deprecates
         warnings.simplefilter("ignore", FutureWarning)
         adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes))
     dense = dense_parameters(shapes, config.method.rank)
@@ -113,7 +113,7 @@ def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int
 
 
 def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:
-    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences that may be."""
+    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences allowed."""
     if config.model.family != "causal":
         return {}
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
@@ -129,9 +129,9 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
 
 
 def check(config: Config, *, here: bool) -> None:
-    """Raise PartialLoraError for a task, device, image size, module or budget that the model or this machine has not.
+    """Raise PartialLoraError for a task, device, image size, module or budget that does not fit the model or machine.
 
-    here: the run starts on this machine. Names and shapes are looked at where those of the model are stored.
+    here: the run starts on this machine. Names and shapes are checked if the model's skeleton is stored.
     """
     model, calibration = config.model, config.calibration
     check_modality(model, config.task)

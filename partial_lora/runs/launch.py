@@ -40,16 +40,16 @@ from partial_lora.training.config import TrainerConfig
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
-_STOPPED = [128 + number for number in progress.STOPPING]  # exit codes
-_RECORD = 40.0  # seconds that the record of a run which has ended may take to say so
+_STOPPED = [128 + number for number in progress.STOPPING]  # exit codes of what was asked to stop
+_RECORD = 40.0  # seconds that may pass until the record says that a run has ended
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The end of a run: finished, skipped (it was finished before), failed or interrupted.
 
-    signal: the name of what interrupted it. error: why it failed. elsewhere: where the results are, of one of several
-    machines that has none.
+    signal: the name of what interrupted it. error: why it failed. elsewhere: where the results are, on a machine that
+    has none of them.
     """
 
     directory: Path
@@ -102,7 +102,7 @@ def launch(
         return _follow(config, stage, place, cluster, stop)
     with directory.locked(place) as lock:
         if _is_done(config, stage, place):
-            directory.remove_checkpoints(place)  # what ended it may have come between the last two steps
+            directory.remove_checkpoints(place)  # they stay where a run was ended right after its record was written
             return Outcome(place, "skipped")
         is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
         for line in directory.prepare(place, overwrite=config.overwrite):
@@ -188,7 +188,7 @@ def refuse_foreign_world() -> None:
 
 
 def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Callable[[], Sequence[int]]) -> Outcome:
-    """Run this machine's part of a run whose directory is machine 0's: only the workers touch it, and not before its.
+    """Run this machine's part of a run whose directory is machine 0's: only workers touch it, once machine 0 has begun.
 
     The message of the outcome is one line, from the run's record and this machine's workers.
     """
@@ -203,7 +203,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
         code, failure = _run_process(workers, environment, Path(own) / "launcher.log", stop=stop)
     if code in _STOPPED:
         return _outcome(place, code)
-    if code == 0 or failure is None or failure.explained:  # a record that has ended may take its time to arrive here
+    if code == 0 or failure is None or failure.explained:  # the final record may take its time to arrive here
         end = time.monotonic() + _RECORD
         while time.monotonic() < end and (directory.read_result(place) or {}).get("status") == "running":
             time.sleep(0.5)
@@ -212,7 +212,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
         return Outcome(place, "finished", elsewhere=f"{machine}: finished; the results are machine 0's: {place}")
     reason = _silent_end(code) if failure is None else failure.text(cluster)
     if result.get("status") == "failed" and result != before and (failure is None or failure.explained):
-        reason = result["error"]  # of which this machine's failure is the echo
+        reason = result["error"]  # this machine's failure is only the echo of it
     return Outcome(place, "failed", error=f"{machine}: {reason}")
 
 
@@ -253,8 +253,8 @@ class Cluster:
 def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Cluster:
     """Return the processes of a run with these settings; quantization: that of its model.
 
-    A value of `trainer.accelerate_config` stands where a key has its default. Raises PartialLoraError where the two do
-    not go together, or for a strategy that needs more processes, a library or another model.
+    A value of the file `trainer.accelerate_config` counts where a key has its default. Raises PartialLoraError where
+    the two do not go together, or for a strategy that needs more processes, a library or another model.
     """
     file = schema.accelerate_file(trainer.accelerate_config) if trainer.accelerate_config else {}
     given = {key: getattr(trainer, key) for key in _FROM_FILE}
@@ -316,14 +316,14 @@ def command(cluster: Cluster, worker: list[str]) -> list[str]:
 
 
 def cluster_environment(cluster: Cluster) -> dict[str, str]:
-    """Return the variables that workers of a cluster need beside those of a lone one."""
+    """Return the variables that a cluster decides: the time to shut down, OpenMP's, and hidden accelerators."""
     added = {"PET_SHUTDOWN_TIMEOUT": str(_GRACE)} | openmp(cluster.here)
     if cluster.hides_accelerators:
         added["CUDA_VISIBLE_DEVICES"] = ""
     return added
 
 
-_IDLE = 10  # percent of all cores that others may be using where threads spin
+_IDLE = 10  # percent of all cores that other programs may use, at most, where threads spin
 _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 
 
@@ -392,9 +392,9 @@ def _run_process(
 ) -> tuple[int, Failure | None]:
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
-    Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which it holds on
-    until it ends, should this process die. The first signal that asks this process to stop is passed on; the code is
-    then 128 more than its number. start: `_start`, the default, or `_fork`. stop: as `launch` takes it.
+    Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, so that it holds
+    the lock until it ends even if this process dies. The first signal that asks this process to stop is passed on; the
+    code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop: as `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
 
@@ -415,7 +415,7 @@ def _run_process(
                 requests.remind()
                 with suppress(subprocess.TimeoutExpired):
                     worker.wait(_LOOK)
-        except BaseException:  # of `watch`, or of a launcher that ends its job: nobody would look after the worker
+        except BaseException:  # from `watch`, or a launcher that ends its job: nobody would look after the worker
             worker.terminate()
             worker.wait()
             raise
@@ -533,7 +533,7 @@ def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: in
 
 @dataclass(frozen=True)
 class _Passed:
-    """A descriptor, or None, that arrives in a forked process as what is its number there."""
+    """A descriptor, or None; it arrives in a forked process as the descriptor's number in that process."""
 
     descriptor: int | None
 
@@ -570,7 +570,7 @@ class _StopRequests:
         self._last = float("-inf")
 
     def pass_on_to(self, worker: subprocess.Popen) -> None:
-        """Name the worker, which hears at once of what was received before it was started."""
+        """Name the worker, and pass on at once what was received before it was started."""
         self._worker = worker
         self.remind()
 
@@ -598,9 +598,9 @@ def _stop_requests() -> Iterator[_StopRequests]:
         yield requests
 
 
-# --- The failure of one of several processes: each leaves word of its own, and the parent picks the one that the others
-# followed from. torchelastic's error files and ChildFailedError have times in whole seconds, and only the processes
-# that had exited at one look: the echo of a failure is often named in its place.
+# --- The failure of one of several processes: each leaves word of its own, and the parent picks the failure that caused
+# the others. torchelastic's error files and ChildFailedError have times in whole seconds, and only the processes that
+# had exited at one look: they often name the echo of a failure in its place.
 
 VARIABLE = "PARTIAL_LORA_FAILURES"  # names the folder; outside a launched run there is none
 _EXITS = "exits.json"
@@ -610,7 +610,7 @@ _CLOSE = 5.0  # seconds within which peers notice that a process is gone
 
 @dataclass(frozen=True)
 class Failure:
-    """The process that failed first (None: the launcher), and why in one line; explained where it left that line."""
+    """The process that failed first (None: the launcher), and why in one line; explained: it left that line itself."""
 
     rank: int | None
     reason: str
@@ -642,10 +642,10 @@ def _leave_word(name: str, content: dict) -> None:
 
 
 def first_failure(folder: Path) -> Failure | None:
-    """Return the failure that the others followed from; None where nobody left word.
+    """Return the failure that caused the others; None where nobody left word.
 
-    A process that is killed leaves none, and its peers then fail of a broken connection. What the launcher had to kill
-    itself, since it was waiting for a peer that failed, ended long after that peer.
+    A process that is killed leaves no word, and its peers then fail of a broken connection. Processes that waited for a
+    peer that failed, and that the launcher had to kill, ended long after that peer.
     """
     words = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[!.]*.json")}
     exits = {int(rank): tuple(end) for rank, end in words.pop(_EXITS, {"exits": {}})["exits"].items()}
@@ -661,7 +661,7 @@ def first_failure(folder: Path) -> Failure | None:
 
 
 def _record_failure(place: Path, failure: Failure | None, cluster: Cluster, code: int) -> None:
-    """Write into the record of a run that failed which process did first; process 0 may not have lived to do so."""
+    """Write into the record of a run which process failed first; process 0 may not have lived to do so."""
     result = directory.read_result(place)
     if result is None:
         result = directory.new(yaml.safe_load((place / directory.CONFIG).read_text(encoding="utf-8")))
@@ -680,8 +680,8 @@ def refuse_hub_code() -> None:
     """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
 
     transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
-    way of the package `kernels`; it computes without them, and its advice to install them is kept from the terminal.
-    Code of a repository's own (trust_remote_code) is never asked for: what is fetched from the hub is data.
+    way of the package `kernels`. bitsandbytes computes without them, and its advice to install them is kept from the
+    terminal. A repository's own code (trust_remote_code) is never asked for: what is fetched from the hub is data.
     """
     os.environ["USE_HUB_KERNELS"] = "NO"
     sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
@@ -690,7 +690,7 @@ def refuse_hub_code() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import inside the block without looking for garbage: all of it stays, and looking takes a third of the time."""
+    """Import inside the block without collecting garbage: all imports stay, and looking takes a third of the time."""
     gc.disable()
     try:
         yield
@@ -699,22 +699,22 @@ def importing() -> Iterator[None]:
 
 
 def hide_quantiser(model: ModelConfig) -> None:
-    """Keep PEFT from importing bitsandbytes into a worker whose model is not quantised; to be called before both.
+    """Keep PEFT from importing bitsandbytes for a model that is not quantised; to be called before PEFT is imported.
 
-    PEFT asks for it whatever a model is made of, and it imports torch's compiler: 1.5 s of a start.
+    PEFT imports it whatever a model is made of, and bitsandbytes imports torch's compiler: 1.5 s of a start.
     """
     if not _may_be_quantised(model):
         hide_bitsandbytes()
 
 
 def _may_be_quantised(model: ModelConfig) -> bool:
-    """Return whether a model needs bitsandbytes, or may: one out of a folder or the hub may have been stored so."""
+    """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
     stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
     return model.quantization is not None or stored
 
 
 def hide_bitsandbytes() -> None:
-    """Make it for `import` and `find_spec` the same as not installed."""
+    """Make bitsandbytes look as if it were not installed, to `import` and `find_spec`."""
     sys.modules.setdefault("bitsandbytes", None)
 
 
@@ -729,7 +729,7 @@ def main() -> None:
     behind. Exits with 0, 1, or 128 and the number of the signal that asked to stop.
     """
     end_with_parent()
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # this process handles the others itself
     from accelerate.commands import launch as accelerate
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -737,7 +737,7 @@ def main() -> None:
     def stop(number: int, frame: object) -> None:
         for each in progress.STOPPING:
             signal.signal(each, signal.SIG_IGN)
-        # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills who is left then.
+        # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills what is left then.
         raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
 
     for number in progress.STOPPING:

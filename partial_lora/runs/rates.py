@@ -2,9 +2,9 @@
 
 It is JSON, {version, entries: [{task, model, method, masks, operating_point, learning_rate, metric, validation, tried:
 {rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
-tuned (scripts/tune.py). `validation` is the metric there, the mean over seeds, and `losses` say what decided between
-equals; null stands for a rate at which training failed, and for a loss that an older file did not keep. `settings`
-are those that matter to the rate (`settings_of`), of all its runs.
+tuned (scripts/tune.py). `validation` is the mean metric over seeds, and `losses` decided between equal ones; null
+stands for a rate at which training failed, and for a loss that an older file did not keep. `settings` are what all its
+runs have of the settings that matter to the rate (`settings_of`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from partial_lora.runs import schema
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
-NO_POINT = "–"  # of a method whose size no point decides
+NO_POINT = "–"  # for a method whose size no point decides
 
 
 def operating_point(calibration: Mapping) -> str:
     """Return the point of {"threshold", "budget", "sparsity"}: the budget, a share or a count of parameters, if any.
 
-    A sparsity that is fixed goes before a threshold. Modules with shares of their own are named by a digest of these.
+    A fixed sparsity goes before a threshold. Sparsities of single modules are named by a digest.
     """
     sparsity, budget = calibration.get("sparsity"), calibration.get("budget")
     if isinstance(sparsity, Mapping):
@@ -44,8 +44,8 @@ def operating_point(calibration: Mapping) -> str:
 def nearest(point: str, others: Iterable[str]) -> str | None:
     """Return the nearest of other points of the same kind; of two as near the one that keeps more; None without any.
 
-    Thresholds are as far apart as their difference, budgets and what a sparsity leaves as their ratio. Points of other
-    kinds say nothing of each other, and shares of modules nothing of any.
+    Thresholds are apart by their difference; budgets, and what sparsities leave, by their ratio. Points of different
+    kinds are not compared, nor are sparsities of single modules.
     """
     kind, value = _parted(point)
     values = {other: number for other, (its, number) in ((each, _parted(each)) for each in others) if its == kind}
@@ -80,8 +80,8 @@ _LENGTH = ("epochs", "max_steps", "batch_size")  # of the trainer: how long it t
 _CALIBRATED = ("importance.", "calibration.", "mask.")  # keys that only a calibrated method reads
 _IN_FILE = ("axes", "scope", "search", "levels", "max_sparsity")  # keys of calibration that a calibration.json has, too
 
-# What a run computes from, too, though it says nothing of whether a rate suits the run: what the key has, the rate
-# itself, seeds, what is measured and not trained, and how the same numbers are computed.
+# Settings that a run computes from but that do not decide which rate suits it: what the key has, the rate itself,
+# seeds, what is measured and not trained, and how the same numbers are computed.
 _APART = {
     "task.name",
     "model.name",
@@ -106,9 +106,8 @@ _APART = {
 def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
     """Return the key (`KEY`) of a run's settings.
 
-    calibration: a record's `calibration`, or what it has `fixed` in its place; read only where it is that of a
-    calibration.file, which has its own threshold and budget. None for a method that has neither masks nor an operating
-    point.
+    calibration: a record's `calibration`, or its `fixed`; read only where calibration.file is set, since that file has
+    its own threshold and budget. None for a method that has neither masks nor an operating point.
     """
     names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
     if calibration is None:
@@ -121,8 +120,8 @@ def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
 def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any]:
     """Return the settings that matter to a run's learning rate, by full key: how long it trains, and no defaults.
 
-    calibration: as for `key_of`. A method without an operating point has none of calibration and masks; a
-    calibration.file has those that it says of itself, which is not on how many examples it was made.
+    calibration: as for `key_of`. A method without an operating point has no settings of calibration and masks; a
+    calibration.file has those that it records, which leave out the number of its examples.
     """
     shown = redacted(settings)  # as a record has them
     if calibration is not None and shown["calibration"].get("file") is not None:
@@ -140,7 +139,7 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
 
 
 def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
-    """Return where `settings_of` two runs differ: key and both values; how long they train comes first."""
+    """Return where the `settings_of` two runs differ: key and both values; the length of training comes first."""
     names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
     standard = schema.defaults() if own != other else {}
     for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
@@ -152,9 +151,9 @@ def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
 
 
 def unevenness(entries: Iterable[Mapping]) -> str | None:
-    """Return how the first two entries of a task and model differ whose searches differ; None where none do.
+    """Return, in words, how two entries of one task and model were searched for differently; None if none were.
 
-    Searches are the same with as many learning rates, the same seeds, as long, and of the same task.
+    Searches are the same if they have the same number of learning rates, seeds, length of training and task.
     """
     first: dict[tuple, Mapping] = {}
     for entry in entries:
@@ -202,20 +201,20 @@ def word(value: object) -> str:
 
 VERSION = 2
 _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
-_SHOWN = 3  # settings that are named where a rate was searched for with others
+_SHOWN = 3  # settings that are named, at most, where a rate was searched for with other settings
 
 
 def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str, Any]:
     """Return the keys of a trainer out of a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
 
-    The rate is that of the same task, model, method, masks and operating point, or of the nearest point that was
-    searched (`nearest`); a method without an operating point has one for all masks and points. stand_in: a task whose
-    rates are taken where the file has none of the run's own. `tuned_elsewhere` says in a table's words at which other
-    point, on which other task and with which other settings it was searched for. Raises PartialLoraError, naming the
-    file, where it has none.
+    The rate was searched for at the same task, model, method, masks and operating point, or else at the nearest point
+    (`nearest`); a method without an operating point has one rate for all masks and points. stand_in: a task whose rates
+    are taken where the file has none for the run's own task. `tuned_elsewhere` says in a table's words at which other
+    point, on which other task and with which other settings the rate was searched for. Raises PartialLoraError, naming
+    the file, where it has no such rate.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
-    calibration, wanted = None, key_of(settings, None)  # of a method without an operating point
+    calibration, wanted = None, key_of(settings, None)  # as for a method without an operating point
     key = _nearest(wanted, entries, stand_in)
     if key is None or key[0] != wanted[0]:
         of_file = _calibration(settings)
@@ -241,7 +240,7 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str
 
 
 def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
-    """Return the key of the entry of that task, or else of the one that stands in, at the nearest operating point."""
+    """Return the key of an entry of the wanted task, or else of the stand-in, at the nearest operating point."""
     for task in (wanted[0], stand_in):
         key = (task, *wanted[1:])
         if key in entries:
@@ -269,10 +268,10 @@ def load(file: Path) -> list[dict]:
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
-    """Write entries, sorted by key, into a file; those that it has under other keys stay.
+    """Write entries, sorted by key, into a file; its entries under other keys stay.
 
-    Raises PartialLoraError, and leaves the file as it is, where an entry was not searched for as the others of its task
-    and model.
+    Raises PartialLoraError, and leaves the file as it is, where entries of one task and model were not searched for
+    alike.
     """
     kept = {key_in(entry): entry for entry in load(file)} if Path(file).is_file() else {}
     kept |= {key_in(entry): dict(entry) for entry in entries}
@@ -291,9 +290,9 @@ def _is_whole(entry: Mapping) -> bool:
 
 
 def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
-    """Return on which task and where a rate was searched for, if elsewhere than it is used; of many settings the first.
+    """Return the task, point and first few settings of a rate's search where they are not the run's own.
 
-    It is part of a run's id: in other words it would be another run.
+    The words are part of the run's id, so they must not change.
     """
     if others:
         more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
@@ -333,13 +332,13 @@ def starting_rate(
 ) -> float:
     """Return the learning rate for a masked adapter to try first, from the one that suits dense LoRA.
 
-    At one rate Adam's first step moves the outputs p √q as far as dense LoRA's, p the density of rows and q of columns
-    (docs/evidence/theory.md): in all the density to the power 1.5, of which an A drawn for the kept columns, or a
-    whole one, takes away 0.5, and an exponent itself. Where nothing of the power is left, dense LoRA's rate stays.
-    Where all of it is, the best rate is dense LoRA's / √density: that is a third of the power, by measurement, and in
-    between a third is an assumption. The rates of `partial` that were searched for at 13 % and less
-    (results/tuning.json) grow as the density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each
-    is within a step of its search, a factor of 3, of this one.
+    At the same rate, Adam's first step moves the outputs p √q times as far as dense LoRA's, with p the density of rows
+    and q of columns (docs/evidence/theory.md): the density to the power 1.5. An A that is drawn for the kept columns,
+    or whole, takes 0.5 off this power; an exponent takes off itself. At power 0 dense LoRA's rate stays. At power 1.5
+    the best rate, by measurement, is dense LoRA's / √density: it makes up for a third of the power. That it does so in
+    between is an assumption. The rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow
+    as the density to the power -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its
+    search, a factor of 3, of this one.
 
     Args:
         dense: the rate that suits dense LoRA.
@@ -354,7 +353,7 @@ def starting_rate(
 def suited(settings: Mapping, dense: float | None = None) -> float:
     """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
 
-    `method.rate_factor` is that of the method, `starting_rate` that of its masks. Without a fixed sparsity or a budget
+    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Without a fixed sparsity or a budget
     that is a share, the density is taken to be the paper's. dense: None for the schema's default.
     """
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
@@ -370,13 +369,13 @@ def suited(settings: Mapping, dense: float | None = None) -> float:
 def dense_rate(settings: Mapping) -> tuple[float, str]:
     """Return the learning rate of dense LoRA for a run's model and task, and where it is from.
 
-    It was searched for (`trainer.tuned`, else FILE), or is the default.
+    The rate was searched for (`trainer.tuned`, else FILE), or is the default.
     """
     trainer, method = settings["trainer"], settings["method"]
     file = Path(trainer.get("tuned") or FILE)
     if file.is_file():
         lora = {**settings, "method": {**method, "name": "lora"}}
-        with suppress(PartialLoraError):  # it has none of such a run
+        with suppress(PartialLoraError):  # the file has no rate for such a run
             return tuned(str(file), lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
     return schema.defaults()["trainer.learning_rate"], "the default"
 

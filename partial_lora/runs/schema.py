@@ -36,7 +36,7 @@ class MaskConfig:
     """The entries that a sparsity keeps."""
 
     # what is kept: rows_columns, whole rows of B and columns of A; units, other rows and columns for each unit of
-    # the rank; element, single entries; groups, all of them, tied in random groups
+    # the rank; element, single entries; groups, all rows and columns, tied in random groups
     granularity: str = "rows_columns"
     # how many are kept: exact, the share, rounded; bernoulli, each single entry with probability 1 - sparsity
     count: str = "exact"
@@ -72,8 +72,8 @@ _ALIKE = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU"}
 def accelerate_file(file: str | Path) -> dict:
     """Return the content of a file of `accelerate config` (YAML or JSON), checked as far as a run depends on it.
 
-    Raises PartialLoraError, in one line that names the key, for a file that cannot be read, is no mapping, says how
-    many processes or machines there are in anything but a whole number, or asks for what no run here does.
+    Raises PartialLoraError, in one line that names the key, for a file that cannot be read, is no mapping, has a number
+    of processes or machines, a rank or a port that is not whole, or asks for what no run here does.
     """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def accelerate_file(file: str | Path) -> dict:
     return content
 
 
-_METRICS = {  # that a task of each kind may have; the first of a task's selects
+_METRICS = {  # metrics that a task of each kind may have
     "label": ("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
     "choice": ("accuracy", "accuracy_norm"),
     "generation": ("exact_match", "rouge_l", "perplexity"),
@@ -133,7 +133,7 @@ class ModelConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
     max_length: int = 128  # longest text in tokens; the rest is cut
-    # clip: where the text tower is, which makes a head out of the names of the classes
+    # clip: where the weights of the text tower are; it makes a head out of the names of the classes
     text_weights: Optional[str] = None
     text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a text tower of random weights
     # clip: sentences about a class, with {} where its name goes
@@ -152,7 +152,7 @@ class ModelConfig:
 
     @property
     def takes_any_size(self) -> bool:
-        """True where images of another size than that of its weights fit the model."""
+        """True where the model takes images of another size than its weights were made for."""
         return bool(self.model_args.get("dynamic_img_size")) or self.architecture.startswith("convnext")
 
     @property
@@ -220,7 +220,7 @@ class TaskConfig:
     # the column of texts, or the two columns of a pair; []: the only column of texts
     text_columns: list[str] = field(default_factory=list)
     image_column: Optional[str] = None  # the column of images; null: the only one
-    label_column: Optional[str] = None  # the column of labels; null: the only one that can be
+    label_column: Optional[str] = None  # the column of labels; null: the only column that can hold labels
     # choice: the known data set whose layout the rows have (tasks/questions.py); null: as the columns say
     format: Optional[str] = None
     prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
@@ -240,7 +240,7 @@ class TaskConfig:
     # generation: if an answer has more than model.max_length tokens, cut its end, drop its row, or refuse the run
     too_long: str = "cut"
     regression: Optional[bool] = None  # true: labels are numbers; false: classes; null: numbers if some are fractions
-    # metrics to report, of which the first selects the checkpoint; []: accuracy, or pearson for regression
+    # metrics to report; the first selects the checkpoint, or perplexity for generation; []: the usual ones of the kind
     metrics: list[str] = field(default_factory=list)
     # training rows to use, validation included, the same share of every class; null: all
     train_samples: Optional[int] = None
@@ -285,7 +285,7 @@ class TaskConfig:
         noise = self.label_noise
         require(0 <= noise <= 1, "task.label_noise", noise, "a share in [0, 1]")
         require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
-        if isinstance(self.data_files, Mapping) and not is_mixture:  # of a mixture they are by member
+        if isinstance(self.data_files, Mapping) and not is_mixture:  # a mixture has files by member
             splits = set(self.data_files)
             valid = "train" in splits and splits <= {"train", "validation", "test"}
             expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
@@ -316,7 +316,7 @@ class MethodConfig:
 
     @property
     def function(self) -> str:
-        """The key of methods.METHODS for what makes the adapter: a tuner of PEFT goes by any name."""
+        """The key of methods.METHODS: the method's name, or "peft" for a tuner of PEFT, which goes by any name."""
         return self.name if self.peft_type is None else "peft"
 
     def __post_init__(self) -> None:
@@ -350,7 +350,7 @@ class MethodConfig:
 _WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
 # Methods whose adapter is masked, as `mask` says.
 MASKED = ("partial", "targeted", "ticket", "entries", "flow", "uniform", "shuffled", "inverted")
-# Methods that are built by their names alone; PEFT's DoRA and VeRA may be of another size than their own.
+# Methods that take no peft_type. DoRA and VeRA are not among them: as tuners of PEFT they may get another size.
 _OWN = {*MASKED, *_WITHOUT_PRODUCT, "lora", "low_rank"} - {"vera"}
 
 
@@ -391,7 +391,7 @@ class Config:
             one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name == "targeted":  # importance is of rows and columns
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
-        if self.method.name == "flow":  # it chooses the columns that others' rows are to meet
+        if self.method.name == "flow":  # it chooses rows that meet the kept columns of the next module
             one_of("mask.granularity", self.mask.granularity, "rows_columns", "element")
             one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name == "entries":
@@ -426,9 +426,9 @@ class Config:
 
 # --- The identity of a run: the settings that it computes from.
 
-# What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), how its
-# settings are called, what memory it may use, whose learning rate may stand in (trainer.tuned_elsewhere says whose
-# does), and the device, launch, worker and tracker keys.
+# What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
+# its settings, what memory it may use, the task whose learning rate may stand in (trainer.tuned_elsewhere names the
+# one that does), and the device, launch, worker and tracker keys.
 NOT_SETTINGS = {
     "seed",
     "results_dir",
@@ -460,8 +460,8 @@ NOT_SETTINGS = {
 def computed_from(settings: Mapping) -> dict[str, Any]:
     """Return the settings that a run computes from and that are not the schema's defaults, each by its full key.
 
-    The members of a mixture are among them as tasks are, and `task.members` is their names in order, which is that of
-    the outputs.
+    The members of a mixture enter as tasks do, and `task.members` is the list of their names, in the order of the
+    outputs.
     """
     names, standard = list(settings.get("task", {}).get("members") or ()), defaults()
     changed = {}
@@ -473,7 +473,7 @@ def computed_from(settings: Mapping) -> dict[str, Any]:
 
 
 def task_key(key: str, members: Sequence[str]) -> str:
-    """Return the key of a task in place of that of one of a mixture's members; any other key as it is."""
+    """Return the task's key that a key of a mixture's member stands for; any other key as it is."""
     if not key.startswith("task.members."):
         return key
     of = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
@@ -481,10 +481,10 @@ def task_key(key: str, members: Sequence[str]) -> str:
 
 
 def wherever(key: str, value: Any) -> Any:
-    """Return the value of one of the schema's keys, but of a task's file its name in place of its path.
+    """Return the value of one of the schema's keys; for a task's file, its folder and name in place of its path.
 
-    A record has paths, not what the files held; the same data set in another place is the same, so a folder's and a
-    file's name stand for it. Of any other key the value as it is.
+    A record has paths, not the content of files. A data set stays the same in another place, so the names of folder and
+    file stand for it.
     """
     named = key.startswith("task.data_files") and isinstance(value, str)
     return "/".join(PurePath(value).parts[-2:]) if named else value

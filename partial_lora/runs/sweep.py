@@ -38,7 +38,7 @@ from partial_lora.runs.schema import Config
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _LOOK = 0.3  # seconds between two looks at the jobs
-_PATIENCE = 3  # requests to stop after which jobs that do not are left alone
+_PATIENCE = 3  # requests to stop after which the sweep leaves, whether its jobs have stopped or not
 
 
 def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Callable[[Job], None]) -> int:
@@ -58,9 +58,9 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     ledger, console = Ledger.new(plan.sweep_dir), Console()
     configs = [] if plan.is_sampled else [config for _, config in plan.runs]
     job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
-    # What plug-ins print of failed jobs is left to this module, and signals to Python.
+    # This module reports failed jobs in place of the plug-ins, and Python handles signals in place of Ray.
     logging.getLogger("hydra_plugins").addHandler(logging.NullHandler())
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it ends the process, its workers running on
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
     begun = time.time()
     try:
         with _reporting(ledger, plan, console):
@@ -105,7 +105,7 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     except JobFailedError:
         at = " (hydra.sweeper.max_failure_rate says how many may)" if plan.sweeper == "optuna" else ""
         return f"hydra/sweeper={plan.sweeper} ended the sweep since a run failed{at}"
-    except KeyboardInterrupt:  # of a handler of the launcher's, or of a run in this process; the same below
+    except KeyboardInterrupt:  # from the launcher's handler, or from a run in this process, as is SystemExit
         if not ledger.stops():
             ledger.stop(signal.SIGINT)
     except SystemExit as stopped:
@@ -138,7 +138,7 @@ def _stopping(ledger: Ledger) -> Iterator[None]:
 
 
 def _settle(ledger: Ledger) -> None:
-    """Wait until no job is under way, and stop the workers of jobs that died: nobody would look after them."""
+    """Wait until no job is under way, and stop the workers of jobs that died: nobody else would."""
     stopped: set[Path] = set()
     while True:
         running = [Path(each["directory"]) for each in ledger.entries().values() if each["status"] == "running"]
@@ -217,7 +217,7 @@ def _print_best(plan: Plan, begun: float, console: Console) -> None:
 
 
 class JobFailedError(PartialLoraError):
-    """A run that did not finish, as a sampler is told."""
+    """A run that did not finish, as a sampler is told of it."""
 
 
 def this_process() -> tuple[str, int]:
@@ -235,8 +235,8 @@ class Job:
         configs: the settings of every job, by its number; none where a sampler chooses them.
         ledger: of the sweep.
         parent: the process of the sweep (`this_process`); jobs elsewhere are silent.
-        sampled: a sampler chooses the jobs. It is given the validation metric, and an exception for a run that failed,
-            to make of it what it does; a sweep over given combinations goes on instead.
+        sampled: a sampler chooses the jobs. It is given the validation metric, or an exception for a run that failed,
+            and decides what follows; a sweep over given combinations goes on after a failure.
     """
 
     stage: str
@@ -269,7 +269,7 @@ class Job:
             end = {"status": "refused", "code": 2, "reason": str(error)}
             if here:
                 print(f"partial-lora: {error}", file=sys.stderr)
-        except Exception as error:  # no other job is to hear of it
+        except Exception as error:  # it must not end the other jobs
             traceback.print_exc()
             end = {"status": "failed", "code": 1, "reason": f"{type(error).__name__}: {error}"}
         if end is None:
@@ -287,9 +287,9 @@ class Job:
             if self.ledger.stops():
                 return None
             self.ledger.write(number, **entry, status="running", code=0)
-            if self.ledger.stops():  # whoever stops a sweep writes so first and then looks at what is running
+            if self.ledger.stops():  # whoever stops a sweep first writes that and then looks at what is running
                 return {"status": "not started", "code": 0}
-            if had_before:  # by another job of this sweep, which has overwritten what was there
+            if had_before:  # another job of this sweep has overwritten what was there
                 config = replace(config, overwrite=False)
             outcome = self.run(config, self.stage, shown=here, stop=self.ledger.stops)
         end = {"status": outcome.status, "code": outcome.exit_code}
@@ -350,7 +350,7 @@ class Ledger:
             file.write(f"{number}\n")
 
     def stops(self) -> list[int]:
-        """Return the numbers of the signals that the jobs are to take for received, in their order."""
+        """Return the numbers of the signals that the jobs are to treat as received, in their order."""
         try:
             return [int(line) for line in (self.folder / _STOP).read_text(encoding="utf-8").split()]
         except FileNotFoundError:
@@ -358,9 +358,9 @@ class Ledger:
 
     @contextmanager
     def claimed(self, run: Path) -> Iterator[bool]:
-        """Have a run's directory to oneself among the jobs of this sweep; gives whether one of them had it before.
+        """Claim a run's directory among the jobs of this sweep; yield whether another of them had it before.
 
-        Of jobs that are the same run one works and the others wait, unless they are to stop. The kernel ends a claim
+        Of several jobs for one run, one works and the others wait, unless they are to stop. The kernel ends a claim
         with the process that has it.
         """
         with open(self._claim(run), "a+", encoding="utf-8") as file:
@@ -377,7 +377,7 @@ class Ledger:
 
     def is_under_way(self, run: Path) -> bool:
         """Return whether a job in another process works in a run's directory, or a worker whose job has died."""
-        if self._claim(run) in _OWN:  # to wait for oneself would be without end
+        if self._claim(run) in _OWN:  # a process must not wait for itself
             return False
         return files.is_locked(self._claim(run)) or files.is_locked(run / directory.LOCK)
 

@@ -1,4 +1,4 @@
-"""Tasks: rows with labels, split so that what selects is never what reports, and their conversion to inputs."""
+"""Tasks: rows with labels, in splits that keep selecting apart from reporting, and their conversion to inputs."""
 
 from __future__ import annotations
 

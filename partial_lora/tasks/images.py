@@ -33,8 +33,8 @@ class ImageTransform:
 
     The shorter side is resized to `image_size` pixels and the middle square kept, so a square image is only resized.
     Grey of 16 bits loses its lower 8, grey floats within 0 and 1 become 0 to 255, and other floats are refused.
-    `prepare` decodes, resizes and crops, to uint8; `collate` normalises, which is quick and would take four times the
-    room.
+    `prepare` decodes, resizes and crops, to uint8. `collate` normalises: that is quick, and normalised images would
+    take four times the room.
     """
 
     lengths = False  # rows are all of one size
@@ -56,9 +56,9 @@ class ImageTransform:
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows for `collate`: `pixels`, the bytes of (3, S, S) uint8, and `label`.
 
-        On disk, up to `cache_bytes` of them; more are decoded whenever they are read, by the workers of a DataLoader,
-        and only checked now. Raises PartialLoraError that names the split and the row or file of an image which cannot
-        be read.
+        They are stored on disk if `cache_bytes` are enough. Else they are only checked now, and decoded whenever they
+        are read, by the workers of a DataLoader. Raises PartialLoraError that names the split and the row or file of an
+        image which cannot be read.
         """
         rows = rows.cast_column("image", _STORED)
         bytes_each = 3 * self._size**2 + 8
@@ -122,16 +122,16 @@ def _bytes(pixels: Tensor) -> bytes:
 def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert a grey image of 16 bits, of whole numbers or of floats to one of 8 bits; return any other as it is.
 
-    Pillow would clip them to 255: white. Whole numbers of an unknown width (mode I) have 16 bits where one is above
-    255, and always in a PGM file, which Pillow scales to them. Raises ValueError for numbers outside of 16 bits,
-    and for floats outside of 0 and 1.
+    Pillow would clip its values to 255: white. Whole numbers of unknown width (mode I) count as 16 bits where one is
+    above 255, and always in a PGM file, which Pillow scales to 16 bits. Raises ValueError for numbers outside of 16
+    bits, and for floats outside of 0 and 1.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()
     most = 1 if image.mode == "F" else 65535
-    if not (low >= 0 and high <= most):  # or not a number
+    if not (low >= 0 and high <= most):  # also where one is NaN
         raise ValueError(f"grey values (mode {image.mode}) from {low} to {high}, expected all within 0 and {most}")
     if image.mode == "F":
         values = np.round(values * 255)
@@ -141,7 +141,7 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _check_images(rows: Dataset) -> None:
-    """Raise for a stored image that cannot be read, for a fraction of the time that decoding takes."""
+    """Raise for a stored image that cannot be read, in a fraction of the time that decoding takes."""
     PIL.Image.init()
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(rows), _AT_ONCE):
@@ -165,7 +165,7 @@ def _check_image(image: Mapping, rows: Dataset, row: int) -> None:
 
 
 def _unreadable(image: Mapping, rows: Dataset, row: int | None, error: Exception) -> PartialLoraError:
-    """Name an image by its file or by its row in the file of its split, however the rows were selected from that."""
+    """Return an error that names an image by its file, or by its row in its split's file, even of selected rows."""
     if row is not None and rows._indices is not None:
         row = rows._indices.column(0)[row].as_py()
     place = "" if row is None else f"row {row + 1} of "

@@ -1,4 +1,4 @@
-"""Mixtures: several tasks as one, whose rows name their member and are prepared as those of the member are."""
+"""Mixtures: several tasks as one. Each row names its member task, and is prepared as that task's rows are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Mixture(Task):
     """Tasks of one kind and modality, their rows one task after the other.
 
     Rows stay where they are: each split has the columns `member` (the number of the task), `row` (in that task's split)
-    and, but for generations, `label`. Labels count on over the members; a class is MEMBER/CLASS.
+    and, except for generations, `label`. Labels are numbered across all members; a class is called MEMBER/CLASS.
     """
 
     members: tuple[Task, ...] = ()
@@ -40,7 +40,7 @@ class Mixture(Task):
         return tuple(label for member in self.members for label in member.labels)
 
     def rows_of(self, number: int, rows: Dataset) -> Dataset:
-        """Return those of some rows of a split that are of one member, as that one has them."""
+        """Return those rows that belong to one member, as in the member's own split."""
         places = np.asarray(rows["row"], dtype=np.int64)[np.asarray(rows["member"]) == number]
         return getattr(self.members[number], str(rows.split)).select(places)
 
@@ -49,14 +49,14 @@ def mix(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixtur
     """Make a mixture of tasks.
 
     mixing: "proportional" for all training rows, "equal" for as many of each member as the smallest has, the same share
-    of every class of it, drawn by `seed`. Validation and test rows are all taken. Raises PartialLoraError for numbers
-    among the labels.
+    of every class of it, drawn by `seed`. Validation and test rows are all taken. Raises PartialLoraError for a member
+    whose labels are real numbers.
     """
     for member in members:
         if member.kind == "label" and not member.labels:
             raise PartialLoraError(
-                f"task.members: the labels of {member.name} are real numbers, expected tasks of classes: an error "
-                "squared is not to be added to cross entropy"
+                f"task.members: the labels of {member.name} are real numbers, expected tasks of classes: a squared "
+                "error cannot be added to cross entropy"
             )
     if mixing == "equal":
         fewest = min(len(member.train) for member in members)
@@ -92,7 +92,7 @@ def _rows(split: str, parts: Sequence[Dataset], names: Sequence[str], members: S
 
 
 def member_draws(rows: Dataset, names: Sequence[str], **settings: object) -> Draws:
-    """Draw few-shot rows of every member by itself, as `few_shot_draws` would of the task alone."""
+    """Draw few-shot rows of every member by itself, as `few_shot_draws` does for the task alone."""
     member, labels, draws = np.asarray(rows["member"]), strata(rows), []
     for number, name in enumerate(names):
         places = np.flatnonzero(member == number)
@@ -148,11 +148,11 @@ class MixtureTransform:
     def __init__(self, transforms: Sequence, mixture: Mixture | None) -> None:
         self.transforms, self._mixture = list(transforms), mixture
         self.lengths = self.transforms[0].lengths
-        self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # of the model
+        self.collate: Callable[[Sequence[Mapping]], dict[str, Tensor]] = self.transforms[0].collate  # the same for all
 
     @property
     def warnings(self) -> list[str]:
-        """Those of the members."""
+        """The warnings of all members."""
         return [warning for transform in self.transforms for warning in transform.warnings]
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
@@ -166,7 +166,7 @@ class MixtureTransform:
         return self.by_member(rows, lambda own, transform: transform.batches(own, size))
 
     def by_member(self, rows: Dataset, batches: Callable[[Dataset, object], Batches]) -> Batches:
-        """Return the batches of each member's rows and transform; labels of classes count on over the members."""
+        """Return the batches of each member's rows and transform; labels are numbered across all members."""
         return [
             batch | {"labels": batch["labels"] + start} if start else batch
             for own, transform, start in self._parts_of(rows)
@@ -174,14 +174,14 @@ class MixtureTransform:
         ]
 
     def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
-        """Return, for each member that has any of the rows, those, its transform, and its first label's number."""
+        """Return, for each member with any of the rows: its rows, its transform, and its first label's number."""
         sizes = self._mixture.sizes
         each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
         return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
 
 
 def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, Tensor]]:
-    """Return all rows in order as in training: of a choice the right option alone."""
+    """Return all rows in order as in training: for a choice, only the right option."""
     if isinstance(transform, MixtureTransform):
         return transform.by_member(rows, lambda own, each: training_batches(own, each, size))
     if not isinstance(transform, CausalTransform):

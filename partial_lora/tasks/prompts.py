@@ -23,7 +23,7 @@ from partial_lora.tasks.texts import cached, fingerprint, in_memory
 Tokens = list[int]
 Message = Mapping[str, str]  # role and content
 Prompt = str | Sequence[Message]  # a text, or a conversation that is to be continued
-_MARK = re.compile(r"\{%-?\s*generation\b")  # in a template, before what an assistant writes
+_MARK = re.compile(r"\{%-?\s*generation\b")  # marks, in a template, what an assistant writes
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Continuations:
         return self._with_start(texts, self._encoded(texts))
 
     def pairs(self, prompts: Sequence[str], continuations: Sequence[str], ends: bool) -> list[tuple[Tokens, Tokens]]:
-        """Return the tokens of prompts and of their continuations, at least one each.
+        """Return the tokens of prompts and of their continuations, at least one token each.
 
         Prompt and continuation are tokenised together. The tokens past those of the prompt alone are the continuation,
-        as in lm-evaluation-harness; its first token may be made of both.
+        as in lm-evaluation-harness; its first token may hold characters of both.
 
-        continuations: with the space that sets them off, or after a prompt that ends in one.
-        ends: the continuation is complete, and its end a token to be learned too.
+        continuations: each begins with a space, unless its prompt ends in one.
+        ends: True for complete continuations, whose end token is learned too.
         """
         texts = [self._context(prompt) for prompt in prompts]
         if self.chat:
@@ -79,13 +79,13 @@ class Continuations:
         return list(zip(self._with_start(texts, alone), answers, strict=True))
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Tokens, list[bool], Tokens]:
-        """Return the tokens before the last answer, which of these are answers', and the tokens of the last answer.
+        """Return the tokens before the last answer, True for those of earlier answers, and the last answer's tokens.
 
-        Where the template marks what an assistant writes ({% generation %}), these are the answers. Else the tokens of
-        an answer are those past the tokens of all before it, as in `pairs`, up to the token that ends its turn.
+        Where the template marks what an assistant writes ({% generation %}), that is an answer. Else the tokens of an
+        answer are those past the tokens of all before it, as in `pairs`, up to the token that ends its turn.
 
-        messages: the last one is an assistant's. Raises ValueError, in words, where the template refuses them or does
-        not tell where an answer is.
+        messages: the last one is an assistant's. Raises ValueError, with a message for users, where the template
+        refuses them or does not tell where an answer is.
         """
         try:
             if _MARK.search(self.tokenizer.get_chat_template()):
@@ -128,11 +128,11 @@ class Continuations:
             if whole.startswith(through):
                 last = whole.rfind(end, start, len(through)) if end else -1
                 return start, len(through) if last < 0 else last + len(end)
-            if end and (first := whole.find(end, start)) >= 0:  # an earlier answer is written otherwise than the last
+            if end and (first := whole.find(end, start)) >= 0:  # earlier answers are written differently from the last
                 return start, first + len(end)
         raise ValueError(
-            f"the model's chat template writes what is before message {place + 1} otherwise once it is there; mark in "
-            "it what an assistant writes by {% generation %}"
+            f"the model's chat template rewrites what is before message {place + 1} when that is added; mark in the "
+            "template what an assistant writes by {% generation %}"
         )
 
     def _written(self, messages: Sequence[Message]) -> str:
@@ -146,21 +146,21 @@ class Continuations:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _reply(self, prompt: str, context: str, reply: str, ends: bool) -> str:
-        """Return a reply as the template writes it, up to the token that ends a turn; without that unless it `ends`."""
+        """Return a reply as the template writes it, with the token that ends a turn; a bare reply unless it `ends`."""
         reply = reply.lstrip()
         if not ends:
             return reply
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
         chat = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        if not chat.startswith(context):  # such as one that puts thoughts before a reply
+        if not chat.startswith(context):  # the template may put thoughts before a reply
             return reply
         written, end = chat[len(context) :], self.tokenizer.eos_token
         return written[: written.rindex(end) + len(end)] if end and end in written else written
 
     def _with_start(self, texts: Sequence[str], encoded: Sequence[Tokens]) -> list[Tokens]:
-        """Return contexts after the tokens that start any text; an empty one without any starts at an end token.
+        """Return contexts with the tokens that start any text before them; an empty one gets at least one token.
 
-        A template, or a prompt, that starts with such a token itself has no other put before it.
+        A template, and a prompt that begins with such a token itself, get no second one.
         """
         tokenizer, start = self.tokenizer, self.start
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -188,7 +188,7 @@ class Continuations:
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 _ANSWERS = Features({"input_ids": List(Value("int32")), "answer_start": Value("int32"), "length": Value("int32")})
 _MAYBE_CUT = {"cut": Value("bool")}
-_OF_CHATS = {"trained": List(Value("bool"))}  # whether a token is one of an answer
+_OF_CHATS = {"trained": List(Value("bool"))}  # whether a token belongs to an answer
 _OPTIONS = Features(
     _ANSWERS | {"item": Value("int32"), "right": Value("bool"), "characters": Value("int32")}  # of an option
 )
@@ -199,15 +199,15 @@ class CausalTransform:
 
     Only the tokens of the answer are labels, all else is -100; the model itself shifts them by one token. Rows with
     `messages` are conversations, and every answer in one is trained. A sequence that is longer than `max_length` tokens
-    loses the first of its prompt, or of its conversation, never any of a last answer that fits alone.
+    loses the start of its prompt or conversation, but nothing of a last answer that fits by itself.
 
     Args:
         kind: "choice", or "generation", whose responses end with the tokenizer's end token.
         chat: put prompts and answers into the tokenizer's chat template.
-        too_long: what becomes of an answer that does not fit alone: "refuse"; "cut", it loses its end, the prompt
-            keeps up to half of the tokens; "drop", its row is left out. How many there are is among `warnings`.
+        too_long: what becomes of an answer that does not fit by itself: "refuse" raises; "cut" takes off its end and
+            leaves the prompt up to half of the tokens; "drop" leaves out its row. `warnings` say how many there were.
 
-    Raises PartialLoraError where there is no such template.
+    Raises PartialLoraError where `chat` finds no template.
     """
 
     lengths = True  # prepared rows have a column `length`, of tokens
@@ -229,8 +229,8 @@ class CausalTransform:
         """Return rows to train on, for `collate`: the right answer of each, tokens without padding.
 
         Columns: input_ids, answer_start (the place of the answer's first token) and length. On disk where they cannot
-        need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long, where that
-        is refused.
+        need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long ("refuse"),
+        and where none fits.
         """
         convert = self._right_answers(rows.split)
         prepared = self._prepared(rows, convert, self._features(rows), len(rows), cache_bytes)
@@ -246,7 +246,7 @@ class CausalTransform:
         return prepared
 
     def options(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
-        """Return rows to score, one an option, those of a question next to each other; with three more columns.
+        """Return rows to score, one for each option, a question's options in sequence, with three more columns.
 
         item (the number of the question), right (True for the right option), characters (the option's length, by which
         lm-evaluation-harness's acc_norm divides).
@@ -268,8 +268,8 @@ class CausalTransform:
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
         """Return all rows in order, for few-shot draws, which fit in memory: at most `size` sequences a batch.
 
-        Of a choice every option is one; all of a question are in one batch, however many, which also has `items` (N,),
-        the question of each, and `answers` (N,), True for the right option.
+        For a choice every option is a sequence, and all options of a question are in one batch, however many. A batch
+        also has `items` (N,), the question of each option, and `answers` (N,), True for the right option.
         """
         if self.kind != "choice":
             prepared = in_memory(rows, self._right_answers(rows.split), self._features(rows)).to_list()
@@ -325,7 +325,7 @@ class CausalTransform:
         return cached(rows, convert, features, key)
 
     def _right_answers(self, split: object) -> Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]:
-        """Return a function to the right answer of every row of a batch."""
+        """Return a function from a batch of rows to their right answers."""
 
         def convert(batch: Mapping[str, list], places: Sequence[int]) -> dict[str, list]:
             if "messages" in batch:
@@ -345,7 +345,7 @@ class CausalTransform:
         return convert
 
     def _all_options(self, split: object) -> Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]:
-        """Return a function to every option of every row of a batch."""
+        """Return a function from a batch of rows to all their options."""
 
         def convert(batch: Mapping[str, list], places: Sequence[int]) -> dict[str, list]:
             prompts = [prompt for each in batch["prompts"] for prompt in each]
@@ -369,7 +369,7 @@ class CausalTransform:
     ) -> dict[str, list]:
         pairs = self._tokens.pairs(prompts, answers, ends=self.kind == "generation")
         columns = self._fitted([(context, [False] * len(context), answer) for context, answer in pairs], places, split)
-        del columns["trained"]  # nothing before the answer is
+        del columns["trained"]  # nothing before the answer trains
         return columns
 
     def _conversations(
@@ -424,7 +424,7 @@ class CausalTransform:
 
 
 def _kept(context: Tokens, room: int, start: Tokens) -> list[int]:
-    """Return the places of the last tokens of a context that is too long, and of those that start any text."""
+    """Return the places of the tokens of a context that fit: the last ones, after those that start any text."""
     if len(context) <= room:
         return list(range(len(context)))
     first = len(start) if context[: len(start)] == start and room > len(start) else 0

@@ -1,4 +1,4 @@
-"""Questions with options, and prompts with responses: of a known data set, or of a table of the user's own."""
+"""Questions with options, and prompts with responses: from a known data set, or from a table of the user's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOICE_FEATURES = Features(
     {"prompts": List(Value("string")), "options": List(Value("string")), "label": Value("int64")}
 )
 COMPLETION_FEATURES = Features({"prompt": Value("string"), "response": Value("string")})
-ASSISTANT = "assistant"  # the role of whose messages in a conversation are answers
+ASSISTANT = "assistant"  # the role whose messages are a conversation's answers
 _MESSAGES = {"messages": List({"role": Value("string"), "content": Value("string")})}
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Choice(NamedTuple):
     """One question with its options.
 
-    prompts, options: a text each, the prompts all the same unless the prompt itself is what is chosen. names: of the
-    options in the source, in their order; answer: the name of the right one.
+    prompts, options: one text for each option; the prompts are all the same unless the prompt itself is chosen. names:
+    the options' names in the source, in order. answer: the name of the right option.
     """
 
     prompts: list[str]
@@ -62,7 +62,7 @@ def boolq(row: Row) -> Choice:
 
 
 def hellaswag(row: Row) -> Choice:
-    """HellaSwag (Zellers et al. 2019), without what its articles' markup has left behind."""
+    """HellaSwag (Zellers et al. 2019), without the remains of its articles' markup."""
     prompt = _without_markup(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
     options = [" " + _without_markup(ending) for ending in row["endings"]]
     return Choice([prompt] * len(options), options, range(len(options)), row["label"])
@@ -90,7 +90,7 @@ def social_iqa(row: Row) -> Choice:
 def winogrande(row: Row) -> Choice:
     """WinoGrande (Sakaguchi et al. 2020): after which of the two names the rest of the sentence is likelier.
 
-    The names are a part of the prompts, and the rest is both options.
+    Each prompt ends with one of the names, and the rest is the option for both.
     """
     before, _, after = row["sentence"].partition("_")
     prompts = [before + row["option1"], before + row["option2"]]
@@ -139,7 +139,7 @@ def format_choices(
     option_columns: Sequence[str],
     answer_column: str | None,
 ) -> dict[str, Dataset]:
-    """Return every split's rows as `prompts` and `options`, a text for each option, and `label`, the right one's place.
+    """Return every split's rows as `prompts` and `options`, a text each, and `label`, the right option's place.
 
     Args:
         format: one of `CHOICES`; None for a table, which is read by its columns.
@@ -148,7 +148,7 @@ def format_choices(
         answer_column: the right option's text, letter or place, in all rows alike.
 
     Raises PartialLoraError, in one line, for a column or an answer that is missing, an answer that is no option, an
-    empty option and a question with fewer than two.
+    empty option and a question with fewer than two options.
     """
     if format is not None:
         choices = _choices_of_format(splits, name, format)
@@ -206,7 +206,7 @@ def _choices_of_columns(
                 raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={columns})")
             choices.append((split, row, choice))
 
-    # Answers are texts, letters or places, in all rows alike: the first of these that fits most rows.
+    # Answers are texts, letters or places, in all rows alike: take what fits most rows, the first among equals.
     def fitting(parse: Callable[[str, Sequence[str]], int | None]) -> int:
         return sum(parse(choice.answer, choice.options) is not None for *_, choice in choices)
 
@@ -269,15 +269,15 @@ def format_completions(
     answer: str | None,
     messages_column: str | None = None,
 ) -> dict[str, Dataset]:
-    """Return the rows of every split as `prompt` and `response`; conversations have `messages` to the last answer, too.
+    """Return every split's rows as `prompt` and `response`; conversations also as `messages`, up to the last answer.
 
     Args:
         format: one of `COMPLETIONS`; None for a table, which is read by its columns.
         prompt_columns: the prompt, a line each.
-        answer: "number" where every response has to come to one.
+        answer: "number" where every response has to have one.
         messages_column: conversations, lists of {role, content}; None for `messages` where no other column is named.
 
-    Raises PartialLoraError, in one line, for a column, a prompt, a response or the number of one that is missing.
+    Raises PartialLoraError, in one line, where a column, a prompt, a response or its number is missing.
     """
     if format is not None and format not in COMPLETIONS:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
@@ -317,7 +317,7 @@ def format_completions(
 
 
 def _last_answer(messages: object) -> Completion | str:
-    """Return what an assistant says last in a conversation and, as its prompt, all before; or what is wrong with it."""
+    """Return an assistant's last message in a conversation, with all before it as the prompt; or what is wrong."""
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         return "expected a list of messages, each with a role and a content"
     for number, message in enumerate(messages, 1):
@@ -343,9 +343,9 @@ def _conversation(messages: Sequence[Row]) -> list[dict[str, str]]:
 def _formatted(
     rows: Dataset, name: str, split: str, format_row: Callable[[Row], Formatted], key: str
 ) -> Iterator[tuple[int, Formatted]]:
-    """Yield every row's number, counted from 1, and the row as `format_row` makes it of the columns that have a value.
+    """Yield every row's number, counted from 1, and what `format_row` makes of the columns that have a value.
 
-    key: the setting that chose `format_row`. Raises PartialLoraError for a column that it looked up in vain.
+    key: the setting that chose `format_row`. Raises PartialLoraError for a column that `format_row` did not find.
     """
     for number, row in enumerate(rows, 1):
         try:
@@ -361,7 +361,7 @@ def _formatted(
 
 
 def _check_columns(rows: Dataset, name: str, key: str, columns: Sequence[str]) -> None:
-    """Raise PartialLoraError unless the setting `key` names columns, all of which are there."""
+    """Raise PartialLoraError unless the setting `key` names columns and all of them exist."""
     names = ", ".join(rows.column_names)
     if not columns:
         raise PartialLoraError(f"task.{key}: {name} needs it, set it to some of the columns {names}")
@@ -391,7 +391,7 @@ _NUMBER = re.compile(
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number that answers: the first one after ####, where that is written, or else the last one.
+    """Return the number that is the answer: the first one after ####, or the last one where there is no ####.
 
     Signs, commas between thousands, decimals and a currency's sign are understood: "-$1,234.50" is -1234.50. None for a
     text without a number.

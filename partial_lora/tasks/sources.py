@@ -1,4 +1,4 @@
-"""Rows of a task, out of the user's files and folders, an installed package or the hub; their columns and labels."""
+"""Rows of a task, from the user's files and folders, an installed package or the hub; their columns and labels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.folders import split_folders
 
-FILES = "files"  # the path of a task that is nothing but the user's files
+FILES = "files"  # the path of a task that has only the user's files
 Label = str | int | float | bool
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_OTHER_SEPARATORS = (";", "\t", "|", ",")  # of a header that has none of its own
+_OTHER_SEPARATORS = (";", "\t", "|", ",")  # tried where a header lacks its own
 _WORDS, _SHOWN = 4, 60  # spaces that a column's name may have; characters of a line in a message
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
 
@@ -43,7 +43,7 @@ def read(
     label_column: str | None,
     regression: bool | None,
 ) -> Mapping[str, Dataset]:
-    """Read the rows of a task by split, as the source has them; files stand in for any other source."""
+    """Read the rows of a task by split, as the source has them; files replace any other source."""
     if data_files:
         return read_files(data_files, text_columns, label_column, regression)
     if path == FILES:
@@ -54,7 +54,7 @@ def read(
     return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
 
 
-@functools.cache  # they are encoded as files of images
+@functools.cache  # encoding them as image files takes time
 def digits() -> Dataset:
     """Return scikit-learn's digits: 1,797 grey images (8 x 8), the 17 grey levels stretched to 0..255."""
     from sklearn.datasets import load_digits  # half a second, with all of scikit-learn
@@ -82,7 +82,7 @@ def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> 
         path: a repository of the hub, or a local folder laid out like one.
         subset: the part of it that is read, where it has several.
 
-    Raises PartialLoraError, without any wait for a hub that cannot be reached, and names tasks that need no hub.
+    Raises PartialLoraError, within seconds where the hub cannot be reached, and names tasks that need no hub.
     """
     *owner, repository = path.split("/")
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
@@ -111,13 +111,13 @@ def read_files(
     label_column: str | None = None,
     regression: bool | None = None,
 ) -> dict[str, Dataset]:
-    """Read the rows by split of {train: PATH, test: PATH}, or of one PATH: all of them, or a folder with one a split.
+    """Read rows by split: from {train: PATH, test: PATH}, from one PATH, or from a folder with a sub-folder a split.
 
     Args:
         data_files: a PATH is a parquet, csv, tsv, json or jsonl file, or a folder with one sub-folder a class.
         text_columns: columns that hold texts, whatever they look like in a csv file.
-        label_column, regression: the column of a csv file that has labels, if not `label`, and whether they are real
-            numbers, for `parse_labels`.
+        label_column, regression: for `parse_labels`, the column of a csv file that has labels, if not `label`, and
+            whether they are real numbers.
 
     Raises PartialLoraError that names the file which is missing, empty or of another format than its name says.
     """
@@ -133,7 +133,7 @@ def read_files(
 
 
 def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | None:
-    """Return the user's file or folder that a split is read from; None for rows that are none of the user's."""
+    """Return the user's file or folder that a split is read from; None for rows from elsewhere."""
     path = data_files.get(split) if isinstance(data_files, Mapping) else data_files
     return Path(path) if path else None
 
@@ -183,7 +183,7 @@ def _read_table(
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
         generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = first_line(error.__cause__ if generated and error.__cause__ else error)
-        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # the home, perhaps
+        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # perhaps the home folder
             raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
         kind = "parquet" if suffix == ".pq" else suffix[1:]
         raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
@@ -212,7 +212,7 @@ def _delimited(
         encoding=encoding,
     )
     if not {label_column, *text_columns} & set(frame.columns) and _is_row(frame):
-        raise ValueError(f"its first line is a row, {header.strip()[:_SHOWN]!r}; put one with names before it")
+        raise ValueError(f"its first line is a row, {header.strip()[:_SHOWN]!r}; put the column names before it")
     if label_column in frame.columns and label_column not in text_columns:
         cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
         frame[label_column] = pd.Series(parse_labels(cells, regression), dtype=object)
@@ -220,7 +220,7 @@ def _delimited(
 
 
 def _encoding(file: Path) -> str:
-    """Return the encoding of a file of text: UTF-8, or what its first bytes say; raises ValueError for another."""
+    """Return the encoding of a file of text: UTF-8, or what its first bytes say; raises ValueError for any other."""
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
@@ -229,14 +229,14 @@ def _encoding(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"line {line} is not UTF-8; of Windows-1252, as spreadsheets write it, `iconv -f WINDOWS-1252 -t UTF-8` "
-            "makes it"
+            f"line {line} is not UTF-8; `iconv -f WINDOWS-1252 -t UTF-8` converts Windows-1252, which spreadsheets "
+            "write"
         ) from error
     return "utf-8-sig"
 
 
 def _is_row(frame: pd.DataFrame) -> bool:
-    """Return whether the names of columns are values: a number, a sentence, or one that its own column has again."""
+    """Return whether the names of columns are values: a number, a sentence, or a value found again in its column."""
     names = [str(name).strip() for name in frame.columns]
     again = [name in set(frame.iloc[:, place].astype(str).str.strip()) for place, name in enumerate(names)]
     return any(again) or any(_NUMBER.fullmatch(name) or name.count(" ") > _WORDS for name in names)
@@ -270,8 +270,8 @@ def _objects(file: Path) -> pa.Table:
     return pa.table(columns)
 
 
-# --- Labels of a csv file, where everything is a text. Not by types that pandas or pyarrow infer: to them 007 and 7, or
-# 1 and 1.0, are one number.
+# --- Labels of a csv file, where everything is a text. Types inferred by pandas or pyarrow will not do: to them 007 and
+# 7, or 1 and 1.0, are one number.
 
 _TRUTHS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
@@ -282,9 +282,9 @@ _WHOLE, _FLOAT = 2**63, 2**53  # from here on, whole numbers do not fit a column
 
 
 def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[Label | None]:
-    """Convert the texts of a column, None for an empty cell: all to truths, or all to numbers, or none.
+    """Convert the texts of a column, None for an empty cell: all to booleans, or all to numbers, or none.
 
-    To numbers where nothing is lost by it: no code has a leading zero, and no two texts of a class are the same number.
+    They become numbers where that loses nothing: no code has a leading zero, and no two classes are the same number.
     Fractions may be written in any way (0.5 and 0.50), since they are no classes; so may all numbers where `regression`
     says that they are real.
     """
@@ -328,7 +328,7 @@ def select_columns(
 ) -> Dataset:
     """Return the rows with their inputs and labels under the names every task has, and nothing else.
 
-    file: the user's own that they are read from; paths of images in a table are relative to its folder.
+    file: the user's file that they are read from; paths of images in a table are relative to its folder.
 
     Raises PartialLoraError for a column that is not there or cannot be told from another, and for a row without input.
     """
@@ -365,10 +365,10 @@ def _arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
 
 
 def guess_label_column(rows: Dataset, inputs: Sequence[str]) -> str | None:
-    """Return the one column of few values, where one free column or more is left for the inputs; None for any other.
+    """Return the only column of few values, where another column is left for the inputs; else None.
 
-    rows: of the user's own table. inputs: columns that are known to be none. A label is a text, a whole number or a
-    truth; few are at most a quarter as many values as rows.
+    rows: the user's own table. inputs: columns that are known to have no labels. A label is a text, a whole number or a
+    boolean; few means at most a quarter as many values as rows, or two.
     """
     named = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
     if named or "label" in rows.column_names:
@@ -421,7 +421,7 @@ def _column_of_kind(
     kind: str,
     label: str | None = None,
 ) -> str:
-    """Return the column that the user named, which is of the right kind and not the one of the labels."""
+    """Return the column that the user named; refuse one of another kind and the column of the labels."""
     if column == label:
         raise PartialLoraError(
             f"task.{key}={column}: {place} has its labels there, expected a column of {kind}; its columns are "
@@ -468,7 +468,7 @@ def _is_label(feature: object) -> bool:
 
 
 def _is_stored_image(feature: object) -> bool:
-    """Return True for files of images: as bytes, or as the library writes images without its own mark."""
+    """Return True for files of images: as bytes, or as the pairs that the library stores without its type Image."""
     pair = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     return pair or _is(feature, pa.types.is_binary, pa.types.is_large_binary)
 
@@ -478,7 +478,7 @@ def _may_be_image(feature: object) -> bool:
 
 
 def _with_images(rows: Dataset, name: str, split: str, folder: Path | None) -> Dataset:
-    """Return the rows with `image` as images, out of paths, bytes or images; paths are relative to `folder`."""
+    """Return the rows with `image` as images, made of paths, bytes or images; paths are relative to `folder`."""
     if not isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image())
     images = _arrow_column(rows, "image")
@@ -501,9 +501,9 @@ def encode_labels(
 ) -> tuple[tuple[str, ...], dict[str, Dataset]]:
     """Return the names of the classes, and the rows with `label` as a class's number; no names for real numbers.
 
-    Labels that the source names stay as they are. Others become classes in their order, numbers as numbers, over the
-    training rows; but where there are fractions they are real labels, and so are whole numbers, 1.0 as well as 1, where
-    `regression` says so.
+    Labels that the source names stay as they are. Others become classes, the sorted labels of the training rows, with
+    numbers in numeric order. But where some are fractions, all are real labels; so are whole numbers, 1.0 as well as 1,
+    where `regression` says so.
 
     Raises PartialLoraError that names the split, and the row or the label, for a row without one, for a label that no
     training row has, and for labels that do not fit `regression`.
@@ -539,7 +539,7 @@ def label_name(label: Label) -> str:
 
 
 def _check_classes(rows: Dataset, names: Sequence[str], name: str, split: str) -> Dataset:
-    """Return rows whose source names their labels; raises unless these are the training rows', one for each row."""
+    """Return rows whose source names their labels; raise unless the names are the training rows' and all have one."""
     if rows.features["label"].names != names:
         raise PartialLoraError(
             f"task={name}: the {split} split has the labels {rows.features['label'].names}, expected those of the "
@@ -564,7 +564,7 @@ def _plain_labels(rows: Dataset, name: str, split: str) -> list[Label]:
 
 
 def _numbered(rows: Dataset, labels: Sequence[Label], names: Sequence[str], name: str, split: str) -> Dataset:
-    """Return the rows with the place of each label's name among those of the training rows."""
+    """Return the rows with each label as the place of its name among the names of the training rows."""
     numbers = {label: number for number, label in enumerate(names)}
     for row, label in enumerate(labels, 1):
         if label_name(label) not in numbers:

@@ -29,10 +29,10 @@ def cut(
     whole: Dataset | None = None,
     steps: Sequence[str] = (),
 ) -> tuple[Dataset, Dataset]:
-    """Cut `share` of the rows off, of every class; return the rest, and the rows that were cut off.
+    """Cut `share` of every class's rows off; return the rest, and the rows that were cut off.
 
-    least: rows of a class that are enough for every cut of the task, for messages.
-    whole, steps: the rows before these were left of them, and what was done to them, for messages.
+    least: for messages, how many rows of a class are enough for every cut of the task.
+    whole, steps: for messages, the rows before any earlier steps, and what these did.
 
     Raises PartialLoraError for a class too small to have rows on both sides.
     """
@@ -88,10 +88,10 @@ def _shuffled(labels: np.ndarray, generator: np.random.Generator) -> list[np.nda
 
 
 def _in_turn(classes: Sequence[np.ndarray]) -> np.ndarray:
-    """Return all rows in an order of which the first n hold, for any n, every class in proportion.
+    """Return all rows in an order whose first n hold every class in proportion, for any n.
 
-    The j-th of a class of m rows has its turn at j / m, so every class comes at the start: none has a whole row more
-    than its share of n, and none is left out unless there are more classes than n.
+    The j-th of a class of m rows has its turn at j / m. So no class has a whole row more than its share of n, and every
+    class comes at the start: none is left out unless there are more classes than n.
     """
     turns = np.concatenate([np.arange(len(rows)) / max(1, len(rows)) for rows in classes])
     return np.concatenate(classes)[np.argsort(turns, kind="stable")]
@@ -114,7 +114,7 @@ class Draws:
 
 
 def strata(rows: Dataset) -> np.ndarray:
-    """Return the labels by which draws of a task's rows are stratified; real zeros for rows without any."""
+    """Return the labels by which draws of a task's rows are stratified; zeros (floats) for rows without labels."""
     return np.asarray(rows["label"][:]) if "label" in rows.column_names else np.zeros(len(rows))
 
 
@@ -128,9 +128,9 @@ def few_shot_draws(
 ) -> Draws:
     """Draw rows for each of the two sets, the same ones for a seed.
 
-    With `share`, each set is that share of the rows, at least 128 of them and at most half, which a warning says; every
-    class has its part of it. Labels that are real numbers have no classes: rows are drawn from all of them alike, as
-    many as the share or `shots` says, 128 at least.
+    With `share`, each set is that share of the rows of every class: at least 128 rows, and at most half of all, with a
+    warning. Labels that are real numbers have no classes: rows are drawn from all of them alike, as many as the share
+    or `shots` says, 128 at least.
 
     With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
     in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
@@ -159,7 +159,7 @@ def few_shot_draws(
 
 
 def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int | None) -> Draws:
-    """Draw two sets of equal size, each every other row of a class: they are disjoint, and of the same proportions.
+    """Draw two disjoint sets of equal size, each with every other row of a class, so that their proportions agree.
 
     size: rows of each set. key: the setting it comes from, for messages.
     """
@@ -206,7 +206,7 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
     warnings = []
     if small:
         warnings.append(
-            f"calibration.shots={shots}: used whole, half to fit and half to score, since smaller: "
+            f"calibration.shots={shots}: too small for both draws, so used whole, half to fit and half to score: "
             f"class {shortlist(small)}"
         )
     if single:
@@ -246,7 +246,7 @@ def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], nam
     labels = np.array(rows["label"][:], dtype=np.int64)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(labels))
-    steps = generator.integers(1, classes, len(labels))  # 1 to classes - 1 classes on: never the same one
+    steps = generator.integers(1, classes, len(labels))  # 1 to classes - 1 places further: never its own class
     wrong = order[: int(share * len(labels) + 0.5)]
     labels[wrong] = (labels[wrong] + steps[wrong]) % classes
     return rows.remove_columns("label").add_column("label", labels.tolist(), feature=label)
@@ -254,16 +254,16 @@ def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], nam
 
 # --- Rows that two splits share.
 
-_MANY = 200_000  # rows of which nobody waits to know that
+_MANY = 200_000  # rows that take too long to compare
 
 
 def shared_inputs(rows: Dataset, others: Dataset) -> int:
-    """Count the rows whose image, texts or prompt is that of one of the others, to the byte; 0 where there are many."""
+    """Count the rows whose image, texts or prompt occurs in `others`, to the byte; 0 where there are too many rows."""
     if len(rows) + len(others) > _MANY:
         return 0
     if "image" in rows.column_names:
         images, known = (list(_encoded(each)) for each in (rows, others))
-        sizes = {image.size for image in images} & {image.size for image in known}  # the others need not be read
+        sizes = {image.size for image in images} & {image.size for image in known}  # other sizes need not be read
         known = {image.content() for image in known if image.size in sizes}
         return sum(image.size in sizes and image.content() in known for image in images)
     names = [name for name in rows.column_names if name not in ("label", "response", "messages")]

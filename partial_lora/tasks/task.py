@@ -30,8 +30,8 @@ _METRICS = {  # of a task, by its labels
 class Transform(Protocol):
     """Conversion of rows to the inputs of a model (`tasks.ImageTransform`, `tasks.TextTransform`).
 
-    lengths: True where prepared rows have a column `length`, of tokens. warnings: what it had to cut or to leave out,
-    a sentence each, known once rows are prepared.
+    lengths: True where prepared rows have a column `length`, of tokens. warnings: sentences on what was cut or left
+    out, known once rows are prepared.
     """
 
     lengths: bool
@@ -49,13 +49,13 @@ class Task:
     """A labelled data set in three disjoint splits.
 
     `train` is learned from, `validation` selects a checkpoint, `test` is evaluated once, at the end. Their columns are
-    `image`, or `text` and `text_pair`, and `label`; of kind "choice" `prompts`, `options` and `label`, the right one's
-    place (`questions.format_choices`); of kind "generation" `prompt` and `response`, perhaps
-    with `messages`, of which they are all but the last, in words, and the last.
+    `label` and `image`, or `label`, `text` and `text_pair`. Kind "choice" has `prompts`, `options` and `label`, the
+    right option's place (`questions.format_choices`). Kind "generation" has `prompt` and `response`; a conversation
+    also has `messages`, of which the last is the response and all before it are the prompt.
 
     modality: "image" or "text".
     labels: the names of the classes; none for regression, where `label` is a real number, and for any other kind.
-    metrics: of predictions; the first one selects.
+    metrics: names of the metrics; the first one selects.
     """
 
     name: str
@@ -114,17 +114,17 @@ def load(
         path: a data set of the hub (`subset` of it, at `revision`), "bundled:digits" out of scikit-learn, or "files".
         data_files: files or folders by split, or one for all, read instead of the hub (`sources.read_files`).
         kind: "label", "choice" or "generation".
-        image_column, text_columns, label_column: their names; None or none takes the one column of that kind.
+        image_column, text_columns, label_column: their names; by default, the one column of that kind.
         format, prompt_columns, option_columns, answer_column: of a choice (`questions.format_choices`).
         format, prompt_columns, response_column, messages_column, answer: of a generation
             (`questions.format_completions`).
-        regression: whether labels are real numbers; None where they are fractions.
-        metrics: none means accuracy, or Pearson's correlation for regression; both accuracies of a choice; of a
-            generation exact matches where an `answer` is sought in it, else ROUGE-L, and the perplexity.
+        regression: whether labels are real numbers; None: they are where some are fractions.
+        metrics: by default accuracy; Pearson's correlation for regression; both accuracies for a choice; for a
+            generation, exact match where an `answer` is sought in it, else ROUGE-L, and then perplexity.
         train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
         validation_share: share of the training rows set aside, per class, where the source has no validation split.
         test_share: share of all rows, per class, where the source has no test split.
-        split_seed: of every cut and sample; of two the first is of test rows, the second of all others. None: 0.
+        split_seed: of every cut and sample; of a pair, the first for test rows, the second for all others. None is 0.
         label_noise: share of the rows left to train on whose label becomes another class, drawn by split_seed;
             validation and test keep theirs.
 
@@ -171,7 +171,7 @@ SETTINGS = tuple(signature(load).parameters)  # the keys of the group `task` tha
 def _source_splits(
     name: str, source: Mapping[str, Dataset], train_split: str, test_split: str, *, own_files: bool
 ) -> dict[str, str]:
-    """Return the split of the source for each of the task's that has one; the others are cut from train."""
+    """Return the source's split for each of the task's splits that it has; the others are cut from train."""
     if own_files:
         train_split, test_split = "train", "test"
     if train_split not in source:
@@ -182,7 +182,7 @@ def _source_splits(
         others = ", ".join(sorted(set(source) - {train_split}))
         raise PartialLoraError(f"task.test_split={test_split}: expected one of {others}, the other splits of {name}")
     places = {"train": train_split, "test": test_split}
-    if "validation" not in places.values():  # what reports must not select: else validation is cut from train
+    if "validation" not in places.values():  # unless it is the test split, which must not select
         places["validation"] = "validation"
     return {split: place for split, place in places.items() if place in source}
 
@@ -197,7 +197,7 @@ def _three_splits(
     test_seed: int,
     seed: int,
 ) -> dict[str, Dataset]:
-    """Draw as many rows as there may be, and cut the splits that are lacking off the training rows."""
+    """Sample rows where their number is limited, and cut missing splits off the training rows."""
     rows, whole, steps = dict(rows), rows["train"], []
     least = len(SPLITS) - len(rows) + 1
     if "test" not in rows:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from partial_lora.files import cache_dir, verified_folder
 
-_VERSION = 2  # of the cached rows; another one leaves everything older unused. 1 had 16-bit images as white
+_VERSION = 2  # of the cached rows; raising it leaves older rows unused. Version 1 had 16-bit images as white
 _ROWS = "rows.arrow"
 _BATCH = 256  # rows that are converted at a time
 
@@ -97,7 +97,7 @@ class TextTransform:
         return dict(encoded)
 
     def _padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, Tensor]:
-        # The library advises fast tokenizers against padding on its own, where texts could be tokenised in one go.
+        # Silence the library's advice to tokenise and pad in one call.
         warned = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         try:
@@ -126,8 +126,8 @@ def cached(rows: Dataset, convert: Callable[..., dict], features: Features, key:
         convert: from a batch of rows and their indices to the columns of `features`.
         key: everything beside the rows that decides the result of `convert`, as JSON.
 
-    Of several processes at once, one converts and the others wait. Raises PartialLoraError where the cache cannot be
-    written.
+    Where several processes call this at once, one converts and the others wait. Raises PartialLoraError where the cache
+    cannot be written.
     """
     if len(rows) == 0:
         return in_memory(rows, convert, features)
@@ -173,7 +173,7 @@ def _digest(rows: Dataset, key: Mapping[str, object]) -> str:
 
 
 def _content(value: pa.Scalar) -> bytes | memoryview:
-    """Return the bytes of a cell; of an image, those of its file."""
+    """Return the bytes of a cell, or of an image's file."""
     if isinstance(value, pa.StructScalar):
         if value["bytes"].is_valid:
             return memoryview(value["bytes"].as_buffer())

@@ -1,8 +1,8 @@
 """Checkpoints: all that a training needs to resume as if nothing had ended it, and nothing of what is frozen.
 
 A checkpoint is a sealed folder `checkpoint-STEP` (`files.seal`): Trainer's state of optimizer, schedule, random numbers
-and history, the trainable parameters by name, and what this run adds to them (`Progress`). One that is not whole is
-never used.
+and history, the trainable parameters by name, and what this run adds to them (`Progress`). A checkpoint that is not
+whole is never used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Progress:
     """Part of a checkpoint beside Trainer's own state.
 
     losses: the sum of each process's losses over all steps. seconds: of training so far, in all attempts. versions: of
-    the libraries that computed it; other ones may compute something else. shape: what trains and under which masks
+    the libraries that computed it; other versions may compute something else. shape: what trains and under which masks
     (`shape_of`).
     """
 
@@ -56,7 +56,7 @@ class Progress:
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter that trains, by name, whole and on the CPU.
 
-    Where parameters are sharded over processes (FSDP), all of them have to call it.
+    Where parameters are sharded over processes (FSDP), all processes have to call it.
     """
     return {name: whole(value).detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
 
@@ -77,12 +77,12 @@ def save_trainable(model: nn.Module, checkpoint: Path, *, writes: bool) -> None:
 
 
 def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint's parameters into the model; raises ValueError where they are others than train."""
+    """Load a checkpoint's parameters into the model; raises ValueError where the model trains others."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     saved = load_file(checkpoint / TRAINABLE)
     if saved.keys() != parameters.keys():
         other = min(saved.keys() ^ parameters.keys())
-        raise ValueError(f"{checkpoint}: holds other parameters than train, such as {other}")
+        raise ValueError(f"{checkpoint}: holds other parameters than those that train here, such as {other}")
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(sharded_like(value, saved[name].to(value.device, value.dtype)))
@@ -96,9 +96,9 @@ def step_of(checkpoint: Path) -> int:
 def resumable(folder: Path, versions: dict[str, str], shape: str) -> Path | None:
     """Return the newest checkpoint that a training can resume from, or None.
 
-    It is whole, was computed by these versions of the libraries and holds what trains here (`shape_of`); and so is the
-    best one so far, with which the training may end. Any other is named in the log and set aside as `NAME.broken`, and
-    what is half-written is removed.
+    It is whole, was computed by these versions of the libraries and holds what trains here (`shape_of`). The same is
+    true of the best checkpoint so far, with which the training may end. Any other is named in the log and set aside as
+    `NAME.broken`, and what is half-written is removed.
     """
     usable = {}
     for path in _checkpoints(folder):

@@ -12,7 +12,7 @@ from partial_lora.files import at_home
 AUTO = "auto"  # in place of a learning rate
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
 
-_LARGEST_RATE = 1.0  # beyond which nothing can be learned
+_LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
 
 @dataclass
@@ -27,23 +27,23 @@ class TrainerConfig:
     batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
-    eval_batch_size: int = 64  # examples at once where nothing is trained
+    eval_batch_size: int = 64  # examples at once in evaluation and prediction
     # learning rate of the adapter, and of parts without a rate of their own; auto: by method and density
     learning_rate: Any = 1e-3
     # learning rate of the head and of model.new_modules; null: trainer.learning_rate
     head_learning_rate: Optional[float] = None
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
-    # a file of scripts/tune.py; the rate that it has for this run replaces trainer.learning_rate
+    # a file of scripts/tune.py; its rate for this run replaces trainer.learning_rate
     tuned: Optional[str] = None
     tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
-    tuned_elsewhere: Optional[str] = None  # never set by hand: where the rate was searched for, if not for such a run
+    tuned_elsewhere: Optional[str] = None  # never set by hand: what the rate was searched for, if not for this run
     weight_decay: float = 0.01  # weight decay of AdamW
     warmup: float = 0.1  # share of the steps in which the learning rate rises; after them it falls along a cosine
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
-    # fresh: every run imports everything in a process of its own; fork: the runs of a sweep are forked from one that
-    # has; changes no result
+    # fresh: every run imports everything in a process of its own; fork: the runs of a sweep are forked from a process
+    # that has imported everything; changes no result
     start: str = "fresh"
     # processes on all machines together; null: one for every visible accelerator, 1 on a CPU
     num_processes: Optional[int] = None
@@ -56,12 +56,12 @@ class TrainerConfig:
     num_workers: Optional[int] = None
     # ddp: every process has the whole model; fsdp: parameters, gradients and optimizer state are shared out
     strategy: str = "ddp"
-    # trackers to tell, beside the local history: tensorboard, mlflow, wandb, trackio
+    # trackers to report to, beside the local history: tensorboard, mlflow, wandb, trackio
     report_to: list[str] = field(default_factory=list)
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of the adapter, and those of its B and of the head where they have their own."""
+        """The learning rates by part: the adapter, and B and the head where they have their own."""
         rates = {"adapter": self.learning_rate}
         if self.loraplus_ratio != 1:
             rates["B"] = self.loraplus_ratio * self.learning_rate
@@ -75,7 +75,7 @@ class TrainerConfig:
         keys = {"adapter": "learning_rate", "B": "loraplus_ratio", "head": "head_learning_rate"}
         large = {keys[part]: rate for part, rate in self.learning_rates.items() if rate > _LARGEST_RATE}
         return [
-            f"trainer.{key}: a rate of {rate:g}; AdamW moves every number by as much a step"
+            f"trainer.{key}: a rate of {rate:g}; AdamW moves every number by about as much in each step"
             for key, rate in large.items()
         ]
 
@@ -92,7 +92,7 @@ class TrainerConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
         if self.learning_rate != AUTO:
-            if type(self.learning_rate) is int:  # true is one, too
+            if type(self.learning_rate) is int:  # isinstance would take true for one
                 self.learning_rate = float(self.learning_rate)
             number = isinstance(self.learning_rate, float) and 0 < self.learning_rate < math.inf
             require(number, "trainer.learning_rate", self.learning_rate, "a number above 0, or auto")
@@ -114,7 +114,7 @@ class TrainerConfig:
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
         trackers = set(self.report_to) <= set(TRACKERS)
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
-        if self.accelerate_config is None:  # what comes of such a file and these keys is checked where a run starts
+        if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
 
     def _check_machines(self) -> None:

@@ -28,8 +28,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.models import size_of
 from partial_lora.training.size import counts_of, with_bytes
 
-_TIMED = 1000  # steps, the last ones, that the median is of
-_WARM = 2  # the step by which everything exists that lasts
+_TIMED = 1000  # last steps whose times the median is of
+_WARM = 2  # by this step everything exists that lasts
 
 # Parameters
 
@@ -37,7 +37,7 @@ _WARM = 2  # the step by which everything exists that lasts
 def describe_adapted(
     adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
 ) -> dict[str, int | float | None]:
-    """Return what `size.describe` does, counted on an adapter that masks nothing and may be on the meta device."""
+    """Return what `size.describe` returns, counted on an adapter that masks nothing and may be on the meta device."""
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return with_bytes(
         measured(adapted, head, new_modules=new_modules, dense=dense),
@@ -58,9 +58,9 @@ def measured(
     `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; `new_modules`,
     which train whole, too, are counted with the head. `dense`, what a method of another kind is compared with, is by
     default the size of the `.weight` of every lora_A and lora_B. Where every weight trains, all but the head are the
-    adapter's. `saturated_modules` counts the modules that train as many numbers as the block of W has that these can
-    change (`budget.saturated`). Raises PartialLoraError, naming it, where a parameter outside of these trains: no
-    column of a table would count it.
+    adapter's. `saturated_modules` counts the modules that train at least as many numbers as they can change entries of
+    W (`budget.saturated`). Raises PartialLoraError, naming the parameter, where one outside of these trains: no column
+    of a table would count it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
@@ -94,7 +94,7 @@ def measured(
 
 
 def _is_saturated(layer: LoraLayer, adapter: str) -> bool:
-    """Return True where A and B train as many numbers as there are in the rows and columns of W that they touch."""
+    """Return True where A and B train at least as many numbers as W has entries in the rows and columns they touch."""
     factors = [part[adapter] for part in (layer.lora_B, layer.lora_A) if adapter in part]
     if len(factors) < 2 or not all(isinstance(factor, nn.Module) for factor in factors):  # AdaLoRA's are parameters
         return False
@@ -132,7 +132,7 @@ def _copies(model: nn.Module) -> dict[int, nn.Parameter]:
 
 # Memory that a forward pass keeps for its backward pass: every storage once and whole.
 
-# Distinct storages by address: as long as they are held here no other can get the same one.
+# Distinct storages by address: while they are held here, no other storage can get the same address.
 Storages = dict[int, torch.UntypedStorage]
 
 
@@ -176,7 +176,7 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
 def alive(kind: str = "cpu") -> Storages:
     """Return the storages of all tensors that Python can see on devices of the kind."""
     gc.collect()
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))  # asking it would wake lazy ones
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))  # isinstance wakes lazy objects
     return storages(tensor for tensor in tensors if tensor.device.type == kind)
 
 
@@ -199,8 +199,8 @@ class Cost(TrainerCallback):
     """Measure the time of training's steps, the bytes of its optimizer and of what a forward pass keeps.
 
     The pass is the first of the second step, or of the only one, in this process: no pass is added and no random number
-    drawn. That step's time is left out, unless it is the only one. On a GPU times are its own, between two events in
-    its queue: nothing waits for it.
+    drawn. That step's time is left out, unless it is the only one. A GPU times a step by two events in its queue:
+    nothing waits for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -239,7 +239,7 @@ class Cost(TrainerCallback):
         after = self._model.register_forward_hook(ends, always_call=True)
 
     def measured(self) -> dict[str, float | int | None]:
-        """Return, for result.json, bytes and the median seconds of a step; None where no step has shown them."""
+        """Return, for result.json, bytes and the median seconds of a step; None for what no step has shown."""
         return {
             "optimizer_bytes": self._optimizer,
             "step_seconds": median(_seconds(*step) for step in self._times) if self._times else None,
@@ -258,7 +258,7 @@ def file_bytes(folder: Path) -> int:
 
 
 def _now(device: torch.device) -> Moment:
-    """Return the moment at which the device will have done what it has been given so far."""
+    """Return the moment at which the device will have done all work that it has been given so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

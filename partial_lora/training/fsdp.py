@@ -67,7 +67,7 @@ def name_blocks(model: nn.Module, blocks: str | None) -> None:
 def allow_on_cpu() -> None:
     """Let accelerate shard a model on CPUs, where it would otherwise fall back to DistributedDataParallel silently.
 
-    It decides by the type of the process's world alone; the device stays what it is.
+    accelerate decides by the type of the process's world alone; the device stays what it is.
     """
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -82,15 +82,15 @@ def reduce_in_float32(trainer: Trainer) -> None:
 class ShardedTrainer(Trainer):
     """Trainer whose checkpoints of a sharded model are those of a whole one, and can be exchanged with them.
 
-    Its own way there gathers the frozen weights, too, or else misses the checkpoint that is being saved when it looks
-    for the best one; and it does not know masked factors, whose state dict has other names than their parameters.
+    Trainer's own way gathers the frozen weights, too, or else misses the checkpoint that is being saved when it looks
+    for the best one. Nor does it know masked factors, whose state dict has other names than their parameters.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir)
-        self.accelerator.wait_for_everyone()  # the others then look for it
+        self.accelerator.wait_for_everyone()  # the other processes then look for the checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -117,7 +117,7 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the whole parameters that a forward pass has left: copies, in which anything written would be lost."""
+    """Free the whole parameters that a forward pass has left: copies, so that what is written into them is lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -129,7 +129,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
     All processes have to call it together, and all get it.
     """
     if not is_sharded_model(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return None  # ZeRO's stage 3 gathers it by itself
+        return None  # ZeRO's stage 3 gathers the parameters by itself
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
 
 
@@ -157,7 +157,7 @@ def load_optimizer_state(optimizer: optim.Optimizer, values: Mapping) -> None:
 
 
 def _sharded_as(parameter: Tensor, value: object) -> object:
-    """Shard a whole value of a parameter's state as the parameter is, if it has its shape."""
+    """Shard a whole value of a parameter's state as the parameter is sharded, if the two have one shape."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return sharded_like(parameter, value.to(parameter.device))

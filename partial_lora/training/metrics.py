@@ -23,7 +23,7 @@ from partial_lora.files import write_atomic
 from partial_lora.tasks import CausalTransform, final_number
 from partial_lora.tasks.prompts import Prompt
 
-_WORD = r"[^\W_]+"  # the words that rouge_score's own tokenizer finds in ASCII; other alphabets have words at all
+_WORD = r"[^\W_]+"  # in ASCII the words of rouge_score's own tokenizer, which finds none in other alphabets
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -100,7 +100,7 @@ def metrics_of(names: Sequence[str], logits: np.ndarray, references: np.ndarray)
 def mean_loss(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the cross entropy, or squared error of real numbers, averaged over examples.
 
-    Trainer's own average is over batches: another one where the last batch is smaller or, with several processes,
+    Trainer's own average is over batches, which differs where the last batch is smaller or, with several processes,
     padded.
     """
     if np.issubdtype(references.dtype, np.floating):
@@ -117,8 +117,8 @@ def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[
     """Return one row an example, in the order of the split, so that two methods can be compared by example.
 
     Columns: index, label, prediction (class indices), their names, score (the softmax probability of the prediction)
-    and the logits. Of a regression, which has no labels: index, label, prediction and score (the same number), and the
-    logits.
+    and the logits. A regression, which has no labels, has index, label, prediction and score (the same number), and
+    the logits.
     """
     predictions = predicted(logits, references)
     columns = {"index": np.arange(len(logits)), "label": references, "prediction": predictions}
@@ -146,7 +146,7 @@ def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tens
     """Return the log likelihood of each row's answer and the number of its tokens (rows, 2), float64.
 
     Args:
-        logits: (rows, length, vocabulary), or a model's outputs, of which they are the first.
+        logits: (rows, length, vocabulary), or a model's outputs, whose first item they are.
         labels: (rows, length), -100 for tokens outside the answer; each is predicted at the place before it.
 
     As Trainer's preprocess_logits_for_metrics it keeps two numbers a row instead of a vocabulary a token.
@@ -154,7 +154,7 @@ def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tens
     logits = logits[0] if isinstance(logits, tuple) else logits
     following = labels[:, 1:]
     is_answer = following != IGNORED
-    # Of the logits only those of answers are copied: prompts are longer than answers, vocabularies than either.
+    # Only the logits of answers are copied: prompts are longer than answers, and vocabularies larger than either.
     losses = F.cross_entropy(logits[:, :-1][is_answer].float(), following[is_answer], reduction="none").double()
     sums = losses.new_zeros(is_answer.shape).masked_scatter(is_answer, losses).sum(1)
     return torch.stack([-sums, is_answer.sum(1).double()], dim=1)
@@ -163,11 +163,11 @@ def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tens
 def option_predictions(
     log_likelihoods: np.ndarray, items: np.ndarray, right: np.ndarray, characters: np.ndarray
 ) -> dict[str, list]:
-    """Return the columns label, prediction, prediction_norm and scores of every question, in the order of its number.
+    """Return the columns label, prediction, prediction_norm and scores of all questions, in the order of their numbers.
 
     Args:
         log_likelihoods: (rows,), of one option each, a sum over its tokens.
-        items: the number of the question (rows,); the options of one are in their order.
+        items: the number of the question (rows,); the options of a question are in their order.
         right: True for the right option (rows,).
         characters: the length of the option (rows,).
 
@@ -194,7 +194,7 @@ def option_metrics(columns: dict[str, list]) -> dict[str, float]:
     }
 
 
-# Generation: the most likely next token, always, and how close a text comes to its reference.
+# Generation, and how close a text comes to its reference.
 
 
 def generation_config(
@@ -202,7 +202,7 @@ def generation_config(
 ) -> GenerationConfig:
     """Return how texts are generated: at temperature 0 the most likely token, else one drawn at that temperature."""
     tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
-    # The tokens that end a text: the tokenizer's, which it is trained on, and the model's own.
+    # The tokens that end a text: the tokenizer's, which the model was trained on here, and the model's own.
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     return GenerationConfig(
@@ -236,8 +236,8 @@ def generate(
 
     A text ends before the first of the strings in `stop`, at the model's end token or after `max_new_tokens`. Prompts
     of like length share a batch, which changes no text unless two tokens are equally likely. `progress(done, total)` is
-    called after every batch. `together`: processes with a sharded model generate together, as many texts each. The
-    model is left in the mode it was in.
+    called after every batch. `together`: processes with a sharded model generate together, each the same number of
+    texts. The model is left in the mode it was in.
     """
     tokenizer, greedy = transform.tokenizer, generation_config(model, transform, max_new_tokens, stop)
     ends = greedy.eos_token_id or []
@@ -270,7 +270,7 @@ def generate(
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str], answer: str | None) -> np.ndarray:
-    """Return 1 for a text whose answer is that of its reference, 0 for another (N,).
+    """Return 1 for a text whose answer equals its reference's, else 0 (N,).
 
     answer: "number", the final number in a text (`tasks.final_number`), or None, all of it but space around it.
     """

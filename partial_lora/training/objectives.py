@@ -56,10 +56,10 @@ def loss_of_batch_within(sizes: Sequence[int]) -> Callable[..., Tensor]:
 
 
 def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """Return the cross entropy of the answers' tokens, each predicted from those before it; labels (N, L), else -100.
+    """Return the cross entropy of the answers' tokens, each given those before it; labels (N, L), -100 elsewhere.
 
-    num_items_in_batch: the number of such tokens in the whole step; None stands for this batch's. Of the logits only
-    those of answers are made float32: prompts are longer.
+    num_items_in_batch: the number of such tokens in the whole step; None stands for this batch's. Only the logits of
+    answers are made float32: prompts are longer.
     """
     following = labels[:, 1:]
     is_answer = following != IGNORED
@@ -69,7 +69,7 @@ def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | N
 
 # Judges.
 
-# From rows to a model's logits of them, in order, or what `Judge.reduce` leaves of those, and to the rows' labels.
+# From rows to a model's logits, in order, or what `Judge.reduce` makes of the logits; and to the rows' labels.
 Predict = Callable[[Dataset], tuple[np.ndarray, np.ndarray]]
 
 
@@ -82,7 +82,7 @@ class Judged:
 
 
 class Judge(Protocol):
-    """selects: the metric of `measure` that selects a checkpoint. reduce: from a batch's logits to what is needed."""
+    """Rows, loss and metrics of a task. selects: what of `measure` selects a checkpoint. reduce: shrinks the logits."""
 
     selects: str
     loss: Callable[..., Tensor]
@@ -169,7 +169,7 @@ class ByOptions(_TaskJudge):
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         rows = self._options(split)
         (likelihoods, tokens), (items, right, characters) = predict(rows)[0].T, _option_columns(rows)
-        loss = -likelihoods[right].sum() / tokens[right].sum()  # of a token of a right option, as in training
+        loss = -likelihoods[right].sum() / tokens[right].sum()  # a mean over tokens of right options, as in training
         columns = metrics.option_predictions(likelihoods, items, right, characters)
         frame = pandas.DataFrame(columns)
         frame.insert(0, "index", np.arange(len(frame)))
@@ -220,7 +220,7 @@ class ByTexts(_TaskJudge):
     def _generate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[str]:
         """Generate a text after every prompt; several processes share the prompts.
 
-        Processes with a sharded model have to generate as many texts each: one too many is dropped.
+        Processes with a sharded model must each generate the same number of texts: a surplus one is dropped.
         """
         together = is_sharded_model(model)
         own = list(prompts[self.peers.rank :: self.peers.size])
@@ -251,7 +251,7 @@ def judge_of(
 ) -> Judge:
     """Return the judge of one task.
 
-    batch_size, stop, max_new_tokens: of what a model writes. answer: of a generation, what has to match.
+    batch_size, stop, max_new_tokens: of generation. answer: what of a generated text has to match.
     """
     given = (task, transform, cache_bytes)
     if task.kind == "choice":
@@ -263,10 +263,10 @@ def judge_of(
 
 
 def predicts(trainer: Trainer) -> Predict:
-    """Return the predictions of a trainer's model of any rows, as a function; all of its processes call it."""
+    """Return a function that predicts any rows by a trainer's model; all of its processes call it."""
 
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        measure, trainer.compute_metrics = trainer.compute_metrics, None  # of the rows of validation
+        measure, trainer.compute_metrics = trainer.compute_metrics, None  # it measures the validation rows alone
         try:
             output = trainer.predict(rows)
         finally:
@@ -283,8 +283,8 @@ def _option_columns(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class ByMembers:
     """A mixture: each member by its own judge, on its own rows and outputs.
 
-    Metrics are MEMBER/METRIC and the average of the members' main ones, which selects. sizes: the number of classes of
-    each member; empty where members have no outputs of their own.
+    Metrics are MEMBER/METRIC, and the average of the members' main metrics, which selects a checkpoint. sizes: the
+    number of classes of each member; empty where members have no outputs of their own.
     """
 
     def __init__(self, names: Sequence[str], each: Sequence[Judge], sizes: Sequence[int]) -> None:
@@ -353,7 +353,7 @@ class ByMembers:
 
 
 def _average_name(main: Sequence[str]) -> str:
-    """Return the name of an average of metrics: their own where it is one of which less is better, else "average"."""
+    """Return the name of an average of metrics: "average", or their own if all are one metric where less is better."""
     return main[0] if main[0] in LOWER_IS_BETTER and len(set(main)) == 1 else AVERAGE
 
 
@@ -361,5 +361,5 @@ def judge_of_members(task: Mixture, judges: Sequence[Judge]) -> Judge:
     """Return the judge of a mixture, given its members'. Raises PartialLoraError for metrics without an average."""
     main = {member.name: member.metrics[0] for member in task.members}
     if len({metric in LOWER_IS_BETTER for metric in main.values()}) > 1:
-        raise PartialLoraError(f"task.members: expected first metrics that are all the better the larger, found {main}")
+        raise PartialLoraError(f"task.members: expected first metrics that agree whether more is better, found {main}")
     return ByMembers(list(main), judges, task.sizes)

@@ -21,7 +21,7 @@ _FP32 = 4  # bytes of a number in an adapter's file, a gradient or a moment; wei
 _BYTES = {"float32": _FP32, "bfloat16": 2, "float16": 2}
 _MOMENTS = 2  # AdamW keeps a mean and a mean square of every gradient
 _NF4_BLOCK = 64  # weights that share a scale (bitsandbytes, functional.quantize_4bit)
-_NF4_CODES = 16  # numbers that 4 bits stand for, in fp32 beside every weight
+_NF4_CODES = 16  # numbers that 4 bits stand for, in fp32 beside every matrix
 
 
 def adapter_parameters(
@@ -100,7 +100,7 @@ def counts_of(
 
 
 def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
-    """Return what `describe` does, and the peak of memory by the format of the weights, as a table for a terminal."""
+    """Return what `describe` returns, and peak memory by the format of the weights, as a table for a terminal."""
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity, full = info["adapter_sparsity"], ""
     if info["saturated_modules"]:
@@ -141,14 +141,14 @@ def _size(count: int) -> str:
 
 # --- Memory of a training step of a causal model at its peak.
 
-# Modules of one name in this table read the same tensor.
+# Modules that have the same value here read the same tensor.
 _READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "normed"),
     "o_proj": "attended",
     **dict.fromkeys(("gate_proj", "up_proj"), "normed again"),
     "down_proj": "gated",
 }
-_KEPT_ANYWAY = {"o_proj"}  # its input, by attention itself
+_KEPT_ANYWAY = {"o_proj"}  # attention itself keeps its input
 
 
 @dataclass(frozen=True)
@@ -257,16 +257,16 @@ def activations(
 ) -> Activations:
     """Return what autograd keeps of a step.
 
-    shapes: (out, in) of each adapted module. density: share of an adapter's columns that is kept;
-    1 is plain LoRA. size: bytes of a number of the activations. quantization: of the linear layers of the blocks.
+    shapes: (out, in) of each adapted module. density: share of an adapter's columns that is kept; 1 is plain LoRA.
+    size: bytes of a number of the activations. quantization: of the linear layers of the blocks.
     """
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     try:
         hidden, inner, blocks, heads, words = (model.config[key] for key in keys)
     except KeyError as error:
         raise PartialLoraError(
-            f"model.architecture: the memory of the activations of a {model.kind} is not known, only that of causal "
-            f"models: its config has no {error.args[0]}"
+            f"model.architecture: the memory of activations is known for causal models alone: a {model.kind} "
+            f"has no {error.args[0]} in its config"
         ) from error
     width = heads * (model.config.get("head_dim") or hidden // heads)
     tokens = batch_size * length

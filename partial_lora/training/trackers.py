@@ -21,7 +21,7 @@ from partial_lora.errors import one_line
 from partial_lora.files import flatten, one_writer, redacted, write_json
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
-DEFAULTS = {  # environment variables; a user's own go before these
+DEFAULTS = {  # environment variables, where the user has not set them
     "MLFLOW_ALLOW_FILE_STORE": "true",
     # A service that does not answer holds the run up by some seconds before it is left out.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # transformers' own callbacks were tried in place of the four classes below, behind tests/training/test_trackers.py:
 # half of the tests fail. They record TrainingArguments and the model's config, not this run's settings without their
 # credentials; they close the run when training ends, before test is evaluated; MLflow's uses the process-wide active
-# run, by which a failed run ends as "FINISHED". Of each callback, the lines that log numbers would have remained.
+# run, by which a failed run ends as "FINISHED". Only the lines that log numbers would have remained of each callback.
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Wandb:
             "resume": "allow",
             "dir": str(run.directory),
             "config": dict(run.parameters),
-            "settings": wandb.Settings(console="off", save_code=False),  # train.log has it, without credentials
+            "settings": wandb.Settings(console="off", save_code=False),  # train.log has the output, without credentials
         }
         try:
             self._run = wandb.init(**settings)
@@ -244,7 +244,7 @@ class Tracking(TrainerCallback):
         self._log(rewrite_logs(_numbers(logs or {})), state.global_step)
 
     def finish(self, results: Mapping[str, object], step: int) -> None:
-        """Log plain data at any depth, a number by the path to it (`test/accuracy`), and end the run everywhere."""
+        """Log the numbers in plain data, each by the path to it (`test/accuracy`), and end the run everywhere."""
         self._begin(step)
         self._log(_numbers(results), step)
         self._end(succeeded=True)

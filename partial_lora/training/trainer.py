@@ -39,16 +39,16 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(fsdp.ShardedTrainer):
     """Trainer that resumes, in another process too, as if it had never been ended.
 
-    Checkpoints are whole or absent, and hold what trains alone (checkpoints.py). All optimizer steps have the same
-    number of examples, in however many parts they are computed: the last rows of an epoch that fill no batch are left
-    out of it (other ones every epoch). Otherwise several processes, which share a short batch unevenly, would compute
-    something else than one, and so would several parts of a step. Evaluation leaves none out.
+    Checkpoints are whole or absent, and hold only what trains (checkpoints.py). All optimizer steps have the same
+    number of examples, however many parts they are computed in: the last rows of an epoch that fill no batch are left
+    out (other rows in every epoch). Otherwise several processes, which share a short batch unevenly, would compute
+    something else than one process does, and so would several parts of a step. Evaluation leaves no row out.
 
     Args:
         versions: of the libraries that compute.
         keep: the number of checkpoints kept beside the best one.
         length_grouped: True to put texts of like length in one batch.
-        final_after: from all steps to the one after which the method has its final size.
+        final_after: from the number of steps to the step after which the method has its final size.
         rates: learning rates (`TrainerConfig.learning_rates`).
         heads: the names of the modules that train whole, in the model that is adapted.
         settings: Trainer's.
@@ -76,7 +76,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
 
     @property
     def mean_loss(self) -> float:
-        """The loss of this process over the steps of all attempts."""
+        """The mean loss of this process over the steps of all attempts."""
         return self._losses.item() / max(self.state.global_step, 1)
 
     @property
@@ -85,7 +85,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def train(self, resume_from_checkpoint: Path | None = None):
-        """Train; from a checkpoint (`checkpoints.resumable`) where there is one."""
+        """Train, from a checkpoint (`checkpoints.resumable`) if there is one."""
         self._began = time.perf_counter()
         return super().train(resume_from_checkpoint and str(resume_from_checkpoint))
 
@@ -107,12 +107,12 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     def create_optimizer(self, model=None):
         """Create Trainer's optimizer, its groups parted where B or the head has a learning rate of its own.
 
-        PEFT's `create_loraplus_optimizer` has no rate for the head: it gives the head's weight that of A, and its bias,
-        as all vectors, that of B. Nor does it decay weights by Trainer's rules.
+        PEFT's `create_loraplus_optimizer` has no rate for the head: the head's weight gets A's rate, and its bias, like
+        all vectors, gets B's. Nor does it decay weights by Trainer's rules.
         """
         if self.optimizer is None:
             super().create_optimizer(model)
-            if len(self._rates) > 1:  # else the groups are those of checkpoints from before there were other rates
+            if len(self._rates) > 1:  # with one rate the groups stay as older checkpoints have them
                 self.optimizer.param_groups[:] = self._parted(self.model if model is None else model)
         return self.optimizer
 
@@ -129,7 +129,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             if (own := [value for value in group["params"] if parts.get(id(value), "adapter") == part])
         ]
         for part in self._rates.keys() - {group["part"] for group in groups} - {"adapter"}:
-            raise PartialLoraError(f"{_KEYS[part]}: nothing trains here that it is a learning rate of; leave it out")
+            raise PartialLoraError(f"{_KEYS[part]}: nothing that trains here has this learning rate; leave it out")
         return groups
 
     def _get_learning_rate(self):
@@ -156,9 +156,9 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             self.args.dataloader_drop_last = False
 
     def _get_train_sampler(self, train_dataset=None):
-        """Draw texts of like length together, in batches of all processes: as one process alone would draw them.
+        """Draw texts of like length together, in batches of all processes, as one process alone would draw them.
 
-        Trainer's own setting for this would also bring the rows of an evaluation, and its predictions, out of order.
+        Trainer's own setting for this would also reorder the rows of an evaluation, and its predictions.
         """
         count = len(self.train_dataset)
         if self.args.gradient_accumulation_steps > 1:  # otherwise an epoch would end with a step that lacks some parts
@@ -213,12 +213,12 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             self.state.save_to_json(str(building / checkpoints.STATE))
             shape = checkpoints.shape_of(self.model)
             checkpoints.Progress(losses, self.seconds, self._versions, shape).save(building)
-            seal(building, final)  # replaces that of an attempt which had resumed from an earlier one
+            seal(building, final)  # replaces what an earlier attempt left under this name
             checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
         self.accelerator.wait_for_everyone()
 
     def _name_best(self) -> None:
-        """Name the best checkpoint in Trainer's state by its final folder, not by that in which it was written."""
+        """Name the best checkpoint in Trainer's state by its final folder, not by the one it was written in."""
         best = self.state.best_global_step
         self.state.best_model_checkpoint = best and os.path.join(self.args.output_dir, f"checkpoint-{best}")
 
@@ -256,7 +256,7 @@ def _checkpoint_named_on_error(checkpoint: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise PartialLoraError(
-            f"{checkpoint} cannot be written ({reason}): make room there and run the command again, it goes on from "
+            f"{checkpoint} cannot be written ({reason}): make room there and run the command again; it goes on from "
             "the last checkpoint"
         ) from error
 
@@ -284,10 +284,10 @@ class LengthSampler(LengthGroupedSampler):
 
 @dataclass
 class UninterruptedCollate:
-    """`collate`, in a process that ignores the signals to stop where that only loads data.
+    """`collate`, which has a process that only loads data ignore the signals to stop.
 
-    Schedulers signal every process of a job. One that loads data would die, and its training with it before the
-    checkpoint is made; it ends with the training in any case.
+    Schedulers signal every process of a job. A process that loads data would die, and its training with it before the
+    checkpoint is made. It ends with the training in any case.
     """
 
     collate: Callable[[Sequence], dict[str, Tensor]]
@@ -319,7 +319,7 @@ class ReportProgress(TrainerCallback):
         if score is not None:
             detail["validation"] = {args.metric_for_best_model: score}
         tokens = state.num_input_tokens_seen - self._earlier_tokens
-        if tokens > 0:  # a second since training began, validation and checkpoints included
+        if tokens > 0:  # the time since training began includes validation and checkpoints
             detail["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
         progress.emit("train", state.global_step, state.max_steps, **detail)
 
@@ -388,10 +388,10 @@ class LogAtSave(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """End training at a signal: after the current step, with a checkpoint.
 
-    In the last step of an epoch that ends with validation, that comes first: a resumed run begins with the next epoch.
-    Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would have without
-    this, and the last checkpoint is whole; but nothing interrupts the checkpoint of a stop. Several processes stop
-    after the same step.
+    After the last step of an epoch that ends with validation, the validation comes first: a resumed run begins with the
+    next epoch. Between steps, while validation is measured or a checkpoint made, a signal ends the process as it would
+    without this callback, and the last checkpoint is whole; but nothing interrupts the checkpoint of a stop. Several
+    processes stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -445,8 +445,8 @@ class StopOnSignal(TrainerCallback):
 def mixed_precision(requested: str, device: str) -> str:
     """Return the number format that training computes in: "no" (fp32), "bf16" or "fp16".
 
-    "auto" is bf16 on an accelerator that computes it natively, and fp32 on every processor: a result must not depend on
-    which one it is (scripts/precision.py times a step in either).
+    "auto" is bf16 on an accelerator that computes it natively, else fp32. On a CPU it is always fp32: a result must not
+    depend on which CPU it is (scripts/precision.py times a step in either format).
     """
     if requested != "auto":
         return requested
@@ -455,7 +455,7 @@ def mixed_precision(requested: str, device: str) -> str:
 
 
 def data_workers(requested: int | None, device: str, world_size: int) -> int:
-    """Return the number of processes that load data for this one: none beside a CPU, with which they would compete."""
+    """Return the number of processes that load data for this one: none on a CPU, where they would compete with it."""
     if requested is not None:
         return requested
     return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
@@ -492,15 +492,15 @@ def build_trainer(
 
     Args:
         collate: from rows to a batch; loss: its loss, over the whole step (objectives.py).
-        measure: metrics of validation, of which `selects` names the one that selects a checkpoint.
+        measure: the metrics of validation; `selects` names the metric that selects a checkpoint.
         reduce: from (logits, labels) of an evaluation's batch to what `measure` needs.
         precision: "no", "bf16" or "fp16" (`mixed_precision`).
         versions: of the libraries; training resumes under the same ones alone.
-        length_grouped: True where rows have a column `length`, and those of like length are put in one batch.
+        length_grouped: True where rows have a column `length`, to put rows of like length in one batch.
         reads_tokens: True to count tokens, so that progress reports their rate.
         sharded: True where parameters are sharded over the processes (fsdp.py).
-        final_after: from all steps to the one before which no checkpoint is selected.
-        heads: the names of the modules that train whole beside the adapter: the head and what is new like it.
+        final_after: from the number of steps to the step before which no checkpoint is selected.
+        heads: the names of the modules that train whole beside the adapter: the head and other new modules.
     """
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     parts = world_size * accumulation
@@ -510,7 +510,7 @@ def build_trainer(
             f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator"
             f"{times}; set it or trainer.num_processes"
         )
-    if parts > 1 and len(train) < batch_size:  # which they would share unevenly
+    if parts > 1 and len(train) < batch_size:  # processes and parts would share a short batch unevenly
         raise PartialLoraError(
             f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
             f"processes{times} share each batch"
