@@ -2,8 +2,9 @@
 
     python scripts/decided.py results/decided
 
-Of every form the runs at the learning rate that is best on validation over the seeds that chose it. A claim is of all
-sets, whatever their model. With the scores stands what a form costs: seconds a step, memory, minutes of calibration.
+Of every form the runs at the learning rate that is best on validation over the seeds that chose it. A claim is of the
+mean of all such sets, whatever their model, and then of each set by itself: two sets say next to nothing of others.
+With the scores stands what a form costs: seconds a step, memory, minutes of calibration.
 Writes RESULTS/tables/decided.md and .csv.
 """
 
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import pandas as pd
 from evidence.paired import (
+    ALL_SETS,
     DIFFERENCE,
     NO_RUNS,
     SCORE,
     Claim,
     Pair,
+    Verdict,
     between,
     differences,
     interval,
@@ -61,6 +64,9 @@ CLAIMS = {
     ],
     THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted kept p^-1", AS_GOOD)],
 }
+
+
+COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 
 
 def form_of(config: dict) -> str:
@@ -153,19 +159,28 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
 
 
+def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Return verdicts as rows."""
+    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+
+
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
     """Write the verdicts, the scores and the differences of runs at their best rates."""
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
     numbers = pd.concat([scores(runs), differences(runs, [*pairs, *BESIDE])], ignore_index=True)
     claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
     verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
-    shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+    shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
+    alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
+    each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
     planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
     parts = [
         f"    python scripts/decided.py {results_dir}",
         "# The claims at a margin of two points, among all of them",
-        made[["claim", "where", "alone", "verdict", "found"]].to_markdown(index=False),
+        made[COLUMNS].to_markdown(index=False),
+        "# The same of each set by itself, among all of these",
+        each_set.loc[each_set["found"] != NO_RUNS, COLUMNS].to_markdown(index=False),
     ]
     parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
