@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from partial_lora import files
 from partial_lora.bars import Bars, bar
-from partial_lora.errors import PartialLoraError, ProofError, one_line, require
+from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, launch
@@ -340,7 +340,7 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
         try:
             own[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b] ({one_line(error)})") from error
+            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
     for key in ("methods", "budgets"):
         own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
     named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
