@@ -43,8 +43,9 @@ from partial_lora.report import race
 from partial_lora.report.records import NONE
 
 MARGIN = 0.02
-AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN)
-BETTER = Claim("{first} is better than {second}", 0, MARGIN)
+WORSE = "undecided (worse, perhaps by less than two points)"
+AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
+BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
 REFERENCES = ("lora", "low_rank", UNIFORM)
 BESIDE = [(UNIFORM, "lora"), ("low_rank", "lora"), (UNIFORM, "low_rank")]  # differences that no planned claim is about
@@ -172,16 +173,19 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
     shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
-    alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
-    each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
     planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
     parts = [
         f"    python scripts/decided.py {results_dir}",
         "# The claims at a margin of two points, among all of them",
         made[COLUMNS].to_markdown(index=False),
-        "# The same of each set by itself, among all of these",
-        each_set.loc[each_set["found"] != NO_RUNS, COLUMNS].to_markdown(index=False),
     ]
+    if numbers["task"].eq(ALL_SETS).any():
+        alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
+        each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
+        parts += [
+            "# The same of each set by itself, among all of these",
+            each_set.loc[each_set["found"] != NO_RUNS, COLUMNS].to_markdown(index=False),
+        ]
     parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]

@@ -346,6 +346,7 @@ class Claim:
     words: str
     holds_above: float
     fails_below: float
+    worse: str = WORSE
 
     def judge(self, found: Estimate, metric: str, significance: float) -> str:
         low, high = found.interval(1 - significance)
@@ -356,7 +357,7 @@ class Claim:
             return HOLDS
         if high < below:
             return FAILS
-        return WORSE if high < 0 else OPEN
+        return self.worse if high < 0 else OPEN
 
     def significance(self, found: Estimate, metric: str) -> float:
         return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(self.holds_above, self.fails_below)

@@ -141,7 +141,7 @@ def test_a_merged_image_model_says_what_its_images_must_look_like(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 61, 3), dtype=np.uint8))
     keys = ("image_size", "mean", "std", "interpolation")
     transform = tasks.ImageTransform(**{key: getattr(run.config.model, key) for key in keys})
-    expected = transform({"image": [image], "label": [0]})["pixel_values"][0]
+    expected = transform.encode([image])["pixel_values"][0]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     torch.testing.assert_close(transform(image), expected)
