@@ -28,14 +28,45 @@ forms/forms: gtsrb, budget 0.13: entries − low_rank
 forms/forms: trec, budget 0.13: entries − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: trec, budget 0.13: random_weights − low_rank
+forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
+forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb: lora
 forms/forms: trec: lora
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora; partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
 """,
     "results/README.md": """
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora; partial kept p^-1 − low_rank;\
- partial kept p^-1 − targeted kept p^-1; partial kept p^-1 − random_weights; partial kept p^-1 − uniform kept p^-1;\
- uniform kept p^-1 − lora; low_rank − lora
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − low_rank
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − low_rank
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − targeted kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − targeted kept p^-1
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − random_weights
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − random_weights
+decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: digits, budget 0.13: uniform kept p^-1 − lora
+decided/tables/decided: trec, budget 0.13: uniform kept p^-1 − lora
+decided/tables/decided: digits, budget 0.13: low_rank − lora
+decided/tables/decided: trec, budget 0.13: low_rank − lora
+race/race: trec, budget 0.13: entries − low_rank
+race/race: trec, budget 0.13: random_weights − low_rank
+race/race: trec, budget 0.13: hira − low_rank
+race/race: trec, budget 0.13: oft − low_rank
+race/race: trec, budget 0.13: partial kept p^-1 − low_rank
+race/race: trec, budget 0.13: lokr − low_rank
+race/race: trec, budget 0.13: unilora − low_rank
+race/race: trec, budget 0.13: loha − low_rank
+race/race: trec, budget 0.13: pissa − low_rank
+race/race: trec, budget 0.13: dora − low_rank
+forms/forms: gtsrb, budget 0.13: random_weights − low_rank
+forms/forms: gtsrb, budget own: lora − low_rank
+forms/forms: trec, budget own: lora on query, value − low_rank
+forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
+forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
 cpu/tables/table1: all sets, budget 0.13: partial − lora
 cpu/tables/table1: digits, budget 0.13: partial − lora
 cpu/tables/table1: gtsrb, budget 0.13: partial − lora
