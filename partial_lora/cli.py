@@ -69,7 +69,10 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        print(f"partial-lora: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"partial-lora: {error.filename or 'a file'}: {error.strerror}; check its rights and its disk",
+            file=sys.stderr,
+        )
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -278,7 +281,7 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-# --- compare: a sweep for every method and size, and a race.
+# --- compare: a sweep for every method and size, and a ranking.
 
 
 def compare(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What only a checkout has: the committed results, which a source distribution leaves out."""
+"""A mark for tests of the committed results, which a source distribution leaves out."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from partial_lora.finished import export
 
 
 def in_this_process(samples: export.Samples, *, model: Path, adapter: Path | None = None, library="transformers"):
-    """What a clean interpreter computes (`export.logits_elsewhere`), without the seconds that one takes to start."""
+    """Compute what a clean interpreter would (`export.logits_elsewhere`), without the seconds of its start."""
     inputs, kind = samples.inputs, samples.pipeline
     with torch.no_grad():
         if library == "timm":

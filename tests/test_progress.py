@@ -23,7 +23,7 @@ def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_first_and_the_last_event_of_a_stage_always_arrive(events: Path, monkeypatch) -> None:
-    """Of those between, one in 0.1 s: here every seventh."""
+    """Events between the two are one in 0.1 s: here every seventh."""
     clock = itertools.count()
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock) / 64))
     for done in range(1, 1001):

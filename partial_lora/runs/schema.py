@@ -49,7 +49,7 @@ class MaskConfig:
 
     @property
     def counted(self) -> str:
-        """What a budget is spent on (`budget.counted_of`)."""
+        """Name what a budget is spent on (`budget.counted_of`)."""
         return counted_of(self.granularity, self.columns)
 
     def __post_init__(self) -> None:

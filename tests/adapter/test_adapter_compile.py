@@ -110,7 +110,7 @@ def test_dropout_is_compiled_into_the_graph():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_computes_what_eager_does():
-    """Of one module, which gathers and scatters: the rest is more of the same, and compiling it takes minutes."""
+    """One module, which gathers and scatters: the rest is more of the same, and compiling it takes minutes."""
     module = fill(adapt(timm_vit, sparsity=MIXED)).get_base_model().blocks[0].mlp.fc1
     assert module.lora_A["default"].gathers
     assert module.lora_B["default"].gathers

@@ -108,7 +108,7 @@ def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """What an interpreter says that imports the adapter: by a PEFT without three things first, then as it is."""
+    """Output of an interpreter that imports the adapter: first beside a PEFT without three things, then as it is."""
     code = """
         import sys
 
