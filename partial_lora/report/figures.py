@@ -269,12 +269,12 @@ def training(runs: Sequence[Run]) -> Drawing | None:
 
 
 def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[float, float]]:
-    """Return the points (size, score) for which no point as small or smaller has a better score, by size."""
+    """Return the points (cost, score) for which no point at that cost or less has a better score, by cost."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best: list[tuple[float, float]] = []
-    for size, score in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+    for cost, score in sorted(points, key=lambda point: (point[0], -sign * point[1])):
         if not best or sign * score > sign * best[-1][1]:
-            best.append((size, score))
+            best.append((cost, score))
     return best
 
 

@@ -17,7 +17,7 @@ from rich.console import Group
 from partial_lora.files import write_atomic
 from partial_lora.report import page, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
-from partial_lora.report.figures import Shown
+from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import half_interval
 from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -186,17 +186,6 @@ def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> t
 # --- Who is better at no higher cost.
 
 
-def front(numbers: pd.DataFrame, cost: str) -> pd.Series:
-    """Return which rows no other row of their task beats: in score at no higher cost, or in cost at no lower score."""
-    sign = np.where(numbers["metric"].isin(LOWER_IS_BETTER), -1, 1)
-    score, price = sign * numbers["test"].to_numpy(), numbers[cost].to_numpy(float)
-    better = (
-        (score[:, None] >= score) & (price[:, None] <= price) & ((score[:, None] > score) | (price[:, None] < price))
-    )
-    same = numbers["task"].to_numpy()[:, None] == numbers["task"].to_numpy()
-    return pd.Series(~(better & same).any(axis=0), index=numbers.index)
-
-
 def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
     """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
 
@@ -211,13 +200,15 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
     }
     figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
     metric = known["metric"].iloc[0]
-    is_front, names, handles = front(known, cost), {}, {}
+    names, handles = {}, {}
     for axes, task in zip(drawn, tasks, strict=True):
-        for index, row in known[known["task"] == task].iterrows():
+        of_task = known[known["task"] == task]
+        best = front(zip(of_task[cost], of_task["test"], strict=True), of_task["metric"].iloc[0])
+        for index, row in of_task.iterrows():
             color, marker = looks[row["form"]]
             times = 100 if row["metric"] in SHARES else 1
             half = 0 if math.isnan(row["half"]) else times * row["half"]
-            fade = 1.0 if is_front[index] else 0.3
+            fade = 1.0 if (row[cost], row["test"]) in best else 0.3
             point = (row[cost] / unit, times * row["test"])
             axes.errorbar(*point, yerr=half, color=color, linewidth=1, alpha=fade * 0.6)
             (mark,) = axes.plot(*point, marker, color=color, alpha=fade, markersize=6)
@@ -230,7 +221,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
             handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
         axes.set(title=task, xlabel=label, ylabel=f"test {metric}{' (%)' if metric in SHARES else ''}")
         if cost == "parameters":
-            sized(axes, known.loc[known["task"] == task, cost])
+            sized(axes, of_task[cost])
         plain(axes)
     legend_below(figure, [handles[form] for form in forms])
     return save_both(figure, out, stem), inline(figure, names, stem=stem)

@@ -1,4 +1,4 @@
-"""The ranking of methods at equal size: names, best rates, differences of paired seeds, and the Pareto front."""
+"""The ranking of methods at equal size: names, best rates, differences of paired seeds, the page."""
 
 from __future__ import annotations
 
@@ -61,19 +61,6 @@ def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, 
     assert race.form_of({"mask": mask, "method": method}) == name
 
 
-def test_a_row_is_on_the_front_unless_another_one_is_as_good_at_no_higher_cost() -> None:
-    table = pd.DataFrame(
-        [("a", 0.9, 10), ("b", 0.8, 10), ("c", 0.8, 5), ("d", 0.95, 20), ("e", 0.8, 5)],
-        columns=["form", "test", "parameters"],
-    ).assign(task="digits", metric="accuracy")
-    assert list(race.front(table, "parameters")) == [True, False, True, True, True]
-    assert list(race.front(table.assign(task=list("xyxyy")), "parameters")) == [True, False, True, True, True]
-    falling = table.assign(metric="perplexity")
-    assert list(race.front(falling, "parameters")) == [False, False, True, False, True]
-    both = pd.concat([table, falling.assign(task="texts")], ignore_index=True)
-    assert list(race.front(both, "parameters")) == [True, False, True, True, True, False, False, True, False, True]
-
-
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
     table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
@@ -91,6 +78,16 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
     assert "<b>cars, 0.13 of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_what_another_form_beats_at_no_higher_cost_is_faint(tmp_path) -> None:
+    rows = [("a", 0.9, 10), ("b", 0.8, 10), ("c", 0.8, 5), ("d", 0.95, 20), ("e", 0.8, 5)]
+    table = pd.DataFrame(rows, columns=["form", "test", "parameters"])
+    shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
+    (_, svg), _ = race.draw_front(table.assign(**shared), "parameters", tmp_path, "front")
+    drawn = svg.read_text()
+    marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in table.index}
+    assert [index for index, mark in marks.items() if "stroke-opacity: 0.3" in mark] == [1]
 
 
 def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
