@@ -79,6 +79,7 @@ def evaluate_run(
     transform = build.transform_of(config.model, task)
     judge = build.judge_of(config, other, transform, Alone())
 
+    @objectives.grouped
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
         return logits_of(model, batches, judge.reduce, advance)

@@ -73,6 +73,40 @@ def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | N
 Predict = Callable[[Dataset], tuple[np.ndarray, np.ndarray]]
 
 
+def by_length(rows: Dataset) -> Dataset:
+    """Return texts with those of like length in a row, the longest first, so that batches need little padding.
+
+    The options of a question stay together and in their order. Images stay as they are.
+    """
+    return rows if (order := _longest_first(rows)) is None else rows.select(order)
+
+
+def grouped(predict: Predict) -> Predict:
+    """Return `predict` that sees texts of like length together; its outputs are in the order of the rows all the same.
+
+    Labels that `predict` leaves out, as an empty array, stay left out.
+    """
+
+    def in_order(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        if (order := _longest_first(rows)) is None:
+            return predict(rows)
+        logits, labels = predict(rows.select(order))
+        back = np.argsort(order)
+        return logits[back], labels[back] if len(labels) else labels
+
+    return in_order
+
+
+def _longest_first(rows: Dataset) -> np.ndarray | None:
+    """Return the order of `by_length`; None for images."""
+    if "length" not in rows.column_names:
+        return None
+    lengths = np.asarray(rows["length"])
+    if "item" in rows.column_names:  # the longest option stands for its question
+        lengths = pandas.Series(lengths).groupby(np.asarray(rows["item"])).transform("max").to_numpy()
+    return np.argsort(-lengths, kind="stable")
+
+
 @dataclass(frozen=True)
 class Judged:
     """Metrics of a split by name, `primary` naming the main one, and the predictions, one row an example."""
@@ -111,7 +145,7 @@ class _TaskJudge:
         return self._rows("train")
 
     def validation(self) -> Dataset:
-        return self._rows("validation")
+        return by_length(self._rows("validation"))
 
     def test(self) -> Dataset:
         return self._rows("test")
@@ -157,7 +191,7 @@ class ByOptions(_TaskJudge):
         return self.task.metrics[0]
 
     def validation(self) -> Dataset:
-        return self._options("validation")
+        return by_length(self._options("validation"))
 
     def test(self) -> Dataset:
         return self._options("test")
@@ -273,7 +307,7 @@ def predicts(trainer: Trainer) -> Predict:
             trainer.compute_metrics = measure
         return output.predictions, np.asarray(output.label_ids)
 
-    return predict
+    return grouped(predict)
 
 
 def _option_columns(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

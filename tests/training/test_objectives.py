@@ -150,3 +150,30 @@ def test_the_loss_of_tokens_is_a_mean_over_the_answers_however_a_step_is_cut() -
     ]
     assert torch.allclose(sum(parts), literal_mean)
     assert torch.allclose(objectives.loss_of_tokens(Output(logits), labels), literal_mean)
+
+
+def rows_of_lengths(lengths: list[int], **columns: list) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"place": list(range(len(lengths))), "length": lengths} | columns)
+
+
+def test_texts_of_like_length_are_predicted_together_and_come_back_in_their_order() -> None:
+    seen = []
+
+    def predict(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(list(rows["length"]))
+        return np.stack([rows["place"], rows["length"]], axis=1), np.asarray(rows["place"])
+
+    rows = rows_of_lengths([3, 9, 1, 9, 4])
+    logits, labels = objectives.grouped(predict)(rows)
+    assert seen == [[9, 9, 4, 3, 1]]
+    assert logits[:, 0].tolist() == labels.tolist() == rows["place"]
+    assert logits[:, 1].tolist() == rows["length"]
+    unlabelled = objectives.grouped(lambda rows: (predict(rows)[0], np.empty(0)))
+    assert unlabelled(rows)[0][:, 0].tolist() == rows["place"]
+    images = rows.remove_columns("length")
+    assert objectives.by_length(images)["place"] == rows["place"]
+
+
+def test_the_options_of_a_question_stay_together_and_in_their_order() -> None:
+    rows = rows_of_lengths([5, 2, 3, 3, 8, 1], item=[0, 0, 1, 1, 2, 2])
+    assert objectives.by_length(rows)["place"] == [4, 5, 0, 1, 2, 3]
