@@ -492,20 +492,55 @@ _LESS_SURE = 1 / 8  # share of the less sure units that are right: for vit_s14 o
 def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Measure) -> list[Batch]:
     """Return the same units, those with the largest `sureness` (units,) first, in batches that get smaller.
 
-    Inputs of several lengths stay in the batches that the caller padded, and whole batches change places.
+    Texts are padded to the longest of their new batch. Inputs of several shapes that are no texts stay in the batches
+    of the caller, and whole batches change places.
     """
-    parts = {name: [batch[name] for batch in batches] for name in batches[0]}
-    if any(len({part.shape[1:] for part in of_name}) > 1 for of_name in parts.values()):
+    widened = _as_wide(batches)
+    if widened is None:
         order = torch.stack([part.float().mean() for part in sureness]).argsort(descending=True, stable=True)
         return [batches[index] for index in order]
     sizes = [len(part) for part in sureness]
     firsts = [0, *accumulate(sizes)]
     unit = torch.cat([measure.units(batch) + first for batch, first in zip(batches, firsts, strict=False)])
     by_unit = unit.argsort(stable=True).split(torch.bincount(unit).tolist())  # the rows of each unit
-    whole = {name: torch.cat(of_name) for name, of_name in parts.items()}
+    whole = {name: torch.cat([batch[name] for batch in widened]) for name in widened[0]}
     chosen = torch.cat(list(sureness)).float().argsort(descending=True, stable=True).split(batch_sizes(sizes))
     rows = [torch.cat([by_unit[index] for index in some]) for some in chosen]
-    return [{name: value[some] for name, value in whole.items()} for some in rows]
+    return [_cut({name: value[some] for name, value in whole.items()}) for some in rows]
+
+
+def _is_text(batch: Batch) -> bool:
+    """Return whether an attention_mask (rows, length) says what is padding, of tensors (rows,) and (rows, length)."""
+    mask = batch.get("attention_mask")
+    return mask is not None and all(each.ndim == 1 or each.shape == mask.shape for each in batch.values())
+
+
+def _as_wide(batches: Sequence[Batch]) -> list[Batch] | None:
+    """Return batches of one width: texts are padded on the right to the longest batch, as others of them are padded.
+
+    None for inputs of several shapes that are no texts, or of which none is padded.
+    """
+    if all(len({batch[name].shape[1:] for batch in batches}) == 1 for name in batches[0]):
+        return list(batches)
+    padded = [batch for batch in batches if _is_text(batch) and not batch["attention_mask"].all()]
+    if not padded or not all(map(_is_text, batches)):
+        return None
+    row, place = (padded[0]["attention_mask"] == 0).nonzero()[0]
+    filler = {name: each[row, place].item() for name, each in padded[0].items() if each.ndim == 2}
+    width = max(batch["attention_mask"].shape[1] for batch in batches)
+
+    def widened(name: str, each: Tensor) -> Tensor:
+        return F.pad(each, (0, width - each.shape[1]), value=filler[name]) if name in filler else each
+
+    return [{name: widened(name, each) for name, each in batch.items()} for batch in batches]
+
+
+def _cut(batch: Batch) -> Batch:
+    """Return a batch of texts without the last places that are padding in every row; others as they are."""
+    if not _is_text(batch):
+        return batch
+    width = int(batch["attention_mask"].any(0).nonzero().max()) + 1
+    return {name: each[:, :width] if each.ndim == 2 else each for name, each in batch.items()}
 
 
 def batch_sizes(sizes: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from scored_models import (
     questions,
     scored_draw,
     texts,
+    word_batches,
 )
 from sklearn import metrics
 from torch import nn
@@ -26,6 +27,7 @@ from partial_lora.calibration.score import (
     BoundedScore,
     Correctness,
     FewShotScore,
+    Loss,
     Tally,
     arranged,
     batch_sizes,
@@ -473,6 +475,38 @@ def test_units_stay_what_they_were():
     assert first["x"].tolist() == [4, 1, 6, 3]
     assert first["labels"].tolist() == [0, 1, 2, 3]
     assert second["x"].tolist() == [2, 0, 5]
+
+
+@pytest.mark.parametrize("case", [labelled, texts])
+def test_texts_are_padded_to_the_longest_of_their_new_batch_and_answer_as_before(case):
+    model, batches, _ = case()
+    measure = Correctness() if case is labelled else Loss()
+
+    def values(batch):
+        inputs = {name: each for name, each in batch.items() if name != "labels"}
+        with torch.no_grad():
+            return measure.values(model(**inputs).logits, batch)
+
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    parts = arranged(batches, [-batch["attention_mask"].sum(1) for batch in batches], measure)  # the shortest first
+    longest = [part["attention_mask"].sum(1) for part in parts]
+    assert torch.cat(longest).tolist() == lengths.sort().values.tolist()
+    assert [part["input_ids"].shape[1] for part in parts] == [int(each.max()) for each in longest]
+    shortest_first = lengths.argsort(stable=True)
+    expected = torch.cat([values(batch) for batch in batches])[shortest_first]
+    assert torch.cat([values(part) for part in parts]).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", ["no padding", "embeddings"])
+def test_what_does_not_show_how_to_pad_it_stays_in_its_batches(changes):
+    batches = word_batches((7, 5))
+    for batch in batches:
+        if changes == "no padding":
+            batch["attention_mask"][:] = 1
+        else:
+            batch["inputs_embeds"] = torch.zeros(*batch.pop("input_ids").shape, 4)
+    sureness = [torch.zeros(6), torch.ones(6)]
+    assert arranged(batches, sureness, Correctness()) == [batches[1], batches[0]]
 
 
 @pytest.mark.parametrize(
