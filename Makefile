@@ -276,14 +276,19 @@ define STAGE_point
 $(call SUITED,$(1),calibration=threshold method=partial$(comma)targeted$(comma)uniform)
 
 endef
+# The rate that the first stage chose for partial, where it is done.
+RATE_digits = 2e-3
+RATE_trec = 1e-3
+AT_ITS_RATE = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) \
+	trainer.learning_rate=$(or $(RATE_$(1)),auto) $(2) || test $$? = 1
 define SHARES
-$(call SUITED,$(1),method=partial calibration.shrink=0$(comma)0.5$(comma)2)
-$(call SUITED,$(1),method=uniform$(comma)shuffled)
-$(call SUITED,$(1),method=partial calibration.search=gradient)
-$(call SUITED,$(1),method=partial calibration.levels=0.01 calibration.max_sparsity=0.99)
+$(call AT_ITS_RATE,$(1),method=partial calibration.search=gradient)
+$(call AT_ITS_RATE,$(1),method=partial calibration.shrink=0$(comma)0.5$(comma)2)
+$(call AT_ITS_RATE,$(1),method=uniform$(comma)shuffled)
+$(call AT_ITS_RATE,$(1),method=partial calibration.levels=0.01 calibration.max_sparsity=0.99)
 
 endef
-STAGE_shares = $(if $(filter digits gtsrb,$(1)),$(SHARES))
+STAGE_shares = $(if $(filter digits trec gtsrb,$(1)),$(SHARES))
 decided: $(VENV)/.installed
 	$(foreach task,$(if $(FILES_AT),$(DECIDED),$(filter digits,$(DECIDED))),$(foreach stage,$(STAGES),$(call STAGE_$(stage),$(task))))
 	$(BIN)/python scripts/decided.py results/decided
