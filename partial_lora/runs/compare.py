@@ -18,7 +18,7 @@ from partial_lora.runs.schema import defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
-_AT_BUDGET = {  # overrides that give PEFT's own methods the size of a budget
+AT_BUDGET = {  # overrides that give PEFT's own methods the size of a budget
     "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
     "vera": ("method.peft_type=VERA",),
 }
@@ -114,7 +114,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             if budget is not None:
                 if method in _SIZED_ALIKE and not own_calibration:
                     chosen.append("calibration=fixed")
-                chosen += [*_AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
+                chosen += [*AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
             size = "own size" if budget is None else f"{budget:g}"
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
             planned = checked(["-m", *entry.overrides])
