@@ -4,7 +4,8 @@
 
 Of every form the runs at the learning rate that is best on validation over the seeds that chose it. A claim is of the
 mean of all such sets, whatever their model, and then of each set by itself: two sets say next to nothing of others.
-With the scores stands what a form costs: seconds a step, memory, minutes of calibration.
+With the scores stands what a form costs: seconds a step, memory, minutes of calibration. Where shares by gradient were
+trained, too, a table says how far they agree with those of a search by evaluations.
 Writes RESULTS/tables/decided.md and .csv.
 """
 
@@ -37,6 +38,7 @@ from evidence.runs import BUDGET, THRESHOLD, collect
 from evidence.tables import in_words, readable_differences, readable_scores
 
 from partial_lora import cli
+from partial_lora.calibration.reliability import every_two, mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
@@ -47,8 +49,16 @@ WORSE = "undecided (worse, perhaps by less than two points)"
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
+BY_GRADIENT = f"{PARTIAL}, by gradient"
 REFERENCES = ("lora", "low_rank", UNIFORM)
-BESIDE = [(UNIFORM, "lora"), ("low_rank", "lora"), (UNIFORM, "low_rank")]  # differences that no planned claim is about
+# Differences that no planned claim is about.
+BESIDE = [
+    (UNIFORM, "lora"),
+    ("low_rank", "lora"),
+    (UNIFORM, "low_rank"),
+    (BY_GRADIENT, PARTIAL),
+    (BY_GRADIENT, UNIFORM),
+]
 CLAIMS = {
     BUDGET: [
         (PARTIAL, "lora", AS_GOOD),
@@ -135,6 +145,32 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def agreements(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return by set how far the shares of partial's two searches agree (means over pairs of calibrations at one size).
+
+    The draw moves shares, too: where another draw changes them as much as another search, the search matters little.
+    """
+    rows = []
+    for _, own in runs[runs["operating_point"] == BUDGET].groupby(["mixture", "task"], sort=False):
+        found = {
+            form: {run.seed: run.run.record["sparsity"] for run in own[own["method"] == form].itertuples()}
+            for form in (PARTIAL, BY_GRADIENT)
+        }
+        searched, predicted = found.values()
+        both = searched.keys() & predicted.keys()
+        of_pairs = {
+            "the search and gradients, one draw": [(searched[seed], predicted[seed]) for seed in both],
+            "the search, two draws": every_two(list(searched.values())),
+            "gradients, two draws": every_two(list(predicted.values())),
+        }
+        for name, pairs in of_pairs.items() if both else ():
+            alike = mean_difference(pairs)
+            known = {key: alike[key] for key in ("pearson", "spearman", "mean_absolute")}
+            numbers = {key: NONE if value is None else f"{value:.2f}" for key, value in known.items()}
+            rows.append({"set": own["task"].iloc[0], "pairs of": name, **numbers, "pairs": alike["pairs"]})
+    return pd.DataFrame(rows)
+
+
 def _calibrated_for(record: Mapping) -> float:
     """Return the seconds of a run's calibration: 0 if it has reused another run's, NaN without one."""
     calibration = record.get("calibration") or {}
@@ -189,6 +225,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
+    if not (alike := agreements(runs)).empty:
+        parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]
     parts += [
         f"**{title}**\n\n{table.to_markdown(index=False, disable_numparse=True)}" for title, table in tables.items()
     ]

@@ -53,6 +53,24 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     assert set(of) >= {("partial kept p^-1", "lora"), ("partial kept p^-1", "low_rank")}
 
 
+def test_shares_by_gradient_stand_beside_those_of_the_search(tmp_path) -> None:
+    def sparsity(*shares: float) -> dict:
+        return {f"layer{at}": {"rows": share, "columns": share} for at, share in enumerate(shares)}
+
+    searched = [sparsity(0.1, 0.5, 0.9), sparsity(0.9, 0.5, 0.1), sparsity(0.1, 0.5, 0.9)]
+    for seed, own in enumerate(searched):
+        run(tmp_path, "partial", 20, seed=seed, **KEPT, sparsity=own)
+        if seed:
+            run(tmp_path, "partial", 20, seed=seed, **KEPT, sparsity=own, calibration__search="gradient")
+    assert decided.main([str(tmp_path)]) == 0
+    lines = (tmp_path / "tables" / "decided.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[2:]] for line in lines if line.startswith("| digits")]
+    alike = {row[0]: row[1:5] for row in cells if "draw" in row[0]}
+    assert alike["the search and gradients, one draw"] == ["1.00", "1.00", "0.00", "2"]
+    assert alike["the search, two draws"] == ["-0.33", "-0.33", "0.36", "3"]
+    assert alike["gradients, two draws"] == ["-1.00", "-1.00", "0.53", "1"]
+
+
 def test_a_folder_without_runs_is_refused_by_name(tmp_path, capsys) -> None:
     assert decided.main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
