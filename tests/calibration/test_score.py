@@ -497,6 +497,20 @@ def test_texts_are_padded_to_the_longest_of_their_new_batch_and_answer_as_before
     assert torch.cat([values(part) for part in parts]).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
+def test_the_surest_texts_come_in_the_first_third_and_those_of_like_length_share_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (120,), generator=generator)
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    batch = {"input_ids": mask * 7, "attention_mask": mask, "labels": torch.arange(120)}
+    sureness = torch.randn(120, generator=generator)
+    parts = arranged([batch], [sureness], Correctness())
+    assert [len(part["labels"]) for part in parts] == [16, 16, 8] * 3
+    seen = torch.cat([part["labels"] for part in parts])
+    for third, expected in zip(seen.chunk(3), sureness.argsort(descending=True).chunk(3), strict=True):
+        assert sorted(third.tolist()) == sorted(expected.tolist())
+        assert lengths[third].tolist() == sorted(lengths[third].tolist())
+
+
 @pytest.mark.parametrize("changes", ["no padding", "embeddings"])
 def test_what_does_not_show_how_to_pad_it_stays_in_its_batches(changes):
     batches = word_batches((7, 5))
