@@ -62,6 +62,7 @@ race/race: trec, budget 0.13: unilora − low_rank
 race/race: trec, budget 0.13: loha − low_rank
 race/race: trec, budget 0.13: pissa − low_rank
 race/race: trec, budget 0.13: dora − low_rank
+race/race: trec, budget 0.13: fourierft − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
