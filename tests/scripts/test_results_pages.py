@@ -48,6 +48,8 @@ decided/tables/decided: digits, budget 0.13: partial kept p^-1 − random_weight
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − random_weights
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: digits, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
 decided/tables/decided: digits, budget 0.13: uniform kept p^-1 − lora
 decided/tables/decided: trec, budget 0.13: uniform kept p^-1 − lora
 decided/tables/decided: digits, budget 0.13: low_rank − lora
