@@ -492,10 +492,11 @@ _LESS_SURE = 1 / 8  # share of the less sure units that are right: for vit_s14 o
 
 
 def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Measure) -> list[Batch]:
-    """Return the same units, those with the largest `sureness` (units,) first, in batches that get smaller.
+    """Return the same units in other batches: those with the largest `sureness` (units,) first.
 
-    Texts come in thirds, the surest first. In each third those of like length share a batch, padded to the longest of
-    them. Inputs of several shapes that are no texts stay in the batches of the caller, and whole batches change places.
+    Images are in batches that get smaller. Texts come in thirds, the surest first; in each third those of like length
+    share a batch, padded to the longest of them. Inputs of several shapes that are no texts stay in the batches of the
+    caller, and whole batches change places.
     """
     widened = _as_wide(batches)
     if widened is None:

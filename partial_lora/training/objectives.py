@@ -82,7 +82,7 @@ def by_length(rows: Dataset) -> Dataset:
 
 
 def grouped(predict: Predict) -> Predict:
-    """Return `predict` that sees texts of like length together; its outputs are in the order of the rows all the same.
+    """Return `predict` for rows in any order: it sees texts of like length together, and its outputs are put back.
 
     Labels that `predict` leaves out, as an empty array, stay left out.
     """
