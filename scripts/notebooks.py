@@ -25,7 +25,7 @@ def notebook(script: Path) -> nbformat.NotebookNode:
     words = (
         ast.get_docstring(ast.parse(text)).replace("\nPrints:", "\n**Prints:**").replace("\nTakes:", "\n\n**Takes:**")
     )
-    made = jupytext.reads("\n".join(text.splitlines()[first.end_lineno :]), fmt="py:percent")
+    made = jupytext.reads("\n".join(text.splitlines()[first.end_lineno :]).lstrip("\n"), fmt="py:percent")
     made.cells.insert(0, nbformat.v4.new_markdown_cell(words))
     made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for number, cell in enumerate(made.cells):

@@ -84,10 +84,12 @@ def test_what_another_form_beats_at_no_higher_cost_is_faint(tmp_path) -> None:
     rows = [("a", 0.9, 10), ("b", 0.8, 10), ("c", 0.8, 5), ("d", 0.95, 20), ("e", 0.8, 5)]
     table = pd.DataFrame(rows, columns=["form", "test", "parameters"])
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
-    (_, svg), _ = race.draw_front(table.assign(**shared), "parameters", tmp_path, "front")
+    falling = table.assign(**shared | {"task": "texts", "metric": "perplexity"})
+    both = pd.concat([table.assign(**shared), falling], ignore_index=True)
+    (_, svg), _ = race.draw_front(both, "parameters", tmp_path, "front")
     drawn = svg.read_text()
-    marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in table.index}
-    assert [index for index, mark in marks.items() if "stroke-opacity: 0.3" in mark] == [1]
+    marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
+    assert [index for index, mark in marks.items() if "stroke-opacity: 0.3" in mark] == [1, 5, 6, 8]
 
 
 def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
