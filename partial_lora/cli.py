@@ -440,13 +440,13 @@ _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, e
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Predict what the arguments name and print it, batch by batch.
+    """Predict what the arguments name and print it, window by window.
 
     Returns 0, or 1 where an input could not be predicted: it is named on stderr, and the others go on. Raises
     PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    from partial_lora.finished.inputs import read_inputs
+    from partial_lora.finished.inputs import is_stdin, read_inputs
     from partial_lora.finished.run import finished_run
     from partial_lora.finished.task import one_task
 
@@ -454,8 +454,9 @@ def predict(arguments: Sequence[str]) -> int:
     task = one_task(run, parsed.member).config.task
     if parsed.max_new_tokens and task.kind != "generation":
         raise PartialLoraError(f"--max-new-tokens: task={task.name} generates no texts; leave it out")
+    sources = [*parsed.inputs, *(f"@{file}" for file in parsed.lines)]
     stream, total = read_inputs(
-        [*parsed.inputs, *(f"@{file}" for file in parsed.lines)],
+        sources,
         modality=task.modality,
         pairs=len(task.text_columns) == 2,
         kind=task.kind,
@@ -470,18 +471,19 @@ def predict(arguments: Sequence[str]) -> int:
         from partial_lora.finished.predict import Predictor
     predictor = Predictor(run, device=parsed.device, max_new_tokens=parsed.max_new_tokens, member=parsed.member)
     size = parsed.batch_size or run.config.trainer.eval_batch_size
+    window = size if any(map(is_stdin, sources)) else predictor.window(size)  # who writes to stdin may wait for answers
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
     stream, code, done = chain([first], stream), 0, 0
     # On a terminal the predictions themselves show how far the stream is.
     with bar("predict", shown=not sys.stdout.isatty()) as advance:
-        while batch := list(islice(stream, size)):
-            problems, lines = _predictions(predictor, batch, line)
+        while inputs := list(islice(stream, window)):
+            problems, lines = _predictions(predictor, inputs, size, line)
             for problem in problems:
                 code = 1
                 print(f"partial-lora: {problem}", file=sys.stderr)
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
-            done += len(batch)
+            done += len(inputs)
             advance(done, total)
     return code
 
@@ -517,7 +519,7 @@ def _predict_parser() -> argparse.ArgumentParser:
         "--top-k", type=_positive, metavar="N", help="print the N most probable labels (default: 1, with --json all)"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="inputs to predict and print at once (default: the run's)"
+        "--batch-size", type=_positive, metavar="N", help="inputs to predict at once (default: the run's)"
     )
     parser.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="longest text to write (default: the run's)"
@@ -536,11 +538,13 @@ def _positive(value: str) -> int:
     return _whole(value, least=1)
 
 
-def _predictions(predictor, batch: Sequence[Input], line: Callable[[Prediction], str]) -> tuple[list[str], list[str]]:
-    """Return the problems of inputs that cannot be predicted, and the lines of the others, each in a batch's order."""
-    outcomes = iter(predictor.outcomes([each.content for each in batch if each.problem is None]))
+def _predictions(
+    predictor, inputs: Sequence[Input], batch_size: int, line: Callable[[Prediction], str]
+) -> tuple[list[str], list[str]]:
+    """Return the problems of inputs that cannot be predicted, and the lines of the others, in the inputs' order."""
+    outcomes = iter(predictor.outcomes([each.content for each in inputs if each.problem is None], batch_size))
     problems, lines = [], []
-    for each in batch:
+    for each in inputs:
         outcome = next(outcomes) if each.problem is None else None
         where = f"{each.place}: " if each.place else ""
         if outcome is None:

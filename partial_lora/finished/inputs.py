@@ -45,12 +45,12 @@ def read_inputs(
 
     Raises PartialLoraError, in one line, for an argument that is no such thing.
     """
-    if sum(argument in (STDIN, f"@{STDIN}") for argument in arguments) > 1:
+    if sum(map(is_stdin, arguments)) > 1:
         raise PartialLoraError("-: standard input can be read once, and is named twice")
     parse = _image_path if modality == "image" else _question if kind == "choice" else _pair if pairs else _text
     sources: list[tuple[Iterable[Input], int | None]] = []
     for argument in arguments:
-        if argument in (STDIN, f"@{STDIN}"):
+        if is_stdin(argument):
             sources.append((_lines(stdin, "standard input", parse), None))
         elif argument.startswith("@"):
             sources.append((_lines_of_file(argument, modality, parse), None))
@@ -61,6 +61,11 @@ def read_inputs(
             sources.append(([_argument(argument, parse)], 1))
     totals = [total for _, total in sources]
     return chain.from_iterable(inputs for inputs, _ in sources), None if None in totals else sum(totals)
+
+
+def is_stdin(argument: str) -> bool:
+    """Return whether an argument stands for the lines of standard input."""
+    return argument in (STDIN, f"@{STDIN}")
 
 
 def _images(argument: str) -> list[str]:

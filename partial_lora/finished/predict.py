@@ -32,6 +32,7 @@ from partial_lora.training.metrics import generate, log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AHEAD = 16  # batches that a window of texts has: enough to find texts of like length, few enough to print soon
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,34 @@ class Predictor:
 
         Raises PartialLoraError that names the first input that cannot be read.
         """
-        size = batch_size or self._batch_size
+        size = self.window(batch_size)
         predictions = []
         for start in range(0, len(inputs), size):
-            for outcome in self.outcomes(inputs[start : start + size]):
+            for outcome in self.outcomes(inputs[start : start + size], batch_size):
                 if isinstance(outcome, PartialLoraError):
                     raise outcome
                 predictions.append(outcome)
         return predictions
 
-    def outcomes(self, inputs: Sequence) -> list[Prediction | PartialLoraError]:
-        """Return a prediction for every input of one batch, in order, or what is wrong with it."""
+    def window(self, batch_size: int | None = None) -> int:
+        """Return how many inputs `outcomes` takes at once: a batch, or several of texts that get labels or numbers."""
+        size = batch_size or self._batch_size
+        return size * _AHEAD if self.modality == "text" and self.kind == "label" else size
+
+    def outcomes(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction | PartialLoraError]:
+        """Return a prediction for every input of one window, in order, or what is wrong with it.
+
+        Texts of like length share a batch, so that little of it is padding.
+        """
+        size = batch_size or self._batch_size
         outcomes: list = self._encode(inputs)
         readable = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, PartialLoraError)]
-        if readable:
-            predictions = self._predict([inputs[place] for place in readable], [outcomes[place] for place in readable])
-            for place, prediction in zip(readable, predictions, strict=True):
+        if self.modality == "text":
+            readable.sort(key=lambda place: len(_words(inputs[place])), reverse=True)
+        for start in range(0, len(readable), size):
+            places = readable[start : start + size]
+            predictions = self._predict([inputs[place] for place in places], [outcomes[place] for place in places])
+            for place, prediction in zip(places, predictions, strict=True):
                 outcomes[place] = prediction
         return outcomes
 

@@ -95,6 +95,22 @@ def test_texts_are_predicted_as_the_run_itself_did() -> None:
         np.testing.assert_allclose([each.score for each in predictions], own["score"], atol=1e-5)
 
 
+def test_texts_of_like_length_share_a_batch(monkeypatch) -> None:
+    """A window of texts is padded no more than if it came sorted; images, read batch by batch, have no such window."""
+    predictor, texts = Predictor(finished_runs.text_run(), device="cpu"), finished_runs.sentences(10, 100)["text"]
+    shapes, logits = [], predictor._model.logits
+    monkeypatch.setattr(
+        predictor._model, "logits", lambda batch: shapes.append(tuple(batch["input_ids"].shape)) or logits(batch)
+    )
+    shown = random.Random(0).sample(list(texts), len(texts))
+    predictions = predictor.predict(shown, batch_size=4)
+    assert [each.input for each in predictions] == shown
+    assert [examples for examples, _ in shapes] == [4] * 5
+    widths = [width for _, width in shapes]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
+
+
 def test_pairs_are_predicted_as_the_number_that_the_run_itself_had() -> None:
     run, rows = finished_runs.pair_run(), finished_runs.scored_pairs(20, 100)
     predictor, pairs = Predictor(run, device="cpu"), list(zip(rows["first"], rows["second"], strict=True))
@@ -379,7 +395,8 @@ def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
 # Streams
 
 
-def test_a_stream_is_printed_batch_by_batch_and_never_read_ahead(photos, predict, monkeypatch) -> None:
+@pytest.mark.parametrize("source", ["images", "texts"])
+def test_a_stream_is_printed_batch_by_batch_and_never_read_ahead(source, photos, predict, monkeypatch) -> None:
     """When line n is read, all whole batches before it have been printed and flushed: one batch is in memory."""
 
     class Stdout(io.StringIO):
@@ -390,9 +407,10 @@ def test_a_stream_is_printed_batch_by_batch_and_never_read_ahead(photos, predict
 
     printed, when_read = Stdout(), []
     monkeypatch.setattr(sys, "stdout", printed)
-    feed = [photos[number % len(photos)] for number in range(10)]
+    of = {} if source == "images" else {"of": finished_runs.text_run()}
+    feed = photos[:10] if source == "images" else [f"{'so ' * (number % 3)}fine {number}" for number in range(10)]
     monkeypatch.setattr(sys, "stdin", Stdin(feed, lambda: when_read.append(printed.flushed)))
-    assert predict("--json", "--batch-size", "3", "-")[0] == 0
+    assert predict("--json", "--batch-size", "3", "-", **of)[0] == 0
     assert when_read == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
     assert [json.loads(line)["input"] for line in printed.getvalue().splitlines()] == feed
 
