@@ -66,10 +66,10 @@ def plan(arguments: Sequence[str]) -> Plan:
     name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
     try:
         hydra = _hydra_of_plan(flags)
-        mode = RunMode.MULTIRUN if flags.multirun else hydra.get_mode(name, overrides) or RunMode.RUN
-        master = hydra.compose_config(name, overrides, run_mode=mode, with_log_configuration=False)
-        if mode != RunMode.MULTIRUN:
+        master = None if flags.multirun else _single_run(hydra, name, overrides)
+        if master is not None:
             return _checked([([], master)])
+        master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
         combinations = _combinations(parsed) if choices["hydra/sweeper"] == "basic" else [_example(parsed)]
@@ -86,6 +86,23 @@ def plan(arguments: Sequence[str]) -> Plan:
         )
     finally:
         GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
+
+
+def _single_run(hydra, name: str, overrides: list[str]):
+    """Return what Hydra composes for one run, or None if `hydra.mode` asks for a sweep.
+
+    Hydra itself asks for the mode first, and so composes every run twice.
+    """
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    try:
+        composed = hydra.compose_config(name, overrides, run_mode=RunMode.RUN)
+    except HydraException:  # several values of a key are an error in one run
+        if hydra.get_mode(name, overrides) == RunMode.MULTIRUN:
+            return None
+        raise
+    return None if composed.hydra.mode == RunMode.MULTIRUN else composed
 
 
 @contextmanager
@@ -288,10 +305,7 @@ def composed(*overrides: str) -> Config:
         try:
             flags = get_args_parser().parse_args(for_hydra(overrides))
             name = flags.config_name or CONFIG_NAME
-            one = _hydra_of_plan(flags).compose_config(
-                name, flags.overrides, run_mode=RunMode.RUN, with_log_configuration=False
-            )
-            return _resolved(one)
+            return _resolved(_hydra_of_plan(flags).compose_config(name, flags.overrides, run_mode=RunMode.RUN))
         finally:
             GlobalHydra.instance().clear()
 
