@@ -94,10 +94,7 @@ def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
     chosen = []
     for _, own in runs.groupby(["task", "mixture", "method", "operating_point"], sort=False):
         own = own.drop_duplicates(["learning_rate", "seed"])
-        seeds = own.groupby("learning_rate")["seed"].nunique()
-        means = race.validated(own[own["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
-        best = means.sort_values(["validation", "loss"], ascending=[False, True]).index[0]
-        chosen.append(own[own["learning_rate"] == best])
+        chosen.append(own[own["learning_rate"] == race.best_rate(own)])
     return pd.concat(chosen, ignore_index=True)
 
 
@@ -117,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             method=[form_of(record["config"]) for record in records],
             model="all",
             importance="",
+            selects=[each["primary"] for each in validation],
             validation=[each[each["primary"]] for each in validation],
             loss=[each["loss"] for each in validation],
             calibration_seconds=[_calibrated_for(record) for record in records],

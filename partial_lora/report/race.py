@@ -49,20 +49,24 @@ def form_of(config: Mapping) -> str:
 
 
 def row_of(result: Mapping) -> dict:
-    """Return what the table needs of a record. The size is the budget, or "own" for a method without one."""
+    """Return what the table needs of a record. The size is the budget, or "own" for a method without one.
+
+    selects: the metric on validation, which for generations is another than on test.
+    """
     config, parameters, test = result["config"], result["parameters"], result["metrics"]["test"]
     validation, cost = result["metrics"]["validation"], result.get("cost") or {}
     budget = config["calibration"].get("budget")
     has_budget = budget is not None and (result.get("calibration") or result.get("fixed"))
     return {
         "task": config["task"]["name"],
-        "size": f"{budget:.2g}" if has_budget else "own",
+        "size": size_of(budget) if has_budget else "own",
         "form": form_of(config),
         "targets": ", ".join(config["model"]["target_modules"]),
         "metric": test["primary"],
         "learning_rate": float(config["trainer"]["learning_rate"]),
         "seed": result["seed"],
-        "validation": validation[test["primary"]],
+        "selects": validation["primary"],
+        "validation": validation[validation["primary"]],
         "loss": validation["loss"],
         "test": test[test["primary"]],
         "parameters": parameters["adapter_trainable"],
@@ -71,6 +75,11 @@ def row_of(result: Mapping) -> dict:
         "file_size": cost.get("adapter_bytes"),
         "seconds": sum(result["seconds"].values()),
     }
+
+
+def size_of(budget: float) -> str:
+    """Return a budget in words: a share of dense LoRA's parameters, or a number of them."""
+    return f"{budget:g}" if budget <= 1 else f"{budget:,.0f}"
 
 
 def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
@@ -89,19 +98,25 @@ def validated(cell: pd.DataFrame) -> pd.DataFrame:
     return common.groupby("learning_rate")[["validation", "loss"]].mean()
 
 
-def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of every cell at the learning rate that is best on validation, and the rates that were tried.
+def best_rate(cell: pd.DataFrame) -> float:
+    """Return the learning rate of a cell that is best on validation, of equals the one with the lower loss.
 
-    Only the rates with the most seeds compete: a search goes on with the better rates alone. `spent` is the seconds of
-    all runs of the cell.
+    Only the rates with the most seeds compete: a search goes on with the better rates alone.
+    """
+    seeds = cell.groupby("learning_rate")["seed"].nunique()
+    means = validated(cell[cell["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
+    falls = cell["selects"].iloc[0] in LOWER_IS_BETTER
+    return means.sort_values(["validation", "loss"], ascending=[falls, True]).index[0]
+
+
+def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of every cell at its best learning rate, and how many rates were tried.
+
+    `edge` is whether that rate is the lowest or highest of these; `spent` is the seconds of all runs of the cell.
     """
     chosen = []
     for _, cell in table.groupby(CELL, sort=False):
-        seeds = cell.groupby("learning_rate")["seed"].nunique()
-        most = cell[cell["learning_rate"].isin(seeds[seeds == seeds.max()].index)]
-        worse = cell["metric"].iloc[0] in LOWER_IS_BETTER
-        means = validated(most if seeds.max() > 1 else cell)
-        best = means.sort_values(["validation", "loss"], ascending=[worse, True]).index[0]
+        best = best_rate(cell)
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
@@ -150,9 +165,14 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "kept for the backward pass, MB": [_number(value / 1e6, ".1f") for value in part["saved_bytes"]],
             "seconds a step": [_number(value, ".3f") for value in part["step_seconds"]],
         }
-        of = "sizes of their own" if size == "own" else f"{size} of dense LoRA's parameters"
-        parts[f"{task}, {of}"] = pd.DataFrame(shown)
+        parts[f"{task}, {_of_size(size)}"] = pd.DataFrame(shown)
     return parts
+
+
+def _of_size(size: str) -> str:
+    if size == "own":
+        return "sizes of their own"
+    return f"{size} parameters" if float(size.replace(",", "")) > 1 else f"{size} of dense LoRA's parameters"
 
 
 def _score(metric: str, value: float, half: float, sign: str = "") -> str:
@@ -176,10 +196,10 @@ def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> t
     """Write the ranking of records into out/stem.md and .csv; return it as text, and the rows of all runs."""
     table = rows_of(results)
     numbers = compared(at_best_rates(table), reference)
-    numbers.to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
+    write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join(parts) + "\n"
-    write_atomic(out / f"{stem}.md", text.encode())
+    write_atomic(out / f"{stem}.md", text)
     return text, table
 
 

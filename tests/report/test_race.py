@@ -12,7 +12,7 @@ from partial_lora.report import race
 def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]]) -> list[dict]:
     """Rows of one form. scores: validation, loss and test by learning rate and seed."""
     cost = {"parameters": 10, "step_seconds": 1.0, "saved_bytes": 1.0, "file_size": 1, "seconds": 1.0}
-    common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy"} | cost
+    common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy", "selects": "accuracy"} | cost
     return [
         common | {"learning_rate": rate, "seed": seed, "validation": validation, "loss": loss, "test": test}
         for (rate, seed), (validation, loss, test) in scores.items()
@@ -90,6 +90,26 @@ def test_what_another_form_beats_at_no_higher_cost_is_faint(tmp_path) -> None:
     drawn = svg.read_text()
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "stroke-opacity: 0.3" in mark] == [1, 5, 6, 8]
+
+
+def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexity_selects() -> None:
+    def result(rate: float, perplexity: float, exact: float) -> dict:
+        made = record("lora", seed=0, trainer__learning_rate=rate)
+        validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
+        return made | {"metrics": {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}}
+
+    chosen = race.at_best_rates(race.rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
+    row = race.compared(chosen, "lora").iloc[0]
+    assert (row["learning_rate"], row["metric"], row["test"]) == (2e-3, "exact_match", 0.2)
+
+
+def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
+    """Budgets of 100,000 and 104,000 parameters, of 0.131 and 0.133."""
+    budgets = (0.131, 0.133, 100_000, 104_000)
+    table = race.rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
+    titles = list(race.titled(race.compared(race.at_best_rates(table), "low_rank"), "low_rank"))
+    of = [f"{size} of dense LoRA's parameters" for size in ("0.131", "0.133")]
+    assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
 
 def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
