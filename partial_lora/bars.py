@@ -90,19 +90,21 @@ class Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
         self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
 
-    def _print_line(self, stage: str, done: int, total: int, words: Sequence[str]) -> None:
+    def _print_line(self, stage: str, done: int, total: int | None, words: Sequence[str]) -> None:
         now = self._clock()
         if stage not in self._lines:
             self._lines[stage] = _Lines(now, done, now)
             self.note(f"{stage} …")
         lines = self._lines[stage]
-        if done >= total and stage not in self._ended:
+        if total is not None and done >= total and stage not in self._ended:
             self._ended.add(stage)
             self.note(f"{stage} done")
         elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
             lines.printed = now
-            left = round((now - lines.began) / (done - lines.at) * (total - done))
-            self.note(f"{stage} {', '.join(words)}, {timedelta(seconds=left)} left")
+            if total is not None:
+                left = round((now - lines.began) / (done - lines.at) * (total - done))
+                words = [*words, f"{timedelta(seconds=left)} left"]
+            self.note(f"{stage} {', '.join(words)}")
 
 
 @contextmanager

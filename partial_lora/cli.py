@@ -426,12 +426,20 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Import torch, datasets and their kin inside the block, in the environment they need: no bars, OpenMP threads."""
-    os.environ.update(launch.openmp())
+    """Import torch, datasets and their kin inside the block, in the environment they need: no bars, OpenMP threads.
+
+    OpenMP's variables are of this process alone: runs that it starts find their own.
+    """
+    added = launch.openmp()
+    os.environ.update(added)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with launch.importing():
-        yield
+    try:
+        with launch.importing():
+            yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 _WIDEST = 32  # columns that a label is padded to, at most
@@ -784,13 +792,13 @@ def push(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub and upload nothing")
     parsed = parser.parse_args(list(arguments))
+    from partial_lora.finished import push
     from partial_lora.finished.run import finished_run
 
+    push.check(parsed.repo)
     run = finished_run(parsed.run)
     with _libraries():
-        from partial_lora.finished import push
         from partial_lora.report import card
-    push.check(parsed.repo)
     folder = push.write(
         run, lambda built: card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact
     )

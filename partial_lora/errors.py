@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -32,10 +33,15 @@ class ProofError(PartialLoraError):
     """A check that was asked for failed: what was made does not do what it should."""
 
 
+def in_yaml(value: object) -> str:
+    """Return a value as a user writes it: null, true and false where Python has words of its own."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
 def require(holds: bool, key: str, value: object, expected: str) -> None:
     """Raise PartialLoraError, `key=value: expected ...`, where a condition does not hold."""
     if not holds:
-        raise PartialLoraError(f"{key}={value}: expected {expected}")
+        raise PartialLoraError(f"{key}={in_yaml(value)}: expected {expected}")
 
 
 def positive(key: str, value: float) -> None:
@@ -43,6 +49,6 @@ def positive(key: str, value: float) -> None:
     require(0 < value < math.inf, key, value, "a number above 0")
 
 
-def one_of(key: str, value: object, *known: str) -> None:
+def one_of(key: str, value: object, *known: object) -> None:
     """Raise PartialLoraError for a value that is none of a few words."""
-    require(value in known, key, value, " or ".join(map(str, known)))
+    require(value in known, key, value, " or ".join(map(in_yaml, known)))

@@ -45,4 +45,4 @@ def adapted(method: str, name: str, **changes):
     model = load(name)
     setting = setting_of(name, model, **changes)
     torch.manual_seed(0)
-    return methods.get(method)(model, setting), setting
+    return methods.METHODS[method](model, setting), setting

@@ -100,3 +100,11 @@ def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_le
         "train done",
         "",
     ]
+
+
+def test_a_log_of_a_stage_without_a_known_end_says_how_far_it_is() -> None:
+    written, seconds = io.StringIO(), iter((0, 20, 40))
+    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
+        for done in (1, 2, 3):
+            bars.update({"stage": "predict", "done": done, "total": None})
+    assert written.getvalue().splitlines() == ["predict …", "predict 3/?", ""]

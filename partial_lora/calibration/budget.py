@@ -76,13 +76,11 @@ def saturated(
 def parameter_count(budget: float, shapes: Shapes, rank: int, granularity: str = "rows_columns") -> int:
     """Return the trainable parameters that a budget allows: at most 1 is a share of the dense adapter, more is a count.
 
-    Raises PartialLoraError for a budget that no adapter meets, or that is above all that masks can keep.
+    budget: above 0. Raises PartialLoraError for one that no adapter meets, or that is above all that masks can keep.
     """
     units, unit = masked_units(shapes, rank, granularity)
     dense, most = dense_parameters(shapes, rank), dense_parameters(units, unit)
     least = unit * sum(size > 0 for sizes in units.values() for size in sizes)
-    if not 0 < budget < math.inf:
-        raise PartialLoraError(f"calibration.budget={budget}: expected a share in (0, 1] or a count of parameters")
     count = math.floor(budget * dense + 1e-6) if budget <= 1 else math.floor(budget)
     if count < least:
         raise PartialLoraError(
@@ -178,22 +176,6 @@ def shrunk(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: in
 def even_sparsity(shapes: Shapes, rank: int, count: int) -> Sparsity:
     """Return the sparsities of one density everywhere that spend `count` parameters, and not one more, by `scaled`."""
     return scaled({module: dict.fromkeys(AXES, 0.5) for module in shapes}, shapes, rank, count)  # any one density
-
-
-def uniform_sparsity(shapes: Shapes, rank: int, count: int) -> float:
-    """Return the one sparsity that, on every module and axis, trains as many parameters as `count` allows.
-
-    Raises PartialLoraError where one row and one column of each module are already more.
-    """
-    if kept_parameters(shapes, rank, 0.0) <= count:
-        return 0.0
-    low, high = 0.0, math.nextafter(1.0, 0.0)
-    if kept_parameters(shapes, rank, high) > count:
-        raise PartialLoraError(f"{count} trainable parameters: expected at least one row and one column of each module")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if kept_parameters(shapes, rank, middle) <= count else (middle, high)
-    return high
 
 
 def _kept(shape: tuple[int, int], sparsity: Mapping[str, float]) -> dict[str, int]:

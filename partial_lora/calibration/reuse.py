@@ -51,8 +51,6 @@ class Reuse:
     """
 
     def __init__(self, model: nn.Module, blocks: str | None, memory: int) -> None:
-        if memory < 0:
-            raise PartialLoraError(f"calibration.memory={memory}: expected a number of bytes, 0 to keep nothing")
         self.ran = 0
         self._blocks, self._memory = blocks, memory
         self._names = [] if blocks is None else block_names(model, blocks)

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building, redacted
-from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun
 from partial_lora.runs import directory
 from partial_lora.runs.config import plain, without_places
@@ -35,6 +34,8 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
 
     card: makes the page of a folder that has all the rest.
     """
+    from partial_lora.finished import export  # imports torch, which a wrong argument does not wait for
+
     folder = run.directory.resolve() / "export" / FOLDER
     with building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)

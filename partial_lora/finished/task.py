@@ -10,7 +10,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
 from partial_lora.runs import directory as results
 from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
-from partial_lora.runs.compose import composition_error
+from partial_lora.runs.compose import in_one_line
 from partial_lora.runs.config import check_files, conf_dir, plain
 from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.tasks.folders import split_folders
@@ -81,9 +81,7 @@ def evaluation_settings(
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     overrides = [in_grammar(each) for each in overrides]
     keys = {override.partition("=")[0] for override in overrides}
@@ -118,7 +116,7 @@ def evaluation_settings(
     ConfigStore.instance().store(name="schema", node=Config)
     ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
     GlobalHydra.instance().clear()
-    try:
+    with in_one_line(overrides):
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose("evaluated", overrides)
         for group in ("task", "trainer"):
@@ -126,8 +124,6 @@ def evaluation_settings(
                 raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
         task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
         check_files(task)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise PartialLoraError(composition_error(error, overrides)) from error
     if not of_another:
         _refuse_another_cut(recorded.data_files, task.data_files)
     return task, trainer

@@ -51,13 +51,6 @@ METHODS: dict[str, Method] = {
 _TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa, "peft": tuners.train_tuner}
 
 
-def get(name: str) -> Method:
-    """Return the function of a method (`MethodConfig.function`); raises PartialLoraError for an unknown name."""
-    if name not in METHODS:
-        raise PartialLoraError(f"method.name={name}: expected one of {', '.join(sorted(METHODS))}")
-    return METHODS[name]
-
-
 def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
     """Return what the method adds to AdamW on the task's loss, for the model that it has adapted.
 

@@ -41,11 +41,6 @@ FAMILIES = {
     "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name, ("labels",)),
     "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, ("quantization",), own_head=True),
 }
-_LACKING = {  # by setting: the reason why other families do not take it
-    "quantization": "is not quantised",
-    "text_weights": "has no text tower; leave it out",
-    "text_args": "has no text tower; leave it out",
-}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,9 +66,7 @@ def load(
     them for each family; a causal model gets no new head and ignores labels. All weights but the quantised ones have
     `dtype`, the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
     """
-    chosen = _family(family)
-    if dtype not in _DTYPES:
-        raise PartialLoraError(f"model.dtype={dtype}: expected one of {', '.join(_DTYPES)}")
+    chosen = FAMILIES[family]
     special = {
         "labels": list(labels),
         "image_size": image_size,
@@ -82,9 +75,6 @@ def load(
         "text_args": dict(text_args or {}),
         "prompts": list(prompts),
     }
-    for key, reason in _LACKING.items():
-        if special[key] not in (None, {}) and key not in chosen.settings:
-            raise PartialLoraError(f"model.{key}={special[key]}: model.family={family} {reason}")
     return chosen.load(
         name=name,
         weights=weights,
@@ -106,23 +96,17 @@ def empty(
 
     Raises PartialLoraError for an architecture or an argument that the family's library does not know.
     """
-    return _family(family).empty(architecture=architecture, model_args=dict(model_args or {}), num_labels=num_labels)
+    return FAMILIES[family].empty(architecture=architecture, model_args=dict(model_args or {}), num_labels=num_labels)
 
 
 def has_own_head(family: str) -> bool:
     """Return True where models of the family have a head before anything is fitted."""
-    return _family(family).own_head
+    return FAMILIES[family].own_head
 
 
 def head_name(model: PreTrainedModel, family: str) -> str:
     """Return the full name of the linear layer that gives a loaded model's logits."""
-    return _family(family).head_name(model)
-
-
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise PartialLoraError(f"model.family={name}: expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    return FAMILIES[family].head_name(model)
 
 
 def weights_digest(model: nn.Module, exclude: str) -> str:

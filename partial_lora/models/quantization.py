@@ -14,7 +14,6 @@ from transformers.utils import is_bitsandbytes_available
 
 from partial_lora.errors import PartialLoraError, one_line
 
-QUANTIZATIONS = ("nf4", "int8")
 # Messages that bitsandbytes repeats: at every product, that LLM.int8() casts its inputs to fp16; and that a kernel is
 # missing, which only packed weights need (see `keep_gradients`).
 _REPETITIVE = {
@@ -27,10 +26,8 @@ def config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the config with which transformers quantises linear layers as it loads them, except the output layer.
 
     nf4: blocks of 64 weights, each with its fp32 scale, and products in `dtype`. int8: rows, as LLM.int8() does.
-    Raises PartialLoraError for any other, and where bitsandbytes is missing or runs on no device here.
+    Raises PartialLoraError where bitsandbytes is missing or runs on no device here.
     """
-    if quantization not in QUANTIZATIONS:
-        raise PartialLoraError(f"model.quantization={quantization}: expected one of {', '.join(QUANTIZATIONS)} or null")
     if not is_bitsandbytes_available():
         raise PartialLoraError(
             f"model.quantization={quantization}: bitsandbytes is missing or too old (`pip install -U bitsandbytes`); "

@@ -23,7 +23,7 @@ from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
-from partial_lora.tasks.metrics import OF_ALL_TOGETHER, OF_EXAMPLES
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
     import pandas as pd
@@ -169,6 +169,16 @@ def row(result: Mapping) -> dict:
         raise ValueError(f"foreign, not the fields of a run ({error})") from error
 
 
+def _on_validation(scores: Mapping, metric: str) -> float:
+    """Return the score on validation by which rows of a test metric are chosen, NaN where there is none.
+
+    Validation writes no texts: a generation is chosen by its perplexity, negated where more of `metric` is better.
+    """
+    chosen = metric if metric in scores else scores.get("primary")
+    score = number(scores.get(chosen))
+    return score if (chosen in LOWER_IS_BETTER) == (metric in LOWER_IS_BETTER) else -score
+
+
 def _row(result: Mapping) -> dict:
     config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
     seconds, calibration, cost = result["seconds"], result["calibration"], result.get("cost") or {}
@@ -187,7 +197,7 @@ def _row(result: Mapping) -> dict:
         "operating_point": operating_point(result),
         "metric": metric,
         "test": float(test[metric]),
-        "validation": number((result["metrics"].get("validation") or {}).get(metric)),
+        "validation": _on_validation(result["metrics"].get("validation") or {}, metric),
         "adapter_parameters": size,
         "adapter_dense": dense,
         "share_of_dense": size / dense if dense else math.nan,

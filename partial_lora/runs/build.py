@@ -287,7 +287,7 @@ def method_of(method: MethodConfig) -> methods.Method:
     """Return the function of a method; raises PartialLoraError for options that PEFT refuses whatever the model is."""
     if method.peft_type is not None:
         methods.configuration(method.peft_type, method.peft or {})
-    return methods.get(method.function)
+    return methods.METHODS[method.function]
 
 
 def setting_of(

@@ -105,7 +105,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    own_rate = any(each.startswith("trainer.learning_rate=") for each in overrides)
+    rates = [each for each in overrides if each.startswith("trainer.learning_rate=")]
+    own_rate = bool(rates) and not rates[-1].endswith("=auto")
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
     for method in methods:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory
-from partial_lora.runs.compose import config_loader_of
+from partial_lora.runs.compose import hydra_of
 from partial_lora.runs.schema import list_keys
 
 # Where nothing is found, all three complete names of files. Bash ends a word at `=` and `:`, so that it completes what
@@ -105,8 +105,8 @@ def _settings(before: Sequence[str], word: str) -> list[str]:
     if word.partition("=")[2].startswith((".", "/", "~")):  # a file, which the shell quotes where it has to
         return []
     flags = {"-m", "--multirun"} & {*before}
-    with config_loader_of([each for each in before if "=" in each or each.endswith((".yaml", ".yml"))]) as known:
-        loader, name, overrides = known
-        found = BashCompletion(loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
+    with hydra_of([each for each in before if "=" in each or each.endswith((".yaml", ".yml"))]) as known:
+        hydra, name, overrides, _ = known
+        found = BashCompletion(hydra.config_loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
     lists = {f"{key}." for key in list_keys()}  # Hydra would complete a list by the places of its items
     return [f"{each[:-1]}=" if each in lists else each for each in found if each != "hydra"]

@@ -58,15 +58,10 @@ def plan(arguments: Sequence[str]) -> Plan:
 
     Raises Hydra's and OmegaConf's own errors for what does not compose.
     """
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    flags = get_args_parser().parse_args(for_hydra(arguments))
-    name, overrides = flags.config_name or CONFIG_NAME, list(flags.overrides)
-    try:
-        hydra = _hydra_of_plan(flags)
-        master = None if flags.multirun else _single_run(hydra, name, overrides)
+    with hydra_of(arguments) as (hydra, name, overrides, is_multirun):
+        master = None if is_multirun else _single_run(hydra, name, overrides)
         if master is not None:
             return _checked([([], master)])
         master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
@@ -84,8 +79,6 @@ def plan(arguments: Sequence[str]) -> Plan:
             swept=frozenset(override.get_key_element() for override in parsed if override.is_sweep_override()),
             direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
-    finally:
-        GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
 
 def _single_run(hydra, name: str, overrides: list[str]):
@@ -106,32 +99,27 @@ def _single_run(hydra, name: str, overrides: list[str]):
 
 
 @contextmanager
-def config_loader_of(arguments: Sequence[str]) -> Iterator[tuple]:
-    """Give Hydra's config loader for arguments, the name of their primary config and their overrides."""
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
-
-    flags = get_args_parser().parse_args(for_hydra(arguments))
-    try:
-        yield _hydra_of_plan(flags).config_loader, flags.config_name or CONFIG_NAME, flags.overrides
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _hydra_of_plan(flags):
-    """Return Hydra as `hydra.main` makes it for the same flags."""
+def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
+    """Give Hydra as `hydra.main` makes it for arguments, the name of their primary config, their overrides, and
+    whether `-m` is among them.
+    """
     from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
+    flags = get_args_parser().parse_args(for_hydra(arguments))
     search_path = create_automatic_config_search_path(None, None, str(flags.config_path or conf_dir()))
     if flags.config_dir:
         folder = Path(flags.config_dir).absolute()
         search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     _register_schema()
-    return Hydra.create_main_hydra2("partial-lora", search_path)
+    try:
+        hydra = Hydra.create_main_hydra2("partial-lora", search_path)
+        yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags.multirun
+    finally:
+        GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
 
 def _checked(runs, **known: object) -> Plan:
@@ -267,7 +255,8 @@ def _print_help(arguments: Sequence[str]) -> None:
 
     from partial_lora.runs.keys import page
 
-    with config_loader_of(arguments) as (loader, name, overrides):
+    with hydra_of(arguments) as (hydra, name, overrides, _):
+        loader = hydra.config_loader
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
     print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
@@ -297,17 +286,10 @@ def composed(*overrides: str) -> Config:
 
     Raises PartialLoraError for overrides that do not compose or are refused.
     """
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    with in_one_line(overrides):
-        try:
-            flags = get_args_parser().parse_args(for_hydra(overrides))
-            name = flags.config_name or CONFIG_NAME
-            return _resolved(_hydra_of_plan(flags).compose_config(name, flags.overrides, run_mode=RunMode.RUN))
-        finally:
-            GlobalHydra.instance().clear()
+    with in_one_line(overrides), hydra_of(overrides) as (hydra, name, own, _):
+        return _resolved(hydra.compose_config(name, own, run_mode=RunMode.RUN))
 
 
 def _register_schema() -> None:
@@ -339,12 +321,10 @@ def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
-        if isinstance(error, PartialLoraError):
-            raise
-        raise PartialLoraError(composition_error(error, arguments)) from error
+        raise PartialLoraError(_composition_error(error, arguments)) from error
 
 
-def composition_error(error: BaseException, arguments: Sequence[str]) -> str:
+def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
     from hydra._internal.utils import get_args_parser
     from omegaconf.errors import ConfigKeyError

@@ -11,13 +11,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from partial_lora.calibration.budget import (
-    Shapes,
-    dense_parameters,
-    masked_units,
-    parameter_count,
-    uniform_sparsity,
-)
+from partial_lora.calibration.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import CALIBRATED, PAPER_BUDGET
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
@@ -96,7 +90,7 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
     if budget is None:
         budget = PAPER_BUDGET
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
-    return uniform_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
+    return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
 
 
 def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int | float | None]:

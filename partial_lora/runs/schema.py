@@ -176,9 +176,10 @@ class ModelConfig:
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
         one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
-        quantizations = (None, "nf4", "int8") if self.family == "causal" else (None,)
-        expected = " or ".join(map(str, quantizations))
-        require(self.quantization in quantizations, "model.quantization", self.quantization, expected)
+        if self.family == "causal":
+            one_of("model.quantization", self.quantization, None, "nf4", "int8")
+        else:
+            require(self.quantization is None, "model.quantization", self.quantization, "null unless family=causal")
         require(
             (self.family == "causal") == (self.head is None),
             "model.head",
@@ -192,6 +193,8 @@ class ModelConfig:
         require(
             (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
         )
+        random = "{} unless model.text_weights=random: other towers have a geometry of their own"
+        require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, random)
 
 
 @dataclass

@@ -146,9 +146,9 @@ def few_shot_draws(
     if share is not None:
         size, key = round(share * len(labels)), f"calibration.share={share}"
     else:
-        size, key = shots or 0, "a regression" if shots is None else f"calibration.shots={shots}"
+        size, key = shots, f"calibration.shots={shots}"
     if size < LEAST:
-        key += f" (at least {LEAST} rows where labels are real numbers)"
+        key += f" (at least {LEAST} rows where there are no classes)"
     if len(labels) < 2:
         raise PartialLoraError(
             f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
@@ -231,15 +231,13 @@ def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:
 def with_label_noise(rows: Dataset, share: float, seed: int | Sequence[int], name: str) -> Dataset:
     """Return the rows with a share of their labels, to the nearest row, replaced by another class at random.
 
-    The wrong rows of a smaller share are among those of a larger one, with the same wrong labels. Raises
-    PartialLoraError for a share outside [0, 1], for labels that are real numbers, and for a single class.
+    share: from 0 to 1; the wrong rows of a smaller one are among those of a larger one, with the same wrong labels.
+    Raises PartialLoraError for labels that are real numbers, and for a single class.
     """
     if share == 0:
         return rows
     label = rows.features["label"]
     classes = len(getattr(label, "names", ()))
-    if not 0 < share <= 1:
-        raise PartialLoraError(f"task.label_noise={share}: expected a share in [0, 1]")
     if classes < 2:
         have = "a single class" if classes else "real numbers"
         raise PartialLoraError(f"task.label_noise={share}: {name} has {have} as labels, expected two classes or more")

@@ -505,11 +505,6 @@ def build_trainer(
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     parts = world_size * accumulation
     times = f" times trainer.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
-    if batch_size % parts:
-        raise PartialLoraError(
-            f"trainer.batch_size={batch_size}: expected a multiple of the {world_size} processes, one an accelerator"
-            f"{times}; set it or trainer.num_processes"
-        )
     if parts > 1 and len(train) < batch_size:  # processes and parts would share a short batch unevenly
         raise PartialLoraError(
             f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "

@@ -12,7 +12,6 @@ from partial_lora.calibration.budget import (
     parameter_count,
     scaled,
     shrunk,
-    uniform_sparsity,
 )
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
@@ -56,7 +55,7 @@ def test_a_budget_is_a_share_or_a_count():
     assert parameter_count(1, SMALL, 4) == parameter_count(268, SMALL, 4) == 268
     assert parameter_count(0.13, VIT, 16) == int(0.13 * dense_parameters(VIT, 16))
     assert parameter_count(24, SMALL, 4) == 24
-    for budget in (0, -0.1, float("nan"), float("inf"), 23, 0.05, 269):
+    for budget in (23, 0.05, 269):
         with pytest.raises(PartialLoraError, match=r"calibration.budget="):
             parameter_count(budget, SMALL, 4)
 
@@ -91,19 +90,6 @@ def test_scaled_sparsities_are_those_that_masks_measure():
     for module, shape in VIT.items():
         for axis, size in zip(("rows", "columns"), shape, strict=True):
             assert 1 - kept_count(size, found[module][axis]) / size == found[module][axis]
-
-
-@pytest.mark.parametrize("share", [0.05, 0.13, 0.3, 0.77, 1.0])
-def test_one_sparsity_for_all_spends_the_count(share):
-    for rank in (1, 16):
-        count = int(share * dense_parameters(VIT, rank))
-        sparsity = uniform_sparsity(VIT, rank, count)
-        assert 0.99 * count <= kept_parameters(VIT, rank, sparsity) <= count
-        assert kept_parameters(VIT, rank, max(0.0, sparsity - 0.02)) > count or sparsity == 0
-    assert uniform_sparsity(SMALL, 4, 10**6) == 0
-    assert kept_parameters(SMALL, 4, uniform_sparsity(SMALL, 4, 24)) == 24
-    with pytest.raises(PartialLoraError, match="23"):
-        uniform_sparsity(SMALL, 4, 23)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.123, 0.5, 0.9999])

@@ -259,11 +259,6 @@ def test_under_inference_mode_as_well():
                     assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
 
 
-def test_memory_is_a_number_of_bytes():
-    with pytest.raises(PartialLoraError, match=r"^calibration\.memory=-1: "):
-        Reuse(Blocks("tidy"), "blocks", -1)
-
-
 class PassedBy(nn.Module):
     """Residual paths that pass the blocks by, and blocks that run more than once."""
 

@@ -186,7 +186,7 @@ def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:
     model(**inputs("tiny_llama")).logits.square().sum().backward()
     assert embedding.grad is not None
     with pytest.raises(PartialLoraError, match=r"^method=full: .*model\.dtype=float32"):
-        methods.get("full")(torch.nn.Linear(2, 2).bfloat16(), None)
+        methods.METHODS["full"](torch.nn.Linear(2, 2).bfloat16(), None)
 
 
 def test_padding_of_a_file_does_not_come_back_as_values() -> None:

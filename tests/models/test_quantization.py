@@ -137,7 +137,6 @@ def test_bitsandbytes_does_not_repeat_itself(caplog):
 
 
 def test_quantisation_that_is_not_available_is_named(monkeypatch):
-    refused("model.quantization=fp4: ", "tiny_llama", quantization="fp4")
     with monkeypatch.context() as patched:
         patched.setattr("transformers.integrations.bitsandbytes.get_available_devices", lambda: {"abacus"})
         refused("model.quantization=int8: ", "tiny_llama", quantization="int8")

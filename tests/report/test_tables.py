@@ -183,6 +183,16 @@ def test_the_best_of_a_method_is_chosen_on_validation_among_the_rows_with_most_s
     assert best.query("task == 'cars'")["method"].tolist() == ["dora", "lora"]  # of mse less is better
 
 
+def test_a_generation_is_chosen_by_its_perplexity_on_validation(tmp_path):
+    """Its texts are written for test rows alone: the best of these may be so by chance."""
+    for seed, (budget, perplexity, exact) in enumerate([(0.5, 9.0, 0.9), (0.13, 3.0, 0.2)]):
+        validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
+        metrics = {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}
+        place(tmp_path, record(test=exact, seed=seed, budget=budget, metrics=metrics))
+    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    assert best["operating_point"].tolist() == ["budget 0.13"]
+
+
 def test_the_smallest_nearly_as_good_has_as_many_seeds(tmp_path):
     for seed in (0, 1):
         place(tmp_path, record("lora", 0.9, seed=seed))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 from refusals import refusal
 
+from partial_lora import cli
 from partial_lora.runs import launch, schema
 from partial_lora.training.config import TrainerConfig
 
@@ -84,7 +86,7 @@ TWO = {"num_machines": 2, "main_process_ip": "a"}
         ({"compute_environment": "AMAZON_SAGEMAKER"}, {}, "accelerate_config: compute_environment=AMAZON_SAGEMAKER"),
         ({"num_processes": "two"}, {}, "accelerate_config: num_processes=two"),
         ({"num_machines": 0}, {}, "accelerate_config: num_machines=0"),
-        ({"num_machines": 2}, {}, "main_process_ip=None"),
+        ({"num_machines": 2}, {}, "main_process_ip=null"),
         (TWO, {"machine_rank": 2}, "machine_rank=2"),
         (TWO, {"num_processes": 3, "batch_size": 3}, "num_processes=3"),
         ({}, {"strategy": "fsdp"}, "strategy=fsdp"),
@@ -156,6 +158,15 @@ def test_threads_spin_where_the_cores_are_free_and_sleep_where_they_are_not(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: used)
     assert launch.openmp() == added
+
+
+def test_what_this_process_needs_of_openmp_is_not_for_those_it_starts(monkeypatch) -> None:
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with cli._libraries():
+        assert "OMP_NUM_THREADS" in os.environ
+    assert not {*names} & os.environ.keys()
 
 
 def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:

@@ -88,6 +88,8 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
     assert centres == {"low_rank": 2e-3, "dora": 1e-3, "hira": 32e-3}  # 45 times, on the ladder of all
+    (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
+    assert written_out.centre == centres["hira"]
 
 
 def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:

@@ -33,7 +33,7 @@ mask: {granularity: block, count: bernoulli}  # the latter of single entries alo
 method: {rank: 0, alpha: 0.0, dropout: 1.0, projections: 0}
 model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1, 1], max_length: 1, head: null,
   family: diffusion, dtype: int8, prompts: [a photo], text_weights: random, quantization: nf4, interpolation: lanczos,
-  attn_implementation: hub/kernel}
+  attn_implementation: hub/kernel, text_args: {hidden_size: 24}}
 task: {name: ../up, validation_share: 1.0, label_noise: 1.5, text_columns: [a, b, c], modality: sound, metrics: [bleu],
   train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
@@ -67,6 +67,9 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method.name=foo"], ["method.name"]),
         (["importance.name=foo"], ["importance.name"]),
         (["model.family=clip"], ["model.text_weights"]),
+        (["model.quantization=nf4"], ["model.quantization=nf4"]),
+        ([*CAUSAL, "model.quantization=fp4"], ["model.quantization=fp4"]),
+        (["calibration.budget=nan"], ["calibration.budget=nan"]),
         (["+trainer.lr=1"], ["trainer.lr"]),
         (["+learning_rate=1"], ["learning_rate"]),
         (["trainer.num_processes=3"], ["trainer.batch_size=32", "trainer.num_processes=3"]),
@@ -83,7 +86,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method=ticket", "mask=frozen"], ["mask.columns=frozen"]),
         (["method=ticket", "calibration.threshold=0.5"], ["calibration.threshold=0.5", "method=ticket"]),
         (["calibration=fixed", "calibration.sparsity=1"], ["calibration.sparsity=1"]),
-        (["calibration=fixed", "calibration.sparsity=true"], ["calibration.sparsity=True"]),
+        (["calibration=fixed", "calibration.sparsity=true"], ["calibration.sparsity=true"]),
         (["calibration=fixed", "calibration.sparsity=even"], ["calibration.sparsity=even"]),
         (["calibration.sparsity={}"], ["calibration.sparsity={}"]),
         (["calibration.sparsity={a: {rows: 0.3}}"], ["calibration.sparsity.a="]),
@@ -410,7 +413,9 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
         "model.text_weights": "~/tower",
         "task.data_files": "~/rows.csv",
     }
-    found = files.flatten(config.plain(composed("model=tiny_clip", *(f"{key}={path}" for key, path in keys.items()))))
+    found = files.flatten(
+        config.plain(composed("model=clip_vit_b16", *(f"{key}={path}" for key, path in keys.items())))
+    )
     assert {key: found[key] for key in keys} == {key: path.replace("~", str(tmp_path)) for key, path in keys.items()}
     by_split = composed("task=text_table", "model=tiny_bert", "task.data_files={train: ~/rows.csv}")
     assert by_split.task.data_files == {"train": str(tmp_path / "rows.csv")}
