@@ -125,7 +125,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     tracking = Tracking(
         config.trainer.report_to if world.is_main else [],
         directory=directory,
-        record=directory / results.TRACKERS,
+        record=directory / results.TRACKERS_FILE,
         results_dir=Path(config.results_dir),
         parameters=files.flatten(plain(config)),
     )

@@ -26,10 +26,9 @@ from torch.nn import functional as F
 
 from partial_lora.calibration.gradient import Removed, linearised
 from partial_lora.calibration.reuse import Reuse, logits_of
-from partial_lora.calibration.search import COMPETING
+from partial_lora.calibration.search import COMPETING, Bounds
 from partial_lora.errors import PartialLoraError
 
-Bounds = tuple[float, float]
 Batch = Mapping[str, Tensor]
 Metric = Callable[[np.ndarray, np.ndarray], float]
 Score = Callable[[nn.Module], float]

@@ -21,10 +21,9 @@ from partial_lora.finished.task import OneTask, files_by_split, one_task
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id, run_ids
 from partial_lora.runs.schema import TaskConfig
-from partial_lora.tasks import Task
+from partial_lora.tasks import SPLITS, Task
 from partial_lora.training import metrics, objectives
 
-SPLITS = ("test", "validation", "train")
 FOLDER = "evaluations"
 EVALUATION = "evaluation.json"
 

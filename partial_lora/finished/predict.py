@@ -27,6 +27,7 @@ from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import one_task
 from partial_lora.runs import build
 from partial_lora.tasks import CausalTransform
+from partial_lora.tasks.questions import CHOICE_FEATURES
 from partial_lora.training.distributed import device_of
 from partial_lora.training.metrics import generate, log_likelihoods
 
@@ -249,13 +250,6 @@ def _unlike(content: object, expected: str) -> PartialLoraError:
 
 # --- Questions to a causal language model: a prompt and its options, and the likelihood of each option.
 
-_FEATURES = datasets.Features(
-    {
-        "prompts": datasets.List(datasets.Value("string")),
-        "options": datasets.List(datasets.Value("string")),
-        "label": datasets.Value("int64"),
-    }
-)
 Rows = list[dict]  # one an option, as `CausalTransform.options` makes them
 
 
@@ -322,7 +316,7 @@ def _rows(
         prompts, answers = [prompt] * len(options), [space + option for option in options]
     row = {"prompts": [prompts], "options": [answers], "label": [0]}
     try:
-        return transform.options(datasets.Dataset.from_dict(row, features=_FEATURES), cache_bytes=0).to_list()
+        return transform.options(datasets.Dataset.from_dict(row, features=CHOICE_FEATURES), cache_bytes=0).to_list()
     except PartialLoraError:  # its message is about a row of a table
         return _unfit(prompt, "an option is longer than the run's model.max_length")
 

@@ -33,7 +33,7 @@ from partial_lora.runs.schema import (
     plain_name,
     task_key,
 )
-from partial_lora.training.config import AUTO, TRACKERS
+from partial_lora.training.config import AUTO, TRACKER_PACKAGES
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
@@ -120,7 +120,7 @@ def _check_surroundings(config: Config) -> None:
     require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
     where = trainer.tuned_elsewhere
     require(where is None, "trainer.tuned_elsewhere", where, "null: a run notes there how trainer.tuned was found")
-    missing = [TRACKERS[name] for name in trainer.report_to if not _installed(name)]
+    missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:

@@ -28,7 +28,7 @@ CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
-TRACKERS = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
+TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
 CURVES = "curves.svg"  # of a calibration
@@ -41,7 +41,7 @@ RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results direct
 REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
-_OF_TRACKERS = {TRACKERS, "tensorboard", "wandb"}
+_OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
 
 
 def read_result(directory: Path, name: str = RESULT) -> dict | None:

@@ -10,7 +10,12 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
-TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}  # by pip
+TRACKER_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow-skinny",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}  # by pip
 
 _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
@@ -112,8 +117,8 @@ class TrainerConfig:
         shared = f"a multiple of {parts}: trainer.num_processes={processes}"
         shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
-        trackers = set(self.report_to) <= set(TRACKERS)
-        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
+        trackers = set(self.report_to) <= set(TRACKER_PACKAGES)
+        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKER_PACKAGES)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
 

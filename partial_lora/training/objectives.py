@@ -141,6 +141,10 @@ class _TaskJudge:
     transform: object
     cache_bytes: int
 
+    @property
+    def selects(self) -> str:
+        return self.task.metrics[0]
+
     def train(self) -> Dataset:
         return self._rows("train")
 
@@ -160,10 +164,6 @@ class ByLabels(_TaskJudge):
 
     loss = staticmethod(loss_of_batch)
     reduce = None
-
-    @property
-    def selects(self) -> str:
-        return self.task.metrics[0]
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the metrics and the loss over all examples: Trainer's own loss is of one process's batches."""
@@ -185,10 +185,6 @@ class ByOptions(_TaskJudge):
 
     loss = staticmethod(loss_of_tokens)
     reduce = staticmethod(metrics.log_likelihoods)
-
-    @property
-    def selects(self) -> str:
-        return self.task.metrics[0]
 
     def validation(self) -> Dataset:
         return by_length(self._options("validation"))

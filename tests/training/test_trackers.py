@@ -41,7 +41,7 @@ def run_directory(place: Path) -> Path:
 def tracking(place: Path, *names: str) -> Tracking:
     parameters = {"task.name": "digits", "task.metrics": ["accuracy"], "model.weights": f"https://host/?token={SECRET}"}
     parameters |= {f"model.key{number}": number for number in range(150)}  # more than one request takes
-    record = run_directory(place) / results.TRACKERS
+    record = run_directory(place) / results.TRACKERS_FILE
     return Tracking(names, directory=run_directory(place), record=record, results_dir=place, parameters=parameters)
 
 
@@ -103,7 +103,9 @@ def test_a_resumed_run_is_one_run_of_each_tracker(ended_twice) -> None:
     run = stored(ended_twice.place)
     assert run.info.run_name == "digits/tiny/partial-01234567/seed0"
     assert ended_twice.status == ["FAILED", "FAILED", "RUNNING", "FINISHED"]
-    assert json.loads((run_directory(ended_twice.place) / results.TRACKERS).read_text())["mlflow"] == run.info.run_id
+    assert (
+        json.loads((run_directory(ended_twice.place) / results.TRACKERS_FILE).read_text())["mlflow"] == run.info.run_id
+    )
     events = EventAccumulator(str(run_directory(ended_twice.place) / "tensorboard"))
     events.Reload()
     steps = [each.step for each in events.Scalars("train/loss")]
@@ -260,7 +262,7 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeypatch) -> None:
-    assert set(training_config.TRACKERS) == set(trackers.TRACKERS)
+    assert set(training_config.TRACKER_PACKAGES) == set(trackers.TRACKERS)
     installed = composed("trainer.report_to=[tensorboard,mlflow]")
     assert installed.trainer.report_to == ["tensorboard", "mlflow"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
