@@ -17,6 +17,13 @@ import numpy as np
 from partial_lora.errors import PartialLoraError
 
 AXES = ("rows", "columns")
+CHOICES = {  # of what a mask can be
+    "granularity": ("rows_columns", "element", "units", "groups"),
+    "selection": ("random", "top"),
+    "count": ("exact", "bernoulli"),
+    "columns": ("masked", "frozen"),
+    "fan_in": ("dense", "kept"),
+}
 GATHER_DENSITY = 0.5
 """Up to this density of features, gathering them beats matrix products with the zero-filled factor."""
 

@@ -34,7 +34,7 @@ from partial_lora.adapter.selection import (
 )
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
-from partial_lora.masks import AXES, Sparsity, assign_sparsity, read_sparsity
+from partial_lora.masks import AXES, CHOICES, Sparsity, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):
@@ -46,14 +46,6 @@ class _PeftType(str):
 
 
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
-
-CHOICES = {
-    "granularity": ("rows_columns", "element", "units", "groups"),
-    "selection": ("random", "top"),
-    "count": ("exact", "bernoulli"),
-    "columns": ("masked", "frozen"),
-    "fan_in": ("dense", "kept"),
-}
 
 PASSED = frozenset(
     {

@@ -15,7 +15,7 @@ import numpy as np
 
 from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, assign_sparsity, kept_count, read_sparsity
+from partial_lora.masks import AXES, CHOICES, Mask, Sparsity, assign_sparsity, kept_count, read_sparsity
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
@@ -122,12 +122,9 @@ class _BrokenError(Exception):
 
 def _check(content: object) -> None:
     _expect(isinstance(content, dict), "the content", content, "one object")
-    for name, choices in (
-        ("granularity", ("rows_columns", "element", "units", "groups")),
-        ("selection", ("random", "top")),
-    ):
+    for name in ("granularity", "selection"):
         if name in content:
-            _expect_one_of(content, name, choices)
+            _expect_one_of(content, name, CHOICES[name])
     element, top = content.get("granularity") == "element", content.get("selection") == "top"
     entries, frozen = content.get("granularity") in OF_ENTRIES, "columns" in content
     later = [name for name in ("fan_in", "sparsity") if name in content]  # older files have neither
@@ -136,7 +133,7 @@ def _check(content: object) -> None:
     _expect(_is_whole(content["version"]), "version", content["version"], str(VERSION))
     _expect(_is_whole(content["mask_seed"]), "mask_seed", content["mask_seed"], "a whole number")
     if element:
-        _expect_one_of(content, "count", ("exact",) if top else ("exact", "bernoulli"))
+        _expect_one_of(content, "count", ("exact",) if top else CHOICES["count"])
     if frozen:
         _expect_one_of(content, "columns", ("frozen",))
     if "fan_in" in content:

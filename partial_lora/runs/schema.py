@@ -22,6 +22,7 @@ from partial_lora.calibration.budget import counted_of
 from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
 from partial_lora.files import at_home, flatten
+from partial_lora.masks import CHOICES
 from partial_lora.training.config import TrainerConfig
 
 
@@ -53,12 +54,10 @@ class MaskConfig:
         return counted_of(self.granularity, self.columns)
 
     def __post_init__(self) -> None:
-        one_of("mask.granularity", self.granularity, "rows_columns", "element", "units", "groups")
-        one_of("mask.count", self.count, "exact", "bernoulli")
+        for key in ("granularity", "count", "columns", "fan_in"):
+            one_of(f"mask.{key}", getattr(self, key), *CHOICES[key])
         if self.granularity != "element":
             one_of("mask.count", self.count, "exact")
-        one_of("mask.columns", self.columns, "masked", "frozen")
-        one_of("mask.fan_in", self.fan_in, "dense", "kept")
         if self.columns == "frozen":
             one_of("mask.granularity", self.granularity, "rows_columns")
         for key in ("row_exponent", "column_exponent"):
