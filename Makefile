@@ -226,7 +226,7 @@ spaced = $(subst +,$(empty) $(empty),$(1))
 FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
 # Plain LoRA on some modules alone: as many parameters as low_rank has on all of them, and less memory.
-SOME_MODULES = $(BIN)/partial-lora compare experiment=race preset=cpu results_dir=results/forms \
+SOME_MODULES = $(BIN)/partial-lora compare experiment=race results_dir=results/forms \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 methods=[lora] $(call spaced,$(1)) \
 	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8)
 forms: $(VENV)/.installed
@@ -236,7 +236,7 @@ forms: $(VENV)/.installed
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
 RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,psoft,oft,unilora,fourierft,randlora,gralora,lora
-RACE = $(BIN)/partial-lora compare experiment=race preset=cpu results_dir=results/race rates=3 \
+RACE = $(BIN)/partial-lora compare experiment=race results_dir=results/race rates=3 \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) methods=[$(RACERS)] budgets=[0.13,0.02]
 race: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(RACE) $(call spaced,$(task)) || test $$? = 1 &&) true

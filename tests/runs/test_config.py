@@ -333,6 +333,11 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
     assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
 
 
+@pytest.mark.parametrize("method", ["partial", "entries", "ticket"])
+def test_methods_race_with_the_masks_of_their_own_group_files(method: str) -> None:
+    assert composed("experiment=race", f"method={method}").mask == composed(f"method={method}").mask
+
+
 @pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
 def test_what_a_method_has_no_use_for_enters_no_id_and_earlier_runs_are_found(method: str, tmp_path: Path) -> None:
     given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
