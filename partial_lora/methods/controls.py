@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.budget import TOLERANCE, Shapes, even_sparsity, scaled
+from partial_lora.calibration.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting
+
+logger = logging.getLogger(__name__)
 
 # --- Other sparsities of the modules, at the same parameters in all.
 
@@ -89,11 +92,11 @@ _MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their
 
 
 def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: dense LoRA with ranks so low that it trains as many parameters as `partial`, to within 1 %.
+    """Control: dense LoRA with ranks so low that it trains as many parameters as `partial`, or as near as ranks come.
 
     Ranks of two modules differ by at most a few, and alpha / rank is the same as in other methods. Where rank 1 on
     every module would be too much, `mask_seed` draws the modules that have it. Raises PartialLoraError, "not
-    applicable", where no ranks meet the budget.
+    applicable", where the nearest size is more than FARTHEST off.
     """
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
@@ -114,10 +117,11 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
-    """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget ± 1 %.
+    """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget.
 
     The modules of one size out + in together have close to their proportional share of rank units. Their ranks differ
-    by at most one, and the seed draws which have one more.
+    by at most one, and the seed draws which have one more. Where no ranks come within 1 % of the budget, the nearest
+    do, with a warning.
     """
     sizes = {module: m + n for module, (m, n) in shapes.items()}
     even = budget / sum(sizes.values())
@@ -131,13 +135,20 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
         return sum(abs(count - share) for count, share in zip(units, shares, strict=True))
 
     choices = [sorted({max(0, round(share) + move) for move in _MOVES}) for share in shares]
-    within = [units for units in product(*choices) if missed(units) <= TOLERANCE * budget and any(units)]
-    if not within:
-        raise PartialLoraError(
-            f"method=low_rank: not applicable: no ranks give a dense adapter within 1 % of {budget:,} trainable "
-            f"parameters; rank 1 on one module takes at least {min(groups):,}"
+    possible = [units for units in product(*choices) if any(units)]
+    within = [units for units in possible if missed(units) <= TOLERANCE * budget]
+    if within:
+        chosen = min(within, key=lambda units: (round(distance(units), 6), missed(units)))
+    else:
+        chosen = min(possible, key=missed, default=(0,) * len(groups))
+        if missed(chosen) > FARTHEST * budget:
+            raise PartialLoraError(
+                f"method=low_rank: not applicable: no ranks give a dense adapter of about {budget:,} trainable "
+                f"parameters; rank 1 on one module takes at least {min(groups):,}"
+            )
+        logger.warning(
+            "method=low_rank: %.1f %% off the budget, the nearest that ranks come", 100 * missed(chosen) / budget
         )
-    chosen = min(within, key=lambda units: (round(distance(units), 6), missed(units)))
     ranks = {}
     for group, count in zip(groups.values(), chosen, strict=True):
         keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from partial_lora.calibration.budget import TOLERANCE
+from partial_lora.calibration.budget import FARTHEST, TOLERANCE
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import random_keys
@@ -26,7 +26,6 @@ from partial_lora.methods.setting import Setting, Training
 
 logger = logging.getLogger(__name__)
 
-FARTHEST = 0.2  # a share of the budget: a method whose nearest size is further away is not applicable
 
 # Tuners that need more than frozen weights and labels or are methods of their own here; why, or what to take instead.
 _REFUSED = {

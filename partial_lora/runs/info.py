@@ -69,12 +69,12 @@ def outline(config: Config) -> Outline:
         passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
     elif method.name == "lora":
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
-    if sparsity is not None:
+    if sparsity is None or method.name == "low_rank":  # whole ranks may miss a budget
+        counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
+        source = "counted on the adapter itself" if sparsity is None else source
+    else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
-    else:
-        counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2})
-        source = "counted on the adapter itself"
     return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts))
 
 
@@ -93,15 +93,17 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
     return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
 
 
-def _counted(config: Config, shapes: Shapes, geometry: Mapping) -> dict[str, int | float | None]:
-    """Return the counts of a method of another kind, on an adapter that is made on the meta device."""
+def _counted(
+    config: Config, shapes: Shapes, geometry: Mapping, sparsity: Sparsity | None
+) -> dict[str, int | float | None]:
+    """Return the counts of an adapter that is made on the meta device."""
     from partial_lora import models
     from partial_lora.runs.build import method_of, setting_of
     from partial_lora.training.cost import describe_adapted
 
     with warnings.catch_warnings():  # PEFT uses a name that transformers deprecates
         warnings.simplefilter("ignore", FutureWarning)
-        adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes))
+        adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes, sparsity))
     dense = dense_parameters(shapes, config.method.rank)
     return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
 

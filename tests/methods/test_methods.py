@@ -256,6 +256,8 @@ def test_low_rank_adapts_fewer_modules_where_rank_one_is_too_much_and_says_where
         assert 317 <= sum(rank * sum(shapes[module]) for module, rank in ranks.items()) <= 323
     assert spent[0] == few
     assert spent[0] != spent[1]
+    nearest = ranks_within(40, {"a": (24, 8), "b": (24, 24)}, 0)  # 32 or 48: as near
+    assert sorted(nearest.values()) == [0, 1]
     with pytest.raises(PartialLoraError, match=r"^method=low_rank: "):
         ranks_within(20, shapes, 0)
     model = load("tiny_vit")
@@ -384,6 +386,8 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
     spent = counted(model, setting)["adapter_trainable"]
     assert spent == pytest.approx(2000, rel=0.01 if method == "low_rank" else 0)
     assert setting.budget() == 2000
+    given = ("model=tiny_vit", "method.rank=8", "calibration=fixed", "calibration.budget=2000", f"method={method}")
+    assert outline(composed(*given)).counts["adapter_trainable"] == spent
 
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
