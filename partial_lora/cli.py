@@ -448,13 +448,13 @@ _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, e
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Predict what the arguments name and print it, window by window.
+    """Predict what the arguments name and print it, as many inputs at a time as share batches (`Predictor.window`).
 
     Returns 0, or 1 where an input could not be predicted: it is named on stderr, and the others go on. Raises
     PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    from partial_lora.finished.inputs import is_stdin, read_inputs
+    from partial_lora.finished.inputs import is_stream, read_inputs
     from partial_lora.finished.run import finished_run
     from partial_lora.finished.task import one_task
 
@@ -479,7 +479,7 @@ def predict(arguments: Sequence[str]) -> int:
         from partial_lora.finished.predict import Predictor
     predictor = Predictor(run, device=parsed.device, max_new_tokens=parsed.max_new_tokens, member=parsed.member)
     size = parsed.batch_size or run.config.trainer.eval_batch_size
-    window = size if any(map(is_stdin, sources)) else predictor.window(size)  # who writes to stdin may wait for answers
+    window = size if any(map(is_stream, sources)) else predictor.window(size)  # who writes lines may wait for answers
     line = _json_line(parsed.top_k, parsed.member) if parsed.json else _plain_line(parsed.top_k, predictor.labels)
     stream, code, done = chain([first], stream), 0, 0
     # On a terminal the predictions themselves show how far the stream is.

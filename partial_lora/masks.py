@@ -17,7 +17,7 @@ import numpy as np
 from partial_lora.errors import PartialLoraError
 
 AXES = ("rows", "columns")
-CHOICES = {  # of what a mask can be
+CHOICES = {  # of a mask, and of how A is drawn under it
     "granularity": ("rows_columns", "element", "units", "groups"),
     "selection": ("random", "top"),
     "count": ("exact", "bernoulli"),

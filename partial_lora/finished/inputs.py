@@ -68,6 +68,11 @@ def is_stdin(argument: str) -> bool:
     return argument in (STDIN, f"@{STDIN}")
 
 
+def is_stream(argument: str) -> bool:
+    """Return whether an argument stands for lines that may still be written: standard input, or a pipe."""
+    return is_stdin(argument) or (argument.startswith("@") and not os.path.isfile(argument[1:]))
+
+
 def _images(argument: str) -> list[str]:
     """Return an image file, or those in a folder: by name, before those of its sub-folders; no hidden ones."""
     if not os.path.exists(argument):

@@ -144,6 +144,16 @@ def fitted(axes: Axes, values: Collection[float], metric: str, axis: str = "y") 
     getattr(axes, f"set_{axis}lim")(low, high)
 
 
+def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
+    """Name every method and operating point below the panels."""
+    handles = []
+    for method, point in methods:
+        own = look(method, point)
+        style = {"linestyle": own.linestyle if lines else "", "color": own.color, "markersize": 6}
+        handles.append(Line2D([], [], label=named(method, point), **style, **own.markers))
+    legend_below(figure, handles)
+
+
 def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method once below the panels, and how markers at a budget look where there are others, too."""
     handles = []

@@ -175,10 +175,11 @@ class ModelConfig:
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
         one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
+        quantized = self.quantization
         if self.family == "causal":
-            one_of("model.quantization", self.quantization, None, "nf4", "int8")
+            one_of("model.quantization", quantized, None, "nf4", "int8")
         else:
-            require(self.quantization is None, "model.quantization", self.quantization, "null unless family=causal")
+            require(quantized is None, "model.quantization", quantized, "null unless model.family=causal")
         require(
             (self.family == "causal") == (self.head is None),
             "model.head",
@@ -192,8 +193,8 @@ class ModelConfig:
         require(
             (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
         )
-        random = "{} unless model.text_weights=random: other towers have a geometry of their own"
-        require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, random)
+        alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
+        require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)
 
 
 @dataclass

@@ -95,8 +95,9 @@ def test_texts_are_predicted_as_the_run_itself_did() -> None:
         np.testing.assert_allclose([each.score for each in predictions], own["score"], atol=1e-5)
 
 
-def test_texts_of_like_length_share_a_batch(monkeypatch) -> None:
-    """A window of texts is padded no more than if it came sorted; images, read batch by batch, have no such window."""
+def test_texts_of_like_length_share_a_batch(predictor, monkeypatch) -> None:
+    """A window of texts is padded no more than if it came sorted; one of images is a batch."""
+    assert predictor.window(4) == 4
     predictor, texts = Predictor(finished_runs.text_run(), device="cpu"), finished_runs.sentences(10, 100)["text"]
     shapes, logits = [], predictor._model.logits
     monkeypatch.setattr(
@@ -109,6 +110,7 @@ def test_texts_of_like_length_share_a_batch(monkeypatch) -> None:
     widths = [width for _, width in shapes]
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > widths[-1]
+    assert predictor.window(4) > len(texts)
 
 
 def test_pairs_are_predicted_as_the_number_that_the_run_itself_had() -> None:

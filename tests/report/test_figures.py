@@ -285,7 +285,7 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
 def test_a_legend_of_many_methods_leaves_its_panel_room():
     figure, (axes,) = drawing.panels(1, wide=3.9, high=2.9)
     points = ("threshold 0.9", "budget 0.13")
-    drawing.legend_of_methods(figure, [(method, point) for method in drawing._LOOKS for point in points], lines=False)
+    drawing.legend(figure, [(method, point) for method in drawing._LOOKS for point in points], lines=False)
     figure.draw_without_rendering()
     assert axes.get_window_extent().y0 > figure.legends[0].get_window_extent().y1
 

@@ -67,7 +67,7 @@ def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dt
     frozen = target_linears(model, **chosen.trained_modules)
     assert {module.weight.dtype for module in frozen.values()} == {dtype}
     setting = methods.Setting(**chosen.trained_modules, rank=2, alpha=2.0, dropout=0.0, mask_seed=0)
-    adapted = methods.get("lora")(model, setting)
+    adapted = methods.METHODS["lora"](model, setting)
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
     adapted(**batch).logits.sum().backward()
     trained = [value for value in adapted.parameters() if value.requires_grad]
