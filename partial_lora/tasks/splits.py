@@ -129,8 +129,8 @@ def few_shot_draws(
     """Draw rows for each of the two sets, the same ones for a seed.
 
     One of `share` and `shots` is given. With `share`, each set is that share of the rows of every class: at least 128
-    rows, and at most half of all, with a warning. Labels that are real numbers have no classes: rows are drawn from all of them alike, as many as the share
-    or `shots` says, 128 at least.
+    rows, and at most half of all, with a warning. Labels that are real numbers have no classes: rows are drawn from all
+    of them alike, as many as the share or `shots` says, 128 at least.
 
     With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
     in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
