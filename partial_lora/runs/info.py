@@ -69,7 +69,7 @@ def outline(config: Config) -> Outline:
         passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
     elif method.name == "lora":
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
-    if sparsity is None or method.name == "low_rank":  # whole ranks may miss a budget
+    if sparsity is None or method.name == "low_rank" or method.ranks == "auto":  # ranks of their own decide
         counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
         source = "counted on the adapter itself" if sparsity is None else source
     else:

@@ -104,7 +104,7 @@ def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[s
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity, full = info["adapter_sparsity"], ""
     if info["saturated_modules"]:
-        full = f"{info['saturated_modules']:,} saturated: a lower rank reaches more of W"
+        full = f"{info['saturated_modules']:,} saturated: method.rank=auto reaches more"
     rows = [
         ("base model, frozen", f"{info['base']:,}", ""),
         ("adapted modules", f"{info['adapted_modules']:,}", full),

@@ -421,3 +421,11 @@ def test_info_counts_what_a_fixed_share_leaves() -> None:
     assert planned.counts["adapter_trainable"] == counted(model, setting)["adapter_trainable"]
     assert planned.passes == 0
     assert outline(composed("model=tiny_vit")).passes > 0
+
+
+def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:
+    small = ("model=tiny_vit", "calibration=fixed", "calibration.budget=0.05")
+    one, own = (outline(composed(*small, f"method.rank={rank}")).counts for rank in ("16", "auto"))
+    assert one["saturated_modules"] == one["adapted_modules"]
+    assert own["saturated_modules"] == 0
+    assert own["adapter_trainable"] == pytest.approx(one["adapter_trainable"], rel=0.01)
