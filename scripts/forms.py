@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
             axes.plot(means.index, 100 * means, style, color=forms[form], marker="o", markersize=3, label=form)
         axes.set(xscale="log", title=f"{task}, {size}", xlabel="learning rate", ylabel="validation, %")
         rates = sorted(part["learning_rate"].unique())
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 6 else 0)
         axes.minorticks_off()
         axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
     for axes in list(panels.flat)[len(places) :]:
