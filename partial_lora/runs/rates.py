@@ -353,17 +353,22 @@ def starting_rate(
 def suited(settings: Mapping, dense: float | None = None) -> float:
     """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
 
-    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Without a fixed sparsity or a budget
-    that is a share, the density is taken to be the paper's. dense: None for the schema's default.
+    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Random entries of W are no masks of A
+    and B; their best rates, by measurement, grow as those of masks that PEFT's draw does not follow. Without a fixed
+    sparsity or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
     """
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
     method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]
     rate = dense * method.get("rate_factor", 1.0)
-    if method["name"] not in schema.MASKED:
+    if method["name"] in schema.MASKED:
+        masks = {name: mask[name] for name in _OF_MASKS if name in mask}
+    elif method["name"] == "random_weights":
+        masks = {}
+    else:
         return rate
     budget, sparsity = calibration.get("budget"), calibration.get("sparsity")
     density = budget if budget and budget <= 1 else 1 - sparsity if isinstance(sparsity, float) else PAPER_BUDGET
-    return starting_rate(rate, max(density, 1e-6), **{name: mask[name] for name in _OF_MASKS if name in mask})
+    return starting_rate(rate, max(density, 1e-6), **masks)
 
 
 def dense_rate(settings: Mapping) -> tuple[float, str]:
