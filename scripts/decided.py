@@ -58,6 +58,9 @@ BESIDE = [
     (UNIFORM, "low_rank"),
     (BY_GRADIENT, PARTIAL),
     (BY_GRADIENT, UNIFORM),
+    ("entries", "lora"),
+    ("entries", "low_rank"),
+    ("partial element", "entries"),
 ]
 CLAIMS = {
     BUDGET: [
@@ -232,7 +235,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     folder = results_dir / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
-    numbers.to_csv(folder / "decided.csv", index=False)
+    write_atomic(folder / "decided.csv", numbers.to_csv(index=False))
     print(made.to_string(index=False))
 
 
