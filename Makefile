@@ -274,6 +274,7 @@ $(call SEARCHED_BY,$(1),$(RACE_BEST),$(AS_PEFT))
 endef
 define STAGE_point
 $(call SUITED,$(1),calibration=threshold method=partial$(comma)targeted$(comma)uniform)
+$(call SUITED,$(1),calibration=threshold method=partial calibration.search=gradient)
 
 endef
 # The rate that the first stage chose for partial, where it is done.

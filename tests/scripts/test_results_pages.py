@@ -32,6 +32,9 @@ forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb: lora
 forms/forms: trec: lora
+forms/forms: trec, budget 0.02: entries − low_rank
+forms/forms: trec, budget 0.02: partial kept p^-1
+forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
@@ -46,10 +49,17 @@ decided/tables/decided: digits, budget 0.13: partial kept p^-1 − targeted kept
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − targeted kept p^-1
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − random_weights
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − random_weights
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − entries
+decided/tables/decided: trec, budget 0.13: entries − low_rank
+decided/tables/decided: trec, budget 0.13: entries − lora
+decided/tables/decided: trec, budget 0.13: partial element − entries
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
 decided/tables/decided: digits, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
 decided/tables/decided: trec, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
+decided/tables/decided: trec, threshold 0.9: partial kept p^-1, by gradient − partial kept p^-1
+decided/tables/decided: trec, threshold 0.9: partial kept p^-1 − lora
 decided/tables/decided: digits, budget 0.13: uniform kept p^-1 − lora
 decided/tables/decided: trec, budget 0.13: uniform kept p^-1 − lora
 decided/tables/decided: digits, budget 0.13: low_rank − lora
@@ -57,6 +67,7 @@ decided/tables/decided: trec, budget 0.13: low_rank − lora
 race/race: trec, budget 0.13: entries − low_rank
 race/race: trec, budget 0.13: random_weights − low_rank
 race/race: trec, budget 0.13: hira − low_rank
+race/race: trec, budget 0.13: gralora − low_rank
 race/race: trec, budget 0.13: oft − low_rank
 race/race: trec, budget 0.13: partial kept p^-1 − low_rank
 race/race: trec, budget 0.13: lokr − low_rank
@@ -67,6 +78,12 @@ race/race: trec, budget 0.13: dora − low_rank
 race/race: trec, budget 0.13: fourierft − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
+forms/forms: trec, budget 0.02: entries − low_rank
+forms/forms: trec, budget 0.02: random_weights − low_rank
+forms/forms: trec, budget 0.02: partial kept p^-1
+forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
+forms/forms: trec, budget 0.02: partial units kept p^-1
+forms/forms: trec, budget 0.02: low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
