@@ -111,7 +111,7 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        ([], r"task\.members=None"),
+        ([], r"task\.members=null"),
         (["task.members=[sst2,nowhere]"], r"task\.members=nowhere"),
         (["task.members=[sst2,sst2]"], r"task\.members"),
         (["task.members=[sst2,digits]"], r"task\.members.*digits of image"),
