@@ -13,7 +13,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, kept_count
 
 TOLERANCE = 0.01  # share of a budget that may stay unused
-FARTHEST = 0.2  # a share of the budget: a method whose nearest size is further away is not applicable
+FARTHEST = 0.2  # share of a budget: a method whose nearest size is further away is not applicable
 _NARROW = 1e-6  # thresholds closer than this are one threshold
 _HALVINGS = 100  # of a float interval: until no number lies between its ends
 

@@ -100,9 +100,7 @@ def _single_run(hydra, name: str, overrides: list[str]):
 
 @contextmanager
 def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
-    """Give Hydra as `hydra.main` makes it for arguments, the name of their primary config, their overrides, and
-    whether `-m` is among them.
-    """
+    """Give Hydra as `hydra.main` makes it, the primary config's name, the overrides, and whether -m is there."""
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
     from hydra.core.config_search_path import SearchPathQuery

@@ -353,9 +353,9 @@ def starting_rate(
 def suited(settings: Mapping, dense: float | None = None) -> float:
     """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
 
-    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Random entries of W are no masks of A
-    and B; their best rates, by measurement, grow as those of masks that PEFT's draw does not follow. Without a fixed
-    sparsity or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
+    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Random entries of W have no mask of A
+    or B; by measurement their best rates grow as those of masks with PEFT's draw and scaling. Without a fixed sparsity
+    or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
     """
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
     method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]

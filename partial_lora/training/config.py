@@ -10,12 +10,12 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
-TRACKER_PACKAGES = {
+TRACKER_PACKAGES = {  # as pip calls them
     "tensorboard": "tensorboard",
     "mlflow": "mlflow-skinny",
     "wandb": "wandb",
     "trackio": "trackio",
-}  # by pip
+}
 
 _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
