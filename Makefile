@@ -303,7 +303,7 @@ sst2-rate: $(VENV)/.installed
 include reproduce.mk
 
 coverage: $(VENV)/.installed
-	$(BIN)/python scripts/coverage.py
+	$(BIN)/python scripts/interval_coverage.py
 
 power: $(VENV)/.installed
 	$(BIN)/python scripts/power.py

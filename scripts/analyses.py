@@ -49,11 +49,11 @@ from partial_lora.calibration import budget, few_shot, peers, reliability
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import SEARCHES
+from partial_lora.calibration.search import SEARCHES, literal_passes, sparsity_levels
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.report.drawing import save
+from partial_lora.report.drawing import save_both
 from partial_lora.runs import build, compose, config, directory
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import with_label_noise
@@ -492,10 +492,9 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     scan, options = parts["search scan"], settings["calibration"]
     literal = None
     if options["budget"] is None and not options["repair"]:
-        step, levels = options["levels"], int(options["max_sparsity"] / options["levels"] + 1e-9)
         curves = AXES[:1] if options["axes"] == "joint" else AXES
         chosen = [axes[axis] for axes in scan["sparsity"].values() for axis in curves]
-        passes = 2 + sum(min(round(sparsity / step) + 1, levels) for sparsity in chosen)
+        passes = literal_passes(chosen, sparsity_levels(options["levels"], options["max_sparsity"]))
         rows = scan.get("rows", scan["scored"])  # not in parts of earlier versions, where an example was a row
         literal = {"passes": passes, "examples": passes * scan["scored"]}
         literal |= {"sample_blocks": passes * rows * scan["depth"], "seconds": None}
@@ -703,9 +702,7 @@ def analyse(what: str, settings: dict, command: str) -> int:
             files.write_json(path, analysis)
         files.write_atomic(folder / "table.md", markdown(analysis))
         with matplotlib.rc_context(STYLE):
-            figure = ANALYSES[what].figure(analysis)
-            for suffix in (".png", ".svg"):
-                save(figure, folder / f"figure{suffix}")
+            save_both(ANALYSES[what].figure(analysis), folder, "figure")
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
 

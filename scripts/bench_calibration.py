@@ -28,9 +28,8 @@ from transformers import set_seed
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import sparsity_levels
+from partial_lora.calibration.search import literal_passes, sparsity_levels
 from partial_lora.files import write_atomic, write_json
-from partial_lora.masks import Sparsity
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs.compose import composed
@@ -171,7 +170,10 @@ def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_b
     some = {module: scanned[module] for module in ran["sparsity"]}
     if ran["sparsity"] != some:
         raise SystemExit(f"the scan's sparsities are not the literal reference's: {some}, {ran['sparsity']}")
-    passes, own = (literal_passes(sparsity, levels) for sparsity in (scanned, some))
+    passes, own = (
+        literal_passes([value for axes in sparsity.values() for value in axes.values()], levels)
+        for sparsity in (scanned, some)
+    )
     counted = ran["evaluations"]["passes"]
     if own != counted or ran["evaluations"]["sample_blocks"] != (counted + 1) * pass_sample_blocks:  # 1 puts in order
         raise SystemExit(f"the literal reference took {counted} passes, expected {own} of {pass_sample_blocks}")
@@ -183,12 +185,6 @@ def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_b
         "wall_seconds": ran["wall_seconds"] * share,
         "cpu_seconds": ran["cpu_seconds"] * share,
     }
-
-
-def literal_passes(sparsity: Sparsity, levels: Sequence[float]) -> int:
-    """Full passes from the baseline to the joint score, by what sparsities came out."""
-    chosen = [value for axes in sparsity.values() for value in axes.values()]
-    return 2 + sum(min(len(levels), sum(level <= value for level in levels) + 1) for value in chosen)
 
 
 def spread(count: int, wanted: int) -> list[int]:

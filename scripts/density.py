@@ -27,13 +27,15 @@ import torch
 from analyses import Subject
 from matplotlib.figure import Figure
 from peft import get_peft_model
-from scipy import stats
 from torch import Tensor
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration import few_shot
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
 from partial_lora.report.drawing import save_both
+from partial_lora.report.records import half_interval
 from partial_lora.runs import compose, config
 from partial_lora.runs.schema import Config
 
@@ -53,7 +55,7 @@ FORMS: dict[str, dict] = {
     "frozen A": {"columns": "frozen"},
     "frozen A, scaled by p^-1": {"columns": "frozen", "row_exponent": 1.0},
 }
-FIELDS = ("form", "density", "seed", "learning_rate", "step", "change")
+FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "change")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,10 +101,17 @@ class Check(Subject):
 
 
 def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float) -> None:
-    """Add a row for every form, density, seed and number of steps that the file does not have."""
-    done = set()
+    """Add a row for every form, density, seed and number of steps that the file does not have.
+
+    Raises PartialLoraError where the file is of another task, model or learning rate: slopes of both are none.
+    """
+    done, place = set(), (check.config.task.name, check.config.model.name)
     if path.exists():
-        done = {(row.form, row.density, row.seed) for row in pd.read_csv(path).itertuples() if row.step == max(STEPS)}
+        known = pd.read_csv(path)
+        for own, column in zip((*place, learning_rate), ("task", "model", "learning_rate"), strict=True):
+            if set(known[column]) - {own}:
+                raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {own}: choose another --out")
+        done = {(row.form, row.density, row.seed) for row in known.itertuples() if row.step == max(STEPS)}
     else:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     for seed in seeds:
@@ -115,7 +124,8 @@ def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float
                     changes = changes_of_outputs(check, settings, density, seed, learning_rate)
                     with path.open("a", newline="", encoding="utf-8") as file:
                         csv.writer(file).writerows(
-                            (form, density, seed, learning_rate, step, change) for step, change in changes.items()
+                            (*place, form, density, seed, learning_rate, step, change)
+                            for step, change in changes.items()
                         )
                     print(f"{form}, density {density}, seed {seed}: {changes}", flush=True)
 
@@ -168,7 +178,7 @@ def slopes(measured: pd.DataFrame) -> pd.DataFrame:
                 points = part if "frozen" in form else pd.concat([at_one, part[part["density"] < 1]])
                 if len(points) > 1:
                     fits.append(np.polyfit(np.log(points["density"]), np.log(points["change"]), 1)[0])
-            half = stats.t.ppf(0.975, len(fits) - 1) * stats.sem(fits) if len(fits) > 1 else math.nan
+            half = half_interval(np.std(fits, ddof=1) if len(fits) > 1 else math.nan, len(fits))
             row[f"step {step}"] = f"{np.mean(fits):+.2f} ± {half:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)
@@ -178,7 +188,7 @@ def draw(measured: pd.DataFrame, out: Path) -> None:
     """Write coordinates.md, the slopes, and coordinates.png and .svg, the changes against the density."""
     table = slopes(measured)
     text = "Slope of log change of the logits against log density; mean over seeds, 95 % interval (Student's t).\n\n"
-    (out / "coordinates.md").write_text(text + table.to_markdown(index=False) + "\n", encoding="utf-8")
+    write_atomic(out / "coordinates.md", text + table.to_markdown(index=False) + "\n")
     print(table.to_string(index=False))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(STEPS), sharey=False), STEPS, strict=True):

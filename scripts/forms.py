@@ -22,6 +22,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import race, records
 from partial_lora.report.drawing import save_both
+from partial_lora.tasks.metrics import SHARES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,15 +60,19 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
     panels = figure.subplots(math.ceil(len(places) / columns), columns, squeeze=False)
     forms = {form: f"C{number % 10}" for number, form in enumerate(sorted(table["form"].unique()))}
     for axes, ((task, size), part) in zip(panels.flat, places, strict=False):
+        metric = part["selects"].iloc[0]
+        times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
             means = race.validated(own)["validation"]
             style = "-" if list(forms).index(form) < 10 else "--"
-            axes.plot(means.index, 100 * means, style, color=forms[form], marker="o", markersize=3, label=form)
-        axes.set(xscale="log", title=f"{task}, {size}", xlabel="learning rate", ylabel="validation, %")
+            axes.plot(means.index, times * means, style, color=forms[form], marker="o", markersize=3, label=form)
+        words = f"validation {metric}{' (%)' if metric in SHARES else ''}"
+        axes.set(xscale="log", title=f"{task}, {size}", xlabel="learning rate", ylabel=words)
         rates = sorted(part["learning_rate"].unique())
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 6 else 0)
         axes.minorticks_off()
-        axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
+        if metric in SHARES:
+            axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
     for axes in list(panels.flat)[len(places) :]:
         axes.set_visible(False)
     handles = {

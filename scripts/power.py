@@ -2,24 +2,25 @@
 
     python scripts/power.py               # or `make power`; from committed records alone
 
-*Seeds*: the components of variance of differences (scripts/coverage.py), a set's committed runs, and the test rows that
-`make decided` has give the error of S seeds; where the truth is 0, the interval lies above minus the margin with the
-probability of a noncentral Student's t. Counted are the seeds with which that is 80 %, by itself and as the hardest of
-twelve claims (Holm). *Steps*: what validation still gained in the last quarter of committed runs. Writes OUT/power.md
-and .csv.
+*Seeds*: the components of variance of differences (scripts/interval_coverage.py), a set's committed runs, and the test
+rows that `make decided` has give the error of S seeds; where the truth is 0, the interval lies above minus the margin
+with the probability of a noncentral Student's t. Counted are the seeds with which that is 80 %, by itself and as the
+hardest of twelve claims (Holm). *Steps*: what validation still gained in the last quarter of committed runs. Writes
+OUT/power.md and .csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from coverage import components, pairs
+from interval_coverage import components, pairs
 from scipy.special import nctdtr, stdtrit
 
 from partial_lora.files import write_atomic
@@ -44,7 +45,7 @@ STILL = 0.01  # a last quarter that gains less has stopped
 def error(variances: tuple[float, float, float], examples: int, seeds: int) -> tuple[float, float]:
     """Return the standard error of a mean difference, and Satterthwaite's degrees of freedom, as they are expected.
 
-    variances: of seeds, of examples and of what is left (`coverage.components`).
+    variances: of seeds, of examples and of what is left (`interval_coverage.components`).
     """
     of_seeds, of_examples, left = variances
     total = seeds * examples
@@ -74,12 +75,14 @@ def needed(variances: tuple[float, float, float], examples: int, margin: float, 
 def seeds_by_set(results_dir: Path) -> pd.DataFrame:
     """Return a row for each set: its components, and the seeds that decide each margin."""
     every: dict[str, list[tuple[float, float, float]]] = {}
+    most: dict[str, int] = {}  # examples that its committed runs have
     for task, _, d in pairs(results_dir):
         every.setdefault(task, []).append(components(d))
+        most[task] = d.shape[1]
     rows = []
     for task, each in every.items():
         variances = tuple(np.median(each, axis=0))
-        examples = TEST_ROWS[task]
+        examples = TEST_ROWS.get(task, most[task])
         row = {"set": task, "pairs": len(each), "test rows": examples}
         row |= dict(zip(("of seeds", "of examples", "left"), 100 * np.sqrt(variances), strict=True))
         row["half interval, 8 seeds"] = 100 * _half(variances, examples, 8)
@@ -101,16 +104,21 @@ def _half(variances: tuple[float, float, float], examples: int, seeds: int) -> f
 def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
     """Return a row for each set: steps, and what validation gained in the last quarter, the mean over its methods.
 
-    Of each method the runs at the learning rate that ends best count; of each set the folder of the longest runs.
+    Of each method at an operating point the runs at the learning rate that ends best count, under the usual conditions;
+    of each set the folder of the longest runs.
     """
     rows = []
     for folder in results_dirs:
         curves: dict[tuple, list[dict[int, float]]] = {}
-        for run in records.read(folder)[0]:
+        runs = records.read(folder)[0]
+        for run, usual in zip(runs, records.table(runs)["usual"] if runs else (), strict=True):
+            if not usual:
+                continue
             metric, config = run.record["metrics"]["test"]["primary"], run.record["config"]
             curve = {each["step"]: each[f"eval_{metric}"] for each in run.record["history"] if f"eval_{metric}" in each}
             if len(curve) > 2 and not config["task"].get("members"):
-                key = (config["task"]["name"], race.form_of(config), float(config["trainer"]["learning_rate"]))
+                form = f"{race.form_of(config)}, {run.row['operating_point']}"
+                key = (config["task"]["name"], form, float(config["trainer"]["learning_rate"]))
                 curves.setdefault(key, []).append(curve)
         best: dict[tuple, tuple[float, int, float]] = {}
         for (task, form, _), each in curves.items():
@@ -162,8 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = seeds_by_set(options.results / "cpu")
     steps = steps_by_set(options.results / name for name in HISTORIES)
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds.to_csv(options.out / "power.csv", index=False, float_format="%.5g")
-    text = page(seeds, steps, "python scripts/power.py")
+    write_atomic(options.out / "power.csv", seeds.to_csv(index=False, float_format="%.5g"))
+    text = page(seeds, steps, shlex.join(["python", "scripts/power.py", *(arguments or sys.argv[1:])]))
     write_atomic(options.out / "power.md", text)
     print(text)
     return 0

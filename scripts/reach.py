@@ -151,7 +151,8 @@ def measure(subject: Gradients, path: Path) -> None:
     medians = table.groupby("form", sort=False)[["reach", "start"]].median().add_suffix("_median")
     own = found.join(medians).reset_index().assign(task=task, model=subject.config.model.name)
     known = pd.read_csv(path) if path.exists() else own.iloc[:0]
-    pd.concat([known[known["task"] != task], own]).to_csv(path, index=False, float_format="%.6g")
+    whole = pd.concat([known[known["task"] != task], own])
+    write_atomic(path, whole.to_csv(index=False, float_format="%.6g"))
 
 
 # --- Beside the accuracies of results/forms

@@ -10,6 +10,7 @@ Tables go to RESULTS/tables/NAME.{md,csv,tex}, figures to RESULTS/figures. What 
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from evidence.runs import gather
 
 from partial_lora.errors import PartialLoraError
 
+_gathered = functools.cache(gather)  # all tables are of the same records
 CLAIMS = "claims"
 FIGURES = tuple(f"fig{number}" for number in range(1, 8))  # as figures.FIGURES, without loading matplotlib
 
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tables(name: str, results_dir: Path) -> None:
-    evidence, folder = gather(results_dir), results_dir / "tables"
+    evidence, folder = _gathered(results_dir), results_dir / "tables"
     command = shlex.join(["python", "scripts/reproduce.py", name, "--results", str(results_dir)])
     made = [make(evidence) for each, make in tables.TABLES.items() if name in (each, CLAIMS)]
     _print_files(

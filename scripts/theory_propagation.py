@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.drawing import save
+from partial_lora.report.drawing import save_both
 from partial_lora.runs.config import conf_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,7 +355,7 @@ def page(record: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: Mapping, path: Path) -> Path:
+def draw(record: Mapping, out: Path) -> list[Path]:
     """Draw the bounds and the measured change of the output over the size of the update, a panel for each model."""
     figure = Figure(figsize=(5.6 * len(record["models"]), 4.6), layout="constrained")
     panels = figure.subplots(1, len(record["models"]), squeeze=False)[0]
@@ -385,7 +385,7 @@ def draw(record: Mapping, path: Path) -> Path:
         f"median and range of {record['images']} images",
         fontsize=11,
     )
-    return save(figure, path)
+    return save_both(figure, out, "propagation")
 
 
 def main() -> None:
@@ -404,8 +404,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "propagation.json", record)
     write_atomic(arguments.out / "propagation.md", page(record))
-    for suffix in (".png", ".svg"):
-        draw(record, arguments.out / f"propagation{suffix}")
+    draw(record, arguments.out)
     print(page(record))
 
 

@@ -95,6 +95,15 @@ def checks(points: float) -> int:
     return min(math.floor(CHECKED * points), MOST_CHECKED)
 
 
+def literal_passes(chosen: Iterable[float], levels: Sequence[float]) -> int:
+    """Return the full passes of the literal Algorithm 1: the baseline, of each curve every level up to the first
+    failure, and the joint score.
+
+    chosen: the sparsity that came out for each curve.
+    """
+    return 2 + sum(min(len(levels), sum(level <= value for level in levels) + 1) for value in chosen)
+
+
 def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 

@@ -428,13 +428,21 @@ def _listed(axes: Axes, names: Sequence[str], metric: str, label: str | None = N
 def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     """Return the sparsities of every calibration, by (task, model, importance, point): a mean over its runs.
 
-    Of the methods that share a calibration, runs of `partial` count if there are any: others may move sparsities.
+    Of the methods that share a calibration, runs of `partial` count if there are any: others may move sparsities. Of
+    these count the ones under the usual conditions that are no variants, again if there are any.
     """
-    calibrated = [run for run in runs if run.record["calibration"] is not None and run.record.get("sparsity")]
+    every = records.folders(runs)
+    usual = records.usual_conditions(every)
+    calibrated = [each for each in every if each.runs[0].record["calibration"] and each.runs[0].record.get("sparsity")]
     averaged = {}
-    for key, alike in gathered(calibrated, _calibration).items():
-        usual = [run for run in alike if run.row["method"] == "partial"] or alike
-        averaged[key] = mean_sparsity([run.record["sparsity"] for run in usual])
+    for key, alike in gathered(calibrated, lambda each: _calibration(each.runs[0])).items():
+        alike = [each for each in alike if each.row["method"] == "partial"] or alike
+        plain = [
+            each
+            for each in alike
+            if each.row["conditions"] == usual[records.panel_of(each.row)].row["conditions"] and not each.is_variant
+        ]
+        averaged[key] = mean_sparsity([run.record["sparsity"] for each in plain or alike for run in each.runs])
     return averaged
 
 
@@ -675,7 +683,8 @@ def sparsity_agreement(runs: Sequence[Run]) -> dict[str, tuple[list[str], np.nda
             vectors = [[of[module][axis] for module in modules for axis in AXES] for _, of in each]
             with np.errstate(invalid="ignore", divide="ignore"):
                 names = [f"{task}, {measure}, {point}" for (task, _, measure, point), _ in each]
-                matrices[model] = (names, np.corrcoef(vectors))
+                title = f"{model}, {len(modules)} modules" if model in matrices else model
+                matrices[title] = (names, np.corrcoef(vectors))
     return matrices
 
 

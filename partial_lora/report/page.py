@@ -41,6 +41,7 @@ from partial_lora.report.figures import (
 )
 from partial_lora.report.records import (
     NONE,
+    OF_SEED,
     LeftOut,
     Predictions,
     Run,
@@ -68,7 +69,6 @@ _FRONT = (
     "joins the rows that no smaller row beats."
 )
 _OTHERS = " Grey dots were trained under other conditions, some beyond the axis."
-_OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
 
 
 def write(
@@ -621,7 +621,7 @@ def _words(config: Mapping) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in flatten(config).items()
-        if key not in _OF_SEED
+        if key not in OF_SEED
     }
 
 

@@ -14,11 +14,12 @@ import pandas as pd
 from markupsafe import Markup
 from rich.console import Group
 
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import page, tables
+from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
-from partial_lora.report.records import half_interval
+from partial_lora.report.records import NONE, half_interval, number
 from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -69,10 +70,10 @@ def row_of(result: Mapping) -> dict:
         "validation": validation[validation["primary"]],
         "loss": validation["loss"],
         "test": test[test["primary"]],
-        "parameters": parameters["adapter_trainable"],
-        "step_seconds": cost.get("step_seconds"),
-        "saved_bytes": cost.get("saved_activation_bytes"),
-        "file_size": cost.get("adapter_bytes"),
+        "parameters": parameters.get("adapter_final", parameters["adapter_trainable"]),  # as `records`: AdaLoRA's last
+        "step_seconds": number(cost.get("step_seconds")),
+        "saved_bytes": number(cost.get("saved_activation_bytes")),
+        "file_size": number(cost.get("adapter_bytes")),
         "seconds": sum(result["seconds"].values()),
     }
 
@@ -109,13 +110,26 @@ def best_rate(cell: pd.DataFrame) -> float:
     return means.sort_values(["validation", "loss"], ascending=[falls, True]).index[0]
 
 
+def refuse_twins(cell: pd.DataFrame, place: Iterable[str]) -> None:
+    """Raise PartialLoraError if two runs of a cell have one rate and seed: then they differ in other settings."""
+    twins = cell[cell.duplicated(["learning_rate", "seed"])]
+    if len(twins):
+        rate, seed = twins.iloc[0][["learning_rate", "seed"]]
+        raise PartialLoraError(
+            f"{', '.join(place)}: two runs with learning rate {rate:g} and seed {seed} differ in other settings: "
+            "keep runs of one setting in a results directory of their own"
+        )
+
+
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of every cell at its best learning rate, and how many rates were tried.
 
     `edge` is whether that rate is the lowest or highest of these; `spent` is the seconds of all runs of the cell.
+    Raises PartialLoraError where two runs differ in something else than cell, rate and seed.
     """
     chosen = []
-    for _, cell in table.groupby(CELL, sort=False):
+    for place, cell in table.groupby(CELL, sort=False):
+        refuse_twins(cell, place)
         best = best_rate(cell)
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
@@ -127,14 +141,16 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
-    A difference is between runs of the same seeds; a form with a size of its own is compared with the reference's
-    largest size. Halves of intervals are of 95 %, by Student's t over seeds.
+    A difference is between runs of the same seeds, at one size; where one of both has a size of its own it is of the
+    reference's largest. Halves of intervals are of 95 %, by Student's t over seeds.
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
         own = cell.set_index("seed")["test"]
         other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("parameters")
-        other = other[other["size"] == (other["size"].iloc[-1] if size == "own" and len(other) else size)]
+        sizes = list(other["size"])
+        beside = sizes[-1:] if size not in sizes and "own" in (size, *sizes) else [size]
+        other = other[other["size"].isin(beside)]
         difference = (own - other.set_index("seed")["test"]).dropna()
         first = cell.iloc[0]
         rows.append(
@@ -162,8 +178,8 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
             "seeds": part["seeds"],
             "parameters": [f"{value:,.0f}" for value in part["parameters"]],
-            "kept for the backward pass, MB": [_number(value / 1e6, ".1f") for value in part["saved_bytes"]],
-            "seconds a step": [_number(value, ".3f") for value in part["step_seconds"]],
+            "kept for the backward pass, MB": [summary.cell(value / 1e6, ".1f") for value in part["saved_bytes"]],
+            "seconds a step": [summary.cell(value, ".3f") for value in part["step_seconds"]],
         }
         parts[f"{task}, {_of_size(size)}"] = pd.DataFrame(shown)
     return parts
@@ -177,13 +193,9 @@ def _of_size(size: str) -> str:
 
 def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     if math.isnan(value):
-        return "–"
+        return NONE
     times, form = (100, f"{sign}.2f") if metric in SHARES else (1, f"{sign}.4g")
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:{form}}"
 
 
 def on_screen(table: pd.DataFrame, reference: str) -> Group:
@@ -219,14 +231,14 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         for at, form in enumerate(forms)
     }
     figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
-    metric = known["metric"].iloc[0]
     names, handles = {}, {}
     for axes, task in zip(drawn, tasks, strict=True):
         of_task = known[known["task"] == task]
-        best = front(zip(of_task[cost], of_task["test"], strict=True), of_task["metric"].iloc[0])
+        metric = of_task["metric"].iloc[0]
+        best = front(zip(of_task[cost], of_task["test"], strict=True), metric)
         for index, row in of_task.iterrows():
             color, marker = looks[row["form"]]
-            times = 100 if row["metric"] in SHARES else 1
+            times = 100 if metric in SHARES else 1
             half = 0 if math.isnan(row["half"]) else times * row["half"]
             fade = 1.0 if (row[cost], row["test"]) in best else 0.3
             point = (row[cost] / unit, times * row["test"])
@@ -234,7 +246,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
             (mark,) = axes.plot(*point, marker, color=color, alpha=fade, markersize=6)
             mark.set_gid(f"{stem}-{index}")
             names[mark.get_gid()] = (
-                f"{row['form']}, {row['size']}: {_score(row['metric'], row['test'], row['half'])} "
+                f"{row['form']}, {row['size']}: {_score(metric, row['test'], row['half'])} "
                 f"({row['seeds']} seeds, learning rate {row['learning_rate']:g}), {row['parameters']:,.0f} parameters, "
                 f"{label} {row[cost] / unit:.3g}"
             )
@@ -251,7 +263,8 @@ _PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
     "task": "task",
     "size": "budget",
     "form": "experiment_name",
-    "test": "test_accuracy",
+    "test": "test",
+    "metric": "metric",
     "half": "± 95 %",
     "parameters": "num_trainable_params",
     "step_seconds": "step_time",

@@ -344,6 +344,7 @@ def without_common_start(kinds: Sequence[str]) -> list[str]:
 
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows that share these compete for the best
+OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
 _OF_METHOD = ("method.", "calibration.", "mask.", "importance.", "trainer.loraplus_ratio")
 _NAMED = ("method.name", "calibration.threshold", "calibration.budget", "calibration.sparsity")  # have columns already
 _RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
@@ -577,7 +578,7 @@ def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]
         pairing.remarks.append(f"{names}: compared with, of {which}")
         return plainest
     settings = [{key: str(value) for key, value in flatten(each.config).items()} for each in plainest]
-    keys = sorted({key for each in settings for key in each} - {"seed", "results_dir", "overwrite", "keep_records"})
+    keys = sorted({key for each in settings for key in each} - set(OF_SEED))
     varied = next((key for key in keys if len({each.get(key) for each in settings}) > 1), None)
     choose = f"choose with --where {varied}=…" if varied else "they have the same settings"
     why = f"{len(plainest)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"
@@ -778,11 +779,12 @@ class Predictions:
         return {seed: self._frame(group, seed, whole=metric in OF_ALL_TOGETHER) for seed in seeds}
 
     def outputs(self, group: str, seed: int) -> np.ndarray | None:
-        """Return the prediction for every example (N,); None where none can be read."""
+        """Return the prediction for every example (N,); None where none can be read, and of a regression's numbers."""
         try:
-            return self._frame(group, seed, whole=False)["prediction"].to_numpy()
+            values = self._frame(group, seed, whole=False)["prediction"].to_numpy()
         except (PartialLoraError, ValueError, KeyError):
             return None
+        return None if values.dtype.kind == "f" else values
 
     def exist(self, group: str, seeds: Iterable[int]) -> bool:
         """Return True where any of these runs has its predictions."""

@@ -124,7 +124,8 @@ def over_sets(each: Sequence[Estimate]) -> Estimate:
         return float((weights * (differences - np.average(differences, weights=weights)) ** 2).sum())
 
     due = len(each) - 1
-    tau2 = brentq(lambda tau2: spread(tau2) - due, 0, differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
+    # At tau² = var(differences) the spread is no more than due, but for rounding.
+    tau2 = brentq(lambda tau2: spread(tau2) - due, 0, 2 * differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
     weights = 1 / (errors**2 + tau2)
     # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
     error = math.sqrt(1 / weights.sum()) if due else math.nan
@@ -232,6 +233,21 @@ def significance(found: Estimate, metric: str, seeds: int, margin: float | None 
     if seeds == 1:
         return math.nan
     return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(-(margin or 0), 0)
+
+
+def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
+    """Return rows of differences with what is left of their verdicts among all of them (`holm`).
+
+    rows: with difference, error, freedom, metric, and a column `seeds` that counts these; those without a difference
+    have no verdict. among: how many were corrected for, those that one seed cannot decide left out.
+    """
+    known = rows[rows["difference"].notna()]
+    columns = (known[name] for name in ("difference", "error", "freedom", "metric", seeds))
+    found = [(Estimate(*numbers), metric, int(count)) for *numbers, metric, count in zip(*columns, strict=True)]
+    p = [significance(*each) for each in found]
+    judged = [judge(*each, level) for each, level in zip(found, holm(p), strict=True)]
+    among = sum(not math.isnan(one) for one in p)
+    return rows.assign(together=pd.Series(judged, known.index, dtype=object), among=among)
 
 
 def ends_of(drawn: np.ndarray) -> tuple[float, float]:

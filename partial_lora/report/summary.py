@@ -86,9 +86,10 @@ def calibration_summary(result: Mapping) -> Group:
     """
     calibration, sparsity = result["calibration"], result["sparsity"]
     chosen = [f"{axis} {fmean(each[axis] for each in sparsity.values()):.3f}" for axis in AXES]
-    score = f"{calibration['baseline']:.4f} intact · {_number(calibration['joint'])} with all sparsities at once"
+    joint = cell(number(calibration["joint"]), ".4f")
+    score = f"{calibration['baseline']:.4f} intact · {joint} with all sparsities at once"
     if repaired := calibration.get("repaired"):
-        score += f", {_number(repaired['joint_before'])} before {repaired['steps']} steps of repair"
+        score += f", {cell(number(repaired['joint_before']), '.4f')} before {repaired['steps']} steps of repair"
     lines = {
         "calibration": _title(result),
         "mean sparsity": f"{' · '.join(chosen)} over {len(sparsity)} modules",
@@ -183,7 +184,7 @@ def _threshold(calibration: Mapping) -> str:
         return NONE
     whole = "the intact score"
     if calibration.get("above_chance"):
-        whole = f"what the score is above chance ({_number(calibration['chance'])})"
+        whole = f"what the score is above chance ({cell(number(calibration['chance']), '.4f')})"
     budget = calibration.get("budget")
     return f"{calibration['threshold']:.4g} of {whole}" + (
         "" if budget is None else f", what a budget of {budget:g} comes to"
@@ -197,10 +198,6 @@ def _reliability(halves: Mapping | None) -> str:
     if halves["spearman_brown"] is None:
         return f"{NONE} ({halves['said']})"
     return f"{halves['spearman_brown']:.2f} (split-half, Spearman-Brown; {halves['pearson']:.2f} between the halves)"
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.4f}"
 
 
 def _title(result: Mapping) -> str:

@@ -40,16 +40,7 @@ from partial_lora.report.records import (
     paired,
     told_apart,
 )
-from partial_lora.report.statistics import (
-    MARGIN,
-    Estimate,
-    compare,
-    holm,
-    judge,
-    over_examples,
-    reliability,
-    significance,
-)
+from partial_lora.report.statistics import MARGIN, compare, over_examples, reliability, together
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -99,8 +90,7 @@ def write(
     parts = [f"    {command}", above, tabulated(shown, "pipe", by), *notes(table, by=by, spread=spread, marked=marked)]
     if lines := said_of(left_out):
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in lines))
-    latex = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", tabulated(shown, "latex_booktabs", by))
-    latex = latex.replace("±", r"$\pm$").replace(NONE, "--")
+    latex = as_latex(tabulated(shown, "latex_booktabs", by))
     best = table.assign(best=table.index.isin(list(marked)))
     return _written(
         results_dir,
@@ -154,6 +144,14 @@ def tabulated(shown: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
     """Return a table as it is read in one of tabulate's formats, words to the left and numbers to the right."""
     align = ["left" if name in WORDS or name in by else "right" for name in shown.columns]
     return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
+
+
+def as_latex(table: str) -> str:
+    """Return tabulate's LaTeX with what is marked in bold type, and with its signs."""
+    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", table)
+    for sign, written in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
+        text = text.replace(sign, written)
+    return text
 
 
 def origin(frame: pd.DataFrame) -> str:
@@ -231,7 +229,7 @@ def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std
         if "differs in" in shown:  # below the method, for there is no room beside it
             told = shown["differs in"].map(lambda each: "" if each == NONE else f"\n{_indented(each)}")
             shown["method"] = shown["method"] + told
-        names = [name for name in (*by, *_ON_SCREEN) if name in shown and (shown[name] != NONE).any()]
+        names = [name for name in dict.fromkeys((*by, *_ON_SCREEN)) if name in shown and (shown[name] != NONE).any()]
         names.insert(names.index("n") + 1, next(name for name in shown if name.startswith("test")))
         tables.append(drawn(title, shown[names]))
     return Group(*tables)
@@ -367,18 +365,10 @@ def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
     elif not predicted:
         pairing.remarks.append("none of these runs has kept its predictions")
     remarks = tuple(pairing.remarks) if len(every) > 1 else ()
-    return Differences(_together(pd.DataFrame(rows)), _lines(problems), _lines(pairing.apart), remarks)
-
-
-def _together(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows with what is left of each verdict among all of them, by Holm's correction."""
-    if "difference" not in rows:
-        return rows
-    own = rows[rows["difference"].notna()]
-    found = [(Estimate(row.difference, row.error, row.freedom), row.metric, int(row.pairs)) for row in own.itertuples()]
-    levels = holm([significance(*each) for each in found])
-    judged = [judge(*each, level) for each, level in zip(found, levels, strict=True)]
-    return rows.assign(together=pd.Series(judged, own.index, dtype=object))
+    compared = pd.DataFrame(rows)
+    if "difference" in compared:
+        compared = together(compared, seeds="pairs")
+    return Differences(compared, _lines(problems), _lines(pairing.apart), remarks)
 
 
 def _lines(reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -458,7 +448,7 @@ def notes_of_differences(compared: Differences) -> list[str]:
         f"Differences are from {REFERENCE} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
         f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-        "below zero, and not above that; undecided: else. among: what is left of a verdict among all of this table, by "
+        "below zero, and not above that; undecided: else. among: what is left of a verdict among all of the report, by "
         "Holm's correction. bootstrap: the interval of examples and seeds that are drawn again. Reliability is of the "
         "calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
         "(Spearman–Brown).": True,
@@ -494,10 +484,10 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
             for n, pairs in zip(rows["n"], rows["pairs"], strict=True)
         ],
         "test": [measured(*each) for each in zip(rows["metric"], rows["test_mean"], rows["test_std"], strict=True)],
-        "difference [95 %]": [_interval(row) for row in rows.itertuples()],
-        "bootstrap": [_ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
+        "difference [95 %]": [_difference_of(row) for row in rows.itertuples()],
+        "bootstrap": [ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
-        f"among {(rows['pairs'] > 1).sum()}": rows["together"].fillna(NONE),
+        f"among {rows['among'].iloc[0]}": rows["together"].fillna(NONE),
         "adapter parameters": _cells(rows["adapter_parameters"], ",.0f"),
         "of dense": _cells(rows["share_of_dense"], ".1%"),
         "adapter file (KB)": _cells(rows["adapter_bytes"] / 1e3, ",.0f"),
@@ -514,18 +504,22 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
 
 def difference_in_words(row: tuple) -> str:
     """Return the difference of a row of `differences` with its verdict, in the metric's own unit or in points."""
-    difference = _interval(row).partition(" ")[0]
+    difference = _difference_of(row).partition(" ")[0]
     return difference if difference == NONE else f"{difference}, {_verdict(row)}"
 
 
-def _interval(row: tuple) -> str:
-    if math.isnan(row.difference):
-        return NONE
-    scale, form = _in_units(row.metric)
-    return f"{scale * row.difference:{form}} {_ends(row.metric, row.low, row.high)}"
+def _difference_of(row: tuple) -> str:
+    return NONE if math.isnan(row.difference) else signed(row.metric, row.difference, row.low, row.high)
 
 
-def _ends(metric: str, low: float, high: float) -> str:
+def signed(metric: str, difference: float, low: float, high: float) -> str:
+    """Return a difference with its interval, if it has one: of shares in points, of other metrics as it is."""
+    scale, form = _in_units(metric)
+    return f"{scale * difference:{form}} {ends(metric, low, high)}".rstrip()
+
+
+def ends(metric: str, low: float, high: float) -> str:
+    """Return an interval in the units of `signed`; nothing where there is none."""
     scale, form = _in_units(metric)
     return "" if math.isnan(low) else f"[{scale * low:{form}}, {scale * high:{form}}]"
 

@@ -28,8 +28,9 @@ from partial_lora.report.statistics import (
     holm,
     judge,
     over_sets,
-    significance,
+    together,
 )
+from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE, ALL_SETS = "score", "difference", "average", "all sets"
@@ -189,19 +190,6 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
     return together(pd.DataFrame(rows, columns=list(DIFFERENCES)))
 
 
-def together(rows: pd.DataFrame) -> pd.DataFrame:
-    """Differences with what is left of their verdicts among all of them, by Holm's correction (`statistics.holm`).
-
-    among: how many were corrected for, those that one seed cannot decide left out.
-    """
-    each = rows.to_dict("records")
-    estimates = [Estimate(row["difference"], row["error"], row["freedom"]) for row in each]
-    places = [(row["metric"], row["seeds"]) for row in each]
-    p = [significance(found, *place) for found, place in zip(estimates, places, strict=True)]
-    judged = [judge(found, *place, level) for found, place, level in zip(estimates, places, holm(p), strict=True)]
-    return rows.assign(together=judged, among=sum(not math.isnan(one) for one in p))
-
-
 def paired_rows(
     sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], where: Mapping[str, str], first: str, second: str
 ) -> list[dict]:
@@ -314,23 +302,17 @@ def in_points(row: Mapping) -> bool:
 
 def interval(row: Mapping) -> str:
     """A difference with its interval: of shares in points, of other metrics as it is."""
-    scale, form = _in_units(row)
-    return f"{scale * row['difference']:{form}} {_ends(row, 'low', 'high')}".rstrip()
+    return signed(_unit(row), *(row[name] for name in ("difference", "low", "high")))
 
 
 def bootstrapped(row: Mapping) -> str:
     """The bootstrap's interval; "–" where there is none."""
-    return _ends(row, "bootstrap_low", "bootstrap_high") or NONE
+    return ends(_unit(row), row["bootstrap_low"], row["bootstrap_high"]) or NONE
 
 
-def _in_units(row: Mapping) -> tuple[float, str]:
-    return (100, "+.2f") if in_points(row) else (1, "+.4f")
-
-
-def _ends(row: Mapping, *names: str) -> str:
-    scale, form = _in_units(row)
-    low, high = (scale * row[name] for name in names)
-    return "" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
+def _unit(row: Mapping) -> str:
+    """The metric in whose unit a row is; averages are of shares, such as accuracy."""
+    return "accuracy" if row["metric"] == AVERAGE else row["metric"]
 
 
 # Verdicts

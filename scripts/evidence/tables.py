@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
-from tabulate import tabulate
 
 from evidence.paired import (
     ALL_SETS,
@@ -53,11 +52,12 @@ from evidence.runs import (
     missing,
     planned,
 )
+from partial_lora.calibration.search import threshold_of
 from partial_lora.files import write_atomic
 from partial_lora.report.records import NONE, half_interval, number, point_order
 from partial_lora.report.statistics import MARGIN, reliability
 from partial_lora.report.summary import cell, measured, percent
-from partial_lora.report.tables import origin
+from partial_lora.report.tables import as_latex, origin, tabulated
 from partial_lora.runs.directory import read_result
 from partial_lora.tasks.metrics import SHARES
 
@@ -152,13 +152,9 @@ def markdown(table: Table, command: str) -> str:
 
 def latex(table: Table) -> str:
     """The parts alone, for a paper (booktabs); each title a comment."""
-    parts = []
-    for title, shown in table.shown.items():
-        text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", _tabulated(shown, "latex_booktabs"))
-        for sign, written in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
-            text = text.replace(sign, written)
-        parts.append(f"% {title}\n{text}\n")
-    return "\n".join(parts)
+    return "\n".join(
+        f"% {title}\n{as_latex(_tabulated(shown, 'latex_booktabs'))}\n" for title, shown in table.shown.items()
+    )
 
 
 def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
@@ -183,10 +179,8 @@ def in_words(verdict: Verdict) -> str:
 
 
 def _tabulated(shown: pd.DataFrame, form: str) -> str:
-    words = {"model", "mixture", "importance", "operating point", "method", "task", "difference", "over", "verdict"}
-    words |= {"what", "claim", "where", "found", "alone"}
-    align = ["left" if name in words or name.startswith("among") else "right" for name in shown.columns]
-    return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
+    words = {"mixture", "importance", "difference", "over", "what", "claim", "where", "found", "alone"}
+    return tabulated(shown, form, [name for name in shown if name in words or name.startswith("among")])
 
 
 # What is read of scores and differences
@@ -631,7 +625,9 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
 
     n, and the interval, are of calibrations: seeds that share one count once.
     """
-    known = runs.assign(task=_task_or_mixture(runs), ratio=runs["joint"] / runs["baseline"]).dropna(subset=["ratio"])
+    known = runs.assign(task=_task_or_mixture(runs)).dropna(subset=["joint", "baseline"])
+    scored = zip(known["joint"], known["baseline"], strict=True)
+    known = known.assign(ratio=[threshold_of(joint, baseline=baseline) for joint, baseline in scored])
     known = known.assign(draw=[draw_of(run.record) for run in known["run"]])
     # Of runs that share a calibration the one that made it says how long that took; the others found it in the cache.
     made = known.sort_values("calibrate_seconds", na_position="last", kind="stable")

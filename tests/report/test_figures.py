@@ -154,6 +154,7 @@ def test_a_map_is_of_partial_and_a_mean_over_its_seeds_and_calibrations_of_a_mod
     for seed, moved in enumerate((0.0, 0.2)):
         own = {name: {axis: value + moved for axis, value in axes.items()} for name, axes in rising.items()}
         place(tmp_path, record(seed=seed, sparsity=own))
+        place(tmp_path, record(seed=seed, sparsity=falling, task__train_samples=150))  # other conditions
     place(tmp_path, record("uniform", sparsity=falling))
     place(tmp_path, record("lora", sparsity=falling))
     place(tmp_path, record(task="cifar10", sparsity=falling))

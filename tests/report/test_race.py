@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from recorded_runs import record
 
+from partial_lora.errors import PartialLoraError
 from partial_lora.report import race
 
 
@@ -124,3 +125,29 @@ def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules
         ("own", "lora"): pytest.approx(0.2),
         ("own", "lora on query, value"): pytest.approx(0.1),
     }
+
+
+def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
+    def results(method: str, test: float, **changes) -> list[dict]:
+        return [record(method, test, seed=seed, **changes) for seed in range(2)]
+
+    sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
+    table = race.at_best_rates(race.rows_of([*results("lora", 0.7), *sized]))
+    assert race.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
+        "0.13": pytest.approx(-0.1),
+        "0.02": pytest.approx(-0.2),
+    }
+    only = race.at_best_rates(race.rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
+    assert race.compared(only, "low_rank")["difference"].isna().all()  # two budgets are not compared
+
+
+def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:
+    table = race.rows_of([record("partial", budget=0.13), record("partial", budget=0.13, method__rank=64)])
+    with pytest.raises(PartialLoraError, match="digits, 0.13, partial"):
+        race.at_best_rates(table)
+
+
+def test_the_size_of_adalora_is_what_is_left_at_the_end() -> None:
+    result = record("adalora")
+    result["parameters"]["adapter_final"] = 7
+    assert race.row_of(result)["parameters"] == 7

@@ -154,6 +154,8 @@ def test_the_table_on_screen_fits_80_columns(tmp_path):
         assert part in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
+    (table,) = tables.on_screen(rows_of(tmp_path), by=["task", "method"]).renderables
+    assert [str(column.header) for column in table.columns].count("method") == 1
 
 
 # The answer
@@ -258,6 +260,10 @@ def test_each_is_compared_with_the_reference_at_its_point(results):
     assert rows["budget 0.13", "lora"].verdict == "better"
     assert (worse.optimizer_bytes, worse.reliability) == (2000.5, 0.75)
     assert np.isnan(lora.reliability)
+
+    decidable = int((comparison.rows["pairs"] > 1).sum())
+    part = tables.readable_differences(comparison.rows[comparison.rows["operating_point"] == "budget 0.13"])
+    assert f"among {decidable}" in part  # a part of a report is corrected for all of it
 
     text, numbers = (path.read_text(encoding="utf-8") for path in written(results))
     assert text.startswith("    partial-lora report x\n")

@@ -86,10 +86,7 @@ def test_another_answer_than_the_reference_is_no_result(result, wrong):
             bench_calibration.literal(sides, levels, result["blocks"] * result["examples"])
 
 
-def test_passes_of_the_reference():
-    levels = [0.25, 0.5, 0.75]
-    sparsity = {"a": {"rows": 0.0, "columns": 0.25}, "b": {"rows": 0.5, "columns": 0.75}}
-    assert bench_calibration.literal_passes(sparsity, levels) == 2 + 1 + 2 + 3 + 3
+def test_modules_are_spread_over_kinds():
     assert bench_calibration.spread(48, 6) == [0, 9, 18, 27, 32, 41]
     assert bench_calibration.spread(3, 6) == [0, 1, 2]
 

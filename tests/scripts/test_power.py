@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import power
 import pytest
-from coverage import fitted
+from interval_coverage import fitted
 from recorded_runs import leave
 
 from partial_lora.report.statistics import estimate

@@ -174,6 +174,7 @@ def test_the_largest_slope_is_the_jacobians_norm() -> None:
 def test_the_recorded_page_and_figure_are_of_the_record(tmp_path) -> None:
     record = json.loads((RECORDED / "propagation.json").read_text(encoding="utf-8"))
     assert (RECORDED / "propagation.md").read_text(encoding="utf-8") == script.page(record)
-    assert script.draw(record, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in script.draw(record, tmp_path)} == {"propagation.png", "propagation.svg"}
+    assert (tmp_path / "propagation.png").read_bytes().startswith(b"\x89PNG")
     for point in (point for model in record["models"] for point in model["points"]):
         assert point["measured"]["median"] <= point["secant"]["median"] <= point["bound"]["median"]

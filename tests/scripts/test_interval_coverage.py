@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import coverage
+import interval_coverage
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,16 +11,16 @@ from recorded_runs import leave
 
 def test_experiments_have_the_truth_and_the_components_that_they_say() -> None:
     generator, population = np.random.default_rng(0), np.random.default_rng(1).normal(1.0, 1.0, size=(4, 6))
-    drawn = np.mean([coverage.resampled(population)(generator, 3) for _ in range(4000)])
+    drawn = np.mean([interval_coverage.resampled(population)(generator, 3) for _ in range(4000)])
     assert drawn == pytest.approx(0, abs=0.05)
-    assert set(np.round(coverage.resampled(population)(generator, 2) + population.mean(), 9).ravel()) <= set(
+    assert set(np.round(interval_coverage.resampled(population)(generator, 2) + population.mean(), 9).ravel()) <= set(
         np.round(population, 9).ravel()
     )
     for heavy in (False, True):
-        draw = coverage.fitted((0.04, 0.25, 1.0), 400, heavy=heavy)
-        found = np.mean([coverage.components(draw(generator, 40)) for _ in range(40)], axis=0)
+        draw = interval_coverage.fitted((0.04, 0.25, 1.0), 400, heavy=heavy)
+        found = np.mean([interval_coverage.components(draw(generator, 40)) for _ in range(40)], axis=0)
         assert found == pytest.approx([0.04, 0.25, 1.0], rel=0.35 if heavy else 0.15)
-    means = [coverage.fitted((0.0, 0.0, 0.0), 5, between=0.3)(generator, 2).mean() for _ in range(500)]
+    means = [interval_coverage.fitted((0.0, 0.0, 0.0), 5, between=0.3)(generator, 2).mean() for _ in range(500)]
     assert np.std(means) == pytest.approx(0.3, rel=0.1)
 
 
@@ -29,7 +29,7 @@ def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None
         leave(tmp_path / "cpu", "lora", seed=seed, wrong=20 + seed)
         leave(tmp_path / "cpu", "partial", seed=seed, wrong=30 + 2 * seed, budget=0.13)
     settings = ["--results", str(tmp_path / "cpu"), "--out", str(tmp_path / "out"), "--repetitions", "2"]
-    assert coverage.main(settings) == 0
+    assert interval_coverage.main(settings) == 0
     numbers = pd.read_csv(tmp_path / "out" / "coverage.csv")
     assert len(numbers) == (3 + 3) * 3 * 2  # kinds of one set, and of five; seeds; intervals
     assert numbers["coverage"].between(0, 1).all()

@@ -1,6 +1,6 @@
 """Coverage of 95 % intervals of a difference, by components and by a bootstrap, with 3, 5 and 8 seeds.
 
-    python scripts/coverage.py            # or `make coverage`; about five minutes of one core
+    python scripts/interval_coverage.py            # or `make coverage`; about five minutes of one core
 
 Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
 is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -200,8 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     numbers, fits = simulate(options.results, options.repetitions)
     options.out.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(options.out / "coverage.csv", index=False, float_format="%.5g")
-    command = f"python scripts/coverage.py --results {options.results}"
+    write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
+    command = shlex.join(["python", "scripts/interval_coverage.py", *(arguments or sys.argv[1:])])
     write_atomic(options.out / "coverage.md", page(numbers, fits, command, options.repetitions))
     for file in [options.out / "coverage.md", options.out / "coverage.csv", *draw(numbers, options.out)]:
         print(f"wrote {file}")
