@@ -25,14 +25,16 @@ from typing import TYPE_CHECKING
 
 from partial_lora import files
 from partial_lora.bars import Bars, bar
+from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, launch
+from partial_lora.runs.arguments import is_file, settings_of
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
 from partial_lora.runs.rates import starting_point
-from partial_lora.runs.schema import MASKED, Config
+from partial_lora.runs.schema import Config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
     if {"-sc", "--shell-completion"} & {*arguments[:2]}:
         return guarded(lambda: _complete(arguments))
-    return guarded(lambda: COMMANDS[name](others) if name in COMMANDS else _overview(arguments))
+    return guarded(lambda: COMMANDS[name][0](others) if name in COMMANDS else _overview(arguments))
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -97,9 +99,9 @@ def _overview(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"partial-lora {version('partial-lora')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        commands.add_parser(name, help=_HELP[name])
-    return COMMANDS[parser.parse_args(arguments).command]([])
+    for name, (_, words) in COMMANDS.items():
+        commands.add_parser(name, help=words)
+    return COMMANDS[parser.parse_args(arguments).command][0]([])
 
 
 # --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
@@ -261,6 +263,7 @@ def _print_outline(config: Config, run: Outline) -> None:
     text += f"\nlearning rate: {rates}"
     if first := _first_rate(config, run):
         text += f"; to try first: {first}"
+    text += "".join(f"\nbeware: {line}" for line in config.warnings)
     console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -358,7 +361,8 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     others = [each for each in settings if each.partition("=")[0] not in own]
     for each in others:
         require(not each.startswith("seed="), "seed", each.partition("=")[2], "seeds=N: compare takes seeds 0 to N − 1")
-    if not any(each.startswith("results_dir=") for each in others):
+    in_file = any("results_dir" in settings_of(each) for each in others if is_file(each))
+    if not in_file and not any(each.startswith("results_dir=") for each in others):
         others.append("results_dir=results/compare")
     return own, others
 
@@ -893,33 +897,18 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "calibrate": calibrate,
-    "info": info,
-    "compare": compare,
-    "evaluate": evaluate,
-    "predict": predict,
-    "generate": generate,
-    "runs": runs,
-    "report": report,
-    "env": env,
-    "export": export,
-    "merge": merge,
-    "push": push,
-}
-_HELP = {
-    "train": "calibrate, mask, train and evaluate one run (FILE.yaml, KEY=VALUE …), or a sweep with -m",
-    "calibrate": "find the sparsities alone (the keys of train)",
-    "info": "count trainable parameters, memory and file size, and download nothing (the keys of train)",
-    "compare": "rank methods at equal size, each at its best learning rate",
-    "evaluate": "score a finished run on another split or task",
-    "predict": "predict images, texts or lines of a file with a finished run",
-    "runs": "list the runs of a results directory: task, method, score, when, path",
-    "generate": "continue a prompt with a finished run of a language model",
-    "env": "print versions, platform and devices, for a report of a bug",
-    "report": "make tables, figures and a page of finished runs",
-    "export": "write the adapter of a finished run for other programs",
-    "merge": "merge the adapters of several finished runs into one",
-    "push": "upload the adapter of a finished run to the model hub, with a page on it",
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "calibrate, mask, train and evaluate one run (FILE.yaml, KEY=VALUE …), or a sweep with -m"),
+    "calibrate": (calibrate, "find the sparsities alone (the keys of train)"),
+    "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
+    "compare": (compare, "rank methods at equal size, each at its best learning rate"),
+    "evaluate": (evaluate, "score a finished run on another split or task"),
+    "predict": (predict, "predict images, texts or lines of a file with a finished run"),
+    "runs": (runs, "list the runs of a results directory: task, method, score, when, path"),
+    "generate": (generate, "continue a prompt with a finished run of a language model"),
+    "env": (env, "print versions, platform and devices, for a report of a bug"),
+    "report": (report, "make tables, figures and a page of finished runs"),
+    "export": (export, "write the adapter of a finished run for other programs"),
+    "merge": (merge, "merge the adapters of several finished runs into one"),
+    "push": (push, "upload the adapter of a finished run to the model hub, with a page on it"),
 }

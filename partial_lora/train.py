@@ -65,19 +65,22 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"
-    # Calibration and importance read the weights; training gets their codes of 4 or 8 bits back.
-    with models.dequantised(model, values=calibrated or config.method.name in RANKED):
+    reads_weights = calibrated or config.method.name in RANKED
+    with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
         targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
-        # Calibration: from few examples and the frozen model to one sparsity for each module and axis.
-        scores, sparsity = None, None
-        if calibrated:
-            with timed(record, "calibrate"):
+        # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
+        scores = None
+        if reads_weights:
+            with timed(record, "calibrate" if calibrated else "importance"):
                 draws = build.draws_of(config, task.train)
-                # One process measures importance, so that all have the same bits; they then share the calibration.
                 scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
-                calibrate = build.calibrating(config, task, transform, model, scores, world)
+
+        # Calibration: from the few examples and the frozen model to one sparsity for each module and axis.
+        if calibrated:
+            calibrate = build.calibrating(config, task, transform, model, scores, world)
+            with timed(record, "calibrate"):
                 calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
                 calibration = calibration or build.calibration(config.calibration.file, targets, draws, calibrate)
             agreement = {}
@@ -91,17 +94,16 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             if world.is_main:
                 calibration.save(directory / results.CALIBRATION)
                 files.write_json(directory / results.RESULT, record)  # so that a resumed run knows the seconds spent
-        if stage == "calibrate":
-            return
-        sparsity = sparsity if calibrated else fixed_sparsity(config, shapes)
-        if not calibrated and (sparsity or tuner_size(config, shapes)):
+    if stage == "calibrate":
+        return
+    if not calibrated:
+        sparsity = fixed_sparsity(config, shapes)
+        if sparsity or tuner_size(config, shapes):
             record["fixed"] = fixed_point(config.calibration)
-        if not calibrated and config.method.name in RANKED:
-            with timed(record, "importance"):
-                draws = build.draws_of(config, task.train)
-                scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
+        if reads_weights:
+            record["warnings"] += draws.warnings
             for warning in draws.warnings:
-                logger.warning("importance: %s", warning)
+                logger.warning("beware: %s", warning)
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)

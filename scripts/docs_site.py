@@ -206,7 +206,7 @@ def help_texts() -> str:
             continue
         wide = patch.dict(os.environ, COLUMNS="86")
         with wide, contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-            cli.COMMANDS[name](["--help"])
+            cli.COMMANDS[name][0](["--help"])
         texts.append(f"## {name}\n\n```text\n{printed.getvalue().rstrip()}\n```")
     return "\n\n".join(texts)
 

@@ -19,12 +19,26 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 _HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
 os.environ["HF_HOME"] = _HF_HOME.name
 
+gc.disable()  # until all tests are found: importing what they need makes millions of objects that stay
+
 # Nobody cuts the power while tests run: to wait for the disk would only take longer where it is busy.
 os.fsync = lambda descriptor: None
 
 
 def pytest_collection_finish() -> None:
     """Leave out what is imported whenever garbage is looked for: every training does, in a million objects."""
+    gc.enable()
+    _keep_what_is_there()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Leave out, too, what a file of tests has imported and cached."""
+    if nextitem is not None and nextitem.path != item.path:
+        _keep_what_is_there()
+
+
+def _keep_what_is_there() -> None:
     gc.collect()
     gc.freeze()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -28,6 +29,12 @@ ORDER = (
 )
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 PACKAGE = Path(partial_lora.__file__).parent
+
+
+def test_every_public_name_is_there() -> None:
+    for name in modules():
+        module = importlib.import_module(name) if not name.endswith("__main__") else partial_lora
+        assert [each for each in getattr(module, "__all__", ()) if not hasattr(module, each)] == []
 
 
 def modules() -> dict[str, Path]:

@@ -16,8 +16,7 @@ import yaml
 from commands import command, here
 from finished_runs import override, picture_files
 from huggingface_hub import HfApi, constants
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tracked import in_mlflow, points_of, without_clock
+from tracked import in_mlflow, points_of, scalars, without_clock
 
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
@@ -63,9 +62,7 @@ def test_the_id_of_a_run_does_not_depend_on_what_is_hidden(secretive) -> None:
 def test_trackers_have_what_the_record_has(secretive, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # as whoever reads it has to
     result = json.loads((secretive.directory / "result.json").read_text())
-    events = EventAccumulator(str(secretive.directory / "tensorboard"))
-    events.Reload()
-    found = {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    found = {name: dict(points) for name, points in scalars(secretive.directory).items()}
     expected = without_clock(points_of(result["history"]))
     for split in ("validation", "test"):
         metrics = {name: value for name, value in result["metrics"][split].items() if name != "primary"}

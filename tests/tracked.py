@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from transformers.integrations.integration_utils import rewrite_logs
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+def client_of(place: Path) -> MlflowClient:
+    """A client of MLflow's local store. Loading MLflow takes two seconds, which most tests need not wait for."""
+    from mlflow import MlflowClient
+
+    return MlflowClient((place / "mlruns").as_uri())
 
 
 def stored(place: Path) -> Run:
     """The one run of MLflow's local store."""
-    client = MlflowClient((place / "mlruns").as_uri())
+    client = client_of(place)
     (experiment,) = (each for each in client.search_experiments() if each.name == "partial-lora")
     (run,) = client.search_runs([experiment.experiment_id])
     return run
 
 
 def in_mlflow(place: Path) -> dict[str, dict[int, float]]:
-    client, run = MlflowClient((place / "mlruns").as_uri()), stored(place)
+    client, run = client_of(place), stored(place)
     metrics = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
     return {name: {each.step: each.value for each in points} for name, points in metrics.items()}
+
+
+def scalars(run_directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a run's folder of TensorBoard holds: steps and values by name, as they were written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_directory / "tensorboard"))
+    events.Reload()
+    return {name: [(each.step, each.value) for each in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def points_of(history: list[dict]) -> dict[str, dict[int, float]]:

@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
 from partial_lora.adapter.config import PartialLoraConfig
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
@@ -34,7 +37,6 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES, assign_sparsity
 
-FILE_NAME = "partial_lora.safetensors"
 VERSION = 1
 
 _HEADER = "partial_lora."
@@ -96,8 +98,10 @@ def read_compact(folder: str | Path) -> tuple[PartialLoraConfig, dict[str, Tenso
     Factors are called "MODULE.lora_A" (rank × kept columns) and "MODULE.lora_B" (kept rows × rank); single entries come
     as lists (kept,). Tensors that trained whole have their names in the base model. Raises PartialLoraError, naming the
     file, where it is missing, truncated or broken, and where the masks do not match their digests.
+
+    folder: also a repository of the model hub, "owner/name".
     """
-    compact = _read(folder)
+    _, compact = _read(folder)
     factors = {f"{name}.lora_{factor}": value for name, both in compact.kept.items() for factor, value in both.items()}
     return compact.config, factors | compact.whole
 
@@ -111,6 +115,7 @@ def load_compact(
 ) -> PeftModel:
     """Return the base ``model`` with the compact adapter in ``folder``, masked, with its values bit for bit as written.
 
+    folder: also a repository of the model hub, "owner/name".
     A PeftModel with other Partial-LoRA adapters gets it as one more, not activated, as with PEFT's load_adapter.
     Values that were rounded when written load in the dtype PEFT gives an adapter (float32 for a base in half
     precision). Everything else is as with PeftModel.from_pretrained.
@@ -121,8 +126,8 @@ def load_compact(
     Raises PartialLoraError, and leaves the model as it was, for what `read_compact` refuses, a missing module, a wrong
     shape, another base model (see `fingerprint`) and a name that is taken.
     """
-    compact = _read(folder)
-    path, config = Path(folder) / FILE_NAME, compact.config
+    path, compact = _read(folder)
+    config = compact.config
     _check_model(model, adapter_name)
     _check_base(model.get_base_model() if isinstance(model, PeftModel) else model, compact, path, values=check_base)
     config.inference_mode = not is_trainable
@@ -170,13 +175,17 @@ def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, obj
     return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
 
 
-def _read(folder: str | Path) -> Compact:
+def _read(folder: str | Path) -> tuple[Path, Compact]:
+    """Return the file of a folder, or of a repository of the hub, and what it holds."""
     path = Path(folder) / FILE_NAME
     try:
+        if not Path(folder).is_dir():
+            path = Path(hf_hub_download(str(folder), FILE_NAME))
         content = path.read_bytes()
-    except OSError as error:
-        raise PartialLoraError(f"{path} cannot be read ({error.strerror}): expected a compact adapter.") from None
-    return decode(content, path)
+    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise PartialLoraError(f"{path} cannot be read ({reason}): expected a compact adapter.") from None
+    return path, decode(content, path)
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:

@@ -38,14 +38,18 @@ from partial_lora.masks import AXES, CHOICES, Sparsity, assign_sparsity, read_sp
 
 
 class _PeftType(str):
-    """A string with a ``value``, so that PEFT can read it as a member of its PeftType."""
+    """A string that PEFT can read as a member of its PeftType, which has a ``value`` and a longer name as text."""
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
+COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
 
 PASSED = frozenset(
     {
@@ -230,8 +234,8 @@ class PartialLoraConfig(LoraConfig):
                     f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.a[0]}, which"
                     f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
-        for module in sorted((self.expected or {}).keys() - geometries.keys()):
-            raise PartialLoraError(f"this model has no target module {module}, which the saved adapter has.")
+        if missing := sorted((self.expected or {}).keys() - geometries.keys()):
+            raise PartialLoraError(f"this model has no target module {missing[0]}, which the saved adapter has.")
         if self.selection == "random":
             masks = random_masks(
                 geometries,
@@ -283,9 +287,12 @@ class PartialLoraConfig(LoraConfig):
         if self.masks and (self.row_exponent or self.column_exponent or self.rank_pattern):
             # On disk all modules have one rank; alpha keeps each scaling as it is here.
             options |= {"r": self.saved_rank, "rank_pattern": {}}
-            options["alpha_pattern"] = {
-                _only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
+            alphas = {
+                only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
             }
+            options["alpha_pattern"] = alphas
+            if len(set(alphas.values())) == 1 and not self.rank_pattern:  # servers that read one alpha read it right
+                options |= {"lora_alpha": next(iter(alphas.values())), "alpha_pattern": {}}
         return LoraConfig(**options)
 
     def _padding(self, rank: int) -> float:
@@ -328,6 +335,8 @@ class PartialLoraConfig(LoraConfig):
 
         Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
+        if Path(pretrained_model_name_or_path, subfolder or "", COMPACT_FILE).is_file():
+            raise PartialLoraError(f"{pretrained_model_name_or_path} holds a compact adapter: use load_compact.")
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(lora) is not LoraConfig:
             raise PartialLoraError(
@@ -363,10 +372,10 @@ class PartialLoraConfig(LoraConfig):
             else {module: entry["indices"] for module, entry in modules.items()},
         )
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
-        config.rank_pattern = {_only(module): rank for module, rank in ranks.items()}
+        config.rank_pattern = {only(module): rank for module, rank in ranks.items()}
         alphas = config.alpha_pattern or {}
         for module, rank in ranks.items():
-            alphas[_only(module)] /= config._padding(rank)
+            alphas[only(module)] /= config._padding(rank)
         config.expected = modules
         return config
 
@@ -378,7 +387,7 @@ def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _only(module: str) -> str:
+def only(module: str) -> str:
     """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it."""
     return f"^{re.escape(module)}"
 

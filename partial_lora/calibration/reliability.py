@@ -95,8 +95,10 @@ def correlation(first: Sparsity, second: Sparsity) -> dict:
 
 def paired(first: Sparsity, second: Sparsity) -> np.ndarray:
     """Return the two sparsities of each (module, axis), in the first one's order (n, 2)."""
-    for module in sorted(first.keys() ^ second.keys()):
-        raise PartialLoraError(f"calibrations of different modules cannot be compared: {module} is in one of them only")
+    if single := sorted(first.keys() ^ second.keys()):
+        raise PartialLoraError(
+            f"calibrations of different modules cannot be compared: {single[0]} is in one of them only"
+        )
     values = [[axes[axis], second[module][axis]] for module, axes in first.items() for axis in axes]
     return np.asarray(values, dtype=np.float64).reshape(-1, 2)
 

@@ -120,8 +120,8 @@ def evaluation_settings(
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose("evaluated", overrides)
         for group in ("task", "trainer"):
-            for key in sorted(OmegaConf.missing_keys(composed[group])):
-                raise PartialLoraError(f"{group}.{key}: expected a value, its group file sets none")
+            if missing := sorted(OmegaConf.missing_keys(composed[group])):
+                raise PartialLoraError(f"{group}.{missing[0]}: expected a value, its group file sets none")
         task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
         check_files(task)
     if not of_another:

@@ -22,7 +22,6 @@ __all__ = [
     "Sparsity",
     "Training",
     "configuration",
-    "get",
     "put_back",
     "taken_out",
     "training",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import product
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.adapter.config import only
 from partial_lora.calibration.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
@@ -101,8 +101,7 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
     scaling, usual = setting.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
-    # PEFT matches a pattern with the end of a name: ^ ties it to the start, too.
-    unusual = {f"^{re.escape(module)}": rank for module, rank in adapted.items() if rank != usual}
+    unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}
     config = LoraConfig(
         **setting.lora()
         | {

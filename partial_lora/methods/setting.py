@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from partial_lora.adapter.config import only
 from partial_lora.calibration.budget import Shapes, counted_of, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
@@ -76,8 +76,7 @@ class Setting:
         if self.ranks == "one":
             return self.masked() | {"sparsity": dict(sparsity)}
         wide = {name: widest(self.shapes[name], self.rank, axes) for name, axes in sparsity.items()}
-        # PEFT matches a pattern with the end of a name: ^ ties it to the start, too.
-        ranks = {f"^{re.escape(name)}": rank for name, (rank, _) in wide.items() if rank != self.rank}
+        ranks = {only(name): rank for name, (rank, _) in wide.items() if rank != self.rank}
         return self.masked() | {"sparsity": {name: axes for name, (_, axes) in wide.items()}, "rank_pattern": ranks}
 
     def units(self) -> tuple[Shapes, int]:

@@ -73,12 +73,16 @@ class Skeleton:
         matched = [name for name in matched if not any(_is_in(name, module) for module in whole)]
         if not matched:
             raise PartialLoraError(f"target_modules={target_modules}: no module of {self.kind} matches")
-        for name in matched:
-            if name not in self.linears:
-                raise PartialLoraError(
-                    f"target_modules={target_modules}: {name} is a {self.modules[name]}, expected nn.Linear with plain "
-                    "weights; use longer names to leave it out"
-                )
+        if other := [name for name in matched if name not in self.linears]:
+            kind, advice = self.modules[other[0]], "use longer names to leave it out"
+            if "4bit" in kind or "8bit" in kind:
+                advice = "calibrate inside `partial_lora.models.dequantised(model)`"
+            elif any(name.startswith(f"{other[0]}.lora_") for name in self.modules):
+                advice = "calibrate before the model gets an adapter"
+            raise PartialLoraError(
+                f"target_modules={target_modules}: {other[0]} is a {kind}, expected nn.Linear with plain weights; "
+                f"{advice}"
+            )
         return {name: self.linears[name] for name in matched}
 
 

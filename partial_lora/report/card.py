@@ -230,13 +230,8 @@ def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
         built = f"base = {kind}.from_pretrained({place}{labels})"
         lines.append(f"from transformers import {kind}")
     if compact:
-        lines += ["from huggingface_hub import snapshot_download"] if repo else []
         lines.append("from partial_lora import load_compact")
-        loaded = (
-            f'model = load_compact(base, snapshot_download("{repo}"))'
-            if repo
-            else f'model = load_compact(base, "{_HERE}")'
-        )
+        loaded = f'model = load_compact(base, "{repo or _HERE}")'
     else:
         lines.append("from peft import PeftModel")
         loaded = f'model = PeftModel.from_pretrained(base, "{repo or _HERE}")'

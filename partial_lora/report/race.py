@@ -14,13 +14,13 @@ import pandas as pd
 from markupsafe import Markup
 from rich.console import Group
 
+from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, half_interval, number
-from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 CELL = ["task", "size", "form"]

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from partial_lora.calibration.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
+from partial_lora.calibration.config import MASKED
 from partial_lora.masks import AXES
 from partial_lora.report.records import (
     NONE,
@@ -28,7 +29,6 @@ from partial_lora.report.records import (
     without_common_start,
 )
 from partial_lora.runs.rates import starting_point
-from partial_lora.runs.schema import MASKED
 from partial_lora.tasks.metrics import SHARES
 
 

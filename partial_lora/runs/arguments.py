@@ -113,9 +113,9 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
         raise PartialLoraError(f"{named[0]}: expected one or the other; {files[0]} is the config already")
     from hydra.core.config_store import ConfigStore
 
-    content = _content(files[0])
-    is_record = all(isinstance(content.get(group), Mapping) for group in _OF_RECORDS)
-    primary = _primary_of_record(content, others) if is_record else _primary(files[0], content)
+    settings = settings_of(files[0])
+    is_record = all(isinstance(settings.get(group), Mapping) for group in _OF_RECORDS)
+    primary = _primary_of_record(settings, others) if is_record else _primary(files[0], settings)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
 
@@ -126,7 +126,7 @@ def is_file(argument: str) -> bool:
     return named and ("=" not in argument or Path(argument).is_file())
 
 
-def _content(file: str) -> dict:
+def settings_of(file: str) -> dict:
     """Return what a file sets; raise PartialLoraError, in one line that names it, where it is no mapping of keys."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -57,7 +57,7 @@ def _load_task(task: TaskConfig, seed: int) -> Task:
 
 def warnings_of(config: Config, task: Task) -> list[str]:
     """Return warnings about a training's settings and rows, a sentence each."""
-    found = config.trainer.warnings
+    found = config.warnings
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,11 @@ from partial_lora.runs.config import plain, run_directory
 from partial_lora.runs.directory import read_result
 from partial_lora.runs.info import outline
 from partial_lora.runs.rates import suited
-from partial_lora.runs.schema import defaults
+from partial_lora.runs.schema import SIZED, defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
-AT_BUDGET = {  # overrides that give PEFT's own methods the size of a budget
-    "dora": ("method.peft_type=LORA", "method.peft={use_dora: true}"),
-    "vera": ("method.peft_type=VERA",),
-}
+AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
 # Methods that are calibrated for their size alone, which a budget sets.
 _SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again

@@ -222,8 +222,8 @@ def _member(name: str, own: Mapping) -> TaskConfig:
         raise PartialLoraError(f"task.members.{name}.{unknown[0]}: no such key of a task")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own))
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise PartialLoraError(f"task.members.{name}.{key}: expected a value")
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise PartialLoraError(f"task.members.{name}.{missing[0]}: expected a value")
         member = OmegaConf.to_object(merged)
         check_files(member)
     except OmegaConfBaseException as error:
@@ -504,5 +504,7 @@ def _meant(key: str) -> str | None:
     if len(same) == 1:
         return same[0]
     of_group = {own: each for each, own in names.items() if each.rpartition(".")[0] == group}
+    if not group:
+        of_group |= {each: each for each in GROUPS}
     close = get_close_matches(name, of_group, n=1, cutoff=0.75)
     return of_group[close[0]] if close else None

@@ -57,6 +57,7 @@ def page(settings: Mapping, groups: Mapping[str, Sequence[str]], width: int) -> 
     return "\n".join([*lines, "", textwrap.fill(_FOOT, width)])
 
 
+_DERIVED = "never set by hand"  # how the comment of such a key begins
 _WRAPPED = {"subsequent_indent": " " * 6, "break_long_words": False, "break_on_hyphens": False}
 
 
@@ -66,10 +67,14 @@ def _in_yaml(value: object) -> str:
 
 
 def meanings() -> dict[str, str]:
-    """Return what every key means, by its full name, in the schema's order; those of no group come first."""
+    """Return what every key means, by its full name, in the schema's order; those of no group come first.
+
+    Keys that settings are derived into, and nobody sets, are left out.
+    """
     groups = {field.name: field.default_factory for field in fields(Config) if is_dataclass(field.default_factory)}
-    own = {key: text for key, text in _comments(Config) if key not in groups}
-    return own | {f"{group}.{key}": text for group, kind in groups.items() for key, text in _comments(kind)}
+    known = {key: text for key, text in _comments(Config) if key not in groups}
+    known |= {f"{group}.{key}": text for group, kind in groups.items() for key, text in _comments(kind)}
+    return {key: text for key, text in known.items() if not text.startswith(_DERIVED)}
 
 
 def _comments(kind: type) -> Iterator[tuple[str, str]]:

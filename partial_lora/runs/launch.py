@@ -107,7 +107,7 @@ def launch(
         is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
         for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
-        for line in config.trainer.warnings if stage == "train" else ():
+        for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
         files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))
         code, failure = _run_process(

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partial_lora.calibration.config import PAPER_BUDGET
+from partial_lora.calibration.config import MASKED, PAPER_BUDGET
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
 from partial_lora.runs import schema
@@ -360,7 +360,7 @@ def suited(settings: Mapping, dense: float | None = None) -> float:
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
     method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]
     rate = dense * method.get("rate_factor", 1.0)
-    if method["name"] in schema.MASKED:
+    if method["name"] in MASKED:
         masks = {name: mask[name] for name in _OF_MASKS if name in mask}
     elif method["name"] == "random_weights":
         masks = {}

@@ -19,7 +19,15 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from partial_lora.calibration.budget import counted_of
-from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.config import (
+    BUDGETED,
+    MASKED,
+    TRAITS,
+    UNIFORM,
+    CalibrationConfig,
+    ImportanceConfig,
+    traits_of,
+)
 from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
 from partial_lora.files import at_home, flatten
 from partial_lora.masks import CHOICES
@@ -296,7 +304,6 @@ class TaskConfig:
 
 
 _NOMINAL_RANK = 16
-_ANY_RANK = ("partial", "uniform", "shuffled", "inverted")  # methods whose random rows and columns go with any rank
 
 
 @dataclass
@@ -329,7 +336,7 @@ class MethodConfig:
         require(whole, "method.rank", self.rank, "a whole number, at least 1, or auto")
         one_of("method.ranks", self.ranks, "one", "auto")
         if self.ranks == "auto":
-            require(self.name in _ANY_RANK, "method.rank", "auto", f"a whole number, for method={self.name}")
+            require(traits_of(self.name).any_rank, "method.rank", "auto", f"a whole number, for method={self.name}")
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         self._check_tuner()
         positive("method.alpha", self.alpha)
@@ -342,19 +349,19 @@ class MethodConfig:
             require(self.name != "peft", "method.peft_type", None, "one of PEFT's tuners, such as LOKR")
             require(options is None, "method.peft", options, f"null, for method={self.name}")
             return
-        require(self.name not in _OWN, "method.peft_type", kind, f"null, for method={self.name}")
+        is_tuner = self.name not in TRAITS or traits_of(self.name).tuner
+        require(is_tuner, "method.peft_type", kind, f"null, for method={self.name}")
         self.peft_type = kind.upper()
         if self.name == "peft":  # runs of two tuners are of two methods
             self.name = f"peft_{kind.lower()}"
         require(isinstance(options, (Mapping, type(None))), "method.peft", options, "{option: value}")
 
 
-# Methods that train no product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
-_WITHOUT_PRODUCT = ("full", "probe", "vera", "adalora", "lorafa", "random_weights")
-# Methods whose adapter is masked, as `mask` says.
-MASKED = ("partial", "targeted", "ticket", "entries", "flow", "uniform", "shuffled", "inverted")
-# Methods that take no peft_type. DoRA and VeRA are not among them: as tuners of PEFT they may get another size.
-_OWN = {*MASKED, *_WITHOUT_PRODUCT, "lora", "low_rank"} - {"vera"}
+SIZED = {  # what gives a method with a size of its own that of a budget
+    "lora": "method=low_rank",
+    "dora": "method=dora method.peft_type=LORA 'method.peft={use_dora: true}'",
+    "vera": "method=vera method.peft_type=VERA",
+}
 
 
 @dataclass
@@ -382,6 +389,16 @@ class Config:
         return self.seed if self.calibration.seed is None else self.calibration.seed
 
     @property
+    def warnings(self) -> list[str]:
+        """Warnings about the settings, a sentence each."""
+        method, budget = self.method, self.calibration.budget
+        found = self.trainer.warnings
+        if budget is not None and method.peft_type is None and traits_of(method.name).size == "own":
+            advice = f"; {SIZED[method.name]} has that size" if method.name in SIZED else ""
+            found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
+        return found
+
+    @property
     def mask_seed(self) -> int:
         """The seed of random masks: their own, or the run's."""
         return self.seed if self.mask.seed is None else self.mask.seed
@@ -392,17 +409,13 @@ class Config:
         if self.method.ranks == "auto":
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
             one_of("mask.columns", self.mask.columns, "masked")
-        if self.method.name == "targeted":  # importance is of rows and columns
-            one_of("mask.granularity", self.mask.granularity, "rows_columns")
-        if self.method.name == "flow":  # it chooses rows that meet the kept columns of the next module
-            one_of("mask.granularity", self.mask.granularity, "rows_columns", "element")
-            one_of("mask.columns", self.mask.columns, "masked")
-        if self.method.name == "entries":
-            one_of("mask.granularity", self.mask.granularity, "element")
+        traits = traits_of(self.method.name)
+        if traits.granularities:
+            one_of("mask.granularity", self.mask.granularity, *traits.granularities)
+        if traits.columns:
+            one_of("mask.columns", self.mask.columns, *traits.columns)
         if self.method.name == "ticket":
             one_of("importance.name", self.importance.name, "adapter")
-            one_of("mask.granularity", self.mask.granularity, "rows_columns")
-            one_of("mask.columns", self.mask.columns, "masked")
         if self.method.name in BUDGETED:
             self._check_budgeted()
         self._check_rates()
@@ -418,7 +431,7 @@ class Config:
     def _check_rates(self) -> None:
         """Refuse learning rates of parts that the model or its adapter does not have."""
         name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
-        fits = ratio == 1 or (name not in _WITHOUT_PRODUCT and self.method.peft_type in (None, "LORA"))
+        fits = ratio == 1 or (traits_of(name).product and self.method.peft_type in (None, "LORA"))
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
         fits = ratio == 1 or name not in MASKED or self.mask.columns != "frozen"
         require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")

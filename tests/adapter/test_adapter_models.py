@@ -70,6 +70,7 @@ def test_trainable_parameters_are_reported_as_counted_by_hand(name, granularity,
     assert model.get_nb_trainable_parameters() == (kept + head, count(base) + kept + head)
     model.print_trainable_parameters()
     assert re.match(rf"trainable params: {kept + head:,} \|\| all params: ", capsys.readouterr().out)
+    assert set(model.get_model_status().peft_types.values()) == {"PARTIAL_LORA"}
 
 
 def count(module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import trl
 from adapter_models import LLAMA_TARGETS, MIXED, VIT_TARGETS, adapt, images, layers, llama, logits, vit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -103,6 +102,8 @@ def tokenizer():
 
 def sft_trainer(folder, seed=1, callbacks=()):
     """TRL's trainer of twelve prompts and their completions; the loss is on the completions alone."""
+    import trl  # two seconds
+
     settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": LLAMA_TARGETS}
     config = PartialLoraConfig(sparsity=SPARSITY, task_type="CAUSAL_LM", **settings)
     rows = [{"prompt": f"{first} {second}", "completion": f" {second} {first}"} for first in "abc" for second in "cdef"]

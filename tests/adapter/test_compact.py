@@ -26,12 +26,13 @@ from adapter_models import (
     tokens,
     vit,
 )
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
+from partial_lora.adapter import PartialLoraConfig, compact, load_compact, module_masks, read_compact, write_compact
 from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.errors import PartialLoraError
@@ -472,6 +473,25 @@ def test_tensors_that_are_missing_or_do_not_hold_are_refused(tmp_path, selection
 
 def test_a_missing_folder_is_refused(tmp_path):
     refuses(vit(), tmp_path / "none", f"none/{FILE_NAME}")
+
+
+def test_a_repository_of_the_hub_is_as_good_as_a_folder(tmp_path, monkeypatch):
+    model = fill(adapt(sparsity=0.6))
+    path = write_compact(model, tmp_path)
+    monkeypatch.setattr(compact, "hf_hub_download", lambda *names: {("me/mine", FILE_NAME): str(path)}[names])
+    torch.testing.assert_close(logits(load_compact(vit(), "me/mine"), images()), logits(model, images()))
+
+    def missing(*names):
+        raise EntryNotFoundError("no such file")
+
+    monkeypatch.setattr(compact, "hf_hub_download", missing)
+    refuses(vit(), "me/mine", f"me/mine/{FILE_NAME}")
+
+
+def test_a_compact_folder_is_not_taken_for_a_config(tmp_path):
+    write_compact(fill(adapt(sparsity=0.6)), tmp_path)
+    with pytest.raises(PartialLoraError, match="load_compact"):
+        PartialLoraConfig.from_pretrained(tmp_path)
 
 
 def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch):

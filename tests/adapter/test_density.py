@@ -22,7 +22,7 @@ from adapter_models import (
     timm_convnext,
     vit,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,6 +84,20 @@ def test_the_scaling_is_that_of_the_densities_that_are_there():
         assert layer.scaling["default"] == pytest.approx(expected)
         layer.scale_layer(2.0), layer.unscale_layer()  # back to what it was, as PEFT's callers expect
         assert layer.scaling["default"] == pytest.approx(expected)
+
+
+def test_where_all_modules_have_one_scaling_it_is_saved_as_one_alpha(tmp_path):
+    """Servers read lora_alpha and pass over alpha_pattern."""
+    for sparsity, alike in ((0.75, True), ({"qkv": 0.75, "fc1": 0.5}, False)):
+        scaled = {"sparsity": sparsity, "fan_in": "kept", "row_exponent": 1.0}
+        model = fill(adapt(target_modules=["qkv", "fc1"], modules_to_save=None, **scaled))
+        model.save_pretrained(tmp_path)
+        saved = LoraConfig.from_pretrained(tmp_path)
+        assert (saved.alpha_pattern == {}) == alike
+        assert (saved.lora_alpha == pytest.approx(6 / 0.25, rel=0.1)) == alike
+        torch.testing.assert_close(
+            logits(PeftModel.from_pretrained(vit(), tmp_path), BATCH[vit](3)), logits(model, BATCH[vit](3)), **CLOSE
+        )
 
 
 @pytest.mark.parametrize("base", BASES)

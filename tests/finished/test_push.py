@@ -160,7 +160,7 @@ def test_a_dry_run_reaches_nothing_and_its_folder_is_what_the_page_says(hub, cap
     assert hub.asked == []
     folder = Path(capsys.readouterr().out.removesuffix(": written\n"))
     page = ModelCard.load(folder / "README.md")
-    assert "load_compact(base, snapshot_download(" in page.text
+    assert 'load_compact(base, "me/mine")' in page.text
     found = load_compact(export.base_model(run), folder)
     inputs = export._samples(run).inputs
     torch.testing.assert_close(

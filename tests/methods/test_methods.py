@@ -20,6 +20,7 @@ from partial_lora import methods, models
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
 from partial_lora.calibration.config import CALIBRATED
+from partial_lora.calibration.config import MASKED as MASKED_METHODS
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, kept_count, random_keys
@@ -28,7 +29,6 @@ from partial_lora.methods.setting import widest
 from partial_lora.runs import build, config
 from partial_lora.runs.compose import composed
 from partial_lora.runs.info import outline
-from partial_lora.runs.schema import MASKED as MASKED_METHODS
 from partial_lora.training import cost
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries", "ticket")

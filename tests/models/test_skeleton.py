@@ -42,3 +42,14 @@ def test_another_geometry_is_built() -> None:
     assert found == skeleton_of(models.empty(family="causal", architecture="llama", model_args=args))
     with pytest.raises(PartialLoraError, match=r"^model\.model_args\.layers"):
         skeleton(family="causal", architecture="llama", model_args={"layers": 2}, outputs=2)
+
+
+def test_weights_of_4_bits_and_a_model_with_an_adapter_are_refused_with_the_way_out() -> None:
+    def refused(modules: dict[str, str]) -> str:
+        with pytest.raises(PartialLoraError, match="q_proj") as found:
+            module.Skeleton(modules, parameters={}, linears={}, output=None).targets(["q_proj"])
+        return str(found.value)
+
+    assert "dequantised" in refused({"": "Model", "q_proj": "Linear4bit"})
+    assert "before" in refused({"": "Model", "q_proj": "PartialLinear", "q_proj.lora_A": "ModuleDict"})
+    assert "longer names" in refused({"": "Model", "q_proj": "Conv1d"})

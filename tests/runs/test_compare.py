@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 
 import pytest
 from commands import here
@@ -92,6 +94,15 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert written_out.centre == centres["hira"]
 
 
+def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
+    chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
+    (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
+    assert not [each for each in cli._own_settings(chosen)[1] if each.startswith("results_dir=")]
+    (tmp_path / "own.yaml").write_text("task: digits\n", encoding="utf-8")
+    assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
+
+
+@pytest.mark.usefixtures("composed_once")
 def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:
     """With a launcher that only writes records: the ranking, and nothing twice."""
     entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
@@ -148,6 +159,16 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
     assert not list(tmp_path.glob("results*"))
 
 
+@pytest.fixture
+def composed_once(monkeypatch) -> None:
+    """A test and the comparison that it looks at compose the same runs: each is composed at its first mention."""
+    checked = functools.cache(lambda *arguments: compare_checked(arguments))
+    monkeypatch.setattr(compare, "checked", lambda arguments: checked(*arguments))
+
+
+compare_checked = compare.checked
+
+
 def recording(monkeypatch, **changes) -> None:
     """Have a comparison launch runs that only leave their records; those of unilora fail. changes: of records."""
 
@@ -165,22 +186,18 @@ def recording(monkeypatch, **changes) -> None:
     monkeypatch.setattr(cli, "_stage", launch)
 
 
-def test_what_has_run_is_ranked(tmp_path, monkeypatch) -> None:
-    """The first method is better, the other one's runs are of no use."""
-    recording(monkeypatch)
-    done = here(tmp_path, "compare", *GIVEN, "methods=[low_rank,unilora]", "budgets=0.3", *SHORT)
-    assert done.returncode == 0
-    assert (tmp_path / "out" / "report" / "index.html").is_file()
-    assert "| low_rank |       0.001 | 90.00" in (tmp_path / "out" / "compare.md").read_text()
-    assert "unilora, 0.3: the loss is not finite" in done.stderr
-
-
-def test_a_masked_method_is_a_reference_whatever_its_form_is_called(tmp_path, monkeypatch) -> None:
+@pytest.mark.usefixtures("composed_once")
+def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_form_is_called(
+    tmp_path, monkeypatch
+) -> None:
+    """Of three methods two are as good; the runs of the third are of no use."""
     recording(monkeypatch, mask__fan_in="kept", mask__row_exponent=1.0)
-    methods = ("methods=[partial,low_rank]", "reference=partial", "calibration=fixed")
+    methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
     table = (tmp_path / "out" / "compare.md").read_text()
     assert "− partial kept p^-1" in table
-    assert "| low_rank " in table
+    assert re.search(r"\| low_rank +\| +0\.001 \| 90\.00", table)
     assert "+0.00" in table
+    assert "unilora, 0.3: the loss is not finite" in done.stderr

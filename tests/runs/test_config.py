@@ -135,6 +135,7 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
         ("dataset", "task"),
         ("num_epochs", "trainer.epochs"),
         ("bf16", "trainer.mixed_precision=bf16"),
+        ("mehtod", "method"),
         ("lora_r", "method.rank"),
         ("trainer.seed", "seed"),
         *((key, None) for key in ("model.colour", "colour", "trainer.name")),
@@ -181,6 +182,13 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     older = config.plain(chosen)
     del older["calibration"]["memory"], older["keep_records"]
     assert config.load(older) == chosen
+
+
+def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
+    for method, is_spent in (("lora", False), ("dora", False), ("lorafa", False), ("low_rank", True), ("lokr", True)):
+        found = composed(f"method={method}", "calibration=fixed").warnings
+        assert [each.startswith("calibration.budget=0.13 ") for each in found] == [True] * (not is_spent)
+    assert composed("method=lora", "calibration=threshold").warnings == []
 
 
 def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_given() -> None:

@@ -203,7 +203,7 @@ def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     workers = [each["pid"] for each in written(tmp_path, "began")]
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while any(is_alive(pid) for pid in workers):
         assert time.monotonic() < end
         time.sleep(0.05)

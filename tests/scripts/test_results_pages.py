@@ -30,8 +30,8 @@ forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: trec, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
-forms/forms: gtsrb: lora
-forms/forms: trec: lora
+forms/forms: gtsrb, budget own: lora − low_rank
+forms/forms: trec, budget own: lora − low_rank
 forms/forms: trec, budget 0.02: entries − low_rank
 forms/forms: trec, budget 0.02: partial kept p^-1
 forms/forms: trec, budget 0.02: partial rank=auto kept p^-1

@@ -12,7 +12,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.special import softmax
 from sklearn import metrics as sklearn_metrics
 from tiny_causal import bytes_tokenizer, llama, merging_tokenizer
@@ -330,6 +329,8 @@ def test_rouge_l_is_that_of_the_longest_common_words() -> None:
         expected.append(2 * length / (len(words[0]) + len(words[1])) if length else 0.0)
     found = metrics.rouge_l(texts, references)
     np.testing.assert_allclose(found, expected)
+    from rouge_score.rouge_scorer import RougeScorer
+
     package = RougeScorer(["rougeL"])
     assert found.tolist() == [package.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
     draw = np.random.default_rng(0)

@@ -10,10 +10,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from mlflow import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainer import RESUMED, EndAfter, EndedError, masked, resumable, trainer
-from tracked import in_mlflow, points_of, stored, without_clock
+from tracked import client_of, in_mlflow, points_of, scalars, stored, without_clock
 
 from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
@@ -46,9 +44,7 @@ def tracking(place: Path, *names: str) -> Tracking:
 
 
 def in_tensorboard(place: Path) -> dict[str, dict[int, float]]:
-    events = EventAccumulator(str(run_directory(place) / "tensorboard"))
-    events.Reload()
-    return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    return {name: dict(points) for name, points in scalars(run_directory(place)).items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,9 +102,7 @@ def test_a_resumed_run_is_one_run_of_each_tracker(ended_twice) -> None:
     assert (
         json.loads((run_directory(ended_twice.place) / results.TRACKERS_FILE).read_text())["mlflow"] == run.info.run_id
     )
-    events = EventAccumulator(str(run_directory(ended_twice.place) / "tensorboard"))
-    events.Reload()
-    steps = [each.step for each in events.Scalars("train/loss")]
+    steps = [step for step, _ in scalars(run_directory(ended_twice.place))["train/loss"]]
     assert steps == sorted(set(steps))  # what came after the checkpoint is not there twice
 
 
@@ -126,7 +120,7 @@ def test_a_run_from_the_start_is_another_one(tmp_path: Path) -> None:
     tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 3)
     first = stored(tmp_path).info.run_id
     results.prepare(run_directory(tmp_path), overwrite=True)
-    MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
+    client_of(tmp_path).delete_run(first)
     tracking(tmp_path, "tensorboard", "mlflow").finish(MEASURED, 4)
     assert stored(tmp_path).info.run_id != first
     assert in_tensorboard(tmp_path)["test/accuracy"] == in_mlflow(tmp_path)["test/accuracy"] == {4: 0.75}
@@ -136,7 +130,7 @@ def test_a_store_that_has_lost_the_run_gets_a_new_one(tmp_path: Path) -> None:
     tracker = tracking(tmp_path, "mlflow")
     tracker.finish({}, 1)
     first = stored(tmp_path).info.run_id
-    MlflowClient((tmp_path / "mlruns").as_uri()).delete_run(first)
+    client_of(tmp_path).delete_run(first)
     for path in (tmp_path / "mlruns").glob(f"*/{first}"):
         path.rename(tmp_path / "elsewhere")
     tracking(tmp_path, "mlflow").finish(MEASURED, 5)
