@@ -29,7 +29,7 @@ from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
-from partial_lora.runs import directory, launch
+from partial_lora.runs import directory, imports, launch
 from partial_lora.runs.arguments import is_file, settings_of
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[], int]) -> int:
     """Return the exit code of a command, whose wrong inputs become one line, and whose output shows no credentials."""
     files.redact_output()
-    launch.refuse_hub_code()
+    imports.refuse_hub_code()
     try:
         return command()
     except PartialLoraError as error:
@@ -439,7 +439,7 @@ def _libraries() -> Iterator[None]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with launch.importing():
+        with imports.importing():
             yield
     finally:
         for name in added:

@@ -17,7 +17,7 @@ from pathlib import Path
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.progress import STOPPING, leave
-from partial_lora.runs import config, directory, launch
+from partial_lora.runs import config, directory, failures, imports, launch
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -41,7 +41,7 @@ def main() -> None:
             os.dup2(descriptor, stream.fileno())
         os.close(descriptor)
     files.redact_output()  # before any library takes hold of the streams
-    launch.refuse_hub_code()
+    imports.refuse_hub_code()
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave_world(code)
@@ -70,8 +70,8 @@ def work(place: Path, stage: str) -> int:
         if is_main:
             files.write_json(place / directory.RESULT, record)
         chosen = config.load(settings)
-        launch.hide_quantiser(chosen.model)
-        with launch.importing():  # torch and its kin; the record says, too, where an import fails
+        imports.hide_quantiser(chosen.model)
+        with imports.importing():  # torch and its kin; the record says, too, where an import fails
             from transformers.utils import logging as transformers_logging
 
             from partial_lora.train import run
@@ -88,7 +88,7 @@ def work(place: Path, stage: str) -> int:
         begun = record["parameters"] or record["calibration"]
         record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            launch.report_failure(record["error"])
+            failures.report(record["error"])
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", record["error"])

@@ -20,7 +20,7 @@ from evidence.dynamics import DYNAMICS, measure, read_dynamics
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import finished_run
 from partial_lora.report import records
-from partial_lora.runs import launch
+from partial_lora.runs import imports
 
 FIGURES = ("fig3", "fig7")
 MISSING = 3  # how the command ends where some could not be measured; a traceback ends with 1
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    launch.refuse_hub_code()
+    imports.refuse_hub_code()
     missing = False
     try:
         each = [chosen(place, options.where, options.figure) for place in options.places]

@@ -8,13 +8,13 @@ import os
 import sys
 
 from partial_lora import files
-from partial_lora.runs import launch
+from partial_lora.runs import imports
 
 _nowhere = os.open(os.devnull, os.O_WRONLY)
 for _stream in (sys.stdout, sys.stderr):
     os.dup2(_nowhere, _stream.fileno())
 os.close(_nowhere)
 files.redact_output()  # before any library takes hold of the streams
-launch.refuse_hub_code()
-launch.hide_bitsandbytes()
+imports.refuse_hub_code()
+imports.hide_bitsandbytes()
 gc.disable()  # until a worker has its own imports

@@ -7,10 +7,8 @@ setting touches no other, and a sweep starts its next run with nothing left over
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib.util
 import json
-import logging
 import multiprocessing
 import os
 import runpy
@@ -33,9 +31,9 @@ import yaml
 from partial_lora import files, progress
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.files import redacted
-from partial_lora.runs import directory, schema
+from partial_lora.runs import directory, failures, imports, schema
 from partial_lora.runs.config import calibration_directory, plain, run_directory
-from partial_lora.runs.schema import Config, ModelConfig
+from partial_lora.runs.schema import Config
 from partial_lora.training.config import TrainerConfig
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -210,7 +208,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
     result, machine = directory.read_result(place) or {}, f"machine {cluster.rank} of {cluster.machines}"
     if result.get("status") == "finished" and (code == 0 or result != before):
         return Outcome(place, "finished", elsewhere=f"{machine}: finished; the results are machine 0's: {place}")
-    reason = _silent_end(code) if failure is None else failure.text(cluster)
+    reason = _silent_end(code) if failure is None else failure.text(cluster.processes)
     if result.get("status") == "failed" and result != before and (failure is None or failure.explained):
         reason = result["error"]  # this machine's failure is only the echo of it
     return Outcome(place, "failed", error=f"{machine}: {reason}")
@@ -389,7 +387,7 @@ def _run_process(
     lock: int | None = None,
     started: Callable[[int], None] = lambda pid: None,
     stop: Callable[[], Sequence[int]] = tuple,
-) -> tuple[int, Failure | None]:
+) -> tuple[int, failures.Failure | None]:
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
     Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, so that it holds
@@ -402,9 +400,9 @@ def _run_process(
         for event in events or ():
             watch(event)
 
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as failures, _stop_requests() as requests:
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as words, _stop_requests() as requests:
         with open(log, "ab") as file:
-            worker = (start or _start)(command, {**environment, VARIABLE: failures}, file.fileno(), lock)
+            worker = (start or _start)(command, {**environment, failures.VARIABLE: words}, file.fileno(), lock)
         requests.pass_on_to(worker)
         try:
             started(worker.pid)
@@ -420,7 +418,7 @@ def _run_process(
             worker.wait()
             raise
         look()
-        failure = first_failure(Path(failures)) if worker.returncode else None
+        failure = failures.first(Path(words)) if worker.returncode else None
     if events is not None:
         events.path.unlink(missing_ok=True)
     return (128 + requests.received[0] if requests.received else worker.returncode), failure
@@ -479,7 +477,7 @@ def can_fork(config: Config, cluster: Cluster) -> bool:
     return (
         config.trainer.start == "fork"
         and "forkserver" in multiprocessing.get_all_start_methods()
-        and not (cluster.is_launched or config.trainer.report_to or _may_be_quantised(config.model))
+        and not (cluster.is_launched or config.trainer.report_to or imports.may_be_quantised(config.model))
     )
 
 
@@ -598,124 +596,15 @@ def _stop_requests() -> Iterator[_StopRequests]:
         yield requests
 
 
-# --- The failure of one of several processes: each leaves word of its own, and the parent picks the failure that caused
-# the others. torchelastic's error files and ChildFailedError have times in whole seconds, and only the processes that
-# had exited at one look: they often name the echo of a failure in its place.
-
-VARIABLE = "PARTIAL_LORA_FAILURES"  # names the folder; outside a launched run there is none
-_EXITS = "exits.json"
-_TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
-_CLOSE = 5.0  # seconds within which peers notice that a process is gone
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The process that failed first (None: the launcher), and why in one line; explained: it left that line itself."""
-
-    rank: int | None
-    reason: str
-    explained: bool = True
-
-    def text(self, cluster: Cluster) -> str:
-        """Return the failure as the record of a run has it."""
-        if self.rank is None:
-            return self.reason
-        return f"process {self.rank} of {cluster.processes} {'failed: ' if self.explained else ''}{self.reason}"
-
-
-def report_failure(reason: str) -> None:
-    """Leave word of why this process failed. Does nothing outside a launched run or where that cannot be written."""
-    rank = os.environ.get("RANK")
-    _leave_word(f"rank{rank}.json" if rank else "launcher.json", {"rank": rank and int(rank), "reason": reason})
-
-
-def report_exits(exits: Mapping[int, tuple[int, float]]) -> None:
-    """Leave word of how the workers of this machine ended: exit code and second of those that failed, by rank."""
-    _leave_word(_EXITS, {"exits": {rank: list(each) for rank, each in exits.items()}})
-
-
-def _leave_word(name: str, content: dict) -> None:
-    folder = os.environ.get(VARIABLE)
-    if folder:
-        with suppress(OSError):  # the folder went with whoever would have read it
-            files.write_json(Path(folder) / name, {"time": time.time(), **content})
-
-
-def first_failure(folder: Path) -> Failure | None:
-    """Return the failure that caused the others; None where nobody left word.
-
-    A process that is killed leaves no word, and its peers then fail of a broken connection. Processes that waited for a
-    peer that failed, and that the launcher had to kill, ended long after that peer.
-    """
-    words = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[!.]*.json")}
-    exits = {int(rank): tuple(end) for rank, end in words.pop(_EXITS, {"exits": {}})["exits"].items()}
-    explained = min(words.values(), key=lambda word: word["time"], default=None)
-    silent = exits.keys() - {word["rank"] for word in words.values()}
-    # Those that were terminated, as the launcher does with the peers of a process that failed, come last.
-    ended = min(((exits[rank][0] in _TERMINATED, exits[rank][1], rank) for rank in silent), default=None)
-    if ended and (explained is None or (not ended[0] and ended[1] <= explained["time"] + _CLOSE)):
-        code = exits[ended[2]][0]
-        by_signal = f"was ended by {signal.Signals(-code).name}" if code < 0 else None
-        return Failure(ended[2], by_signal or f"ended with code {code} and did not say why", explained=False)
-    return explained and Failure(explained["rank"], explained["reason"])
-
-
-def _record_failure(place: Path, failure: Failure | None, cluster: Cluster, code: int) -> None:
+def _record_failure(place: Path, failure: failures.Failure | None, cluster: Cluster, code: int) -> None:
     """Write into the record of a run which process failed first; process 0 may not have lived to do so."""
     result = directory.read_result(place)
     if result is None:
         result = directory.new(yaml.safe_load((place / directory.CONFIG).read_text(encoding="utf-8")))
     recorded = failure is None or (failure.rank == 0 and failure.explained)
     if result["status"] == "running" or (result["status"] == "failed" and not recorded):
-        reason = _silent_end(code) if failure is None else failure.text(cluster)
+        reason = _silent_end(code) if failure is None else failure.text(cluster.processes)
         files.write_json(place / directory.RESULT, result | {"status": "failed", "error": redacted(reason)})
-
-
-# --- What is imported into a process of this package, and what not.
-
-_ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the user to install them
-
-
-def refuse_hub_code() -> None:
-    """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
-
-    transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
-    way of the package `kernels`. bitsandbytes computes without them, and its advice to install them is kept from the
-    terminal. A repository's own code (trust_remote_code) is never asked for: what is fetched from the hub is data.
-    """
-    os.environ["USE_HUB_KERNELS"] = "NO"
-    sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
-    logging.getLogger(_ASKS_FOR_KERNELS).setLevel(logging.ERROR)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import inside the block without collecting garbage: all imports stay, and looking takes a third of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def hide_quantiser(model: ModelConfig) -> None:
-    """Keep PEFT from importing bitsandbytes for a model that is not quantised; to be called before PEFT is imported.
-
-    PEFT imports it whatever a model is made of, and bitsandbytes imports torch's compiler: 1.5 s of a start.
-    """
-    if not _may_be_quantised(model):
-        hide_bitsandbytes()
-
-
-def _may_be_quantised(model: ModelConfig) -> bool:
-    """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
-    stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
-    return model.quantization is not None or stored
-
-
-def hide_bitsandbytes() -> None:
-    """Make bitsandbytes look as if it were not installed, to `import` and `find_spec`."""
-    sys.modules.setdefault("bitsandbytes", None)
 
 
 # --- The launcher between a parent and several workers.
@@ -745,12 +634,12 @@ def main() -> None:
     try:
         accelerate.main()
     except ChildFailedError as error:
-        report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
+        failures.report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
         sys.exit(1)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        report_failure(redacted(f"accelerate launch: {type(error).__name__}: {one_line(error, None)}"))
+        failures.report(redacted(f"accelerate launch: {type(error).__name__}: {one_line(error, None)}"))
         raise
 
 

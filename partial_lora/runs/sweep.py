@@ -31,7 +31,7 @@ from rich.text import Text
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.progress import STOPPING, handling
-from partial_lora.runs import directory, launch
+from partial_lora.runs import directory, imports, launch
 from partial_lora.runs.compose import Plan
 from partial_lora.runs.config import resolve
 from partial_lora.runs.schema import Config
@@ -253,7 +253,7 @@ class Job:
         hydra, here = HydraConfig.get(), self.parent == this_process()
         if not here:
             files.redact_output()
-            launch.refuse_hub_code()
+            imports.refuse_hub_code()
             with suppress(PermissionError):  # the launcher has started a session for it
                 os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which then stops all its jobs, once
             os.chdir(hydra.runtime.cwd)

@@ -18,9 +18,10 @@ from torch._utils import ExceptionWrapper
 
 from partial_lora import files, progress, worker
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import directory, launch
+from partial_lora.runs import directory, failures, imports, launch
 from partial_lora.runs.compose import composed
-from partial_lora.runs.launch import Cluster, Failure
+from partial_lora.runs.failures import Failure
+from partial_lora.runs.launch import Cluster
 from partial_lora.runs.schema import Config
 
 WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
@@ -82,47 +83,47 @@ def test_any_other_error_is_one_line_too(error: BaseException, line: str) -> Non
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch) -> Path:
     """The folder where processes leave word of their failures."""
-    monkeypatch.setenv(launch.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
     return tmp_path
 
 
 def fail(monkeypatch, rank: int, reason: str, second: float) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(time, "time", lambda: second)
-    launch.report_failure(reason)
+    failures.report(reason)
 
 
 def test_the_first_to_fail_is_the_cause(words: Path, monkeypatch) -> None:
     fail(monkeypatch, 0, "a connection was closed", 101.0)
     fail(monkeypatch, 1, "out of memory", 100.5)
-    launch.report_exits({0: (1, 101), 1: (1, 100)})
-    assert launch.first_failure(words) == Failure(1, "out of memory")
+    failures.report_exits({0: (1, 101), 1: (1, 100)})
+    assert failures.first(words) == Failure(1, "out of memory")
 
 
 def test_a_process_that_was_killed_is_the_cause_of_its_peers_failures(words: Path, monkeypatch) -> None:
     fail(monkeypatch, 0, "a connection was closed", 100.2)
-    launch.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
-    assert launch.first_failure(words) == Failure(1, "was ended by SIGKILL", explained=False)
+    failures.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
+    assert failures.first(words) == Failure(1, "was ended by SIGKILL", explained=False)
 
 
 @pytest.mark.parametrize("code", [-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL])
 def test_an_end_by_the_launcher_after_a_failure_is_not_its_cause(words: Path, monkeypatch, code: int) -> None:
     fail(monkeypatch, 0, "diverged", 100.2)
-    launch.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
-    assert launch.first_failure(words) == Failure(0, "diverged")
+    failures.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
+    assert failures.first(words) == Failure(0, "diverged")
 
 
 def test_a_process_that_leaves_no_word_is_named(words: Path) -> None:
-    launch.report_exits({1: (3, 100)})
-    failure = launch.first_failure(words)
+    failures.report_exits({1: (3, 100)})
+    failure = failures.first(words)
     assert (failure.rank, failure.explained) == (1, False)
     assert "code 3" in failure.reason
 
 
 def test_without_a_word_there_is_no_failure(words: Path, monkeypatch) -> None:
-    assert launch.first_failure(words) is None
-    monkeypatch.delenv(launch.VARIABLE)
-    launch.report_failure("nobody listens")
+    assert failures.first(words) is None
+    monkeypatch.delenv(failures.VARIABLE)
+    failures.report("nobody listens")
     assert list(words.iterdir()) == []
 
 
@@ -170,7 +171,7 @@ def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Pope
     """Two workers, started as a run's are."""
     cluster = Cluster(processes=2, **changes)
     command = launch.command(cluster, [str(WORKER), str(folder), str(seconds)])
-    variables = {launch.VARIABLE: str(folder / "words"), **launch.cluster_environment(cluster)}
+    variables = {failures.VARIABLE: str(folder / "words"), **launch.cluster_environment(cluster)}
     (folder / "words").mkdir()
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | variables, start_new_session=True)
@@ -194,7 +195,7 @@ def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_p
         time.sleep(0.1)
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert written(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
-    assert launch.first_failure(tmp_path / "words") is None
+    assert failures.first(tmp_path / "words") is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
@@ -238,5 +239,5 @@ def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> N
 def test_the_quantiser_is_hidden_from_models_that_cannot_be_quantised(monkeypatch, overrides, is_hidden: bool) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # to be put back as it was
     del sys.modules["bitsandbytes"]
-    launch.hide_quantiser(composed(*overrides).model)
+    imports.hide_quantiser(composed(*overrides).model)
     assert sys.modules.get("bitsandbytes", "not hidden") is (None if is_hidden else "not hidden")

@@ -1,0 +1,56 @@
+"""What is imported into a process of this package, and what not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from partial_lora.runs.schema import ModelConfig
+
+_ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the user to install them
+
+
+def refuse_hub_code() -> None:
+    """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
+
+    transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
+    way of the package `kernels`. bitsandbytes computes without them, and its advice to install them is kept from the
+    terminal. A repository's own code (trust_remote_code) is never asked for: what is fetched from the hub is data.
+    """
+    os.environ["USE_HUB_KERNELS"] = "NO"
+    sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
+    logging.getLogger(_ASKS_FOR_KERNELS).setLevel(logging.ERROR)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import inside the block without collecting garbage: all imports stay, and looking takes a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def hide_quantiser(model: ModelConfig) -> None:
+    """Keep PEFT from importing bitsandbytes for a model that is not quantised; to be called before PEFT is imported.
+
+    PEFT imports it whatever a model is made of, and bitsandbytes imports torch's compiler: 1.5 s of a start.
+    """
+    if not may_be_quantised(model):
+        hide_bitsandbytes()
+
+
+def may_be_quantised(model: ModelConfig) -> bool:
+    """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
+    stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
+    return model.quantization is not None or stored
+
+
+def hide_bitsandbytes() -> None:
+    """Make bitsandbytes look as if it were not installed, to `import` and `find_spec`."""
+    sys.modules.setdefault("bitsandbytes", None)
