@@ -15,23 +15,35 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import progress
 from partial_lora.adapter.factor import whole
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, UnfitPackageError
 from partial_lora.files import seal
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
 
 _MOST_WORKERS = 8  # that load data for one accelerator
+# What is overridden below and in fsdp.py is not public. A transformers without one of these would train in another way.
+OVERRIDDEN = (
+    *("_run_epoch", "_init_training_state", "_get_train_sampler", "_get_learning_rate", "_determine_best_metric"),
+    *("_get_output_dir", "_save", "_save_checkpoint", "_save_optimizer_and_scheduler"),
+    *("_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler"),
+)
+for _name in OVERRIDDEN:
+    if not hasattr(Trainer, _name):
+        raise UnfitPackageError(
+            f"transformers {transformers.__version__} has no Trainer.{_name}: pip install 'transformers>=5.10.4,<6'"
+        )
 
 logger = logging.getLogger(__name__)
 

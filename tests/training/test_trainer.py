@@ -23,13 +23,22 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
+from partial_lora.training.fsdp import ShardedTrainer
 from partial_lora.training.trainer import (
+    OVERRIDDEN,
     LengthSampler,
+    ResumableTrainer,
     UninterruptedCollate,
     build_trainer,
     data_workers,
     mixed_precision,
 )
+
+
+def test_what_is_overridden_of_the_trainer_is_looked_for_before_it_is_relied_on() -> None:
+    own = {name for kind in (ResumableTrainer, ShardedTrainer) for name in vars(kind) if name[:2] != "__"}
+    private = {name for name in own if name.startswith("_") and hasattr(Trainer, name)}
+    assert private == set(OVERRIDDEN)
 
 
 def test_every_step_has_a_whole_batch_and_evaluation_sees_every_row(tmp_path: Path) -> None:
