@@ -135,7 +135,7 @@ def keys() -> str:
         lines.append("|---" * 5 + "|")
         for each in fields(kind):
             key = f"{group}.{each.name}".lstrip(".")
-            if key in SECTIONS:
+            if key in SECTIONS or key not in meaning:
                 continue
             default = each.default if each.default_factory is DATACLASS_MISSING else each.default_factory()
             if group not in ("model", "task"):  # of these the schema's own; conf/ has them of each

@@ -47,6 +47,9 @@ class _PeftType(str):
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
 
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes

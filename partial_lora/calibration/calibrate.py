@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,7 @@ def _algorithm_1(
     """
     grid = sparsity_levels(config.levels, config.max_sparsity)
     above = chance if config.chance == "majority" else None
+    modules, axes = list(units[0]), CURVE_AXES[config.axes]
 
     # (1) The score of the frozen model.
     began = time.perf_counter()
@@ -207,9 +208,8 @@ def _algorithm_1(
     gradient = config.search == "gradient"
     if known is not None and not gradient:
         _add_known(store, known)
-    axes = CURVE_AXES[config.axes]
     if progress is not None and grid:
-        total = len(units[0]) * len(axes)
+        total = len(modules) * len(axes)
         passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
         left = passes_left(budget=count is not None) - store.points()
         share = one * max(0.0, left) / (peers.size if config.scope == "independent" else 1)
@@ -219,46 +219,17 @@ def _algorithm_1(
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
 
     # (2) For each module and axis, the level up to which enough of that score is left.
-    predicted = of_first(peers, lambda: curves.predicted(axes, grid)) if gradient else {}
-    found: dict[Point, bool] = {}  # points of predicted curves that were evaluated
-
-    @cache
-    def levels_at(threshold: float) -> Levels:
-        if gradient:
-            return levels_of(predicted, grid, partial(enough, threshold=threshold), found)
-
-        def search(module: str, axis: str) -> float:
-            survives = partial(curves.survives, module, axis, passes=partial(enough, threshold=threshold))
-            return SEARCHES[config.search](survives, grid)
-
-        modules = list(units[0])
-        return choose_levels(curves, modules, axes, search, scope=config.scope, peers=peers, progress=progress)
-
-    threshold, sparsity = config.threshold, None
-    if gradient and count is None:
-        sufficient = partial(enough, threshold=threshold)
-        evaluate = partial(curves.survives, passes=sufficient)
-        limit = line(baseline=baseline, threshold=threshold, chance=above)
-        check = partial(checked, predicted, grid, enough=sufficient, line=limit, survives=evaluate)
-        found |= of_first(peers, check)
-    if count is not None:  # the largest threshold that meets the budget, but none whose line is below chance
+    way = (_Predicted if gradient else _Measured)(curves, store, config, modules, grid, enough, peers, progress)
+    if count is None:
+        threshold = config.threshold
+        levels = way.levels(threshold, line(baseline=baseline, threshold=threshold, chance=above))
+        sparsity = both_axes(levels)
+    else:  # the largest threshold that meets the budget, but none whose line is below chance
+        levels_at = cache(way.levels_at)
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
-    levels = levels_at(threshold)
-    sparsity = both_axes(levels) if sparsity is None else sparsity
-    if gradient and progress is not None:
-        each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
-        for done, (module, axis, level) in enumerate(each, start=1):
-            progress(done, len(each), module=module, axis=axis, sparsity=level)
-
-    def own(module: str, axis: str, level: float) -> float:
-        return predicted[module][axis][level][0] if gradient else curves.exact(module, axis, level)
-
-    def curve(module: str, axis: str, after: str) -> Curve:
-        known = store.curve(module, axis, after)
-        if not gradient:
-            return known
-        return predicted[module][axis] | {level: known[level] for *of, level in found if of == [module, axis]}
+        levels = levels_at(threshold)
+    way.report(levels)
 
     # (3) The score with all sparsities at once; where it is not enough, a repair zeroes less.
     def together() -> dict:
@@ -267,7 +238,7 @@ def _algorithm_1(
             before, evaluations = joint, curves.evaluations
             sufficient = partial(enough, threshold=threshold)
             relaxed, joint, steps = relax(
-                levels, grid, units[0], before=before, own=own, joint=curves.joint, enough=sufficient
+                levels, grid, units[0], before=before, own=way.own, joint=curves.joint, enough=sufficient
             )
             final = both_axes(relaxed)
             repaired = {"joint_before": before, "threshold": threshold, "steps": steps}
@@ -279,10 +250,87 @@ def _algorithm_1(
             "search": config.search,
             "scaled": sparsity != both_axes(levels),
             "repaired": repaired,
-            "modules": _entries(curve, levels, final, config.scope),
+            "modules": _entries(way.curve, levels, final, config.scope),
         }
 
     return of_first(peers, together)
+
+
+@dataclass
+class _Measured:
+    """Curves that a scan or a bisection evaluates, level by level, as far as a threshold needs them.
+
+    enough: (score, threshold) -> whether the score is enough.
+    """
+
+    curves: Curves
+    store: Store
+    config: CalibrationConfig
+    modules: Sequence[str]
+    grid: Sequence[float]
+    enough: Callable[[float, float], bool]
+    peers: Peers
+    progress: Progress | None
+
+    def levels(self, threshold: float, least: float) -> Levels:
+        """Return the levels at the only threshold that is asked for. least: the score that is just enough."""
+        return self.levels_at(threshold)
+
+    def levels_at(self, threshold: float) -> Levels:
+        """Return the levels at one of several thresholds."""
+        sufficient = partial(self.enough, threshold=threshold)
+
+        def search(module: str, axis: str) -> float:
+            return SEARCHES[self.config.search](
+                partial(self.curves.survives, module, axis, passes=sufficient), self.grid
+            )
+
+        places = {"scope": self.config.scope, "peers": self.peers, "progress": self.progress}
+        return choose_levels(self.curves, self.modules, CURVE_AXES[self.config.axes], search, **places)
+
+    def own(self, module: str, axis: str, level: float) -> float:
+        """Return the score with one level of one curve zeroed."""
+        return self.curves.exact(module, axis, level)
+
+    def curve(self, module: str, axis: str, after: str) -> Curve:
+        """Return what is known of a curve after the cuts of a digest."""
+        return self.store.curve(module, axis, after)
+
+    def report(self, levels: Levels) -> None:
+        """Tell the progress of what took no time; here each curve was told when it was found."""
+
+
+@dataclass
+class _Predicted(_Measured):
+    """Curves that gradients predict all at once; points near the line of the only threshold are then evaluated."""
+
+    def __post_init__(self) -> None:
+        axes = CURVE_AXES[self.config.axes]
+        self.predicted = of_first(self.peers, lambda: self.curves.predicted(axes, self.grid))
+        self.found: dict[Point, bool] = {}  # points that were evaluated: whether the score was enough
+
+    def levels(self, threshold: float, least: float) -> Levels:
+        sufficient = partial(self.enough, threshold=threshold)
+        survives = partial(self.curves.survives, passes=sufficient)
+        near = partial(checked, self.predicted, self.grid, enough=sufficient, line=least, survives=survives)
+        self.found |= of_first(self.peers, near)
+        return self.levels_at(threshold)
+
+    def levels_at(self, threshold: float) -> Levels:
+        return levels_of(self.predicted, self.grid, partial(self.enough, threshold=threshold), self.found)
+
+    def own(self, module: str, axis: str, level: float) -> float:
+        return self.predicted[module][axis][level][0]
+
+    def curve(self, module: str, axis: str, after: str) -> Curve:
+        known = self.store.curve(module, axis, after)
+        evaluated = {level: known[level] for *of, level in self.found if of == [module, axis]}
+        return self.predicted[module][axis] | evaluated
+
+    def report(self, levels: Levels) -> None:
+        each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
+        for done, (module, axis, level) in enumerate(each, start=1) if self.progress is not None else ():
+            self.progress(done, len(each), module=module, axis=axis, sparsity=level)
 
 
 def _entries(
