@@ -260,7 +260,7 @@ def _algorithm_1(
 class _Measured:
     """Curves that a scan or a bisection evaluates, level by level, as far as a threshold needs them.
 
-    enough: (score, threshold) -> whether the score is enough.
+    enough: (score, threshold=) -> whether the score is enough.
     """
 
     curves: Curves
@@ -268,7 +268,7 @@ class _Measured:
     config: CalibrationConfig
     modules: Sequence[str]
     grid: Sequence[float]
-    enough: Callable[[float, float], bool]
+    enough: Callable[..., bool]
     peers: Peers
     progress: Progress | None
 
@@ -285,8 +285,10 @@ class _Measured:
                 partial(self.curves.survives, module, axis, passes=sufficient), self.grid
             )
 
-        places = {"scope": self.config.scope, "peers": self.peers, "progress": self.progress}
-        return choose_levels(self.curves, self.modules, CURVE_AXES[self.config.axes], search, **places)
+        axes, scope = CURVE_AXES[self.config.axes], self.config.scope
+        return choose_levels(
+            self.curves, self.modules, axes, search, scope=scope, peers=self.peers, progress=self.progress
+        )
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""
@@ -329,8 +331,9 @@ class _Predicted(_Measured):
 
     def report(self, levels: Levels) -> None:
         each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
-        for done, (module, axis, level) in enumerate(each, start=1) if self.progress is not None else ():
-            self.progress(done, len(each), module=module, axis=axis, sparsity=level)
+        if self.progress is not None:
+            for done, (module, axis, level) in enumerate(each, start=1):
+                self.progress(done, len(each), module=module, axis=axis, sparsity=level)
 
 
 def _entries(

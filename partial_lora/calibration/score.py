@@ -28,12 +28,12 @@ from partial_lora.calibration.gradient import Removed, linearised
 from partial_lora.calibration.reuse import Reuse, logits_of
 from partial_lora.calibration.search import COMPETING, Bounds
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.metrics import IGNORED, f1, matthews, pearson, spearman
 
 Batch = Mapping[str, Tensor]
 Metric = Callable[[np.ndarray, np.ndarray], float]
 Score = Callable[[nn.Module], float]
 
-IGNORED = -100  # the label of a token that does not count, as in transformers
 MEMORY = 2**31
 _NO_INPUTS = ("labels", "items", "answers")
 
@@ -211,45 +211,6 @@ def _real_outputs(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels: real numbers {list(labels.shape)} need outputs of that shape, found {list(logits.shape)}"
         )
     return outputs
-
-
-def f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
-    """Return F1 of the second of two classes, as GLUE has it; of more classes, the mean over those that occur (macro).
-
-    classes: how many there are; None for as many as are seen.
-    """
-    from sklearn.metrics import f1_score  # slow to import, as scipy.stats is: only runs with such a metric do
-
-    if (classes or max(predictions.max(), labels.max()) + 1) == 2:
-        return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
-
-
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return Matthews' correlation of two or more classes; 0 for a constant."""
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the linear correlation; 0 for a constant, which says nothing of the labels."""
-    from scipy import stats
-
-    return _correlation(stats.pearsonr, predictions, labels)
-
-
-def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the correlation of the ranks; 0 for a constant."""
-    from scipy import stats
-
-    return _correlation(stats.spearmanr, predictions, labels)
-
-
-def _correlation(function: Callable, predictions: np.ndarray, labels: np.ndarray) -> float:
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(function(predictions, labels).statistic)
 
 
 class OptionLikelihood(Measure):

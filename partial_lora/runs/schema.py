@@ -31,6 +31,7 @@ from partial_lora.calibration.config import (
 from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
 from partial_lora.files import at_home, flatten
 from partial_lora.masks import CHOICES
+from partial_lora.tasks.metrics import FITTING
 from partial_lora.training.config import TrainerConfig
 
 
@@ -110,9 +111,9 @@ def accelerate_file(file: str | Path) -> dict:
 
 
 _METRICS = {  # metrics that a task of each kind may have
-    "label": ("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
-    "choice": ("accuracy", "accuracy_norm"),
-    "generation": ("exact_match", "rouge_l", "perplexity"),
+    "label": (*FITTING["classes"], *FITTING["real numbers"]),
+    "choice": FITTING["places of options"],
+    "generation": FITTING["texts"],
 }
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.metrics import IGNORED
 from partial_lora.tasks.questions import ASSISTANT
 from partial_lora.tasks.texts import cached, fingerprint, in_memory
 
@@ -185,7 +186,6 @@ class Continuations:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-IGNORED = -100  # the label of a token that is not predicted, as in transformers
 _ANSWERS = Features({"input_ids": List(Value("int32")), "answer_start": Value("int32"), "length": Value("int32")})
 _MAYBE_CUT = {"cut": Value("bool")}
 _OF_CHATS = {"trained": List(Value("bool"))}  # whether a token belongs to an answer

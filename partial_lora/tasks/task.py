@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import questions, sources, splits
+from partial_lora.tasks.metrics import FITTING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-_METRICS = {  # of a task, by its labels
-    "classes": ("accuracy", "f1", "matthews"),
-    "real numbers": ("pearson", "spearman", "mse"),
-    "places of options": ("accuracy", "accuracy_norm"),
-    "texts": ("exact_match", "rouge_l", "perplexity"),
-}
 
 
 class Transform(Protocol):
@@ -216,7 +211,7 @@ def _three_splits(
 
 def _metrics(chosen: Sequence[str], name: str, labelled_by: str, answer: str | None) -> tuple[str, ...]:
     """Return the chosen metrics, which have to fit the labels, or the default ones."""
-    fitting = _METRICS[labelled_by]
+    fitting = FITTING[labelled_by]
     unfit = [metric for metric in chosen if metric not in fitting]
     if unfit:
         raise PartialLoraError(

@@ -18,33 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from partial_lora.calibration.score import IGNORED, f1, matthews, pearson, spearman
 from partial_lora.files import write_atomic
 from partial_lora.tasks import CausalTransform, final_number
+from partial_lora.tasks.metrics import FUNCTIONS, IGNORED, mse
 from partial_lora.tasks.prompts import Prompt
 
 _WORD = r"[^\W_]+"  # in ASCII the words of rouge_score's own tokenizer, which finds none in other alphabets
-
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(np.mean(predictions == references))
-
-
-def mse(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(np.mean((predictions - references) ** 2))
-
-
-_FUNCTIONS: dict[str, Callable[..., float]] = {
-    function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman, mse)
-}
-_DESCRIPTIONS = {
-    "accuracy": "Share of predictions that equal their reference.",
-    "f1": "Harmonic mean of precision and recall of the second of two classes, or averaged over more.",
-    "matthews": "Matthews' correlation of predicted and true classes.",
-    "pearson": "Linear correlation.",
-    "spearman": "Correlation of the ranks.",
-    "mse": "Mean squared error.",
-}
 
 
 @cache
@@ -62,14 +41,14 @@ def offline(name: str):
     class Offline(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
             return evaluate.MetricInfo(
-                description=_DESCRIPTIONS[name],
+                description=FUNCTIONS[name].__doc__,
                 citation="",
                 inputs_description="predictions and references: class indices, or numbers",
                 features=datasets.Features({"predictions": kind, "references": kind}),
             )
 
         def _compute(self, predictions: Sequence, references: Sequence, **options: int) -> dict[str, float]:
-            return {name: _FUNCTIONS[name](np.asarray(predictions), np.asarray(references), **options)}
+            return {name: FUNCTIONS[name](np.asarray(predictions), np.asarray(references), **options)}
 
     with tempfile.TemporaryDirectory() as unused:  # evaluate makes a folder even for what it keeps in memory
         return Offline(keep_in_memory=True, cache_dir=unused)
@@ -78,7 +57,7 @@ def offline(name: str):
 def function_of(name: str, classes: int | None = None) -> Callable[[np.ndarray, np.ndarray], float]:
     """Return the bare function (predictions, references) -> float of a metric, to be called thousands of times."""
     options = {"classes": classes} if name == "f1" else {}
-    return partial(_FUNCTIONS[name], **options)
+    return partial(FUNCTIONS[name], **options)
 
 
 def predicted(logits: np.ndarray, references: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ from transformers import EvalPrediction, Trainer
 
 from partial_lora import progress
 from partial_lora.calibration.peers import Peers
-from partial_lora.calibration.score import IGNORED, starts, within
+from partial_lora.calibration.score import starts, within
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import Joined, Mixture, Task
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER
 from partial_lora.tasks.prompts import Prompt
 from partial_lora.training import metrics
 from partial_lora.training.fsdp import is_sharded_model
