@@ -30,7 +30,7 @@ from matplotlib.ticker import (
 )
 
 from evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
-from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, settled, usual
+from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
@@ -42,7 +42,7 @@ from partial_lora.report.drawing import (
     look,
     panels,
     plain,
-    save,
+    save_both,
     scored,
     sized,
 )
@@ -94,10 +94,7 @@ def make(name: str, results_dir: Path, out_dir: Path | None = None, say: Callabl
     if frame.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    figure = spec.draw(frame)
-    files = [save(figure, folder / f"{name}.png")]
-    figure.set_layout_engine("none")  # everything has its place, which takes as long to find as to draw
-    files.append(save(figure, folder / f"{name}.svg"))
+    files = save_both(spec.draw(frame), folder, name)
     above = [f"python scripts/reproduce.py {name} --results {results_dir}", *notes]
     write_atomic(folder / f"{name}.csv", "".join(f"# {line}\n" for line in above) + frame.to_csv(index=False))
     return [*files, folder / f"{name}.csv"]
@@ -603,10 +600,11 @@ def _agreements(results_dir: Path) -> list[dict]:
     """A row for every two measures of every analysis and point; of analyses in both folders the nearer one."""
     by_analysis: dict[tuple[str, ...], list[dict]] = {}
     for place in (results_dir, results_dir.parent):
-        for file in sorted(place.glob("analyses/agreement/*/*/analysis.json")):
+        files = sorted(place.glob("analyses/agreement/*/*/analysis.json"))
+        for file, model in zip(files, models_of(files), strict=True):
             try:
                 analysis = json.loads(file.read_text(encoding="utf-8"))
-                where = {"part": "agreement"} | {name: analysis["config"][name]["name"] for name in ("task", "model")}
+                where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
                 rows = [
                     where
                     | {"point": point}

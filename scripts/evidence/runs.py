@@ -274,6 +274,12 @@ class Evidence:
         return here or above
 
 
+def models_of(analyses: Sequence[Path]) -> list[str]:
+    """The model of each WHAT/TASK/MODEL-ID/analysis.json, with the id where several are of one model and task."""
+    names = [(*file.parts[-4:-2], file.parent.name.rpartition("-")[0]) for file in analyses]
+    return [file.parent.name if names.count(each) > 1 else each[-1] for file, each in zip(analyses, names, strict=True)]
+
+
 def gather(results_dir: Path) -> Evidence:
     """The evidence in a preset's results directory, and in what lies beside it."""
     results_dir = Path(results_dir)

@@ -50,6 +50,7 @@ from evidence.runs import (
     at_points,
     draw_of,
     missing,
+    models_of,
     planned,
 )
 from partial_lora.calibration.search import threshold_of
@@ -597,8 +598,10 @@ def table5(evidence: Evidence) -> Table:
     )
     repaired = repairs(calibrations(evidence.results_dir))
     files = {name: evidence.files(f"analyses/{name}/*/*/analysis.json") for name in ANALYSES}
-    analyses = [json.loads(file.read_text(encoding="utf-8")) for paths in files.values() for file in paths]
-    measured = pd.DataFrame([row for analysis in analyses for row in of_analysis(analysis)])
+    every = [file for paths in files.values() for file in paths]
+    analyses = [json.loads(file.read_text(encoding="utf-8")) for file in every]
+    rows = [of_analysis(*each) for each in zip(analyses, models_of(every), strict=True)]
+    measured = pd.DataFrame([row for of_one in rows for row in of_one])
     numbers = pd.concat([joint(runs), repaired, measured], ignore_index=True)
     lacking = [] if len(runs) else ["calibrated runs of partial; make reproduce-table1"]
     lacking += [] if len(repaired) else ["calibrations with calibration.repair=true; make reproduce-table5"]
@@ -713,12 +716,12 @@ def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return shown | _readable("Repair", part_of(numbers, REPAIR), first | repair | kept)
 
 
-def of_analysis(analysis: Mapping) -> list[dict]:
+def of_analysis(analysis: Mapping, model: str) -> list[dict]:
     """A row a number of analysis.json: {part, task, model, condition, quantity, value, deviation}."""
     config, summary, rows = analysis["config"], analysis["summary"], []
 
     def add(condition: str, quantity: str, value: float | None, deviation: float | None = None) -> None:
-        named = {"part": analysis["what"], "task": config["task"]["name"], "model": config["model"]["name"]}
+        named = {"part": analysis["what"], "task": config["task"]["name"], "model": model}
         named |= {"condition": condition, "quantity": quantity}
         rows.append(named | {"value": number(value), "deviation": number(deviation)})
 
