@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from skeletons import own_task
 from tabulate import tabulate
 
 from partial_lora.files import write_atomic, write_json
@@ -25,22 +26,15 @@ from partial_lora.runs.info import outline
 from partial_lora.runs.schema import Config
 
 FOLDER = Path("results/models")
-_TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 _MIB, _GIB = 2**20, 2**30
 
 
 def config_of(model: str) -> Config:
     """The settings of a run of this model on the user's own data, with a head for two classes."""
-    family = _family(model)
-    task = [f"task={_TASKS.get(family, 'image_table')}", "task.classes=2", "calibration.budget=0.13"]
+    family, own = own_task(model)
+    task = [f"task={own}", "task.classes=2", "calibration.budget=0.13"]
     task += ["trainer.batch_size=4", "model.max_length=512"] if family == "causal" else []
     return composed(f"model={model}", *task)
-
-
-def _family(model: str) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.load(config.conf_dir() / "model" / f"{model}.yaml").get("family", "timm")
 
 
 def table(counts: dict[str, dict]) -> str:

@@ -24,12 +24,17 @@ _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each famil
 OUTPUTS = 2
 
 
-def settings_of(name: str) -> ModelConfig:
-    """The settings of a model of conf/model."""
+def own_task(name: str) -> tuple[str, str]:
+    """The family of a model of conf/model, and the task of one's own data that goes with it."""
     from omegaconf import OmegaConf
 
     family = OmegaConf.load(config.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
-    return composed(f"model={name}", f"task={_TASKS.get(family, 'image_table')}").model
+    return family, _TASKS.get(family, "image_table")
+
+
+def settings_of(name: str) -> ModelConfig:
+    """The settings of a model of conf/model."""
+    return composed(f"model={name}", f"task={own_task(name)[1]}").model
 
 
 def empty(model: ModelConfig) -> nn.Module:

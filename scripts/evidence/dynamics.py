@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.records import Run
+from partial_lora.report.records import Run, gathered
 from partial_lora.runs import directory as results
 
 if TYPE_CHECKING:
@@ -92,10 +93,7 @@ def measured(cells: Sequence[Cell]) -> list[dict[int, dict]]:
 
 
 def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Mapping]]:
-    together: dict[Hashable, list[Mapping]] = {}
-    for place, cell in cells:
-        together.setdefault(place, []).append(cell)
-    return together
+    return {place: [cell for _, cell in of] for place, of in gathered(cells, itemgetter(0)).items()}
 
 
 def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dict:
