@@ -324,11 +324,12 @@ class PartialLoraConfig(LoraConfig):
                 "this PartialLoraConfig has no masks to save: a model draws them into its own copy of the config, so"
                 " save the model, or its peft_config[NAME]."
             )
-        self.as_lora().save_pretrained(save_directory, **kwargs)
+        lora = self.as_lora()
+        lora.save_pretrained(save_directory, **kwargs)
         own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
         content = sidecar.describe(self.masks, self.geometries, self.shares, rank=self.saved_rank, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
-        complete_card(Path(save_directory))
+        complete_card(Path(save_directory), USAGE + (ALPHAS if lora.alpha_pattern else ""))
 
     @classmethod
     def from_pretrained(
@@ -475,9 +476,13 @@ config = PartialLoraConfig.from_pretrained({adapter})
 model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_trainable=True)
 ```
 """
+ALPHAS = """
+Modules have alphas of their own (`alpha_pattern`). PEFT applies them. Servers that read `lora_alpha` alone, such as
+vLLM, would scale the adapter wrongly: give them the weights of `model.merge_and_unload()`.
+"""
 
 
-def complete_card(folder: Path) -> None:
+def complete_card(folder: Path, usage: str) -> None:
     """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
 
     The card of a named adapter lies in the folder above. A section that is there already is not added again, and all
@@ -495,6 +500,6 @@ def complete_card(folder: Path) -> None:
     lines = card.text.splitlines()
     if HEADING not in lines:
         at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
-        section = USAGE.format(heading=HEADING, adapter=adapter)
+        section = usage.format(heading=HEADING, adapter=adapter)
         card.text = "\n".join([*lines[:at], *section.splitlines(), "", *lines[at:]])
     card.save(path)

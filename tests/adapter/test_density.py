@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -91,9 +92,11 @@ def test_where_all_modules_have_one_scaling_it_is_saved_as_one_alpha(tmp_path):
     for sparsity, alike in ((0.75, True), ({"qkv": 0.75, "fc1": 0.5}, False)):
         scaled = {"sparsity": sparsity, "fan_in": "kept", "row_exponent": 1.0}
         model = fill(adapt(target_modules=["qkv", "fc1"], modules_to_save=None, **scaled))
+        shutil.rmtree(tmp_path)  # a card that is there keeps its section
         model.save_pretrained(tmp_path)
         saved = LoraConfig.from_pretrained(tmp_path)
         assert (saved.alpha_pattern == {}) == alike
+        assert ("alpha_pattern" in (tmp_path / "README.md").read_text(encoding="utf-8")) != alike
         assert (saved.lora_alpha == pytest.approx(6 / 0.25, rel=0.1)) == alike
         torch.testing.assert_close(
             logits(PeftModel.from_pretrained(vit(), tmp_path), BATCH[vit](3)), logits(model, BATCH[vit](3)), **CLOSE
