@@ -76,7 +76,8 @@ class Entry:
     """A method at a size: its settings, where its search is centred, and what has become of it.
 
     overrides: on the command line of `train`, all but the seed and the learning rate. best: the learning rate, once it
-    is found. refused: why it is not compared. done: the records of finished runs by directory.
+    is found. refused: why it is not compared. overwrite: make finished runs again. done: the records of finished runs
+    by directory.
     """
 
     method: str
@@ -86,6 +87,7 @@ class Entry:
     parameters: int = 0
     best: float | None = None
     refused: str | None = None
+    overwrite: bool = False
     done: dict[Path, dict] = field(default_factory=dict)
 
     @property
@@ -121,6 +123,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 keys = ", ".join(sorted(planned.swept))
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
+            entry.overwrite = config.overwrite
             settings = plain(config)
             dense = config.trainer.learning_rate if own_rate else defaults()["trainer.learning_rate"]
             steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder
@@ -163,14 +166,15 @@ def compare(
         runs = next(searching)
         while True:
             places = places_of(entry, runs)
-            new = sum(worth(read_result(place)) is None for place in places.values())
+            new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]
             time = f"at most {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
-            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - new} finished; {left} left, {time}")
-            began = monotonic()
-            code = launch(entry.arguments(runs))
-            if code > 2:
-                return code
-            took += [(monotonic() - began) / new] * new if new else []
+            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - len(new)} finished; {left} left, {time}")
+            if new:  # a record is enough: what is compared needs no weights
+                began = monotonic()
+                code = launch(entry.arguments(new))
+                if code > 2:
+                    return code
+                took += [(monotonic() - began) / len(new)] * len(new)
             left = max(left - len(runs), 0)
             found = {run: read_result(place) for run, place in places.items()}
             entry.done |= {places[run]: record for run, record in found.items() if worth(record) is not None}

@@ -123,9 +123,14 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
     assert all("left" in each for each in said)
-    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    made, own = len(launched), (*GIVEN, f"results_dir={tmp_path}")
+    again = compare.entries(["low_rank", "uniform"], [0.3], own)
     assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
+    assert len(launched) == made  # records suffice: there are no weights here
+    again = compare.entries(["low_rank", "uniform"], [0.3], (*own, "overwrite=true"))
+    assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0
+    assert len(launched) == 2 * made
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
