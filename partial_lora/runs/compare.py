@@ -168,7 +168,8 @@ def compare(
             places = places_of(entry, runs)
             new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]
             time = f"at most {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
-            say(f"{entry.name}: {len(runs)} runs of seed {runs[0][1]}, {len(runs) - len(new)} finished; {left} left, {time}")
+            known = f"{len(runs)} runs of seed {runs[0][1]}, {len(runs) - len(new)} finished"
+            say(f"{entry.name}: {known}; {left} left, {time}")
             if new:  # a record is enough: what is compared needs no weights
                 began = monotonic()
                 code = launch(entry.arguments(new))
