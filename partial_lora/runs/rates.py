@@ -350,19 +350,22 @@ def starting_rate(
     return dense * density ** (-max(power, 0.0) / 3)
 
 
+_AS_MASKED = ("random_weights", "unilora", "fourierft")  # the smaller they are, the higher their best rate
+
+
 def suited(settings: Mapping, dense: float | None = None) -> float:
     """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
 
-    `method.rate_factor` accounts for the method, `starting_rate` for its masks. Random entries of W have no mask of A
-    or B; by measurement their best rates grow as those of masks with PEFT's draw and scaling. Without a fixed sparsity
-    or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
+    `method.rate_factor` accounts for the method, `starting_rate` for its masks. By measurement the best rates of some
+    methods without a mask of A or B grow as those of masks with PEFT's draw and scaling (_AS_MASKED). Without a fixed
+    sparsity or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
     """
     dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
     method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]
     rate = dense * method.get("rate_factor", 1.0)
     if method["name"] in MASKED:
         masks = {name: mask[name] for name in _OF_MASKS if name in mask}
-    elif method["name"] == "random_weights":
+    elif method["name"] in _AS_MASKED:
         masks = {}
     else:
         return rate
