@@ -459,7 +459,8 @@ AT_ITS_RATE = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) \
 define SHARES
 $(call AT_ITS_RATE,$(1),method=partial calibration.search=gradient)
 $(call AT_ITS_RATE,$(1),method=partial calibration.shrink=0$(comma)0.5$(comma)2)
-$(call AT_ITS_RATE,$(1),method=uniform$(comma)shuffled)
+$(call AT_ITS_RATE,$(1),method=uniform calibration=fixed)
+$(call AT_ITS_RATE,$(1),method=shuffled)
 $(call AT_ITS_RATE,$(1),method=partial calibration.levels=0.01 calibration.max_sparsity=0.99)
 
 endef

@@ -95,8 +95,8 @@ def form_of(config: dict) -> str:
 def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of every form, set and point at the rate that validation prefers, of those with most seeds."""
     chosen = []
-    for place, own in runs.groupby(["task", "mixture", "method", "operating_point"], sort=False):
-        race.refuse_twins(own, filter(None, place))
+    for place, every in runs.groupby(["task", "mixture", "method", "operating_point"], sort=False):
+        own = race.once(every, filter(None, place))
         chosen.append(own[own["learning_rate"] == race.best_rate(own)])
     return pd.concat(chosen, ignore_index=True)
 

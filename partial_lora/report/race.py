@@ -110,26 +110,32 @@ def best_rate(cell: pd.DataFrame) -> float:
     return means.sort_values(["validation", "loss"], ascending=[falls, True]).index[0]
 
 
-def refuse_twins(cell: pd.DataFrame, place: Iterable[str]) -> None:
-    """Raise PartialLoraError if two runs of a cell have one rate and seed: then they differ in other settings."""
-    twins = cell[cell.duplicated(["learning_rate", "seed"])]
+def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
+    """Return the runs of a cell, those that were made under two ids and came to the same once.
+
+    Raises PartialLoraError where two with one rate and seed came to different numbers: they differ in other settings.
+    """
+    run = ["learning_rate", "seed"]
+    cell = cell.drop_duplicates([*run, "validation", "loss", "test"])
+    twins = cell[cell.duplicated(run)]
     if len(twins):
-        rate, seed = twins.iloc[0][["learning_rate", "seed"]]
+        rate, seed = twins.iloc[0][run]
         raise PartialLoraError(
             f"{', '.join(place)}: two runs with learning rate {rate:g} and seed {seed} differ in other settings: "
             "keep runs of one setting in a results directory of their own"
         )
+    return cell
 
 
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of every cell at its best learning rate, and how many rates were tried.
 
     `edge` is whether that rate is the lowest or highest of these; `spent` is the seconds of all runs of the cell.
-    Raises PartialLoraError where two runs differ in something else than cell, rate and seed.
+    Raises PartialLoraError as `once`.
     """
     chosen = []
-    for place, cell in table.groupby(CELL, sort=False):
-        refuse_twins(cell, place)
+    for place, every in table.groupby(CELL, sort=False):
+        cell = once(every, place)
         best = best_rate(cell)
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])

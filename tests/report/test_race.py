@@ -143,6 +143,8 @@ def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
 
 def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:
     table = race.rows_of([record("partial", budget=0.13), record("partial", budget=0.13, method__rank=64)])
+    assert len(race.at_best_rates(table)) == 1  # the same numbers: one run under two ids
+    table.loc[0, "test"] += 0.01
     with pytest.raises(PartialLoraError, match=r"digits, 0\.13, partial"):
         race.at_best_rates(table)
 
