@@ -30,7 +30,7 @@ from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, imports, launch
-from partial_lora.runs.arguments import is_file, settings_of
+from partial_lora.runs.arguments import is_file, is_record, settings_of
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
 from partial_lora.runs.rates import starting_point
@@ -361,7 +361,8 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     others = [each for each in settings if each.partition("=")[0] not in own]
     for each in others:
         require(not each.startswith("seed="), "seed", each.partition("=")[2], "seeds=N: compare takes seeds 0 to N − 1")
-    in_file = any("results_dir" in settings_of(each) for each in others if is_file(each))
+    written = [settings_of(each) for each in others if is_file(each)]
+    in_file = any("results_dir" in each and not is_record(each) for each in written)
     if not in_file and not any(each.startswith("results_dir=") for each in others):
         others.append("results_dir=results/compare")
     return own, others

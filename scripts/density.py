@@ -103,7 +103,8 @@ class Check(Subject):
 def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float) -> None:
     """Add a row for every form, density, seed and number of steps that the file does not have.
 
-    Raises PartialLoraError where the file is of another task, model or learning rate: slopes of both are none.
+    Raises PartialLoraError where the file is of another task, model or learning rate: one slope over both would mean
+    nothing.
     """
     done, place = set(), (check.config.task.name, check.config.model.name)
     if path.exists():

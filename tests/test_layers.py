@@ -32,9 +32,10 @@ PACKAGE = Path(partial_lora.__file__).parent
 
 
 def test_every_public_name_is_there() -> None:
-    for name in modules():
-        module = importlib.import_module(name) if not name.endswith("__main__") else partial_lora
-        assert [each for each in getattr(module, "__all__", ()) if not hasattr(module, each)] == []
+    for name, file in modules().items():
+        if "\n__all__ = " in file.read_text(encoding="utf-8"):
+            module = importlib.import_module(name)
+            assert [each for each in module.__all__ if not hasattr(module, each)] == []
 
 
 def modules() -> dict[str, Path]:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -179,7 +180,7 @@ def _read(folder: str | Path) -> tuple[Path, Compact]:
     """Return the file of a folder, or of a repository of the hub, and what it holds."""
     path = Path(folder) / FILE_NAME
     try:
-        if not Path(folder).is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not Path(folder).exists():
             path = Path(hf_hub_download(str(folder), FILE_NAME))
         content = path.read_bytes()
     except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:

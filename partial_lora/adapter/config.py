@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
@@ -329,7 +329,7 @@ class PartialLoraConfig(LoraConfig):
         own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
         content = sidecar.describe(self.masks, self.geometries, self.shares, rank=self.saved_rank, **own)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
-        complete_card(Path(save_directory), USAGE + (ALPHAS if lora.alpha_pattern else ""))
+        complete_card(Path(save_directory), alphas=bool(lora.alpha_pattern))
 
     @classmethod
     def from_pretrained(
@@ -339,7 +339,8 @@ class PartialLoraConfig(LoraConfig):
 
         Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
-        if Path(pretrained_model_name_or_path, subfolder or "", COMPACT_FILE).is_file():
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / COMPACT_FILE).is_file() and not (folder / CONFIG_NAME).is_file():
             raise PartialLoraError(f"{pretrained_model_name_or_path} holds a compact adapter: use load_compact.")
         lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if type(lora) is not LoraConfig:
@@ -482,11 +483,12 @@ vLLM, would scale the adapter wrongly: give them the weights of `model.merge_and
 """
 
 
-def complete_card(folder: Path, usage: str) -> None:
+def complete_card(folder: Path, *, alphas: bool) -> None:
     """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
 
-    The card of a named adapter lies in the folder above. A section that is there already is not added again, and all
-    else in the card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written.
+    The card of a named adapter lies in the folder above. What is there already is not added again, and all else in the
+    card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written. alphas: True
+    where modules have alphas of their own.
     """
     path, adapter = folder / CARD, '"path/or/hub-id"'
     if not path.is_file():
@@ -498,8 +500,8 @@ def complete_card(folder: Path, usage: str) -> None:
         return
     card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
     lines = card.text.splitlines()
-    if HEADING not in lines:
-        at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
-        section = usage.format(heading=HEADING, adapter=adapter)
-        card.text = "\n".join([*lines[:at], *section.splitlines(), "", *lines[at:]])
+    section = "" if HEADING in lines else USAGE.format(heading=HEADING, adapter=adapter)
+    section += ALPHAS if alphas and ALPHAS not in card.text else ""
+    at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
+    card.text = "\n".join([*lines[:at], *section.splitlines(), *[""] * bool(section), *lines[at:]])
     card.save(path)

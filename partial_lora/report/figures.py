@@ -683,7 +683,8 @@ def sparsity_agreement(runs: Sequence[Run]) -> dict[str, tuple[list[str], np.nda
             vectors = [[of[module][axis] for module in modules for axis in AXES] for _, of in each]
             with np.errstate(invalid="ignore", divide="ignore"):
                 names = [f"{task}, {measure}, {point}" for (task, _, measure, point), _ in each]
-                title = f"{model}, {len(modules)} modules" if model in matrices else model
+                kinds = ", ".join(dict.fromkeys(depth_of(module)[0].rpartition(".")[2] for module in modules))
+                title = f"{model}: {kinds}" if model in matrices else model
                 matrices[title] = (names, np.corrcoef(vectors))
     return matrices
 

@@ -147,8 +147,8 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
-    A difference is between runs of the same seeds, at one size; where one of both has a size of its own it is of the
-    reference's largest. Halves of intervals are of 95 %, by Student's t over seeds.
+    A difference is between runs of the same seeds, at one size. Where one of the two has a size of its own, the
+    reference counts at its largest size. Halves of intervals are of 95 %, by Student's t over seeds.
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):

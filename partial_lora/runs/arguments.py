@@ -114,10 +114,14 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
-    is_record = all(isinstance(settings.get(group), Mapping) for group in _OF_RECORDS)
-    primary = _primary_of_record(settings, others) if is_record else _primary(files[0], settings)
+    primary = _primary_of_record(settings, others) if is_record(settings) else _primary(files[0], settings)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
+
+
+def is_record(settings: Mapping) -> bool:
+    """Return whether the settings of a file are a run's config.yaml, and no command line."""
+    return all(isinstance(settings.get(group), Mapping) for group in _OF_RECORDS)
 
 
 def is_file(argument: str) -> bool:

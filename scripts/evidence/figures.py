@@ -598,24 +598,25 @@ def fig5(known: pd.DataFrame, results_dir: Path) -> Numbers:
 
 def _agreements(results_dir: Path) -> list[dict]:
     """A row for every two measures of every analysis and point; of analyses in both folders the nearer one."""
-    by_analysis: dict[tuple[str, ...], list[dict]] = {}
+    files: dict[tuple[str, ...], Path] = {}  # by task and MODEL-ID
     for place in (results_dir, results_dir.parent):
-        files = sorted(place.glob("analyses/agreement/*/*/analysis.json"))
-        for file, model in zip(files, models_of(files), strict=True):
-            try:
-                analysis = json.loads(file.read_text(encoding="utf-8"))
-                where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
-                rows = [
-                    where
-                    | {"point": point}
-                    | {name: line[name] for name in ("first", "second", "jaccard", "chance", "beyond_chance")}
-                    for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items()
-                    for line in lines
-                ]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-            by_analysis.setdefault(file.parts[-3:-1], rows)
-    return [row for rows in by_analysis.values() for row in rows]
+        for file in sorted(place.glob("analyses/agreement/*/*/analysis.json")):
+            files.setdefault(file.parts[-3:-1], file)
+    rows = []
+    for file, model in zip(files.values(), models_of(list(files.values())), strict=True):
+        try:
+            analysis = json.loads(file.read_text(encoding="utf-8"))
+            where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
+            rows += [
+                where
+                | {"point": point}
+                | {name: line[name] for name in ("first", "second", "jaccard", "chance", "beyond_chance")}
+                for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items()
+                for line in lines
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return rows
 
 
 def draw_fig5(table: pd.DataFrame) -> Figure:

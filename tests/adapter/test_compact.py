@@ -492,6 +492,8 @@ def test_a_compact_folder_is_not_taken_for_a_config(tmp_path):
     write_compact(fill(adapt(sparsity=0.6)), tmp_path)
     with pytest.raises(PartialLoraError, match="load_compact"):
         PartialLoraConfig.from_pretrained(tmp_path)
+    fill(adapt(sparsity=0.6)).save_pretrained(tmp_path)  # beside it
+    assert PartialLoraConfig.from_pretrained(tmp_path).sparsity == 0.6
 
 
 def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch):

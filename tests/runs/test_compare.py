@@ -12,7 +12,7 @@ from recorded_runs import record
 
 from partial_lora import cli
 from partial_lora.files import write_json
-from partial_lora.runs import compare
+from partial_lora.runs import arguments, compare
 from partial_lora.runs.config import run_directory
 
 
@@ -98,8 +98,10 @@ def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> No
     chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
     assert not [each for each in cli._own_settings(chosen)[1] if each.startswith("results_dir=")]
-    (tmp_path / "own.yaml").write_text("task: digits\n", encoding="utf-8")
-    assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
+    record = "".join(f"{group}: {{}}\n" for group in arguments._OF_RECORDS) + "results_dir: there\n"
+    for content in ("task: digits\n", record):  # a run's config.yaml has the folder of that run, for other results
+        (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
+        assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
 
 
 @pytest.mark.usefixtures("composed_once")

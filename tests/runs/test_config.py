@@ -189,6 +189,9 @@ def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
         found = composed(f"method={method}", "calibration=fixed").warnings
         assert [each.startswith("calibration.budget=0.13 ") for each in found] == [True] * (not is_spent)
     assert composed("method=lora", "calibration=threshold").warnings == []
+    for method, advice in schema.SIZED.items():
+        assert advice in composed(f"method={method}", "calibration=fixed").warnings[0]
+        assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
 
 
 def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_given() -> None:
