@@ -111,12 +111,12 @@ def best_rate(cell: pd.DataFrame) -> float:
 
 
 def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
-    """Return the runs of a cell, those that were made under two ids and came to the same once.
+    """Return the runs of a cell, those that were made under two ids and came to the same scores once.
 
-    Raises PartialLoraError where two with one rate and seed came to different numbers: they differ in other settings.
+    Raises PartialLoraError where two with one rate and seed came to different scores: they differ in other settings.
     """
     run = ["learning_rate", "seed"]
-    cell = cell.drop_duplicates([*run, "validation", "loss", "test"])
+    cell = cell.drop_duplicates([*run, "validation", "test"])  # a loss is the same but for rounding
     twins = cell[cell.duplicated(run)]
     if len(twins):
         rate, seed = twins.iloc[0][run]
