@@ -33,7 +33,10 @@ forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 forms/forms: trec, budget own: lora − low_rank
 forms/forms: trec, budget 0.02: entries − low_rank
+forms/forms: gtsrb, budget 0.02: entries − low_rank
+forms/forms: gtsrb, budget 0.02: random_weights − low_rank
 forms/forms: trec, budget 0.02: partial kept p^-1
+forms/forms: gtsrb, budget 0.02: partial kept p^-1 − low_rank
 forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
@@ -56,6 +59,9 @@ decided/tables/decided: trec, budget 0.13: partial element − entries
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial
 decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
 decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − shuffled kept p^-1
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial kept p^-1, shrink 0.5
+decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial kept p^-1, shrink 2
 decided/tables/decided: digits, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
 decided/tables/decided: trec, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
 decided/tables/decided: trec, threshold 0.9: partial kept p^-1, by gradient − partial kept p^-1
@@ -84,6 +90,13 @@ forms/forms: trec, budget 0.02: partial kept p^-1
 forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
 forms/forms: trec, budget 0.02: partial units kept p^-1
 forms/forms: trec, budget 0.02: low_rank
+race/race: gtsrb, budget 0.02: entries − low_rank
+race/race: gtsrb, budget 0.02: random_weights − low_rank
+race/race: gtsrb, budget 0.02: partial kept p^-1 − low_rank
+race/race: trec, budget 0.02: lokr − low_rank
+race/race: trec, budget 0.02: unilora − low_rank
+race/race: trec, budget 0.02: oft − low_rank
+race/race: trec, budget 0.02: fourierft − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
