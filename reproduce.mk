@@ -26,7 +26,7 @@
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
-# make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); 57 hours of a core
+# make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); 60 hours of a core
 # make power   how many seeds decide a margin of one and two points, and how long to train, from the records (results/power)
 # make reach   what share of real gradients each form of mask can reach (results/reach)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)

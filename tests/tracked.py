@@ -35,7 +35,7 @@ def in_mlflow(place: Path) -> dict[str, dict[int, float]]:
 
 
 def scalars(run_directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """What a run's folder of TensorBoard holds: steps and values by name, as they were written."""
+    """Steps and values in a run's folder of TensorBoard, by name, as they were written."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_directory / "tensorboard"))

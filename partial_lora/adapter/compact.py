@@ -117,6 +117,7 @@ def load_compact(
     """Return the base ``model`` with the compact adapter in ``folder``, masked, with its values bit for bit as written.
 
     folder: also a repository of the model hub, "owner/name".
+
     A PeftModel with other Partial-LoRA adapters gets it as one more, not activated, as with PEFT's load_adapter.
     Values that were rounded when written load in the dtype PEFT gives an adapter (float32 for a base in half
     precision). Everything else is as with PeftModel.from_pretrained.

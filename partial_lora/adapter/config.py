@@ -348,7 +348,7 @@ class PartialLoraConfig(LoraConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
-        path = Path(pretrained_model_name_or_path, subfolder or "", sidecar.FILE_NAME)
+        path = folder / sidecar.FILE_NAME
         if not path.parent.is_dir():
             try:
                 options = cls._split_kwargs(kwargs)[0]

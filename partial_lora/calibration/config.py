@@ -17,7 +17,7 @@ UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, suc
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of a method by its name, before any model is there."""
+    """Facts about a method that its name tells, before any model is there."""
 
     # What says how many parameters it trains: sparsities or a count that are "calibrated"; the "budget", which it
     # spends by a rule of its own (null: PAPER_BUDGET); nothing but its "own" settings.

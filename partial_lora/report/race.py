@@ -270,7 +270,6 @@ _PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
     "size": "budget",
     "form": "experiment_name",
     "test": "test",
-    "metric": "metric",
     "half": "± 95 %",
     "parameters": "num_trainable_params",
     "step_seconds": "step_time",
@@ -297,7 +296,9 @@ def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, 
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Faint marks: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
-    everything = numbers[list(_PEFT_COLUMNS)].rename(columns=_PEFT_COLUMNS)
+    metrics = numbers["metric"].unique()
+    columns = _PEFT_COLUMNS | ({"test": f"test_{metrics[0]}"} if len(metrics) == 1 else {"metric": "metric"})
+    everything = numbers[list(columns)].rename(columns=columns)
     shown = everything.map(lambda value: _plain(value) if isinstance(value, float | np.floating) else value)
     return page.write_tables(
         out,

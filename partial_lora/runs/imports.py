@@ -1,4 +1,4 @@
-"""What is imported into a process of this package, and what not."""
+"""Imports into a process of this package: which are kept out, and how the others cost less."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def recording(monkeypatch, **changes) -> None:
 def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_form_is_called(
     tmp_path, monkeypatch
 ) -> None:
-    """Of three methods two are as good; the runs of the third are of no use."""
+    """Two methods are equally good, and the runs of a third fail."""
     recording(monkeypatch, mask__fan_in="kept", mask__row_exponent=1.0)
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
