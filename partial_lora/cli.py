@@ -107,17 +107,9 @@ def _overview(arguments: list[str]) -> int:
 # --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
 
 
-def train(arguments: list[str]) -> int:
-    """Calibrate, mask, train and evaluate; return the exit code."""
-    return _stage("train", arguments)
-
-
-def calibrate(arguments: list[str]) -> int:
-    """Find the sparsities alone; return the exit code."""
-    return _stage("calibrate", arguments)
-
-
 def _stage(stage: str, arguments: list[str]) -> int:
+    """Run `train` or `calibrate`, once or as a sweep; return the exit code."""
+
     def launched(plan, hydra) -> int:
         from partial_lora.runs import sweep
 
@@ -899,8 +891,11 @@ def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "train": (train, "calibrate, mask, train and evaluate one run (FILE.yaml, KEY=VALUE …), or a sweep with -m"),
-    "calibrate": (calibrate, "find the sparsities alone (the keys of train)"),
+    "train": (
+        functools.partial(_stage, "train"),
+        "calibrate, mask, train and evaluate one run (FILE.yaml, KEY=VALUE …), or a sweep with -m",
+    ),
+    "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
     "compare": (compare, "rank methods at equal size, each at its best learning rate"),
     "evaluate": (evaluate, "score a finished run on another split or task"),

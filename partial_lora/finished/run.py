@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import load
 from partial_lora.runs.schema import Config, TaskConfig
@@ -38,24 +38,8 @@ class FinishedRun:
         return (self.adapter / "partial_lora.json").is_file()
 
     def labels(self) -> list[str]:
-        """Return the names of the classes, in the order of the logits; empty for a regression.
-
-        An early record lacks labels, so they are read from its predictions. There a class that no test row has and that
-        was never predicted is called by its index.
-        """
-        if "labels" in self.result:
-            return list(self.result["labels"])
-        import pandas
-
-        path = self.directory / results.PREDICTIONS
-        try:
-            frame = pandas.read_parquet(path)
-            names = dict(zip(frame["label"], frame["label_name"], strict=True))
-            names |= dict(zip(frame["prediction"], frame["prediction_name"], strict=True))
-            return [str(names.get(index, index)) for index in range(len(frame["logits"].iloc[0]))]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = one_line(error)
-            raise PartialLoraError(f"{path} cannot be read ({reason}): run the training again") from error
+        """Return the names of the classes, in the order of the logits; empty for a regression."""
+        return list(self.result["labels"])
 
 
 def finished_run(directory: Path) -> FinishedRun:

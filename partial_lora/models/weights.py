@@ -52,7 +52,7 @@ def load_weights(
             )
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({one_line(error)})") from error
-    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    mismatched = [key for key, *_ in report["mismatched_keys"]]
     for problem, keys in (("missing", report["missing_keys"]), ("of another shape", mismatched)):
         unfilled = sorted(key for key in keys if not may_be_new(model, key))
         if unfilled:

@@ -44,8 +44,7 @@ def counted(predicted: pa.Table) -> Classes | None:
     names: dict[int, str] = {}
     for column in ("label", "prediction"):
         names |= dict(zip(predicted[column].to_pylist(), predicted[f"{column}_name"].to_pylist(), strict=True))
-    order = {index: place for place, index in enumerate(sorted(names))}
+    order = sorted(names)
     counts = np.zeros((len(order), len(order)), int)
-    for label, prediction in zip(predicted["label"].to_pylist(), predicted["prediction"].to_pylist(), strict=True):
-        counts[order[label], order[prediction]] += 1
+    np.add.at(counts, tuple(np.searchsorted(order, predicted[column]) for column in ("label", "prediction")), 1)
     return Classes([str(names[index]) for index in order], counts)

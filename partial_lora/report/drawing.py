@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -146,26 +146,21 @@ def fitted(axes: Axes, values: Collection[float], metric: str, axis: str = "y") 
 
 def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method and operating point below the panels."""
-    handles = []
-    for method, point in methods:
-        own = look(method, point)
-        style = {"linestyle": own.linestyle if lines else "", "color": own.color, "markersize": 6}
-        handles.append(Line2D([], [], label=named(method, point), **style, **own.markers))
-    legend_below(figure, handles)
+    legend_below(figure, [_handle(named(*each), look(*each), lines) for each in methods])
 
 
 def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method once below the panels, and how markers at a budget look where there are others, too."""
-    handles = []
-    for method in dict.fromkeys(method for method, _ in used):
-        own = look(method, NONE)
-        style = {"linestyle": "-" if lines else "", "color": own.color, "markersize": 6}
-        handles.append(Line2D([], [], label=method, **style, **own.markers))
+    methods = dict.fromkeys(method for method, _ in used)
+    handles = [_handle(method, replace(look(method, NONE), linestyle="-"), lines) for method in methods]
     if len({look(*each).filled for each in used}) > 1:
-        style = {"linestyle": _DASHES["budget"] if lines else "", "color": _GREY, "marker": "o"}
-        empty = {"markerfacecolor": "white", "markeredgecolor": _GREY, "markeredgewidth": 1.3}
-        handles.append(Line2D([], [], label="empty: budget", **style, **empty))
+        handles.append(_handle("empty: budget", Look(_GREY, "o", _DASHES["budget"], False), lines))
     legend_below(figure, handles)
+
+
+def _handle(label: str, shown: Look, lines: bool) -> Line2D:
+    style = shown.linestyle if lines else ""
+    return Line2D([], [], label=label, linestyle=style, color=shown.color, markersize=6, **shown.markers)
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -183,6 +178,11 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
 def named(method: str, point: str) -> str:
     """Return a method and its operating point in words."""
     return method if point == NONE else f"{method}, {point}"
+
+
+def words_of(row: tuple) -> str:
+    """Return the method and operating point of a row of a grouped table, and what tells it from others."""
+    return named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}")
 
 
 def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, size: float = 8) -> None:

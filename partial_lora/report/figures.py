@@ -31,13 +31,13 @@ from partial_lora.report.drawing import (
     legend_of_methods,
     lists,
     look,
-    named,
     panels,
     plain,
     save,
     save_both,
     scored,
     sized,
+    words_of,
 )
 from partial_lora.report.examples import are_of, hardest, predictions
 from partial_lora.report.records import (
@@ -333,18 +333,13 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
         for key, alike in part.groupby(_METHOD, sort=False):
             _marked(axes, alike["test_mean"], alike["place"], key, xerr=alike["test_half"], markersize=6.5)
-        _listed(axes, [_row_name(row) for row in part.itertuples()], metric)
+        _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
         tests = np.array([test for group in part["group"] for test in seeds[group]])
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
         low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
         fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], metric, "x")
         _titled(axes, task, model, part, of_place)
     return Drawing(figure, len(parts), len(whole))
-
-
-def _row_name(row: tuple) -> str:
-    """Return the name of a row of a grouped table, with what tells it from others."""
-    return _shortened(named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}"))
 
 
 def _shortened(name: str) -> str:
@@ -732,7 +727,7 @@ def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing 
         few = part.head(_MOST_MATRIX_ROWS)
         matrix = prediction_agreement(few, predictions)
         if matrix is not None:
-            names = [_row_name(row) for row in few.itertuples()]
+            names = [_shortened(words_of(row)) for row in few.itertuples()]
             shown.append((f"{task}, {model}{_of_many(part)}", names, 100 * matrix))
     low = min((float(np.nanmin(matrix)) for _, _, matrix in shown), default=0)
     figure = _matrices(shown, low=low, high=100, form=".0f", title="Same predictions, in percent")

@@ -27,7 +27,7 @@ from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, tables
 from partial_lora.report import examples as hard
 from partial_lora.report.classes import MOST, Classes, counted
-from partial_lora.report.drawing import inline, named
+from partial_lora.report.drawing import inline, words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.figures import (
     Shown,
@@ -92,7 +92,7 @@ def write(
     table: of `records.group`; marked: its best rows. by: the keys of another grouping and its table, which then opens
     the page. examples: how many of the hardest to show, 0 for none.
     """
-    titles = {row.group: _words_of(row) for row in table.itertuples()}
+    titles = {row.group: words_of(row) for row in table.itertuples()}
     groups = list(gathered(runs, lambda run: run.row["group"]).values())
     told = sections(groups, examples, titles=titles)
     ids = {of[0].row["group"]: section["id"] for of, section in zip(groups, told, strict=True)}
@@ -260,11 +260,6 @@ def _tab_names(places: Sequence[tuple[str, str, str]]) -> list[str]:
     return names
 
 
-def _words_of(row: tuple) -> str:
-    """Return a row's method and operating point, and what tells it from others."""
-    return named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}")
-
-
 def _leads(best: pd.Series, part: pd.DataFrame, intervals: Mapping) -> list[str]:
     """Return the answer of a task in words: what scores highest, and what is smaller and nearly as good."""
     said = [("Highest of the methods at their best", best)]
@@ -278,7 +273,7 @@ def _in_words(row: pd.Series, intervals: Mapping) -> str:
     score, ends = measured(row["metric"], row["test_mean"]), intervals.get(row.name)
     between = f"95 % interval {_bare(row['metric'], ends[0])} to {_bare(row['metric'], ends[1])}, " if ends else ""
     share = "" if row["share_of_dense"] != row["share_of_dense"] else f", {row['share_of_dense']:.1%} of dense LoRA"
-    return f"{_words_of(row)}: {score} ({between}n={row['n']}), {row['adapter_parameters']:,.0f} parameters{share}"
+    return f"{words_of(row)}: {score} ({between}n={row['n']}), {row['adapter_parameters']:,.0f} parameters{share}"
 
 
 def _headline(
@@ -397,7 +392,7 @@ def _markup(cells: Sequence[str], of: pd.DataFrame) -> pd.Series:
 def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
     """Draw a task's scores against sizes; return title, caption and figure, whose marks name their rows on hovering."""
     names = {
-        f"row-{row.Index}": f"{_words_of(row)}: {measured(row.metric, row.test_mean, row.test_std)} (n={row.n}), "
+        f"row-{row.Index}": f"{words_of(row)}: {measured(row.metric, row.test_mean, row.test_std)} (n={row.n}), "
         f"{row.adapter_parameters:,.0f} parameters"
         for row in part.itertuples()
     }

@@ -17,10 +17,10 @@ from rich.console import Group
 from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import page, summary, tables
+from partial_lora.report import page, records, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
-from partial_lora.report.records import NONE, half_interval, number
+from partial_lora.report.records import NONE, half_interval
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 CELL = ["task", "size", "form"]
@@ -54,26 +54,20 @@ def row_of(result: Mapping) -> dict:
 
     selects: the metric on validation, which for generations is another than on test.
     """
-    config, parameters, test = result["config"], result["parameters"], result["metrics"]["test"]
-    validation, cost = result["metrics"]["validation"], result.get("cost") or {}
+    config, validation = result["config"], result["metrics"]["validation"]
     budget = config["calibration"].get("budget")
     has_budget = budget is not None and (result.get("calibration") or result.get("fixed"))
-    return {
-        "task": config["task"]["name"],
+    numbers = records.row(result)
+    return numbers | {
         "size": size_of(budget) if has_budget else "own",
         "form": form_of(config),
         "targets": ", ".join(config["model"]["target_modules"]),
-        "metric": test["primary"],
-        "learning_rate": float(config["trainer"]["learning_rate"]),
-        "seed": result["seed"],
         "selects": validation["primary"],
         "validation": validation[validation["primary"]],
         "loss": validation["loss"],
-        "test": test[test["primary"]],
-        "parameters": parameters.get("adapter_final", parameters["adapter_trainable"]),  # as `records`: AdaLoRA's last
-        "step_seconds": number(cost.get("step_seconds")),
-        "saved_bytes": number(cost.get("saved_activation_bytes")),
-        "file_size": number(cost.get("adapter_bytes")),
+        "parameters": numbers["adapter_parameters"],
+        "saved_bytes": numbers["saved_activation_bytes"],
+        "file_size": numbers["adapter_bytes"],
         "seconds": sum(result["seconds"].values()),
     }
 

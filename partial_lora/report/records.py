@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
-from partial_lora.runs.directory import ADAPTER, PREDICTIONS, RESULT, RUNS
+from partial_lora.runs.directory import PREDICTIONS, RESULT, RUNS
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
@@ -157,11 +157,6 @@ def row(result: Mapping) -> dict:
     conditions: eight hex digits, the same for runs that may be compared (`conditions`).
     """
     try:
-        _check(result, _SHAPE)
-        for entry in result["history"]:  # of Trainer's log, what is drawn over steps
-            drawn = [key for key in entry if key in ("loss", "grad_norm") or key.startswith("eval_")]
-            if drawn:
-                _check(entry, {"step": _NUMBER, **{f"{key}?": _NUMBER for key in drawn}}, "history.")
         return _row(result)
     except KeyError as error:
         raise ValueError(f"foreign, no {error.args[0]} in it") from error
@@ -204,7 +199,6 @@ def _row(result: Mapping) -> dict:
         "head_parameters": parameters["head"],
         "adapter_sparsity": number(parameters["adapter_sparsity"]),
         **{name: number(cost.get(name)) for name in COSTS},
-        "adapter_bytes": _adapter_bytes(result),
         "calibrate_seconds": math.nan if calibration is None or reused else number(seconds["calibrate"]),
         "calibration_reused": reused,
         "train_seconds": number(seconds["train"]),
@@ -218,57 +212,6 @@ def _row(result: Mapping) -> dict:
         "device": result.get("device") or NONE,
         "precision": precision(result),
     }
-
-
-# The fields that reports read, with their types: "*" is every key of a mapping; a key with "?" may be absent or null,
-# since records of earlier versions lack it. Fields that `_row` reads itself are not here: its KeyError names them.
-_NUMBER = (int, float)
-_TYPES = {int: "a whole number", _NUMBER: "a number", str: "a word", list: "a list"}
-_SHAPE: Mapping[str, object] = {
-    "seed": int,
-    "config": {
-        **{key: {"name": str} for key in ("task", "model", "method", "importance?")},
-        "trainer": {"learning_rate": _NUMBER},
-        "mask?": {"granularity?": str, "columns?": str},
-        "calibration?": {"threshold?": _NUMBER, "budget?": _NUMBER},
-    },
-    "versions": {"*": str},
-    **dict.fromkeys(("git_commit?", "device?", "preset?", "tuning?", "started?", "mixed_precision?"), str),
-    "peak_memory_bytes?": _NUMBER,
-    "seconds": {"*?": _NUMBER},
-    "parameters": {
-        **dict.fromkeys(("base", "adapter_dense", "adapter_trainable", "head", "adapter_final?"), int),
-        "adapter_sparsity?": _NUMBER,
-    },
-    "sparsity?": {"*": dict.fromkeys(AXES, _NUMBER)},
-    "calibration?": {
-        **dict.fromkeys(("baseline?", "joint?", "threshold?", "budget?"), _NUMBER),
-        "warnings?": list,
-        "reliability?": {"spearman_brown?": _NUMBER},
-    },
-    "warnings?": list,
-    "fixed?": {"budget?": _NUMBER},
-    "cost?": {"*?": _NUMBER},
-    "files?": {"*?": _NUMBER},
-    "metrics": {"test": {"primary": str}},
-    "history": list,
-}
-
-
-def _check(value: object, shape: Mapping, field: str = "") -> None:
-    """Raise ValueError, naming the field, where a value lacks a field of a shape or has it in another type."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"foreign, its {field.removesuffix('.')} is not a mapping")
-    for key, expected in shape.items():
-        name = key.removesuffix("?")
-        for each in value if name == "*" else (name,):
-            content = value.get(each)
-            if content is None and not key.endswith("?"):
-                raise ValueError(f"foreign, no {field}{each} in it")
-            if content is not None and isinstance(expected, Mapping):
-                _check(content, expected, f"{field}{each}.")
-            elif content is not None and not isinstance(content, expected):
-                raise ValueError(f"foreign, its {field}{each} is {content!r:.40}, expected {_TYPES[expected]}")
 
 
 def warnings_of(record: Mapping) -> list[str]:
@@ -297,15 +240,6 @@ def precision(result: Mapping) -> str:
     """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
     computed_in = result.get("mixed_precision") or "no"  # runs whose records are older than the field used fp32
     return "fp32" if computed_in == "no" else computed_in
-
-
-def _adapter_bytes(result: Mapping) -> float:
-    """Return what the adapter's tensors weigh on disk; NaN for records made before that was measured."""
-    size = (result.get("cost") or {}).get("adapter_bytes")
-    if size is None:
-        sizes = (result.get("files") or {}).items()
-        size = sum(size for name, size in sizes if name.startswith(f"{ADAPTER}/") and name.endswith(".safetensors"))
-    return number(size or None)
 
 
 def number(value: float | None) -> float:

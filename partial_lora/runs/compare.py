@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain, run_directory
@@ -18,8 +19,9 @@ from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SIZED, defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-OWN_SIZE = ("lora", "adalora", "lorafa", "full", "probe")  # methods that no budget makes larger or smaller
 AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
+# Methods that no budget makes larger or smaller.
+OWN_SIZE = tuple(name for name, of in TRAITS.items() if of.size == "own" and name not in AT_BUDGET)
 # Methods that are calibrated for their size alone, which a budget sets.
 _SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again

@@ -160,6 +160,7 @@ def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:
 
 def surroundings() -> dict[str, str]:
     """Return what a report of a bug needs to know of this machine: versions, platform, devices; no paths, no names."""
+    import joblib
     import torch
 
     def version(name: str) -> str:
@@ -170,12 +171,11 @@ def surroundings() -> dict[str, str]:
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "git commit": git_commit() or "none",
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": f"{platform.machine()}, {usable} cores",
+        "processor": f"{platform.machine()}, {joblib.cpu_count()} cores",
         "memory": f"{memory:.1f} GiB",
         "accelerators": ", ".join(devices) or "none",
         "CUDA of torch": torch.version.cuda or torch.version.hip or "none",

@@ -97,13 +97,7 @@ class TextTransform:
         return dict(encoded)
 
     def _padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, Tensor]:
-        # Silence the library's advice to tokenise and pad in one call.
-        warned = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
-        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-        try:
-            return dict(self.tokenizer.pad(encoded, padding=True, return_attention_mask=True, return_tensors="pt"))
-        finally:
-            self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
+        return dict(self.tokenizer.pad(encoded, padding=True, return_attention_mask=True, return_tensors="pt"))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
 BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
-UNCALIBRATED = ("lora", "dora", "vera", "adalora", "lorafa", "full", "probe")
+UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")
 PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (

