@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 
@@ -17,7 +17,7 @@ from partial_lora.models import images, texts
 
 @dataclass(frozen=True)
 class Family:
-    """The functions of one family, and the settings that it takes beside the common ones.
+    """The functions of one family.
 
     own_head: whether its models have a head for any task before anything is fitted.
     """
@@ -25,68 +25,35 @@ class Family:
     load: Callable[..., PreTrainedModel]
     empty: Callable[..., PreTrainedModel]
     head_name: Callable[[PreTrainedModel], str]
-    settings: tuple[str, ...]
     own_head: bool = False
 
 
 FAMILIES = {
-    "timm": Family(images.load_timm, images.empty_timm, images.head_name, ("labels", "image_size")),
-    "clip": Family(
-        images.load_clip,
-        images.empty_timm,
-        images.head_name,
-        ("labels", "image_size", "text_weights", "text_args", "prompts"),
-        own_head=True,
-    ),
-    "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name, ("labels",)),
-    "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, ("quantization",), own_head=True),
+    "timm": Family(images.load_timm, images.empty_timm, images.head_name),
+    "clip": Family(images.load_clip, images.empty_timm, images.head_name, own_head=True),
+    "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name),
+    "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, own_head=True),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
-    *,
-    labels: Sequence[str],
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: Mapping | None = None,
-    family: str = "timm",
-    image_size: int = 224,
-    dtype: str = "float32",
-    quantization: str | None = None,
-    attn_implementation: str | None = None,
-    text_weights: str | None = None,
-    text_args: Mapping | None = None,
-    prompts: Sequence[str] = images.PROMPTS,
+    *, family: str = "timm", dtype: str = "float32", model_args: Mapping | None = None, **settings
 ) -> PreTrainedModel:
-    """Load a pre-trained model with a head for `labels` (none: one real number), on the CPU, in evaluation mode.
+    """Load a pre-trained model with a head for the labels (none: one real number), on the CPU, in evaluation mode.
 
-    The settings are those of the config's `model`; `load_timm`, `load_clip`, `load_encoder` and `load_causal` explain
-    them for each family; a causal model gets no new head and ignores labels. All weights but the quantised ones have
-    `dtype`, the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
+    The settings are labels and those of the config's `model`; `load_timm`, `load_clip`, `load_encoder` and
+    `load_causal` explain what each family takes of them. A causal model gets no new head and ignores labels. All
+    weights but the quantised ones have `dtype`, the head's too. Raises PartialLoraError, in one line, where the model
+    cannot be had.
     """
-    chosen = FAMILIES[family]
-    special = {
-        "labels": list(labels),
-        "image_size": image_size,
-        "quantization": quantization,
-        "text_weights": text_weights,
-        "text_args": dict(text_args or {}),
-        "prompts": list(prompts),
-    }
-    return chosen.load(
-        name=name,
-        weights=weights,
-        architecture=architecture,
-        model_args=dict(model_args or {}),
-        dtype=_DTYPES[dtype],
-        attn_implementation=attn_implementation,
-        **{key: special[key] for key in chosen.settings},
-    )
+    chosen = FAMILIES[family].load
+    own = {key: value for key, value in settings.items() if key in signature(chosen).parameters}
+    return chosen(dtype=_DTYPES[dtype], model_args=dict(model_args or {}), **own)
 
 
-SETTINGS = tuple(key for key in signature(load).parameters if key != "labels")  # keys of the group `model`
+_TAKEN = {key for each in FAMILIES.values() for key in signature(each.load).parameters}
+SETTINGS = ("family", *sorted(_TAKEN - {"labels"}))  # keys of the group `model`
 
 
 def empty(

@@ -37,7 +37,7 @@ def load_timm(
     architecture: str,
     model_args: dict,
     labels: Sequence[str],
-    image_size: int,
+    image_size: int = 224,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> TimmWrapperForImageClassification:
@@ -162,7 +162,6 @@ def _set_attention(model: TimmWrapperForImageClassification, implementation: str
 
 # --- The image tower of CLIP as a classifier whose head is CLIP's zero-shot classifier.
 
-PROMPTS = ("a photo of a {}.",)
 _BATCH = 64  # descriptions that are embedded at once
 
 
@@ -173,10 +172,10 @@ def load_clip(
     architecture: str,
     model_args: dict,
     labels: Sequence[str],
-    image_size: int,
-    text_weights: str | None,
+    image_size: int = 224,
+    text_weights: str | None = None,
     text_args: dict | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = ("a photo of a {}.",),
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> TimmWrapperForImageClassification:

@@ -83,8 +83,7 @@ def test_a_quantity_that_does_not_apply_is_a_dash_and_a_calibration_that_was_reu
 def test_metrics_of_several_names_have_their_own_column_and_bytes_stand_beside_them(tmp_path):
     place(tmp_path, record(cost={"adapter_bytes": 81_000}))
     matthews = {"test": {"primary": "matthews", "matthews": 0.61}}
-    by_file = {"adapter/adapter_model.safetensors": 4_000, "config.yaml": 9}  # of a record before costs were measured
-    place(tmp_path, record(task="cola", metrics=matthews, cost=None, files=by_file))
+    place(tmp_path, record(task="cola", metrics=matthews, cost={"adapter_bytes": 4_000}))
     shown = shown_of(tmp_path)
     assert shown["metric"].tolist() == ["matthews", "accuracy"]
     assert shown["test"].tolist() == ["0.6100", "98.61 %"]
