@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -283,14 +283,18 @@ _CREDENTIALS = (  # the first group, the text before a credential, stays
 
 def redacted(content: Any) -> Any:
     """Return a text, or plain data (mappings, lists), with credentials hidden in all texts; all else as it is."""
+    secrets = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
+    return _without(sorted(secrets, key=len, reverse=True), content)  # a longer one may contain a shorter one
+
+
+def _without(secrets: Sequence[str], content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {redacted(key): redacted(value) for key, value in content.items()}
+        return {_without(secrets, key): _without(secrets, value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [redacted(value) for value in content]
+        return [_without(secrets, value) for value in content]
     if not isinstance(content, str):
         return content
-    secrets = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)}
-    for value in sorted(secrets, key=len, reverse=True):  # a longer one may contain a shorter one
+    for value in secrets:
         content = content.replace(value, HIDDEN)
     for pattern in _CREDENTIALS:
         content = pattern.sub(rf"\1{HIDDEN}", content)

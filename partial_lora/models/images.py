@@ -13,6 +13,7 @@ import torch
 import transformers  # not its classes: it imports each on first use, TimmWrapper with all of timm
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
@@ -69,7 +70,7 @@ def _load(
     shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=head["num_labels"])
     _check_image_size(shapes, name, image_size)  # before anything is downloaded
     _set_attention(shapes, attn_implementation)
-    with fixed_seed():
+    with fixed_seed(), _Undrawn():
         if weights == RANDOM:
             config = transformers.TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **head)
             model = transformers.TimmWrapperForImageClassification(config).to(dtype)
@@ -94,6 +95,17 @@ def _load(
     return model
 
 
+class _Undrawn(TorchFunctionMode):
+    """Draws nothing for weights on the meta device, which hold no numbers: timm's draws would take half of a load."""
+
+    _DRAWS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_})
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self._DRAWS and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmWrapperForImageClassification:
     """Return the model's shapes on the meta device: no weights, no memory, no download.
 
@@ -103,7 +115,7 @@ def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmW
         config = transformers.TimmWrapperConfig(
             architecture=architecture, model_args=dict(model_args), num_labels=num_labels
         )
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return transformers.TimmWrapperForImageClassification(config)
     except ImportError as error:
         raise PartialLoraError(
