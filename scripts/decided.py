@@ -48,7 +48,7 @@ MARGIN = 0.02
 WORSE = "undecided (worse, perhaps by less than two points)"
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
-PARTIAL, UNIFORM = "partial kept p^-1", "uniform kept p^-1"
+PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
 BY_GRADIENT = f"{PARTIAL}, by gradient"
 REFERENCES = ("lora", "low_rank", UNIFORM)
 # Differences that no planned claim is about.
@@ -60,23 +60,23 @@ BESIDE = [
     (BY_GRADIENT, UNIFORM),
     ("entries", "lora"),
     ("entries", "low_rank"),
-    ("partial element", "entries"),
+    (ELEMENT, "entries"),
 ]
 CLAIMS = {
     BUDGET: [
         (PARTIAL, "lora", AS_GOOD),
-        (PARTIAL, "targeted kept p^-1", AS_GOOD),
+        (PARTIAL, "targeted", AS_GOOD),
         (PARTIAL, UNIFORM, BETTER),
         (PARTIAL, "low_rank", AS_GOOD),
         (PARTIAL, "random_weights", AS_GOOD),
         (PARTIAL, "entries", AS_GOOD),
-        (PARTIAL, "partial element", AS_GOOD),
-        (PARTIAL, "partial", BETTER),
+        (PARTIAL, ELEMENT, AS_GOOD),
+        (PARTIAL, "partial, PEFT's draw", BETTER),
         (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER),
         (PARTIAL, f"{PARTIAL}, shrink 2", BETTER),
-        (PARTIAL, "shuffled kept p^-1", BETTER),
+        (PARTIAL, "shuffled", BETTER),
     ],
-    THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted kept p^-1", AS_GOOD)],
+    THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted", AS_GOOD)],
 }
 
 

@@ -161,10 +161,10 @@ def measure(subject: Gradients, path: Path) -> None:
 def _forms_of(name: str) -> Callable[[str], bool]:
     """Return which rows of results/forms are of a form, however A is drawn and B A is scaled."""
     if name == "rows and columns":
-        return lambda form: form in ("partial", "partial kept", "partial kept p^-1")
+        return lambda form: form in ("partial", "partial, PEFT's draw", "partial row_exponent=0")
     if name == "rows and columns, largest":
         return lambda form: form.startswith("ticket")
-    words = {"units": "partial units", "entries": "entries"}
+    words = {"units": "partial mask=units", "entries": "entries"}
     return lambda form: form.startswith(words[name]) if name in words else form == name
 
 

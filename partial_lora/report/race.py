@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from markupsafe import Markup
 from rich.console import Group
 
@@ -21,8 +23,13 @@ from partial_lora.report import page, records, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, half_interval
+from partial_lora.runs.config import conf_dir
+from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
+_KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
+_DRAWS = ("fan_in", "row_exponent", "column_exponent")
+_PEFTS = {key: getattr(MaskConfig(), key) for key in (*_KINDS, *_DRAWS)}  # whole rows and columns, as PEFT draws A
 CELL = ["task", "size", "form"]
 _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
     "parameters": ("trainable parameters", 1),
@@ -32,21 +39,35 @@ _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
 
 
 def form_of(config: Mapping) -> str:
-    """Return the name of a run's form: its method, and what is special about its masks, draw and scaling."""
-    mask, name = config.get("mask") or {}, config["method"]["name"]
+    """Return the name of a run's form: its method, and what its masks have that the method's own do not.
+
+    That is in the words of the command line: `partial mask=units`. PEFT's draw is fan_in=dense without exponents.
+    """
+    name = config["method"]["name"]
     if name not in MASKED:
         return name
-    words = [mask[key] for key in ("granularity", "columns") if mask.get(key) not in (None, "rows_columns", "masked")]
-    if name == "entries":
-        words = []
-    if config["method"].get("ranks") == "auto":
-        words.append("rank=auto")
-    if mask.get("fan_in") == "kept":
-        words.append("kept")
-    words += [
-        f"{axis}^-{mask[key]:g}" for axis, key in (("p", "row_exponent"), ("q", "column_exponent")) if mask.get(key)
-    ]
-    return " ".join([name, *words])
+    own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
+    words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]
+    words += ["rank=auto"] if config["method"].get("ranks") == "auto" else []
+    drawn = [key for key in _DRAWS if mask[key] != own[key]]
+    if mask["columns"] == "frozen":  # A is whole, and drawn for all inputs
+        drawn = [key for key in drawn if key != "fan_in"]
+    if drawn and all(mask[key] == _PEFTS[key] for key in _DRAWS):
+        return f"{' '.join(words)}, PEFT's draw"
+    return " ".join([*words, *(f"{key}={str(mask[key]).removesuffix('.0')}" for key in drawn)])
+
+
+@cache
+def masks_of(method: str) -> dict:
+    """Return the masks of a method's group file, as far as they name a form."""
+
+    def content(group: str, name: str) -> dict:
+        return yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+
+    of_method, masks = content("method", method), dict(_PEFTS)
+    for default in of_method.get("defaults", []):
+        masks |= content("mask", default["override /mask"]) if "override /mask" in default else {}
+    return masks | of_method.get("mask", {})
 
 
 def row_of(result: Mapping) -> dict:

@@ -51,11 +51,14 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
 @pytest.mark.parametrize(
     ("mask", "method", "name"),
     [
-        ({"granularity": "rows_columns", "columns": "masked", "fan_in": "dense"}, {"name": "partial"}, "partial"),
-        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "partial", "ranks": "auto"}, "partial rank=auto kept p^-1"),
-        ({"granularity": "units", "fan_in": "kept"}, {"name": "partial"}, "partial units kept"),
+        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "partial"}, "partial"),
+        ({}, {"name": "partial"}, "partial, PEFT's draw"),
+        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "uniform", "ranks": "auto"}, "uniform rank=auto"),
+        ({"granularity": "units", "fan_in": "kept"}, {"name": "partial"}, "partial mask=units row_exponent=0"),
+        ({"columns": "frozen", "row_exponent": 1.0}, {"name": "partial"}, "partial mask=frozen"),
         ({"granularity": "element"}, {"name": "entries"}, "entries"),
-        ({"row_exponent": 1.0, "column_exponent": 0.5}, {"name": "ticket"}, "ticket p^-1 q^-0.5"),
+        ({"granularity": "element", "row_exponent": 0.5}, {"name": "entries"}, "entries row_exponent=0.5"),
+        ({"row_exponent": 1.0, "column_exponent": 0.5}, {"name": "ticket"}, "ticket"),
     ],
 )
 def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, name: str) -> None:

@@ -198,13 +198,13 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     tmp_path, monkeypatch
 ) -> None:
     """Two methods are equally good, and the runs of a third fail."""
-    recording(monkeypatch, mask__fan_in="kept", mask__row_exponent=1.0)
+    recording(monkeypatch, mask__fan_in="kept")
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert "− partial kept p^-1" in table
+    assert "− partial row_exponent=0" in table
     assert re.search(r"\| low_rank +\| +0\.001 \| 90\.00", table)
     assert "+0.00" in table
     assert "unilora, 0.3: the loss is not finite" in done.stderr

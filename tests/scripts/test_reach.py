@@ -86,9 +86,9 @@ def test_accuracies_of_a_form_are_the_best_of_its_draws(tmp_path) -> None:
             "form": [
                 "low_rank",
                 "partial",
-                "partial kept",
-                "partial units kept p^-1",
-                "entries kept",
+                "partial row_exponent=0",
+                "partial mask=units",
+                "entries fan_in=kept",
                 "random_weights",
             ],
             "task": "t",
