@@ -22,8 +22,8 @@ SOURCES = {
     "README.md": """
 forms/forms: gtsrb, budget 0.13: low_rank
 forms/forms: trec, budget 0.13: low_rank
-forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
-forms/forms: trec, budget 0.13: partial kept p^-1 − low_rank
+forms/forms: gtsrb, budget 0.13: partial − low_rank
+forms/forms: trec, budget 0.13: partial − low_rank
 forms/forms: gtsrb, budget 0.13: entries − low_rank
 forms/forms: trec, budget 0.13: entries − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
@@ -35,39 +35,39 @@ forms/forms: trec, budget own: lora − low_rank
 forms/forms: trec, budget 0.02: entries − low_rank
 forms/forms: gtsrb, budget 0.02: entries − low_rank
 forms/forms: gtsrb, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: partial kept p^-1
-forms/forms: gtsrb, budget 0.02: partial kept p^-1 − low_rank
-forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
+forms/forms: trec, budget 0.02: partial
+forms/forms: gtsrb, budget 0.02: partial − low_rank
+forms/forms: trec, budget 0.02: partial rank=auto
+decided/tables/decided: digits, budget 0.13: partial − lora
+decided/tables/decided: trec, budget 0.13: partial − lora
+decided/tables/decided: digits, budget 0.13: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − uniform
 """,
     "results/README.md": """
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − lora
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − lora
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − low_rank
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − low_rank
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − targeted kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − targeted kept p^-1
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − random_weights
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − random_weights
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − entries
+decided/tables/decided: digits, budget 0.13: partial − lora
+decided/tables/decided: trec, budget 0.13: partial − lora
+decided/tables/decided: digits, budget 0.13: partial − low_rank
+decided/tables/decided: trec, budget 0.13: partial − low_rank
+decided/tables/decided: digits, budget 0.13: partial − targeted
+decided/tables/decided: trec, budget 0.13: partial − targeted
+decided/tables/decided: digits, budget 0.13: partial − random_weights
+decided/tables/decided: trec, budget 0.13: partial − random_weights
+decided/tables/decided: trec, budget 0.13: partial − entries
 decided/tables/decided: trec, budget 0.13: entries − low_rank
 decided/tables/decided: trec, budget 0.13: entries − lora
-decided/tables/decided: trec, budget 0.13: partial element − entries
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial
-decided/tables/decided: digits, budget 0.13: partial kept p^-1 − uniform kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − uniform kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − shuffled kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial kept p^-1, shrink 0.5
-decided/tables/decided: trec, budget 0.13: partial kept p^-1 − partial kept p^-1, shrink 2
-decided/tables/decided: digits, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
-decided/tables/decided: trec, budget 0.13: partial kept p^-1, by gradient − partial kept p^-1
-decided/tables/decided: trec, threshold 0.9: partial kept p^-1, by gradient − partial kept p^-1
-decided/tables/decided: trec, threshold 0.9: partial kept p^-1 − lora
-decided/tables/decided: digits, budget 0.13: uniform kept p^-1 − lora
-decided/tables/decided: trec, budget 0.13: uniform kept p^-1 − lora
+decided/tables/decided: trec, budget 0.13: partial mask=element, PEFT's draw − entries
+decided/tables/decided: trec, budget 0.13: partial − partial, PEFT's draw
+decided/tables/decided: digits, budget 0.13: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − shuffled
+decided/tables/decided: trec, budget 0.13: partial − partial, shrink 0.5
+decided/tables/decided: trec, budget 0.13: partial − partial, shrink 2
+decided/tables/decided: digits, budget 0.13: partial, by gradient − partial
+decided/tables/decided: trec, budget 0.13: partial, by gradient − partial
+decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
+decided/tables/decided: trec, threshold 0.9: partial − lora
+decided/tables/decided: digits, budget 0.13: uniform − lora
+decided/tables/decided: trec, budget 0.13: uniform − lora
 decided/tables/decided: digits, budget 0.13: low_rank − lora
 decided/tables/decided: trec, budget 0.13: low_rank − lora
 race/race: trec, budget 0.13: entries − low_rank
@@ -75,7 +75,7 @@ race/race: trec, budget 0.13: random_weights − low_rank
 race/race: trec, budget 0.13: hira − low_rank
 race/race: trec, budget 0.13: gralora − low_rank
 race/race: trec, budget 0.13: oft − low_rank
-race/race: trec, budget 0.13: partial kept p^-1 − low_rank
+race/race: trec, budget 0.13: partial − low_rank
 race/race: trec, budget 0.13: lokr − low_rank
 race/race: trec, budget 0.13: unilora − low_rank
 race/race: trec, budget 0.13: loha − low_rank
@@ -86,20 +86,20 @@ forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 forms/forms: trec, budget 0.02: entries − low_rank
 forms/forms: trec, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: partial kept p^-1
-forms/forms: trec, budget 0.02: partial rank=auto kept p^-1
-forms/forms: trec, budget 0.02: partial units kept p^-1
+forms/forms: trec, budget 0.02: partial
+forms/forms: trec, budget 0.02: partial rank=auto
+forms/forms: trec, budget 0.02: partial mask=units
 forms/forms: trec, budget 0.02: low_rank
 race/race: gtsrb, budget 0.02: entries − low_rank
 race/race: gtsrb, budget 0.02: random_weights − low_rank
-race/race: gtsrb, budget 0.02: partial kept p^-1 − low_rank
+race/race: gtsrb, budget 0.02: partial − low_rank
 race/race: trec, budget 0.02: lokr − low_rank
 race/race: trec, budget 0.02: unilora − low_rank
 race/race: trec, budget 0.02: oft − low_rank
 race/race: trec, budget 0.02: fourierft − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
-forms/forms: gtsrb, budget 0.13: partial kept p^-1 − low_rank
+forms/forms: gtsrb, budget 0.13: partial − low_rank
 cpu/tables/table1: all sets, budget 0.13: partial − lora
 cpu/tables/table1: digits, budget 0.13: partial − lora
 cpu/tables/table1: gtsrb, budget 0.13: partial − lora
