@@ -9,19 +9,17 @@ the reference is of runs of the same seeds, with the 95 % interval of Student's 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.report import race, records
-from partial_lora.report.drawing import save_both
+from partial_lora.report.drawing import legend_below, panels, plain, save_both
 from partial_lora.tasks.metrics import SHARES
 
 
@@ -55,30 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
     """Draw the score on validation against the learning rate, a panel for every task and size."""
     places = list(table.groupby(["task", "size"], sort=True))
-    columns = min(3, len(places))
-    figure = Figure(figsize=(4.2 * columns + 2.5, 3.2 * math.ceil(len(places) / columns)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(places) / columns), columns, squeeze=False)
-    forms = {form: f"C{number % 10}" for number, form in enumerate(sorted(table["form"].unique()))}
-    for axes, ((task, size), part) in zip(panels.flat, places, strict=False):
+    figure, drawn = panels(len(places), wide=4.2, high=3.2)
+    looks, handles = race.looks_of(sorted(table["form"].unique())), {}
+    for axes, ((task, size), part) in zip(drawn, places, strict=True):
         metric = part["selects"].iloc[0]
         times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
-            means = race.validated(own)["validation"]
-            style = "-" if list(forms).index(form) < 10 else "--"
-            axes.plot(means.index, times * means, style, color=forms[form], marker="o", markersize=3, label=form)
-        words = f"validation {metric}{' (%)' if metric in SHARES else ''}"
-        axes.set(xscale="log", title=f"{task}, {size}", xlabel="learning rate", ylabel=words)
+            means, (color, marker) = race.validated(own)["validation"], looks[form]
+            handles[form] = axes.plot(means.index, times * means, color=color, marker=marker, markersize=4, label=form)[
+                0
+            ]
+        axes.set(
+            xscale="log", xlabel="learning rate", ylabel=f"validation {metric}{' (%)' if metric in SHARES else ''}"
+        )
+        axes.set_title(f"{task}, {race.in_words(size)}", fontsize=10, loc="left")
         rates = sorted(part["learning_rate"].unique())
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 6 else 0)
         axes.minorticks_off()
         if metric in SHARES:
             axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
-    for axes in list(panels.flat)[len(places) :]:
-        axes.set_visible(False)
-    handles = {
-        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+        plain(axes)
+    legend_below(figure, [handles[form] for form in looks])
     save_both(figure, out, stem)
 
 

@@ -202,14 +202,16 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "kept for the backward pass, MB": [summary.cell(value / 1e6, ".1f") for value in part["saved_bytes"]],
             "seconds a step": [summary.cell(value, ".3f") for value in part["step_seconds"]],
         }
-        parts[f"{task}, {_of_size(size)}"] = pd.DataFrame(shown)
+        parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
     return parts
 
 
-def _of_size(size: str) -> str:
+def in_words(size: str) -> str:
+    """Return what methods of a size have in common."""
     if size == "own":
         return "sizes of their own"
-    return f"{size} parameters" if float(size.replace(",", "")) > 1 else f"{size} of dense LoRA's parameters"
+    number = float(size.replace(",", ""))
+    return f"{size} parameters" if number > 1 else f"{100 * number:g} % of dense LoRA's parameters"
 
 
 def _score(metric: str, value: float, half: float, sign: str = "") -> str:
@@ -239,6 +241,14 @@ def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> t
 # --- Who is better at no higher cost.
 
 
+def looks_of(forms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return a colour and a marker for each form."""
+    return {
+        form: (COLOURS[at % len(COLOURS)], MARKERS[(at // len(COLOURS) + at) % len(MARKERS)])
+        for at, form in enumerate(forms)
+    }
+
+
 def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
     """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
 
@@ -247,10 +257,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
     label, unit = _COSTS[cost]
     known = numbers.dropna(subset=[cost])
     tasks, forms = sorted(known["task"].unique()), sorted(known["form"].unique())
-    looks = {
-        form: (COLOURS[at % len(COLOURS)], MARKERS[(at // len(COLOURS) + at) % len(MARKERS)])
-        for at, form in enumerate(forms)
-    }
+    looks = looks_of(forms)
     figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
     names, handles = {}, {}
     for axes, task in zip(drawn, tasks, strict=True):

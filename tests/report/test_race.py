@@ -80,7 +80,7 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     settings = {"reference": "low_rank", "command": "", "refused": []}
     text = race.write_page(two, tmp_path, **settings).read_text()
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
-    assert "<b>cars, 0.13 of dense LoRA&#39;s parameters:</b> " in text
+    assert "<b>cars, 13 % of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
 
 
