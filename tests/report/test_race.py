@@ -112,7 +112,7 @@ def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     budgets = (0.131, 0.133, 100_000, 104_000)
     table = race.rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
     titles = list(race.titled(race.compared(race.at_best_rates(table), "low_rank"), "low_rank"))
-    of = [f"{size} of dense LoRA's parameters" for size in ("0.131", "0.133")]
+    of = [f"{size} of dense LoRA's parameters" for size in ("13.1 %", "13.3 %")]
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
 
