@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -54,6 +54,7 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
 
+BIASES = ("none", "all", "lora_only")
 PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
@@ -191,7 +192,13 @@ class PartialLoraConfig(LoraConfig):
                 raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
         if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
-        self.mask_seed, self.r = int(self.mask_seed), int(self.r)  # from numpy's types, which JSON does not know
+        self.mask_seed = int(self.mask_seed)  # from numpy's types, which JSON does not know
+        self.r, self.lora_alpha, self.lora_dropout = map(_plain, (self.r, self.lora_alpha, self.lora_dropout))
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, {module: _plain(value) for module, value in (getattr(self, name) or {}).items()})
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            setattr(self, name, names if names is None or isinstance(names, str) else set(map(str, names)))
         if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
             raise PartialLoraError("count is 'bernoulli': it needs granularity 'element' and selection 'random'.")
         values = [name for name in ("scores", "indices") if getattr(self, name) is not None]
@@ -231,6 +238,7 @@ class PartialLoraConfig(LoraConfig):
         if self.columns == "frozen":
             shares = assign_sparsity(sparsity, list(geometries))
             sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
+        self.geometries = dict(geometries)
         for module, geometry in geometries.items():
             if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
                 raise PartialLoraError(
@@ -259,7 +267,7 @@ class PartialLoraConfig(LoraConfig):
                         raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected, count=self.count)
-        self.masks, self.geometries = masks, dict(geometries)
+        self.masks = masks
         return masks
 
     def frozen_a(self, module: str) -> np.ndarray | None:
@@ -276,7 +284,7 @@ class PartialLoraConfig(LoraConfig):
     @property
     def saved_rank(self) -> int:
         """The rank of every module on disk: the highest of all."""
-        return max([self.r, *(self.rank_pattern or {}).values()])
+        return max((self.rank_of(module) for module in self.geometries), default=self.r)
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
@@ -422,11 +430,39 @@ def refuse_options(config: LoraConfig) -> None:
             raise PartialLoraError(
                 f"{name} is {pattern!r}: expected names or a regular expression ({error})."
             ) from None
-    if not isinstance(config.r, Integral) or isinstance(config.r, bool) or config.r < 1:
-        raise PartialLoraError(f"r is {config.r!r}: the rank is a whole number, at least 1.")
-    for module, rank in config.rank_pattern.items():
-        if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-            raise PartialLoraError(f"rank_pattern[{module!r}] is {rank!r}: expected a whole number, at least 1.")
+        names = () if pattern is None or isinstance(pattern, str) else pattern
+        if not isinstance(names, Iterable) or not all(isinstance(module, str) for module in names):
+            raise PartialLoraError(f"{name} is {pattern!r}: expected names of modules.")
+    if config.bias not in BIASES:
+        raise PartialLoraError(f"bias is {config.bias!r}: expected {' or '.join(map(repr, BIASES))}.")
+    _check_number("r", config.r, Integral, 1, math.inf)
+    _check_number("lora_alpha", config.lora_alpha, Real, -math.inf, math.inf)
+    _check_number("lora_dropout", config.lora_dropout, Real, 0, 1)
+    for name, kind, least in (("rank_pattern", Integral, 1), ("alpha_pattern", Real, -math.inf)):
+        patterns = getattr(config, name) or {}
+        if not isinstance(patterns, Mapping):
+            raise PartialLoraError(f"{name} is {patterns!r}: expected {{module: number}}.")
+        for module, value in patterns.items():
+            try:
+                re.compile(module)
+            except (re.error, TypeError) as error:
+                raise PartialLoraError(f"{name} has {module!r}: expected a name or a pattern ({error}).") from None
+            _check_number(f"{name}[{module!r}]", value, kind, least, math.inf)
+
+
+def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:
+    """Raise PartialLoraError where an option is not a number of a kind, Integral or Real, or out of range."""
+    if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
+        return
+    what = "a whole number" if kind is Integral else "a number"
+    bounds = f", at least {least:g}" if math.isfinite(least) else ""
+    bounds += f" and at most {most:g}" if math.isfinite(most) else ""
+    raise PartialLoraError(f"{name} is {value!r}: expected {what}{bounds}.")
+
+
+def _plain(number: int | float) -> int | float:
+    """Return a number as Python's own, which JSON knows, from numpy's, too."""
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:

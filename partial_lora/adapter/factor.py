@@ -276,44 +276,46 @@ class FactorA(MaskedFactor):
 class FrozenA(FactorA):
     """A (rank × in) as drawn by a seed: it is whole, does not train, and need not be saved.
 
+    It is no parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send. So
+    nothing moves or casts it: it has the device and dtype of its B.
+
     Args:
-        dense: the factor as PEFT has drawn it, which gives the device and dtype.
+        dense: the factor as PEFT has drawn it.
         drawn: the values, in float32 (`selection.frozen_a`).
+        b: the factor B that trains beside it.
     """
 
-    def __init__(self, dense: nn.Module, drawn: np.ndarray) -> None:
+    def __init__(self, dense: nn.Module, drawn: np.ndarray, b: FactorB) -> None:
         super().__init__(dense, Mask.full(dense.weight.shape[1]), entries=False)
-        self._drawn = drawn
-        # Not a parameter, which PEFT would set to train, nor a buffer, which DistributedDataParallel would send.
-        like = self.kept.detach()
-        del self.kept
-        self.kept = self._drawn_like(like)
+        del self._parameters["kept"]
+        self._drawn = self._cast = torch.from_numpy(drawn.copy())
+        self._beside = (b,)  # in a tuple: it is a module of the layer, not of this one
 
-    def _drawn_like(self, like: Tensor) -> Tensor:
-        return like if like.is_meta else torch.from_numpy(self._drawn).to(like.device, like.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> FrozenA:
-        """Follow the module to another device or dtype, and back from the meta device with the same values."""
-        self.kept = self._drawn_like(fn(self.kept))
-        return super()._apply(fn, *args, **kwargs)
+    @property
+    def kept(self) -> Tensor:
+        """The values."""
+        like = self._beside[0].kept
+        if (self._cast.device, self._cast.dtype) != (like.device, like.dtype):
+            self._cast = self._drawn.to(like.device, like.dtype)
+        return self._cast
 
     @property
     def weight(self) -> Tensor:
         """The factor, read-only; nothing but its own values can be assigned."""
-        return self.kept.as_subclass(DenseView)
+        return self.kept if torch.compiler.is_compiling() else self.kept.as_subclass(DenseView)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
         self._check_values(dense, "weight")
 
     def _check_values(self, dense: Tensor, name: str) -> None:
-        """Refuse a factor that differs from this one in the coarser of the two dtypes."""
+        """Refuse a factor that is not the one drawn, rounded to its own dtype or to this one's."""
         own = self.kept
         same = dense.shape == own.shape and (
             dense.is_meta
             or own.is_meta
+            or torch.equal(self._drawn.to(dense.device, dense.dtype), dense)
             or torch.equal(dense.to(own), own)
-            or torch.equal(own.to(dense.dtype), dense.to(own.device))
         )
         if not same:
             raise PartialLoraError(

@@ -357,16 +357,22 @@ def mask_layer(
     Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``frozen``: the values of an
     A that does not train.
     """
+    # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
+    # for custom ones (_register_custom_module) would displace the quantised layers.
+    if type(layer) is lora.Linear and can_fuse(layer.get_base_layer()):
+        layer.__class__ = PartialLinear
+    elif type(layer) is lora.Embedding:
+        layer.__class__ = PartialEmbedding
     embeds, tied = isinstance(layer, PartialEmbedding), isinstance(masks.rows, TiedMask)
     if embeds:
         layer.with_linears(adapter_name)
-    if frozen is None:
-        kind = TiedA if tied else FactorA
-        layer.lora_A[adapter_name] = kind(layer.lora_A[adapter_name], masks.columns, entries=masks.element)
-        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
-            layer.lora_A[adapter_name].draw_for_kept()
+    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    b = (TiedB if tied else FactorB)(b, masks.rows, entries=masks.element)
+    if frozen is not None:
+        a = FrozenA(a, frozen, b)
     else:
-        layer.lora_A[adapter_name] = FrozenA(layer.lora_A[adapter_name], frozen)
-    kind = TiedB if tied else FactorB
-    layer.lora_B[adapter_name] = kind(layer.lora_B[adapter_name], masks.rows, entries=masks.element)
+        a = (TiedA if tied else FactorA)(a, masks.columns, entries=masks.element)
+        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
+            a.draw_for_kept()
+    layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -6,15 +6,14 @@ import copy
 
 import peft.mapping
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners import lora
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
-from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, PartialLinear, as_factors, can_fuse, mask_layer
+from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
@@ -49,6 +48,13 @@ class PartialLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             _maybe_include_all_linear_layers(peft_config, model)
+            if not isinstance(
+                peft_config.target_modules, str
+            ):  # PEFT's list for "all-linear" has parts of its wrappers
+                own = {name for name in peft_config.target_modules if not set(name.split(".")) & _WRAPPED}
+                peft_config.target_modules = own
+            _check_experts(peft_config, model)
+            _check_tying(peft_config, model)
             peft_config.choose_masks(self._geometries(peft_config, model))
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
@@ -62,7 +68,9 @@ class PartialLoraModel(LoraModel):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
         if not targets:
-            raise PartialLoraError(f"target_modules={patterns!r} matches no module that is left to adapt.")
+            keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+            given = [f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) is not None]
+            raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
         for name in targets:
             if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
                 raise PartialLoraError(
@@ -77,17 +85,6 @@ class PartialLoraModel(LoraModel):
         # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown a LoraConfig.
         own = isinstance(peft_config, PartialLoraConfig)
         super()._check_target_module_compatiblity(peft_config.as_lora() if own else peft_config, model, target_name)
-
-    @staticmethod
-    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
-        layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        if type(layer) is lora.Linear and can_fuse(layer.get_base_layer()):
-            # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and
-            # its hook for custom ones (_register_custom_module) would displace the quantised layers.
-            layer.__class__ = PartialLinear
-        elif type(layer) is lora.Embedding:
-            layer.__class__ = PartialEmbedding
-        return layer
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -166,6 +163,43 @@ class PartialLoraModel(LoraModel):
         raise PartialLoraError(
             "path_initial_model_for_weight_conversion has no meaning here: the base is never changed."
         )
+
+
+_WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
+
+
+def _check_experts(config: PartialLoraConfig, model: nn.Module) -> None:
+    """Raise PartialLoraError where plain PEFT would take targets for parts of fused experts, and so load them wrongly.
+
+    An adapter that was saved with masks loads as it is.
+    """
+    if config.expected is not None or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    plain, where = config.as_lora(), f"target_modules={config.target_modules!r}"
+    try:
+        convert_peft_config_for_transformers(plain, model, None)
+    except ValueError as error:
+        raise PartialLoraError(f"{where}: {error}") from None
+    if plain.target_parameters:
+        raise PartialLoraError(
+            f"{where}: PEFT takes some of them for fused experts ({', '.join(sorted(plain.target_parameters))}), which "
+            "cannot be masked: name other modules, such as those of attention."
+        )
+
+
+def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
+    """Raise PartialLoraError for tied embeddings as targets, whose adapter PEFT would tie by copying its tensors."""
+    if not config.ensure_weight_tying or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if any(module is end for end in ends) and check_target_module_exists(config, name):
+            raise PartialLoraError(
+                f"ensure_weight_tying: the masked adapter of {name} cannot be tied; leave {name} out of target_modules,"
+                " or set ensure_weight_tying=False."
+            )
 
 
 def register() -> None:

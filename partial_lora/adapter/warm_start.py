@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -134,7 +135,15 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
-    return _Source(where, _checked(config, where), as_factors({base_name(key): tensors[key] for key in tensors}))
+    config = _checked(config, where)
+    return _Source(where, config, as_factors({base_name(key): tensors[key] for key in tensors if _trains(config, key)}))
+
+
+def _trains(config: LoraConfig, key: str) -> bool:
+    """Return False for a weight of the base, of which PEFT puts those of embeddings into the file."""
+    path = key.split(".")
+    is_embedding = path[-1] == "weight" and path[-2] in EMBEDDING_LAYER_NAMES
+    return "base_layer" not in path and not (is_embedding and path[-2] not in (config.modules_to_save or ()))
 
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
@@ -158,6 +167,12 @@ def _check_fit(
             raise PartialLoraError(f"{source.name} has no {key}, which the adapter has: give both the same targets.")
     if source.config.rank_pattern:
         raise PartialLoraError(f"{source.name} has rank_pattern={source.config.rank_pattern}: expected one rank.")
+    tokens = [_tokens(each) for each in (source.config, config)]
+    if all(tokens) and tokens[0] != tokens[1]:
+        raise PartialLoraError(
+            f"{source.name} has trainable_token_indices={source.config.trainable_token_indices}, the adapter"
+            f" {config.trainable_token_indices}: give both the same."
+        )
     if source.config.r != config.r:
         raise PartialLoraError(f"{source.name} has r={source.config.r}, the adapter r={config.r}: give both the same.")
     for key, value in source.tensors.items():
@@ -178,6 +193,11 @@ def _check_fit(
                     f"{module} is scaled by {theirs:g} in {source.name}, by {ours:g} in the adapter: give both the same"
                     f" lora_alpha and use_rslora (here {_settings(source.config)} and {_settings(config)})."
                 )
+
+
+def _tokens(config: LoraConfig) -> dict[str, list[int]] | None:
+    tokens = config.trainable_token_indices
+    return {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
 
 
 def _settings(config: LoraConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_models import DECODER, llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -131,3 +131,17 @@ def test_what_an_embedding_has_not_is_refused_by_name():
         adapted(columns="frozen")
     with pytest.raises(PartialLoraError, match="target_parameters"):
         PartialLoraConfig(sparsity=0.5, target_parameters=["experts.down_proj"])
+
+
+def test_a_masked_adapter_joins_a_plain_one_that_is_there():
+    model = nn.Sequential(nn.Embedding(10, 16))
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), model, adapter_name="plain")
+    inject_adapter_in_model(PartialLoraConfig(r=4, target_modules=["0"], sparsity=0.5), model, adapter_name="ours")
+    layer, ids = model[0], torch.arange(10)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    for name in ("plain", "ours"):
+        layer.set_adapter([name])
+        expected = layer.base_layer.weight + layer.get_delta_weight(name)
+        assert torch.allclose(layer(ids), expected, atol=1e-5)

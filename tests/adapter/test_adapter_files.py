@@ -122,7 +122,7 @@ def imported(tmp_path_factory):
         libraries = {name.split(".")[0] for name in sys.modules}
         renamed = [
             (peft.utils.other, "get_pattern_key"),
-            (peft.tuners.lora.LoraModel, "_create_new_module"),  # which is overridden
+            (peft.tuners.lora.LoraModel, "add_weighted_adapter"),  # which is overridden
             (peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING"),
         ]
         for place, name in renamed:

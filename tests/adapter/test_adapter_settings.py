@@ -13,7 +13,22 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pytest
 import torch
-from adapter_models import HEAD, VIT_TARGETS, adapt, fill, gpt2, images, layers, llama, logits, qwen2, vit
+from adapter_models import (
+    HEAD,
+    VIT_TARGETS,
+    adapt,
+    deberta,
+    fill,
+    gpt2,
+    images,
+    layers,
+    llama,
+    logits,
+    qwen2,
+    sentences,
+    tokens,
+    vit,
+)
 from peft import (
     EvaConfig,
     LoftQConfig,
@@ -27,6 +42,7 @@ from peft import (
 )
 from peft.tuners.lora import BdLoraConfig, LoraLayer
 from torch import nn
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_sparsity, trainable_parameters
 from partial_lora.adapter import config as options
@@ -93,6 +109,12 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         ("count", {"count": "bernoulli"}),
         ("count", {"count": "bernoulli", "granularity": "element", **TOP}),
         ("exclude_modules", {"exclude_modules": "[a"}),
+        ("target_modules", {"target_modules": ["q_proj", 3]}),
+        ("bias", {"bias": "everything"}),
+        *(("lora_alpha", {"lora_alpha": value}) for value in ("16", None, float("nan"))),
+        *(("lora_dropout", {"lora_dropout": value}) for value in ("0.1", 1.5, -0.1)),
+        (r"alpha_pattern\['a'\]", {"alpha_pattern": {"a": "8"}}),
+        *(("rank_pattern", {"rank_pattern": value}) for value in (["a"], {"q_proj(": 8})),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
         *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {})),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
@@ -102,7 +124,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
 )
 def test_settings_are_refused_by_name(key, settings):
     with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
-        PartialLoraConfig(target_modules=["qkv"], **settings)
+        PartialLoraConfig(**{"target_modules": ["qkv"], **settings})
     assert "\n" not in str(refusal.value)
 
 
@@ -209,10 +231,76 @@ def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):
 
 def test_a_convolution_in_groups_has_the_highest_rank():
     """The units of its B lie group by group, so that none can be added at the end."""
-    settings = {"r": 6, "target_modules": ["grouped"], "sparsity": 0.5}
+    settings = {"r": 6, "target_modules": ["grouped", "plain"], "sparsity": 0.5}
+
+    def adapted(**ranks):
+        model = nn.Sequential()
+        model.grouped, model.plain = nn.Conv2d(9, 9, 3, groups=3), nn.Linear(8, 8)
+        return get_peft_model(model, PartialLoraConfig(**settings, rank_pattern=ranks))
+
     with pytest.raises(PartialLoraError, match=r"^rank_pattern.*grouped"):
-        get_peft_model(Odd(), PartialLoraConfig(**settings, rank_pattern={"grouped": 3}))
-    get_peft_model(Odd(), PartialLoraConfig(**settings, rank_pattern={"grouped": 9}))
+        adapted(grouped=3)
+    for ranks in ({"grouped": 9}, {"grouped": 3, "plain": 2}):
+        assert adapted(**ranks)
+
+
+def test_the_rank_on_disk_is_the_highest_that_a_module_has(tmp_path):
+    ranks = {"q_proj": 2, "v_proj": 3, "up_proj": 64}
+    model = get_peft_model(
+        llama(), PartialLoraConfig(r=16, target_modules=["q_proj", "v_proj"], sparsity=0.5, rank_pattern=ranks)
+    )
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
+    fill(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.allclose(logits(again, tokens()), logits(model, tokens()), atol=1e-5)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    given = {"r": np.int64(4), "lora_alpha": np.float32(8), "rank_pattern": {"q_proj": np.int64(2)}}
+    targets = np.array(["q_proj", "v_proj"])
+    model = get_peft_model(llama(), PartialLoraConfig(target_modules=targets, sparsity=0.5, **given))
+    model.save_pretrained(tmp_path)
+    again = PartialLoraConfig.from_pretrained(tmp_path)
+    assert (again.r, again.target_modules) == (4, {"q_proj", "v_proj"})
+
+
+def test_targets_that_plain_peft_takes_for_fused_experts_are_refused(tmp_path):
+    """Plain PEFT would put the shared expert's values on other modules, or drop them."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
+    few = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2}
+    more = {"num_experts_per_tok": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+
+    def base():
+        torch.manual_seed(0)
+        return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **few, **more, head_dim=8))
+
+    for targets in (["o_proj", "gate_proj", "up_proj"], ["o_proj", "up_proj"], r".*(o_proj|down_proj)"):
+        with pytest.raises(PartialLoraError, match=r"^target_modules"):
+            get_peft_model(base(), PartialLoraConfig(r=2, target_modules=targets, sparsity=0.5))
+    model = fill(get_peft_model(base(), PartialLoraConfig(r=2, target_modules=["q_proj", "o_proj"], sparsity=0.5)))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.allclose(logits(again, tokens()), logits(model, tokens()), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_are_refused_as_targets_that_must_stay_tied(target):
+    base, settings = qwen2(), {"target_modules": ["q_proj", target], "sparsity": 0.5}
+    with pytest.raises(PartialLoraError, match=r"^ensure_weight_tying"):
+        get_peft_model(base, PartialLoraConfig(r=2, ensure_weight_tying=True, **settings))
+    assert not layers(base)
+
+
+def test_all_linear_leaves_out_a_head_that_an_adapter_before_trains_whole(tmp_path):
+    settings = {"r": 2, "target_modules": "all-linear", "sparsity": 0.5, "task_type": "SEQ_CLS"}
+    model = get_peft_model(deberta(), PartialLoraConfig(**settings))
+    model.add_adapter("two", PartialLoraConfig(**settings))
+    fill(model).set_adapter("two")
+    model.save_pretrained(tmp_path)
+    config = PartialLoraConfig.from_pretrained(tmp_path / "two")
+    again = PeftModel.from_pretrained(deberta(), tmp_path / "two", config=config)
+    assert torch.allclose(logits(again, sentences()), logits(model, sentences()), atol=1e-5)
 
 
 def test_module_names_are_those_of_the_model_before_torch_compile():

@@ -23,7 +23,7 @@ from adapter_models import (
     timm_convnext,
     vit,
 )
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,6 +37,7 @@ from partial_lora.adapter import (
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 
+SHAPE = PartialLoraConfig(r=4, lora_alpha=6, target_modules=["qkv", "fc1"], sparsity=0.5, columns="frozen")
 FORMS = {
     "kept": {"fan_in": "kept"},
     "scaled": {"row_exponent": 0.5, "column_exponent": 1.0},
@@ -194,6 +195,38 @@ def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
     assert (10, 64) in saved("masked")
     assert (10, 4) in saved("frozen")
     assert (10, 64) not in saved("frozen")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tmp_path, dtype, wide):
+    def base(dtype):
+        return lambda: vit().to(dtype)
+
+    model = fill(get_peft_model(base(dtype)(), SHAPE, autocast_adapter_dtype=wide))
+    for name, layer in layers(model).items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.dtype == b.dtype == (torch.float32 if wide else dtype)
+        x = torch.randn(3, layer.in_features, dtype=dtype)
+        change = (x.to(a.dtype) @ a.T @ b.T * layer.scaling["default"]).float()
+        expected = layer.base_layer(x).float() + change
+        assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.02), name
+    model.save_pretrained(tmp_path)
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    for again in (dtype, other, torch.float32):
+        config = PartialLoraConfig.from_pretrained(tmp_path)
+        for low in (False, True):
+            loaded = PeftModel.from_pretrained(base(again)(), tmp_path, config=config, low_cpu_mem_usage=low)
+            drawn = factors(adapt(sparsity=0.5, columns="frozen"), "A")
+            for name, a in factors(loaded, "A").items():
+                assert torch.equal(a.weight, drawn[name].weight.to(a.weight.dtype))
+
+
+def test_a_frozen_a_compiles():
+    model = fill(adapt(sparsity=0.5, columns="frozen"))
+    expected = logits(model, images())
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(model, backend="eager")(**images()).logits, expected, atol=1e-5)
 
 
 def test_an_a_of_another_seed_is_refused(tmp_path):

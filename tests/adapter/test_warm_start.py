@@ -6,7 +6,20 @@ import json
 
 import pytest
 import torch
-from adapter_models import KINDS, VIT_TARGETS, adapt, fill, images, layers, logits, optimizer_of, step, vit
+from adapter_models import (
+    KINDS,
+    VIT_TARGETS,
+    adapt,
+    fill,
+    images,
+    layers,
+    llama,
+    logits,
+    optimizer_of,
+    step,
+    tokens,
+    vit,
+)
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
@@ -243,3 +256,23 @@ def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
         with pytest.raises(PartialLoraError, match=message) as refusal:
             warm_start(model, source, name)
         assert "\n" not in str(refusal.value)
+
+
+def test_what_peft_saves_of_a_base_s_embeddings_is_left_out(tmp_path):
+    settings = {"target_modules": ["q_proj", "lm_head"]}
+    dense = fill(adapt(llama, seed=5, **settings), seed=6)
+    dense.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = adapt(llama, sparsity=0.0, **settings)
+    warm_start(model, tmp_path)
+    assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-6)
+
+
+def test_a_lora_that_trains_other_tokens_is_refused():
+    dense, model = (
+        adapt(llama, target_modules=["q_proj"], trainable_token_indices=indices, **more)
+        for indices, more in (([3, 4], {}), ([3, 9], {"sparsity": 0.5}))
+    )
+    before = state(model)
+    with pytest.raises(PartialLoraError, match="trainable_token_indices"):
+        warm_start(model, dense)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
