@@ -450,9 +450,10 @@ def refuse_options(config: LoraConfig) -> None:
             _check_number(f"{name}[{module!r}]", value, kind, least, math.inf)
 
 
-def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:
+def _check_number(name: str, value: Any, kind: type, least: float, most: float) -> None:
     """Raise PartialLoraError where an option is not a number of a kind, Integral or Real, or out of range."""
-    if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and least <= value <= most:
         return
     what = "a whole number" if kind is Integral else "a number"
     bounds = f", at least {least:g}" if math.isfinite(least) else ""
