@@ -12,7 +12,6 @@ from pathlib import Path
 
 import finished_runs
 import numpy as np
-import pandas
 import peft
 import pytest
 import timm
@@ -352,12 +351,6 @@ def truncated(name: str):
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
 
 
-def without_labels(directory: Path) -> None:
-    """A run that was recorded before labels were, when predictions alone had them."""
-    path = directory / record.RESULT
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "labels"}))
-
-
 def without_a_tensor(directory: Path) -> None:
     path = directory / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -381,7 +374,6 @@ def with_another_seed(directory: Path) -> None:
         (recorded(metrics={}), ["calibrated"]),
         (recorded(config={}), ["result.json"]),
         (removed("adapter/adapter_model.safetensors"), ["adapter/adapter_model.safetensors"]),
-        (lambda run: (without_labels(run), truncated("predictions.parquet")(run)), ["predictions.parquet"]),
         (truncated("adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
         (truncated("adapter/adapter_config.json"), ["/adapter: "]),
         (truncated("adapter/partial_lora.json"), ["partial_lora.json"]),
@@ -399,13 +391,3 @@ def test_a_run_that_cannot_be_exported_is_one_line(run, tmp_path, capsys, monkey
     assert line.startswith("partial-lora: ")
     assert all(name in line for name in names)
     assert nothing_left(tmp_path / "out")
-
-
-def test_a_class_of_an_early_record_that_no_row_has_is_called_by_its_index(run):
-    path = run.directory / record.PREDICTIONS
-    frame = pandas.read_parquet(path)
-    frame[(frame["label"] != 1) & (frame["prediction"] != 1)].to_parquet(path)
-    assert run.labels() == list(finished_runs.COLOURS)
-    without_labels(run.directory)
-    first, _, last = finished_runs.COLOURS
-    assert finished_run(run.directory).labels() == [first, "1", last]
