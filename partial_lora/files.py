@@ -288,6 +288,7 @@ def redacted(content: Any) -> Any:
 
 
 def _without(secrets: Sequence[str], content: Any) -> Any:
+    """Return content with secrets, and what looks like one, hidden."""
     if isinstance(content, Mapping):
         return {_without(secrets, key): _without(secrets, value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

@@ -60,9 +60,8 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
         times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
             means, (color, marker) = race.validated(own)["validation"], looks[form]
-            handles[form] = axes.plot(means.index, times * means, color=color, marker=marker, markersize=4, label=form)[
-                0
-            ]
+            style = {"color": color, "marker": marker, "markersize": 4}
+            (handles[form],) = axes.plot(means.index, times * means, label=form, **style)
         axes.set(
             xscale="log", xlabel="learning rate", ylabel=f"validation {metric}{' (%)' if metric in SHARES else ''}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -284,7 +284,7 @@ class PartialLoraConfig(LoraConfig):
     @property
     def saved_rank(self) -> int:
         """The rank of every module on disk: the highest of all."""
-        return max((self.rank_of(module) for module in self.geometries), default=self.r)
+        return max((geometry.a[0] for geometry in self.geometries.values()), default=self.r)
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
@@ -431,7 +431,7 @@ def refuse_options(config: LoraConfig) -> None:
                 f"{name} is {pattern!r}: expected names or a regular expression ({error})."
             ) from None
         names = () if pattern is None or isinstance(pattern, str) else pattern
-        if not isinstance(names, Iterable) or not all(isinstance(module, str) for module in names):
+        if not isinstance(names, Collection) or not all(isinstance(module, str) for module in names):
             raise PartialLoraError(f"{name} is {pattern!r}: expected names of modules.")
     if config.bias not in BIASES:
         raise PartialLoraError(f"bias is {config.bias!r}: expected {' or '.join(map(repr, BIASES))}.")

@@ -277,7 +277,7 @@ class FrozenA(FactorA):
     """A (rank × in) as drawn by a seed: it is whole, does not train, and need not be saved.
 
     It is no parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send. So
-    nothing moves or casts it: it has the device and dtype of its B.
+    nothing moves or casts it: whenever it is read, it follows its B to another device or dtype.
 
     Args:
         dense: the factor as PEFT has drawn it.
@@ -296,7 +296,8 @@ class FrozenA(FactorA):
         """The values."""
         like = self._beside[0].kept
         if (self._cast.device, self._cast.dtype) != (like.device, like.dtype):
-            self._cast = self._drawn.to(like.device, like.dtype)
+            with torch.inference_mode(False):  # training may follow, as in `_move_indices`
+                self._cast = self._drawn.to(like.device, like.dtype)
         return self._cast
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import peft.mapping
 from peft import LoraConfig, get_peft_model_state_dict
@@ -47,13 +48,13 @@ class PartialLoraModel(LoraModel):
             peft_config.check()  # attributes may have changed since, and super() would replicate layers
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
+            given = peft_config.target_modules
             _maybe_include_all_linear_layers(peft_config, model)
-            if not isinstance(
-                peft_config.target_modules, str
-            ):  # PEFT's list for "all-linear" has parts of its wrappers
-                own = {name for name in peft_config.target_modules if not set(name.split(".")) & _WRAPPED}
-                peft_config.target_modules = own
-            _check_experts(peft_config, model)
+            if peft_config.target_modules != given:
+                # PEFT lists parts of its wrappers, too: a head in there trains whole already.
+                listed = cast("set[str]", peft_config.target_modules)
+                peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
+            _check_experts(peft_config, model, given)
             _check_tying(peft_config, model)
             peft_config.choose_masks(self._geometries(peft_config, model))
 
@@ -168,7 +169,7 @@ class PartialLoraModel(LoraModel):
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
-def _check_experts(config: PartialLoraConfig, model: nn.Module) -> None:
+def _check_experts(config: PartialLoraConfig, model: nn.Module, given: object) -> None:
     """Raise PartialLoraError where plain PEFT would take targets for parts of fused experts, and so load them wrongly.
 
     An adapter that was saved with masks loads as it is.
@@ -177,7 +178,7 @@ def _check_experts(config: PartialLoraConfig, model: nn.Module) -> None:
         return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    plain, where = config.as_lora(), f"target_modules={config.target_modules!r}"
+    plain, where = config.as_lora(), f"target_modules={given!r}"
     try:
         convert_peft_config_for_transformers(plain, model, None)
     except ValueError as error:
@@ -191,7 +192,8 @@ def _check_experts(config: PartialLoraConfig, model: nn.Module) -> None:
 
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
     """Raise PartialLoraError for tied embeddings as targets, whose adapter PEFT would tie by copying its tensors."""
-    if not config.ensure_weight_tying or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    is_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not config.ensure_weight_tying or not is_tied or not hasattr(model, "get_input_embeddings"):
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in model.named_modules():

@@ -140,10 +140,15 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
 
 
 def _trains(config: LoraConfig, key: str) -> bool:
-    """Return False for a weight of the base, of which PEFT puts those of embeddings into the file."""
-    path = key.split(".")
-    is_embedding = path[-1] == "weight" and path[-2] in EMBEDDING_LAYER_NAMES
-    return "base_layer" not in path and not (is_embedding and path[-2] not in (config.modules_to_save or ()))
+    """Return False for a weight of the base: PEFT writes those of embeddings into the file, some of them twice."""
+    if ".modules_to_save." in key or ".original_module." in key:  # as in `adapter_tensors`
+        return False
+    module, _, name = key.rpartition(".")
+    if name != "weight":
+        return True  # a bias of a base layer may train
+    is_embedding = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    trains_whole = any(module.endswith(each) for each in config.modules_to_save or ())  # as PEFT finds them
+    return not module.endswith(".base_layer") and (trains_whole or not is_embedding)
 
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
@@ -196,6 +201,7 @@ def _check_fit(
 
 
 def _tokens(config: LoraConfig) -> dict[str, list[int]] | None:
+    """Return the tokens that train, by the name of their embedding; a list is of PEFT's own."""
     tokens = config.trainable_token_indices
     return {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
 

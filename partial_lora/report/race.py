@@ -41,7 +41,8 @@ _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
 def form_of(config: Mapping) -> str:
     """Return the name of a run's form: its method, and what its masks have that the method's own do not.
 
-    That is in the words of the command line: `partial mask=units`. PEFT's draw is fan_in=dense without exponents.
+    That is in the words of the command line without groups: `partial mask=units`, `partial row_exponent=0`. PEFT's
+    draw is fan_in=dense without exponents.
     """
     name = config["method"]["name"]
     if name not in MASKED:

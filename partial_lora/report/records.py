@@ -152,7 +152,7 @@ def record(directory: Path) -> dict:
 
 
 def row(result: Mapping) -> dict:
-    """Return one run as a row of plain numbers; raises ValueError, naming the field, for a record of another shape.
+    """Return one run as a row of plain numbers; raises ValueError for a record that lacks one or has another shape.
 
     conditions: eight hex digits, the same for runs that may be compared (`conditions`).
     """

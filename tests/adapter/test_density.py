@@ -37,7 +37,6 @@ from partial_lora.adapter import (
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 
-SHAPE = PartialLoraConfig(r=4, lora_alpha=6, target_modules=["qkv", "fc1"], sparsity=0.5, columns="frozen")
 FORMS = {
     "kept": {"fan_in": "kept"},
     "scaled": {"row_exponent": 0.5, "column_exponent": 1.0},
@@ -203,7 +202,11 @@ def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tm
     def base(dtype):
         return lambda: vit().to(dtype)
 
-    model = fill(get_peft_model(base(dtype)(), SHAPE, autocast_adapter_dtype=wide))
+    frozen = PartialLoraConfig(r=4, lora_alpha=6, target_modules=["qkv", "fc1"], sparsity=0.5, columns="frozen")
+    model = fill(get_peft_model(base(dtype)(), frozen, autocast_adapter_dtype=wide))
+    with torch.inference_mode():
+        model(images()["pixel_values"].to(dtype))
+    model(images()["pixel_values"].to(dtype)).logits.sum().backward()  # training may follow inference
     for name, layer in layers(model).items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert a.dtype == b.dtype == (torch.float32 if wide else dtype)

@@ -16,6 +16,7 @@ from adapter_models import (
     llama,
     logits,
     optimizer_of,
+    qwen2,
     step,
     tokens,
     vit,
@@ -258,11 +259,27 @@ def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
         assert "\n" not in str(refusal.value)
 
 
-def test_what_peft_saves_of_a_base_s_embeddings_is_left_out(tmp_path):
-    settings = {"target_modules": ["q_proj", "lm_head"]}
-    dense = fill(adapt(llama, seed=5, **settings), seed=6)
-    dense.save_pretrained(tmp_path, save_embedding_layers=True)
-    model = adapt(llama, sparsity=0.0, **settings)
+@pytest.mark.parametrize("all_layers", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["model.embed_tokens"]},
+        {"modules_to_save": ["head"]},
+    ],
+)
+def test_of_what_peft_saves_beside_the_lora_all_that_trained_is_taken(tmp_path, settings, all_layers):
+    settings = {"target_modules": ["q_proj"], **settings}
+    base = qwen2 if "bias" in settings else llama
+    dense = fill(adapt(base, seed=5, **settings), seed=6)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter += 0.1
+    dense.save_pretrained(tmp_path, save_embedding_layers=all_layers)
+    model = adapt(base, sparsity=0.0, **settings)
     warm_start(model, tmp_path)
     assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-6)
 
