@@ -32,11 +32,18 @@ forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 forms/forms: trec, budget own: lora − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank
+forms/forms: digits, budget 0.02: low_rank
+forms/forms: gtsrb, budget 0.02: low_rank
+forms/forms: trec, budget 0.02: low_rank
+forms/forms: digits, budget 0.02: entries − low_rank
 forms/forms: gtsrb, budget 0.02: entries − low_rank
+forms/forms: trec, budget 0.02: entries − low_rank
+forms/forms: digits, budget 0.02: random_weights − low_rank
 forms/forms: gtsrb, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: partial
+forms/forms: trec, budget 0.02: random_weights − low_rank
+forms/forms: digits, budget 0.02: partial − low_rank
 forms/forms: gtsrb, budget 0.02: partial − low_rank
+forms/forms: trec, budget 0.02: partial − low_rank
 forms/forms: trec, budget 0.02: partial rank=auto
 decided/tables/decided: digits, budget 0.13: partial − lora
 decided/tables/decided: trec, budget 0.13: partial − lora
@@ -84,6 +91,7 @@ race/race: trec, budget 0.13: dora − low_rank
 race/race: trec, budget 0.13: fourierft − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
+race/race: gtsrb, budget 0.13: lokr − low_rank
 forms/forms: trec, budget 0.02: entries − low_rank
 forms/forms: trec, budget 0.02: random_weights − low_rank
 forms/forms: trec, budget 0.02: partial
@@ -92,7 +100,13 @@ forms/forms: trec, budget 0.02: partial mask=units
 forms/forms: trec, budget 0.02: low_rank
 race/race: gtsrb, budget 0.02: entries − low_rank
 race/race: gtsrb, budget 0.02: random_weights − low_rank
+race/race: gtsrb, budget 0.02: lokr − low_rank
 race/race: gtsrb, budget 0.02: partial − low_rank
+race/race: digits, budget 0.02: low_rank
+race/race: digits, budget 0.02: oft − low_rank
+race/race: digits, budget 0.02: entries − low_rank
+race/race: digits, budget 0.02: random_weights − low_rank
+race/race: digits, budget 0.02: partial − low_rank
 race/race: trec, budget 0.02: lokr − low_rank
 race/race: trec, budget 0.02: unilora − low_rank
 race/race: trec, budget 0.02: oft − low_rank
