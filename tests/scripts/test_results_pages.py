@@ -41,6 +41,9 @@ forms/forms: trec, budget 0.02: entries − low_rank
 forms/forms: digits, budget 0.02: random_weights − low_rank
 forms/forms: gtsrb, budget 0.02: random_weights − low_rank
 forms/forms: trec, budget 0.02: random_weights − low_rank
+race/race: digits, budget 0.02: oft − low_rank
+race/race: gtsrb, budget 0.02: oft − low_rank
+race/race: trec, budget 0.02: oft − low_rank
 forms/forms: digits, budget 0.02: partial − low_rank
 forms/forms: gtsrb, budget 0.02: partial − low_rank
 forms/forms: trec, budget 0.02: partial − low_rank
@@ -100,6 +103,7 @@ forms/forms: trec, budget 0.02: partial mask=units
 forms/forms: trec, budget 0.02: low_rank
 race/race: gtsrb, budget 0.02: entries − low_rank
 race/race: gtsrb, budget 0.02: random_weights − low_rank
+race/race: gtsrb, budget 0.02: oft − low_rank
 race/race: gtsrb, budget 0.02: lokr − low_rank
 race/race: gtsrb, budget 0.02: partial − low_rank
 race/race: digits, budget 0.02: low_rank
@@ -107,6 +111,7 @@ race/race: digits, budget 0.02: oft − low_rank
 race/race: digits, budget 0.02: entries − low_rank
 race/race: digits, budget 0.02: random_weights − low_rank
 race/race: digits, budget 0.02: partial − low_rank
+race/race: digits, budget 0.02: pissa − low_rank
 race/race: trec, budget 0.02: lokr − low_rank
 race/race: trec, budget 0.02: unilora − low_rank
 race/race: trec, budget 0.02: oft − low_rank
