@@ -70,7 +70,8 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 6 else 0)
         axes.minorticks_off()
         if metric in SHARES:
-            axes.set_ylim(bottom=max(0, 100 * np.nanquantile(part["validation"], 0.15)))
+            low = max(0, 100 * np.nanquantile(part["validation"], 0.15))
+            axes.set_ylim(low, min(axes.get_ylim()[1], 100.5))
         plain(axes)
     legend_below(figure, [handles[form] for form in looks])
     save_both(figure, out, stem)

@@ -283,7 +283,7 @@ class PartialLoraConfig(LoraConfig):
 
     @property
     def saved_rank(self) -> int:
-        """The rank of every module on disk: the highest of all."""
+        """The rank of every module on disk: the highest in the last injected model."""
         return max((geometry.a[0] for geometry in self.geometries.values()), default=self.r)
 
     def alpha_of(self, module: str) -> float:
