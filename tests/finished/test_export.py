@@ -97,7 +97,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("of", "to"), OTHERS)
 def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, of, to):
-    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
+    in_this_process(monkeypatch)
     run = {"encoder": encoder_run, "causal": choice_run}.get(of, functools.partial(run_of, of))()
     out = tmp_path / "out"
     if to == "compact" and of in ("lora", "probe"):
@@ -183,6 +183,7 @@ def other_labels(folder: Path) -> None:
 
 @pytest.mark.parametrize(("to", "spoil"), [("merged", without_tokenizer), ("peft", other_labels)])
 def test_a_folder_without_tokenizer_or_labels_does_not_pass_the_check(tmp_path, monkeypatch, to, spoil):
+    in_this_process(monkeypatch)
     write = export.WRITE[to]
     monkeypatch.setitem(export.WRITE, to, lambda run, folder: (write(run, folder), spoil(folder)))
     with pytest.raises(ProofError):
@@ -201,7 +202,7 @@ def test_the_merged_model_writes_what_the_run_does_with_the_tokenizer_beside_it(
 
 @pytest.mark.parametrize(("to", "dtype"), [("peft", "float32"), ("merged", "bfloat16")])
 def test_a_quantised_base_is_proven_with_its_weights_whole(tmp_path, monkeypatch, to, dtype):
-    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
+    in_this_process(monkeypatch)
     run = changed(choice_run(), "model", quantization="nf4", dtype=dtype)
     assert "(nf4 weights whole again)" in export.export(run, to, tmp_path / to, check=True).proof
 
@@ -259,8 +260,7 @@ def extra_key(folder: Path) -> None:
     ],
 )
 def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monkeypatch, to, spoil, names):
-    if spoil is not extra_key:
-        monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
+    in_this_process(monkeypatch)
     write, compact = export.WRITE[to], export.write_compact
     spoilt = {
         "peft": write,

@@ -206,7 +206,7 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
 
 
 def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
+    in_this_process(monkeypatch)
     proof = export.export(choice_run(), "serve", tmp_path / "out", check=True).proof
     assert proof.startswith("plain PEFT: logits differ")
 

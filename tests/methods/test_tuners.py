@@ -145,7 +145,7 @@ def test_a_run_exports_what_it_was_evaluated_with(
     method: str, budget: float, to: str, tmp_path: Path, monkeypatch
 ) -> None:
     """PiSSA changes the base: what is saved fits the model as it was."""
-    monkeypatch.setattr(export, "logits_elsewhere", in_this_process)
+    in_this_process(monkeypatch)
     run = run_of(method, f"calibration.budget={budget}")
     parameters = run.result["parameters"]
     assert abs(parameters["adapter_trainable"] / (budget * parameters["adapter_dense"]) - 1) < 0.05
