@@ -39,7 +39,7 @@ class FinishedRun:
 
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
-        if "labels" not in self.result:  # a record of the first days
+        if "labels" not in self.result:  # the record of a run made before records had them
             raise PartialLoraError(f"{self.directory / results.RESULT}: no labels in it, train the run again")
         return list(self.result["labels"])
 

@@ -123,6 +123,9 @@ def test_members_are_listed_and_a_run_of_one_task_has_none() -> None:
     for names, listed in ((["a"], "--member a"), (["a", "b", "c"], "--member a, b or c")):
         with refusal(f".*{listed}$"):
             one_task(finished_runs.changed(run, "task", members=dict.fromkeys(names, films)))
+    without = dataclasses.replace(run, result={key: value for key, value in run.result.items() if key != "labels"})
+    with refusal("", "result.json: "):
+        one_task(without, "films")
     single = dataclasses.replace(run, config=dataclasses.replace(run.config, task=films))
     assert one_task(single).member is None
     with refusal("--member films: "):
