@@ -386,26 +386,20 @@ same-rate: $(VENV)/.installed
 	$(if $(FILES_AT),$(SAME_RATE) task=cifar10$(comma)signdigits $(OF_FILES_cpu) task.test_samples=1000)
 	$(BIN)/partial-lora report results/same_rate
 
-# Every form of mask at equal sizes (conf/experiment/forms.yaml). Texts take rates twice as high.
-PLAIN = mask.fan_in=dense+mask.row_exponent=0
-KEPT = mask.fan_in=kept+mask.row_exponent=0
-SCALED = mask.fan_in=kept+mask.row_exponent=1
-FORMS = method=lora method=low_rank method=random_weights \
-	method=partial+$(PLAIN) method=partial+$(KEPT) method=partial+$(SCALED) method=partial+$(SCALED)+method.rank=auto \
-	method=entries+$(PLAIN) method=entries+$(KEPT) method=entries+$(SCALED) method=ticket+mask.row_exponent=1+mask.column_exponent=0.5 \
-	method=partial+mask=units+$(SCALED) method=partial+mask=groups method=partial+mask=frozen+mask.row_exponent=1
-FORM_SIZES = calibration.budget=0.13,0.02
+# Every form of mask at equal sizes (conf/experiment/forms.yaml). Plain LoRA on some modules alone has as many parameters
+# as low_rank has on all of them, and needs less memory.
+FORMS = methods=[lora,low_rank,random_weights,entries,ticket,partial] methods=[partial]+method.rank=auto \
+	methods=[partial]+mask=units methods=[partial]+mask=groups methods=[partial]+mask=frozen \
+	methods=[partial]+mask.row_exponent=0 methods=[partial]+mask.fan_in=dense+mask.row_exponent=0 \
+	methods=[entries]+mask.fan_in=kept methods=[entries]+mask.fan_in=kept+mask.row_exponent=1
+SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+method.alpha=8
+SOME_TEXTS = methods=[lora]+model.target_modules=[query,value]+method.rank=9+method.alpha=9
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
-FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
-# Plain LoRA on some modules alone: as many parameters as low_rank has on all of them, and less memory.
-SOME_MODULES = $(BIN)/partial-lora compare experiment=race results_dir=results/forms \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 methods=[lora] $(call spaced,$(1)) \
-	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8)
+FORM_RUN = $(BIN)/partial-lora compare experiment=forms results_dir=results/forms rates=3 budgets=[0.13,0.02] \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) || test $$? = 1
 forms: $(VENV)/.installed
-	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form)) || test $$? = 1 &&)) true
-	$(foreach task,$(FORM_TASKS),$(call SOME_MODULES,$(task)) || test $$? = 1 &&) true
+	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS) $(if $(findstring trec,$(task)),$(SOME_TEXTS),$(SOME_IMAGES)),$(call FORM_RUN,$(task),$(form)) &&)) true
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
