@@ -33,8 +33,9 @@ Runs = list[tuple[float, int]]  # learning rate and seed
 def search(centre: float, count: int, seeds: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
     """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
 
-    The first seed tries `count` rates a factor of two apart around the centre, and more while the best of them is at an
-    edge. The better half goes on to the next seed, by the mean over the seeds so far, and so on (successive halving,
+    The first seed tries `count` rates a factor of two apart around the centre, and more while the best of them, by
+    score or by loss, is at an edge: where no rate has learned anything yet, the loss alone knows which way to go. The
+    better half goes on to the next seed, by the mean over the seeds so far, and so on (successive halving,
     Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all seeds.
     """
     rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
@@ -50,10 +51,11 @@ def search(centre: float, count: int, seeds: int) -> Generator[Runs, Mapping[tup
 
     worth |= yield [(rate, 0) for rate in rates]
     while len(rates) < _MOST_RATES:
-        best = max(rates, key=lambda rate: mean(rate, 0))
-        if is_failure(best, 0) or min(rates) < best < max(rates):
+        bests = max(rates, key=lambda rate: mean(rate, 0)[::-1]), max(rates, key=lambda rate: mean(rate, 0))
+        edges = [best for best in bests if best in (min(rates), max(rates))]
+        if is_failure(bests[0], 0) or not edges:
             break
-        rates.append(best / 2 if best == min(rates) else best * 2)
+        rates.append(edges[0] / 2 if edges[0] == min(rates) else edges[0] * 2)
         worth |= yield [(rates[-1], 0)]
     for seed in range(1, seeds):
         rates = sorted(rates, key=lambda rate: mean(rate, seed - 1), reverse=True)[: math.ceil(len(rates) / 2)]

@@ -23,7 +23,9 @@ def searched(score, *, centre=1.0, count=5, seeds=3):
     while True:
         batches.append(runs)
         scores = {run: score(*run) for run in runs}
-        worth = {run: None if value is None else (value, 0.0) for run, value in scores.items()}
+        worth = {
+            run: value if value is None or isinstance(value, tuple) else (value, 0.0) for run, value in scores.items()
+        }
         try:
             runs = searching.send(worth)
         except StopIteration as end:
@@ -47,6 +49,12 @@ def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
     assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
     _, batches = searched(lambda rate, seed: rate)  # ever better: it comes to an end
     assert len({rate for each in batches for rate, _ in each}) == 12
+
+
+def test_where_no_rate_has_learned_anything_the_loss_extends_the_range() -> None:
+    best, batches = searched(lambda rate, seed: (float(rate == 16), -abs(math.log2(rate / 16))))
+    assert best == 16.0
+    assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
 
 
 def test_the_mean_over_seeds_decides() -> None:
