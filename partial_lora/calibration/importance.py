@@ -7,7 +7,6 @@ needs examples too is a function of the model, its modules and batches, and retu
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import re
@@ -18,9 +17,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from partial_lora.calibration.reuse import logits_of
 from partial_lora.calibration.score import differentiable
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
@@ -51,9 +48,7 @@ def random(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
     def draw(size: int, axis: str) -> Tensor:
         """Return ranks as scores, `size` for the smallest key: keys have more digits than a float64 holds."""
         order = np.argsort(random_keys(size, mask_seed=seed, module=module, axis=axis), kind="stable")
-        scores = torch.empty(size, dtype=torch.float64)
-        scores[torch.from_numpy(order)] = torch.arange(size, 0, -1, dtype=torch.float64)
-        return scores
+        return torch.from_numpy(size - order.argsort()).double()
 
     return draw(weight.shape[0], "rows"), draw(weight.shape[1], "columns")
 
@@ -214,12 +209,8 @@ def imp(
         for name, module in modules.items():
             module.weight.data.copy_(pretrained[name])
 
-    def places(lasted: np.ndarray, norms: np.ndarray) -> Tensor:
-        place = np.empty(len(norms))
-        place[_pruning_order(lasted, norms)] = np.arange(len(norms))
-        return torch.from_numpy(place)
-
-    return {name: tuple(map(places, lasted[name], norms[name])) for name in modules}
+    order = {name: map(_pruning_order, lasted[name], norms[name]) for name in modules}
+    return {name: tuple(torch.from_numpy(axis.argsort()).double() for axis in axes) for name, axes in order.items()}
 
 
 def _pruning_order(lasted: np.ndarray, norms: np.ndarray) -> np.ndarray:
@@ -340,19 +331,11 @@ def _shuffled(batches: Sequence[Batch], generator: torch.Generator) -> list[Batc
 
 
 def task_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's own loss where it computes one, else the mean cross entropy of its logits (batch, classes)."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_labels = any(one.name == "labels" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-    output = model(**{name: value for name, value in batch.items() if takes_labels or name != "labels"})
-    own = getattr(output, "loss", None)
-    if own is not None:
-        return own
-    logits, labels = logits_of(output), batch.get("labels")
-    if not isinstance(logits, Tensor) or labels is None or labels.is_floating_point() or logits.ndim != 2:
-        raise PartialLoraError(
-            f"importance: {type(model).__name__} returns no loss, and its output does not suffice for one; pass `loss`"
-        )
-    return F.cross_entropy(logits.float(), labels)
+    """Return the model's own loss, as the models of transformers compute it from labels."""
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise PartialLoraError(f"importance: {type(model).__name__} returns no loss of its own; pass `loss`")
+    return loss
 
 
 def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, loss: Loss) -> dict[str, Tensor]:
@@ -437,7 +420,7 @@ def data_scores(
 
     name: a key of NEEDS_DATA. model: with a head for the task; left as it was, bit for bit. modules: the modules of the
     model to score, by full name. batches: the fit draw; each holds the model's inputs by name and "labels" (batch,).
-    loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own, else cross entropy.
+    loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own.
     Raises PartialLoraError where there is nothing to score by, and, naming the module, for scores that are not finite.
     """
     if name not in NEEDS_DATA:
