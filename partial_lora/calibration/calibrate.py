@@ -126,9 +126,9 @@ def calibrate(
         raise PartialLoraError(
             "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
         )
-    if chance is not None and not math.isfinite(chance):
-        raise PartialLoraError(f"calibration.chance={chance}: expected the score of guessing, a finite number")
-    chance = None if chance is None else float(chance)
+    if chance is not None:
+        require(math.isfinite(chance), "calibration.chance", chance, "the score of guessing, a finite number")
+        chance = float(chance)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)

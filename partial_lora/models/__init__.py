@@ -33,7 +33,6 @@ __all__ = [
     "weights_digest",
 ]
 
-
 # Imported on first use, so that `partial-lora info` can count without torch. The others are of `family`.
 _MODULES = {
     "dequantised": "quantization",

@@ -52,12 +52,6 @@ def test_svd_takes_the_smallest_k_that_holds_the_energy(shape, energy):
     assert float(columns.sum()) == pytest.approx(k)
 
 
-def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
-    rows, columns = importance.svd(weight((12, 12)), energy=1.0)
-    np.testing.assert_allclose(rows, 1, atol=1e-6)
-    np.testing.assert_allclose(columns, 1, atol=1e-6)
-
-
 def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
     matrix = torch.outer(torch.arange(1.0, 7.0), torch.tensor([3.0, 0.0, 4.0]))
     rows, columns = importance.svd(matrix)

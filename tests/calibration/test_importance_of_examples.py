@@ -261,17 +261,6 @@ def test_tokens_are_left_out_only_where_there_is_one_row_a_token():
     assert len(importance.real_tokens(entering, mask[:, None, None])) == 6  # a mask of pairs of tokens
 
 
-class Watched:
-    """The loss, and the batches that it was asked about."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __call__(self, model, batch):
-        self.batches.append(batch)
-        return cross_entropy(model, batch)
-
-
 def literal(model, names, batch, *, rounds, fraction, steps, learning_rate):
     """The slow twin, on all examples at once: what has fallen is set to zero after every step."""
     fallen = {(name, axis): [] for name in names for axis in (0, 1)}
@@ -324,18 +313,22 @@ def test_the_order_is_total(rounds, fraction, perceptron, modules):
     assert found["first"][0][0] > found["first"][0][1] > found["first"][0][2]
 
 
+def watched(asked):
+    """The loss, which notes the batches that it was asked about."""
+    return lambda model, batch: asked.append(batch) or cross_entropy(model, batch)
+
+
 def test_examples_are_mixed_and_each_is_seen_before_any_comes_again(perceptron, modules):
-    watched = Watched()
-    batches = draw((4, 4, 3))
+    asked, batches = [], draw((4, 4, 3))
     sorted_by_class = torch.cat([batch["inputs"] for batch in batches])
-    scores("imp", perceptron, modules, batches, rounds=1, steps=6, loss=watched)
-    first, second = (torch.cat([batch["inputs"] for batch in watched.batches[i : i + 3]]) for i in (0, 3))
+    scores("imp", perceptron, modules, batches, rounds=1, steps=6, loss=watched(asked))
+    first, second = (torch.cat([batch["inputs"] for batch in asked[i : i + 3]]) for i in (0, 3))
     for seen in (first, second):
         assert not torch.equal(seen, sorted_by_class)
         assert sorted(seen[:, 0].tolist()) == sorted(sorted_by_class[:, 0].tolist())
     assert not torch.equal(first, second)
     labels = {tuple(row.tolist()): int(label) for batch in batches for row, label in zip(*batch.values(), strict=True)}
-    for batch in watched.batches:
+    for batch in asked:
         assert [labels[tuple(row.tolist())] for row in batch["inputs"]] == batch["labels"].tolist()
 
 
@@ -386,10 +379,10 @@ def test_equal_seeds_agree_and_others_see_the_examples_in_another_order(perceptr
         atol=0,
         rtol=0,
     )
-    seen = [Watched() for _ in range(2)]
-    for seed, watched in enumerate(seen):
-        scores("imp", perceptron, modules, draw(), seed=seed, loss=watched, **options)
-    assert not torch.equal(seen[0].batches[0]["inputs"], seen[1].batches[0]["inputs"])
+    seen = [], []
+    for seed, asked in enumerate(seen):
+        scores("imp", perceptron, modules, draw(), seed=seed, loss=watched(asked), **options)
+    assert not torch.equal(seen[0][0]["inputs"], seen[1][0]["inputs"])
 
 
 @pytest.mark.parametrize("name", ["imp", "adapter"])
