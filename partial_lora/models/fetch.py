@@ -40,16 +40,31 @@ logger = logging.getLogger(__name__)
 def folder_of(
     weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
 ) -> Path:
-    """Return the folder with a model's config and weights (`text`: and tokenizer), fetched first if need be.
+    """Return the folder with a model's config and weights, fetched first if need be.
 
-    `weights` is bundled:NAME, a folder, or a repository of the model hub, which may end in @REVISION. `pickles` and
-    `instead` as in `download`. Raises PartialLoraError as `download` and `bundled.fetch_model` do.
+    weights: bundled:NAME, a folder, or OWNER/NAME of the model hub, or OWNER/NAME@REVISION for a commit, tag or branch.
+    What the hub's own cache holds is not downloaded again. text: with the tokenizer too and, unless `pickles` is false,
+    pickled weights where there are no others. instead: a model that needs no hub, to recommend.
+
+    A weight file that does not match its hash is logged, removed and downloaded again. Raises PartialLoraError that
+    names the model, the repository and the model that needs no hub, and as `bundled.fetch_model` does.
     """
     if weights.startswith(bundled.PREFIX):
         return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
     if Path(weights).is_dir():
         return Path(weights)
-    return download(weights, name=name, text=text, pickles=pickles, instead=instead)
+    folder = _download_all(weights, name, text, text and pickles, instead)
+    if broken := _broken_files(folder):
+        for file in broken:
+            logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
+            file.resolve().unlink()
+            file.unlink()
+        folder = _download_all(weights, name, text, text and pickles, instead)
+        for file in _broken_files(folder):
+            raise PartialLoraError(
+                f"model={name}: {weights} was downloaded twice and {file.name} is broken; try again later"
+            )
+    return folder
 
 
 def name_after(model: PreTrainedModel, weights: str) -> None:
@@ -68,32 +83,6 @@ class _Events(tqdm):
     def display(self, *args: object, **kwargs: object) -> None:
         if self.unit == "B" and self.total:
             progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
-
-
-def download(
-    repo: str, *, name: str, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
-) -> Path:
-    """Download a folder with a repository's config and weights; what the hub's own cache holds is not downloaded again.
-
-    repo: OWNER/NAME, or OWNER/NAME@REVISION for a commit, tag or branch of it. text: with the tokenizer too and, unless
-    `pickles` is false, pickled weights where there are no others. instead: a model that needs no hub, to recommend.
-
-    A weight file that does not match its hash is logged, removed and downloaded again. Raises PartialLoraError that
-    names the model, the repository and the model that needs no hub.
-    """
-    folder = _download_all(repo, name, text, text and pickles, instead)
-    broken = _broken_files(folder)
-    if broken:
-        for file in broken:
-            logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
-            file.resolve().unlink()
-            file.unlink()
-        folder = _download_all(repo, name, text, text and pickles, instead)
-        for file in _broken_files(folder):
-            raise PartialLoraError(
-                f"model={name}: {repo} was downloaded twice and {file.name} is broken; try again later"
-            )
-    return folder
 
 
 def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str) -> Path:

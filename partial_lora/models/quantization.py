@@ -75,7 +75,8 @@ def dequantised(model: PreTrainedModel, *, values: bool = True) -> Iterator[None
     these do not. A model that is not quantised stays as it is. values: False for layers of the same names and shapes
     that hold nothing and take no memory.
     """
-    quantised = {name: module for name, module in model.named_modules() if _is_quantised(module)}
+    kinds = {name: type(getattr(module, "weight", None)).__name__ for name, module in model.named_modules()}
+    quantised = {name: model.get_submodule(name) for name in kinds if kinds[name] in ("Params4bit", "Int8Params")}
     try:
         for name, module in quantised.items():
             model.set_submodule(name, _plain(module, model.dtype, values))
@@ -90,10 +91,6 @@ def size_of(parameter: nn.Parameter) -> int:
     """Count the weights in a parameter: two in each byte of 4-bit codes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
 def _plain(module: nn.Linear, dtype: torch.dtype, values: bool) -> nn.Linear:

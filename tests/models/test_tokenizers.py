@@ -50,14 +50,6 @@ def test_random_models_have_room_for_it_and_share_its_special_tokens(name):
         assert model(**batch).logits.shape == (4, 3)
 
 
-def test_words_of_a_vocabulary_file(tmp_path):
-    load("tiny_bert").save_pretrained(tmp_path)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl", "sleep", "##s"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 128}))
-    assert tokenizer(tmp_path)("The owl sleeps")["input_ids"] == [2, 5, 6, 7, 8, 3]
-
-
 def test_sentencepiece_model_of_deberta(tmp_path, monkeypatch):
     """All that microsoft/deberta-v3-base has beside its weights: config.json, spm.model, tokenizer_config.json."""
     written = io.BytesIO()
