@@ -34,7 +34,7 @@ from partial_lora.adapter.selection import (
 )
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
-from partial_lora.masks import AXES, CHOICES, Sparsity, assign_sparsity, read_sparsity
+from partial_lora.masks import CHOICES, Sparsity, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):
@@ -266,7 +266,7 @@ class PartialLoraConfig(LoraConfig):
                     if of_module.columns.sparsity:
                         raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
-            sidecar.verify(masks, geometries, self.expected, count=self.count)
+            sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
         return masks
 
@@ -334,8 +334,8 @@ class PartialLoraConfig(LoraConfig):
             )
         lora = self.as_lora()
         lora.save_pretrained(save_directory, **kwargs)
-        own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
-        content = sidecar.describe(self.masks, self.geometries, self.shares, rank=self.saved_rank, **own)
+        settings = {name: getattr(self, name) for name in ("mask_seed", "sparsity", *CHOICES)}
+        content = sidecar.describe(self.masks, self.geometries, settings, rank=self.saved_rank)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory), alphas=bool(lora.alpha_pattern))
 
@@ -369,23 +369,12 @@ class PartialLoraConfig(LoraConfig):
         saved = sidecar.read(path)
         modules = saved["modules"]
         check_values(path.parent, modules)
-        config = cls(
-            **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
-            sparsity=saved["sparsity"]
-            if "sparsity" in saved  # older files have only the measured one
-            else {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
-            granularity=saved["granularity"],
-            selection=saved["selection"],
-            mask_seed=saved["mask_seed"],
-            count=saved.get("count", "exact"),
-            columns=saved.get("columns", "masked"),
-            fan_in=saved.get("fan_in", "dense"),
-            indices=None
-            if saved["selection"] == "random"
-            else {module: entry["indices"] for module, entry in modules.items()},
-        )
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
-        config.rank_pattern = {only(module): rank for module, rank in ranks.items()}
+        options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)} | sidecar.settings(saved)
+        try:
+            config = cls(**options | {"rank_pattern": {only(module): rank for module, rank in ranks.items()}})
+        except PartialLoraError as error:
+            raise PartialLoraError(f"{path} is broken: {error}") from None
         alphas = config.alpha_pattern or {}
         for module, rank in ranks.items():
             alphas[only(module)] /= config._padding(rank)
