@@ -331,10 +331,6 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        for axis, size in geometries[name].sizes(granularity).items():
-            are_whole = all(type(number) is int for number in (*a, *b, rows, columns))
-            if not are_whole or not 1 <= counts[name][axis] <= size:
-                raise PartialLoraError(f"module {name} keeps {counts[name][axis]} of {size} {axis}.")
         trained = _trained_factors(settings.get("columns", "masked"))
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}

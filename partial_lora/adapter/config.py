@@ -25,9 +25,7 @@ from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
-    check_counts,
     frozen_a,
-    index_masks,
     random_masks,
     read_values,
     top_masks,
@@ -61,17 +59,8 @@ PASSED = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
         # How each adapter is sized, scaled, drawn and run.
-        *(
-            "r",
-            "rank_pattern",
-            "lora_alpha",
-            "alpha_pattern",
-            "use_rslora",
-            "lora_dropout",
-            "init_lora_weights",
-            "fan_in_fan_out",
-        ),
-        *("inference_mode", "runtime_config"),
+        *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
+        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config"),
         # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     }
@@ -235,7 +224,7 @@ class PartialLoraConfig(LoraConfig):
         """
         self.check()  # again: attributes may have changed since
         sparsity = self.shares
-        if self.columns == "frozen":
+        if self.columns == "frozen" and sparsity != 0:
             shares = assign_sparsity(sparsity, list(geometries))
             sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
         self.geometries = dict(geometries)
@@ -248,23 +237,13 @@ class PartialLoraConfig(LoraConfig):
         if missing := sorted((self.expected or {}).keys() - geometries.keys()):
             raise PartialLoraError(f"this model has no target module {missing[0]}, which the saved adapter has.")
         if self.selection == "random":
-            masks = random_masks(
-                geometries,
-                sparsity,
-                granularity=self.granularity,
-                count=self.count,
-                mask_seed=self.mask_seed,
-            )
-        elif self.scores is not None:
-            masks = top_masks(geometries, sparsity, self.scores, granularity=self.granularity)
+            settings = {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
+            masks = random_masks(geometries, sparsity, **settings)
         else:
-            masks = index_masks(geometries, self.indices or {}, granularity=self.granularity)
-            if self.sparsity != 0:
-                check_counts(masks, sparsity)
-            if self.columns == "frozen":
-                for module, of_module in masks.items():
-                    if of_module.columns.sparsity:
-                        raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
+            key = "indices" if self.scores is None else "scores"
+            masks = top_masks(geometries, sparsity, getattr(self, key), key=key, granularity=self.granularity)
+        if self.columns == "frozen" and any(of_module.columns.sparsity for of_module in masks.values()):
+            raise PartialLoraError("indices leave columns out: columns is 'frozen'.")
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
@@ -288,9 +267,9 @@ class PartialLoraConfig(LoraConfig):
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
-        masks, alphas = self.masks[module], self.alpha_pattern or {}
+        masks = self.masks[module]
         scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
-        return alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha) * scale
+        return _alpha_of(self, module) * scale
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""
@@ -384,9 +363,12 @@ class PartialLoraConfig(LoraConfig):
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    return _alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _alpha_of(config: LoraConfig, module: str) -> float:
     alphas = config.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
 
 
 def only(module: str) -> str:

@@ -104,11 +104,10 @@ def settings(content: Mapping) -> dict[str, Any]:
 
 
 def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
-    """Refuse ``masks`` that differ from the sidecar's ``modules`` in modules, shapes or digests."""
-    for module in [*masks, *modules]:
-        if module not in modules or module not in masks:
-            where = "the sidecar" if module not in modules else "this model"
-            raise PartialLoraError(f"{module} is a masked module that {where} does not have.")
+    """Refuse ``masks`` that are not among the sidecar's ``modules``, or differ in shapes or digests."""
+    for module in masks:
+        if module not in modules:
+            raise PartialLoraError(f"{module} is a masked module that {FILE_NAME} does not have.")
         entry = modules[module]
         for what, name in (("shape", "shape"), ("a factor A of shape", "a"), ("a factor B of shape", "b")):
             here = list(getattr(geometries[module], name))
