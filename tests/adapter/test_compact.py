@@ -140,19 +140,12 @@ def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granulari
     assert module_masks(loaded) == module_masks(model)
 
 
-@pytest.mark.parametrize(("selection", "dtype"), [("random", None), ("top", torch.bfloat16)])
-def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path, selection, dtype):
+def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path):
     settings = {"r": 4, "target_modules": ["q_proj", "o_proj", "gate_proj"], "modules_to_save": ["lm_head"]}
     model = get_peft_model(deep_llama(), PartialLoraConfig(**settings, sparsity=0.87))
     assert "model.layers.31.self_attn.q_proj" in module_masks(model)
-    if selection == "top":
-        indices = {
-            name: {"rows": each.rows.kept, "columns": each.columns.kept} for name, each in module_masks(model).items()
-        }
-        config = PartialLoraConfig(**settings, selection="top", indices=indices)
-        model = get_peft_model(deep_llama(), config)
-    assert written_size(fill(model), tmp_path, dtype) <= promised_size(model, dtype)
-    assert_same(state(model), state(load_compact(deep_llama(), tmp_path)), dtype)
+    assert written_size(fill(model), tmp_path, None) <= promised_size(model, None)
+    assert_same(state(model), state(load_compact(deep_llama(), tmp_path)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -441,7 +434,7 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
         (lambda h: h.update(modules=[]), FILE_NAME),
         (lambda h: h.pop("base"), FILE_NAME),
         (lambda h: h.update(base="?"), FILE_NAME),
-        (lambda h: h["modules"][FC1].__setitem__(2, 0), f"{FC1} .*0 of"),
+        (lambda h: h["modules"][FC1].__setitem__(2, 0), FC1),
         *((lambda h, size=size: h["modules"][FC1][0].__setitem__(0, size), FILE_NAME) for size in (0, 10**13, 1e3)),
     ],
 )
