@@ -30,7 +30,7 @@ from partial_lora.adapter.selection import (
     read_values,
     top_masks,
 )
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import CHOICES, Sparsity, assign_sparsity, read_sparsity
 
@@ -237,8 +237,9 @@ class PartialLoraConfig(LoraConfig):
         if missing := sorted((self.expected or {}).keys() - geometries.keys()):
             raise PartialLoraError(f"this model has no target module {missing[0]}, which the saved adapter has.")
         if self.selection == "random":
-            settings = {"granularity": self.granularity, "count": self.count, "mask_seed": self.mask_seed}
-            masks = random_masks(geometries, sparsity, **settings)
+            masks = random_masks(
+                geometries, sparsity, granularity=self.granularity, count=self.count, mask_seed=self.mask_seed
+            )
         else:
             key = "indices" if self.scores is None else "scores"
             masks = top_masks(geometries, sparsity, getattr(self, key), key=key, granularity=self.granularity)
@@ -335,23 +336,15 @@ class PartialLoraConfig(LoraConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
-        path = folder / sidecar.FILE_NAME
-        if not path.parent.is_dir():
-            try:
-                options = cls._split_kwargs(kwargs)[0]
-                path = Path(hf_hub_download(pretrained_model_name_or_path, path.name, subfolder=subfolder, **options))
-            except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise PartialLoraError(
-                    f"{pretrained_model_name_or_path} has no {path.name} to read, so no masks: {reason}"
-                ) from error
+        options = cls._split_kwargs(kwargs)[0]
+        path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **options)
         saved = sidecar.read(path)
         modules = saved["modules"]
         check_values(path.parent, modules)
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
-        options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)} | sidecar.settings(saved)
+        settings = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)} | sidecar.settings(saved)
         try:
-            config = cls(**options | {"rank_pattern": {only(module): rank for module, rank in ranks.items()}})
+            config = cls(**settings | {"rank_pattern": {only(module): rank for module, rank in ranks.items()}})
         except PartialLoraError as error:
             raise PartialLoraError(f"{path} is broken: {error}") from None
         alphas = config.alpha_pattern or {}
@@ -435,6 +428,22 @@ def _check_number(name: str, value: Any, kind: type, least: float, most: float) 
 def _plain(number: int | float) -> int | float:
     """Return a number as Python's own, which JSON knows, from numpy's, too."""
     return int(number) if isinstance(number, Integral) else float(number)
+
+
+def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = None, **options: Any) -> Path:
+    """Return the path of a file in a folder or, downloaded, in a repository of the model hub ("owner/name").
+
+    options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
+    """
+    path = Path(folder, subfolder or "", name)
+    if path.parent.is_dir():
+        return path
+    try:
+        return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **options))
+    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
+        raise PartialLoraError(
+            f"{path} cannot be read ({one_line(error)}): expected it in a folder or a repository of the hub."
+        ) from None
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:

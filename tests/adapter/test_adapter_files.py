@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import shutil
@@ -164,7 +163,6 @@ def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
     assert f'"{PEFT}"' in project
 
 
-PEFT_ASKS = ("peft.config", "peft.utils.save_and_load")
 FILES = {"adapter_config.json", "adapter_model.safetensors", "partial_lora.json", "README.md"}
 
 
@@ -276,9 +274,8 @@ class Hub:
         def file_exists(repo_id, filename, *, revision=None, **settings):
             return self.path(repo_id, filename, None, revision).is_file()
 
-        for module in (*PEFT_ASKS, "partial_lora.adapter.config", "partial_lora.adapter.warm_start"):
-            # By name: warm_start is a function, too, as an attribute of its package.
-            monkeypatch.setattr(importlib.import_module(module), "hf_hub_download", download)
+        for module in ("peft.config", "peft.utils.save_and_load", "partial_lora.adapter.config"):
+            monkeypatch.setattr(f"{module}.hf_hub_download", download)
         monkeypatch.setattr(peft.utils.save_and_load, "file_exists", file_exists)
 
 

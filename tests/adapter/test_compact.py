@@ -32,7 +32,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig, compact, load_compact, module_masks, read_compact, write_compact
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
 from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.errors import PartialLoraError
@@ -471,13 +471,14 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_repository_of_the_hub_is_as_good_as_a_folder(tmp_path, monkeypatch):
     model = fill(adapt(sparsity=0.6))
     path = write_compact(model, tmp_path)
-    monkeypatch.setattr(compact, "hf_hub_download", lambda *names: {("me/mine", FILE_NAME): str(path)}[names])
+    hub = "partial_lora.adapter.config.hf_hub_download"
+    monkeypatch.setattr(hub, lambda *names, subfolder: {("me/mine", FILE_NAME): str(path)}[names])
     torch.testing.assert_close(logits(load_compact(vit(), "me/mine"), images()), logits(model, images()))
 
-    def missing(*names):
+    def missing(*names, subfolder):
         raise EntryNotFoundError("no such file")
 
-    monkeypatch.setattr(compact, "hf_hub_download", missing)
+    monkeypatch.setattr(hub, missing)
     refuses(vit(), "me/mine", f"me/mine/{FILE_NAME}")
 
 
