@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -29,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
-from partial_lora.adapter.config import PartialLoraConfig
+from partial_lora.adapter.config import PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import PartialLoraModel, adapter_tensors, base_modules, check_unmerged, module_masks
@@ -179,14 +176,11 @@ def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, obj
 
 def _read(folder: str | Path) -> tuple[Path, Compact]:
     """Return the file of a folder, or of a repository of the hub, and what it holds."""
-    path = Path(folder) / FILE_NAME
+    path = saved_file(folder, FILE_NAME)
     try:
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not Path(folder).exists():
-            path = Path(hf_hub_download(str(folder), FILE_NAME))
         content = path.read_bytes()
-    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise PartialLoraError(f"{path} cannot be read ({reason}): expected a compact adapter.") from None
+    except OSError as error:
+        raise PartialLoraError(f"{path} cannot be read ({error.strerror}): expected a compact adapter.") from None
     return path, decode(content, path)
 
 
@@ -331,10 +325,6 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        for axis, size in geometries[name].sizes(granularity).items():
-            are_whole = all(type(number) is int for number in (*a, *b, rows, columns))
-            if not are_whole or not 1 <= counts[name][axis] <= size:
-                raise PartialLoraError(f"module {name} keeps {counts[name][axis]} of {size} {axis}.")
         trained = _trained_factors(settings.get("columns", "masked"))
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}

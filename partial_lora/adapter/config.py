@@ -25,16 +25,14 @@ from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import (
     Geometry,
     ModuleMasks,
-    check_counts,
     frozen_a,
-    index_masks,
     random_masks,
     read_values,
     top_masks,
 )
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
-from partial_lora.masks import AXES, CHOICES, Sparsity, assign_sparsity, read_sparsity
+from partial_lora.masks import CHOICES, Sparsity, assign_sparsity, read_sparsity
 
 
 class _PeftType(str):
@@ -61,17 +59,8 @@ PASSED = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
         # How each adapter is sized, scaled, drawn and run.
-        *(
-            "r",
-            "rank_pattern",
-            "lora_alpha",
-            "alpha_pattern",
-            "use_rslora",
-            "lora_dropout",
-            "init_lora_weights",
-            "fan_in_fan_out",
-        ),
-        *("inference_mode", "runtime_config"),
+        *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
+        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config"),
         # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     }
@@ -235,7 +224,7 @@ class PartialLoraConfig(LoraConfig):
         """
         self.check()  # again: attributes may have changed since
         sparsity = self.shares
-        if self.columns == "frozen":
+        if self.columns == "frozen" and sparsity != 0:
             shares = assign_sparsity(sparsity, list(geometries))
             sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
         self.geometries = dict(geometries)
@@ -249,24 +238,15 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError(f"this model has no target module {missing[0]}, which the saved adapter has.")
         if self.selection == "random":
             masks = random_masks(
-                geometries,
-                sparsity,
-                granularity=self.granularity,
-                count=self.count,
-                mask_seed=self.mask_seed,
+                geometries, sparsity, granularity=self.granularity, count=self.count, mask_seed=self.mask_seed
             )
-        elif self.scores is not None:
-            masks = top_masks(geometries, sparsity, self.scores, granularity=self.granularity)
         else:
-            masks = index_masks(geometries, self.indices or {}, granularity=self.granularity)
-            if self.sparsity != 0:
-                check_counts(masks, sparsity)
-            if self.columns == "frozen":
-                for module, of_module in masks.items():
-                    if of_module.columns.sparsity:
-                        raise PartialLoraError(f"indices[{module!r}]['columns'] leaves some out: columns is 'frozen'.")
+            key = "indices" if self.scores is None else "scores"
+            masks = top_masks(geometries, sparsity, getattr(self, key), key=key, granularity=self.granularity)
+        if self.columns == "frozen" and any(of_module.columns.sparsity for of_module in masks.values()):
+            raise PartialLoraError("indices leave columns out: columns is 'frozen'.")
         if self.expected is not None:
-            sidecar.verify(masks, geometries, self.expected, count=self.count)
+            sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
         return masks
 
@@ -288,9 +268,9 @@ class PartialLoraConfig(LoraConfig):
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
-        masks, alphas = self.masks[module], self.alpha_pattern or {}
+        masks = self.masks[module]
         scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
-        return alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha) * scale
+        return _alpha_of(self, module) * scale
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""
@@ -334,8 +314,8 @@ class PartialLoraConfig(LoraConfig):
             )
         lora = self.as_lora()
         lora.save_pretrained(save_directory, **kwargs)
-        own = {name: getattr(self, name) for name in ("mask_seed", *CHOICES)}
-        content = sidecar.describe(self.masks, self.geometries, self.shares, rank=self.saved_rank, **own)
+        settings = {name: getattr(self, name) for name in ("mask_seed", "sparsity", *CHOICES)}
+        content = sidecar.describe(self.masks, self.geometries, settings, rank=self.saved_rank)
         write_json(Path(save_directory, sidecar.FILE_NAME), content)
         complete_card(Path(save_directory), alphas=bool(lora.alpha_pattern))
 
@@ -356,36 +336,17 @@ class PartialLoraConfig(LoraConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
-        path = folder / sidecar.FILE_NAME
-        if not path.parent.is_dir():
-            try:
-                options = cls._split_kwargs(kwargs)[0]
-                path = Path(hf_hub_download(pretrained_model_name_or_path, path.name, subfolder=subfolder, **options))
-            except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise PartialLoraError(
-                    f"{pretrained_model_name_or_path} has no {path.name} to read, so no masks: {reason}"
-                ) from error
+        options = cls._split_kwargs(kwargs)[0]
+        path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **options)
         saved = sidecar.read(path)
         modules = saved["modules"]
         check_values(path.parent, modules)
-        config = cls(
-            **{option.name: getattr(lora, option.name) for option in fields(LoraConfig)},
-            sparsity=saved["sparsity"]
-            if "sparsity" in saved  # older files have only the measured one
-            else {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()},
-            granularity=saved["granularity"],
-            selection=saved["selection"],
-            mask_seed=saved["mask_seed"],
-            count=saved.get("count", "exact"),
-            columns=saved.get("columns", "masked"),
-            fan_in=saved.get("fan_in", "dense"),
-            indices=None
-            if saved["selection"] == "random"
-            else {module: entry["indices"] for module, entry in modules.items()},
-        )
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
-        config.rank_pattern = {only(module): rank for module, rank in ranks.items()}
+        settings = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)} | sidecar.settings(saved)
+        try:
+            config = cls(**settings | {"rank_pattern": {only(module): rank for module, rank in ranks.items()}})
+        except PartialLoraError as error:
+            raise PartialLoraError(f"{path} is broken: {error}") from None
         alphas = config.alpha_pattern or {}
         for module, rank in ranks.items():
             alphas[only(module)] /= config._padding(rank)
@@ -395,9 +356,12 @@ class PartialLoraConfig(LoraConfig):
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    return _alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _alpha_of(config: LoraConfig, module: str) -> float:
     alphas = config.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
 
 
 def only(module: str) -> str:
@@ -464,6 +428,22 @@ def _check_number(name: str, value: Any, kind: type, least: float, most: float) 
 def _plain(number: int | float) -> int | float:
     """Return a number as Python's own, which JSON knows, from numpy's, too."""
     return int(number) if isinstance(number, Integral) else float(number)
+
+
+def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = None, **options: Any) -> Path:
+    """Return the path of a file in a folder or, downloaded, in a repository of the model hub ("owner/name").
+
+    options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
+    """
+    path = Path(folder, subfolder or "", name)
+    if path.parent.is_dir():
+        return path
+    try:
+        return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **options))
+    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
+        raise PartialLoraError(
+            f"{path} cannot be read ({one_line(error)}): expected it in a folder or a repository of the hub."
+        ) from None
 
 
 def check_values(folder: Path, modules: Collection[str]) -> None:

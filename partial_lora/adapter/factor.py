@@ -349,13 +349,16 @@ class FactorB(MaskedFactor):
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
         low = low * scaling  # narrower than the result
         if self.scatters:
-            change = self._apply_weight(low, self.operand(self.kept))
-            index, features = self.features_on(change.device), 1 if self.is_convolution else -1
-            if result.dtype == change.dtype:
-                return result.index_add(features, index, change)
-            # Sum in the wider dtype, as `+` does, but only the features that change.
-            return result.index_copy(features, index, (self.gather(result) + change).to(result.dtype))
+            return self._with(result, self._apply_weight(low, self.operand(self.kept)))
         return result + self(low)
+
+    def _with(self, result: Tensor, change: Tensor) -> Tensor:
+        """Return result with a change of those features that `gather` takes."""
+        index, features = self.features_on(change.device), 1 if self.is_convolution else -1
+        if result.dtype == change.dtype:
+            return result.index_add(features, index, change)
+        # Sum in the wider dtype, as `+` does, but only the features that change.
+        return result.index_copy(features, index, (self.gather(result) + change).to(result.dtype))
 
 
 class _Tied:
@@ -426,11 +429,8 @@ class TiedA(_Tied, FactorA):
 class TiedB(_Tied, FactorB):
     """B (out × rank), whose rows are tied in groups."""
 
-    def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
-        """Return result + scaling * B low."""
-        if not self.gathers:
-            return super().add_to(result, low, scaling)
-        change = self._apply_weight(low * scaling, self.operand(self.kept))
+    def _with(self, result: Tensor, change: Tensor) -> Tensor:
+        """Return result with each group's change, by signs, in all its features."""
         return (result + self._spread(change, 1 if self.is_convolution else change.dim() - 1)).to(result.dtype)
 
 

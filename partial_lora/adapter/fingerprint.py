@@ -87,9 +87,8 @@ class Fingerprint:
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
     """Return the fingerprint of a base model, adapted or not, over all its parameters but those in ``exclude``."""
-    parameters = sorted(
-        (entry for entry in base_parameters(model) if entry[0] not in exclude), key=lambda entry: entry[0]
-    )
+    parameters = [entry for entry in base_parameters(model) if entry[0] not in exclude]
+    parameters.sort(key=lambda entry: entry[0])
     dtypes = "+".join(sorted({_kind_of(parameter) for _, _, parameter in parameters}))
     if not all(_readable(parameter) for _, _, parameter in parameters):
         return Fingerprint(dtypes, None, (), ())
@@ -150,23 +149,15 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
-    plain = [
-        (name, parameter)
-        for name, owner, parameter in parameters
-        if _is_plain(parameter) and not isinstance(owner, nn.Linear)
-    ]
-    largest = sorted(plain, key=lambda entry: (-entry[1].numel(), entry[0]))[:_SAMPLED]
-    return tuple(value for _, parameter in largest for value in _middle(parameter, count=2))
+    plain = [each for _, owner, each in parameters if _is_plain(each) and not isinstance(owner, nn.Linear)]
+    largest = sorted(plain, key=lambda each: -each.numel())[:_SAMPLED]  # of equals the first by name
+    return tuple(value for each in largest for value in _middle(each, count=2))
 
 
 def _linear_samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
-    weights = [
-        parameter
-        for name, owner, parameter in parameters
-        if _is_plain(parameter) and type(owner) is nn.Linear and name.endswith("weight")
-    ]
-    last = max(len(weights) - 1, 0)
-    chosen = sorted({last * number // (_SAMPLED_LINEAR - 1) for number in range(_SAMPLED_LINEAR)})
+    linear = [entry for entry in parameters if type(entry[1]) is nn.Linear and entry[0].endswith("weight")]
+    weights = [parameter for *_, parameter in linear if _is_plain(parameter)]
+    chosen = sorted({(len(weights) - 1) * number // (_SAMPLED_LINEAR - 1) for number in range(_SAMPLED_LINEAR)})
     return tuple(value for number in chosen if weights for value in _middle(weights[number], count=1))
 
 

@@ -110,44 +110,41 @@ def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
 
 
 def top_masks(
-    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, scores: Values, *, granularity: str
+    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, values: Values, *, key: str, granularity: str
 ) -> dict[str, ModuleMasks]:
-    """Return masks that keep the highest of ``scores``, as many as ``sparsity`` leaves: the selection "top"."""
-    _check_modules(geometries, scores, "scores")
+    """Return the masks of the selection "top", chosen by the caller's ``values``.
+
+    key: "scores", of which the highest stay, as many as ``sparsity`` leaves; or "indices", which are those that stay,
+    and as many as ``sparsity`` leaves unless that is 0.
+    """
+    for module in values:
+        if module not in geometries:
+            raise PartialLoraError(
+                f"{key} names {module!r}, which is no target module (first: {next(iter(geometries))})."
+            )
+    for module in geometries:
+        if module not in values:
+            raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
     shares = assign_sparsity(sparsity, list(geometries))
 
     def choose(module: str, axis: str, size: int) -> Mask:
-        values = scores[module][axis]
-        if len(values) != size:
-            raise PartialLoraError(f"scores[{module!r}][{axis!r}] has {len(values)} scores: expected {size}.")
-        return Mask.top(values, shares[module][axis])
-
-    return _masks(geometries, granularity, choose)
-
-
-def index_masks(geometries: Mapping[str, Geometry], indices: Values, *, granularity: str) -> dict[str, ModuleMasks]:
-    """Return masks that keep these ascending ``indices``: the selection "top", chosen by the caller."""
-    _check_modules(geometries, indices, "indices")
-
-    def choose(module: str, axis: str, size: int) -> Mask:
+        name, numbers, share = f"{key}[{module!r}][{axis!r}]", values[module][axis], shares[module][axis]
+        if key == "scores":
+            if len(numbers) != size:
+                raise PartialLoraError(f"{name} has {len(numbers)} scores: expected {size}.")
+            return Mask.top(numbers, share)
         try:
-            return Mask(size, indices[module][axis])
+            mask = Mask(size, numbers)
         except PartialLoraError as error:
-            raise PartialLoraError(f"indices[{module!r}][{axis!r}]: {error}") from None
+            raise PartialLoraError(f"{name}: {error}") from None
+        if sparsity != 0 and len(numbers) != kept_count(size, share):
+            raise PartialLoraError(
+                f"{name} keeps {len(numbers)} of {size}, but its sparsity {share} keeps {kept_count(size, share)}: give"
+                " one of the two."
+            )
+        return mask
 
     return _masks(geometries, granularity, choose)
-
-
-def check_counts(masks: Mapping[str, ModuleMasks], sparsity: float | Sparsity) -> None:
-    """Refuse masks that keep another number than ``sparsity`` leaves."""
-    for module, shares in assign_sparsity(sparsity, list(masks)).items():
-        for axis in AXES:
-            mask = getattr(masks[module], axis)
-            if len(mask.kept) != kept_count(mask.size, shares[axis]):
-                raise PartialLoraError(
-                    f"indices[{module!r}][{axis!r}] keeps {len(mask.kept)} of {mask.size}, but its sparsity"
-                    f" {shares[axis]} keeps {kept_count(mask.size, shares[axis])}: give one of the two."
-                )
 
 
 def _masks(
@@ -161,17 +158,6 @@ def _masks(
         )
         for module, geometry in geometries.items()
     }
-
-
-def _check_modules(geometries: Mapping[str, Geometry], values: Values, key: str) -> None:
-    for module in values:
-        if module not in geometries:
-            raise PartialLoraError(
-                f"{key} names {module!r}, which is no target module (first: {next(iter(geometries))})."
-            )
-    for module in geometries:
-        if module not in values:
-            raise PartialLoraError(f"{key} has no entry for the target module {module}: selection 'top' needs one.")
 
 
 def read_values(values: object, key: str) -> Values:

@@ -7,23 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, scaling_of
+from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, saved_file, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
 from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
-from partial_lora.errors import PartialLoraError
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from partial_lora.errors import PartialLoraError, one_line
 
 
 def warm_start(
@@ -122,19 +120,14 @@ def _from_model(lora: PeftModel) -> _Source:
 
 
 def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
-    def find(name: str) -> Path:
-        path = Path(lora, subfolder or "", name)
-        if Path(lora).is_dir():
-            return path
-        return Path(hf_hub_download(str(lora), name, subfolder=subfolder, revision=revision, token=token))
-
     where = str(Path(lora, subfolder or ""))
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "token": token}
+    paths = [saved_file(lora, name, **options) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
     try:
-        config = PeftConfig.from_pretrained(str(find(CONFIG).parent))
-        tensors = load_file(find(WEIGHTS))
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, HTTPError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PartialLoraError(f"{where} is no folder or repository with {CONFIG} and {WEIGHTS}: {reason}") from None
+        config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        files = " and ".join(path.name for path in paths)
+        raise PartialLoraError(f"{where} has no {files} that can be read: {one_line(error)}") from None
     config = _checked(config, where)
     return _Source(where, config, as_factors({base_name(key): tensors[key] for key in tensors if _trains(config, key)}))
 

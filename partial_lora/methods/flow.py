@@ -33,9 +33,7 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
             masks[chain.first]["rows"] = meeting(rows, read, feeding=chain.rows, keys=keys)
     else:
         masks = {module: _without_gaps(axes, setting.rank, setting.mask_seed, module) for module, axes in masks.items()}
-    indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
-    chosen = setting.masked() | {"count": "exact", "selection": "top", "indices": indices}
-    return get_peft_model(model, PartialLoraConfig(**chosen))
+    return get_peft_model(model, PartialLoraConfig(**setting.chosen(masks)))
 
 
 def meeting(rows: Mask, read: np.ndarray, *, feeding: np.ndarray, keys: np.ndarray) -> Mask:

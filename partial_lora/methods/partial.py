@@ -21,15 +21,14 @@ def partial(model: nn.Module, setting: Setting) -> PeftModel:
 
 def targeted(model: nn.Module, setting: Setting) -> PeftModel:
     """Targeted-LoRA: the calibrated number of rows and columns of each module, the most important ones."""
-    indices = {
+    masks = {
         module: {
-            axis: Mask.top(scores.cpu().numpy(), sparsity[axis]).kept.tolist()
+            axis: Mask.top(scores.cpu().numpy(), sparsity[axis])
             for axis, scores in zip(AXES, setting.scores[module], strict=True)
         }
         for module, sparsity in setting.sparsity.items()
     }
-    config = PartialLoraConfig(**setting.masked(), sparsity=dict(setting.sparsity), selection="top", indices=indices)
-    return get_peft_model(model, config)
+    return get_peft_model(model, PartialLoraConfig(**setting.chosen(masks), sparsity=dict(setting.sparsity)))
 
 
 def entries(model: nn.Module, setting: Setting) -> PeftModel:
@@ -51,12 +50,8 @@ def ticket(model: nn.Module, setting: Setting) -> PeftModel:
     Source: Frankle and Carbin 2019 (arXiv 1803.03635): train, prune the smallest, rewind the rest and train it; their
     section 4 ranks all layers together.
     """
-    kept = setting.budget() // setting.rank
-    indices = {
-        module: {axis: mask.kept.tolist() for axis, mask in axes.items()}
-        for module, axes in largest(setting.scores, kept).items()
-    }
-    return get_peft_model(model, PartialLoraConfig(**setting.masked(), selection="top", indices=indices))
+    masks = largest(setting.scores, setting.budget() // setting.rank)
+    return get_peft_model(model, PartialLoraConfig(**setting.chosen(masks)))
 
 
 def largest(scores: ModuleScores, count: int) -> dict[str, dict[str, Mask]]:

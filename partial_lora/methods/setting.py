@@ -67,6 +67,11 @@ class Setting:
         names = ("granularity", "count", "mask_seed", "columns", "fan_in", "row_exponent", "column_exponent")
         return self.lora() | {name: getattr(self, name) for name in names}
 
+    def chosen(self, masks: Mapping[str, Mapping[str, Mask]]) -> dict:
+        """Return the arguments of an adapter with these masks, by module and axis."""
+        indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
+        return self.masked() | {"count": "exact", "selection": "top", "indices": indices}
+
     def randomly_masked(self, sparsity: Sparsity) -> dict:
         """Return the arguments of an adapter with random masks of these sparsities.
 

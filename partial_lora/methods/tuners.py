@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -105,11 +106,12 @@ def weight_tuners() -> dict[str, type[PeftConfig]]:
 
 
 def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
-    if setting.peft_type == "LORA" and all(parameter.is_meta for parameter in model.parameters()):
+    is_bare = setting.peft_type == "LORA" and all(parameter.is_meta for parameter in model.parameters())
+    if is_bare and options.get("init_lora_weights") != "mica":  # which freezes B, and needs no weights for that
         options = {**options, "init_lora_weights": True}  # other initialisations read the weights
     config = configuration(setting.peft_type, options, **_shared(setting, options))
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, low_cpu_mem_usage=is_bare)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
         raise PartialLoraError(f"method.peft_type={setting.peft_type}: {one_line(error)}") from error
 
@@ -234,17 +236,11 @@ def _around(
 
 
 def _last(holds: Callable[[int], bool], length: int, guess: int) -> int:
-    """Return the last place that `holds`, sought near a guess or by doubling and halving; place 0 holds."""
+    """Return the last place that `holds`, sought from a guess by doubling and halving; place 0 holds."""
     low, high, step = 0, min(max(guess, 1), length), 1
     while high < length and holds(high):
         low, high, step = high, high + step, 2 * step
-    high = min(high, length)
-    if high - low > 1 and holds(high - 1):
-        low = high - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return bisect_left(range(min(high, length)), True, lo=low + 1, key=lambda place: not holds(place)) - 1
 
 
 def _values(setting: Setting, key: str) -> Sequence[int]:

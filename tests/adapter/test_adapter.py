@@ -6,7 +6,6 @@ import pytest
 import torch
 from adapter_models import (
     KINDS,
-    MIXED,
     VIT_TARGETS,
     adapt,
     fill,
@@ -110,15 +109,6 @@ def test_training_equals_dense_lora_with_masked_values_and_gradients(name, granu
     for module, layer in layers(partial).items():
         delta = layers(twin.model)[module].get_delta_weight("default")
         torch.testing.assert_close(layer.get_delta_weight("default"), delta, atol=tolerance, rtol=tolerance)
-
-
-def test_a_is_drawn_as_peft_draws_it_and_b_is_zero():
-    partial, plain = adapt(sparsity=MIXED), adapt()
-    for name, masks in module_masks(partial).items():
-        drawn = layers(plain)[name].lora_A["default"].weight
-        assert torch.equal(layers(partial)[name].lora_A["default"].kept, drawn[:, masks.columns.kept.copy()])
-        assert not layers(partial)[name].lora_B["default"].kept.any()
-    assert torch.equal(logits(partial, images()), logits(vit(), images()))
 
 
 def test_masks_do_not_depend_on_rank_global_seed_or_order_of_targets():

@@ -182,13 +182,6 @@ def test_traced_for_torchscript():
     torch.testing.assert_close(traced(timm_images(2)["x"]), model(timm_images(2)["x"]))
 
 
-def test_functional_call_takes_other_kept_entries():
-    model = fill(adapt(timm_vit, sparsity=MIXED)).eval()
-    other = fill(adapt(timm_vit, sparsity=MIXED, seed=3), seed=4).eval()
-    x = timm_images(1)["x"]
-    torch.testing.assert_close(functional_call(model, dict(other.named_parameters()), (x,)), other(x))
-
-
 @granularities
 def test_gradients_of_single_examples_average_to_that_of_the_batch(granularity):
     model = fill(adapt(timm_vit, sparsity=MIXED, granularity=granularity)).eval()

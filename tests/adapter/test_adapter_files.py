@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import shutil
@@ -108,7 +107,7 @@ def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Output of an interpreter that imports the adapter: first beside a PEFT without three things, then as it is."""
+    """Output of an interpreter that imports the adapter: first beside a PEFT without two things, then as it is."""
     code = """
         import sys
 
@@ -120,12 +119,8 @@ def imported(tmp_path_factory):
         from torch import nn
 
         libraries = {name.split(".")[0] for name in sys.modules}
-        renamed = [
-            (peft.utils.other, "get_pattern_key"),
-            (peft.tuners.lora.LoraModel, "add_weighted_adapter"),  # which is overridden
-            (peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING"),
-        ]
-        for place, name in renamed:
+        overridden = (peft.tuners.lora.LoraModel, "add_weighted_adapter")
+        for place, name in [(peft.utils.other, "get_pattern_key"), overridden]:
             value = getattr(place, name)
             delattr(place, name)
             try:
@@ -163,12 +158,11 @@ def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(imported):
 
 
 def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
-    assert imported.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 3
+    assert imported.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 2
     project = (Path(partial_lora.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{PEFT}"' in project
 
 
-PEFT_ASKS = ("peft.config", "peft.utils.save_and_load")
 FILES = {"adapter_config.json", "adapter_model.safetensors", "partial_lora.json", "README.md"}
 
 
@@ -238,75 +232,24 @@ def test_a_readme_that_is_no_card_of_an_adapter_is_left_alone(tmp_path):
     assert not (tmp_path / "inside" / "README.md").exists()
 
 
-# To the hub
+# The hub
 
 
-@pytest.fixture
-def pushed(tmp_path, monkeypatch):
-    """What is uploaded: {repository: {file: content}}, and the keywords of the commit under "commit"."""
-    uploads = {}
-
-    def create_commit(repo_id, operations, **settings):
-        files = uploads.setdefault(repo_id, {})
-        files |= {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
-        uploads["commit"] = settings
-
-    def load(repo_id, **settings):
-        if repo_id not in uploads:
-            raise EntryNotFoundError("no card yet")
-        (tmp_path / "card.md").write_bytes(uploads[repo_id]["README.md"])
-        return plain_load(tmp_path / "card.md")
-
-    plain_load = ModelCard.load
-    hub = SimpleNamespace(
-        create_repo=lambda repo_id, **settings: SimpleNamespace(repo_id=repo_id),
-        create_branch=lambda **settings: None,
-        create_commit=create_commit,
+def test_push_to_hub_uploads_every_adapter_with_its_sidecar(monkeypatch):
+    uploads = []
+    monkeypatch.setattr(
+        transformers.utils.hub,
+        "hf_api",
+        lambda: SimpleNamespace(
+            create_repo=lambda repo_id, **settings: SimpleNamespace(repo_id=repo_id),
+            create_commit=lambda repo_id, operations, **settings: uploads.extend(operations),
+        ),
     )
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
-    card = SimpleNamespace(load=load, from_template=ModelCard.from_template)
-    monkeypatch.setattr(transformers.utils.hub, "ModelCard", card)
-    return uploads
-
-
-def test_push_to_hub_uploads_what_plain_lora_uploads_and_the_sidecar(pushed, tmp_path):
-    model, plain = fill(adapt(sparsity=0.6)), adapt()
-    model.push_to_hub("me/ours", token="secret", revision="v1", commit_message="first", private=True)
-    assert (pushed["commit"]["token"], pushed["commit"]["revision"]) == ("secret", "v1")
-    assert pushed["commit"]["commit_message"] == "first"
-    plain.push_to_hub("me/plain")
-    assert set(pushed["me/ours"]) == FILES
-    assert set(pushed["me/plain"]) == FILES - {"partial_lora.json"}
-    assert pushed["me/ours"]["README.md"] == pushed["me/plain"]["README.md"]  # the first card is one of transformers'
-    assert json.loads(pushed["me/ours"]["adapter_config.json"])["peft_type"] == "LORA"
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    for name, content in pushed["me/ours"].items():
-        (folder / name).write_bytes(content)
-    assert torch.equal(logits(masked_from(str(folder)), images()), logits(model, images()))
-
-
-def test_tags_given_to_push_to_hub_are_in_the_card_and_a_card_on_the_hub_stays(pushed):
-    adapt(sparsity=0.6).push_to_hub("me/ours", tags=["partial-lora", "lora"])
-    assert b"- partial-lora" in pushed["me/ours"]["README.md"]
-    pushed["me/ours"]["README.md"] += b"\nMy words.\n"
-    adapt(sparsity=0.6).push_to_hub("me/ours")
-    assert b"My words." in pushed["me/ours"]["README.md"]
-
-
-def test_an_adapter_with_a_name_is_pushed_with_its_sidecar(pushed):
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
     model = adapt(sparsity=0.6)
     model.add_adapter("other", PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
     model.push_to_hub("me/both")
-    assert set(pushed["me/both"]) == FILES | {f"other/{name}" for name in FILES - {"README.md"}}
-
-
-def test_the_config_alone_is_pushed_with_its_masks(pushed):
-    adapt(sparsity=0.6).peft_config["default"].push_to_hub("me/config")
-    assert set(pushed["me/config"]) == {"adapter_config.json", "partial_lora.json", "README.md"}
-
-
-# From the hub
+    assert {each.path_in_repo for each in uploads} == FILES | {f"other/{name}" for name in FILES - {"README.md"}}
 
 
 class Hub:
@@ -331,9 +274,8 @@ class Hub:
         def file_exists(repo_id, filename, *, revision=None, **settings):
             return self.path(repo_id, filename, None, revision).is_file()
 
-        for module in (*PEFT_ASKS, "partial_lora.adapter.config", "partial_lora.adapter.warm_start"):
-            # By name: warm_start is a function, too, as an attribute of its package.
-            monkeypatch.setattr(importlib.import_module(module), "hf_hub_download", download)
+        for module in ("peft.config", "peft.utils.save_and_load", "partial_lora.adapter.config"):
+            monkeypatch.setattr(f"{module}.hf_hub_download", download)
         monkeypatch.setattr(peft.utils.save_and_load, "file_exists", file_exists)
 
 

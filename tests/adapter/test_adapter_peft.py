@@ -11,7 +11,6 @@ from adapter_models import (
     dense_twin,
     fill,
     layers,
-    llama,
     logits,
     loss_of,
     to,
@@ -22,7 +21,6 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     get_peft_model,
-    get_peft_model_state_dict,
 )
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -74,10 +72,17 @@ def kept_only(model, gradient):
     return [factors[name].keep(value) if name in factors else value for name, value in sorted(gradient.items())]
 
 
-def assert_no_further_off_than_dense_lora(one, other, exact):
-    assert 0 < distance(other, exact) < 0.1 * distance(exact, [0 * tensor for tensor in exact])
-    # With other seeds 0.3 to 3 times, on average once. Another processor adds up in another order: one more such draw.
-    assert distance(one, exact) < 10 * distance(other, exact)
+def assert_no_further_off_than_dense_lora(model, twin, batch, exact):
+    """Compare logits and gradients of both with what they are ``exact`` to the last digits of float32."""
+    outputs = [[logits(each, batch)] for each in (model, twin)]
+    both = [gradients(each, batch) for each in (model, twin)]
+    assert outputs[0][0].dtype == outputs[1][0].dtype
+    assert {value.dtype for value in both[0].values()} == {value.dtype for value in both[1].values()}
+    own, dense = [value for _, value in sorted(both[0].items())], kept_only(model, both[1])
+    for one, other, of in ((*outputs, exact[0]), (own, dense, exact[1])):
+        assert 0 < distance(other, of) < 0.1 * distance(of, [0 * tensor for tensor in of])
+        # With other seeds 0.3 to 3 times, on average once. Another processor adds up in another order: one more draw.
+        assert distance(one, of) < 10 * distance(other, of)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +100,8 @@ def test_under_autocast_it_is_as_exact_as_dense_lora(name, dtype, granularity):
     twin = dense_twin(model, KINDS[name].build)
     exact = [logits(twin, batch)], kept_only(model, gradients(twin, batch))
     with torch.autocast("cpu", dtype):
-        one, other = logits(model, batch), logits(twin, batch)
-        gradient, expected = gradients(model, batch), gradients(twin, batch)
-    assert one.dtype == other.dtype
-    assert {value.dtype for value in gradient.values()} == {torch.float32}
-    assert_no_further_off_than_dense_lora([one], [other], exact[0])
-    gradient = [value for _, value in sorted(gradient.items())]
-    assert_no_further_off_than_dense_lora(gradient, kept_only(model, expected), exact[1])
+        assert_no_further_off_than_dense_lora(model, twin, batch, exact)
+        assert {value.dtype for value in gradients(model, batch).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -118,24 +118,20 @@ def test_a_base_in_low_precision_trains(name, autocast_adapter_dtype, granularit
     kind = KINDS[name]
     settings = {"r": 4, "lora_alpha": 6, "target_modules": kind.targets, "sparsity": 0.6, "granularity": granularity}
     config = PartialLoraConfig(**settings)
-    model, twin = (
+    model, twin, exact = (
         get_peft_model(kind.build().bfloat16(), each, autocast_adapter_dtype=autocast_adapter_dtype)
-        for each in (config, config.as_lora())
+        for each in (config, config.as_lora(), config.as_lora())
     )
     assert {p.dtype for p in fill(model).parameters() if p.requires_grad} == {
         torch.float32 if autocast_adapter_dtype else torch.bfloat16
     }
-    assert not twin.load_state_dict(model.state_dict(), strict=True).missing_keys
+    for each in (twin, exact):
+        assert not each.load_state_dict(model.state_dict(), strict=True).missing_keys
+    exact.float()
     batch = to(kind.batch(0), torch.bfloat16)
-    one, other = logits(model, batch), logits(twin, batch)
-    assert one.dtype == other.dtype == torch.bfloat16
-    gradient, expected = gradients(model, batch), gradients(twin, batch)
-    assert {value.dtype for value in gradient.values()} == {value.dtype for value in expected.values()}
-    exact = to(batch, torch.float32)
-    assert_no_further_off_than_dense_lora([one], [other], [logits(twin.float(), exact)])
-    gradient = [value for _, value in sorted(gradient.items())]
-    expected = kept_only(model, expected), kept_only(model, gradients(twin, exact))
-    assert_no_further_off_than_dense_lora(gradient, *expected)
+    wide = to(batch, torch.float32)
+    found = [logits(exact, wide)], kept_only(model, gradients(exact, wide))
+    assert_no_further_off_than_dense_lora(model, twin, batch, found)
 
 
 # Gradient checkpointing
@@ -147,7 +143,7 @@ def test_a_base_in_low_precision_trains(name, autocast_adapter_dtype, granularit
         ("llama", True, "rows_columns"),
         ("gpt2", False, "element"),
         ("deberta", False, "rows_columns"),
-        ("wrapped_vit", True, "element"),
+        ("timm_vit", None, "rows_columns"),
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, granularity):
@@ -156,24 +152,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, gr
     next(iter(layers(model).values())).register_forward_pre_hook(lambda *_: calls.append(1))
     expected = gradients(model, batch)
     once = len(calls)
-    model.enable_input_require_grads()  # or nothing before the first block would have a gradient to ask for
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if use_reentrant is None:  # timm's own
+        model.get_base_model().set_grad_checkpointing(True)
+    else:
+        model.enable_input_require_grads()  # or nothing before the first block would have a gradient to ask for
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     gradient = gradients(model, batch)
     assert len(calls) == 3 * once  # and once more in the backward pass
     assert gradient.keys() == expected.keys()
     for parameter, value in gradient.items():
         torch.testing.assert_close(value, expected[parameter], msg=parameter)
-
-
-@pytest.mark.parametrize("name", ["timm_vit", "timm_convnext"])
-def test_gradient_checkpointing_of_timm_gives_the_same_gradients(name):
-    model, batch = uneven(name, lora_dropout=0.3), KINDS[name].batch(0)
-    expected = gradients(model, batch)
-    model.get_base_model().set_grad_checkpointing(True)
-    gradient = gradients(model, batch)
-    for parameter, value in gradient.items():
-        torch.testing.assert_close(value, expected[parameter], msg=parameter)
-    assert gradient.keys() == expected.keys()
 
 
 # Several adapters
@@ -190,13 +178,6 @@ def test_only_the_active_adapter_trains():
     model.set_adapter("other")
     assert trainable_parameters(model) == 0
     assert trainable_parameters(model, "other") == expected
-    model.set_requires_grad("other", requires_grad=False)
-    assert trainable_parameters(model, "other") == 0
-    model.set_requires_grad(["default", "other"])
-    assert trainable_parameters(model, "other") == expected
-    assert trainable_parameters(model) == trainable_parameters(adapt(sparsity=0.9))
-    model.set_adapter("default", inference_mode=True)
-    assert trainable_parameters(model) == trainable_parameters(model, "other") == 0
 
 
 @pytest.mark.parametrize(
@@ -226,21 +207,6 @@ def test_each_example_of_a_batch_has_its_own_adapter(name, granularity):
         model.train()(**batch, adapter_names=rows)
 
 
-@granularities
-def test_a_language_model_generates(granularity):
-    model = uneven("llama", granularity=granularity)
-    prompt = {"input_ids": KINDS["llama"].batch(0)["input_ids"][:, :3]}
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    generated = model.eval().generate(**prompt, **settings)
-    assert generated.shape == (2, 11)
-    assert torch.equal(generated, dense_twin(model, llama).eval().generate(**prompt, **settings))
-    assert not torch.equal(generated, llama().eval().generate(**prompt, **settings))
-    mixed = model.generate(**prompt, **settings, adapter_names=["default", "__base__"])
-    assert torch.equal(mixed[0], generated[0])
-    assert torch.equal(mixed[1], llama().eval().generate(**prompt, **settings)[1])
-    assert torch.equal(generated, model.merge_and_unload().generate(**prompt, **settings))
-
-
 # LoRA's other settings
 
 
@@ -249,8 +215,6 @@ def test_a_language_model_generates(granularity):
     [
         ("wrapped_vit", "all", "rows_columns"),
         ("wrapped_vit", "lora_only", "element"),
-        ("qwen2", "all", "rows_columns"),
-        ("convnext", "lora_only", "rows_columns"),
         ("convnext", "all", "element"),
     ],
 )
@@ -263,7 +227,7 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
         key for key, p in twin.named_parameters() if p.requires_grad
     }
     assert any(key.endswith("base_layer.bias") for key in trained)
-    assert any(key.endswith(("norm1.bias", "layernorm.bias")) for key in trained) == (bias == "all" and name != "qwen2")
+    assert any(key.endswith(("norm1.bias", "layernorm.bias")) for key in trained) == (bias == "all")
     gradient = [value for _, value in sorted(gradients(model, kind.batch(0)).items())]
     expected = kept_only(model, gradients(twin, kind.batch(0)))
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
@@ -274,24 +238,6 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     again = adapt(kind.build, sparsity=0.0, bias=bias, task_type=kind.task, modules_to_save=None)
     again.load_adapter(str(tmp_path), "default")
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("gpt2", {"target_modules": "all-linear"}),
-        ("gpt2", {"layers_to_transform": [1], "layers_pattern": "h"}),
-        ("deberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-        ("qwen2", {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]}),
-        ("timm_vit", {"target_modules": ["proj"]}),  # ends the name of a convolution too, patch_embed.proj
-        ("timm_vit", {"target_modules": "all-linear", "modules_to_save": None}),  # takes the head of a timm model too
-    ],
-)
-def test_the_same_modules_are_adapted_as_by_plain_lora(name, settings):
-    plain, partial = (adapt(KINDS[name].build, **settings, **mask) for mask in ({}, {"sparsity": 0.5}))
-    assert list(layers(plain)) == list(layers(partial)) == list(module_masks(partial))
-    assert module_masks(partial)
-    assert {masks.rows.sparsity for masks in module_masks(partial).values()} == {0.5}
 
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():
@@ -308,26 +254,19 @@ def test_what_peft_refuses_for_lora_is_refused_with_its_words():
 
 
 @pytest.mark.parametrize(
-    ("name", "auto", "granularity"),
+    ("name", "auto"),
     [
-        ("llama", AutoPeftModelForCausalLM, "rows_columns"),
-        ("deberta", AutoPeftModelForSequenceClassification, "element"),
-        ("wrapped_vit", AutoPeftModel, "rows_columns"),
+        ("llama", AutoPeftModelForCausalLM),
+        ("deberta", AutoPeftModelForSequenceClassification),
+        ("wrapped_vit", AutoPeftModel),
     ],
 )
-def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto, granularity):
+def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto):
     kind = KINDS[name]
     kind.build().save_pretrained(tmp_path / "base")
     base = type(kind.build()).from_pretrained(tmp_path / "base")
-    config = PartialLoraConfig(
-        r=4,
-        target_modules=kind.targets,
-        sparsity=0.6,
-        granularity=granularity,
-        task_type=kind.task,
-        modules_to_save=kind.head,
-    )
-    model = fill(get_peft_model(base, config))
+    settings = {"target_modules": kind.targets, "task_type": kind.task, "modules_to_save": kind.head}
+    model = fill(get_peft_model(base, PartialLoraConfig(r=4, sparsity=0.6, **settings)))
     folder = str(tmp_path / "adapter")
     model.save_pretrained(folder)
     plain = auto.from_pretrained(folder)
@@ -336,6 +275,3 @@ def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto, granularity):
     torch.testing.assert_close(logits(plain, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(masked, kind.batch(0)), logits(model, kind.batch(0)))
     assert module_masks(masked) == module_masks(model)
-    assert trainable_parameters(masked) == trainable_parameters(model)
-    kept, again = get_peft_model_state_dict(model), get_peft_model_state_dict(masked)
-    assert kept.keys() == again.keys()

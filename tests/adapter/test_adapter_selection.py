@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from adapter_models import layers, vit
+from adapter_models import layers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, kept_count
 
@@ -235,11 +235,3 @@ def test_indices_that_do_not_fit_are_refused(granularity, rows, sparsity):
     settings = {"target_modules": ["conv"], "selection": "top", "granularity": granularity}
     with pytest.raises(PartialLoraError, match=r"^indices\['conv'\]\['rows'\]"):
         get_peft_model(Mixed(), config(indices=indices, sparsity=sparsity, **settings))
-
-
-def test_scores_choose_again_for_another_model():
-    scores = {"timm_model.blocks.0.mlp.fc1": {"rows": torch.arange(128), "columns": torch.arange(32)}}
-    chosen = PartialLoraConfig(r=2, target_modules=["blocks.0.mlp.fc1"], selection="top", scores=scores, sparsity=0.75)
-    masks = [module_masks(get_peft_model(vit(), chosen)) for _ in range(2)]
-    expected = ModuleMasks(rows=Mask(128, np.arange(96, 128)), columns=Mask(32, np.arange(24, 32)))
-    assert masks == [{"timm_model.blocks.0.mlp.fc1": expected}] * 2

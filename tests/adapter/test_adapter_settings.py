@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import pickle
 import warnings
@@ -15,8 +14,6 @@ import pytest
 import torch
 from adapter_models import (
     HEAD,
-    VIT_TARGETS,
-    adapt,
     deberta,
     fill,
     gpt2,
@@ -30,17 +27,14 @@ from adapter_models import (
     vit,
 )
 from peft import (
-    EvaConfig,
-    LoftQConfig,
     LoraConfig,
     LoraRuntimeConfig,
     PeftConfig,
     PeftModel,
-    VeloraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import BdLoraConfig, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -58,10 +52,6 @@ def sparsity_of(sparsity, targets=("attn.qkv", "mlp.fc1")):
 
 def both(rows, columns=None):
     return {"rows": rows, "columns": rows if columns is None else columns}
-
-
-def test_one_number_goes_everywhere():
-    assert set(map(str, sparsity_of(0.5).values())) == {str(both(0.5))}
 
 
 def test_a_full_name_comes_before_a_pattern_and_the_first_pattern_before_the_next():
@@ -114,7 +104,16 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         *(("lora_alpha", {"lora_alpha": value}) for value in ("16", None, float("nan"))),
         *(("lora_dropout", {"lora_dropout": value}) for value in ("0.1", 1.5, -0.1)),
         (r"alpha_pattern\['a'\]", {"alpha_pattern": {"a": "8"}}),
-        *(("rank_pattern", {"rank_pattern": value}) for value in (["a"], {"q_proj(": 8})),
+        *(("rank_pattern", {"rank_pattern": value}) for value in (["a"], {"q_proj(": 8}, {"qkv": 0})),
+        *(("r", {"r": value}) for value in (0, 2.0, True, None)),
+        *(("init_lora_weights", {"init_lora_weights": value}) for value in ("eva", "olora", "pissa_niter_4", None, 1)),
+        *((f"{axis}_exponent", {f"{axis}_exponent": value}) for axis in ("row", "column") for value in (1.5, -1, "1")),
+        ("fan_in", {"fan_in": "some"}),
+        ("fan_in", {"fan_in": "kept", "init_lora_weights": "gaussian"}),
+        ("columns", {"columns": "none"}),
+        ("columns", {"columns": "frozen", "granularity": "element"}),
+        ("count", {"granularity": "units", "count": "bernoulli"}),
+        *(("granularity", {"granularity": each, **TOP}) for each in ("groups", "units")),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
         *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {})),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
@@ -148,13 +147,6 @@ def test_settings_changed_later_are_refused_too(name, value):
     for build in (lambda: get_peft_model(vit(), config), lambda: config.choose_masks({"qkv": QKV})):
         with pytest.raises(PartialLoraError, match=f"^{name}|with scores"):
             build()
-
-
-def test_whole_numbers_of_numpy_are_whole_numbers(tmp_path):
-    config = PartialLoraConfig(r=np.int64(2), mask_seed=np.int64(3), target_modules=["qkv"], sparsity=0.5)
-    assert config == PartialLoraConfig(r=2, mask_seed=3, target_modules=["qkv"], sparsity=0.5)
-    get_peft_model(vit(), config).save_pretrained(tmp_path)
-    assert PartialLoraConfig.from_pretrained(tmp_path).mask_seed == 3
 
 
 def test_an_adapter_of_more_modules_names_the_one_that_is_not_there(tmp_path):
@@ -258,11 +250,12 @@ def test_the_rank_on_disk_is_the_highest_that_a_module_has(tmp_path):
 
 def test_numbers_of_numpy_are_saved(tmp_path):
     given = {"r": np.int64(4), "lora_alpha": np.float32(8), "rank_pattern": {"q_proj": np.int64(2)}}
+    given["mask_seed"] = np.int64(3)
     targets = np.array(["q_proj", "v_proj"])
     model = get_peft_model(llama(), PartialLoraConfig(target_modules=targets, sparsity=0.5, **given))
     model.save_pretrained(tmp_path)
     again = PartialLoraConfig.from_pretrained(tmp_path)
-    assert (again.r, again.target_modules) == (4, {"q_proj", "v_proj"})
+    assert (again.r, again.target_modules, again.mask_seed) == (4, {"q_proj", "v_proj"}, 3)
 
 
 def test_targets_that_plain_peft_takes_for_fused_experts_are_refused(tmp_path):
@@ -322,42 +315,24 @@ def config_with(form, key="scores", **settings):
     )
 
 
-FORMS = {
-    "list": list,
-    "tuple": tuple,
-    "array": np.array,
-    "tensor": torch.tensor,
-    "parameter": lambda numbers: nn.Parameter(torch.tensor(numbers, dtype=torch.float32)),
-    "bfloat16": lambda numbers: torch.tensor(numbers, dtype=torch.bfloat16),
-}
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
     "pickle": lambda config: pickle.loads(pickle.dumps(config)),
-    "torch.save": lambda config: reloaded(config),
     "replace": dataclasses.replace,
     "to_dict": lambda config: PartialLoraConfig(**config.to_dict()),
     "from_peft_type": lambda config: PeftConfig.from_peft_type(**config.to_dict()),
 }
 
 
-def reloaded(config):
-    file = io.BytesIO()
-    torch.save(config, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    ("form", "way"), [*(("tensor", way) for way in COPIES), *((form, "to_dict") for form in FORMS)]
-)
-def test_a_copied_config_is_the_same(form, way):
-    config = config_with(FORMS[form], sparsity={"qkv": 0.5})
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copied_config_is_the_same(way):
+    config = config_with(torch.tensor, sparsity={"qkv": 0.5})
     again = COPIES[way](config)
     assert type(again) is PartialLoraConfig
     assert again == config
     assert repr(again) == repr(config)
-    assert again != config_with(FORMS[form], sparsity={"qkv": 0.6})
+    assert again != config_with(torch.tensor, sparsity={"qkv": 0.6})
     assert {axis: values.tolist() for axis, values in again.scores["a.qkv"].items()} == {
         "rows": [1, 4],
         "columns": [0, 3, 5],
@@ -402,58 +377,20 @@ def test_every_option_of_the_installed_peft_is_allowed_or_refused():
     assert not options.PASSED & options.REFUSED.keys()
 
 
-SET = {
-    "use_dora": True,
-    "rank_pattern": {"qkv": 2},
-    "lora_bias": True,
-    "target_parameters": ["weight"],
-    "layer_replication": [(0, 1)],
-    "use_qalora": True,
-    "qalora_group_size": 8,
-    "use_bdlora": BdLoraConfig(target_modules_bd_a=["qkv"], nblocks=2),
-    "velora_config": VeloraConfig(),
-    "alora_invocation_tokens": torch.tensor([1, 2]),
-    "arrow_config": {},
-    "kasa_config": {},
-    "monteclora_config": {},
-    "megatron_config": {"a": 1},
-    "megatron_core": "other.core",
-    "loftq_config": LoftQConfig(),
-    "eva_config": EvaConfig(),
-    "corda_config": {},
-    "lora_ga_config": {},
-}
-
-
 @pytest.mark.parametrize("name", options.REFUSED)
 def test_an_option_without_a_masked_form_is_refused_by_name(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT does not speak of it first
         with pytest.raises(PartialLoraError) as refusal:
-            PartialLoraConfig(target_modules=["qkv"], **{name: SET[name]})
+            PartialLoraConfig(target_modules=["qkv"], **{name: "set"})
     assert str(refusal.value).startswith(f"{name}=")
     assert "\n" not in str(refusal.value)
     config = PartialLoraConfig(r=2, target_modules=["qkv"])
-    setattr(config, name, SET[name])  # later is as bad
+    setattr(config, name, "set")  # later is as bad
     model = vit()
     with pytest.raises(PartialLoraError, match=name):
         get_peft_model(model, config)
     assert not layers(model)
-
-
-INITIALISATIONS = ["eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal", "mica", "lora_ga", None, 1]
-
-
-@pytest.mark.parametrize("init", INITIALISATIONS)
-def test_an_initialisation_that_fits_the_factors_to_something_is_refused(init):
-    with pytest.raises(PartialLoraError, match=f"^init_lora_weights={init!r}"):
-        PartialLoraConfig(target_modules=["qkv"], init_lora_weights=init)
-
-
-@pytest.mark.parametrize("r", [0, -1, 2.0, True, None])
-def test_a_rank_that_is_none_is_refused(r):
-    with pytest.raises(PartialLoraError, match=rf"^r is {r}"):
-        PartialLoraConfig(target_modules=["qkv"], r=r)
 
 
 @dataclass
@@ -520,24 +457,17 @@ def facts(model):
 DECODER = {"target_modules": ["q_proj", "v_proj"]}
 
 PASSED = [
-    (vit, {"r": 3}),
-    (vit, {"target_modules": "all-linear"}),
-    (vit, {"target_modules": r".*\.blocks\.1\.(attn\.proj|mlp\.fc2)"}),
+    (vit, {"r": 3, "lora_alpha": 12, "alpha_pattern": {"blocks.0.attn.qkv": 2, "fc1": 32}, "lora_dropout": 0.25}),
+    (vit, {"use_rslora": True, "modules_to_save": [HEAD]}),
+    (vit, {"target_modules": "all-linear", "exclude_modules": ["blocks.0.attn.qkv"]}),
+    (vit, {"target_modules": r".*\.(attn\.proj|mlp\.fc2)", "exclude_modules": r".*\.1\.mlp.*"}),
     (vit, {"target_modules": ["patch_embed.proj", "attn.proj"]}),
-    (vit, {"exclude_modules": ["blocks.0.attn.qkv"]}),
-    (vit, {"exclude_modules": r".*\.1\.mlp.*"}),
     (vit, {"layers_to_transform": 1}),
     (vit, {"layers_to_transform": [0], "layers_pattern": "blocks"}),
-    (vit, {"lora_alpha": 12}),
-    (vit, {"alpha_pattern": {"blocks.0.attn.qkv": 2, "fc1": 32}}),
-    (vit, {"use_rslora": True}),
-    (vit, {"lora_dropout": 0.25}),
     (vit, {"bias": "all"}),
     (vit, {"bias": "lora_only"}),
-    (vit, {"modules_to_save": [HEAD]}),
-    (vit, {"inference_mode": True}),
+    (vit, {"revision": "abc", "inference_mode": True, "base_model_name_or_path": "some/model"}),
     (vit, {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)}),
-    (vit, {"revision": "abc", "base_model_name_or_path": "some/model"}),
     (vit, {"auto_mapping": {"base_model_class": "A", "parent_library": "b"}}),
     (vit, {"task_type": "FEATURE_EXTRACTION"}),
     (llama, {**DECODER, "task_type": "CAUSAL_LM"}),
@@ -574,10 +504,3 @@ def test_an_option_does_what_it_does_in_plain_lora(tmp_path, base, settings):
 
 def logits_of(model, batch):
     return logits(model.get_base_model() if type(model).__name__ == "PeftModelForFeatureExtraction" else model, batch)
-
-
-def test_all_linear_leaves_the_head_of_the_task_alone():
-    model = adapt(target_modules="all-linear", sparsity=0.5)
-    assert layers(model).keys() == {
-        f"timm_model.blocks.{block}.{target}" for block in range(2) for target in VIT_TARGETS
-    }

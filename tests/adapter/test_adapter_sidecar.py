@@ -95,13 +95,7 @@ def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
     assert torch.equal(logits(again, batch), logits(model, batch))
 
     again.save_pretrained(tmp_path / "two")  # and once more, with nothing lost on the way
-    for file in ("partial_lora.json", "adapter_config.json"):
-        one, two = (json.loads((tmp_path / folder / file).read_text()) for folder in ("one", "two"))
-        for content in (one, two):
-            content["target_modules"] = sorted(content.get("target_modules", ()))  # PEFT's set, in any order
-        assert one == two
-    masked = PartialLoraConfig.from_pretrained(str(tmp_path / "two"))
-    assert module_masks(get_peft_model(KINDS[name].build(), masked)) == module_masks(model)
+    assert json.loads((tmp_path / "two" / "partial_lora.json").read_text()) == sidecar
 
 
 GIVEN = {
@@ -131,27 +125,13 @@ def test_the_config_read_from_a_folder_is_the_one_it_was_made_with(tmp_path, for
     assert again.peft_config["second"] == again.peft_config["default"]
     assert module_masks(again, "second") == module_masks(again) == module_masks(model)
 
-
-def test_indices_come_back_as_given(tmp_path):
-    model = with_selection("wrapped_vit", "indices")
-    model.save_pretrained(tmp_path)
-    read = PartialLoraConfig.from_pretrained(str(tmp_path))
-    own = model.peft_config["default"]
-    assert read == replace(own, inference_mode=True, auto_mapping=read.auto_mapping)
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_an_adapter_saved_before_its_file_had_the_sparsity_loads_as_it_did(tmp_path, name):
-    model = adapt(**GIVEN[name])
-    model.save_pretrained(tmp_path)
+    # As saved before the file had the sparsity: it is the measured one, which keeps as many.
     change(tmp_path, lambda sidecar: [sidecar.pop(key, None) for key in ("sparsity", "fan_in")])
-    config = PartialLoraConfig.from_pretrained(str(tmp_path))
-    measured = module_masks(model)["timm_model.blocks.0.attn.qkv"]
-    if name != "bernoulli":
-        share = config.sparsity["timm_model.blocks.0.attn.qkv"]
-        assert share == {"rows": measured.rows.sparsity, "columns": measured.columns.sparsity}
-    again = PeftModel.from_pretrained(vit(), str(tmp_path), config=config)
-    assert module_masks(again) == module_masks(model)
+    older = PartialLoraConfig.from_pretrained(str(tmp_path))
+    measured = module_masks(model)[QKV]
+    if form != "bernoulli":
+        assert older.sparsity[QKV] == {"rows": measured.rows.sparsity, "columns": measured.columns.sparsity}
+    assert module_masks(get_peft_model(vit(), older)) == module_masks(model)
 
 
 def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
@@ -218,59 +198,27 @@ def moved(sidecar):
     kept[:] = sorted([free, *kept[1:]])
 
 
-ANYWHERE = [
-    *((setting(key, GONE), key) for key in ("granularity", "selection", "mask_seed", "modules", "version")),
-    *((setting("version", value), "version") for value in ("1", None)),
-    (setting("extra", 1), "extra"),
-    (setting("granularity", "rows"), "granularity"),
-    (setting("selection", None), "selection"),
-    *((setting("mask_seed", value), "mask_seed") for value in ("0", True)),
-    *((setting("sparsity", value), "sparsity") for value in (1.0, "calibration.json", None, {}, {QKV: {"rows": 0.5}})),
-    (setting("fan_in", "dense"), "fan_in"),
-    *((setting("modules", value), "modules") for value in ({}, [])),
-    (lambda s: s["modules"].update({QKV: [1]}), QKV),
-    (setting("rows", GONE), f"rows in .*{QKV}"),
-    (setting("more", 1), f"more in .*{QKV}"),
-    *((setting("rows", value), f"{QKV}.*rows") for value in (1.0, -0.1)),
-    *((setting("columns", value), f"{QKV}.*columns") for value in ("0.5", False, float("nan"))),
-    *((setting("shape", value), f"{QKV}.*shape") for value in ([96], [96, 32, 1], [96, 32.0], [0, 32])),
-    (setting("sha256", "abc"), f"{QKV}.*sha256"),
-    (setting("sha256", "rows", GONE), f"rows in .*{QKV}.*sha256"),
-    (setting("sha256", "rows", "ab" * 31), f"{QKV}.*sha256.*rows"),
-    *((setting("sha256", "columns", value), f"{QKV}.*sha256.*columns") for value in ("AB" * 32, 5)),
-]
-OF_ROWS = [
-    (setting("count", "exact"), "count"),
-    (setting("a", [4, 32]), f"a in .*{QKV}"),
-    (setting("indices", {"rows": [0], "columns": [0]}), f"indices in .*{QKV}"),
-    (setting("selection", "top"), f"indices in .*{QKV}"),
-    (setting("granularity", "element"), "count"),
-]
-OF_ENTRIES = [
-    *((setting("count", value), "count") for value in (GONE, "about")),
-    (setting("a", GONE), f"a in .*{QKV}"),
-    *((setting("a", value), rf"{QKV}.*\['a'\]") for value in ([4], [4, 33])),
-    *((setting("b", value), rf"{QKV}.*\['b'\]") for value in ([95, 4], [96, 3], [96, 4, 1])),
-    (setting("granularity", "rows_columns"), "count"),
-]
-OF_TOP = [
-    (setting("indices", GONE), f"indices in .*{QKV}"),
-    (setting("indices", [0]), f"{QKV}.*indices"),
-    (setting("indices", "rows", GONE), f"rows in .*{QKV}.*indices"),
-    *(
-        (setting("indices", "rows", value), f"{QKV}.*indices.*rows")
-        for value in (3, [0, 1.0], [], [2, 1], [-1, 1], [0, 10**6], [0, 10**30], [0, 1])
-    ),
-    (setting("columns", 0.1), f"{QKV}.*indices.*columns"),
-    (moved, f"{QKV}.*sha256.*rows"),
-    (setting("selection", "random"), f"indices in .*{QKV}"),
-]
 BROKEN = [
-    *(("rows_columns", "random", *case) for case in ANYWHERE + OF_ROWS),
-    *(("element", "random", *case) for case in OF_ENTRIES),
-    *(("rows_columns", "scores", *case) for case in OF_TOP),
-    ("element", "scores", setting("count", "bernoulli"), "count"),
-    ("element", "scores", setting("indices", "rows", [0, 1]), f"{QKV}.*indices.*rows"),
+    *(("random", setting(key, GONE), key) for key in ("granularity", "selection", "mask_seed", "modules", "version")),
+    ("random", setting("version", 2), "version"),
+    ("random", setting("extra", 1), "extra"),
+    ("random", setting("granularity", "rows"), "granularity"),
+    ("random", setting("granularity", "element"), f"{QKV}.* a"),
+    ("random", setting("selection", "top"), f"{QKV}.* indices"),
+    ("random", setting("mask_seed", "0"), "mask_seed"),
+    *(("random", setting("sparsity", value), "sparsity") for value in (1.0, "calibration.json", {})),
+    ("random", setting("fan_in", "some"), "fan_in"),
+    ("random", setting("count", "bernoulli"), "count"),
+    ("random", setting("modules", []), ""),
+    ("random", lambda s: s["modules"].update({QKV: [1]}), ""),
+    ("random", setting("rows", GONE), f"{QKV}.* rows"),
+    ("random", setting("more", 1), f"{QKV}.* more"),
+    ("random", setting("sha256", "abc"), ""),
+    ("random", setting("sha256", "rows", GONE), f"{QKV}.*sha256.* rows"),
+    ("scores", setting("indices", GONE), f"{QKV}.* indices"),
+    ("scores", setting("indices", "rows", GONE), f"indices.*{QKV}"),
+    ("scores", setting("indices", "rows", ["a"]), f"indices.*{QKV}.*rows"),
+    ("scores", setting("selection", "random"), f"{QKV}.* indices"),
 ]
 
 
@@ -278,23 +226,20 @@ BROKEN = [
 def saved(tmp_path_factory):
     """One folder for each granularity and selection."""
     folders = {}
-    for granularity in ("rows_columns", "element"):
-        for selection in ("random", "scores"):
-            folders[granularity, selection] = tmp_path_factory.mktemp("saved")
-            model = with_selection("wrapped_vit", selection, granularity=granularity)
-            model.save_pretrained(folders[granularity, selection])
+    for granularity, selection in (("rows_columns", "random"), ("rows_columns", "scores"), ("element", "random")):
+        folders[granularity, selection] = tmp_path_factory.mktemp("saved")
+        model = with_selection("wrapped_vit", selection, granularity=granularity)
+        model.save_pretrained(folders[granularity, selection])
     return folders
 
 
-@pytest.mark.parametrize(("granularity", "selection", "alter", "key"), BROKEN)
-def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(tmp_path, saved, granularity, selection, alter, key):
-    shutil.copytree(saved[granularity, selection], tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(("selection", "alter", "key"), BROKEN)
+def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(tmp_path, saved, selection, alter, key):
+    shutil.copytree(saved["rows_columns", selection], tmp_path, dirs_exist_ok=True)
     change(tmp_path, alter)
-    with pytest.raises(PartialLoraError, match=rf"partial_lora\.json .*{key}") as refusal:
+    with pytest.raises(PartialLoraError, match=rf"^{tmp_path}/partial_lora\.json .*{key}") as refusal:
         PartialLoraConfig.from_pretrained(str(tmp_path))
-    assert str(refusal.value).startswith(f"{tmp_path}/")
     assert "\n" not in str(refusal.value)
-    assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -312,34 +257,41 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
     assert "\n" not in str(refusal.value)
 
 
+def matching(kept):
+    return rf"{QKV}: .*{kept} .*partial_lora\.json"
+
+
 @pytest.mark.parametrize(
-    ("granularity", "alter", "message"),
+    ("granularity", "selection", "alter", "message"),
     [
-        ("rows_columns", setting("version", 2), r"partial_lora\.json .*version 2"),
-        ("rows_columns", setting("mask_seed", 1), "rows .*mask_seed"),
-        ("element", setting("mask_seed", 1), "rows .*mask_seed"),
-        ("element", setting("count", "bernoulli"), r"rows .*partial_lora\.json"),
+        ("rows_columns", "random", setting("mask_seed", 1), "rows .*mask_seed"),
+        ("element", "random", setting("mask_seed", 1), "rows .*mask_seed"),
+        ("element", "random", setting("count", "bernoulli"), r"rows .*partial_lora\.json"),
         *(
-            ("rows_columns", setting("sparsity", share), r"partial_lora\.json: .*sparsity")
+            ("rows_columns", "random", setting("sparsity", share), r"sparsity .*trained with")
             for share in (0.25, {".*": 0.25})
         ),
-        ("rows_columns", setting("columns", 0.25), rf"{QKV}: .*columns .*partial_lora\.json"),
-        ("rows_columns", setting("shape", [96, 33]), rf"{QKV}.*\[96, 32\].*\[96, 33\]"),
-        (
-            "element",
-            lambda s: s["modules"][QKV].update(a=[2, 32], b=[96, 2]),
-            rf"{QKV}.* A .*\[4, 32\].*\[2, 32\]",
+        ("rows_columns", "random", setting("sha256", "columns", 5), matching("columns")),
+        ("rows_columns", "random", setting("shape", [96, 33]), rf"{QKV}.*\[96, 32\].*\[96, 33\]"),
+        ("rows_columns", "random", setting("shape", 96), rf"{QKV}.*\[96, 32\].*96"),
+        ("element", "random", setting("a", [2, 32]), rf"{QKV}.* A .*\[4, 32\].*\[2, 32\]"),
+        ("element", "random", setting("b", [96, 2]), rf"{QKV}.* B .*\[96, 4\].*\[96, 2\]"),
+        *(
+            ("rows_columns", "scores", setting("indices", "rows", kept), rf"^indices.*{QKV}.*rows")
+            for kept in ([], [2, 1], [-1, 1], [0, 10**6])
         ),
-        ("rows_columns", lambda s: s["modules"].pop(FC2), f"{FC2} "),
+        ("rows_columns", "scores", moved, matching("rows")),
+        ("rows_columns", "random", lambda s: s["modules"].pop(FC2), f"{FC2} "),
         (
             "rows_columns",
+            "random",
             lambda s: s["modules"].update(more=s["modules"][FC2]),
             r"adapter_model\.safetensors .*lora_A of more",
         ),
     ],
 )
-def test_a_sidecar_that_does_not_match_the_model_is_refused(tmp_path, saved, granularity, alter, message):
-    shutil.copytree(saved[granularity, "random"], tmp_path, dirs_exist_ok=True)
+def test_a_sidecar_that_does_not_match_the_model_is_refused(tmp_path, saved, granularity, selection, alter, message):
+    shutil.copytree(saved[granularity, selection], tmp_path, dirs_exist_ok=True)
     change(tmp_path, alter)
     model = vit()
     with pytest.raises(PartialLoraError, match=message):

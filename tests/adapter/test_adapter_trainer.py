@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from adapter_models import LLAMA_TARGETS, MIXED, VIT_TARGETS, adapt, images, layers, llama, logits, vit
 from datasets import Dataset
@@ -50,30 +49,6 @@ def train(folder, model, resume=None, callbacks=(), **settings):
 
 def state(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-def test_trainer_resumes_to_the_last_bit(tmp_path, granularity):
-    settings = {"sparsity": MIXED, "lora_dropout": 0.1, "granularity": granularity}
-    whole = adapt(**settings)
-    train(tmp_path / "whole", whole)
-    train(tmp_path / "parts", adapt(**settings), callbacks=[StopAfter(1)])
-    resumed = adapt(**settings, seed=9)  # whatever it was drawn as, the checkpoint decides
-    train(tmp_path / "parts", resumed, resume=str(tmp_path / "parts" / "checkpoint-3"))
-    expected = state(whole)
-    assert state(resumed).keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
-
-
-def test_trainer_with_checkpointing_trains_as_without(tmp_path):
-    models = adapt(sparsity=MIXED, lora_dropout=0.1), adapt(sparsity=MIXED, lora_dropout=0.1)
-    plain = {"save_strategy": "no", "eval_strategy": "no", "gradient_accumulation_steps": 3}
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    train(tmp_path, models[0], **plain)
-    train(tmp_path, models[1], **plain, **kwargs)
-    expected = state(models[0])
-    for name, value in state(models[1]).items():
-        torch.testing.assert_close(value, expected[name], msg=name)
 
 
 def test_trainer_loads_the_best_model_at_the_end(tmp_path):

@@ -32,7 +32,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig, compact, load_compact, module_masks, read_compact, write_compact
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
 from partial_lora.adapter.compact import FILE_NAME
 from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.errors import PartialLoraError
@@ -140,19 +140,12 @@ def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granulari
     assert module_masks(loaded) == module_masks(model)
 
 
-@pytest.mark.parametrize(("selection", "dtype"), [("random", None), ("top", torch.bfloat16)])
-def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path, selection, dtype):
+def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path):
     settings = {"r": 4, "target_modules": ["q_proj", "o_proj", "gate_proj"], "modules_to_save": ["lm_head"]}
     model = get_peft_model(deep_llama(), PartialLoraConfig(**settings, sparsity=0.87))
     assert "model.layers.31.self_attn.q_proj" in module_masks(model)
-    if selection == "top":
-        indices = {
-            name: {"rows": each.rows.kept, "columns": each.columns.kept} for name, each in module_masks(model).items()
-        }
-        config = PartialLoraConfig(**settings, selection="top", indices=indices)
-        model = get_peft_model(deep_llama(), config)
-    assert written_size(fill(model), tmp_path, dtype) <= promised_size(model, dtype)
-    assert_same(state(model), state(load_compact(deep_llama(), tmp_path)), dtype)
+    assert written_size(fill(model), tmp_path, None) <= promised_size(model, None)
+    assert_same(state(model), state(load_compact(deep_llama(), tmp_path)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -441,7 +434,7 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
         (lambda h: h.update(modules=[]), FILE_NAME),
         (lambda h: h.pop("base"), FILE_NAME),
         (lambda h: h.update(base="?"), FILE_NAME),
-        (lambda h: h["modules"][FC1].__setitem__(2, 0), f"{FC1} .*0 of"),
+        (lambda h: h["modules"][FC1].__setitem__(2, 0), FC1),
         *((lambda h, size=size: h["modules"][FC1][0].__setitem__(0, size), FILE_NAME) for size in (0, 10**13, 1e3)),
     ],
 )
@@ -478,13 +471,14 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_repository_of_the_hub_is_as_good_as_a_folder(tmp_path, monkeypatch):
     model = fill(adapt(sparsity=0.6))
     path = write_compact(model, tmp_path)
-    monkeypatch.setattr(compact, "hf_hub_download", lambda *names: {("me/mine", FILE_NAME): str(path)}[names])
+    hub = "partial_lora.adapter.config.hf_hub_download"
+    monkeypatch.setattr(hub, lambda *names, subfolder: {("me/mine", FILE_NAME): str(path)}[names])
     torch.testing.assert_close(logits(load_compact(vit(), "me/mine"), images()), logits(model, images()))
 
-    def missing(*names):
+    def missing(*names, subfolder):
         raise EntryNotFoundError("no such file")
 
-    monkeypatch.setattr(compact, "hf_hub_download", missing)
+    monkeypatch.setattr(hub, missing)
     refuses(vit(), "me/mine", f"me/mine/{FILE_NAME}")
 
 

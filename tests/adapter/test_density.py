@@ -244,30 +244,6 @@ def test_an_a_of_another_seed_is_refused(tmp_path):
         PeftModel.from_pretrained(vit(), tmp_path, config=config)
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"row_exponent": 1.5}, "row_exponent"),
-        ({"rank_pattern": {"qkv": 0}}, "rank_pattern"),
-        ({"column_exponent": -0.1}, "column_exponent"),
-        ({"row_exponent": "half"}, "row_exponent"),
-        ({"fan_in": "some"}, "fan_in"),
-        ({"fan_in": "kept", "init_lora_weights": "gaussian"}, "fan_in"),
-        ({"columns": "none"}, "columns"),
-        ({"columns": "frozen", "granularity": "element"}, "columns"),
-        ({"granularity": "units", "count": "bernoulli"}, "count"),
-        ({"granularity": "groups", "selection": "top", "indices": {"m": {"rows": [0], "columns": [0]}}}, "granularity"),
-        (
-            {"granularity": "units", "selection": "top", "scores": {"m": {"rows": [1.0], "columns": [1.0]}}},
-            "granularity",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused_by_name(settings, key):
-    with pytest.raises(PartialLoraError, match=key):
-        PartialLoraConfig(target_modules=["qkv"], sparsity=0.5, **settings)
-
-
 class Wide(nn.Module):
     """A wide layer, linear or a convolution, and a frozen read-out of what it computes."""
 

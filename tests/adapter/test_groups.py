@@ -11,7 +11,7 @@ from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters, warm_start
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, TiedMask, random_keys
+from partial_lora.masks import Mask, TiedMask, random_keys
 
 SPARSITY = {"rows": 0.7, "columns": 0.85}
 OF_FACTORS = {"A": ("columns", 1), "B": ("rows", 0)}
@@ -107,11 +107,3 @@ def test_a_warm_start_takes_the_nearest_factor_in_groups() -> None:
                 members = np.flatnonzero(mask.places == group)
                 signed = [given.weight.select(dim, int(each)) * int(mask.signs[each]) for each in members]
                 torch.testing.assert_close(own.kept.select(dim, group), torch.stack(signed).mean(0))
-
-
-def test_the_sizes_of_axes_are_those_of_rows_and_columns() -> None:
-    model = adapt(sparsity={".*": SPARSITY}, granularity="groups")
-    plain = adapt(sparsity={".*": SPARSITY})
-    for module, masks in module_masks(model).items():
-        for axis in AXES:
-            assert np.array_equal(getattr(masks, axis).kept, getattr(module_masks(plain)[module], axis).kept)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from configured import inputs, labels, load, loud, settings
+from configured import inputs, labels, load, loud
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
 
-from partial_lora import methods, models
+from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
 from partial_lora.calibration.config import CALIBRATED
@@ -81,23 +81,6 @@ def test_controls_without_masks_train_as_many_parameters_as_bernoulli_has_drawn(
     assert counted(*adapted("random_weights", "tiny_vit", **drawn))["adapter_trainable"] == expected
     own = counted(*adapted("low_rank", "tiny_vit", **drawn))["adapter_trainable"]
     assert own == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize("share", [0.13, 0.5])
-def test_controls_meet_a_budget_on_the_default_model(share: float) -> None:
-    chosen = settings("vit_s14")
-    empty = models.empty(architecture=chosen["architecture"], model_args=chosen["model_args"], num_labels=10)
-    setting = setting_of("vit_s14", empty, rank=16, alpha=16.0)
-    sparsity = {
-        module: {axis: 1 - share * (1 - value) * 2 for axis, value in axes.items()}
-        for module, axes in drawn_sparsity(setting.shapes, 1, 0.9).items()
-    }
-    sparsity = {module: {axis: max(0.0, value) for axis, value in axes.items()} for module, axes in sparsity.items()}
-    for method in ("uniform", "shuffled", "inverted", "low_rank"):
-        fresh = models.empty(architecture=chosen["architecture"], model_args=chosen["model_args"], num_labels=10)
-        setting = setting_of("vit_s14", fresh, rank=16, alpha=16.0, sparsity=sparsity)
-        own = counted(methods.METHODS[method](fresh, setting), setting)["adapter_trainable"]
-        assert own == pytest.approx(setting.budget(), rel=0.01), method
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
@@ -387,7 +370,8 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
     assert spent == pytest.approx(2000, rel=0.01 if method == "low_rank" else 0)
     assert setting.budget() == 2000
     given = ("model=tiny_vit", "method.rank=8", "calibration=fixed", "calibration.budget=2000", f"method={method}")
-    assert outline(composed(*given)).counts["adapter_trainable"] == spent
+    planned = outline(composed(*given))
+    assert (planned.counts["adapter_trainable"], planned.passes) == (spent, 0)
 
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
@@ -413,14 +397,6 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "probe", "full"):
         assert config.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
-
-
-def test_info_counts_what_a_fixed_share_leaves() -> None:
-    planned = outline(composed("model=tiny_vit", "method.rank=8", "calibration=fixed", "calibration.sparsity=0.75"))
-    model, setting = fixed("partial", "calibration.sparsity=0.75")
-    assert planned.counts["adapter_trainable"] == counted(model, setting)["adapter_trainable"]
-    assert planned.passes == 0
-    assert outline(composed("model=tiny_vit")).passes > 0
 
 
 def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:

@@ -17,7 +17,6 @@ from transformers import TrainerControl, TrainerState
 
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.controls import PaddedEntries
 from partial_lora.methods.peft import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
 from partial_lora.training.cost import optimizer_bytes
@@ -187,12 +186,3 @@ def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:
     assert embedding.grad is not None
     with pytest.raises(PartialLoraError, match=r"^method=full: .*model\.dtype=float32"):
         methods.METHODS["full"](torch.nn.Linear(2, 2).bfloat16(), None)
-
-
-def test_padding_of_a_file_does_not_come_back_as_values() -> None:
-    held = PaddedEntries({"default": torch.nn.Parameter(torch.tensor([1.0, 2.0]))}, length=5)
-    state = held.state_dict()
-    assert state["default"].tolist() == [1, 2, 0, 0, 0]
-    other = PaddedEntries({"default": torch.nn.Parameter(torch.zeros(2))}, length=5)
-    other.load_state_dict(state)
-    assert other["default"].tolist() == [1, 2]

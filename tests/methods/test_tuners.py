@@ -34,13 +34,15 @@ def of_kind(kind: str, **changes):
     return adapted("peft", "tiny_vit", **{"peft_type": kind, "peft": OPTIONS.get(kind, {})} | changes)
 
 
-@pytest.mark.parametrize("kind", SIZED)
-def test_the_parameters_are_counted_before_the_tuner_is_built(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "given"), [*((kind, OPTIONS.get(kind, {})) for kind in SIZED), ("LORA", {"init_lora_weights": "mica"})]
+)
+def test_the_parameters_are_counted_before_the_tuner_is_built(kind: str, given: dict) -> None:
     """The size is solved on modules without memory: what is built in the end has as many parameters."""
     model = load("tiny_vit")
-    setting = setting_of("tiny_vit", model, peft_type=kind, peft=OPTIONS.get(kind, {}), size=2500)
+    setting = setting_of("tiny_vit", model, peft_type=kind, peft=given, size=2500)
     options = tuners.sized(setting, lambda each: tuners.counts(setting, each, model))
-    built, _ = of_kind(kind, size=2500)
+    built, _ = of_kind(kind, peft=given, size=2500)
     assert trainable(built, setting) == sum(tuners.counts(setting, options, model).values())
     assert abs(trainable(built, setting) / 2500 - 1) <= tuners.FARTHEST
 
