@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -138,27 +137,9 @@ def _stopping(ledger: Ledger) -> Iterator[None]:
 
 
 def _settle(ledger: Ledger) -> None:
-    """Wait until no job is under way, and stop the workers of jobs that died: nobody else would."""
-    stopped: set[Path] = set()
-    while True:
-        running = [Path(each["directory"]) for each in ledger.entries().values() if each["status"] == "running"]
-        for run in set(running) - stopped:
-            if ledger.is_orphaned(run) and _stop_worker(run):
-                stopped.add(run)
-        if not any(ledger.is_under_way(run) for run in running):
-            return
+    """Wait until no job in another process is under way, nor the worker of one that died: that ends by itself."""
+    while any(map(ledger.is_under_way, ledger.entries().values())):
         time.sleep(_LOOK)
-
-
-def _stop_worker(run: Path) -> bool:
-    """Stop the worker that holds a directory's lock; return False where it is on another machine, or not named."""
-    holder = (run / directory.LOCK).read_text(encoding="utf-8", errors="replace")
-    named = re.search(r"on (\S+) \(worker: pid (\d+)\)", holder)
-    if not named or named[1] != socket.gethostname():
-        return False
-    with suppress(ProcessLookupError):
-        os.kill(int(named[2]), signal.SIGTERM)
-    return True
 
 
 @contextmanager
@@ -286,7 +267,7 @@ class Job:
         with self.ledger.claimed(Path(entry["directory"])) as had_before:
             if self.ledger.stops():
                 return None
-            self.ledger.write(number, **entry, status="running", code=0)
+            self.ledger.write(number, **entry, status="running", code=0, here=here)
             if self.ledger.stops():  # whoever stops a sweep first writes that and then looks at what is running
                 return {"status": "not started", "code": 0}
             if had_before:  # another job of this sweep has overwritten what was there
@@ -313,7 +294,6 @@ class Job:
 
 _WAIT = 0.2  # seconds between two looks at a lock
 _STOP = "stop"
-_OWN: set[Path] = set()  # the claims of this process
 
 
 @dataclass(frozen=True)
@@ -367,23 +347,15 @@ class Ledger:
             while not files.lock(file.fileno()) and not self.stops():
                 time.sleep(_WAIT)
             file.seek(0)
-            before = bool(file.read())
-            _OWN.add(Path(file.name))
-            try:
-                yield before
-            finally:
-                _OWN.discard(Path(file.name))
+            yield bool(file.read())
             file.write("had\n")
 
-    def is_under_way(self, run: Path) -> bool:
+    def is_under_way(self, entry: Mapping) -> bool:
         """Return whether a job in another process works in a run's directory, or a worker whose job has died."""
-        if self._claim(run) in _OWN:  # a process must not wait for itself
+        if entry["status"] != "running" or entry["here"]:  # a process must not wait for itself
             return False
+        run = Path(entry["directory"])
         return files.is_locked(self._claim(run)) or files.is_locked(run / directory.LOCK)
-
-    def is_orphaned(self, run: Path) -> bool:
-        """Return whether a worker is all that is left of a job."""
-        return not files.is_locked(self._claim(run)) and files.is_locked(run / directory.LOCK)
 
     def _claim(self, run: Path) -> Path:
         return self.folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.claim"

@@ -276,32 +276,25 @@ def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
     assert ledger.stops() == [signal.SIGTERM]
 
 
-def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path) -> None:
-    ledger, run = Ledger.new(tmp_path / "sweep"), tmp_path / "run"
-    assert not ledger.is_under_way(run)
-    with ledger.claimed(run) as before:
-        assert not before
-        assert not ledger.is_under_way(run)  # who has a run does not wait for itself
-        with directory.locked(run):
-            assert not ledger.is_orphaned(run)
-    assert not ledger.is_under_way(run)
-    with directory.locked(run):
-        assert ledger.is_under_way(run)
-        assert ledger.is_orphaned(run)
-    with ledger.claimed(run) as before:
-        assert before
-
-
-def test_a_claim_of_another_process_is_waited_for(tmp_path: Path) -> None:
+def test_a_job_in_another_process_and_its_worker_are_waited_for(tmp_path: Path) -> None:
     ledger, run = Ledger.new(tmp_path), tmp_path / "run"
+    entry = {"status": "running", "directory": str(run), "here": False}
+    for before in (False, True):
+        with ledger.claimed(run) as had_before:
+            assert had_before == before
+            assert not ledger.is_under_way(entry | {"here": True})  # who has a run does not wait for itself
+    assert not ledger.is_under_way(entry)
+    with directory.locked(run):
+        assert ledger.is_under_way(entry)
+        assert not ledger.is_under_way(entry | {"status": "finished"})
     script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
     script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(ledger.folder), str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert ledger.is_under_way(run)
+        assert ledger.is_under_way(entry)
         holder.kill()
-    assert not ledger.is_under_way(run)
+    assert not ledger.is_under_way(entry)
 
 
 def test_the_table_says_of_every_run_what_became_of_it() -> None:
