@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from unittest import mock
 
@@ -512,7 +512,7 @@ class _Forked:
         self.send_signal(signal.SIGTERM)
 
 
-def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> _Forked:
+def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> _Forked:
     """Have a worker forked, as `_start` starts one; the first call starts the process that forks.
 
     That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
@@ -524,31 +524,18 @@ def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: in
     with mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
         ensure_running()
     arguments = command[command.index("-m") + 1 :]
-    process = context.Process(target=_be_forked, args=(arguments, dict(environment), _Passed(log), _Passed(lock)))
+    passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process
+    process = context.Process(target=_be_forked, args=(arguments, dict(environment), *passed))
     process.start()
     return _Forked(process)
 
 
-@dataclass(frozen=True)
-class _Passed:
-    """A descriptor, or None; it arrives in a forked process as the descriptor's number in that process."""
-
-    descriptor: int | None
-
-    def __reduce__(self) -> tuple:
-        return (_detached, (None if self.descriptor is None else DupFd(self.descriptor),))
-
-
-def _detached(passed) -> int | None:
-    return passed and passed.detach()
-
-
-def _be_forked(arguments: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> None:
+def _be_forked(arguments: list[str], environment: Mapping[str, str], log: Connection, lock: Connection) -> None:
     """Be `python -m *arguments` with an environment, a session and a log of its own; `lock` is held until the end."""
     os.setsid()
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(log, stream.fileno())
-    os.close(log)
+        os.dup2(log.fileno(), stream.fileno())
+    log.close()
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere

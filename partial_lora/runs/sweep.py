@@ -54,7 +54,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     Raises PartialLoraError where a sampler has nothing to go by.
     """
     _check_sampler(plan, stage)
-    ledger, console = Ledger.new(plan.sweep_dir), Console()
+    ledger = Ledger.new(plan.sweep_dir)
     configs = [] if plan.is_sampled else [config for _, config in plan.runs]
     job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
     # This module reports failed jobs in place of the plug-ins, and Python handles signals in place of Ray.
@@ -62,7 +62,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
     begun = time.time()
     try:
-        with _reporting(ledger, plan, console):
+        with _reporting(ledger, plan):
             trouble = _sweep(plan, ledger, partial(hydra, job))
             with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own
                 _settle(ledger)
@@ -73,10 +73,10 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     if not plan.is_sampled:
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
     runs = rows(entries, names, stops)
-    console.print(table(runs))
-    console.print(counts(runs), highlight=False, soft_wrap=True)
+    Console().print(table(runs))
+    print(counts(runs))
     if plan.is_sampled:
-        _print_best(plan, begun, console)
+        _print_best(plan, begun)
     if trouble:
         print(f"partial-lora: {trouble}", file=sys.stderr)
     stopped = 128 + stops[0] if stops else 0
@@ -143,7 +143,7 @@ def _settle(ledger: Ledger) -> None:
 
 
 @contextmanager
-def _reporting(ledger: Ledger, plan: Plan, console: Console) -> Iterator[None]:
+def _reporting(ledger: Ledger, plan: Plan) -> Iterator[None]:
     """Print a line for each job in another process that starts or ends, while the block lasts."""
     ended = threading.Event()
 
@@ -160,7 +160,7 @@ def _reporting(ledger: Ledger, plan: Plan, console: Console) -> Iterator[None]:
                 if entry["code"]:
                     print(f"partial-lora: {line}", file=sys.stderr)
                 else:
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    print(line, flush=True)
 
     thread = threading.Thread(target=report, daemon=True)
     if plan.launcher != "basic":
@@ -181,7 +181,7 @@ def _in_words(entry: Mapping) -> str:
     return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
 
 
-def _print_best(plan: Plan, begun: float, console: Console) -> None:
+def _print_best(plan: Plan, begun: float) -> None:
     """Print the best run of a sampler, if it wrote that down."""
     from omegaconf import OmegaConf
 
@@ -190,8 +190,7 @@ def _print_best(plan: Plan, begun: float, console: Console) -> None:
         results: Mapping = OmegaConf.to_container(OmegaConf.load(file))
         params = " ".join(f"{key}={value}" for key, value in (results.get("best_params") or {}).items())
         if params:
-            best = f"best on validation: {results['best_value']:.4f} with {params}"
-            console.print(best, highlight=False, markup=False, soft_wrap=True)
+            print(f"best on validation: {results['best_value']:.4f} with {params}")
 
 
 # --- One job of a sweep: what Hydra's launchers call, in this process or, pickled, in another one.
