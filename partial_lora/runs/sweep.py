@@ -80,7 +80,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     if trouble:
         print(f"partial-lora: {trouble}", file=sys.stderr)
     stopped = 128 + stops[0] if stops else 0
-    return max([stopped, 1 if trouble else 0, *(row.code for row in runs)])
+    return max([stopped, 1 if trouble else 0, *(row["code"] for row in runs)])
 
 
 def _check_sampler(plan: Plan, stage: str) -> None:
@@ -366,65 +366,51 @@ _NONE = "–"  # for what does not apply
 _LONGEST = 160  # characters of a reason in a table
 
 
-@dataclass(frozen=True)
-class Row:
-    """One run: its name, how it ended, its exit code, and its seconds, score or reason where there are some."""
-
-    name: str
-    status: str
-    code: int
-    seconds: float | None = None
-    metric: str = ""
-    test: float | None = None
-    reason: str = ""
-
-
-def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequence[int]) -> list[Row]:
-    """Return a row for every run.
+def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequence[int]) -> list[dict]:
+    """Return name, status and exit code of every run, and its seconds, metric and test score, or reason.
 
     entries: of the jobs, by their numbers. names: of all runs there should be, by their jobs' numbers. stops: the
     signals that stopped the sweep.
     """
-    return [_row(name, entries.get(number), stops) for number, name in names.items()]
+    found = []
+    for number, name in names.items():
+        entry = entries.get(number)
+        if entry is None:
+            end = {"status": "not started", "code": 0 if stops else 1}
+        elif entry["status"] != "running":
+            end = entry
+        elif stops:  # its job did not live to write more
+            reason = f"interrupted by {signal.Signals(stops[0]).name}; run the command again to redo it"
+            end = {"status": "interrupted", "code": 128 + stops[0], "reason": reason}
+        else:
+            end = {"status": "failed", "code": 1, "reason": "its process was ended before it could say why"}
+        found.append({**end, "name": name or (entry or {}).get("directory", "")})
+    return found
 
 
-def _row(name: str, entry: Mapping | None, stops: Sequence[int]) -> Row:
-    if entry is None:
-        return Row(name, "not started", 0 if stops else 1)
-    name = name or entry.get("directory") or " ".join(entry["overrides"])
-    if entry["status"] == "running" and stops:  # its job did not live to write more
-        reason = f"interrupted by {signal.Signals(stops[0]).name}; run the command again to redo it"
-        return Row(name, "interrupted", 128 + stops[0], reason=reason)
-    if entry["status"] == "running":
-        return Row(name, "failed", 1, reason="its process was ended before it could say why")
-    seconds = None if entry["status"] == "skipped" else entry.get("seconds")
-    metric, test, reason = entry.get("metric", ""), entry.get("test"), entry.get("reason", "")
-    return Row(name, entry["status"], entry["code"], seconds, metric, test, reason)
-
-
-def table(runs: Sequence[Row]) -> Table:
+def table(runs: Sequence[Mapping]) -> Table:
     """Return the rows as they are printed; long reasons, printed in full when they came up, are cut short."""
-    metrics = {row.metric for row in runs if row.metric}
+    metrics = {row["metric"] for row in runs if "metric" in row}
     one = metrics.pop() if len(metrics) == 1 else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column(one or "score", justify="right")
-    if with_reasons := any(row.reason for row in runs):
+    if with_reasons := any("reason" in row for row in runs):
         table.add_column("why", overflow="fold")
     for row in runs:
-        seconds = _NONE if row.seconds is None else f"{row.seconds:,.1f}"
-        test = _NONE if row.test is None else f"{row.test:.4f}" if one else f"{row.metric} {row.test:.4f}"
-        reason = [Text(textwrap.shorten(row.reason, _LONGEST, placeholder=" …"))] if with_reasons else []
-        table.add_row(Text(row.name), row.status, seconds, test, *reason)
+        seconds = f"{row['seconds']:,.1f}" if "seconds" in row and row["status"] != "skipped" else _NONE
+        test = _NONE if row.get("test") is None else f"{'' if one else row['metric']} {row['test']:.4f}".lstrip()
+        reason = [Text(textwrap.shorten(row.get("reason", ""), _LONGEST, placeholder=" …"))] if with_reasons else []
+        table.add_row(Text(row["name"]), row["status"], seconds, test, *reason)
     return table
 
 
-def counts(runs: Sequence[Row]) -> str:
+def counts(runs: Sequence[Mapping]) -> str:
     """Return how many runs ended in which way, in a line."""
-    ends = Counter("skipped (finished before)" if row.status == "skipped" else row.status for row in runs)
+    ends = Counter("skipped (finished before)" if row["status"] == "skipped" else row["status"] for row in runs)
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    missing = any(row.code or row.status == "not started" for row in runs)
+    missing = any(row["code"] or row["status"] == "not started" for row in runs)
     line = f"{number}: {', '.join(f'{count} {status}' for status, count in ends.items())}"
     return line + ("; the same command again does what is missing" if missing else "")

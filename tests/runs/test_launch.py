@@ -136,13 +136,10 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
 # Signals, and the launcher between a parent and several workers
 
 
-@pytest.mark.parametrize(
-    "handled", [launch._stop_requests, lambda: progress.handling(progress.leave)], ids=["of a run", "of a sweep"]
-)
-def test_nohup_is_heeded(handled) -> None:
+def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with handled():
+        with progress.handling(progress.leave):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
