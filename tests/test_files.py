@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import logging
 import os
@@ -174,6 +176,23 @@ def test_cache_that_cannot_be_written_is_named_in_one_line(tmp_path, monkeypatch
 def test_file_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_lock_is_looked_at_as_nfs_has_it_which_locks_what_may_be_written(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    lock = tmp_path / "lock"
+    assert not files.is_locked(lock)
+    with lock.open("w") as held:
+        assert not files.is_locked(lock)
+        assert files.lock(held.fileno())
+        assert files.is_locked(lock)
 
 
 @pytest.mark.parametrize("full", [True, False])
