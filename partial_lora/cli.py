@@ -130,11 +130,10 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
     from rich.console import Console
 
     console = Console()
-    console.print(f"{stage} {launch.directory_of(config, stage)}", highlight=False, markup=False, soft_wrap=True)
+    print(f"{stage} {launch.directory_of(config, stage)}")
     with Bars(console) as bars:
         outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
-    _ended(outcome, config, stage)
-    _print_outcome(outcome, stage, config, console)
+    _print_outcome(_ended(outcome, config, stage), stage, config, console)
     return outcome
 
 
@@ -166,17 +165,16 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
         print(f"partial-lora: {outcome.reason}", file=sys.stderr)
         return
     if outcome.status == "skipped":
-        console.print("finished before, not run again (overwrite=true runs it again)")
+        print("finished before, not run again (overwrite=true runs it again)")
     if outcome.elsewhere:
-        console.print(outcome.elsewhere, highlight=False, soft_wrap=True)
+        print(outcome.elsewhere)
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
     try:
         console.print(closing(directory.read_result(outcome.directory)))
     except ValueError as error:
         print(f"partial-lora: {outcome.directory / directory.RESULT}: {error}", file=sys.stderr)
-    for line in _next_steps(outcome.directory, stage, config):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print(*_next_steps(outcome.directory, stage, config), sep="\n")
 
 
 def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
@@ -240,8 +238,7 @@ def _print_outline(config: Config, run: Outline) -> None:
 
     from partial_lora.training import size
 
-    console = Console()
-    console.print(size.table(run.counts, run.memory))
+    Console().print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
     passes = f"calibration takes at most {run.passes:,} passes" if run.passes else "nothing is calibrated"
@@ -255,8 +252,7 @@ def _print_outline(config: Config, run: Outline) -> None:
     text += f"\nlearning rate: {rates}"
     if first := _first_rate(config, run):
         text += f"; to try first: {first}"
-    text += "".join(f"\nbeware: {line}" for line in config.warnings)
-    console.print(text, highlight=False, soft_wrap=True)
+    print(text, *(f"beware: {line}" for line in config.warnings), sep="\n")
 
 
 def env(arguments: list[str]) -> int:
@@ -363,23 +359,55 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
 
 
+def _of_run(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a command that takes a finished run."""
+    parser = argparse.ArgumentParser(prog=f"partial-lora {command}", description=description, epilog=epilog)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
+    return parser
+
+
+def _add_member(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Return what reads an option's number. kind: int or float."""
+
+    def read(value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if fits(number := kind(value)):
+                return number
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {value!r}")
+
+    return read
+
+
+_whole = _number(int, lambda number: 0 <= number < 2**32, "a whole number of at least 0")
+_positive = _number(int, lambda number: 1 <= number < 2**32, "a whole number of at least 1")
+_temperature = _number(float, lambda number: 0 <= number < float("inf"), "a number of at least 0")
+_share = _number(float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """Evaluate a finished run on another split or task, print its metrics and where they are; return the exit code.
 
     Raises PartialLoraError for a run that is none, a key that is not one of the task's, and labels of other names.
     """
-    parser = argparse.ArgumentParser(
-        prog="partial-lora evaluate",
-        description="Score a finished run on another split or task. Without KEY=VALUE it is scored on its own task. "
+    parser = _of_run(
+        "evaluate",
+        "Score a finished run on another split or task. Without KEY=VALUE it is scored on its own task. "
         "Another task must have labels of the same names. A causal language model takes any task with options or "
         "responses. The scores go to RUN_DIR/evaluations, and the run's own record stays as it is.",
         epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
     )
-    parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
+    _add_member(parser)
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: the folder and all of evaluation.json"
@@ -415,9 +443,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     table.add_row(done.record["split"], f"{done.record['examples']:,} examples")
     for name, value in metrics.items():
         table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
-    console = Console()
-    console.print(table)
-    console.print(f"wrote {done.folder}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(table)
+    print(f"wrote {done.folder}")
     return 0
 
 
@@ -500,21 +527,20 @@ def _forget_stdout() -> None:
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="partial-lora predict",
-        description="Predict images or texts with a finished run. An INPUT is an image file, a folder of images (with "
+    parser = _of_run(
+        "predict",
+        "Predict images or texts with a finished run. An INPUT is an image file, a folder of images (with "
         "its sub-folders), a text, @FILE for the lines of a file, or - for the lines of standard input. A line is a "
         "text, the path of an image, or a prompt. If the run's texts are pairs, a line has both, with a tab between "
         "them. If the run chooses among options, a line has a prompt and its options, with tabs between them.",
         epilog="Exit code: 0 if all inputs were predicted; 1 if one could not be (it is named on stderr, the others "
         "are predicted); 2 for a wrong argument.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument(
         "--lines", action="append", default=[], metavar="FILE", help="the same as @FILE; - is standard input"
     )
-    parser.add_argument("--member", metavar="NAME", help="the task of the inputs, if the run has several")
+    _add_member(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -529,18 +555,8 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="longest text to write (default: the run's)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _add_device(parser)
     return parser
-
-
-def _whole(value: str, least: int = 0) -> int:
-    if not value.isdecimal() or not least <= int(value) < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {value!r}")
-    return int(value)
-
-
-def _positive(value: str) -> int:
-    return _whole(value, least=1)
 
 
 def _predictions(
@@ -605,12 +621,11 @@ def generate(arguments: Sequence[str]) -> int:
 
     Raises PartialLoraError for a run that is none, or whose model writes no texts.
     """
-    parser = argparse.ArgumentParser(
-        prog="partial-lora generate",
-        description="Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
+    parser = _of_run(
+        "generate",
+        "Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
         "into the chat template if the prompts of the run's task did.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
     parser.add_argument(
         "--temperature",
@@ -630,8 +645,8 @@ def generate(arguments: Sequence[str]) -> int:
         help="a string that ends the text, beside the run's task.stop",
     )
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the run's task.max_new_tokens")
-    parser.add_argument("--member", metavar="NAME", help="the task that you mean, if the run has several")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _add_member(parser)
+    _add_device(parser)
     parsed = parser.parse_args(list(arguments))
     from partial_lora.finished.run import finished_run
     from partial_lora.finished.task import one_task
@@ -662,19 +677,9 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _temperature(value: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(value) < float("inf"):
-            return float(value)
-    raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {value!r}")
-
-
 def export(arguments: Sequence[str]) -> int:
     """Write a finished run's adapter for other programs; return the exit code: 1 where it does not pass its check."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora export", description="Write the adapter of a finished run for other programs."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
+    parser = _of_run("export", "Write the adapter of a finished run for other programs.")
     parser.add_argument(
         "--to",
         required=True,
@@ -691,7 +696,6 @@ def export(arguments: Sequence[str]) -> int:
         "this package; gguf: that the tensors are the run's)",
     )
     parsed = parser.parse_args(list(arguments))
-    from rich.console import Console
 
     from partial_lora.finished.run import finished_run
 
@@ -701,11 +705,10 @@ def export(arguments: Sequence[str]) -> int:
             from partial_lora.finished import export
             from partial_lora.report import card
         done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
-    console = Console()
     written = "written again, as it was" if done.existed else "written"
-    console.print(f"{done.folder}: {written} ({done.size:,} bytes)", highlight=False, soft_wrap=True)
+    print(f"{done.folder}: {written} ({done.size:,} bytes)")
     if done.proof:
-        console.print(f"checked: {done.proof}", highlight=False, soft_wrap=True)
+        print(f"checked: {done.proof}")
     return 0
 
 
@@ -758,27 +761,18 @@ def merge(arguments: Sequence[str]) -> int:
     for each in overlaps:
         shares = (f"{share:.1%}" for share in (each.rows, each.columns, each.entries))
         table.add_row(str(each.first + 1), str(each.second + 1), *shares)
-    console = Console()
-    console.print(table)
-    console.print(f"{parsed.out}: written", highlight=False, soft_wrap=True)
+    Console().print(table)
+    print(f"{parsed.out}: written")
     return 0
-
-
-def _share(value: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(value) <= 1:
-            return float(value)
-    raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, not {value!r}")
 
 
 def push(arguments: Sequence[str]) -> int:
     """Upload a finished run's adapter to the model hub, with a page on it; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora push",
-        description="Upload the adapter of a finished run to the model hub, with the settings that made it and a page "
+    parser = _of_run(
+        "push",
+        "Upload the adapter of a finished run to the model hub, with the settings that made it and a page "
         "with its scores and sizes. The token is the one of huggingface_hub (`hf auth login`, HF_TOKEN).",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     parser.add_argument("repo", metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
@@ -865,7 +859,7 @@ def report(arguments: Sequence[str]) -> int:
         from partial_lora.report import make, page, records
     place = directory.find(parsed.results_dir)
     if (place / directory.RESULT).is_file():
-        _print_report(None, [], [page.write_run(records.one(place), examples=parsed.examples)])
+        print(f"wrote {page.write_run(records.one(place), examples=parsed.examples)}")
         return 0
     made = make.report(
         place,
@@ -876,18 +870,11 @@ def report(arguments: Sequence[str]) -> int:
         command=" ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])]),
         note=lambda line: print(f"partial-lora: {line}", file=sys.stderr),
     )
-    _print_report(made.table, made.remarks, made.files)
-    return 0 if made.is_whole else 1
-
-
-def _print_report(table: object, remarks: Sequence[str], written: Sequence[Path]) -> None:
     from rich.console import Console
 
-    console = Console()
-    if table is not None:
-        console.print(table)
-    for line in (*remarks, *(f"wrote {path}" for path in written)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    Console().print(made.table)
+    print(*made.remarks, *(f"wrote {path}" for path in made.files), sep="\n")
+    return 0 if made.is_whole else 1
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {

@@ -189,7 +189,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 def is_locked(path: Path) -> bool:
     """Return True while another process holds the lock of a file; False for a missing file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # NFS locks only what may be written
             return not lock(file.fileno())
     except FileNotFoundError:
         return False

@@ -11,68 +11,38 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
+import tiny_trainer
 import torch
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, default_data_collator
+from tiny_trainer import rows
+from transformers import Trainer, TrainerCallback
 
-from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig, factor
 from partial_lora.runs import directory
-from partial_lora.training import checkpoints, distributed, fsdp, objectives
-from partial_lora.training.config import TrainerConfig
-from partial_lora.training.trainer import build_trainer
+from partial_lora.training import checkpoints, distributed, fsdp
 
 WORLD = 2
 STEPS = 6
 HALF = 3  # where training goes on from a checkpoint
-TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-
-
-def rows(count: int) -> datasets.Dataset:
-    generator = torch.Generator().manual_seed(count)
-    labels = torch.arange(count) % 3
-    pixels = torch.randn(count, 3, 16, 16, generator=generator) + labels[:, None, None, None]
-    return datasets.Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": labels.tolist()}).with_format("torch")
+TINY = tiny_trainer.TINY | {"depth": 2}
 
 
 def adapted(seed: int = 0) -> PeftModel:
-    """A ViT with masks of rows and columns, and a new head."""
-    torch.manual_seed(seed)
-    settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
-    model = models.load(model_args=TINY, labels=["a", "b", "c"], **settings)
-    head = ["timm_model.head"]
-    return get_peft_model(
-        model, PartialLoraConfig(r=3, target_modules=["attn.qkv", "mlp.fc2"], sparsity=0.6, modules_to_save=head)
+    """A ViT of two blocks with masks of rows and columns, and a new head."""
+    return tiny_trainer.adapted(
+        seed=seed, method=PartialLoraConfig, depth=2, r=3, target_modules=["attn.qkv", "mlp.fc2"], sparsity=0.6
     )
 
 
 def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **changes: object) -> Trainer:
-    settings = {"batch_size": 8, "max_steps": STEPS, "save_steps": HALF, "epochs": 1.0} | changes
-    rates = {"learning_rate": 1e-2, "head_learning_rate": 3e-3, "loraplus_ratio": 4.0}
-    return build_trainer(
-        model,
-        TrainerConfig(**settings, eval_batch_size=5, **rates),
-        train=rows(40),
-        validation=rows(12),
-        directory=folder / directory.CHECKPOINTS,
-        collate=lambda some: default_data_collator(
-            [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
-        ),
-        loss=objectives.loss_of_batch,
-        measure=lambda said: {"accuracy": time.monotonic()},  # the last checkpoint is the best
-        selects="accuracy",
-        device="cpu",
-        precision="no",
-        world_size=processes,
-        seed=0,
-        versions={},
-        sharded=sharded,
-        heads=["timm_model.head"],
-    )
+    settings = {"max_steps": STEPS, "save_steps": HALF, "head_learning_rate": 3e-3, "loraplus_ratio": 4.0} | changes
+    own = {"world_size": processes, "sharded": sharded, "heads": ["timm_model.head"]}
+    built = tiny_trainer.trainer(model, folder, 40, **settings, **own)
+    built.compute_metrics = lambda said: {"accuracy": time.monotonic()}  # the last checkpoint is the best
+    return built
 
 
 class Break(TrainerCallback):

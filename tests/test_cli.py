@@ -358,14 +358,14 @@ def test_export_from_another_directory_is_checked_and_says_so(place: Path, train
     directory, _ = record(place, method="partial", threshold=0.9, seed=0)
     cache = str(place / "cache")
     done = here(
-        tmp_path, "export", str(directory), "--to", "compact", "--out", "mine", "--check", PARTIAL_LORA_CACHE=cache
+        tmp_path, "export", str(directory), "--to", "compact", "--out", "mine[red]", "--check", PARTIAL_LORA_CACHE=cache
     )
     assert done.returncode == 0, done.stderr
     written, checked = done.stdout.strip().splitlines()
-    size = sum(file.stat().st_size for file in (tmp_path / "mine").rglob("*") if file.is_file())
-    assert written == f"{tmp_path.resolve() / 'mine'}: written ({size:,} bytes)"
+    size = sum(file.stat().st_size for file in (tmp_path / "mine[red]").rglob("*") if file.is_file())
+    assert written == f"{tmp_path.resolve() / 'mine[red]'}: written ({size:,} bytes)"
     assert checked.startswith("checked: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine[red]"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

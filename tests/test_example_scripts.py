@@ -43,6 +43,7 @@ def test_the_page_of_the_examples_lists_all_of_them_and_nothing_that_is_not_ther
     listed = {(EXAMPLES / link).resolve() for link in links}
     expected = [*SCRIPTS, *NOTEBOOKS, *(EXAMPLES / "configs").glob("*.yaml")]
     assert [path.name for path in expected if path.resolve() not in listed] == []
+    assert len(NOTEBOOKS) == 3
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
@@ -56,10 +57,6 @@ def test_a_notebook_is_its_script_with_outputs_and_without_paths_of_a_machine(no
     printed = json.dumps([cell["outputs"] for cell in code])
     assert '"stdout"' in printed
     assert not re.search(r"/(tmp|home|root|usr|work)/|Traceback", printed)
-
-
-def test_three_examples_are_notebooks_too() -> None:
-    assert len(NOTEBOOKS) == 3
 
 
 @pytest.mark.parametrize("name", ["merge", "several_adapters"])

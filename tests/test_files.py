@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import logging
 import os
@@ -69,39 +71,21 @@ def test_whole_entry_is_used_without_writing_anything(tmp_path, monkeypatch):
     assert verified_folder(entry, never) == entry
 
 
-def damage(entry: Path, how: str) -> None:
-    weights = entry / "weights.bin"
-    if how == "cut short":
-        os.truncate(weights, 999)
-    elif how == "one byte changed":
-        weights.write_bytes(b"w" * 500 + b"x" + b"w" * 499)
-    elif how == "removed":
-        weights.unlink()
-    elif how == "a file too many":
-        (entry / "other.bin").write_bytes(b"")
-    elif how == "no marker":
-        (entry / MARKER).unlink()
-    elif how == "half a marker":
-        os.truncate(entry / MARKER, 20)
-    elif how == "a marker of something else":
-        (entry / MARKER).write_text("[1, 2]")
-
-
 @pytest.mark.parametrize(
-    ("how", "named"),
+    ("damage", "named"),
     [
-        ("cut short", r"weights\.bin .*999 .*1000"),
-        ("one byte changed", r"SHA-256 .*weights\.bin"),
-        ("removed", r"weights\.bin "),
-        ("a file too many", "other.bin"),
-        ("no marker", MARKER),
-        ("half a marker", MARKER),
-        ("a marker of something else", MARKER),
+        (lambda entry: os.truncate(entry / "weights.bin", 999), r"weights\.bin .*999 .*1000"),
+        (lambda entry: (entry / "weights.bin").write_bytes(b"w" * 500 + b"x" + b"w" * 499), r"SHA-256 .*weights\.bin"),
+        (lambda entry: (entry / "weights.bin").unlink(), r"weights\.bin "),
+        (lambda entry: (entry / "other.bin").write_bytes(b""), "other.bin"),
+        (lambda entry: (entry / MARKER).unlink(), MARKER),
+        (lambda entry: os.truncate(entry / MARKER, 20), MARKER),
+        (lambda entry: (entry / MARKER).write_text("[1, 2]"), MARKER),
     ],
 )
-def test_broken_entry_is_named_and_built_again(tmp_path, caplog, how, named):
+def test_broken_entry_is_named_and_built_again(tmp_path, caplog, damage, named):
     entry = verified_folder(tmp_path / "entry", build_two_files)
-    damage(entry, how)
+    damage(entry)
     assert re.search(named, fault(entry))
     with caplog.at_level(logging.WARNING):
         verified_folder(entry, build_two_files)
@@ -194,6 +178,23 @@ def test_file_sha256_is_that_of_the_bytes(tmp_path):
     assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_a_lock_is_looked_at_as_nfs_has_it_which_locks_what_may_be_written(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    lock = tmp_path / "lock"
+    assert not files.is_locked(lock)
+    with lock.open("w") as held:
+        assert not files.is_locked(lock)
+        assert files.lock(held.fileno())
+        assert files.is_locked(lock)
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch, full):
     built, folder = tmp_path / "built", tmp_path / "folder"
@@ -222,21 +223,12 @@ def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch,
 SECRET = "correct.horse/battery+staple"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "HF_TOKEN",
-        "HUGGING_FACE_HUB_TOKEN",
-        "WANDB_API_KEY",
-        "MLFLOW_TRACKING_TOKEN",
-        "MLFLOW_TRACKING_PASSWORD",
-        "AWS_SECRET_ACCESS_KEY",
-        "SERVICE_SECRET",
-        "MY_SECRET_WORD",
-        "SOME_APIKEY",
-        "Github_Token",
-    ],
+_SECRET = (
+    "HF_TOKEN WANDB_API_KEY MLFLOW_TRACKING_PASSWORD AWS_SECRET_ACCESS_KEY MY_SECRET_WORD SOME_APIKEY Github_Token"
 )
+
+
+@pytest.mark.parametrize("name", _SECRET.split())
 def test_values_of_variables_that_are_called_secret_are_hidden(monkeypatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     assert redacted(f"no access with {SECRET}, sorry") == f"no access with {HIDDEN}, sorry"

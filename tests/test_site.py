@@ -104,7 +104,3 @@ def test_paths_that_pages_and_code_name_are_there() -> None:
     for file in [*files, ROOT / "Makefile", ROOT / "reproduce.mk"]:
         for path in MENTIONED.findall(file.read_text("utf-8")):
             assert (ROOT / path).exists(), (file, path)
-
-
-def test_the_first_page_is_short() -> None:
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150

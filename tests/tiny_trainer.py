@@ -18,7 +18,7 @@ from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.trainer import ResumableTrainer, build_trainer
 
-TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 BATCH = 8
 VERSIONS = {"torch": torch.__version__}
 RESUMED = {"epochs": 4.0, "save_steps": 2, "max_steps": 12, "learning_rate": 0.05, "count": 41}  # 5 steps an epoch
@@ -34,10 +34,16 @@ def rows(count: int, real: bool = False, size: int = 16) -> datasets.Dataset:
     return table.with_format("torch")
 
 
-def adapted(labels: tuple[str, ...] = ("a", "b", "c"), method: type = LoraConfig, **changes: object) -> PeftModel:
-    torch.manual_seed(0)
+def adapted(
+    labels: tuple[str, ...] = ("a", "b", "c"),
+    method: type = LoraConfig,
+    seed: int = 0,
+    depth: int = 1,
+    **changes: object,
+) -> PeftModel:
+    torch.manual_seed(seed)
     settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
-    model = models.load(model_args=TINY, labels=list(labels), **settings)
+    model = models.load(model_args=TINY | {"depth": depth}, labels=list(labels), **settings)
     own = {"r": 2, "target_modules": ["attn.qkv"], "modules_to_save": ["timm_model.head"]}
     return get_peft_model(model, method(**own | changes))
 

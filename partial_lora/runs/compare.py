@@ -119,8 +119,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             if budget is not None:
                 if method in _SIZED_ALIKE and not own_calibration:
                     chosen.append("calibration=fixed")
-                chosen += [*AT_BUDGET.get(method, ()), f"calibration.budget={budget:g}"]
-            size = "own size" if budget is None else f"{budget:g}"
+                chosen += [*AT_BUDGET.get(method, ()), f"calibration.budget={budget}"]
+            size = "own size" if budget is None else str(budget)
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
             planned = checked(["-m", *entry.overrides])
             if planned.swept:

@@ -18,11 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from unittest import mock
 
@@ -115,7 +115,6 @@ def launch(
             start=_fork if can_fork(config, cluster) else _start,
             watch=watch,
             lock=lock,
-            started=lambda worker: directory.name_holder(lock, worker),
             stop=stop,
         )
         if code and code not in _STOPPED:
@@ -385,14 +384,14 @@ def _run_process(
     start: Callable[..., subprocess.Popen | _Forked] | None = None,
     watch: Callable[[dict], None] = lambda event: None,
     lock: int | None = None,
-    started: Callable[[int], None] = lambda pid: None,
     stop: Callable[[], Sequence[int]] = tuple,
 ) -> tuple[int, failures.Failure | None]:
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
-    Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, so that it holds
-    the lock until it ends even if this process dies. The first signal that asks this process to stop is passed on; the
-    code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop: as `launch` takes it.
+    Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which names it,
+    so that it holds the lock until it ends even if this process dies. The first signal that asks this process to stop
+    is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop: as
+    `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
 
@@ -400,12 +399,14 @@ def _run_process(
         for event in events or ():
             watch(event)
 
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as words, _stop_requests() as requests:
+    requests = _StopRequests()
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as words, progress.handling(requests):
         with open(log, "ab") as file:
             worker = (start or _start)(command, {**environment, failures.VARIABLE: words}, file.fileno(), lock)
-        requests.pass_on_to(worker)
+        requests.worker = worker
         try:
-            started(worker.pid)
+            if lock is not None:
+                directory.name_holder(lock, worker.pid)
             while worker.poll() is None:
                 look()
                 for number in stop()[len(requests.received) :]:
@@ -414,7 +415,7 @@ def _run_process(
                 with suppress(subprocess.TimeoutExpired):
                     worker.wait(_LOOK)
         except BaseException:  # from `watch`, or a launcher that ends its job: nobody would look after the worker
-            worker.terminate()
+            worker.send_signal(signal.SIGTERM)
             worker.wait()
             raise
         look()
@@ -507,12 +508,8 @@ class _Forked:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        """Ask it to end."""
-        self.send_signal(signal.SIGTERM)
 
-
-def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> _Forked:
+def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> _Forked:
     """Have a worker forked, as `_start` starts one; the first call starts the process that forks.
 
     That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
@@ -524,31 +521,18 @@ def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: in
     with mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
         ensure_running()
     arguments = command[command.index("-m") + 1 :]
-    process = context.Process(target=_be_forked, args=(arguments, dict(environment), _Passed(log), _Passed(lock)))
+    passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process
+    process = context.Process(target=_be_forked, args=(arguments, dict(environment), *passed))
     process.start()
     return _Forked(process)
 
 
-@dataclass(frozen=True)
-class _Passed:
-    """A descriptor, or None; it arrives in a forked process as the descriptor's number in that process."""
-
-    descriptor: int | None
-
-    def __reduce__(self) -> tuple:
-        return (_detached, (None if self.descriptor is None else DupFd(self.descriptor),))
-
-
-def _detached(passed) -> int | None:
-    return passed and passed.detach()
-
-
-def _be_forked(arguments: list[str], environment: Mapping[str, str], log: int, lock: int | None) -> None:
+def _be_forked(arguments: list[str], environment: Mapping[str, str], log: Connection, lock: Connection) -> None:
     """Be `python -m *arguments` with an environment, a session and a log of its own; `lock` is held until the end."""
     os.setsid()
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(log, stream.fileno())
-    os.close(log)
+        os.dup2(log.fileno(), stream.fileno())
+    log.close()
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere
@@ -564,36 +548,24 @@ class _StopRequests:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self._worker: subprocess.Popen | None = None
+        self.worker: subprocess.Popen | _Forked | None = None
         self._last = float("-inf")
-
-    def pass_on_to(self, worker: subprocess.Popen) -> None:
-        """Name the worker, and pass on at once what was received before it was started."""
-        self._worker = worker
-        self.remind()
 
     def remind(self) -> None:
         """Pass the first request on, unless that was done in the last seconds."""
         if self.received and time.monotonic() - self._last > _REMIND:
             self._last = time.monotonic()
-            self._worker.send_signal(self.received[0])
+            self.worker.send_signal(self.received[0])
 
     def __call__(self, number: int, frame: object) -> None:
         self.received.append(number)
-        if self._worker is None:
+        if self.worker is None:
             return
         if len(self.received) == 1:
             self.remind()
         else:
             with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(self._worker.pid, signal.SIGKILL)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_StopRequests]:
-    requests = _StopRequests()
-    with progress.handling(requests):
-        yield requests
+                os.killpg(self.worker.pid, signal.SIGKILL)
 
 
 def _record_failure(place: Path, failure: failures.Failure | None, cluster: Cluster, code: int) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -55,7 +54,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     Raises PartialLoraError where a sampler has nothing to go by.
     """
     _check_sampler(plan, stage)
-    ledger, console = Ledger.new(plan.sweep_dir), Console()
+    ledger = Ledger.new(plan.sweep_dir)
     configs = [] if plan.is_sampled else [config for _, config in plan.runs]
     job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
     # This module reports failed jobs in place of the plug-ins, and Python handles signals in place of Ray.
@@ -63,7 +62,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
     begun = time.time()
     try:
-        with _reporting(ledger, plan, console):
+        with _reporting(ledger, plan):
             trouble = _sweep(plan, ledger, partial(hydra, job))
             with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own
                 _settle(ledger)
@@ -74,14 +73,14 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     if not plan.is_sampled:
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
     runs = rows(entries, names, stops)
-    console.print(table(runs))
-    console.print(counts(runs), highlight=False, soft_wrap=True)
+    Console().print(table(runs))
+    print(counts(runs))
     if plan.is_sampled:
-        _print_best(plan, begun, console)
+        _print_best(plan, begun)
     if trouble:
         print(f"partial-lora: {trouble}", file=sys.stderr)
     stopped = 128 + stops[0] if stops else 0
-    return max([stopped, 1 if trouble else 0, *(row.code for row in runs)])
+    return max([stopped, 1 if trouble else 0, *(row["code"] for row in runs)])
 
 
 def _check_sampler(plan: Plan, stage: str) -> None:
@@ -138,31 +137,13 @@ def _stopping(ledger: Ledger) -> Iterator[None]:
 
 
 def _settle(ledger: Ledger) -> None:
-    """Wait until no job is under way, and stop the workers of jobs that died: nobody else would."""
-    stopped: set[Path] = set()
-    while True:
-        running = [Path(each["directory"]) for each in ledger.entries().values() if each["status"] == "running"]
-        for run in set(running) - stopped:
-            if ledger.is_orphaned(run) and _stop_worker(run):
-                stopped.add(run)
-        if not any(ledger.is_under_way(run) for run in running):
-            return
+    """Wait until no job in another process is under way, nor the worker of one that died: that ends by itself."""
+    while any(map(ledger.is_under_way, ledger.entries().values())):
         time.sleep(_LOOK)
 
 
-def _stop_worker(run: Path) -> bool:
-    """Stop the worker that holds a directory's lock; return False where it is on another machine, or not named."""
-    holder = (run / directory.LOCK).read_text(encoding="utf-8", errors="replace")
-    named = re.search(r"on (\S+) \(worker: pid (\d+)\)", holder)
-    if not named or named[1] != socket.gethostname():
-        return False
-    with suppress(ProcessLookupError):
-        os.kill(int(named[2]), signal.SIGTERM)
-    return True
-
-
 @contextmanager
-def _reporting(ledger: Ledger, plan: Plan, console: Console) -> Iterator[None]:
+def _reporting(ledger: Ledger, plan: Plan) -> Iterator[None]:
     """Print a line for each job in another process that starts or ends, while the block lasts."""
     ended = threading.Event()
 
@@ -179,7 +160,7 @@ def _reporting(ledger: Ledger, plan: Plan, console: Console) -> Iterator[None]:
                 if entry["code"]:
                     print(f"partial-lora: {line}", file=sys.stderr)
                 else:
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    print(line, flush=True)
 
     thread = threading.Thread(target=report, daemon=True)
     if plan.launcher != "basic":
@@ -200,7 +181,7 @@ def _in_words(entry: Mapping) -> str:
     return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
 
 
-def _print_best(plan: Plan, begun: float, console: Console) -> None:
+def _print_best(plan: Plan, begun: float) -> None:
     """Print the best run of a sampler, if it wrote that down."""
     from omegaconf import OmegaConf
 
@@ -209,8 +190,7 @@ def _print_best(plan: Plan, begun: float, console: Console) -> None:
         results: Mapping = OmegaConf.to_container(OmegaConf.load(file))
         params = " ".join(f"{key}={value}" for key, value in (results.get("best_params") or {}).items())
         if params:
-            best = f"best on validation: {results['best_value']:.4f} with {params}"
-            console.print(best, highlight=False, markup=False, soft_wrap=True)
+            print(f"best on validation: {results['best_value']:.4f} with {params}")
 
 
 # --- One job of a sweep: what Hydra's launchers call, in this process or, pickled, in another one.
@@ -286,7 +266,7 @@ class Job:
         with self.ledger.claimed(Path(entry["directory"])) as had_before:
             if self.ledger.stops():
                 return None
-            self.ledger.write(number, **entry, status="running", code=0)
+            self.ledger.write(number, **entry, status="running", code=0, here=here)
             if self.ledger.stops():  # whoever stops a sweep first writes that and then looks at what is running
                 return {"status": "not started", "code": 0}
             if had_before:  # another job of this sweep has overwritten what was there
@@ -313,7 +293,6 @@ class Job:
 
 _WAIT = 0.2  # seconds between two looks at a lock
 _STOP = "stop"
-_OWN: set[Path] = set()  # the claims of this process
 
 
 @dataclass(frozen=True)
@@ -367,23 +346,15 @@ class Ledger:
             while not files.lock(file.fileno()) and not self.stops():
                 time.sleep(_WAIT)
             file.seek(0)
-            before = bool(file.read())
-            _OWN.add(Path(file.name))
-            try:
-                yield before
-            finally:
-                _OWN.discard(Path(file.name))
+            yield bool(file.read())
             file.write("had\n")
 
-    def is_under_way(self, run: Path) -> bool:
+    def is_under_way(self, entry: Mapping) -> bool:
         """Return whether a job in another process works in a run's directory, or a worker whose job has died."""
-        if self._claim(run) in _OWN:  # a process must not wait for itself
+        if entry["status"] != "running" or entry["here"]:  # a process must not wait for itself
             return False
+        run = Path(entry["directory"])
         return files.is_locked(self._claim(run)) or files.is_locked(run / directory.LOCK)
-
-    def is_orphaned(self, run: Path) -> bool:
-        """Return whether a worker is all that is left of a job."""
-        return not files.is_locked(self._claim(run)) and files.is_locked(run / directory.LOCK)
 
     def _claim(self, run: Path) -> Path:
         return self.folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.claim"
@@ -395,65 +366,51 @@ _NONE = "–"  # for what does not apply
 _LONGEST = 160  # characters of a reason in a table
 
 
-@dataclass(frozen=True)
-class Row:
-    """One run: its name, how it ended, its exit code, and its seconds, score or reason where there are some."""
-
-    name: str
-    status: str
-    code: int
-    seconds: float | None = None
-    metric: str = ""
-    test: float | None = None
-    reason: str = ""
-
-
-def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequence[int]) -> list[Row]:
-    """Return a row for every run.
+def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequence[int]) -> list[dict]:
+    """Return name, status and exit code of every run, and its seconds, metric and test score, or reason.
 
     entries: of the jobs, by their numbers. names: of all runs there should be, by their jobs' numbers. stops: the
     signals that stopped the sweep.
     """
-    return [_row(name, entries.get(number), stops) for number, name in names.items()]
+    found = []
+    for number, name in names.items():
+        entry = entries.get(number)
+        if entry is None:
+            end = {"status": "not started", "code": 0 if stops else 1}
+        elif entry["status"] != "running":
+            end = entry
+        elif stops:  # its job did not live to write more
+            reason = f"interrupted by {signal.Signals(stops[0]).name}; run the command again to redo it"
+            end = {"status": "interrupted", "code": 128 + stops[0], "reason": reason}
+        else:
+            end = {"status": "failed", "code": 1, "reason": "its process was ended before it could say why"}
+        found.append({**end, "name": name or (entry or {}).get("directory", "")})
+    return found
 
 
-def _row(name: str, entry: Mapping | None, stops: Sequence[int]) -> Row:
-    if entry is None:
-        return Row(name, "not started", 0 if stops else 1)
-    name = name or entry.get("directory") or " ".join(entry["overrides"])
-    if entry["status"] == "running" and stops:  # its job did not live to write more
-        reason = f"interrupted by {signal.Signals(stops[0]).name}; run the command again to redo it"
-        return Row(name, "interrupted", 128 + stops[0], reason=reason)
-    if entry["status"] == "running":
-        return Row(name, "failed", 1, reason="its process was ended before it could say why")
-    seconds = None if entry["status"] == "skipped" else entry.get("seconds")
-    metric, test, reason = entry.get("metric", ""), entry.get("test"), entry.get("reason", "")
-    return Row(name, entry["status"], entry["code"], seconds, metric, test, reason)
-
-
-def table(runs: Sequence[Row]) -> Table:
+def table(runs: Sequence[Mapping]) -> Table:
     """Return the rows as they are printed; long reasons, printed in full when they came up, are cut short."""
-    metrics = {row.metric for row in runs if row.metric}
+    metrics = {row["metric"] for row in runs if "metric" in row}
     one = metrics.pop() if len(metrics) == 1 else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column(one or "score", justify="right")
-    if with_reasons := any(row.reason for row in runs):
+    if with_reasons := any("reason" in row for row in runs):
         table.add_column("why", overflow="fold")
     for row in runs:
-        seconds = _NONE if row.seconds is None else f"{row.seconds:,.1f}"
-        test = _NONE if row.test is None else f"{row.test:.4f}" if one else f"{row.metric} {row.test:.4f}"
-        reason = [Text(textwrap.shorten(row.reason, _LONGEST, placeholder=" …"))] if with_reasons else []
-        table.add_row(Text(row.name), row.status, seconds, test, *reason)
+        seconds = f"{row['seconds']:,.1f}" if "seconds" in row and row["status"] != "skipped" else _NONE
+        test = _NONE if row.get("test") is None else f"{'' if one else row['metric']} {row['test']:.4f}".lstrip()
+        reason = [Text(textwrap.shorten(row.get("reason", ""), _LONGEST, placeholder=" …"))] if with_reasons else []
+        table.add_row(Text(row["name"]), row["status"], seconds, test, *reason)
     return table
 
 
-def counts(runs: Sequence[Row]) -> str:
+def counts(runs: Sequence[Mapping]) -> str:
     """Return how many runs ended in which way, in a line."""
-    ends = Counter("skipped (finished before)" if row.status == "skipped" else row.status for row in runs)
+    ends = Counter("skipped (finished before)" if row["status"] == "skipped" else row["status"] for row in runs)
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    missing = any(row.code or row.status == "not started" for row in runs)
+    missing = any(row["code"] or row["status"] == "not started" for row in runs)
     line = f"{number}: {', '.join(f'{count} {status}' for status, count in ends.items())}"
     return line + ("; the same command again does what is missing" if missing else "")

@@ -6,8 +6,8 @@ import copy
 import math
 
 import pytest
-import tiny_vit
 import torch
+from configured import load
 from peft import LoraConfig, get_peft_model
 from scored_models import TARGETS, linears
 from torch import nn
@@ -189,8 +189,7 @@ def test_a_model_in_half_precision_scores_nearly_as_in_full(name, perceptron, mo
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_vision_transformer_is_scored_by_its_own_loss(name):
-    torch.manual_seed(0)
-    model = tiny_vit.load()
+    model = load("tiny_vit")
     batch = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.arange(6) % 3}
     modules = target_linears(model, TARGETS)
     config = model.config.to_dict()

@@ -33,10 +33,12 @@ def flags(command: list[str]) -> dict[str, str]:
     return {name: value for name, value in itertools.pairwise(own) if name.startswith("--")}
 
 
-def test_one_process_needs_no_launcher() -> None:
+def test_one_process_needs_no_launcher_and_those_of_one_machine_no_address() -> None:
     found = launch.cluster_of(settings())
     assert found == launch.Cluster(processes=1)
     assert launch.command(found, WORKER)[1:] == WORKER
+    several = flags(launch.command(launch.cluster_of(settings(num_processes=2)), WORKER))
+    assert several["--main_process_port"] == "0"  # where nobody else meets
 
 
 def test_every_machine_has_as_many_processes_and_knows_where_to_meet() -> None:
@@ -47,11 +49,6 @@ def test_every_machine_has_as_many_processes_and_knows_where_to_meet() -> None:
     assert {"--num_processes": "6", "--num_machines": "2", "--machine_rank": "1"}.items() <= said.items()
     assert {"--main_process_ip": "10.0.0.1", "--main_process_port": "1234"}.items() <= said.items()
     assert launch.cluster_of(settings(num_machines=2, main_process_ip="10.0.0.1")).processes == 2  # one CPU on each
-
-
-def test_processes_of_one_machine_meet_where_nobody_else_does() -> None:
-    found = launch.cluster_of(settings(num_processes=2))
-    assert flags(launch.command(found, WORKER))["--main_process_port"] == "0"
 
 
 def test_a_file_says_what_the_keys_do_not(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert centres == {"low_rank": 2e-3, "dora": 1e-3, "hira": 32e-3}  # 45 times, on the ladder of all
     (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
+    (counted,) = compare.entries(["low_rank"], [1234567], overrides)
+    assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 
 def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
@@ -112,23 +114,29 @@ def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> No
         assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
 
 
+def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", **changes: object) -> int:
+    """Only write the records of a sweep's runs, better the nearer their rate is to the best. changes: of records."""
+    for _, config in compare.checked(arguments).runs:
+        score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
+        left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
+        left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
+        failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
+        run_directory(config).mkdir(parents=True, exist_ok=True)
+        write_json(run_directory(config) / "result.json", left | failed)
+    return 0
+
+
 @pytest.mark.usefixtures("composed_once")
 def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:
     """With a launcher that only writes records: the ranking, and nothing twice."""
     entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list[list[str]] = []
+    said: list[str] = []
 
     def launch(arguments: list[str]) -> int:
         launched.append(arguments)
-        for _, config in compare.checked(arguments).runs:
-            place = run_directory(config)
-            place.mkdir(parents=True, exist_ok=True)
-            score = -abs(math.log2(config.trainer.learning_rate / 2e-3))
-            validation = {"primary": "accuracy", "accuracy": score, "loss": 1.0}
-            write_json(place / "result.json", {"status": "finished", "metrics": {"validation": validation}})
-        return 0
+        return leave_records(arguments, best=2e-3)
 
-    said: list[str] = []
     assert compare.compare(entries, rates=3, seeds=2, launch=launch, say=said.append) == 0
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
@@ -184,29 +192,13 @@ def composed_once(monkeypatch) -> None:
 compare_checked = compare.checked
 
 
-def recording(monkeypatch, **changes) -> None:
-    """Have a comparison launch runs that only leave their records; those of unilora fail. changes: of records."""
-
-    def launch(stage: str, arguments: list[str]) -> int:
-        for _, config in compare.checked(arguments).runs:
-            place = run_directory(config)
-            place.mkdir(parents=True)
-            score = 0.9 - abs(math.log2(config.trainer.learning_rate / 1e-3)) / 10
-            left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
-            left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
-            failed = {"status": "failed", "error": "the loss is not finite"}
-            write_json(place / "result.json", left | (failed if config.method.name == "unilora" else {}))
-        return 1
-
-    monkeypatch.setattr(cli, "_stage", launch)
-
-
 @pytest.mark.usefixtures("composed_once")
 def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_form_is_called(
     tmp_path, monkeypatch
 ) -> None:
     """Two methods are equally good, and the runs of a third fail."""
-    recording(monkeypatch, mask__fan_in="kept")
+    leave = functools.partial(leave_records, failing="unilora", mask__fan_in="kept")
+    monkeypatch.setattr(cli, "_stage", lambda stage, arguments: leave(arguments))
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr

@@ -15,11 +15,9 @@ import pytest
 from commands import environment, here, is_alive
 from safetensors.torch import load_file
 
-from partial_lora.errors import PartialLoraError
 from partial_lora.runs.compose import composed
 from partial_lora.runs.launch import can_fork, cluster_of
 from partial_lora.runs.schema import Config
-from partial_lora.training.config import TrainerConfig
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "task.train_samples=100")
 FORK = "trainer.start=fork"
@@ -118,8 +116,3 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_sweep(place: Path, run) -
 def test_what_cannot_be_forked_gets_a_fresh_interpreter(overrides: tuple, expected: bool) -> None:
     config: Config = composed("model=tiny_vit", "trainer.device=cpu", *overrides)
     assert can_fork(config, cluster_of(config.trainer, config.model.quantization)) is expected
-
-
-def test_an_unknown_start_is_refused_by_name() -> None:
-    with pytest.raises(PartialLoraError, match=r"trainer\.start"):
-        TrainerConfig(start="spoon")

@@ -54,77 +54,59 @@ def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_pat
         assert launch._is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
 
 
-def test_an_error_of_a_process_that_loads_data_is_one_line() -> None:
+def of_a_process_that_loads_data() -> PartialLoraError:
+    """With the traceback of that process."""
     try:
         raise PartialLoraError("an image of the task cannot be read: row 1")
     except PartialLoraError:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(PartialLoraError) as raised:
         wrapped.reraise()
-    assert len(str(raised.value).splitlines()) > 2  # with the traceback of that process
-    assert worker._in_one_line(raised.value) == "an image of the task cannot be read: row 1"
+    return raised.value
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
+        (of_a_process_that_loads_data(), "an image of the task cannot be read: row 1"),
         (PartialLoraError("model.head=x: expected y"), "model.head=x: expected y"),
         (KeyboardInterrupt(), directory.INTERRUPTED),
         (ValueError("two\nlines"), "ValueError: two lines"),
     ],
 )
-def test_any_other_error_is_one_line_too(error: BaseException, line: str) -> None:
+def test_an_error_is_one_line(error: BaseException, line: str) -> None:
     assert worker._in_one_line(error) == line
 
 
 # Which of several processes failed first
 
 
-@pytest.fixture
-def words(tmp_path: Path, monkeypatch) -> Path:
-    """The folder where processes leave word of their failures."""
-    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
-    return tmp_path
+LOST = "a connection was closed"
 
 
-def fail(monkeypatch, rank: int, reason: str, second: float) -> None:
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(time, "time", lambda: second)
-    failures.report(reason)
-
-
-def test_the_first_to_fail_is_the_cause(words: Path, monkeypatch) -> None:
-    fail(monkeypatch, 0, "a connection was closed", 101.0)
-    fail(monkeypatch, 1, "out of memory", 100.5)
-    failures.report_exits({0: (1, 101), 1: (1, 100)})
-    assert failures.first(words) == Failure(1, "out of memory")
-
-
-def test_a_process_that_was_killed_is_the_cause_of_its_peers_failures(words: Path, monkeypatch) -> None:
-    fail(monkeypatch, 0, "a connection was closed", 100.2)
-    failures.report_exits({0: (1, 103), 1: (-signal.SIGKILL, 100)})
-    assert failures.first(words) == Failure(1, "was ended by SIGKILL", explained=False)
-
-
-@pytest.mark.parametrize("code", [-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL])
-def test_an_end_by_the_launcher_after_a_failure_is_not_its_cause(words: Path, monkeypatch, code: int) -> None:
-    fail(monkeypatch, 0, "diverged", 100.2)
-    failures.report_exits({0: (1, 100), 1: (code, 131 if code == -signal.SIGKILL else 100)})
-    assert failures.first(words) == Failure(0, "diverged")
-
-
-def test_a_process_that_leaves_no_word_is_named(words: Path) -> None:
-    failures.report_exits({1: (3, 100)})
-    failure = failures.first(words)
-    assert (failure.rank, failure.explained) == (1, False)
-    assert "code 3" in failure.reason
-
-
-def test_without_a_word_there_is_no_failure(words: Path, monkeypatch) -> None:
-    assert failures.first(words) is None
-    monkeypatch.delenv(failures.VARIABLE)
+@pytest.mark.parametrize(
+    ("words", "exits", "first"),
+    [
+        ({0: (LOST, 101.0), 1: ("out of memory", 100.5)}, {0: (1, 101), 1: (1, 100)}, Failure(1, "out of memory")),
+        # One that was killed has caused its peers' failures; ended by the launcher after a failure it has not.
+        ({0: (LOST, 100.2)}, {0: (1, 103), 1: (-9, 100)}, Failure(1, "was ended by SIGKILL", explained=False)),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (-15, 100)}, Failure(0, "diverged")),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (128 + 15, 100)}, Failure(0, "diverged")),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (-9, 131)}, Failure(0, "diverged")),
+        ({}, {1: (3, 100)}, Failure(1, "ended with code 3 and did not say why", explained=False)),
+        ({}, {}, None),
+    ],
+)
+def test_the_first_to_fail_is_the_cause(words, exits, first, tmp_path: Path, monkeypatch) -> None:
     failures.report("nobody listens")
-    assert list(words.iterdir()) == []
+    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
+    for rank, (reason, second) in words.items():
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(time, "time", lambda second=second: second)
+        failures.report(reason)
+    if exits:
+        failures.report_exits(exits)
+    assert failures.first(tmp_path) == first
 
 
 @pytest.mark.parametrize(
@@ -154,13 +136,10 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
 # Signals, and the launcher between a parent and several workers
 
 
-@pytest.mark.parametrize(
-    "handled", [launch._stop_requests, lambda: progress.handling(progress.leave)], ids=["of a run", "of a sweep"]
-)
-def test_nohup_is_heeded(handled) -> None:
+def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with handled():
+        with progress.handling(progress.leave):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:

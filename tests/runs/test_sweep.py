@@ -71,7 +71,9 @@ def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path, swept) -> N
 
 def test_runs_side_by_side_share_a_calibration(place: Path, swept) -> None:
     assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
-    assert records(place)[0.05]["sparsity"] == records(place)[1e30]["sparsity"]
+    first, second = (records(place)[rate] for rate in (0.05, 1e30))
+    assert first["sparsity"] == second["sparsity"]
+    assert {first["calibration"]["cached"], second["calibration"]["cached"]} == {False, True}  # one has waited
 
 
 def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
@@ -186,6 +188,7 @@ def test_ray_runs_jobs_too(place: Path, swept) -> None:
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
+        (["task=[digits,cifar10]"], "task=[digits,cifar10]: "),
         (["hydra/launcher=foo"], "hydra/launcher=foo: "),
         (["hydra/sweeper=foo"], "hydra/sweeper=foo: "),
         (["hydra.launcher=joblib"], "hydra.launcher=joblib: "),
@@ -276,32 +279,25 @@ def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
     assert ledger.stops() == [signal.SIGTERM]
 
 
-def test_a_claim_ends_with_its_process_and_a_worker_alone_is_an_orphan(tmp_path) -> None:
-    ledger, run = Ledger.new(tmp_path / "sweep"), tmp_path / "run"
-    assert not ledger.is_under_way(run)
-    with ledger.claimed(run) as before:
-        assert not before
-        assert not ledger.is_under_way(run)  # who has a run does not wait for itself
-        with directory.locked(run):
-            assert not ledger.is_orphaned(run)
-    assert not ledger.is_under_way(run)
-    with directory.locked(run):
-        assert ledger.is_under_way(run)
-        assert ledger.is_orphaned(run)
-    with ledger.claimed(run) as before:
-        assert before
-
-
-def test_a_claim_of_another_process_is_waited_for(tmp_path: Path) -> None:
+def test_a_job_in_another_process_and_its_worker_are_waited_for(tmp_path: Path) -> None:
     ledger, run = Ledger.new(tmp_path), tmp_path / "run"
+    entry = {"status": "running", "directory": str(run), "here": False}
+    for before in (False, True):
+        with ledger.claimed(run) as had_before:
+            assert had_before == before
+            assert not ledger.is_under_way(entry | {"here": True})  # who has a run does not wait for itself
+    assert not ledger.is_under_way(entry)
+    with directory.locked(run):
+        assert ledger.is_under_way(entry)
+        assert not ledger.is_under_way(entry | {"status": "finished"})
     script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
     script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(ledger.folder), str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert ledger.is_under_way(run)
+        assert ledger.is_under_way(entry)
         holder.kill()
-    assert not ledger.is_under_way(run)
+    assert not ledger.is_under_way(entry)
 
 
 def test_the_table_says_of_every_run_what_became_of_it() -> None:
@@ -313,7 +309,7 @@ def test_the_table_says_of_every_run_what_became_of_it() -> None:
     }
     names = {number: f"a={number}" for number in range(5)}
     found = sweep.rows(entries, names, [])
-    assert [row.code for row in found] == [0, 0, 2, 1, 1]
+    assert [row["code"] for row in found] == [0, 0, 2, 1, 1]
     console = Console(file=io.StringIO(), width=120)
     console.print(sweep.table(found))
     lines = [line.split() for line in console.file.getvalue().splitlines() if "a=" in line]
@@ -323,7 +319,7 @@ def test_the_table_says_of_every_run_what_became_of_it() -> None:
     assert lines[3][:2] == ["a=3", "failed"]
     assert lines[4] == ["a=4", "not", "started", "–", "–"]
     stopped = sweep.rows(entries, names, [signal.SIGTERM])
-    assert [row.code for row in stopped] == [0, 0, 2, 143, 0]
+    assert [row["code"] for row in stopped] == [0, 0, 2, 143, 0]
     assert sweep.counts(stopped).startswith(
         "5 runs: 1 finished, 1 skipped (finished before), 1 refused, 1 interrupted, 1 not started"
     )
