@@ -249,7 +249,7 @@ class CausalTransform:
         lm-evaluation-harness's acc_norm divides).
         """
         count = sum(map(len, rows["options"]))
-        return self._prepared(rows, partial(self._all_options, split=rows.split), _OPTIONS, count, cache_bytes)
+        return self._prepared(rows, partial(self.option_columns, split=rows.split), _OPTIONS, count, cache_bytes)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows, padded on the right to the longest of them."""
@@ -273,7 +273,7 @@ class CausalTransform:
             prepared = in_memory(rows, convert, self._features(rows)).to_list()
             return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
         batches: list[list[dict]] = [[]]
-        options = in_memory(rows, partial(self._all_options, split=rows.split), _OPTIONS).to_list()
+        options = in_memory(rows, partial(self.option_columns, split=rows.split), _OPTIONS).to_list()
         for _, item in groupby(options, key=lambda row: row["item"]):
             item = list(item)
             if batches[-1] and len(batches[-1]) + len(item) > size:
@@ -336,8 +336,8 @@ class CausalTransform:
             ]
         return self._sequences(prompts, answers, places, split)
 
-    def _all_options(self, batch: Mapping[str, list], places: Sequence[int], split: object) -> dict[str, list]:
-        """Return the columns of all options of a batch of rows."""
+    def option_columns(self, batch: Mapping[str, list], places: Sequence[int], split: object = None) -> dict[str, list]:
+        """Return the columns of `options` for a batch of rows, and their places in the split."""
         prompts = [prompt for each in batch["prompts"] for prompt in each]
         options = [option for each in batch["options"] for option in each]
         counts = list(map(len, batch["options"]))
