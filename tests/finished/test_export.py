@@ -98,16 +98,6 @@ def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, o
         ]
 
 
-@pytest.mark.parametrize("name", ["partial", "element", "targeted"])
-def test_a_compact_file_holds_what_is_kept(tmp_path, name):
-    (file,) = export.export(run_of(name), "compact", tmp_path / "out").folder.glob("*.safetensors")
-    parameters = run_of(name).result["parameters"]
-    kept = parameters["adapter_trainable"] + parameters["head"]
-    # Of `targeted`, rank 16: each index stands for 16 kept values.
-    indices = parameters["adapter_trainable"] // 16 if name == "targeted" else 0
-    assert file.stat().st_size <= 4 * kept + 400 * 12 + 4 * indices
-
-
 def test_the_adapter_has_the_pooler_that_trained():
     names = load_file(encoder_run().adapter / "adapter_model.safetensors").keys()
     assert {"base_model.model.pooler.dense.weight", "base_model.model.classifier.weight"} <= names
@@ -276,18 +266,6 @@ def test_a_folder_of_other_files_is_left_alone_and_an_empty_one_filled(run, tmp_
         with refusal(f"{impossible} "):
             export.export(run, to, impossible)
     assert run.adapter.is_dir()
-
-
-@pytest.mark.parametrize("when", ["WRITE", "PROVE"])
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, when):
-    def interrupted(run, folder):
-        (folder / "half.safetensors").write_text("")
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(getattr(export, when), "compact", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export.export(image_run(), "compact", tmp_path / "out", check=True)
-    assert nothing_left(tmp_path / "out")
 
 
 # Runs that cannot be exported
