@@ -17,7 +17,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import OneTask, files_by_split, one_task
+from partial_lora.finished.task import files_by_split, one_task
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id, run_ids
 from partial_lora.runs.schema import TaskConfig
@@ -74,6 +74,8 @@ def evaluate_run(
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
     places = _places(known.labels, other) if other.kind == "label" else None
+    if places is not None:
+        other = replace(other, labels=tuple(known.labels))  # by which predictions are named
     model = RunModel(run, device)
     transform = build.transform_of(config.model, task)
     judge = build.judge_of(config, other, transform, Alone())
@@ -81,13 +83,11 @@ def evaluate_run(
     @objectives.grouped
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
-        return logits_of(model, batches, judge.reduce, advance)
+        logits, references = logits_of(model, batches, judge.reduce, advance)
+        logits = logits if known.outputs is None else logits[:, known.outputs]
+        return logits, references if places is None else places[references]
 
-    if other.kind == "label":
-        rows = transform.prepare(getattr(other, split), cache_bytes=task.cache_bytes)
-        found = _of_labels(*predict(rows), other, places, known)
-    else:
-        found = judge.judged(predict, model.model, split)
+    found = judge.judged(predict, model.model, split)
     names = dict.fromkeys(filter(None, [known.member, task.name]))
     folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{run_id({'task': plain(task)})}"
     record = {
@@ -162,19 +162,6 @@ def logits_of(
         done += len(logits[-1])
         advance(done, len(batches.dataset))
     return np.concatenate(logits), np.concatenate(references)
-
-
-def _of_labels(
-    logits: np.ndarray, references: np.ndarray, task: Task, places: np.ndarray | None, known: OneTask
-) -> objectives.Judged:
-    if known.outputs is not None:
-        logits = logits[:, known.outputs]
-    if places is not None:
-        references = places[references]
-    return objectives.Judged(
-        metrics.split_metrics(task.metrics, logits, references),
-        metrics.predictions_of(logits, references, known.labels),
-    )
 
 
 def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:

@@ -210,9 +210,9 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
         with quiet():
             _save(base_model(run, whole=True), run, Path(base))
-        others = {f"plain PEFT{_whole(run)}": lambda: logits_elsewhere(samples, model=Path(base), adapter=folder)}
-        own = _logits(adapted_model(run, whole=True), samples.inputs)
-        return _compared(own, others, folder, _bound(run) if bound is None else bound)
+        others = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=Path(base), adapter=folder)}
+    own = _logits(adapted_model(run, whole=True), samples.inputs)
+    return _compared(own, others, folder, _bound(run) if bound is None else bound)
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
@@ -220,13 +220,9 @@ def _prove_compact(run: FinishedRun, folder: Path) -> str:
     own = adapted_model(run)
     with quiet():
         loaded = load_compact(base_model(run), folder)
-    expected, found = _tensors(own), _tensors(loaded)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
-            raise ProofError(f"{folder}: {name} is not that of the run after loading")
-    inputs = _samples(run).inputs
-    others = {"a fresh base model": lambda: _logits(loaded, inputs)}
-    return f"{len(found)} tensors equal bit for bit; {_compared(_logits(own, inputs), others, folder, bound=0.0)}"
+    count, inputs = serving.prove_equal(folder, _tensors(own), _tensors(loaded)), _samples(run).inputs
+    others = {"a fresh base model": _logits(loaded, inputs)}
+    return f"{count} tensors equal bit for bit; {_compared(_logits(own, inputs), others, folder, bound=0.0)}"
 
 
 def _prove_merged(run: FinishedRun, folder: Path) -> str:
@@ -239,9 +235,7 @@ def _prove_merged(run: FinishedRun, folder: Path) -> str:
     if isinstance(own.get_base_model(), TimmWrapperForImageClassification):
         libraries.append("timm")
     others = {
-        f"{library} alone{_whole(run)}": lambda library=library: logits_elsewhere(
-            samples, model=folder, library=library
-        )
+        f"{library} alone{_whole(run)}": logits_elsewhere(samples, model=folder, library=library)
         for library in libraries
     }
     return _compared(_logits(own, samples.inputs), others, folder, _bound(run))
@@ -300,12 +294,11 @@ def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return model.eval()(**inputs).logits
 
 
-def _compared(own: Tensor, others: Mapping[str, Callable[[], Tensor]], folder: Path, bound: float) -> str:
+def _compared(own: Tensor, others: Mapping[str, Tensor], folder: Path, bound: float) -> str:
     """Return how far others' logits are from the run's own, in words; raises ProofError beyond the bound."""
     scale = max(1.0, own.abs().max().item())
     compared = []
-    for who, compute in others.items():
-        found = compute()
+    for who, found in others.items():
         difference = (found.float() - own.float()).abs().max().item() if found.shape == own.shape else float("inf")
         if not difference <= bound * scale:  # NaN too
             raise ProofError(

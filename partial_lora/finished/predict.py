@@ -27,7 +27,6 @@ from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import one_task
 from partial_lora.runs import build
 from partial_lora.tasks import CausalTransform
-from partial_lora.tasks.questions import CHOICE_FEATURES
 from partial_lora.training.distributed import device_of
 from partial_lora.training.metrics import generate, log_likelihoods
 
@@ -150,8 +149,12 @@ class Predictor:
         Questions, which can be too long, come as the tokens of their options. An error stands for what cannot be read.
         """
         if self.kind == "choice":
-            rows = iter(rows_of(self._transform, self._layout, [each for each in inputs if is_question(each)]))
-            return [next(rows) if is_question(each) else _unlike(each, "(prompt, options)") for each in inputs]
+            return [
+                rows_of(self._transform, self._layout, *each)
+                if is_question(each)
+                else _unlike(each, "(prompt, options)")
+                for each in inputs
+            ]
         if self.kind == "generation":
             return [_prompt(each) for each in inputs]
         if self.modality == "text":
@@ -176,14 +179,24 @@ class Predictor:
             texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
             return [Prediction(*each, None, {}) for each in zip(words, texts, strict=True)]
         if self.kind == "choice":
-            size = max(len(encoded), *map(len, encoded))  # as large as the options of any one question need
-            scores = likelihoods(encoded, self._model.logits, self._transform, size)
+            scores = self._likelihoods(encoded)
             return [_outcome(*each) for each in zip(words, scores, (options for _, options in inputs), strict=True)]
         is_text = self.modality == "text"
         batch = self._transform.encode(encoded) if is_text else {"pixel_values": torch.cat(encoded)}
         logits = self._model.logits(batch)
         logits = logits if self._outputs is None else logits[:, self._outputs]
         return [_outcome(*each, self.labels) for each in zip(words, logits, strict=True)]
+
+    def _likelihoods(self, questions: Sequence[Rows]) -> list[np.ndarray]:
+        """Return the log likelihood of every option of every question, a sum over its tokens."""
+        rows = [row for question in questions for row in question]
+        size = max(len(questions), *map(len, questions))  # as large as the options of any one question need
+        scores = [
+            self._model.logits(self._transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
+            for start in range(0, len(rows), size)
+        ]
+        ends = np.cumsum([len(question) for question in questions])
+        return np.split(np.concatenate(scores), ends[:-1])
 
 
 def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
@@ -263,64 +276,26 @@ def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
 
 
 def rows_of(
-    transform: CausalTransform, layout: str | None, questions: Sequence[tuple[str, Sequence[str]]]
-) -> list[Rows | PartialLoraError]:
-    """Return the options of every question as the model reads them, or what is wrong with the question.
+    transform: CausalTransform, layout: str | None, prompt: str, options: Sequence[str]
+) -> Rows | PartialLoraError:
+    """Return the options of a question as the model reads them, or what is wrong with the question.
 
     layout: the task's `format`; winogrande's puts the options where the prompt has a _, and scores what follows.
     """
-    outcomes: list = []
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        for prompt, options in questions:
-            problem = problem_of_question(prompt, options)
-            if layout == "winogrande" and not prompt.partition("_")[2].strip():
-                problem = problem or "expected a _ in the prompt, where the options go, and words after it"
-            outcomes.append(_unfit(prompt, problem) if problem else _rows(transform, layout, prompt, options))
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-    return outcomes
-
-
-def likelihoods(
-    questions: Sequence[Rows],
-    logits: Callable[[Mapping[str, Tensor], Callable], np.ndarray],
-    transform: CausalTransform,
-    size: int,
-) -> list[np.ndarray]:
-    """Return the log likelihood of every option of every question, a sum over its tokens.
-
-    Args:
-        logits: of a batch, reduced by a function (`RunModel.logits`).
-        size: options in a batch.
-    """
-    rows = [row for question in questions for row in question]
-    scores = [
-        logits(transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
-        for start in range(0, len(rows), size)
-    ]
-    ends = np.cumsum([len(question) for question in questions])
-    return np.split(np.concatenate(scores), ends[:-1])
-
-
-def _rows(
-    transform: CausalTransform, layout: str | None, prompt: str, options: Sequence[str]
-) -> Rows | PartialLoraError:
+    problem = problem_of_question(prompt, options)
     if layout == "winogrande":
         before, _, after = prompt.partition("_")
         prompts, answers = [before + option for option in options], [f" {after.strip()}"] * len(options)
+        if not after.strip():
+            problem = problem or "expected a _ in the prompt, where the options go, and words after it"
     else:
-        space = "" if prompt[-1].isspace() else " "
+        space = "" if prompt[-1:].isspace() else " "
         prompts, answers = [prompt] * len(options), [space + option for option in options]
-    row = {"prompts": [prompts], "options": [answers], "label": [0]}
-    try:
-        return transform.options(datasets.Dataset.from_dict(row, features=CHOICE_FEATURES), cache_bytes=0).to_list()
-    except PartialLoraError:  # its message is about a row of a table
-        return _unfit(prompt, "an option is longer than the run's model.max_length")
-
-
-def _unfit(prompt: str, problem: str) -> PartialLoraError:
+    if problem is None:
+        try:
+            columns = transform.option_columns({"prompts": [prompts], "options": [answers], "label": [0]}, [0])
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        except PartialLoraError:  # its message is about a row of a table
+            problem = "an option is longer than the run's model.max_length"
     quoted = f"{prompt[:80]!r}: " if prompt.strip() else ""
     return PartialLoraError(f"{quoted}{problem}")

@@ -164,10 +164,15 @@ def prove_gguf(run: FinishedRun, folder: Path) -> str:
     found = {
         tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors
     }
+    return f"{prove_equal(folder / GGUF_FILE, expected, found)} tensors read back equal bit for bit"
+
+
+def prove_equal(place: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> int:
+    """Return the number of tensors; raise ProofError for one that is not the run's bit for bit, missing or too many."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
-            raise ProofError(f"{folder / GGUF_FILE}: {name} is not that of the run")
-    return f"{len(found)} tensors read back equal bit for bit"
+            raise ProofError(f"{place}: {name} is not that of the run")
+    return len(found)
 
 
 # --- vLLM, SGLang and LoRAX: an ordinary adapter of one rank and one scaling, with all modules that they expect.

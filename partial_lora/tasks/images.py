@@ -77,7 +77,9 @@ class ImageTransform:
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows."""
         pixels = np.stack([np.frombuffer(row["pixels"], dtype=np.uint8) for row in rows])
-        batch = {"pixel_values": self._normalised(torch.from_numpy(pixels.reshape(-1, 3, self._size, self._size)))}
+        pixels = torch.from_numpy(pixels.reshape(-1, 3, self._size, self._size))
+        pixels = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+        batch = {"pixel_values": v2.functional.normalize(pixels, self._mean, self._std)}
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
@@ -110,9 +112,6 @@ class ImageTransform:
             return _bytes(self._square(Image().decode_example(image)))
         except _UNREADABLE as error:
             raise _unreadable(image, rows, row, error) from error
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), self._mean, self._std)
 
 
 def _bytes(pixels: Tensor) -> bytes:

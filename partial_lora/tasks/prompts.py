@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import jinja2
-import tokenizers
 import torch
-import transformers
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -62,12 +61,8 @@ class Continuations:
         ends: True for complete continuations, whose end token is learned too.
         """
         texts = [self._context(prompt) for prompt in prompts]
-        if self.chat:
-            triples = zip(prompts, texts, continuations, strict=True)
-            continuations = [self._reply(prompt, text, reply, ends) for prompt, text, reply in triples]
-        else:
-            triples = zip(prompts, texts, continuations, strict=True)
-            continuations = [prompt[len(text) :] + continuation for prompt, text, continuation in triples]
+        triples = zip(prompts, texts, continuations, strict=True)
+        continuations = [self._continuation(*each, ends) for each in triples]
         together = self._encoded([text + after for text, after in zip(texts, continuations, strict=True)])
         alone = self._encoded(texts)
         answers = [
@@ -146,9 +141,11 @@ class Continuations:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def _reply(self, prompt: str, context: str, reply: str, ends: bool) -> str:
-        """Return a reply as the template writes it, with the token that ends a turn; a bare reply unless it `ends`."""
-        reply = reply.lstrip()
+    def _continuation(self, prompt: str, context: str, text: str, ends: bool) -> str:
+        """Return what follows a context: in a chat a reply as the template writes it, up to its end if it `ends`."""
+        if not self.chat:
+            return prompt[len(context) :] + text
+        reply = text.lstrip()
         if not ends:
             return reply
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
@@ -232,7 +229,7 @@ class CausalTransform:
         need more than `cache_bytes`, else in memory. Raises PartialLoraError for an answer that is too long ("refuse"),
         and where none fits.
         """
-        convert = self._right_answers(rows.split)
+        convert = partial(self._right_answers, split=rows.split)
         prepared = self._prepared(rows, convert, self._features(rows), len(rows), cache_bytes)
         if self._too_long == "refuse":
             return prepared
@@ -252,7 +249,7 @@ class CausalTransform:
         lm-evaluation-harness's acc_norm divides).
         """
         count = sum(map(len, rows["options"]))
-        return self._prepared(rows, self._all_options(rows.split), _OPTIONS, count, cache_bytes)
+        return self._prepared(rows, partial(self.option_columns, split=rows.split), _OPTIONS, count, cache_bytes)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows, padded on the right to the longest of them."""
@@ -272,10 +269,11 @@ class CausalTransform:
         also has `items` (N,), the question of each option, and `answers` (N,), True for the right option.
         """
         if self.kind != "choice":
-            prepared = in_memory(rows, self._right_answers(rows.split), self._features(rows)).to_list()
+            convert = partial(self._right_answers, split=rows.split)
+            prepared = in_memory(rows, convert, self._features(rows)).to_list()
             return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
         batches: list[list[dict]] = [[]]
-        options = in_memory(rows, self._all_options(rows.split), _OPTIONS).to_list()
+        options = in_memory(rows, partial(self.option_columns, split=rows.split), _OPTIONS).to_list()
         for _, item in groupby(options, key=lambda row: row["item"]):
             item = list(item)
             if batches[-1] and len(batches[-1]) + len(item) > size:
@@ -318,51 +316,39 @@ class CausalTransform:
             "max_length": self._max_length,
             "kind": self.kind,
             "columns": list(features),
-            **({} if self._too_long == "refuse" else {"too_long": self._too_long}),
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
+            "too_long": self._too_long,
         }
         return cached(rows, convert, features, key)
 
-    def _right_answers(self, split: object) -> Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]:
-        """Return a function from a batch of rows to their right answers."""
+    def _right_answers(self, batch: Mapping[str, list], places: Sequence[int], split: object) -> dict[str, list]:
+        """Return the columns of the right answers of a batch of rows."""
+        if "messages" in batch:
+            return self._conversations(batch["messages"], places, split)
+        if self.kind == "choice":
+            labels = batch["label"]
+            prompts = [each[label] for each, label in zip(batch["prompts"], labels, strict=True)]
+            answers = [each[label] for each, label in zip(batch["options"], labels, strict=True)]
+        else:
+            prompts = batch["prompt"]
+            answers = [
+                response if not prompt or prompt[-1].isspace() else f" {response}"
+                for prompt, response in zip(prompts, batch["response"], strict=True)
+            ]
+        return self._sequences(prompts, answers, places, split)
 
-        def convert(batch: Mapping[str, list], places: Sequence[int]) -> dict[str, list]:
-            if "messages" in batch:
-                return self._conversations(batch["messages"], places, split)
-            if self.kind == "choice":
-                labels = batch["label"]
-                prompts = [each[label] for each, label in zip(batch["prompts"], labels, strict=True)]
-                answers = [each[label] for each, label in zip(batch["options"], labels, strict=True)]
-            else:
-                prompts = batch["prompt"]
-                answers = [
-                    response if not prompt or prompt[-1].isspace() else f" {response}"
-                    for prompt, response in zip(prompts, batch["response"], strict=True)
-                ]
-            return self._sequences(prompts, answers, places, split)
-
-        return convert
-
-    def _all_options(self, split: object) -> Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]:
-        """Return a function from a batch of rows to all their options."""
-
-        def convert(batch: Mapping[str, list], places: Sequence[int]) -> dict[str, list]:
-            prompts = [prompt for each in batch["prompts"] for prompt in each]
-            options = [option for each in batch["options"] for option in each]
-            counts = list(map(len, batch["options"]))
-            items = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
-            return self._sequences(prompts, options, items, split) | {
-                "item": items,
-                "right": [
-                    place == label
-                    for count, label in zip(counts, batch["label"], strict=True)
-                    for place in range(count)
-                ],
-                "characters": [len(option.removeprefix(" ")) for option in options],
-            }
-
-        return convert
+    def option_columns(self, batch: Mapping[str, list], places: Sequence[int], split: object = None) -> dict[str, list]:
+        """Return the columns of `options` for a batch of rows, and their places in the split."""
+        prompts = [prompt for each in batch["prompts"] for prompt in each]
+        options = [option for each in batch["options"] for option in each]
+        counts = list(map(len, batch["options"]))
+        items = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
+        return self._sequences(prompts, options, items, split) | {
+            "item": items,
+            "right": [
+                place == label for count, label in zip(counts, batch["label"], strict=True) for place in range(count)
+            ],
+            "characters": [len(option.removeprefix(" ")) for option in options],
+        }
 
     def _sequences(
         self, prompts: Sequence[str], answers: Sequence[str], places: Sequence[int], split: object

@@ -384,74 +384,53 @@ def guess_label_column(rows: Dataset, inputs: Sequence[str]) -> str | None:
     return few[0] if len(few) == 1 and len(rows.column_names) > 1 else None
 
 
-def _label_column(rows: Dataset, place: str, column: str | None) -> str:
-    if column is not None:
-        return _column_of_kind(rows, place, "label_column", column, _is_label, "labels")
+def _label_column(rows: Dataset, place: str, named: str | None) -> str:
     classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
     if not classes and _is_label(rows.features.get("label")):
-        return "label"
-    return _only_column(rows, place, "label_column", classes, "labels")
+        classes = ["label"]
+    return _column(rows, place, "label_column", named, _is_label, classes, "labels")
 
 
-def _image_column(rows: Dataset, place: str, column: str | None, label: str) -> str:
-    if column is not None:
-        return _column_of_kind(rows, place, "image_column", column, _may_be_image, "images", label)
+def _image_column(rows: Dataset, place: str, named: str | None, label: str) -> str:
     others = {column: feature for column, feature in rows.features.items() if column != label}
     images = [column for column, feature in others.items() if isinstance(feature, Image)]
     stored = [column for column, feature in others.items() if _is_stored_image(feature)]
     paths = [column for column, feature in others.items() if _is_text(feature)]
-    return _only_column(rows, place, "image_column", images or stored or paths, "images")
+    return _column(rows, place, "image_column", named, _may_be_image, images or stored or paths, "images", label)
 
 
-def _text_columns(rows: Dataset, place: str, columns: Sequence[str], label: str) -> list[str]:
-    if len(set(columns)) < len(columns):
-        raise PartialLoraError(f"task.text_columns={list(columns)}: expected different columns, or one alone")
-    if columns:
-        return [_column_of_kind(rows, place, "text_columns", column, _is_text, "texts", label) for column in columns]
+def _text_columns(rows: Dataset, place: str, named: Sequence[str], label: str) -> list[str]:
+    if len(set(named)) < len(named):
+        raise PartialLoraError(f"task.text_columns={list(named)}: expected different columns, or one alone")
     texts = [column for column, feature in rows.features.items() if _is_text(feature) and column != label]
-    return [_only_column(rows, place, "text_columns", texts, "texts")]
+    return [_column(rows, place, "text_columns", each, _is_text, texts, "texts", label) for each in named or [None]]
 
 
-def _column_of_kind(
+def _column(
     rows: Dataset,
     place: str,
     key: str,
-    column: str,
+    named: str | None,
     fits: Callable[[object], bool],
+    found: Sequence[str],
     kind: str,
     label: str | None = None,
 ) -> str:
-    """Return the column that the user named; refuse one of another kind and the column of the labels."""
-    if column == label:
-        raise PartialLoraError(
-            f"task.{key}={column}: {place} has its labels there, expected a column of {kind}; its columns are "
-            f"{_types(rows)}"
-        )
-    if not fits(rows.features.get(column)):
-        raise PartialLoraError(
-            f"task.{key}={column}: {place} has no such column of {kind}; its columns are {_types(rows)}"
-        )
-    return column
-
-
-def _only_column(rows: Dataset, place: str, key: str, columns: Sequence[str], kind: str) -> str:
-    if not columns:
-        unnamed = ", none called label" if kind == "labels" and "label" not in rows.features else ""
-        raise PartialLoraError(
-            f"task.{key}: {place} has no column of {kind}{unnamed}; name one of its columns, {_types(rows)}"
-        )
-    if len(columns) > 1:
-        raise PartialLoraError(
-            f"task.{key}: {place} has {len(columns)} columns of {kind}, name one; its columns are {_types(rows)}"
-        )
-    return columns[0]
-
-
-def _types(rows: Dataset) -> dict[str, str]:
-    return {
+    """Return the column that the user named, which has to be of its kind and not the labels' one, or the one found."""
+    types = {
         column: feature.dtype.removeprefix("large_") if isinstance(feature, Value) else type(feature).__name__
         for column, feature in rows.features.items()
     }
+    if named is not None:
+        if named != label and fits(rows.features.get(named)):
+            return named
+        fault = "has its labels there, expected a" if named == label else "has no such"
+        raise PartialLoraError(f"task.{key}={named}: {place} {fault} column of {kind}; its columns are {types}")
+    if len(found) != 1:
+        unnamed = ", none called label" if kind == "labels" and "label" not in types else ""
+        count = f"{len(found)} columns of {kind}" if found else f"no column of {kind}{unnamed}"
+        raise PartialLoraError(f"task.{key}: {place} has {count}; name one of its columns, {types}")
+    return found[0]
 
 
 def _is(feature: object, *types: Callable[[pa.DataType], bool]) -> bool:

@@ -19,22 +19,11 @@ LEAST = 128  # rows of a few-shot set that is a share of all
 logger = logging.getLogger(__name__)
 
 
-def cut(
-    rows: Dataset,
-    share: float,
-    seed: int,
-    name: str,
-    *,
-    least: int,
-    whole: Dataset | None = None,
-    steps: Sequence[str] = (),
-) -> tuple[Dataset, Dataset]:
+def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tuple[Dataset, Dataset]:
     """Cut `share` of every class's rows off; return the rest, and the rows that were cut off.
 
-    least: for messages, how many rows of a class are enough for every cut of the task.
-    whole, steps: for messages, the rows before any earlier steps, and what these did.
-
-    Raises PartialLoraError for a class too small to have rows on both sides.
+    least: for messages, how many rows of a class are enough for every cut of the task. Raises PartialLoraError for a
+    class too small to have rows on both sides.
     """
     from sklearn.model_selection import train_test_split  # half a second, and many tasks come with all their splits
 
@@ -43,8 +32,14 @@ def cut(
     try:
         rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
+        single = [classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)] if classes else []
+        reason = first_line(error)
+        if single:
+            reason = (
+                f"class {shortlist(single)} has a single row left; every class needs at least {least} rows, and more "
+                "where task.train_samples draws some: add rows, leave it out, or give a file for every split"
+            )
         per_class = " per class" if classes else ""
-        reason = _single_classes(rows, whole if steps else rows, least, steps) or first_line(error)
         raise PartialLoraError(
             f"task={name}: cannot set {share:.0%} of {len(rows)} rows aside{per_class}: {reason}"
         ) from error
@@ -65,21 +60,6 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
 def _classes(rows: Dataset) -> list[str]:
     feature = rows.features.get("label")  # rows of a generation have none
     return feature.names if isinstance(feature, ClassLabel) else []
-
-
-def _single_classes(rows: Dataset, whole: Dataset, least: int, steps: Sequence[str]) -> str:
-    """Describe the classes that have one row, with the number they had before; empty where there are none."""
-    classes = _classes(rows)
-    if not classes:
-        return ""
-    counts, before = (np.bincount(part["label"], minlength=len(classes)) for part in (rows, whole))
-    single = [classes[label] + (f" (of {before[label]})" if steps else "") for label in np.flatnonzero(counts == 1)]
-    if not single:
-        return ""
-    having = f"has a single row left after {' and '.join(steps)}" if steps else "has a single example"
-    cuts = "two cuts, test and validation, need" if least > 2 else "a cut needs"
-    remedy = "add some, leave it out, or give a file for every split"
-    return f"class {shortlist(single)} {having}; {cuts} at least {least} rows of a class: {remedy}"
 
 
 def _shuffled(labels: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
@@ -259,33 +239,16 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     """Count the rows whose image, texts or prompt occurs in `others`, to the byte; 0 where there are too many rows."""
     if len(rows) + len(others) > _MANY:
         return 0
+    known = set(_inputs(others))
+    return sum(each in known for each in _inputs(rows))
+
+
+def _inputs(rows: Dataset) -> Iterator[bytes | str]:
+    """Yield the input of every row: of an image a digest of its file."""
     if "image" in rows.column_names:
-        images, known = (list(_encoded(each)) for each in (rows, others))
-        sizes = {image.size for image in images} & {image.size for image in known}  # other sizes need not be read
-        known = {image.content() for image in known if image.size in sizes}
-        return sum(image.size in sizes and image.content() in known for image in images)
-    names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
-    inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
-    known = set(known)
-    return sum(each in known for each in inputs)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """An image as it is stored: its bytes, or its file."""
-
-    stored: bytes | Path
-    size: int
-
-    def content(self) -> bytes:
-        """Return a digest of its bytes."""
-        data = self.stored.read_bytes() if isinstance(self.stored, Path) else self.stored
-        return hashlib.sha256(data).digest()
-
-
-def _encoded(rows: Dataset) -> Iterator[_Encoded]:
-    for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
-        if image["bytes"] is None:
-            yield _Encoded(Path(image["path"]), Path(image["path"]).stat().st_size)
-        else:
-            yield _Encoded(image["bytes"], len(image["bytes"]))
+        for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
+            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            yield hashlib.sha256(content).digest()
+    else:
+        names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
+        yield from map(str, rows.select_columns(names))

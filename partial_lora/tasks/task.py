@@ -193,19 +193,14 @@ def _three_splits(
     seed: int,
 ) -> dict[str, Dataset]:
     """Sample rows where their number is limited, and cut missing splits off the training rows."""
-    rows, whole, steps = dict(rows), rows["train"], []
+    rows = dict(rows)
     least = len(SPLITS) - len(rows) + 1
     if "test" not in rows:
-        rows["train"], rows["test"] = splits.cut(whole, test_share, test_seed, name, least=least)
-        steps.append("the test split was cut off")
-    if train_samples is not None and train_samples < len(rows["train"]):
-        rows["train"] = splits.sample(rows["train"], train_samples, seed, "train_samples")
-        steps.append(f"task.train_samples={train_samples} rows were drawn")
+        rows["train"], rows["test"] = splits.cut(rows["train"], test_share, test_seed, name, least=least)
+    rows["train"] = splits.sample(rows["train"], train_samples, seed, "train_samples")
     rows["test"] = splits.sample(rows["test"], test_samples, test_seed, "test_samples")
     if "validation" not in rows:
-        rows["train"], rows["validation"] = splits.cut(
-            rows["train"], validation_share, seed, name, least=least, whole=whole, steps=steps
-        )
+        rows["train"], rows["validation"] = splits.cut(rows["train"], validation_share, seed, name, least=least)
     return rows
 
 

@@ -48,15 +48,9 @@ class TextTransform:
             {name: List(Value("int32")) for name in self._inputs}
             | {"length": Value("int32"), "label": rows.features["label"]}
         )
-        most = len(rows) * (self._max_length * 4 * len(self._inputs) + 12)
-        if most > cache_bytes:
+        if len(rows) * (self._max_length * 4 * len(self._inputs) + 12) > cache_bytes:
             return in_memory(rows, self._tokenised, features)
-        key = {
-            "tokenizer": fingerprint(self.tokenizer),
-            "max_length": self._max_length,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        }
+        key = {"tokenizer": fingerprint(self.tokenizer), "max_length": self._max_length}
         return cached(rows, self._tokenised, features, key)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
@@ -101,12 +95,13 @@ class TextTransform:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of a tokenizer's rules and vocabulary, without the padding of its last call."""
+    """Return a digest of a tokenizer, without the padding of its last call, and of the libraries that run it."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     else:
         rules = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     parts = [rules, tokenizer.special_tokens_map, tokenizer.padding_side, tokenizer.truncation_side]
+    parts += [transformers.__version__, tokenizers.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -26,7 +26,6 @@ class World:
     device: str
     size: int = 1
     rank: int = 0
-    state: PartialState | None = None
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +37,7 @@ class World:
 
         Values are pickled: plain data and tensors on the CPU.
         """
-        if self.state is None:
+        if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
@@ -77,4 +76,4 @@ def join(requested_device: str) -> World:
     if size == 1:
         return World(device)
     state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
-    return World(device, state.num_processes, state.process_index, state)
+    return World(device, state.num_processes, state.process_index)

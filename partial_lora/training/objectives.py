@@ -6,8 +6,8 @@ A judge gives Trainer its rows, its loss and its metrics of validation, and judg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -32,27 +32,20 @@ AVERAGE = "average"  # of the members' main metrics
 # Losses: sums over the examples, or tokens, of a whole optimizer step, divided by their number.
 
 
-def loss_of_batch(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+def loss_of_batch(
+    outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None, sizes: Sequence[int] = ()
+) -> Tensor:
     """Return the cross entropy of classes, or squared error of real labels, of a batch (N, outputs); labels (N,).
 
     num_items_in_batch: the number of examples of the whole step, over all processes; None stands for this batch's.
+    sizes: the numbers of classes of several tasks; each row's loss is over the outputs of its own (`score.within`).
     """
     logits = outputs.logits.float()
     if labels.is_floating_point():
         total = F.mse_loss(logits.view(labels.shape), labels.float(), reduction="sum")
     else:
-        total = F.cross_entropy(logits, labels, reduction="sum")
+        total = F.cross_entropy(within(logits, labels, sizes) if sizes else logits, labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-def loss_of_batch_within(sizes: Sequence[int]) -> Callable[..., Tensor]:
-    """Return `loss_of_batch` of classes, each row's over the outputs of its own task (`score.within`)."""
-
-    def loss(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        total = F.cross_entropy(within(outputs.logits, labels, sizes), labels, reduction="sum")
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    return loss
 
 
 def loss_of_tokens(outputs, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
@@ -146,7 +139,7 @@ class _TaskJudge:
         return self.task.metrics[0]
 
     def train(self) -> Dataset:
-        return self._rows("train")
+        return self.transform.prepare(self.task.train, cache_bytes=self.cache_bytes)
 
     def validation(self) -> Dataset:
         return by_length(self._rows("validation"))
@@ -155,6 +148,7 @@ class _TaskJudge:
         return self._rows("test")
 
     def _rows(self, split: str) -> Dataset:
+        """Return the rows by which a split is judged."""
         return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
 
 
@@ -186,18 +180,12 @@ class ByOptions(_TaskJudge):
     loss = staticmethod(loss_of_tokens)
     reduce = staticmethod(metrics.log_likelihoods)
 
-    def validation(self) -> Dataset:
-        return by_length(self._options("validation"))
-
-    def test(self) -> Dataset:
-        return self._options("test")
-
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         columns = metrics.option_predictions(outputs.predictions[:, 0], *_option_columns(self.validation()))
         return metrics.option_metrics(columns)
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
-        rows = self._options(split)
+        rows = self._rows(split)
         (likelihoods, tokens), (items, right, characters) = predict(rows)[0].T, _option_columns(rows)
         loss = -likelihoods[right].sum() / tokens[right].sum()  # a mean over tokens of right options, as in training
         columns = metrics.option_predictions(likelihoods, items, right, characters)
@@ -208,7 +196,7 @@ class ByOptions(_TaskJudge):
         chosen = {name: values[name] for name in self.task.metrics}
         return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
 
-    def _options(self, split: str) -> Dataset:
+    def _rows(self, split: str) -> Dataset:
         return self.transform.options(getattr(self.task, split), cache_bytes=self.cache_bytes)
 
 
@@ -217,7 +205,7 @@ class ByTexts(_TaskJudge):
     """Generation: selected by the perplexity of the responses, reported by the texts that the model generates."""
 
     peers: Peers
-    writing: Mapping[str, object] = field(default_factory=dict)  # stop, max_new_tokens, batch_size of `generate`
+    writing: Mapping[str, object]  # stop, max_new_tokens, batch_size of `generate`
     answer: str | None = None
     selects = "perplexity"
     loss = staticmethod(loss_of_tokens)
@@ -273,23 +261,18 @@ def judge_of(
     transform: object,
     peers: Peers,
     *,
-    batch_size: int,
     cache_bytes: int,
-    stop: Sequence[str] = (),
-    max_new_tokens: int = 256,
     answer: str | None = None,
+    **writing: object,
 ) -> Judge:
     """Return the judge of one task.
 
-    batch_size, stop, max_new_tokens: of generation. answer: what of a generated text has to match.
+    answer: what of a generated text has to match. writing: stop, max_new_tokens, batch_size of `metrics.generate`.
     """
     given = (task, transform, cache_bytes)
-    if task.kind == "choice":
-        return ByOptions(*given)
     if task.kind == "generation":
-        writing = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         return ByTexts(*given, peers, writing, answer)
-    return ByLabels(*given)
+    return ByOptions(*given) if task.kind == "choice" else ByLabels(*given)
 
 
 def predicts(trainer: Trainer) -> Predict:
@@ -321,7 +304,7 @@ class ByMembers:
         self._names, self._judges, self._sizes = list(names), list(each), sizes
         self._starts = starts(sizes) if sizes else [0] * len(each)
         self.selects = _average_name([judge.selects for judge in each])
-        self.loss: Callable[..., Tensor] = loss_of_batch_within(sizes) if sizes else each[0].loss
+        self.loss: Callable[..., Tensor] = partial(loss_of_batch, sizes=sizes) if sizes else each[0].loss
         self.reduce = each[0].reduce
 
     def train(self) -> Joined:

@@ -522,11 +522,8 @@ def build_trainer(
             f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
             f"processes{times} share each batch"
         )
-    steps_per_epoch = max(1, len(train) // batch_size)
-    total_steps = config.max_steps or max(1, int(config.epochs * steps_per_epoch))
-    # A short run still needs one validation, at its end.
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
-    steps = min(config.save_steps or steps_per_epoch, total_steps)
+    steps = config.save_steps or max(1, len(train) // batch_size)
     arguments = TrainingArguments(
         output_dir=str(directory),
         use_cpu=device == "cpu",

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import finished_runs
 import numpy as np
-import peft
 import pytest
 import timm
 import torch
-import transformers
-from finished_runs import changed, choice_run, generation_run, image_run, override, trained
+from finished_runs import changed, choice_run, image_run, override, trained
 from PIL import Image
 from plain_libraries import in_this_process
 from refusals import refusal
@@ -27,7 +25,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 from partial_lora import cli, tasks
 from partial_lora.errors import ProofError
 from partial_lora.finished import export
-from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.models.texts import byte_tokenizer
 from partial_lora.runs import directory as record
@@ -74,21 +71,6 @@ def nothing_left(folder: Path) -> bool:
 # The three formats
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_peft_is_an_ordinary_adapter_of_the_run(tmp_path, name):
-    folder = export.export(run_of(name), "peft", tmp_path / "out").folder
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["peft_type"] == "LORA"
-    assert settings.keys() <= {*peft.LoraConfig().to_dict()}
-    assert not settings["rank_pattern"]
-    tensors = load_file(folder / "adapter_model.safetensors")
-    targets = [] if name == "probe" else ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-    for module in (f"base_model.model.timm_model.blocks.{block}.{target}" for block in range(3) for target in targets):
-        assert tensors.pop(f"{module}.lora_A.weight").shape[0] == 16  # every module is there, with one rank
-        assert tensors.pop(f"{module}.lora_B.weight").shape[1] == 16
-    assert tensors.keys() == {f"base_model.model.timm_model.head.{each}" for each in ("weight", "bias")}
-
-
 OTHERS = [
     *itertools.product(("partial", "lora", "probe", "encoder", "causal"), ("peft", "compact", "merged")),
     *(("element", "compact"), ("targeted", "compact")),  # which are as `partial` is once they are dense
@@ -114,16 +96,6 @@ def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, o
             *checked.get(to, ["transformers alone"]),
             *timm_too,
         ]
-
-
-@pytest.mark.parametrize("name", ["partial", "element", "targeted"])
-def test_a_compact_file_holds_what_is_kept(tmp_path, name):
-    (file,) = export.export(run_of(name), "compact", tmp_path / "out").folder.glob("*.safetensors")
-    parameters = run_of(name).result["parameters"]
-    kept = parameters["adapter_trainable"] + parameters["head"]
-    # Of `targeted`, rank 16: each index stands for 16 kept values.
-    indices = parameters["adapter_trainable"] // 16 if name == "targeted" else 0
-    assert file.stat().st_size <= 4 * kept + 400 * 12 + 4 * indices
 
 
 def test_the_adapter_has_the_pooler_that_trained():
@@ -164,13 +136,6 @@ def test_every_folder_has_what_makes_inputs_and_names_classes(tmp_path, to):
         assert kind == "causal" or tokenizer.model_max_length == run.config.model.max_length
 
 
-def test_a_pipeline_of_the_merged_folder_alone_says_what_the_run_does(tmp_path):
-    folder, texts = export.export(encoder_run(), "merged", tmp_path / "out").folder, list(finished_runs.TEXTS.values())
-    found = transformers.pipeline("text-classification", model=str(folder))(texts)
-    for each, own in zip(found, Predictor(encoder_run(), device="cpu").predict(texts), strict=True):
-        assert (each["label"], each["score"]) == (own.label, pytest.approx(own.score, abs=1e-6))
-
-
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -179,25 +144,6 @@ def without_tokenizer(folder: Path) -> None:
 def other_labels(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"good"', '"fine"'))
-
-
-@pytest.mark.parametrize(("to", "spoil"), [("merged", without_tokenizer), ("peft", other_labels)])
-def test_a_folder_without_tokenizer_or_labels_does_not_pass_the_check(tmp_path, monkeypatch, to, spoil):
-    in_this_process(monkeypatch)
-    write = export.WRITE[to]
-    monkeypatch.setitem(export.WRITE, to, lambda run, folder: (write(run, folder), spoil(folder)))
-    with pytest.raises(ProofError):
-        export.export(encoder_run(), to, tmp_path / "out", check=True)
-
-
-def test_the_merged_model_writes_what_the_run_does_with_the_tokenizer_beside_it(tmp_path):
-    run, prompts = generation_run(), ["say red 7", "say so so so blue 12"]
-    folder = export.export(run, "merged", tmp_path / "merged").folder
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    for prompt, prediction in zip(prompts, Predictor(run, device="cpu").predict(prompts), strict=True):
-        start = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-        written = model.generate(start, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-        assert tokenizer.decode(written[0, start.shape[1] :], skip_special_tokens=True).strip() == prediction.label
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("peft", "float32"), ("merged", "bfloat16")])
@@ -250,16 +196,18 @@ def extra_key(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "spoil", "names"),
+    ("of", "to", "spoil", "names"),
     [
-        ("peft", scaled("adapter_model.safetensors", B, 1.01), "plain PEFT"),
-        ("peft", extra_key, r"\['sparsity'\]"),  # of which plain PEFT warns
-        ("merged", scaled("model.safetensors", "blocks.2.mlp.fc2.weight", 1.001), "transformers"),
-        ("merged", scaled("model.safetensors", "head.bias", float("nan")), "transformers"),
-        ("compact", None, r"lora_A\.weight"),
+        (image_run, "peft", scaled("adapter_model.safetensors", B, 1.01), "plain PEFT"),
+        (image_run, "peft", extra_key, r"\['sparsity'\]"),  # of which plain PEFT warns
+        (image_run, "merged", scaled("model.safetensors", "blocks.2.mlp.fc2.weight", 1.001), "transformers"),
+        (image_run, "merged", scaled("model.safetensors", "head.bias", float("nan")), "transformers"),
+        (image_run, "compact", None, r"lora_A\.weight"),
+        (encoder_run, "merged", without_tokenizer, "transformers"),
+        (encoder_run, "peft", other_labels, "transformers"),
     ],
 )
-def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monkeypatch, to, spoil, names):
+def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monkeypatch, of, to, spoil, names):
     in_this_process(monkeypatch)
     write, compact = export.WRITE[to], export.write_compact
     spoilt = {
@@ -269,7 +217,7 @@ def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monke
     }
     monkeypatch.setitem(export.WRITE, to, lambda run, folder: (spoilt[to](run, folder), spoil and spoil(folder)))
     with pytest.raises(ProofError, match=names) as error:
-        export.export(image_run(), to, tmp_path / "out", check=True)
+        export.export(of(), to, tmp_path / "out", check=True)
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
     assert nothing_left(tmp_path / "out")
@@ -318,18 +266,6 @@ def test_a_folder_of_other_files_is_left_alone_and_an_empty_one_filled(run, tmp_
         with refusal(f"{impossible} "):
             export.export(run, to, impossible)
     assert run.adapter.is_dir()
-
-
-@pytest.mark.parametrize("when", ["WRITE", "PROVE"])
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, when):
-    def interrupted(run, folder):
-        (folder / "half.safetensors").write_text("")
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(getattr(export, when), "compact", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export.export(image_run(), "compact", tmp_path / "out", check=True)
-    assert nothing_left(tmp_path / "out")
 
 
 # Runs that cannot be exported

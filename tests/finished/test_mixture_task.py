@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -145,17 +146,26 @@ def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None
 
 @pytest.mark.parametrize("of", ["text_mixture", "image_mixture", "choice_mixture", "generation_mixture"])
 def test_a_member_is_evaluated_as_the_run_itself_did(of, printed) -> None:
-    run = getattr(mixed_runs, of)()
-    for member in run.config.task.members:
-        (evaluation,) = printed(cli.evaluate, run, "--member", member)
-        own = {name: value for name, value in evaluation["metrics"].items() if name != "primary"}
-        expected = {name: run.result["metrics"]["test"][f"{member}/{name}"] for name in own}
-        assert own == pytest.approx(expected, abs=1e-6)
+    run, main = getattr(mixed_runs, of)(), {"validation": [], "test": []}
+    metrics = run.result["metrics"]
+    for member, split in itertools.product(run.config.task.members, main):  # test comes last
+        (evaluation,) = printed(cli.evaluate, run, "--member", member, "--split", split)
+        own = evaluation["metrics"]
+        main[split].append(own[own.pop("primary")])
+        assert own == pytest.approx({name: metrics[split][f"{member}/{name}"] for name in own}, abs=1e-6)
         assert evaluation["member"] == evaluation["task"]["name"] == member
+        if split == "validation":
+            continue
         frames = pandas.read_parquet(Path(evaluation["folder"]) / "predictions.parquet"), recorded(run, member)
         pandas.testing.assert_frame_equal(
             *(frame.drop(columns="logits", errors="ignore") for frame in frames), atol=1e-5
         )
+    for split, each in main.items():
+        assert metrics[split][metrics[split]["primary"]] == pytest.approx(np.mean(each), abs=1e-6)
+    selects = metrics["validation"]["primary"]  # the best of all that were measured in training
+    measured = [entry[f"eval_{selects}"] for entry in run.result["history"] if f"eval_{selects}" in entry]
+    best = min(measured) if of == "generation_mixture" else max(measured)
+    assert metrics["validation"][selects] == pytest.approx(best, abs=1e-6)
 
 
 def test_other_rows_are_judged_by_the_head_of_the_member_that_is_named(printed) -> None:

@@ -57,9 +57,9 @@ def low_rank_run() -> FinishedRun:
 RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}
 
 
-def changes(run: FinishedRun) -> dict[str, torch.Tensor]:
-    """What plain PEFT adds to each weight of the run's base model."""
-    model = peft.PeftModel.from_pretrained(export.base_model(run), str(run.adapter))
+def changes(run: FinishedRun, adapter: Path | None = None) -> dict[str, torch.Tensor]:
+    """What plain PEFT adds to each weight of the run's base model, by the run's adapter or another."""
+    model = peft.PeftModel.from_pretrained(export.base_model(run), str(adapter or run.adapter))
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
     return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
 
@@ -221,18 +221,11 @@ def other_run() -> FinishedRun:
     return causal("other masks", "model=tiny_llama", *given)
 
 
-def changes_in(folder: Path) -> dict[str, torch.Tensor]:
-    base = export.base_model(choice_run())
-    model = peft.PeftModel.from_pretrained(base, str(folder)).get_base_model()
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-    return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
-
-
 def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp_path) -> None:
     runs = [choice_run(), other_run()]
     (overlap,) = merge.merge(runs, [0.5, -2.0], tmp_path / "out")
     one, other = (changes(run) for run in runs)
-    found = changes_in(tmp_path / "out")
+    found = changes(choice_run(), tmp_path / "out")
     for module, change in found.items():
         expected = 0.5 * one[module] - 2 * other.get(module, torch.zeros(()))
         torch.testing.assert_close(change, expected, atol=1e-6, rtol=1e-5)
@@ -259,7 +252,7 @@ def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way)
     twice = {module: 2 * change for module, change in changes(choice_run()).items()}
     # Linear ways add both A and both B; of equal signs, ties takes the mean of both A and of both B.
     factor = {"linear": 2, "dare_linear": 2, "magnitude_prune": 2, "ties": 0.5, "dare_ties": 0.5}.get(way, 1)
-    for module, change in changes_in(out).items():
+    for module, change in changes(choice_run(), out).items():
         torch.testing.assert_close(change, twice[module] * factor, atol=1e-5, rtol=1e-3)
     assert cli.main(line) == 2  # there is something now
     assert str(out) in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_trainer import RESUMED, SHAPE, VERSIONS, EndAfter, EndedError, masked, resumable, trained_state, trainer
 from transformers import TrainerCallback
 
@@ -78,9 +78,7 @@ def test_the_mean_loss_is_that_of_all_steps(unbroken) -> None:
 def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path: Path) -> None:
     ended_after(3, tmp_path)
     adapted, (folder,) = masked(), (tmp_path / results.CHECKPOINTS).iterdir()
-    with safe_open(folder / checkpoints.TRAINABLE, "pt") as file:
-        names = file.keys()
-        held = {name: file.get_tensor(name).numel() for name in names}
+    held = {name: value.numel() for name, value in load_file(folder / checkpoints.TRAINABLE).items()}
     trains = {name: value.numel() for name, value in adapted.named_parameters() if value.requires_grad}
     assert held == trains
     dense = sum(value.numel() for name, value in masked(LoraConfig).named_parameters() if value.requires_grad)
@@ -103,14 +101,17 @@ def folder(two_checkpoints: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_checkpoints, tmp_path / results.CHECKPOINTS))
 
 
-@pytest.mark.parametrize(
-    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+@pytest.mark.parametrize(  # any other damage of a sealed folder: tests/test_files.py
+    ("file", "spoilt"),
+    [
+        ("optimizer.pt", None),
+        ("complete.json", lambda content: content[: len(content) // 2]),
+        (checkpoints.TRAINABLE, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    ],
 )
-@pytest.mark.parametrize("cut", [None, 0.5])
-def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(folder: Path, caplog, file: str, cut) -> None:
+def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(folder: Path, caplog, file: str, spoilt) -> None:
     broken = folder / "checkpoint-4" / file
-    whole = broken.read_bytes()
-    broken.unlink() if cut is None else broken.write_bytes(whole[: int(len(whole) * cut)])
+    broken.unlink() if spoilt is None else broken.write_bytes(spoilt(broken.read_bytes()))
     with caplog.at_level(logging.WARNING):
         found = resumable(folder.parent)
     assert file in caplog.text
@@ -118,17 +119,12 @@ def test_a_checkpoint_that_is_not_whole_is_set_aside_by_name(folder: Path, caplo
     assert (folder / "checkpoint-4.broken").is_dir()
 
 
-def test_trainable_parameters_that_were_changed_are_not_resumed_from(folder: Path) -> None:
-    file = folder / "checkpoint-4" / checkpoints.TRAINABLE
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert resumable(folder.parent) == folder / "checkpoint-2"
-
-
-def test_other_versions_of_the_libraries_start_over(folder: Path, caplog) -> None:
+def test_other_versions_of_the_libraries_or_other_masks_start_over(folder: Path, caplog) -> None:
+    other = checkpoints.shape_of(masked(mask_seed=1))
     with caplog.at_level(logging.WARNING):
+        assert checkpoints.resumable(Path(shutil.copytree(folder, folder.parent / "copy")), VERSIONS, other) is None
         assert checkpoints.resumable(folder, {"torch": "0.4"}, SHAPE) is None
+    assert "masks" in caplog.text
     assert f"computed by torch {torch.__version__}, this is 0.4" in caplog.text
 
 
@@ -186,26 +182,13 @@ class Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_ends_training_after_its_step_with_a_checkpoint(unbroken, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    training = trainer(masked(), tmp_path, **RESUMED)
-    training.add_callback(Signal(3))
-    with pytest.raises(SystemExit) as ended:
-        training.train()
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
-    found = resumable(tmp_path)
-    assert checkpoints.step_of(found) == 3  # no step at which one was due
-    training = trainer(masked(), tmp_path, **RESUMED)
-    training.train(found)
-    expected = trained_state(unbroken.model)
-    assert all(torch.equal(value, expected[name]) for name, value in trained_state(training.model).items())
-    assert training.mean_loss == unbroken.mean_loss
-
-
 def by_epoch(directory: Path):
     """Return a training that validates and saves after every epoch of five steps."""
     return trainer(masked(), directory, epochs=3.0, learning_rate=0.05, count=41)
+
+
+def by_steps(directory: Path):
+    return trainer(masked(), directory, **RESUMED)
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +198,18 @@ def unbroken_by_epoch(tmp_path_factory: pytest.TempPathFactory):
     return training
 
 
-@pytest.mark.parametrize("step", [3, 5, 15])  # within an epoch, at its end, at the last one's
-def test_a_stop_within_epochs_changes_nothing_of_what_follows(
-    unbroken_by_epoch, tmp_path: Path, monkeypatch, step: int
+@pytest.mark.parametrize(
+    ("make", "of", "step", "steps"),
+    [
+        # within an epoch, at its end, at the last one's
+        *((by_epoch, "unbroken_by_epoch", step, [5, 10, 15]) for step in (3, 5, 15)),
+        (by_steps, "unbroken", 3, [2, 4, 6, 8, 10, 12]),  # a step at which no checkpoint was due
+    ],
+)
+def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_of_what_follows(
+    request, tmp_path: Path, monkeypatch, make, of: str, step: int, steps: list[int]
 ) -> None:
-    expected, training = unbroken_by_epoch, by_epoch(tmp_path)
+    expected, training, before = request.getfixturevalue(of), make(tmp_path), signal.getsignal(signal.SIGTERM)
     training.add_callback(Signal(step))
     sealed = files.seal
 
@@ -229,28 +219,23 @@ def test_a_stop_within_epochs_changes_nothing_of_what_follows(
         sealed(building, final)
 
     monkeypatch.setattr(training_module, "seal", signalled_again)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         training.train()
+    assert (ended.value.code, signal.getsignal(signal.SIGTERM)) == (128 + signal.SIGTERM, before)
     found = resumable(tmp_path)
     assert checkpoints.step_of(found) == step
-    training = by_epoch(tmp_path)
+    training = make(tmp_path)
     training.train(found)
+    assert training.mean_loss == expected.mean_loss
     of_validation = [[entry for entry in measured(each) if "eval_loss" in entry] for each in (training, expected)]
     assert of_validation[0] == of_validation[1]
-    assert [entry["step"] for entry in of_validation[0]] == [5, 10, 15]
+    assert [entry["step"] for entry in of_validation[0]] == steps
     assert training.state.best_global_step == expected.state.best_global_step
     kept = trained_state(expected.model)
     assert all(torch.equal(value, kept[name]) for name, value in trained_state(training.model).items())
 
 
-def test_a_checkpoint_of_other_masks_is_not_resumed_from(folder: Path, caplog) -> None:
-    other = checkpoints.shape_of(masked(mask_seed=1))
-    with caplog.at_level(logging.WARNING):
-        assert checkpoints.resumable(folder, VERSIONS, other) is None
-    assert "masks" in caplog.text
-
-
-def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_before_anything_moves(tmp_path: Path) -> None:
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
@@ -263,6 +248,5 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path
         training.train()
     found = resumable(tmp_path)
     assert checkpoints.step_of(found) == 4
-    with safe_open(found / checkpoints.TRAINABLE, "pt") as file:
-        names = file.keys()
-        assert all(torch.isfinite(file.get_tensor(name)).all() for name in names)
+    kept = load_file(found / checkpoints.TRAINABLE)
+    assert all(torch.equal(value, kept[name]) for name, value in trained_state(training.model).items())

@@ -63,13 +63,6 @@ def adapted(**options):
     )
 
 
-def test_adapter_parameters_by_hand():
-    assert size.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, 0.0) == {"dense": 180, "trainable": 180}
-    sparsity = {"a": {"rows": 0.9, "columns": 0.5}, "b": {"rows": 0.0, "columns": 0.8}}
-    # a keeps 3 rows and 5 columns, b 10 rows and 2 columns
-    assert size.adapter_parameters({"a": (30, 10), "b": (10, 10)}, 3, sparsity)["trainable"] == 3 * (8 + 12)
-
-
 def test_adapter_parameters_count_what_the_masks_keep():
     for share in (0.0, 0.33, 0.87, 0.999):
         rows_columns = sum(4 * (kept_count(m, share) + kept_count(n, share)) for m, n in SHAPES.values())
@@ -84,15 +77,6 @@ def test_a_sparsity_for_other_modules_is_refused_by_name(change):
     sparsity = {name: each for name, each in sparsity.items() if each}
     with pytest.raises(PartialLoraError, match=next(iter(change)).replace(".", r"\.")):
         size.adapter_parameters(SHAPES, 4, sparsity)
-
-
-@pytest.mark.parametrize("targets", [TARGETS, r"blocks\.\d\.(qkv|proj)"])
-def test_target_shapes_are_the_modules_peft_adapts(targets):
-    names = {name.removesuffix(".lora_A") for name, _ in adapted().get_base_model().named_modules() if "lora_A" in name}
-    shapes = skeleton_of(Model()).targets(targets, "head")
-    assert shapes == SHAPES
-    assert set(shapes) == {name for name in names if not name.endswith("default")}
-    assert "head" not in skeleton_of(Model()).targets(["qkv", "head"], "head")
 
 
 def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
@@ -152,30 +136,6 @@ def test_measured_without_peft():
     model.head.requires_grad_(True)
     found = cost.measured(model, "head")
     assert (found["base"], found["head"], found["adapter_dense"]) == (BASE, HEAD, 0)
-
-
-class Kept(nn.Module):
-    """Part of an adapter whose one parameter holds the kept rows, and whose weight is the dense view."""
-
-    def __init__(self, dense: torch.Tensor, kept: int, dim: int) -> None:
-        super().__init__()
-        self.shape = dense.shape
-        self.kept = nn.Parameter(dense.narrow(dim, 0, kept).clone())
-
-    @property
-    def weight(self):
-        return torch.zeros(self.shape)
-
-
-def test_measured_counts_the_entries_that_exist_not_the_config():
-    model = adapted()
-    layer = model.get_base_model().blocks[0].qkv
-    layer.lora_B["default"] = Kept(layer.lora_B["default"].weight.data, 6, 0)
-    layer.lora_A["default"] = Kept(layer.lora_A["default"].weight.data, 4, 1)
-    found = cost.measured(model, "head")
-    removed = 3 * (24 + 6)
-    assert (found["adapter_dense"], found["adapter_trainable"]) == (DENSE, DENSE - removed)
-    assert found["adapter_sparsity"] == pytest.approx(removed / DENSE)
 
 
 def test_measured_on_a_masked_adapter_is_what_was_described():
@@ -254,12 +214,10 @@ def test_the_table_has_the_numbers_within_80_columns(sparsity):
     info = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
     console = Console(file=io.StringIO(), width=80)
     console.print(size.table(info))
-    text = console.file.getvalue()
-    assert f"{info['base']:,}" in text
-    assert f"{info['adapter_dense']:,}" in text
-    assert f"{info['compact_bytes'] / 1024:,.1f} KiB" in text or f"{info['compact_bytes']:,} B" in text
-    assert all(len(line) <= 80 for line in text.splitlines())
-    assert len(text.splitlines()) == 10  # no row wraps
+    lines = console.file.getvalue().splitlines()
+    assert f"{info['base']:,}" in lines[0]
+    assert f"{info['adapter_dense']:,}" in lines[2]
+    assert (len(lines), max(map(len, lines)) <= 80) == (10, True)  # no row wraps
 
 
 # Memory of a training step
@@ -416,14 +374,6 @@ def test_peak_is_the_sum_of_its_parts_and_counts_each_once():
     whole = 2 * 4096 * 11008  # the largest matrix, while a product is computed
     assert quantised["peak"] == sum(quantised[key] for key in (*counted, "activations")) + whole
     assert estimate("llama2_7b", quantization="int8")["weights"] > quantised["weights"]
-
-
-def test_dense_adapters_keep_more_and_longer_batches_in_proportion():
-    partial, dense = estimate("llama3_1_8b"), estimate("llama3_1_8b", sparsity=0.0)
-    assert partial["activations"] < dense["activations"]
-    assert partial["peak"] < dense["peak"]
-    assert estimate("llama3_1_8b", batch_size=8)["activations"] == pytest.approx(2 * partial["activations"], rel=1e-6)
-    assert estimate("llama3_1_8b", length=1024)["activations"] == pytest.approx(2 * partial["activations"], rel=1e-6)
 
 
 def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():

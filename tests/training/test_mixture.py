@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,21 +14,19 @@ import pytest
 import torch
 from datasets import Dataset
 from finished_runs import trained
-from judged_tasks import choices, exchanges, literal
-from judged_tasks import trained as trained_by
+from judged_tasks import choices
 from rich.console import Console
-from tiny_causal import merging_tokenizer
+from tiny_causal import llama, merging_tokenizer
 from torch.nn import functional as F
 
 from partial_lora import tasks as tasks_of
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as slices
 from partial_lora.calibration.config import ImportanceConfig
-from partial_lora.calibration.few_shot import features, fitted_head, fitted_heads
-from partial_lora.calibration.peers import Alone
+from partial_lora.calibration.few_shot import features, fitted_head
 from partial_lora.calibration.score import SCORES, FewShotScore
 from partial_lora.errors import PartialLoraError
-from partial_lora.finished import evaluate, export
+from partial_lora.finished import export
 from partial_lora.report import summary
 from partial_lora.runs import build, config, directory
 from partial_lora.runs.compose import composed
@@ -252,7 +251,7 @@ SIZES = (2, 3, 4)
 def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
     logits, labels = logits_and_labels()
     logits.requires_grad_()
-    loss = objectives.loss_of_batch_within(SIZES)
+    loss = functools.partial(objectives.loss_of_batch, sizes=SIZES)
     found = loss(SimpleNamespace(logits=logits), labels, 100)
     expected = sum(
         F.cross_entropy(logits[own, columns], labels[own] - start, reduction="sum")
@@ -263,18 +262,8 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
     (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
     (literal,) = torch.autograd.grad(expected / 100, logits)
     assert torch.allclose(gradient, literal, atol=1e-7)
-    one = objectives.loss_of_batch_within((9,))(SimpleNamespace(logits=logits), labels)
+    one = objectives.loss_of_batch(SimpleNamespace(logits=logits), labels, sizes=(9,))
     assert torch.equal(one, objectives.loss_of_batch(SimpleNamespace(logits=logits), labels))
-
-
-def test_the_few_shot_head_is_the_members_heads_side_by_side() -> None:
-    _, labels = logits_and_labels(200)
-    inputs = np.random.default_rng(0).standard_normal((200, 6)) + labels.numpy()[:, None] % 3
-    weight, bias = fitted_heads(inputs, labels.numpy(), SIZES)
-    for own, columns, start in parts(labels, SIZES):
-        expected = fitted_head(inputs[own.numpy()], labels[own].numpy() - start, columns.stop - start)
-        assert np.array_equal(weight[columns], expected[0])
-        assert np.array_equal(bias[columns], expected[1])
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
@@ -395,13 +384,9 @@ def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head(
         assert part["prediction_name"].tolist() == [str(int(digit)) for digit in alone_of.argmax(-1)]
     assert test["average"] == pytest.approx((test["a/accuracy"] + test["b.c/accuracy"]) / 2)
     assert test["a/loss"] != test["b.c/loss"]
-    measured = [entry["eval_average"] for entry in run.result["history"] if "eval_average" in entry]
-    assert max(measured) == run.result["metrics"]["validation"]["average"]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(summary.summary(run.result))
     assert f"accuracy {test['b.c/accuracy']:.2%}".replace("%", " %") in console.export_text()
-    with pytest.raises(PartialLoraError, match=r"--member a or b\.c$"):
-        evaluate.evaluate_run(run)
 
 
 def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
@@ -415,93 +400,25 @@ def test_clip_calls_the_classes_of_a_mixture_by_their_own_names() -> None:
     assert model.config.num_labels == 3
 
 
-# Options and texts
+# Options and texts: whole runs are in tests/finished/test_mixture_task.py
 
 
-def of_kind(kind: str, metrics: tuple[str, ...]) -> tasks_of.Mixture:
-    rows = {"choice": choices, "generation": exchanges}[kind]
-    made = [
-        Task(
-            name=name,
-            modality="text",
-            labels=(),
-            metrics=metrics,
-            kind=kind,
-            train=of_split(rows(12, first), "train"),
-            validation=of_split(rows(count, first + 50), "validation"),
-            test=of_split(rows(count, first + 70), "test"),
-        )
-        for name, first, count in (("a", 0, 5), ("b", 20, 3))
-    ]
-    return tasks_of.mix("mixture", made, mixing="proportional", seed=0)
-
-
-def of_split(rows: Dataset, split: str) -> Dataset:
-    return Dataset.from_list(rows.to_list(), split=split)
-
-
-def judge_and_transform(mixed: tasks_of.Mixture):
+def test_questions_of_several_sets_are_calibrated_on_as_one() -> None:
     tokenizer = merging_tokenizer()
-    each = [tasks_of.CausalTransform(tokenizer, 64, kind=mixed.kind) for _ in mixed.members]
-    transform = tasks_of.MixtureTransform(each, mixed)
-    own = {"cache_bytes": 2**20, "max_new_tokens": 6, "batch_size": 4}
-    judges = [objectives.judge_of(member, its, Alone(), **own) for member, its in zip(mixed.members, each, strict=True)]
-    judge = objectives.judge_of_members(mixed, judges)
-    judge.transform = transform
-    return judge, transform
-
-
-def test_questions_of_several_sets_are_judged_by_set(tmp_path: Path) -> None:
-    mixed = of_kind("choice", ("accuracy", "accuracy_norm"))
-    judge, transform = judge_and_transform(mixed)
-    trainer = trained_by(judge, tmp_path / "run")
-    model = trainer.model.eval()
-    for split in ("validation", "test"):
-        found = judge.judged(objectives.predicts(trainer), model, split)
-        scores = []
-        for member in mixed.members:
-            right = [
-                np.argmax([literal(model, *pair)[0] for pair in zip(row["prompts"], row["options"], strict=True)])
-                == row["label"]
-                for row in getattr(member, split)
-            ]
-            scores.append(np.mean(right))
-            assert found.metrics[f"{member.name}/accuracy"] == pytest.approx(scores[-1])
-            part = found.predictions[found.predictions["member"] == member.name]
-            assert (part["prediction"] == part["label"]).tolist() == right
-        assert found.metrics["primary"] == judge.selects == "average"
-        assert found.metrics["average"] == pytest.approx(np.mean(scores))
-    logged = [entry["eval_average"] for entry in trainer.state.log_history if "eval_average" in entry]
-    assert max(logged) == judge.judged(objectives.predicts(trainer), model, "validation").metrics["average"]
-    assert scores[0] != scores[1]
-    score = FewShotScore(model, transform.batches(mixed.test, 8), "options")
-    assert score(model) == pytest.approx((5 * scores[0] + 3 * scores[1]) / 8)
-
-
-def test_texts_of_several_sets_are_selected_by_their_mean_perplexity(tmp_path: Path) -> None:
-    mixed = of_kind("generation", ("rouge_l", "perplexity"))
-    judge, _ = judge_and_transform(mixed)
-    trainer = trained_by(judge, tmp_path / "run")
-    validation, test = (judge.judged(objectives.predicts(trainer), trainer.model, s) for s in ("validation", "test"))
-    each = []
-    for member in mixed.members:
-        told = [
-            literal(trainer.model.eval(), row["prompt"], f" {row['response']}", ends=True) for row in member.validation
-        ]
-        each.append(float(np.exp(-sum(total for total, _ in told) / sum(count for _, count in told))))
-        assert validation.metrics[f"{member.name}/perplexity"] == pytest.approx(each[-1], rel=1e-4)
-        part = test.predictions[test.predictions["member"] == member.name]
-        assert test.metrics[f"{member.name}/rouge_l"] == pytest.approx(part["rouge_l"].mean())
-    assert validation.metrics["primary"] == judge.selects == "perplexity"
-    assert validation.metrics["perplexity"] == pytest.approx(np.mean(each), rel=1e-4)
-    logged = [entry["eval_perplexity"] for entry in trainer.state.log_history if "eval_perplexity" in entry]
-    assert min(logged) == pytest.approx(validation.metrics["perplexity"], rel=1e-6)
-    assert test.metrics["primary"] == "average"
-    assert test.metrics["average"] == pytest.approx(test.predictions.groupby("member")["rouge_l"].mean().mean())
+    model, rows = llama(tokenizer), [choices(12, 0), choices(5, 20)]
+    settings = {"modality": "text", "labels": (), "metrics": ("accuracy",), "kind": "choice"}
+    splits = [{split: Dataset.from_list(each.to_list(), split=split) for split in tasks_of.SPLITS} for each in rows]
+    own = [Task(name=name, **settings, **each) for name, each in zip("ab", splits, strict=True)]
+    mixed = tasks_of.mix("mixture", own, mixing="proportional", seed=0)
+    transform = tasks_of.CausalTransform(tokenizer, 64, kind="choice")
+    batches = tasks_of.MixtureTransform([transform, transform], mixed).batches(mixed.test, 8)
+    first, second = (FewShotScore(model, transform.batches(each, 8), "options")(model) for each in rows)
+    assert first != second
+    assert FewShotScore(model, batches, "options")(model) == pytest.approx((12 * first + 5 * second) / 17)
 
 
 def test_main_metrics_that_cannot_be_averaged_are_refused() -> None:
-    mixed = of_kind("generation", ("rouge_l", "perplexity"))
-    second = dataclasses.replace(mixed.members[1], metrics=("perplexity",))
+    main = {"a": "rouge_l", "b": "perplexity"}
+    members = [SimpleNamespace(name=name, metrics=(metric,)) for name, metric in main.items()]
     with pytest.raises(PartialLoraError, match=r"task\.members.*'b': 'perplexity'"):
-        judge_and_transform(dataclasses.replace(mixed, members=(mixed.members[0], second)))
+        objectives.judge_of_members(SimpleNamespace(members=members, sizes=()), [])

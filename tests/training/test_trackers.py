@@ -227,14 +227,6 @@ def test_without_a_network_wandb_keeps_the_run_in_files(tmp_path: Path, monkeypa
     assert "wandb sync" in caplog.text
 
 
-def test_an_unreachable_server_of_mlflow_ends_nothing(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking(tmp_path, "mlflow").finish(MEASURED, 2)
-    assert "mlflow is left out from now on" in caplog.text
-    assert not (tmp_path / "mlruns").exists()
-
-
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed (extra `trackers`)")
     monkeypatch.setenv("WANDB_MODE", "offline")
