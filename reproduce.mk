@@ -397,23 +397,31 @@ FORMS = method=lora method=low_rank method=random_weights \
 FORM_SIZES = calibration.budget=0.13,0.02
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
-FORM_RUN = $(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES))
+define FORM_RUN
+$(BIN)/partial-lora train -m experiment=forms preset=cpu results_dir=results/forms $(LAUNCH) \
+	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1) $(2)) $(if $(filter method=lora,$(2)),,$(FORM_SIZES)) || test $$? = 1
+
+endef
+RACE = $(BIN)/partial-lora compare experiment=race results_dir=results/$(1) $(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 $(2)
 # Plain LoRA on some modules alone: as many parameters as low_rank has on all of them, and less memory.
-SOME_MODULES = $(BIN)/partial-lora compare experiment=race results_dir=results/forms \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 methods=[lora] $(call spaced,$(1)) \
-	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8)
+define SOME_MODULES
+$(call RACE,forms,methods=[lora]) $(call spaced,$(1)) \
+	$(if $(findstring trec,$(1)),model.target_modules=[query$(comma)value] method.rank=9 method.alpha=9,model.target_modules=[attn.qkv] method.rank=8 method.alpha=8) || test $$? = 1
+
+endef
 forms: $(VENV)/.installed
-	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form)) || test $$? = 1 &&)) true
-	$(foreach task,$(FORM_TASKS),$(call SOME_MODULES,$(task)) || test $$? = 1 &&) true
+	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS),$(call FORM_RUN,$(task),$(form))))
+	$(foreach task,$(FORM_TASKS),$(call SOME_MODULES,$(task)))
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
 RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,psoft,oft,unilora,fourierft,randlora,gralora,lora
-RACE = $(BIN)/partial-lora compare experiment=race results_dir=results/race rates=3 \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) methods=[$(RACERS)] budgets=[0.13,0.02]
+define OF_RACE
+$(call RACE,race,methods=[$(RACERS)] budgets=[0.13$(comma)0.02]) $(call spaced,$(1)) || test $$? = 1
+
+endef
 race: $(VENV)/.installed
-	$(foreach task,$(FORM_TASKS),$(RACE) $(call spaced,$(task)) || test $$? = 1 &&) true
+	$(foreach task,$(FORM_TASKS),$(call OF_RACE,$(task)))
 	$(BIN)/python scripts/forms.py results/race --stem race --page
 
 # The claims with the power to decide them (conf/experiment/decided.yaml): sets, and stages of each, in this order.
@@ -474,7 +482,6 @@ sst2-rate: $(VENV)/.installed
 	$(SST2_RATE)
 	$(SST2_RATE) method=lora calibration=threshold trainer.tuned=null trainer.learning_rate=1e-3
 	$(BIN)/partial-lora report results/sst2_rate
-
 
 coverage: $(VENV)/.installed
 	$(BIN)/python scripts/interval_coverage.py
