@@ -499,7 +499,7 @@ reach: $(VENV)/.installed
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py
 
-# An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
+# BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)

@@ -2,19 +2,16 @@
 
 `python scripts/bench_adapter.py` measures, side by side in one process, (a) the frozen floor, (b) dense LoRA, (c) and
 (d) Partial-LoRA in both granularities and (e) SHiRA, and writes adapter.json (every repetition) and adapter.md (tables,
-aims) into results/bench. An interrupted run goes on where it was. --profile shows instead where the time goes.
+aims) into results/bench. --profile shows instead where the time goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
-import json
 import os
 import platform
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -71,14 +68,10 @@ def main(argv: Sequence[str]) -> None:
         _write(options.out / "profile", {**head, "profiles": _profiles(options)}, bench_profile.page)
         return
     settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
-    parts = options.out / "parts"
-    cells = _cells(
-        options, parts, {"settings": settings, "sources": _digest(), "versions": head["machine"]["versions"]}
-    )
+    cells = _cells(options)
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
     before = bench_moved.committed(options.out / "adapter.json")
     _write(options.out / "adapter", result, partial(bench_report.page, before=before))
-    shutil.rmtree(parts)
 
 
 def _write(path: Path, result: Mapping, page: Callable[[Mapping], str]) -> None:
@@ -87,29 +80,15 @@ def _write(path: Path, result: Mapping, page: Callable[[Mapping], str]) -> None:
     print(f"wrote {path.with_suffix('.md')}")
 
 
-def _cells(options: argparse.Namespace, parts: Path, key: Mapping) -> list[dict]:
-    """Every model at every rank; those that an interrupted run of the same ``key`` has finished are read."""
-    parts.mkdir(exist_ok=True)
+def _cells(options: argparse.Namespace) -> list[dict]:
+    """Every model at every rank."""
     todo, cells = list(product(options.models, options.ranks)), []
     for model, rank in todo:
-        part = parts / f"{model}-r{rank}.json"
-        cell = measured_before(part, key)
-        if cell is None:
-            cell = measure_cell(options, model, rank)
-            write_json(part, {"key": key, "found": cell})
+        cell = measure_cell(options, model, rank)
         cell["ratios"] = bench_report.ratios(cell["variants"])
         cells.append(cell)
         print(f"{len(cells)} of {len(todo)}: {bench_report.line(cell)}", flush=True)
     return cells
-
-
-def measured_before(part: Path, key: Mapping) -> dict | None:
-    """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
-    try:
-        saved = json.loads(part.read_text())
-    except (OSError, ValueError):
-        return None
-    return saved["found"] if saved["key"] == json.loads(json.dumps(key)) else None
 
 
 def build_cell(options: argparse.Namespace, model: Model, rank: int) -> tuple[dict, measure.Batch]:
@@ -201,18 +180,10 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _sources() -> list[Path]:
-    package = ROOT / "partial_lora"
-    return sorted([*(package / "adapter").glob("*.py"), package / "masks.py", *(ROOT / "scripts").glob("bench_*.py")])
-
-
-def _digest() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()
-
-
 def _uncommitted() -> bool | None:
     """Return True where the measured code or the benchmark differs from the commit; None without git."""
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *map(str, _sources())]
+    sources = ("partial_lora/adapter", "partial_lora/masks.py", "scripts/bench_*.py")
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *sources]
     try:
         return bool(subprocess.run(command, capture_output=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
