@@ -46,8 +46,7 @@ race/race: gtsrb, budget 0.02: oft − low_rank
 race/race: trec, budget 0.02: oft − low_rank
 forms/forms: digits, budget 0.02: partial − low_rank
 forms/forms: gtsrb, budget 0.02: partial − low_rank
-forms/forms: trec, budget 0.02: partial − low_rank
-forms/forms: trec, budget 0.02: partial rank=auto
+forms/forms: trec, budget 0.02: partial − low_rank; partial rank=auto
 decided/tables/decided: digits, budget 0.13: partial − lora
 decided/tables/decided: trec, budget 0.13: partial − lora
 decided/tables/decided: digits, budget 0.13: partial − uniform
@@ -61,61 +60,31 @@ decided/tables/decided: trec, budget 0.13: partial − low_rank
 decided/tables/decided: digits, budget 0.13: partial − targeted
 decided/tables/decided: trec, budget 0.13: partial − targeted
 decided/tables/decided: digits, budget 0.13: partial − random_weights
-decided/tables/decided: trec, budget 0.13: partial − random_weights
-decided/tables/decided: trec, budget 0.13: partial − entries
-decided/tables/decided: trec, budget 0.13: entries − low_rank
-decided/tables/decided: trec, budget 0.13: entries − lora
-decided/tables/decided: trec, budget 0.13: partial mask=element, PEFT's draw − entries
-decided/tables/decided: trec, budget 0.13: partial − partial, PEFT's draw
+decided/tables/decided: trec, budget 0.13: partial − random_weights; partial − entries; entries − low_rank;\
+ entries − lora; partial mask=element, PEFT's draw − entries; partial − partial, PEFT's draw
 decided/tables/decided: digits, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − shuffled
-decided/tables/decided: trec, budget 0.13: partial − partial, shrink 0.5
-decided/tables/decided: trec, budget 0.13: partial − partial, shrink 2
+decided/tables/decided: trec, budget 0.13: partial − uniform; partial − shuffled; partial − partial, shrink 0.5;\
+ partial − partial, shrink 2
 decided/tables/decided: digits, budget 0.13: partial, by gradient − partial
 decided/tables/decided: trec, budget 0.13: partial, by gradient − partial
-decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
-decided/tables/decided: trec, threshold 0.9: partial − lora
+decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial; partial − lora
 decided/tables/decided: digits, budget 0.13: uniform − lora
 decided/tables/decided: trec, budget 0.13: uniform − lora
 decided/tables/decided: digits, budget 0.13: low_rank − lora
 decided/tables/decided: trec, budget 0.13: low_rank − lora
-race/race: trec, budget 0.13: entries − low_rank
-race/race: trec, budget 0.13: random_weights − low_rank
-race/race: trec, budget 0.13: hira − low_rank
-race/race: trec, budget 0.13: gralora − low_rank
-race/race: trec, budget 0.13: oft − low_rank
-race/race: trec, budget 0.13: partial − low_rank
-race/race: trec, budget 0.13: lokr − low_rank
-race/race: trec, budget 0.13: unilora − low_rank
-race/race: trec, budget 0.13: loha − low_rank
-race/race: trec, budget 0.13: pissa − low_rank
-race/race: trec, budget 0.13: dora − low_rank
-race/race: trec, budget 0.13: fourierft − low_rank
+race/race: trec, budget 0.13: entries − low_rank; random_weights − low_rank; hira − low_rank; gralora − low_rank;\
+ oft − low_rank; partial − low_rank; lokr − low_rank; unilora − low_rank; loha − low_rank; pissa − low_rank;\
+ dora − low_rank; fourierft − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 race/race: gtsrb, budget 0.13: lokr − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank
-forms/forms: trec, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: partial
-forms/forms: trec, budget 0.02: partial rank=auto
-forms/forms: trec, budget 0.02: partial mask=units
-forms/forms: trec, budget 0.02: low_rank
-race/race: gtsrb, budget 0.02: entries − low_rank
-race/race: gtsrb, budget 0.02: random_weights − low_rank
-race/race: gtsrb, budget 0.02: oft − low_rank
-race/race: gtsrb, budget 0.02: lokr − low_rank
-race/race: gtsrb, budget 0.02: partial − low_rank
-race/race: digits, budget 0.02: low_rank
-race/race: digits, budget 0.02: oft − low_rank
-race/race: digits, budget 0.02: entries − low_rank
-race/race: digits, budget 0.02: random_weights − low_rank
-race/race: digits, budget 0.02: partial − low_rank
-race/race: digits, budget 0.02: pissa − low_rank
-race/race: trec, budget 0.02: lokr − low_rank
-race/race: trec, budget 0.02: unilora − low_rank
-race/race: trec, budget 0.02: oft − low_rank
-race/race: trec, budget 0.02: fourierft − low_rank
+forms/forms: trec, budget 0.02: entries − low_rank; random_weights − low_rank; partial; partial rank=auto;\
+ partial mask=units; low_rank
+race/race: gtsrb, budget 0.02: entries − low_rank; random_weights − low_rank; oft − low_rank; lokr − low_rank;\
+ partial − low_rank
+race/race: digits, budget 0.02: low_rank; oft − low_rank; entries − low_rank; random_weights − low_rank;\
+ partial − low_rank; pissa − low_rank
+race/race: trec, budget 0.02: lokr − low_rank; unilora − low_rank; oft − low_rank; fourierft − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
@@ -149,9 +118,8 @@ cpu/report/comparison: digits, threshold 0.9: partial − uniform
 cpu/report/comparison: digits, threshold 0.8: partial − uniform
 cpu/report/comparison: digits, threshold 0.7: partial − uniform
 cpu/report/comparison: digits, threshold 0.5: partial − uniform
-cpu/tables/table4: digits, budget 0.13: partial − shuffled; partial − inverted
-cpu/tables/table4: digits, budget 0.13: partial − targeted; partial − partial (element); partial − flow;\
- partial − low_rank; partial − random_weights; partial − vera
+cpu/tables/table4: digits, budget 0.13: partial − shuffled; partial − inverted; partial − targeted;\
+ partial − partial (element); partial − flow; partial − low_rank; partial − random_weights; partial − vera
 cpu/report/comparison: digits, budget 0.05: partial − low_rank
 cpu/report/comparison: digits, budget 0.02: partial − low_rank
 cpu/report/comparison: digits, budget 0.01: partial − low_rank
