@@ -15,8 +15,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -44,16 +43,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.87)
     parser.add_argument("--repeats", type=int, default=28)
     parser.add_argument("--every", type=int, default=3, help=f"repetitions for one of {' and '.join(SELDOM)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
-    parser.add_argument("--quick", action="store_true", help="tiny models of the same classes: a test, no measurement")
     parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
-    options = parser.parse_args(argv)
+    options = bench_moved.parsed(parser, argv)
     if min(*options.ranks, options.repeats, options.every) < 1:
         parser.error("--ranks, --repeats and --every are whole numbers of at least 1")
     if not 0 < options.sparsity < 1:
         parser.error(f"--sparsity is {options.sparsity}: it is the share removed, between 0 and 1")
-    if options.quick and options.out == parser.get_default("out"):
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     return options
 
 
@@ -63,21 +58,16 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
     head = {"command": _command(options), "machine": describe_machine(malloc=measure.keep_freed_memory())}
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.profile:
-        _write(options.out / "profile", {**head, "profiles": _profiles(options)}, bench_profile.page)
+        options.out.mkdir(parents=True, exist_ok=True)
+        profiles = {**head, "profiles": _profiles(options)}
+        write_json(options.out / "profile.json", profiles)
+        write_atomic(options.out / "profile.md", bench_profile.page(profiles))
         return
     settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
     cells = _cells(options)
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
-    before = bench_moved.committed(options.out / "adapter.json")
-    _write(options.out / "adapter", result, partial(bench_report.page, before=before))
-
-
-def _write(path: Path, result: Mapping, page: Callable[[Mapping], str]) -> None:
-    write_json(path.with_suffix(".json"), result)
-    write_atomic(path.with_suffix(".md"), page(result))
-    print(f"wrote {path.with_suffix('.md')}")
+    bench_moved.write(options.out, "adapter", result, bench_report.page, bench_report.figures)
 
 
 def _cells(options: argparse.Namespace) -> list[dict]:

@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import bench_calibration_page as page
 import bench_moved
 import torch
-from bench_adapter import ROOT, describe_machine
+from bench_adapter import describe_machine
 from torch import nn
 from transformers import set_seed
 
@@ -26,7 +25,6 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import literal_passes, sparsity_levels
-from partial_lora.files import write_atomic, write_json
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs.compose import composed
@@ -102,13 +100,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--literal", type=int, default=_ALL, help="modules that the literal reference is run on")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model: a test, no measurement")
-    options = parser.parse_args(argv)
+    options = bench_moved.parsed(parser, argv)
     if min(options.threads, options.literal) < 1:
         parser.error("--threads and --literal are whole numbers of at least 1")
-    if options.quick and options.out == parser.get_default("out"):
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     return options
 
 
@@ -142,12 +136,7 @@ def main(argv: Sequence[str]) -> None:
         "literal": literal(sides, levels, blocks * examples),
     }
     result["aims"] = page.judge(result)
-    before = bench_moved.committed(options.out / "calibration.json")
-    since = bench_moved.section(before and page.figures(before), page.figures(result))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "calibration.json", result)
-    write_atomic(options.out / "calibration.md", f"{page.page(result)}\n{since}\n")
-    print(f"wrote {options.out / 'calibration.md'}")
+    bench_moved.write(options.out, "calibration", result, page.page, page.figures)
 
 
 def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:

@@ -62,7 +62,7 @@ def test_what_is_committed_is_read_from_there(tmp_path) -> None:
 FIGURES = {
     "adapter": bench_report.figures,
     "calibration": bench_calibration_page.figures,
-    "serving": lambda record: bench_serving.figures(record["cases"]),
+    "serving": bench_serving.figures,
     "runs": bench_runs.figures,
 }
 
@@ -70,7 +70,7 @@ FIGURES = {
 PAGES = {
     "adapter": bench_report.page,
     "calibration": bench_calibration_page.page,
-    "serving": lambda record: bench_serving.page(record["cases"], record["bytes"], record["made"]),
+    "serving": bench_serving.page,
     "runs": bench_runs.page,
 }
 
