@@ -396,18 +396,20 @@ SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+metho
 SOME_TEXTS = methods=[lora]+model.target_modules=[query,value]+method.rank=9+method.alpha=9
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
-FORM_RUN = $(BIN)/partial-lora compare experiment=forms results_dir=results/forms rates=3 budgets=[0.13,0.02] \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) $(call spaced,$(1)) $(call spaced,$(2)) || test $$? = 1
+# The runs of a comparison. 1: the experiment and its results; 2: the task; 3: methods, and settings of all of them.
+define COMPARED
+$(BIN)/partial-lora compare experiment=$(1) results_dir=results/$(1) $(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 \
+	budgets=[0.13,0.02] $(call spaced,$(2) $(3)) || test $$? = 1
+
+endef
 forms: $(VENV)/.installed
-	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS) $(if $(findstring trec,$(task)),$(SOME_TEXTS),$(SOME_IMAGES)),$(call FORM_RUN,$(task),$(form)) &&)) true
+	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS) $(if $(findstring trec,$(task)),$(SOME_TEXTS),$(SOME_IMAGES)),$(call COMPARED,forms,$(task),$(form))))
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
-RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,psoft,oft,unilora,fourierft,randlora,gralora,lora
-RACE = $(BIN)/partial-lora compare experiment=race results_dir=results/race rates=3 \
-	$(if $(FILES_AT),data_dir=$(FILES_AT)) methods=[$(RACERS)] budgets=[0.13,0.02]
+RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,rslora,loraplus,psoft,oft,unilora,fourierft,randlora,gralora,lora
 race: $(VENV)/.installed
-	$(foreach task,$(FORM_TASKS),$(RACE) $(call spaced,$(task)) || test $$? = 1 &&) true
+	$(foreach task,$(FORM_TASKS),$(call COMPARED,race,$(task),methods=[$(RACERS)]))
 	$(BIN)/python scripts/forms.py results/race --stem race --page
 
 # The claims with the power to decide them (conf/experiment/decided.yaml): sets, and stages of each, in this order.
@@ -469,7 +471,6 @@ sst2-rate: $(VENV)/.installed
 	$(SST2_RATE) method=lora calibration=threshold trainer.tuned=null trainer.learning_rate=1e-3
 	$(BIN)/partial-lora report results/sst2_rate
 
-
 coverage: $(VENV)/.installed
 	$(BIN)/python scripts/interval_coverage.py
 
@@ -486,12 +487,11 @@ reach: $(VENV)/.installed
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py
 
-# An interrupted benchmark goes on where it was, too. BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/bench_adapter.py $(BENCH)
-	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
-	$(if $(BENCH),,$(BIN)/python scripts/bench_serving.py)
-	$(if $(BENCH),,$(foreach part,starts steps methods long threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true)
+	$(BIN)/python scripts/bench_adapter.py
+	$(BIN)/python scripts/bench_calibration.py
+	$(BIN)/python scripts/bench_serving.py
+	$(foreach part,starts steps methods long threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

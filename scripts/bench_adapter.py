@@ -2,36 +2,30 @@
 
 `python scripts/bench_adapter.py` measures, side by side in one process, (a) the frozen floor, (b) dense LoRA, (c) and
 (d) Partial-LoRA in both granularities and (e) SHiRA, and writes adapter.json (every repetition) and adapter.md (tables,
-aims) into results/bench. An interrupted run goes on where it was. --profile shows instead where the time goes.
+aims) into results/bench.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
-import json
 import os
 import platform
 import random
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import bench_measure as measure
 import bench_moved
-import bench_profile
 import bench_report
 import torch
 from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
 
 from partial_lora.adapter import module_masks
-from partial_lora.files import write_atomic, write_json
 from partial_lora.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,69 +41,35 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.87)
     parser.add_argument("--repeats", type=int, default=28)
     parser.add_argument("--every", type=int, default=3, help=f"repetitions for one of {' and '.join(SELDOM)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
-    parser.add_argument("--quick", action="store_true", help="tiny models of the same classes: a test, no measurement")
-    parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
-    options = parser.parse_args(argv)
+    options = bench_moved.parsed(parser, argv)
     if min(*options.ranks, options.repeats, options.every) < 1:
         parser.error("--ranks, --repeats and --every are whole numbers of at least 1")
     if not 0 < options.sparsity < 1:
         parser.error(f"--sparsity is {options.sparsity}: it is the share removed, between 0 and 1")
-    if options.quick and options.out == parser.get_default("out"):
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     return options
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure, or profile, and write record and page."""
+    """Measure, and write record and page."""
     options = arguments(argv)
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
     head = {"command": _command(options), "machine": describe_machine(malloc=measure.keep_freed_memory())}
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.profile:
-        _write(options.out / "profile", {**head, "profiles": _profiles(options)}, bench_profile.page)
-        return
     settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
-    parts = options.out / "parts"
-    cells = _cells(
-        options, parts, {"settings": settings, "sources": _digest(), "versions": head["machine"]["versions"]}
-    )
+    cells = _cells(options)
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
-    before = bench_moved.committed(options.out / "adapter.json")
-    _write(options.out / "adapter", result, partial(bench_report.page, before=before))
-    shutil.rmtree(parts)
+    bench_moved.write(options.out, "adapter", result, bench_report.page, bench_report.figures)
 
 
-def _write(path: Path, result: Mapping, page: Callable[[Mapping], str]) -> None:
-    write_json(path.with_suffix(".json"), result)
-    write_atomic(path.with_suffix(".md"), page(result))
-    print(f"wrote {path.with_suffix('.md')}")
-
-
-def _cells(options: argparse.Namespace, parts: Path, key: Mapping) -> list[dict]:
-    """Every model at every rank; those that an interrupted run of the same ``key`` has finished are read."""
-    parts.mkdir(exist_ok=True)
+def _cells(options: argparse.Namespace) -> list[dict]:
+    """Every model at every rank."""
     todo, cells = list(product(options.models, options.ranks)), []
     for model, rank in todo:
-        part = parts / f"{model}-r{rank}.json"
-        cell = measured_before(part, key)
-        if cell is None:
-            cell = measure_cell(options, model, rank)
-            write_json(part, {"key": key, "found": cell})
+        cell = measure_cell(options, model, rank)
         cell["ratios"] = bench_report.ratios(cell["variants"])
         cells.append(cell)
         print(f"{len(cells)} of {len(todo)}: {bench_report.line(cell)}", flush=True)
     return cells
-
-
-def measured_before(part: Path, key: Mapping) -> dict | None:
-    """Return what an interrupted run has measured with the same settings and the same code; None if nothing."""
-    try:
-        saved = json.loads(part.read_text())
-    except (OSError, ValueError):
-        return None
-    return saved["found"] if saved["key"] == json.loads(json.dumps(key)) else None
 
 
 def build_cell(options: argparse.Namespace, model: Model, rank: int) -> tuple[dict, measure.Batch]:
@@ -201,18 +161,10 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _sources() -> list[Path]:
-    package = ROOT / "partial_lora"
-    return sorted([*(package / "adapter").glob("*.py"), package / "masks.py", *(ROOT / "scripts").glob("bench_*.py")])
-
-
-def _digest() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()
-
-
 def _uncommitted() -> bool | None:
     """Return True where the measured code or the benchmark differs from the commit; None without git."""
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *map(str, _sources())]
+    sources = ("partial_lora/adapter", "partial_lora/masks.py", "scripts/bench_*.py")
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *sources]
     try:
         return bool(subprocess.run(command, capture_output=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
@@ -227,16 +179,6 @@ def _command(options: argparse.Namespace) -> str:
             given = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name}", *map(str, given)]
     return " ".join(["python", "scripts/bench_adapter.py", *words]) if words else "make bench"
-
-
-def _profiles(options: argparse.Namespace) -> list[dict]:
-    profiles = []
-    for name, rank in product(options.models, options.ranks):
-        model = (QUICK_MODELS if options.quick else MODELS)[name]
-        profile = bench_profile.profile(*build_cell(options, model, rank))
-        profiles.append({"model": name, "title": model.title, "rank": rank, **profile})
-        print(f"{name} rank {rank}: profiled", flush=True)
-    return profiles
 
 
 if __name__ == "__main__":

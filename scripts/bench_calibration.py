@@ -2,26 +2,22 @@
 
 `python scripts/bench_calibration.py` runs a default scan and a bisect of the default model and task with nothing known,
 and the literal reference: every (module, axis, level) one full pass over the whole scored draw, levels upward to the
-first failure, whose answer the scan's has to be. Writes calibration.json and calibration.md into results/bench. An
-interrupted run goes on where it was.
+first failure, whose answer the scan's has to be. Writes calibration.json and calibration.md into results/bench.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import bench_calibration_page as page
 import bench_moved
 import torch
-from bench_adapter import ROOT, describe_machine, measured_before
+from bench_adapter import describe_machine
 from torch import nn
 from transformers import set_seed
 
@@ -29,7 +25,6 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import literal_passes, sparsity_levels
-from partial_lora.files import write_atomic, write_json
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
 from partial_lora.runs.compose import composed
@@ -105,18 +100,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--literal", type=int, default=_ALL, help="modules that the literal reference is run on")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model: a test, no measurement")
-    options = parser.parse_args(argv)
+    options = bench_moved.parsed(parser, argv)
     if min(options.threads, options.literal) < 1:
         parser.error("--threads and --literal are whole numbers of at least 1")
-    if options.quick and options.out == parser.get_default("out"):
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     return options
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure every side, or read what an interrupted run has measured, and write record and page."""
+    """Measure every side, and write record and page."""
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     machine = describe_machine(malloc=[])
@@ -124,16 +115,9 @@ def main(argv: Sequence[str]) -> None:
     settings, question = plain(config), Question(config)
     names = list(question.importance)
     some = [names[position] for position in spread(len(names), options.literal)]
-    key = {"settings": settings, "threads": options.threads, "sources": _digest(), "versions": machine["versions"]}
-    parts = options.out / "calibration-parts"
-    parts.mkdir(parents=True, exist_ok=True)
     sides = {}
     for side, modules in {"scan": names, "bisect": names, "literal": some}.items():
-        part, own = parts / f"{side}.json", key | {"modules": modules}
-        sides[side] = measured_before(part, own)
-        if sides[side] is None:
-            sides[side] = question.measured(side, modules)
-            write_json(part, {"key": own, "found": sides[side]})
+        sides[side] = question.measured(side, modules)
         print(f"{side}: {len(modules)} modules in {sides[side]['wall_seconds']:.0f} s", flush=True)
     blocks, examples = (
         len(question.model.get_submodule(question.blocks)),
@@ -152,12 +136,7 @@ def main(argv: Sequence[str]) -> None:
         "literal": literal(sides, levels, blocks * examples),
     }
     result["aims"] = page.judge(result)
-    before = bench_moved.committed(options.out / "calibration.json")
-    since = bench_moved.section(before and page.figures(before), page.figures(result))
-    write_json(options.out / "calibration.json", result)
-    write_atomic(options.out / "calibration.md", f"{page.page(result)}\n{since}\n")
-    print(f"wrote {options.out / 'calibration.md'}")
-    shutil.rmtree(parts)
+    bench_moved.write(options.out, "calibration", result, page.page, page.figures)
 
 
 def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:
@@ -192,12 +171,6 @@ def spread(count: int, wanted: int) -> list[int]:
     if wanted >= count:
         return list(range(count))
     return sorted({min(count - 1, number * count // wanted + number % 4) for number in range(wanted)})
-
-
-def _digest() -> str:
-    """Of the code that calibrates, and of this."""
-    sources = [*(ROOT / "partial_lora").rglob("*.py"), *(ROOT / "scripts").glob("bench_calibration*.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Ratios of a benchmark that have moved since the figures committed last: a section of each page of `make bench`.
+"""What benchmarks share: their arguments, their files, and which ratios have moved since the figures committed last.
 
 Compared are ratios of what was measured side by side, which depend less on the machine than seconds do. A ratio has
 moved where its interval and that of before have nothing in common.
@@ -6,20 +6,47 @@ moved where its interval and that of before have nothing in common.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import bootstrap
 from tabulate import tabulate
 
+from partial_lora.files import write_atomic, write_json
+
 ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "results" / "bench"
 ENOUGH = 8  # repetitions to resample from
 
 Figures = Mapping[str, tuple[float, float, float]]
 """Ratios and the ends of their intervals: {what: (ratio, low, high)}."""
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a benchmark's arguments, --out and --quick among them."""
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
+    options = parser.parse_args(argv)
+    if options.quick and options.out == OUT:
+        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    return options
+
+
+def write(
+    out: Path, name: str, record: Mapping, page: Callable[[Mapping], str], figures: Callable[[Mapping], Figures]
+) -> None:
+    """Write out/NAME.json and NAME.md, whose last section says which figures have moved."""
+    file, out_page = out / f"{name}.json", out / f"{name}.md"
+    before = committed(file)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    since = section(None if before is None else figures(before), figures(record))
+    write_atomic(out_page, f"{page(record)}\n{since}\n")
+    print(f"wrote {out_page}")
 
 
 def committed(file: Path) -> dict | None:

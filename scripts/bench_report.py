@@ -131,8 +131,8 @@ def figures(result: Mapping) -> bench_moved.Figures:
     }
 
 
-def page(result: Mapping, before: Mapping | None = None) -> str:
-    """The result as Markdown; before: the one to say what has moved since."""
+def page(result: Mapping) -> str:
+    """The result as Markdown."""
     parts = [
         "# The adapter against dense LoRA",
         f"Made by `{result['command']}`; every number of every repetition is in adapter.json.",
@@ -145,7 +145,6 @@ def page(result: Mapping, before: Mapping | None = None) -> str:
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
         parts += [title, "Time:", table(cells, _times), "Memory and files, MiB:", table(cells, _memory)]
     parts += ["## How it is measured", _method(result), "## Where", _where(result)]
-    parts.append(bench_moved.section(before and figures(before), figures(result)))
     return "\n\n".join(parts) + "\n"
 
 

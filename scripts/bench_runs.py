@@ -26,10 +26,7 @@ from pathlib import Path
 
 import bench_moved
 
-from partial_lora.files import write_atomic, write_json
-
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "results" / "bench"
 
 COMMAND = [sys.executable, "-m", "partial_lora"]
 SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
@@ -137,7 +134,7 @@ def step_seconds(job: Sequence[str], loop: str, steps: int, environment: Mapping
 def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
     """Start a measurement of `step_seconds`, in a process of its own."""
     variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
-    command = [sys.executable, __file__, "worker", "--loop", loop, "--steps", str(steps), *job]
+    command = [sys.executable, __file__, "worker", loop, str(steps), *job]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
 
 
@@ -457,33 +454,23 @@ def figures(record: Mapping) -> bench_moved.Figures:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure a part, or be one of its processes."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["worker"]:
+        _, loop, count, *job = words
+        print(json.dumps(work(loop, int(count), job)))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*PARTS, "worker"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", type=int, default=24, help="of a sweep")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: a test, no measurement")
-    parser.add_argument("--loop", help=argparse.SUPPRESS)
-    options, job = parser.parse_known_args(argv)
-    if options.part == "worker":
-        print(json.dumps(work(options.loop, options.steps, job)))
-        return
-    if job:
-        parser.error(f"unknown: {' '.join(job)}")
-    if options.quick and options.out == OUT:
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    options = bench_moved.parsed(parser, words)
     file = options.out / "runs.json"
-    before = bench_moved.committed(file)
     record = json.loads(file.read_text()) if file.is_file() else {}
-    words = sys.argv[1:] if argv is None else argv
     made = {"command": f"python scripts/bench_runs.py {shlex.join(words)}", "repeats": options.repeats}
     record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(file, record)
-    since = bench_moved.section(before and figures(before), figures(record))
-    write_atomic(options.out / "runs.md", f"{page(record)}\n{since}\n".encode())
+    bench_moved.write(options.out, "runs", record, page, figures)
 
 
 if __name__ == "__main__":

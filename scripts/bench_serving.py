@@ -21,10 +21,8 @@ import bench_moved
 import torch
 from torch import Tensor
 
-from partial_lora.files import write_atomic, write_json
 from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK, LOW_RANK, SPARSITY = 16, 2, 0.87
 FORMS = ("dense 16", "dense 2", "masked 16")
 
@@ -113,8 +111,9 @@ def size(form: str, layer: tuple[int, int]) -> dict[str, int]:
     return {"values": 4 * (one.a.numel() + one.b.numel()), "indices": 4 * indices}
 
 
-def page(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str, int]]], made: Mapping) -> str:
+def page(record: Mapping) -> str:
     """The tables, and where the masked form is the cheapest."""
+    cases, sizes, made = record["cases"], record["bytes"], record["made"]
     lines = ["# Many adapters on one base model", ""]
     lines += [
         "Made by `python scripts/bench_serving.py`; every repetition is in serving.json. " + made["how"],
@@ -160,13 +159,13 @@ def page(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def figures(cases: Sequence[Mapping]) -> bench_moved.Figures:
+def figures(record: Mapping) -> bench_moved.Figures:
     """The time of the masked form against the others', in every case."""
     return {
         f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": bench_moved.ratio_of_medians(
             case["add"]["masked 16"], case["add"][other]
         )
-        for case in cases
+        for case in record["cases"]
         for other in ("dense 16", "dense 2")
     }
 
@@ -204,11 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write serving.json and serving.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
-    parser.add_argument("--quick", action="store_true", help="tiny layers: a test, no measurement")
-    options = parser.parse_args(argv)
-    if options.quick and options.out == parser.get_default("out"):
-        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    options = bench_moved.parsed(parser, argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
@@ -225,11 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "how": f"Medians of {options.repeats} repetitions on one thread of a CPU in float32, torch {torch.__version__};"
         " the forms take turns in random order."
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    before = bench_moved.committed(options.out / "serving.json")
-    since = bench_moved.section(before and figures(before["cases"]), figures(cases))
-    write_json(options.out / "serving.json", {"made": made, "bytes": sizes, "cases": cases})
-    write_atomic(options.out / "serving.md", f"{page(cases, sizes, made)}\n{since}\n".encode())
+    record = {"made": made, "bytes": sizes, "cases": cases}
+    bench_moved.write(options.out, "serving", record, page, figures)
     draw(cases, sizes, options.out)
 
 

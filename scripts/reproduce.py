@@ -58,7 +58,7 @@ def _tables(name: str, results_dir: Path) -> None:
 def _figure(name: str, results_dir: Path) -> None:
     from evidence import figures
 
-    _print_files(figures.make(name, results_dir, results_dir / "figures"))
+    _print_files(figures.make(name, results_dir))
 
 
 def _print_files(files: list[Path]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -17,7 +16,7 @@ from partial_lora.adapter.config import TAGS
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.bundled import PREFIX
-from partial_lora.report import records, statistics, summary
+from partial_lora.report import examples, records, statistics, summary
 from partial_lora.runs import directory
 from partial_lora.runs.config import plain, without_places
 from partial_lora.runs.directory import tensor_files
@@ -183,14 +182,15 @@ def _task(task: TaskConfig) -> str:
 
 def _scores(run: FinishedRun, numbers: Mapping) -> str:
     test = {name: value for name, value in run.result["metrics"]["test"].items() if name != "primary"}
-    frame = pd.read_parquet(run.directory / directory.PREDICTIONS)
+    predicted = (examples.predictions([run.directory]) or [None])[0]
+    count = "–" if predicted is None else f"{len(predicted):,}"
     rows = ["| on the test split | | 95 % interval | n |", "|---|---|---|---|"]
     for name, value in sorted(test.items(), key=lambda each: each[0] != numbers["metric"]):
         if value is None or not math.isfinite(value):
             continue
-        ends = statistics.over_examples(frame, name)
+        ends = statistics.over_examples(predicted, name)
         between = "–" if ends is None else " to ".join(summary.measured(name, end) for end in ends)
-        rows.append(f"| {name} | {summary.measured(name, value)} | {between} | {len(frame):,} |")
+        rows.append(f"| {name} | {summary.measured(name, value)} | {between} | {count} |")
     less = [name for name in test if name in LOWER_IS_BETTER]
     note = f" Less is better of {', '.join(less)}." if less else ""
     return "\n".join(rows) + (

@@ -839,12 +839,3 @@ def _of_differences(compared: pd.DataFrame) -> str:
     if lower := sorted(metrics & LOWER_IS_BETTER):
         caption += f" Of {' and '.join(lower)} less is better: below zero is better, and nothing matches."
     return caption
-
-
-def analyses(results_dir: Path) -> list[Shown]:
-    """Return the figures that `scripts/analyses.py` has left beside the runs."""
-    shown = []
-    for file in sorted(Path(results_dir).glob("analyses/*/*/*/figure.svg")):
-        what, task, name = file.parts[-4:-1]
-        shown.append(Shown(f"Analysis of calibration: {what}", f"{task}, {name.rpartition('-')[0]}.", (file,)))
-    return shown

@@ -75,7 +75,7 @@ def report(
         marked=marked,
         compared=compared,
         predictions=predictions,
-        figures=drawn + figures.analyses(place),
+        figures=drawn,
         command=command,
         origin=tables.origin(frame),
         left_out=left_out,

@@ -194,7 +194,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
     predicted = (hard.predictions([run.directory]) or [None])[0]
     said = f"test {metric}"
-    if ends := _of_examples(predicted, metric):
+    if ends := over_examples(predicted, metric):
         low, high = (measured(metric, end) for end in ends)
         said += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
     (section,) = sections([[run]], examples, rows)
@@ -478,14 +478,6 @@ def _place_of(directory: Path) -> str:
     if place.is_relative_to(Path.cwd()):
         return str(place.relative_to(Path.cwd()))
     return str(Path(*place.parts[-6:]))  # results/runs/task/model/method-id/seed0
-
-
-def _of_examples(predicted: pa.Table | None, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of a run's score over its test examples; None where predictions do not give it."""
-    if predicted is None:
-        return None
-    lists = [name for name in ("logits", "scores") if name in predicted.column_names]
-    return over_examples(predicted.drop_columns(lists).to_pandas(), metric)
 
 
 def _of_splits(metrics: Mapping[str, Mapping]) -> dict:

@@ -82,7 +82,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
     runs, problems = [], []
     for directory in directories:
         try:
-            run = _run(record(directory), directory, str(directory.parent.relative_to(results_dir)))
+            run = run_of(record(directory), directory, str(directory.parent.relative_to(results_dir)))
             if directory.name != f"seed{run.row['seed']}":
                 raise ValueError(f"a copy of another run, its seed is {run.row['seed']}")
             runs.append(run)
@@ -101,13 +101,12 @@ def one(directory: Path) -> Run:
         raise PartialLoraError(f"{directory / RESULT}: {error}") from error
 
 
-def run_of(result: dict, directory: Path) -> Run:
-    """Return a record as a run, wherever its directory is; raises ValueError as `row` does."""
-    return _run(result, Path(directory), Path(directory).resolve().parent.name)
+def run_of(result: dict, directory: Path, group: str | None = None) -> Run:
+    """Return a record as a run, wherever its directory is; raises ValueError as `row` does.
 
-
-def _run(result: dict, directory: Path, group: str) -> Run:
-    return Run(directory, result, {"group": group} | row(result))
+    group: the directory's parent where none is named.
+    """
+    return Run(directory, result, {"group": group or directory.resolve().parent.name} | row(result))
 
 
 def table(runs: Sequence[Run]) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from partial_lora.calibration.reliability import every_two, mean_difference
 from partial_lora.errors import PartialLoraError
@@ -132,17 +133,17 @@ def over_sets(each: Sequence[Estimate]) -> Estimate:
     return Estimate(float(np.average(differences, weights=weights)), error, float(due))
 
 
-def holm(significances: Sequence[float], family: float = 1 - LEVEL) -> list[float]:
+def holm(significances: Sequence[float]) -> list[float]:
     """Return the significance at which each of several comparisons may be judged, by the step-down of Holm (1979).
 
-    The most significant of n may be judged at family / n, the next at family / (n - 1), and so on; after the first that
-    misses its own level none is judged (0). So the chance that any judgement is wrong is at most `family`. NaN, a
+    The most significant of n may be judged at 5 % / n, the next at 5 % / (n - 1), and so on; after the first that
+    misses its own level none is judged (0). So the chance that any judgement is wrong is at most 5 %. NaN, a
     comparison that cannot be judged, is not counted among the n, and stays undecided.
     """
     known = [place for place, p in enumerate(significances) if not math.isnan(p)]
     levels = [0.0] * len(significances)
     for step, place in enumerate(sorted(known, key=lambda place: significances[place])):
-        level = family / (len(known) - step)
+        level = (1 - LEVEL) / (len(known) - step)
         if significances[place] > level:
             break
         levels[place] = level
@@ -216,11 +217,8 @@ def judge(
     low, high = found.interval(1 - significance)
     if seeds == 1 or math.isnan(low):
         return "undecided"
-    return verdict(-high, -low, None) if metric in LOWER_IS_BETTER else verdict(low, high, margin)
-
-
-def verdict(low: float, high: float, margin: float | None = MARGIN) -> str:
-    """Return the verdict on an interval of how much better a method is (`Comparison`)."""
+    if metric in LOWER_IS_BETTER:
+        low, high, margin = -high, -low, None
     if low > 0:
         return "better"
     if margin is not None and low > -margin:
@@ -340,21 +338,19 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
         return False
 
 
-def over_examples(frame: pd.DataFrame, metric: str) -> tuple[float, float] | None:
+def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
     For a share it is Wilson's, else a bootstrap's. It does not cover how much another seed would move the metric.
     """
     from scipy.stats import binomtest  # half a second
 
+    if isinstance(predicted, pa.Table):  # without its lists, which pandas takes long to make
+        unread = {"scores"} if metric in OF_ALL_TOGETHER else {"scores", "logits"}
+        predicted = predicted.select([name for name in predicted.column_names if name not in unread]).to_pandas()
     try:
-        each = per_example(frame, metric)
-    except (
-        PartialLoraError,
-        ValueError,
-        TypeError,
-        KeyError,
-    ):  # of a mixture, a loss, a file of other columns, one row
+        each = per_example(predicted, metric)
+    except (PartialLoraError, ValueError, TypeError, KeyError):  # none, of a mixture, a loss, other columns, one row
         return None
     if set(each) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))

@@ -31,7 +31,6 @@ from matplotlib.ticker import (
 
 from evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
 from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
-from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
 from partial_lora.report.drawing import (
@@ -73,16 +72,13 @@ class Spec:
     beside: bool = False
 
 
-def make(name: str, results_dir: Path, out_dir: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
-    """Draw a figure from the runs under results_dir, as out_dir/NAME.png, .svg and .csv; gives the files.
+def make(name: str, results_dir: Path, say: Callable[[str], None] = print) -> list[Path]:
+    """Draw a figure from the runs under results_dir, as its figures/NAME.png, .svg and .csv; gives the files.
 
-    out_dir: results_dir/figures where none is named. say: gets in a line each what is missing or left out. Where there
-    is nothing to draw, files of an earlier time go, and none is given. Raises PartialLoraError for another name.
+    say: gets in a line each what is missing or left out. Where there is nothing to draw, files of an earlier time go,
+    and none is given.
     """
-    if name not in FIGURES:
-        raise PartialLoraError(f"{name}: expected one of {', '.join(FIGURES)}")
-    results_dir, spec = Path(results_dir), FIGURES[name]
-    folder = Path(out_dir or results_dir / "figures")
+    spec, folder = FIGURES[name], results_dir / "figures"
     known, left_out = runs_of(name, results_dir)
     frame, notes = spec.numbers(known, results_dir)
     notes = [f"{name}: {note}" for note in dict.fromkeys(notes)]

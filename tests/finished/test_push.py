@@ -96,7 +96,7 @@ def test_a_dry_run_reaches_nothing_and_its_folder_is_what_the_page_says(hub, cap
     )
 
 
-def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
+def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> None:
     run = choice_run()
     page = card.card(run, "me/mine", run.adapter)
     data, test = page.data, run.result["metrics"]["test"]
@@ -111,6 +111,8 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples() -> None:
     assert high - low > 20  # of 11 examples, also where none is wrong
     assert int(count) == 11
     assert f"{run.result['parameters']['adapter_trainable']:,} parameters" in page.text
+    without = dataclasses.replace(run, directory=tmp_path)  # its predictions are gone
+    assert f"| accuracy | {score} | – | – |" in card.card(without, "me/mine", run.adapter).text
     assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
 
 

@@ -291,19 +291,6 @@ def test_a_legend_of_many_methods_leaves_its_panel_room():
     assert axes.get_window_extent().y0 > figure.legends[0].get_window_extent().y1
 
 
-def test_lists_are_as_high_as_their_rows_and_fill_the_shorter_column():
-    lengths = (2, 20, 3, 4)
-    figure, drawn = drawing.lists(lengths, wide=4.6)
-    figure.draw_without_rendering()
-    boxes = [axes.get_position() for axes in drawn]
-    left, right = boxes[0].x0, boxes[1].x0
-    assert [box.x0 for box in boxes] == pytest.approx([left, right, left, left])
-    assert boxes[0].y0 > boxes[2].y1 > boxes[2].y0 > boxes[3].y1
-    inches = [box.height * figure.get_figheight() for box in boxes]
-    assert sorted(inches) == [inches[number] for number in np.argsort(lengths)]
-    assert inches[1] > 20 * 0.2
-
-
 @pytest.fixture
 def runs(tmp_path):
     history = [{"step": step, "loss": 1 / step, "eval_accuracy": 0.5 + step / 100} for step in (10, 20, 30)]

@@ -103,12 +103,6 @@ def test_a_folder_without_runs_is_refused(tmp_path):
             records.read(folder)
 
 
-def test_a_module_has_a_kind_and_a_depth():
-    assert records.depth_of("timm_model.blocks.3.attn.qkv") == ("timm_model.blocks.attn.qkv", (3,))
-    assert records.depth_of("layers.1.blocks.0.mlp.fc1") == ("layers.blocks.mlp.fc1", (1, 0))
-    assert records.depth_of("fc1") == ("fc1", ())
-
-
 # Conditions
 
 

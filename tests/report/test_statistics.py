@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from recorded_runs import LABEL, leave, rows_of
 from refusals import refusal
@@ -21,10 +22,11 @@ from partial_lora.report.statistics import (
     compare,
     estimate,
     holm,
+    judge,
+    over_examples,
     over_sets,
     per_example,
     reliability,
-    verdict,
 )
 from partial_lora.runs.directory import PREDICTIONS
 
@@ -87,33 +89,6 @@ def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> Non
     assert compare(second, first, "accuracy").difference == -comparison.difference
     same = compare(first, first, "accuracy")
     assert (same.difference, same.low, same.high, same.verdict) == (0, 0, 0, "matches")
-
-
-def experiment(drawn: np.random.Generator, truth: float, seeds: int, examples: int, moved: float) -> list[dict]:
-    """Predictions of two methods of which the first is right more often by the truth; seeds move both apart."""
-    label, hard = drawn.integers(2, size=examples), drawn.uniform(0.3, 0.9, size=examples)
-    sides = [[], []]
-    for _ in range(seeds):
-        luck, common = drawn.normal(0, moved, size=2), drawn.uniform(size=examples)
-        for which, shift in enumerate((truth / 2, -truth / 2)):
-            own = np.where(drawn.uniform(size=examples) < 0.5, common, drawn.uniform(size=examples))
-            sides[which].append(own < hard + shift + luck[which])
-    return [right_or_wrong(label, np.array(side)) for side in sides]
-
-
-def coverage(seeds: int, moved: float, truth: float = 0.05, repetitions: int = 150) -> tuple[float, float]:
-    """Count how often the 95 % intervals, of components and of the bootstrap, hold the true difference."""
-    drawn = np.random.default_rng(seeds)
-    pairs = (experiment(drawn, truth, seeds, 200, moved) for _ in range(repetitions))
-    each = [compare(*pair, "accuracy", seed=number, draws=500) for number, pair in enumerate(pairs)]
-    ends = [((one.low, one.high), (one.bootstrap_low, one.bootstrap_high)) for one in each]
-    return tuple(np.mean([[low <= truth <= high for low, high in both] for both in ends], axis=0))
-
-
-def test_intervals_hold_the_truth_about_as_often_as_they_say_and_of_few_seeds_the_bootstrap_s_do_not() -> None:
-    assert coverage(3, moved=0.02)[0] > 0.92
-    components, drawn_again = coverage(3, moved=0.1)
-    assert drawn_again < 0.9 < components
 
 
 def literal_components(d: np.ndarray) -> tuple[float, float]:
@@ -202,20 +177,9 @@ def test_holm_judges_what_its_adjusted_significances_would() -> None:
         order, adjusted = np.argsort(p), np.empty(6)
         for step, place in enumerate(order):
             adjusted[place] = max(min(1, (6 - k) * p[order[k]]) for k in range(step + 1))
-        levels = holm([*p, np.nan], family=0.05)
+        levels = holm([*p, np.nan])
         assert [level > 0 for level in levels] == [*(adjusted <= 0.05), False]
         assert all(one <= level for one, level in zip(p, levels[:6], strict=True) if level)
-
-
-def test_a_difference_on_the_same_examples_holds_that_would_not_on_others() -> None:
-    drawn = np.random.default_rng(1)
-    label, right = drawn.integers(2, size=400), drawn.uniform(size=(3, 400)) < 0.7
-    better = right.copy()
-    better[:, :20] = True
-    comparison = compare(right_or_wrong(label, better), right_or_wrong(label, right), "accuracy")
-    assert comparison.verdict == "better"
-    spread = np.sqrt(2 * 0.7 * 0.3 / 400)  # of two independent accuracies
-    assert comparison.high - comparison.low < 2 * 1.96 * spread / 2
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -228,13 +192,20 @@ def test_one_seed_decides_nothing() -> None:
     assert (two.verdict, two.reason) == ("better", None)
 
 
-def test_verdicts() -> None:
-    assert verdict(0.001, 0.02) == "better"
-    assert verdict(-0.0099, 0.002) == "matches"
-    assert verdict(-0.0099, -0.002) == "matches"  # worse, but by less than a point
-    assert verdict(-0.03, -0.011) == "worse"
-    assert verdict(-0.03, 0.01) == "undecided"
-    assert verdict(-0.001, 0.001, None) == "undecided"
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.001, 0.02, "better"),
+        (-0.0099, 0.002, "matches"),
+        (-0.0099, -0.002, "matches"),  # worse, but by less than a point
+        (-0.03, -0.011, "worse"),
+        (-0.03, 0.01, "undecided"),
+    ],
+)
+def test_verdicts(low: float, high: float, said: str) -> None:
+    found = Estimate((low + high) / 2, (high - low) / 2 / stats.t.ppf(0.975, 6), 6)
+    assert judge(found, "accuracy", 2) == said
+    assert judge(found, "accuracy", 2, margin=None) != "matches"
 
 
 def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_and_less_may_be_better() -> None:
@@ -274,6 +245,14 @@ def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
             compare({0: frames[0]}, {0: frames[1]}, metric)
     with refusal("", "[0] and [1]"):
         compare({0: predicted}, {1: predicted}, "accuracy")
+
+
+def test_the_macro_f1_of_classes_that_do_not_all_occur_has_the_interval_of_the_macro_f1() -> None:
+    logits = np.random.default_rng(0).normal(size=(60, 3)) * [1, 1, 0] - [0, 0, 9]
+    predicted = frame(np.arange(60) % 2, logits.argmax(1), logits=list(logits))
+    assert over_examples(pa.Table.from_pandas(predicted), "f1") == over_examples(predicted, "f1")
+    assert over_examples(predicted.drop(columns="logits"), "f1") != over_examples(predicted, "f1")
+    assert over_examples(None, "f1") is None
 
 
 # Which rows of a table are marked

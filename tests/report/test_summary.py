@@ -73,8 +73,9 @@ def test_a_list_of_runs_has_one_line_of_each_whatever_its_record_is():
     (_, *line) = summary.run_line(place, record())
     assert line == ["digits", "vit", "partial, threshold 0.9", "seed0", "accuracy 98.61 %", str(place)]
     assert summary.run_line(place, record(status="failed", metrics={}))[-2] == "failed"
-    for broken in (None, {"status": "finished"}):
+    for broken in (None, {"status": "finished"}, record(config=1)):
         assert summary.run_line(place, broken)[-2:] == ("no record", str(place))
+    assert summary.run_line(place, record(metrics=[1]))[-1] == str(place)
 
 
 def test_modules_that_a_lower_rank_would_serve_are_counted():
@@ -95,8 +96,6 @@ def test_every_module_is_a_line_with_what_is_kept_of_it():
     of_entries = drawn(summary.module_table(calibration(mask__granularity="element", method__rank=3)))
     entries = math.floor(0.75 * 3 * 1152 + 0.5) + math.floor(0.6 * 3 * 384 + 0.5)
     assert cells(of_entries, "blocks.0.qkv")[-1] == f"{entries:,}"
-    older = of_calibration(shapes=None)  # from before shapes were kept
-    assert cells(older, "blocks.0.qkv") == ["blocks.0.qkv", "qkv", "–", "0.250", "0.400", "–"]
 
 
 def test_long_names_and_warnings_fit_100_columns_and_lose_nothing():
@@ -147,4 +146,4 @@ def test_a_calibration_ends_with_a_learning_rate_to_try_first(tmp_path, monkeypa
     assert f"{1e-3 / math.sqrt(density):.2g} at density {density:.3g}, from dense LoRA's 0.001" in of_calibration()
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
     assert f"0.001 at density {density:.3g}, from dense LoRA's 0.001 (the default)" in aware
-    assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)
+    assert "to try" not in of_calibration(method__name="low_rank")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from refusals import refusal
 
-from partial_lora import cli, tasks, train
+from partial_lora import tasks, train
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.importance import scores_of
@@ -451,8 +451,3 @@ def test_wrong_words_are_refused_in_one_line(capsys, monkeypatch, tmp_path: Path
     error = capsys.readouterr().err
     assert key in error
     assert error.count("\n") == 1
-
-
-def test_other_commands_know_no_keys_of_analyses(capsys) -> None:
-    assert cli.main(["info", *TINY, "analysis.splits=3"]) == 2
-    assert "analysis" in capsys.readouterr().err

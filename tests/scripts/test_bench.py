@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import bench_adapter
 import bench_measure
 import bench_models
-import bench_profile
 import bench_report
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ import torch
 
 VARIANTS = ["floor", "short_floor", "lora", "rows_columns", "element", "shira"]
 CELLS = [(model, rank) for model in ("vit_b16", "llama_8l") for rank in (8, 16)]
-ONE = ("--models", "vit_b16", "--variants", "rows_columns", "--repeats", "2", "--ranks", "2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,59 +32,21 @@ def in_this_process():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A quick run of all models and variants that is interrupted in its second cell, and then goes on."""
-    out, measured, measure_cell = tmp_path_factory.mktemp("bench"), [], bench_adapter.measure_cell
-
-    def measure(options, model, rank):
-        measured.append((model, rank))
-        if measured.count(CELLS[1]) == 1 and (model, rank) == CELLS[1]:
-            raise KeyboardInterrupt
-        return measure_cell(options, model, rank)
-
-    words = ["--quick", "--ranks", "8", "16", "--repeats", "16", "--every", "2", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_adapter, "measure_cell", measure)
-        with pytest.raises(KeyboardInterrupt):
-            bench_adapter.main(words)
-        assert not (out / "adapter.json").exists()
-        part = json.loads((out / "parts" / "vit_b16-r8.json").read_text(encoding="utf-8"))["found"]
-        bench_adapter.main(words)
-    return SimpleNamespace(out=out, measured=measured, first=part)
+def out(tmp_path_factory):
+    """The folder of a quick run of all models and variants."""
+    out = tmp_path_factory.mktemp("bench")
+    bench_adapter.main(["--quick", "--ranks", "8", "16", "--repeats", "16", "--every", "2", "--out", str(out)])
+    return out
 
 
 @pytest.fixture(scope="module")
-def result(run) -> dict:
-    return json.loads((run.out / "adapter.json").read_text(encoding="utf-8"))
-
-
-def test_an_interrupted_run_goes_on_where_it_was(run, result):
-    assert run.measured == [*CELLS[:2], *CELLS[1:]]
-    assert result["cells"][0]["variants"] == run.first["variants"]
-    assert not (run.out / "parts").exists()
-
-
-@pytest.mark.parametrize("change", ["settings", "code", "broken"])
-def test_what_was_measured_otherwise_is_measured_again(monkeypatch, tmp_path, change):
-    parts, measured, measure_cell = tmp_path / "parts", [], bench_adapter.measure_cell
-    monkeypatch.setattr(bench_adapter, "shutil", SimpleNamespace(rmtree=lambda folder: None))  # as if it ended there
-    monkeypatch.setattr(bench_adapter, "_digest", lambda: "the code")
-    monkeypatch.setattr(bench_adapter, "measure_cell", lambda *cell: measured.append(cell[2]) or measure_cell(*cell))
-    words = ["--quick", *ONE, "--out", str(tmp_path)]
-    bench_adapter.main(words)
-    bench_adapter.main(words)
-    assert measured == [2]
-    if change == "code":
-        monkeypatch.setattr(bench_adapter, "_digest", lambda: "other code")
-    if change == "broken":
-        (parts / "vit_b16-r2.json").write_text("{")
-    bench_adapter.main([*words, "--sparsity", "0.5" if change == "settings" else "0.87"])
-    assert measured == [2, 2]
+def result(out) -> dict:
+    return json.loads((out / "adapter.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
     "words",
-    [["--ranks", "8", "0"], ["--repeats", "0"], ["--sparsity", "1"], ["--models", "resnet"], ["--quick"]],
+    [["--ranks", "8", "0"], ["--repeats", "0"], ["--sparsity", "1"], ["--models", "resnet"]],
 )
 def test_wrong_words_are_refused_before_anything_is_built(words, monkeypatch, capsys):
     monkeypatch.setattr(bench_models, "build_variant", None)
@@ -134,28 +94,6 @@ def test_bytes_are_proportional_to_what_the_masks_keep(result):
     cell["ratios"] = bench_report.ratios(cell["variants"])
     verdicts = {aim["variant"]: aim["verdict"] for aim in bench_report.judge([cell]) if "state" in aim["aim"]}
     assert verdicts == {"rows_columns": "met", "element": "not met"}
-
-
-def test_the_page_has_each_table(run, result):
-    page = (run.out / "adapter.md").read_text(encoding="utf-8")
-    assert [line for line in page.splitlines() if line.startswith("#")] == [
-        "# The adapter against dense LoRA",
-        "## Aims",
-        "## A tiny ViT, 2 images of 32 px a step, 8 adapted modules",
-        "## A tiny Llama, one text of 16 tokens a step, 14 adapted modules",
-        "## How it is measured",
-        "## Where",
-        "## Since the figures committed last",
-    ]
-    assert "these times mean nothing" in page
-    rows = [[entry.strip() for entry in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    shown = [tuple(row[:2]) for row in rows]
-    assert all(shown.count((str(rank), bench_report.NAMES[name])) == 4 for name in VARIANTS for rank in (8, 16))
-    first = result["cells"][0]["variants"]["floor"]
-    step = np.median(np.sum(list(first["seconds"].values()), axis=0))
-    row = rows[shown.index(("8", "frozen floor"))]
-    assert row[2] == f"{2 / step:.2f}"  # two images a step
-    assert row[3].startswith(f"{step:.3f} [")
 
 
 @pytest.mark.parametrize("model", bench_models.QUICK_MODELS.values(), ids=bench_models.QUICK_MODELS)
@@ -250,34 +188,8 @@ def test_a_ratio_is_of_means_of_differences_without_their_ends():
     assert steady["low"] < steady["ratio"] < steady["high"]
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    draw, held, trials = np.random.default_rng(1), 0, 60
-    for _ in range(trials):
-        noise = 0.03 * draw.standard_normal((3, 24))
-        measured = bench_report.ratio(*(np.array([[1.06], [1.2], [1.0]]) + noise))  # 0.3 is the truth
-        held += measured["low"] <= 0.3 <= measured["high"]
-    assert held >= 0.9 * trials
-
-
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.1, 0.3, "met"), (0.31, 0.4, "not met"), (0.3, 0.4, "open"), (None, None, "open")]
 )
 def test_verdicts(low, high, verdict):
     assert bench_report.verdict({"ratio": 0.3, "low": low, "high": high}, 0.3).partition(":")[0] == verdict
-
-
-# Profiles
-
-
-def test_a_profile_has_the_operations_that_an_adapter_adds(tmp_path):
-    floor = {("mm", "2,3"): (4.0, 4), ("add", "2"): (1.0, 2)}
-    spent = {("mm", "2,3"): (6.0, 6), ("mm", "9,9"): (1.5, 1), ("add", "2"): (0.6, 1)}
-    assert bench_profile.own_operations(spent, floor) == {"mm": 2.0 + 1.5, "add": -0.5}
-    bench_adapter.main(["--quick", "--profile", *ONE, "--out", str(tmp_path)])
-    (profile,) = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["profiles"]
-    assert set(profile["own"]) == set(profile["same"]) == {"floor", "short_floor", "lora", "rows_columns"}
-    assert sum(profile["own"]["short_floor"].values()) == 0
-    assert profile["own"]["rows_columns"]["aten::index_select"] > 0
-    page = (tmp_path / "profile.md").read_text(encoding="utf-8")
-    assert "## A tiny ViT, 2 images of 32 px a step, rank 2" in page
-    assert "| own operations, together " in page

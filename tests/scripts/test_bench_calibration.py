@@ -14,42 +14,17 @@ SIDES = ["scan", "bisect", "literal"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A quick run that is stopped before the literal reference, and then goes on: its folder, and what it measured."""
-    out, measured = tmp_path_factory.mktemp("bench"), []
-    own, threads = bench_calibration.Question.measured, torch.get_num_threads()
-
-    def measure(self, side, modules):
-        measured.append(side)
-        if side == "literal" and measured.count(side) == 1:
-            raise KeyboardInterrupt
-        return own(self, side, modules)
-
-    words = ["--quick", "--threads", "1", "--literal", "5", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_calibration.Question, "measured", measure)
-        with pytest.raises(KeyboardInterrupt):
-            bench_calibration.main(words)
-        bench_calibration.main(words)
+def out(tmp_path_factory):
+    """The folder of a quick run."""
+    out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    bench_calibration.main(["--quick", "--threads", "1", "--literal", "5", "--out", str(out)])
     torch.set_num_threads(threads)
-    return out, measured
+    return out
 
 
 @pytest.fixture(scope="module")
-def result(run):
-    return json.loads((run[0] / "calibration.json").read_text(encoding="utf-8"))
-
-
-def test_a_stopped_run_goes_on_where_it_was_unless_the_code_has_changed(run, result, tmp_path, monkeypatch):
-    out, measured = run
-    assert measured == ["scan", "bisect", "literal", "literal"]
-    assert sorted(path.name for path in out.iterdir()) == ["calibration.json", "calibration.md"]
-    assert list(result["sides"]) == SIDES
-    monkeypatch.setattr(bench_calibration, "ROOT", tmp_path)
-    inner = tmp_path / "partial_lora" / "tasks" / "draws.py"
-    inner.parent.mkdir(parents=True)
-    digests = [bench_calibration._digest() for text in ("one", "other") if inner.write_text(text)]
-    assert digests[0] != digests[1]
+def result(out):
+    return json.loads((out / "calibration.json").read_text(encoding="utf-8"))
 
 
 def fourth_questions(sparsity):
@@ -59,6 +34,7 @@ def fourth_questions(sparsity):
 
 
 def test_all_sides_are_counted(result):
+    assert list(result["sides"]) == SIDES
     scan, bisect, literal = (result["sides"][side] for side in SIDES)
     assert len(result["modules"]) == 12
     assert list(scan["sparsity"]) == list(bisect["sparsity"]) == result["modules"]
@@ -105,21 +81,3 @@ def test_how_it_judges(blocks, seconds, load, cpus, verdicts):
     side = {"evaluations": {"sample_blocks": blocks}, "wall_seconds": seconds, "load": [0.5, load], "usable_cpus": cpus}
     result = {"sides": {"scan": side, "bisect": side}, "literal": {"sample_blocks": 300}, "threads": 2}
     assert [aim["verdict"] for aim in bench_calibration_page.judge(result)] == verdicts
-
-
-def test_the_page_has_all_of_it(run, result):
-    page = (run[0] / "calibration.md").read_text(encoding="utf-8")
-    titles = [line for line in page.splitlines() if line.startswith("#")]
-    measured = ["## Aims", "## Measured", "## Sparsities", "## How it was measured", "## Where"]
-    assert titles[1:] == [*measured, "## Since the figures committed last"]
-    assert f"{result['literal']['sample_blocks']:,}" in page
-    other, of = bench_calibration_page.differing(result)
-    assert f"{other} of {of}" in page
-    assert all(name in page for name in result["sides"]["literal"]["sparsity"])
-
-
-@pytest.mark.parametrize("words", [["--quick"], ["--threads", "0"]])
-def test_wrong_words_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        bench_calibration.arguments(words)
-    assert words[0] in capsys.readouterr().err

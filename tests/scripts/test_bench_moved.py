@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import bench_adapter
+import bench_calibration
 import bench_calibration_page
 import bench_moved
 import bench_report
@@ -60,67 +62,47 @@ def test_what_is_committed_is_read_from_there(tmp_path) -> None:
 FIGURES = {
     "adapter": bench_report.figures,
     "calibration": bench_calibration_page.figures,
-    "serving": lambda record: bench_serving.figures(record["cases"]),
+    "serving": bench_serving.figures,
+    "runs": bench_runs.figures,
+}
+
+
+PAGES = {
+    "adapter": bench_report.page,
+    "calibration": bench_calibration_page.page,
+    "serving": bench_serving.page,
+    "runs": bench_runs.page,
 }
 
 
 @needs_results
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_records_here_have_figures_to_compare(name) -> None:
-    found = FIGURES[name](json.loads((BENCH / f"{name}.json").read_text()))
+def test_the_records_here_have_figures_to_compare_and_their_pages_are_of_them(name) -> None:
+    record = json.loads((BENCH / f"{name}.json").read_text())
+    found = FIGURES[name](record)
     assert found
     assert all(low <= ratio <= high for ratio, low, high in found.values())
     assert not bench_moved.moved(found, found)
+    now, committed = (
+        text.partition("## Since the figures")[0].rstrip()
+        for text in (PAGES[name](record), (BENCH / f"{name}.md").read_text(encoding="utf-8"))
+    )
+    assert now == committed
 
 
 # Whole runs
 
 
-def record() -> dict:
-    """One of bench_runs.py, of which every variant takes twice as long as the one before it."""
-    made = {"command": "python scripts/bench_runs.py all", "repeats": 3, "cpus": 2}
-    spent = {"seconds": 8.0, "processor_seconds": 8.0, "of_training": 1.0}
-    sweeps = {"fresh": [spent] * 3, "fork": [spent | {"seconds": 2.0}] * 3}
-    commands = {name: [spent] * 3 for name in bench_runs.COMMANDS}
-    steps = {loop: [{"step": 2.0**at, "peak": 2**20}] * 3 for at, loop in enumerate(bench_runs.LOOPS)}
+def test_whole_runs_are_compared_with_what_they_are_measured_beside() -> None:
+    """Every variant takes twice as long as the one before it."""
+    methods = {name: [{"step": 2.0**at}] * 3 for at, name in enumerate(("low_rank", "lora", "oft"))}
     ways = {
         way: {how: [{"step": 2.0**at}] * 3 for how in ("alone", "two")} for at, way in enumerate(bench_runs.WAITING)
     }
-    weighed = dict.fromkeys(("saved", "optimizer", "file", "peak", "parameters"), 1e6)
-    methods = {name: [weighed | {"step": 2.0**at}] * 3 for at, name in enumerate(("low_rank", "lora", "oft"))}
-    long = {
-        variant: [weighed | {"step": 2.0**at, "first": 9.0}] * 3 for at, variant in enumerate(bench_runs.LONG_TITLES)
-    }
-    compiled = {
-        variant: [{key: run[key] for key in run if key != "saved"} for run in runs] for variant, runs in long.items()
-    }
-    found = {
-        "starts": {"runs": 4, "sweeps": sweeps, "commands": commands},
-        "steps": {"job": steps},
-        "methods": {"job": methods},
-        "long": {"plain": long, "torch.compile": compiled},
-        "threads": {"job": ways},
-    }
-    return {part: {"made": made, "found": each} for part, each in found.items()}
-
-
-def test_whole_runs_are_compared_with_what_they_are_measured_beside() -> None:
-    figures = {what: ratio for what, (ratio, _, _) in bench_runs.figures(record()).items()}
-    assert figures["a forked run / a fresh one"] == 0.25
-    assert [figures[f"job: {bench_runs.LOOP_TITLES[loop]} / bare loop"] for loop in bench_runs.LOOPS[1:]] == [2, 4, 8]
+    record = {part: {"found": {"job": each}} for part, each in {"methods": methods, "threads": ways}.items()}
+    figures = {what: ratio for what, (ratio, _, _) in bench_runs.figures(record).items()}
     assert [figures[f"job: {method} / low_rank"] for method in ("lora", "oft")] == [2, 4]
-    long = {what: ratio for what, ratio in figures.items() if what.startswith("a long text, plain")}
-    assert list(long.values()) == [0.5, 2]
     assert [figures[f"job, two: {way} / one thread"] for way in list(bench_runs.WAITING)[1:]] == [2, 4, 8, 16]
-
-
-def test_the_page_of_whole_runs_has_every_variant_that_was_measured() -> None:
-    page = bench_runs.page(record())
-    for each in (*bench_runs.COMMANDS, *bench_runs.LOOP_TITLES.values(), *bench_runs.WAITING, "trainer.start=fork"):
-        assert f"| {each} |" in page
-    assert "| job | oft | 1,000,000 | 4.000 | 4.00 | 1.0 | 1.0 | 1.0 | 1.0 |" in page
-    assert "| torch.compile | LoRA, rank 2 | 1,000,000 | 2.00 | 1.00 | 9.0 | – | 1.0 |" in page
-    assert bench_runs.page({"steps": record()["steps"]}).count("\n## ") == 1
 
 
 @pytest.mark.parametrize("loop", ["bare", "trainer"])
@@ -137,6 +119,10 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
     assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
-def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(bench_adapter, []), (bench_calibration, []), (bench_runs, ["steps"]), (bench_serving, [])],
+)
+def test_a_quick_one_does_not_take_the_place_of_the_results(script, words) -> None:
     with pytest.raises(SystemExit):
-        bench_runs.main(["steps", "--quick"])
+        script.main([*words, "--quick"])

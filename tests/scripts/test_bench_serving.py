@@ -27,8 +27,3 @@ def test_the_page_has_every_case(tmp_path) -> None:
     page = (tmp_path / "serving.md").read_text()
     assert len(cases) == len(bench_serving.TOKENS) * len(bench_serving.COUNTS)
     assert sum(line.startswith("| q of 64 | decode") for line in page.splitlines()) == len(bench_serving.COUNTS)
-
-
-def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:
-    with pytest.raises(SystemExit):
-        bench_serving.main(["--quick"])

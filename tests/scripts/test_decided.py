@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decided
 import pandas as pd
-from recorded_runs import leave
+from recorded_runs import leave, record
 
 SEEDS = range(4)
 KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
@@ -74,3 +74,8 @@ def test_shares_by_gradient_stand_beside_those_of_the_search(tmp_path) -> None:
 def test_a_folder_without_runs_is_refused_by_name(tmp_path, capsys) -> None:
     assert decided.main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_what_a_calibration_has_of_its_own_is_in_a_form_s_name() -> None:
+    own = {"calibration__shrink": 0.5, "calibration__search": "gradient", "calibration__max_sparsity": 0.99}
+    assert decided.form_of(record(**KEPT, **own)["config"]) == "partial, shrink 0.5, by gradient, caps at 0.99"

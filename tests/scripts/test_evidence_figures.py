@@ -13,7 +13,6 @@ from evidence import figures
 from evidence.figures import FIGURES
 from matplotlib.image import imread
 from recorded_runs import leave, measure
-from refusals import refusal
 from scipy.stats import t as student
 
 
@@ -253,8 +252,3 @@ def test_each_figure_is_drawn_from_few_runs_and_without_any_names_what_makes_the
     leave(place, "partial", 0.9, task="trec")
     agreement(place, 0.5)
     assert len(figures.make(name, place, say=printed.append)) == 3
-
-
-def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
-    with refusal("", "fig8"):
-        figures.make("fig8", tmp_path)

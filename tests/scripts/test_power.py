@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import decided
 import numpy as np
-import pandas as pd
 import power
 import pytest
 from interval_coverage import fitted
@@ -43,22 +41,3 @@ def test_a_set_has_stopped_where_the_last_quarter_of_its_longest_runs_gained_les
         (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
     (row,) = power.steps_by_set([tmp_path / "cpu", tmp_path / "longer"]).to_dict("records")
     assert (row["steps"], row["gain"], row["stopped"]) == (16, pytest.approx(0.005), True)
-
-
-def test_claims_are_of_the_rate_that_validation_prefers_and_named_by_form(tmp_path, capsys) -> None:
-    mask = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
-    for seed in range(8):
-        leave(tmp_path, "lora", seed=seed, wrong=10 + seed % 2)
-        leave(tmp_path, "partial", seed=seed, wrong=10 + seed % 3, budget=0.13, **mask)
-        leave(tmp_path, "uniform", seed=seed, wrong=60 + seed % 2, budget=0.13, **mask)
-    leave(tmp_path, "partial", seed=0, wrong=0, budget=0.13, trainer__learning_rate=0.5, **mask)  # one seed alone
-    leave(tmp_path, "partial", seed=0, wrong=90, budget=0.13, calibration__shrink=0.5, **mask)
-    assert decided.main([str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "partial is better than uniform" in shown
-    numbers = pd.read_csv(tmp_path / "tables" / "decided.csv")
-    (row,) = numbers[(numbers["part"] == "score") & (numbers["method"] == "partial")].to_dict("records")
-    assert row["n"] == 8
-    page = (tmp_path / "tables" / "decided.md").read_text(encoding="utf-8")
-    (line,) = [line for line in page.splitlines() if line.startswith("| partial is better than uniform")]
-    assert "holds, among 2" in line

@@ -160,6 +160,22 @@ def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: s
     assert searched_with([], "reproduce", preset) == set(searches(preset))
 
 
+@pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])
+@pytest.mark.parametrize(("target", "runs"), [("forms", 15), ("race", 1)])
+def test_what_is_refused_ends_a_target_and_a_run_that_failed_does_not(
+    tmp_path: Path, target: str, runs: int, code: int, ends: bool
+) -> None:
+    for name, text in {"partial-lora": f"echo $@ >> calls; exit {code}", "python": "exit 0"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".installed").touch()
+    given = [f"BIN={tmp_path}", f"VENV={tmp_path}", "DATA=nowhere"]
+    Path("calls").unlink(missing_ok=True)
+    done = subprocess.run(["make", *given, target], capture_output=True, check=False)
+    calls = Path("calls").read_text().splitlines()
+    assert ((done.returncode != 0), len(calls)) == (ends, 1 if ends else runs)
+
+
 def of_kind(words: tuple[str, ...]) -> str:
     if any(word in ("task=digits", "task=cifar10") for word in words):
         return "studied"

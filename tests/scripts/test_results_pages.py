@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -17,111 +18,47 @@ NUMBER = re.compile(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|(\d+\.\d+) ± (\d+\.\d+)"
 WHERE = ["task", "model", "mixture", "operating_point"]
 
 # For each page where its numbers are from, in their order: a table, what its row is of, and the method whose score or
-# the two methods whose difference it has. Measure svd where no other is named.
+# the two methods whose difference it has; a|b: of both in turn. Measure svd where no other is named.
 SOURCES = {
     "README.md": """
-forms/forms: gtsrb, budget 0.13: low_rank
-forms/forms: trec, budget 0.13: low_rank
-forms/forms: gtsrb, budget 0.13: partial − low_rank
-forms/forms: trec, budget 0.13: partial − low_rank
-forms/forms: gtsrb, budget 0.13: entries − low_rank
-forms/forms: trec, budget 0.13: entries − low_rank
-forms/forms: gtsrb, budget 0.13: random_weights − low_rank
-forms/forms: trec, budget 0.13: random_weights − low_rank
+forms/forms: gtsrb|trec, budget 0.13: low_rank; partial − low_rank; entries − low_rank; random_weights − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
-forms/forms: gtsrb, budget own: lora − low_rank
-forms/forms: trec, budget own: lora − low_rank
-forms/forms: digits, budget 0.02: low_rank
-forms/forms: gtsrb, budget 0.02: low_rank
-forms/forms: trec, budget 0.02: low_rank
-forms/forms: digits, budget 0.02: entries − low_rank
-forms/forms: gtsrb, budget 0.02: entries − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank
-forms/forms: digits, budget 0.02: random_weights − low_rank
-forms/forms: gtsrb, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: random_weights − low_rank
-race/race: digits, budget 0.02: oft − low_rank
-race/race: gtsrb, budget 0.02: oft − low_rank
-race/race: trec, budget 0.02: oft − low_rank
-forms/forms: digits, budget 0.02: partial − low_rank
-forms/forms: gtsrb, budget 0.02: partial − low_rank
-forms/forms: trec, budget 0.02: partial − low_rank
+forms/forms: gtsrb|trec, budget own: lora − low_rank
+forms/forms: digits|gtsrb|trec, budget 0.02: low_rank; entries − low_rank; random_weights − low_rank
+race/race: digits|gtsrb|trec, budget 0.02: oft − low_rank
+forms/forms: digits|gtsrb|trec, budget 0.02: partial − low_rank
 forms/forms: trec, budget 0.02: partial rank=auto
-decided/tables/decided: digits, budget 0.13: partial − lora
-decided/tables/decided: trec, budget 0.13: partial − lora
-decided/tables/decided: digits, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − uniform
+decided/tables/decided: digits|trec, budget 0.13: partial − lora; partial − uniform
 """,
     "results/README.md": """
-decided/tables/decided: digits, budget 0.13: partial − lora
-decided/tables/decided: trec, budget 0.13: partial − lora
-decided/tables/decided: digits, budget 0.13: partial − low_rank
-decided/tables/decided: trec, budget 0.13: partial − low_rank
-decided/tables/decided: digits, budget 0.13: partial − targeted
-decided/tables/decided: trec, budget 0.13: partial − targeted
-decided/tables/decided: digits, budget 0.13: partial − random_weights
-decided/tables/decided: trec, budget 0.13: partial − random_weights
-decided/tables/decided: trec, budget 0.13: partial − entries
-decided/tables/decided: trec, budget 0.13: entries − low_rank
-decided/tables/decided: trec, budget 0.13: entries − lora
-decided/tables/decided: trec, budget 0.13: partial mask=element, PEFT's draw − entries
-decided/tables/decided: trec, budget 0.13: partial − partial, PEFT's draw
-decided/tables/decided: digits, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − shuffled
-decided/tables/decided: trec, budget 0.13: partial − partial, shrink 0.5
-decided/tables/decided: trec, budget 0.13: partial − partial, shrink 2
-decided/tables/decided: digits, budget 0.13: partial, by gradient − partial
-decided/tables/decided: trec, budget 0.13: partial, by gradient − partial
-decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
-decided/tables/decided: trec, threshold 0.9: partial − lora
-decided/tables/decided: digits, budget 0.13: uniform − lora
-decided/tables/decided: trec, budget 0.13: uniform − lora
-decided/tables/decided: digits, budget 0.13: low_rank − lora
-decided/tables/decided: trec, budget 0.13: low_rank − lora
-race/race: trec, budget 0.13: entries − low_rank
-race/race: trec, budget 0.13: random_weights − low_rank
-race/race: trec, budget 0.13: hira − low_rank
-race/race: trec, budget 0.13: gralora − low_rank
-race/race: trec, budget 0.13: oft − low_rank
-race/race: trec, budget 0.13: partial − low_rank
-race/race: trec, budget 0.13: lokr − low_rank
-race/race: trec, budget 0.13: unilora − low_rank
-race/race: trec, budget 0.13: loha − low_rank
-race/race: trec, budget 0.13: pissa − low_rank
-race/race: trec, budget 0.13: dora − low_rank
-race/race: trec, budget 0.13: fourierft − low_rank
+decided/tables/decided: digits|trec, budget 0.13: partial − lora; partial − low_rank; partial − targeted;\
+ partial − random_weights
+decided/tables/decided: trec, budget 0.13: partial − entries; entries − low_rank; entries − lora;\
+ partial mask=element, PEFT's draw − entries; partial − partial, PEFT's draw
+decided/tables/decided: digits|trec, budget 0.13: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − partial, shrink 0.5;\
+ partial − partial, shrink 2
+decided/tables/decided: digits|trec, budget 0.13: partial, by gradient − partial
+decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial; partial − lora
+decided/tables/decided: digits|trec, budget 0.13: uniform − lora; low_rank − lora
+race/race: trec, budget 0.13: entries − low_rank; random_weights − low_rank; hira − low_rank; gralora − low_rank;\
+ oft − low_rank; partial − low_rank; lokr − low_rank; unilora − low_rank; loha − low_rank; pissa − low_rank;\
+ dora − low_rank; fourierft − low_rank
 forms/forms: gtsrb, budget 0.13: random_weights − low_rank
 forms/forms: gtsrb, budget own: lora − low_rank
 race/race: gtsrb, budget 0.13: lokr − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank
-forms/forms: trec, budget 0.02: random_weights − low_rank
-forms/forms: trec, budget 0.02: partial
-forms/forms: trec, budget 0.02: partial rank=auto
-forms/forms: trec, budget 0.02: partial mask=units
-forms/forms: trec, budget 0.02: low_rank
-race/race: gtsrb, budget 0.02: entries − low_rank
-race/race: gtsrb, budget 0.02: random_weights − low_rank
-race/race: gtsrb, budget 0.02: oft − low_rank
-race/race: gtsrb, budget 0.02: lokr − low_rank
-race/race: gtsrb, budget 0.02: partial − low_rank
-race/race: digits, budget 0.02: low_rank
-race/race: digits, budget 0.02: oft − low_rank
-race/race: digits, budget 0.02: entries − low_rank
-race/race: digits, budget 0.02: random_weights − low_rank
-race/race: digits, budget 0.02: partial − low_rank
-race/race: digits, budget 0.02: pissa − low_rank
-race/race: trec, budget 0.02: lokr − low_rank
-race/race: trec, budget 0.02: unilora − low_rank
-race/race: trec, budget 0.02: oft − low_rank
-race/race: trec, budget 0.02: fourierft − low_rank
+forms/forms: trec, budget 0.02: entries − low_rank; random_weights − low_rank; partial; partial rank=auto;\
+ partial mask=units; low_rank
+race/race: gtsrb, budget 0.02: entries − low_rank; random_weights − low_rank; oft − low_rank; lokr − low_rank;\
+ partial − low_rank
+race/race: digits, budget 0.02: low_rank; oft − low_rank; entries − low_rank; random_weights − low_rank;\
+ partial − low_rank; pissa − low_rank
+race/race: trec, budget 0.02: lokr − low_rank; unilora − low_rank; oft − low_rank; fourierft − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
-cpu/tables/table1: all sets, budget 0.13: partial − lora
-cpu/tables/table1: digits, budget 0.13: partial − lora
-cpu/tables/table1: gtsrb, budget 0.13: partial − lora
+cpu/tables/table1: all sets|digits|gtsrb, budget 0.13: partial − lora
 cpu/tables/table1: all sets, threshold 0.9: partial − lora
 cpu/tables/table2: all sets, budget 0.13: partial − targeted
 cpu/tables/table2: signdigits, budget 0.13: targeted
@@ -129,29 +66,22 @@ digits_rate/tables/table1: all sets, budget 0.13: partial − targeted
 cpu/tables/table2: digits, budget 0.13, mean over svd, snip and imp: partial − targeted
 cpu/tables/table2: all sets, threshold 0.9: partial − targeted
 digits_rate/tables/table1: all sets, threshold 0.9: partial − targeted
-same_rate/report/comparison: digits, threshold 0.9: partial − targeted
-same_rate/report/comparison: cifar10, threshold 0.9: partial − targeted
-same_rate/report/comparison: signdigits, threshold 0.9: partial − targeted
-cpu/tables/table3: sst2, budget 0.13: partial − targeted
-cpu/tables/table3: trec, budget 0.13: partial − targeted
-cpu/tables/table3: sst2, threshold 0.9: partial − targeted
-cpu/tables/table3: trec, threshold 0.9: partial − targeted
-cpu/tables/table3: sst2, budget 0.13: partial − lora
-cpu/tables/table3: trec, budget 0.13: partial − lora
+same_rate/report/comparison: digits|cifar10|signdigits, threshold 0.9: partial − targeted
+cpu/tables/table3: sst2|trec, budget 0.13: partial − targeted
+cpu/tables/table3: sst2|trec, threshold 0.9: partial − targeted
+cpu/tables/table3: sst2|trec, budget 0.13: partial − lora
 cpu/tables/table3: sst2: lora
 sst2_rate/report/comparison: sst2, budget 0.13: partial − lora
 sst2_rate/report/comparison: sst2, threshold 0.9: partial − lora
 cpu/tables/table3: trec, threshold 0.9: partial − lora
-cpu/tables/table3: arc_easy, budget 0.13: partial − lora
-cpu/tables/table3: piqa, budget 0.13: partial − lora
+cpu/tables/table3: arc_easy|piqa, budget 0.13: partial − lora
 cpu/tables/table4: digits, budget 0.13: partial − uniform
 cpu/report/comparison: digits, threshold 0.9: partial − uniform
 cpu/report/comparison: digits, threshold 0.8: partial − uniform
 cpu/report/comparison: digits, threshold 0.7: partial − uniform
 cpu/report/comparison: digits, threshold 0.5: partial − uniform
-cpu/tables/table4: digits, budget 0.13: partial − shuffled; partial − inverted
-cpu/tables/table4: digits, budget 0.13: partial − targeted; partial − partial (element); partial − flow;\
- partial − low_rank; partial − random_weights; partial − vera
+cpu/tables/table4: digits, budget 0.13: partial − shuffled; partial − inverted; partial − targeted;\
+ partial − partial (element); partial − flow; partial − low_rank; partial − random_weights; partial − vera
 cpu/report/comparison: digits, budget 0.05: partial − low_rank
 cpu/report/comparison: digits, budget 0.02: partial − low_rank
 cpu/report/comparison: digits, budget 0.01: partial − low_rank
@@ -196,7 +126,9 @@ def test_every_number_on_a_page_is_that_of_its_row(page: str) -> None:
     sources = []
     for line in SOURCES[page].strip().splitlines():
         table, where, methods = line.split(": ")
-        sources += [(table, {*re.split(r", (?!snip)", where)}, method) for method in re.split("; ?", methods)]
+        tasks, *words = re.split(r", (?!snip)", where)
+        each = product(re.split("; ?", methods), tasks.split("|"))
+        sources += [(table, {task, *words}, method) for method, task in each]
     shown = [[each for each in match if each] for match in NUMBER.findall((ROOT / page).read_text("utf-8"))]
     assert len(shown) == len(sources)
     for numbers, (table, where, method) in zip(shown, sources, strict=True):

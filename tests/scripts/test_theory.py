@@ -181,18 +181,6 @@ def test_the_worst_distance_is_that_of_every_point_tried_one_by_one(rng) -> None
         assert theory.worst_distance(values) == pytest.approx(literal, abs=1e-4)
 
 
-def test_fewer_values_than_counted_never_reach_everything_and_some_more_do(rng) -> None:
-    precisions, enough = (0.1, 0.03, 0.01, 0.003), []
-    for precision in precisions:
-        fewest = size = theory.fewest_values(precision)
-        assert 2**fewest * 2 * precision >= 1 > 2 ** (fewest - 1) * 2 * precision
-        assert (theory.worst_distances(fewest - 1, draws=200, rng=rng) > precision).all()
-        while (theory.worst_distances(size, draws=200, rng=rng) <= precision).mean() < 0.95:
-            size += 1
-        enough.append(size)
-    assert (np.diff(enough) / -np.diff(np.log2(precisions)) < 2.5).all()  # logarithmic in the precision, as Lueker
-
-
 # Entries of B
 
 
