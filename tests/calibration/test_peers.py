@@ -43,7 +43,7 @@ def together(work, folder, *arguments):
     meeting = f"file://{folder / 'meeting'}"
 
     def process(rank):
-        patience = datetime.timedelta(seconds=60)
+        patience = datetime.timedelta(seconds=300)
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=patience)
         try:
             answers.put((rank, work(Gloo(), folder, *arguments)))
@@ -58,7 +58,7 @@ def together(work, folder, *arguments):
     children = [context.Process(target=process, args=(rank,)) for rank in range(2)]
     for child in children:
         child.start()
-    found = dict(answers.get(timeout=120) for _ in children)
+    found = dict(answers.get(timeout=600) for _ in children)
     for child in children:
         child.join()
     return found[0], found[1]
