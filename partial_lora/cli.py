@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -206,7 +207,8 @@ def info(arguments: list[str]) -> int:
     A text model without a named task is counted with a task of two classes.
     """
     shown = _print_json_outline if "--json" in arguments else _print_outline
-    named = any(argument.lstrip("+").startswith(("task=", "task.")) for argument in arguments)
+    keys = [key for each in arguments for key in (settings_of(each) if is_file(each) else [each])]
+    named = any(re.match(r"\+*task\b", key) for key in keys)
 
     def outlined(config: Config) -> int:
         from partial_lora.runs.info import outline, without_task

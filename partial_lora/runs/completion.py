@@ -46,12 +46,6 @@ function _partial_lora
 end
 complete -c partial-lora -f -n _partial_lora -a '$_partial_lora'""",
 }
-_UNINSTALL = {
-    "bash": "complete -r partial-lora; unset -f _partial_lora",
-    "zsh": "compdef -d partial-lora; unfunction _partial_lora",
-    "fish": "complete -e -c partial-lora; functions -e _partial_lora",
-}
-SHELLS = tuple(_INSTALL)
 _COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
 
 
@@ -61,11 +55,11 @@ def complete(action: str | None, commands: Sequence[str]) -> str:
     Raises PartialLoraError for an action that is none.
     """
     what, _, shell = (action or "").partition("=")
-    if what not in ("install", "uninstall", "query") or shell not in SHELLS:
-        known = ", ".join(f"install={each}" for each in SHELLS)
-        raise PartialLoraError(f"--shell-completion {action}: expected {known}, or uninstall= of one")
-    if what != "query":
-        return (_INSTALL if what == "install" else _UNINSTALL)[shell]
+    if what not in ("install", "query") or shell not in _INSTALL:
+        known = ", ".join(f"install={each}" for each in _INSTALL)
+        raise PartialLoraError(f"--shell-completion {action}: expected {known}")
+    if what == "install":
+        return _INSTALL[shell]
     words = candidates(os.environ.get("COMP_LINE", "").split(" ")[1:], commands)
     is_part = ("=", ".", "/")
     return "\n".join(word if shell == "fish" or word.endswith(is_part) else f"{word} " for word in words)

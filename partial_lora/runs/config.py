@@ -51,12 +51,11 @@ def conf_dir() -> Path:
 def resolve(composed: DictConfig) -> Config:
     """Return the checked settings of a run: a mixture's members, data files, budget and tuned rate filled in.
 
-    Raises PartialLoraError, in one line that names the key, for an unknown key, a missing value, a value of another
-    type or out of range, and a file that is not there.
+    Raises PartialLoraError, in one line that names the key, for a missing value, a value out of range, and a file that
+    is not there; OmegaConf's own errors for an unknown key or a value of another type.
     """
-    unknown = _unknown_keys(composed, _schema())
-    if unknown:
-        raise PartialLoraError(no_such_key(unknown[0]))
+    # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
+    composed = OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
@@ -64,7 +63,7 @@ def resolve(composed: DictConfig) -> Config:
         name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
         by_type = composed[group].get("peft_type") is not None  # a tuner of PEFT goes by any name
         require(name in known or by_type, f"{group}.name", name, f"one of {', '.join(known)}")
-    config = OmegaConf.to_object(OmegaConf.merge(_schema(), composed))  # runs every __post_init__
+    config = OmegaConf.to_object(composed)  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
     fits = not task.members or task.kind != "label" or config.calibration.score in _SCORES
@@ -97,18 +96,6 @@ def _with_budget(calibration: CalibrationConfig, method: str) -> CalibrationConf
     elif calibration.sparsity != UNIFORM:
         return calibration
     return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
-
-
-def _unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
-    """Return the keys that the schema does not have; `+key=value` can put them past Hydra's own check."""
-    known = set(schema.keys())  # `key in schema` is False for a key whose value is missing
-    unknown = [f"{prefix}{key}" for key in node if key not in known]
-    for key in known & set(node.keys()):
-        inner = schema._get_node(key)
-        # A free mapping (model_args) and one that stands for no schema (data_files) have no keys to check.
-        if OmegaConf.is_dict(inner) and OmegaConf.get_type(inner) is not dict:
-            unknown += _unknown_keys(node[key], inner, f"{prefix}{key}.")
-    return unknown
 
 
 def _check_surroundings(config: Config) -> None:
@@ -217,14 +204,8 @@ def _member_settings(members: object, folder: Path) -> dict[str, dict]:
 
 
 def _member(name: str, own: Mapping) -> TaskConfig:
-    unknown = sorted(own.keys() - {field.name for field in dataclasses.fields(TaskConfig)})
-    if unknown:
-        raise PartialLoraError(f"task.members.{name}.{unknown[0]}: no such key of a task")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own))
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise PartialLoraError(f"task.members.{name}.{missing[0]}: expected a value")
-        member = OmegaConf.to_object(merged)
+        member = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own)))
         check_files(member)
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]

@@ -63,8 +63,6 @@ eval "$(partial-lora train -sc install=bash)"
 COMP_LINE='{line} and more' COMP_POINT={len(line)}
 _partial_lora
 printf '<%s>' "${{COMPREPLY[@]}}"
-eval "$(partial-lora -sc uninstall=bash)"
-complete -p partial-lora || true
 """
     assert said(["bash", "-c", script], tmp_path) == "<sst2 >"
 
@@ -86,9 +84,8 @@ def test_zsh_completes_words_keys_and_files_in_a_terminal(tmp_path: Path) -> Non
     typed = ["train task=sst\ttask.label_n\t1", "calibrate task.data_files=./ow\t"]
     setup = ["autoload -Uz compinit; compinit -u -D", function, 'eval "$(partial-lora -sc install=zsh)"']
     lines = [*setup, *(f"partial-lora {line}" for line in typed)]
-    removed = 'eval "$(partial-lora -sc uninstall=zsh)"; print "<${_comps[partial-lora]:-none}>"'
-    shown = in_terminal(["zsh", "-f", "-i"], [*lines, removed, "exit"], tmp_path)
-    expected = ["<train|task=sst2|task.label_noise=1>", "<calibrate|task.data_files=./own rows.csv>", "<none>"]
+    shown = in_terminal(["zsh", "-f", "-i"], [*lines, "exit"], tmp_path)
+    expected = ["<train|task=sst2|task.label_noise=1>", "<calibrate|task.data_files=./own rows.csv>"]
     assert [line for line in shown.splitlines() if line.startswith("<")] == expected
 
 
@@ -127,8 +124,6 @@ partial-lora -sc install=fish | source
 for line in 'train ta' 'calibrate task.data_files=./ow'
     string join -- '|' (complete -C "partial-lora $line")
 end
-partial-lora -sc uninstall=fish | source
-complete -c partial-lora
 """
     shown = said(["fish", "--no-config", "-c", script], tmp_path)
     assert shown.splitlines() == ["task.|task=", "task.data_files=./own.csv"]

@@ -39,7 +39,7 @@ task: {name: ../up, validation_share: 1.0, label_noise: 1.5, text_columns: [a, b
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
 trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup: 1.0, batch_size: 0,
   num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0,
-  head_learning_rate: 0.0, loraplus_ratio: .inf}
+  head_learning_rate: 0.0, loraplus_ratio: .inf, start: spoon}
 """)
 
 
@@ -111,6 +111,10 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["calibration=threshold,budget"], ["calibration=threshold,budget: "]),
         (["model.colour=red"], ["model.colour: "]),
         (["+colour=red"], ["colour: "]),
+        (["task.data_files=["], ["'task.data_files="]),
+        (["model=vit_b17"], ["model=vit_b17: "]),
+        (["experiment=nope"], ["experiment=nope: "]),
+        (["method.rank=many"], ["method.rank=many: "]),
         (["calibration.threshold"], ["'calibration.threshold': "]),
         (["=3"], ["'=3': "]),
         ([""], ["'': "]),
@@ -126,17 +130,11 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
     [
         ("method.ran", "method.rank"),
         ("trainer.lr", "trainer.learning_rate"),  # as other tools call it
-        ("lr", "trainer.learning_rate"),
-        ("loraplus_lr_ratio", "trainer.loraplus_ratio"),
-        ("batch_size", "trainer.batch_size"),
         ("trainer.rank", "method.rank"),
         ("learning_rate", "trainer.learning_rate"),
-        ("output_dir", "results_dir"),
         ("dataset", "task"),
-        ("num_epochs", "trainer.epochs"),
         ("bf16", "trainer.mixed_precision=bf16"),
         ("mehtod", "method"),
-        ("lora_r", "method.rank"),
         ("trainer.seed", "seed"),
         *((key, None) for key in ("model.colour", "colour", "trainer.name")),
     ],
