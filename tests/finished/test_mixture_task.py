@@ -152,7 +152,8 @@ def test_a_member_is_evaluated_as_the_run_itself_did(of, printed) -> None:
         (evaluation,) = printed(cli.evaluate, run, "--member", member, "--split", split)
         own = evaluation["metrics"]
         main[split].append(own[own.pop("primary")])
-        assert own == pytest.approx({name: metrics[split][f"{member}/{name}"] for name in own}, abs=1e-6)
+        expected = {name: metrics[split][f"{member}/{name}"] for name in own}
+        assert own == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert evaluation["member"] == evaluation["task"]["name"] == member
         if split == "validation":
             continue
@@ -161,11 +162,11 @@ def test_a_member_is_evaluated_as_the_run_itself_did(of, printed) -> None:
             *(frame.drop(columns="logits", errors="ignore") for frame in frames), atol=1e-5
         )
     for split, each in main.items():
-        assert metrics[split][metrics[split]["primary"]] == pytest.approx(np.mean(each), abs=1e-6)
+        assert metrics[split][metrics[split]["primary"]] == pytest.approx(np.mean(each), rel=1e-6)
     selects = metrics["validation"]["primary"]  # the best of all that were measured in training
     measured = [entry[f"eval_{selects}"] for entry in run.result["history"] if f"eval_{selects}" in entry]
     best = min(measured) if of == "generation_mixture" else max(measured)
-    assert metrics["validation"][selects] == pytest.approx(best, abs=1e-6)
+    assert metrics["validation"][selects] == pytest.approx(best, rel=1e-6)
 
 
 def test_other_rows_are_judged_by_the_head_of_the_member_that_is_named(printed) -> None:
