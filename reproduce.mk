@@ -487,11 +487,12 @@ reach: $(VENV)/.installed
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py
 
+# BENCH=--profile shows where the time goes instead.
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/bench_adapter.py
-	$(BIN)/python scripts/bench_calibration.py
-	$(BIN)/python scripts/bench_serving.py
-	$(foreach part,starts steps methods long threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true
+	$(BIN)/python scripts/bench_adapter.py $(BENCH)
+	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
+	$(if $(BENCH),,$(BIN)/python scripts/bench_serving.py)
+	$(if $(BENCH),,$(foreach part,starts steps methods long threads,$(BIN)/python scripts/bench_runs.py $(part) &&) true)
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=... model=...' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

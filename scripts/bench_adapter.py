@@ -2,7 +2,7 @@
 
 `python scripts/bench_adapter.py` measures, side by side in one process, (a) the frozen floor, (b) dense LoRA, (c) and
 (d) Partial-LoRA in both granularities and (e) SHiRA, and writes adapter.json (every repetition) and adapter.md (tables,
-aims) into results/bench.
+aims) into results/bench. --profile shows instead where the time goes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from pathlib import Path
 
 import bench_measure as measure
 import bench_moved
+import bench_profile
 import bench_report
 import torch
 from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
 
 from partial_lora.adapter import module_masks
+from partial_lora.files import write_atomic, write_json
 from partial_lora.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.87)
     parser.add_argument("--repeats", type=int, default=28)
     parser.add_argument("--every", type=int, default=3, help=f"repetitions for one of {' and '.join(SELDOM)}")
+    parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
     options = bench_moved.parsed(parser, argv)
     if min(*options.ranks, options.repeats, options.every) < 1:
         parser.error("--ranks, --repeats and --every are whole numbers of at least 1")
@@ -50,11 +53,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure, and write record and page."""
+    """Measure, or profile, and write record and page."""
     options = arguments(argv)
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
     head = {"command": _command(options), "machine": describe_machine(malloc=measure.keep_freed_memory())}
+    if options.profile:
+        options.out.mkdir(parents=True, exist_ok=True)
+        profiles = {**head, "profiles": _profiles(options)}
+        write_json(options.out / "profile.json", profiles)
+        write_atomic(options.out / "profile.md", bench_profile.page(profiles))
+        return
     settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
     cells = _cells(options)
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
@@ -179,6 +188,16 @@ def _command(options: argparse.Namespace) -> str:
             given = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name}", *map(str, given)]
     return " ".join(["python", "scripts/bench_adapter.py", *words]) if words else "make bench"
+
+
+def _profiles(options: argparse.Namespace) -> list[dict]:
+    profiles = []
+    for name, rank in product(options.models, options.ranks):
+        model = (QUICK_MODELS if options.quick else MODELS)[name]
+        profile = bench_profile.profile(*build_cell(options, model, rank))
+        profiles.append({"model": name, "title": model.title, "rank": rank, **profile})
+        print(f"{name} rank {rank}: profiled", flush=True)
+    return profiles
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import bench_adapter
 import bench_measure
 import bench_models
+import bench_profile
 import bench_report
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 VARIANTS = ["floor", "short_floor", "lora", "rows_columns", "element", "shira"]
 CELLS = [(model, rank) for model in ("vit_b16", "llama_8l") for rank in (8, 16)]
+ONE = ("--models", "vit_b16", "--variants", "rows_columns", "--repeats", "2", "--ranks", "2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,3 +195,20 @@ def test_a_ratio_is_of_means_of_differences_without_their_ends():
 )
 def test_verdicts(low, high, verdict):
     assert bench_report.verdict({"ratio": 0.3, "low": low, "high": high}, 0.3).partition(":")[0] == verdict
+
+
+# Profiles
+
+
+def test_a_profile_has_the_operations_that_an_adapter_adds(tmp_path):
+    floor = {("mm", "2,3"): (4.0, 4), ("add", "2"): (1.0, 2)}
+    spent = {("mm", "2,3"): (6.0, 6), ("mm", "9,9"): (1.5, 1), ("add", "2"): (0.6, 1)}
+    assert bench_profile.own_operations(spent, floor) == {"mm": 2.0 + 1.5, "add": -0.5}
+    bench_adapter.main(["--quick", "--profile", *ONE, "--out", str(tmp_path)])
+    (profile,) = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["profiles"]
+    assert set(profile["own"]) == set(profile["same"]) == {"floor", "short_floor", "lora", "rows_columns"}
+    assert sum(profile["own"]["short_floor"].values()) == 0
+    assert profile["own"]["rows_columns"]["aten::index_select"] > 0
+    page = (tmp_path / "profile.md").read_text(encoding="utf-8")
+    assert "## A tiny ViT, 2 images of 32 px a step, rank 2" in page
+    assert "| own operations, together " in page
