@@ -389,7 +389,8 @@ same-rate: $(VENV)/.installed
 # Every form of mask at equal sizes (conf/experiment/forms.yaml). Plain LoRA on some modules alone has as many parameters
 # as low_rank has on all of them, and needs less memory.
 FORMS = methods=[lora,low_rank,random_weights,entries,ticket,partial] methods=[partial]+method.rank=auto \
-	methods=[partial]+mask=units methods=[partial]+mask=groups methods=[partial]+mask=frozen \
+	methods=[partial]+mask=units methods=[partial]+mask=groups+mask.fan_in=dense+mask.row_exponent=0 \
+	methods=[partial]+mask=frozen+mask.fan_in=dense \
 	methods=[partial]+mask.row_exponent=0 methods=[partial]+mask.fan_in=dense+mask.row_exponent=0 \
 	methods=[entries]+mask.fan_in=kept methods=[entries]+mask.fan_in=kept+mask.row_exponent=1
 SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+method.alpha=8

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Task
 
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 
@@ -21,6 +21,15 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class _Lines:
+    """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
+
+    began: float
+    at: int
+    printed: float
 
 
 class Bars:
@@ -33,8 +42,9 @@ class Bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._console, self._clock = console, clock
-        self._tasks: dict[str, Task] = {}
-        self._printed: dict[str, float] = {}  # when the last line was, of stages that have not ended
+        self._tasks: dict[str, int] = {}
+        self._lines: dict[str, _Lines] = {}
+        self._ended: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -44,8 +54,6 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             console=console,
-            get_time=clock,
-            speed_estimate_period=600,
             redirect_stdout=not console.stderr,  # while bars are on stderr, stdout is for a file or a pipe
         )
 
@@ -75,23 +83,28 @@ class Bars:
         if "tokens_per_second" in event:
             detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
         detail += [f"validation {name} {value:.4f}" for name, value in event.get("validation", {}).items()]
-        if stage not in self._tasks:
-            self._progress.add_task(stage, total=total, count="", detail="")
-            self._tasks[stage] = self._progress.tasks[-1]
-            self._print(stage, "…")
-        task = self._tasks[stage]
-        self._progress.update(task.id, completed=done, total=total, count=count, detail=", ".join(detail))
-        if stage in self._printed and task.finished:
-            self._print(stage, "done")
-            del self._printed[stage]
-        elif stage in self._printed and self._clock() - self._printed[stage] >= _EVERY:
-            left = [] if task.time_remaining is None else [f"{timedelta(seconds=task.time_remaining)} left"]
-            self._print(stage, ", ".join([count, *detail, *left]))
-
-    def _print(self, stage: str, text: str) -> None:
         if not self._console.is_terminal:
-            self._printed[stage] = self._clock()
-            self.note(f"{stage} {text}")
+            self._print_line(stage, done, total, [count, *detail])
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
+        self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
+
+    def _print_line(self, stage: str, done: int, total: int | None, words: Sequence[str]) -> None:
+        now = self._clock()
+        if stage not in self._lines:
+            self._lines[stage] = _Lines(now, done, now)
+            self.note(f"{stage} …")
+        lines = self._lines[stage]
+        if total is not None and done >= total and stage not in self._ended:
+            self._ended.add(stage)
+            self.note(f"{stage} done")
+        elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
+            lines.printed = now
+            if total is not None:
+                left = round((now - lines.began) / (done - lines.at) * (total - done))
+                words = [*words, f"{timedelta(seconds=left)} left"]
+            self.note(f"{stage} {', '.join(words)}")
 
 
 @contextmanager

@@ -305,12 +305,13 @@ def _without(secrets: Sequence[str], content: Any) -> Any:
 def redact_output() -> None:
     """Hide credentials in all that this process prints from now on, logs and tracebacks included.
 
-    A character that the terminal's encoding lacks is printed as an escape, instead of raising an error.
+    A character that the terminal's encoding lacks is printed as an escape, instead of raising an error. A line is
+    printed when it ends, also into a file or a pipe.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         if stream is not None and not isinstance(stream, _Redacting):
             setattr(sys, name, _Redacting(stream))
 

@@ -76,8 +76,9 @@ def entry_of(key: tuple[str, ...], records: Iterable[Mapping], earlier: Mapping 
     settings, seeds = shared(key, by_rate, earlier)
     tried = {rate: worth_of(runs) for rate, runs in by_rate.items()}
     if earlier is not None:
+        losses = earlier.get("losses", {})  # an older file does not have them
         before = {
-            float(rate): None if value is None else (value, earlier["losses"][rate])
+            float(rate): None if value is None else (value, losses.get(rate))
             for rate, value in earlier["tried"].items()
         }
         tried = dict(sorted((before | tried).items()))
@@ -90,7 +91,7 @@ def entry_of(key: tuple[str, ...], records: Iterable[Mapping], earlier: Mapping 
         each["metrics"]["validation"]["primary"] for runs in by_rate.values() for each in runs if each["metrics"]
     ]
     metric = metrics[0] if metrics else earlier["metric"]
-    best = best_of(finite, metric)
+    best = best_of(finite, metric, earlier and earlier["learning_rate"])
     return dict(zip(KEY, key, strict=True)) | {
         "learning_rate": best,
         "metric": metric,
@@ -139,10 +140,17 @@ def worth_of(records: list[Mapping]) -> tuple[float, float] | None:
     return fmean(each[each["primary"]] for each in validations), fmean(each["loss"] for each in validations)
 
 
-def best_of(worth: Mapping[float, tuple[float, float]], metric: str) -> float:
-    """Return the rate of the best metric; among equals that of the least loss, then the lowest."""
+def best_of(worth: Mapping[float, tuple[float, float | None]], metric: str, before: float | None) -> float:
+    """Return the rate of the best metric; among equals that of the least loss, then the lowest.
+
+    before: the choice of an earlier search; among equals of which a loss is not on record it stands.
+    """
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    return min(worth, key=lambda rate: (-sign * worth[rate][0], worth[rate][1], rate))
+    best = max(sign * value for value, _ in worth.values())
+    tied = {rate: loss for rate, (value, loss) in worth.items() if sign * value == best}
+    if None in tied.values():
+        return before if before in tied else min(tied)
+    return min(tied, key=lambda rate: (tied[rate], rate))
 
 
 def rate_of(record: Mapping) -> float:

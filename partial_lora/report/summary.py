@@ -107,20 +107,25 @@ def calibration_summary(result: Mapping) -> Group:
 
 
 def module_table(result: Mapping) -> Table:
-    """Return every module of a calibration: kind, shape of the weight, sparsities and what is kept of its adapter."""
-    sparsity, shapes = result["sparsity"], result["shapes"]
+    """Return every module of a calibration: kind, shape of the weight, sparsities and what is kept of its adapter.
+
+    Kept parameters and shapes are blank for a record that was made before shapes were kept.
+    """
+    sparsity, shapes = result["sparsity"], result.get("shapes") or {}
     kinds = without_common_start([depth_of(module)[0] for module in sparsity])
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     drawn.add_column("module", overflow="fold")
     drawn.add_column("type", overflow="fold")
     for name in ("shape", "rows", "columns", "parameters\nkept"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    kept = {module: _parameters(result, shapes[module], axes) for module, axes in sparsity.items()}
+    kept = {module: _parameters(result, shapes[module], axes) for module, axes in sparsity.items() if module in shapes}
     for (module, axes), kind in zip(sparsity.items(), kinds, strict=True):
-        shape = " × ".join(map(str, shapes[module]))
-        drawn.add_row(module, kind, shape, *(f"{axes[axis]:.3f}" for axis in AXES), f"{kept[module]:,}")
-    drawn.add_section()
-    drawn.add_row("all", "", "", "", "", f"{sum(kept.values()):,}")
+        shape = " × ".join(map(str, shapes[module])) if module in shapes else NONE
+        counted = f"{kept[module]:,}" if module in kept else NONE
+        drawn.add_row(module, kind, shape, *(f"{axes[axis]:.3f}" for axis in AXES), counted)
+    if len(kept) == len(sparsity):
+        drawn.add_section()
+        drawn.add_row("all", "", "", "", "", f"{sum(kept.values()):,}")
     return drawn
 
 
@@ -137,8 +142,8 @@ def _counted(config: Mapping) -> str:
 
 def _saturated(result: Mapping) -> str:
     """Return how many modules would do with a lower rank; nothing where none would, or each has a rank of its own."""
-    config, sparsity, shapes = result["config"], result["sparsity"], result["shapes"]
-    if config["method"].get("ranks", "one") != "one":
+    config, sparsity, shapes = result["config"], result["sparsity"], result.get("shapes")
+    if not shapes or config["method"].get("ranks", "one") != "one":
         return ""
     full = saturated(
         {name: tuple(shapes[name]) for name in sparsity}, config["method"]["rank"], sparsity, _counted(config)
@@ -148,9 +153,9 @@ def _saturated(result: Mapping) -> str:
 
 
 def _starting_point(result: Mapping) -> str:
-    """Return the learning rate to try first for a masked adapter."""
-    config, shapes = result["config"], result["shapes"]
-    if config["method"]["name"] not in MASKED:
+    """Return the learning rate to try first for a masked adapter; nothing for a record that was made without shapes."""
+    config, shapes = result["config"], result.get("shapes")
+    if not shapes or config["method"]["name"] not in MASKED:
         return ""
     kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
     dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])

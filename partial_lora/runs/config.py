@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
@@ -192,8 +192,9 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
 def _member_settings(members: object, folder: Path) -> dict[str, dict]:
     """Return the settings of each member as they are written: in its group file, or in place of its name."""
     if isinstance(members, Mapping):
-        for name in members:
+        for name, own in members.items():
             plain_name("task.members", str(name))
+            require(isinstance(own, Mapping), f"task.members.{name}", own, "settings of a task")
         return {str(name): dict(own) for name, own in members.items()}
     names = list(members) if isinstance(members, Sequence) and not isinstance(members, str) else [members]
     known = sorted(file.stem for file in folder.glob("*.yaml"))
@@ -208,7 +209,8 @@ def _member(name: str, own: Mapping) -> TaskConfig:
         member = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own)))
         check_files(member)
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
+        known = not isinstance(error, ConfigKeyError)
+        reason = str(error.msg or error).splitlines()[0] if known else "no such key of a task"
         raise PartialLoraError(f"task.members.{name}.{error.full_key}: {reason}") from error
     except PartialLoraError as error:
         raise PartialLoraError(f"task.members, {name}: {error}") from error

@@ -36,8 +36,8 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
         reason = first_line(error)
         if single:
             reason = (
-                f"class {shortlist(single)} has a single row left; every class needs at least {least} rows, and more "
-                "where task.train_samples draws some: add rows, leave it out, or give a file for every split"
+                f"class {shortlist(single)} has a single row, where {least} are needed, and more if task.train_samples "
+                "draws some: add rows, leave it out, or give a file for every split"
             )
         per_class = " per class" if classes else ""
         raise PartialLoraError(
@@ -239,16 +239,33 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     """Count the rows whose image, texts or prompt occurs in `others`, to the byte; 0 where there are too many rows."""
     if len(rows) + len(others) > _MANY:
         return 0
-    known = set(_inputs(others))
-    return sum(each in known for each in _inputs(rows))
-
-
-def _inputs(rows: Dataset) -> Iterator[bytes | str]:
-    """Yield the input of every row: of an image a digest of its file."""
     if "image" in rows.column_names:
-        for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
-            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-            yield hashlib.sha256(content).digest()
-    else:
-        names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
-        yield from map(str, rows.select_columns(names))
+        images, known = (list(_encoded(each)) for each in (rows, others))
+        sizes = {image.size for image in images} & {image.size for image in known}  # other sizes need not be read
+        known = {image.content() for image in known if image.size in sizes}
+        return sum(image.size in sizes and image.content() in known for image in images)
+    names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
+    inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
+    known = set(known)
+    return sum(each in known for each in inputs)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An image as it is stored: its bytes, or its file."""
+
+    stored: bytes | Path
+    size: int
+
+    def content(self) -> bytes:
+        """Return a digest of its bytes."""
+        data = self.stored.read_bytes() if isinstance(self.stored, Path) else self.stored
+        return hashlib.sha256(data).digest()
+
+
+def _encoded(rows: Dataset) -> Iterator[_Encoded]:
+    for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
+        if image["bytes"] is None:
+            yield _Encoded(Path(image["path"]), Path(image["path"]).stat().st_size)
+        else:
+            yield _Encoded(image["bytes"], len(image["bytes"]))

@@ -268,6 +268,18 @@ def test_a_folder_of_other_files_is_left_alone_and_an_empty_one_filled(run, tmp_
     assert run.adapter.is_dir()
 
 
+@pytest.mark.parametrize("when", ["WRITE", "PROVE"])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, when):
+    def interrupted(run, folder):
+        (folder / "half.safetensors").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(getattr(export, when), "compact", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(image_run(), "compact", tmp_path / "out", check=True)
+    assert nothing_left(tmp_path / "out")
+
+
 # Runs that cannot be exported
 
 

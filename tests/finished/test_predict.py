@@ -24,6 +24,7 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
+from partial_lora.errors import PartialLoraError
 from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
@@ -157,6 +158,17 @@ def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
         assert predicting.rows_of(transform, layout, *question) == expected.to_list()
     problem = predicting.rows_of(transform, "winogrande", "no place for a name", ["cup", "box"])
     assert "_" in str(problem)
+
+
+def test_a_broken_image_is_named_and_the_others_of_its_batch_go_on(predictor, photos, tmp_path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(photos[2]).read_bytes()[:-100])
+    first, error, second = predictor.outcomes([photos[0], str(broken), photos[1]])
+    assert isinstance(error, PartialLoraError)
+    assert str(error).startswith(f"{broken}: ")
+    assert [first, second] == predictor.predict(photos[:2])
+    with refusal(str(broken)):
+        predictor.predict([photos[0], broken])
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_every_module_is_a_line_with_what_is_kept_of_it():
     of_entries = drawn(summary.module_table(calibration(mask__granularity="element", method__rank=3)))
     entries = math.floor(0.75 * 3 * 1152 + 0.5) + math.floor(0.6 * 3 * 384 + 0.5)
     assert cells(of_entries, "blocks.0.qkv")[-1] == f"{entries:,}"
+    older = of_calibration(shapes=None)  # from before shapes were kept
+    assert cells(older, "blocks.0.qkv") == ["blocks.0.qkv", "qkv", "–", "0.250", "0.400", "–"]
 
 
 def test_long_names_and_warnings_fit_100_columns_and_lose_nothing():
@@ -146,4 +148,4 @@ def test_a_calibration_ends_with_a_learning_rate_to_try_first(tmp_path, monkeypa
     assert f"{1e-3 / math.sqrt(density):.2g} at density {density:.3g}, from dense LoRA's 0.001" in of_calibration()
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
     assert f"0.001 at density {density:.3g}, from dense LoRA's 0.001 (the default)" in aware
-    assert "to try" not in of_calibration(method__name="low_rank")
+    assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)

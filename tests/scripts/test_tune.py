@@ -157,6 +157,14 @@ def test_a_search_goes_on_with_what_the_file_has_tried() -> None:
         best(run(1e-1, 0.5, *LORA, seed=1), before=before)
 
 
+def test_where_losses_are_not_in_the_file_the_choice_among_equals_stands() -> None:
+    (before,) = best(*search([0.9] * 4, *LORA, losses=(3, 1, 2, 2)))
+    del before["losses"]
+    (entry,) = best(run(3e-4, 0.9, *LORA, loss=0.01), before=[before])
+    assert entry["learning_rate"] == before["learning_rate"] == 3e-3
+    assert entry["losses"] == dict.fromkeys(before["tried"]) | {"0.0003": 0.01}
+
+
 def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path: Path, capsys) -> None:
     def results(name: str, runs: list[dict]) -> str:
         for each in runs:

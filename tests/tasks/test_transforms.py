@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import datasets
@@ -123,6 +124,18 @@ def test_past_the_bound_nothing_is_stored(cache: Path) -> None:
     assert not cache.exists()
     transform.prepare(rows, cache_bytes=size)
     assert cache.exists()
+
+
+def test_a_damaged_file_is_named_and_made_again(cache: Path, caplog) -> None:  # all damage: tests/test_files.py
+    rows, transform = pictures(), tasks.ImageTransform(**PIXELS)
+    expected = transform.prepare(rows, cache_bytes=BOUND)[:]
+    (file,) = cache.glob("*/rows.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with caplog.at_level(logging.WARNING):
+        assert transform.prepare(rows, cache_bytes=BOUND)[:] == expected
+    assert str(file.parent) in caplog.text
+    assert file.read_bytes() == content
 
 
 def unreadable(name: str, rows: datasets.Dataset) -> None:
