@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import contextmanager
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -129,27 +131,25 @@ def word_batches(lengths: tuple[int, ...] = (5, 9), rows: int = 6, labels: int =
 # Scored draws: a model, its batches and the name of its blocks
 
 
-def answered(model, batches):
-    """The batches, each with the model's logits."""
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
-            yield batch, model(**inputs).logits
-
-
 def labelled():
-    model, batches = random_model("bert"), word_batches((7, 7, 7, 5), rows=8)
-    for batch, logits in answered(model, batches):  # labelled as the model would, but for every fifth
-        batch["labels"] = logits.argmax(-1)
-        batch["labels"][::5] = (batch["labels"][::5] + 1) % 3
+    model = random_model("bert")
+    batches = word_batches((7, 7, 7, 5), rows=8)
+    with torch.no_grad():
+        for batch in batches:  # labelled as the model would, but for every fifth
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            batch["labels"] = model(**inputs).logits.argmax(-1)
+            batch["labels"][::5] = (batch["labels"][::5] + 1) % 3
     return model, batches, BERT
 
 
 def graded():
-    model, batches = random_model("bert", labels=1), word_batches((7, 7, 5), rows=8)
+    model = random_model("bert", labels=1)
+    batches = word_batches((7, 7, 5), rows=8)
     generator = torch.Generator().manual_seed(3)
-    for batch, logits in answered(model, batches):
-        batch["labels"] = logits[:, 0] + torch.randn(8, generator=generator)
+    with torch.no_grad():
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            batch["labels"] = model(**inputs).logits[:, 0] + torch.randn(8, generator=generator)
     return model, batches, BERT
 
 
@@ -179,6 +179,26 @@ def questions(lengths=(8, 8, 6)):
         tensors = {"labels": labels, "items": torch.tensor(items), "answers": torch.tensor(answers)}
         batches.append({"input_ids": words, "attention_mask": torch.ones_like(words), **tensors})
     return model, batches, LLAMA
+
+
+@contextmanager
+def called(model):
+    """The names of the modules with weights of their own that compute anything, for as long as the block lasts."""
+    ran = set()
+    names = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    own = {each: each.forward for each in map(type, names)}
+
+    def noted(forward):
+        def run(self, *args, **kwargs):
+            ran.add(names.get(self))
+            return forward(self, *args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for each, forward in own.items():
+            patch.setattr(each, "forward", noted(forward))
+        yield ran
 
 
 class Altered:

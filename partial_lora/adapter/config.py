@@ -243,8 +243,9 @@ class PartialLoraConfig(LoraConfig):
         else:
             key = "indices" if self.scores is None else "scores"
             masks = top_masks(geometries, sparsity, getattr(self, key), key=key, granularity=self.granularity)
-        if self.columns == "frozen" and any(of_module.columns.sparsity for of_module in masks.values()):
-            raise PartialLoraError("indices leave columns out: columns is 'frozen'.")
+        cut = [module for module, of_module in masks.items() if of_module.columns.sparsity]
+        if self.columns == "frozen" and cut:
+            raise PartialLoraError(f"indices[{cut[0]!r}]['columns'] leaves some out: columns is 'frozen'.")
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
@@ -342,9 +343,11 @@ class PartialLoraConfig(LoraConfig):
         modules = saved["modules"]
         check_values(path.parent, modules)
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
-        settings = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)} | sidecar.settings(saved)
+        options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
+        options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
+        cls(**options, sparsity=0)  # refuses what is wrong in adapter_config.json
         try:
-            config = cls(**settings | {"rank_pattern": {only(module): rank for module, rank in ranks.items()}})
+            config = cls(**options | sidecar.settings(saved))
         except PartialLoraError as error:
             raise PartialLoraError(f"{path} is broken: {error}") from None
         alphas = config.alpha_pattern or {}
@@ -436,7 +439,7 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
     options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
     """
     path = Path(folder, subfolder or "", name)
-    if path.parent.is_dir():
+    if Path(folder).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
     try:
         return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **options))

@@ -104,20 +104,28 @@ def meet(
     its sparsities cost too much, their densities are scaled down in proportion; where a threshold leaves more than 1 %
     unused, they are scaled up.
     """
-    low, threshold = lowest, 1.0  # the highest comes first, since a low threshold leads deep into the curves
-    if low < threshold and kept_parameters(shapes, rank, sparsities(threshold)) > count:
-        high = threshold
-        while high - low > _NARROW:
-            middle = (low + high) / 2
-            if kept_parameters(shapes, rank, sparsities(middle)) <= count:
-                low = middle
-            else:
-                high = middle
-        threshold = low
+    threshold = largest_threshold(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
     chosen = sparsities(threshold)
     if (1 - TOLERANCE) * count <= kept_parameters(shapes, rank, chosen) <= count:
         return threshold, chosen
     return threshold, scaled(chosen, shapes, rank, count)
+
+
+def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
+    """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
+
+    It starts with the highest, since a low threshold leads deep into the curves.
+    """
+    low, high = lowest, 1.0
+    if low >= high or fits(high):
+        return high
+    while high - low > _NARROW:
+        middle = (low + high) / 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def scaled(sparsity: Mapping[str, Mapping[str, float]], shapes: Shapes, rank: int, count: int) -> Sparsity:

@@ -51,6 +51,7 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.targets import target_linears
 
+_POINTS = ("search", "axes", "scope", "levels", "max_sparsity")  # settings that decide which points a calibration has
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 
 Progress = Callable[..., None]
@@ -71,6 +72,7 @@ def calibrate(
     chance: float | None = None,
     above_chance: bool | None = None,
     settings: Mapping | None = None,
+    known: Calibration | None = None,
     store: Path | None = None,
     peers: Peers | None = None,
     progress: Callable[..., None] | None = None,
@@ -102,6 +104,8 @@ def calibrate(
         chance: the score of guessing, by default `score.chance`; a budget never lowers the threshold's line below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
+        known: an earlier result for the same model and score; what its curves decide is not evaluated again. "gradient"
+            ignores it.
         store: a JSON file of the curves found so far, kept up to date. Its name must identify the model, the score and
             the importance scores, which are not in the file. A second call with the same settings evaluates nothing.
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
@@ -113,7 +117,7 @@ def calibrate(
 
     Raises:
         PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline
-            score that is not finite, and an error of any of the peers.
+            score that is not finite, a `known` that does not fit, and an error of any of the peers.
     """
     began = time.perf_counter()
     peers = peers or Alone()
@@ -126,13 +130,15 @@ def calibrate(
         raise PartialLoraError(
             "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
         )
-    if chance is not None:
-        require(math.isfinite(chance), "calibration.chance", chance, "the score of guessing, a finite number")
-        chance = float(chance)
+    if chance is not None and not math.isfinite(chance):
+        raise PartialLoraError(f"calibration.chance={chance}: expected the score of guessing, a finite number")
+    chance = None if chance is None else float(chance)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
     count = None if config.budget is None else budgets.parameter_count(config.budget, shapes, rank, granularity)
+    if known is not None:
+        _check_known(known, config, list(modules))
 
     @cache
     def scores(module: str) -> Scores:
@@ -149,7 +155,7 @@ def calibrate(
             if config.search == "gradient" and not hasattr(score, "predicted"):
                 raise PartialLoraError("calibration.search=gradient: expected a score with `predicted`: a FewShotScore")
             curves = Curves(model, score, modules, scores, shared)
-            shared.results[request] = _algorithm_1(curves, config, chance, units, count, peers, progress)
+            shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, known, peers, progress)
             shared.changed = True
 
             def paid() -> tuple[int, float]:
@@ -177,12 +183,14 @@ def calibrate(
 
 def _algorithm_1(
     curves: Curves,
+    store: Store,
     config: CalibrationConfig,
     chance: float | None,
     units: tuple[budgets.Shapes, int],
     count: int | None,
+    known: Calibration | None,
     peers: Peers,
-    progress: Progress,
+    progress: Progress | None,
 ) -> dict:
     """Return the fields of `Calibration` that the steps of Algorithm 1 find.
 
@@ -195,12 +203,15 @@ def _algorithm_1(
     # (1) The score of the frozen model.
     began = time.perf_counter()
     baseline = gathered(peers, curves.intact)[0]
-    one = getattr(curves.score, "pass_seconds", None) or time.perf_counter() - began
-    curves.store.check_baseline(baseline)
-    if grid:
+    one = curves.pass_seconds or time.perf_counter() - began
+    store.check_baseline(baseline)
+    gradient = config.search == "gradient"
+    if known is not None and not gradient:
+        _add_known(store, known)
+    if progress is not None and grid:
         total = len(modules) * len(axes)
         passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
-        left = passes_left(budget=count is not None) - curves.store.points()
+        left = passes_left(budget=count is not None) - store.points()
         share = one * max(0.0, left) / (peers.size if config.scope == "independent" else 1)
         progress(0, total, expected=share)
 
@@ -208,8 +219,7 @@ def _algorithm_1(
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
 
     # (2) For each module and axis, the level up to which enough of that score is left.
-    kind = _Predicted if config.search == "gradient" else _Measured
-    way = kind(curves, config, modules, axes, grid, enough, peers, progress)
+    way = (_Predicted if gradient else _Measured)(curves, store, config, modules, grid, enough, peers, progress)
     if count is None:
         threshold = config.threshold
         levels = way.levels(threshold, line(baseline=baseline, threshold=threshold, chance=above))
@@ -219,6 +229,7 @@ def _algorithm_1(
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
         levels = levels_at(threshold)
+    way.report(levels)
 
     # (3) The score with all sparsities at once; where it is not enough, a repair zeroes less.
     def together() -> dict:
@@ -249,78 +260,35 @@ def _algorithm_1(
 class _Measured:
     """Curves that a scan or a bisection evaluates, level by level, as far as a threshold needs them.
 
-    enough: (score, threshold=) -> whether the score is enough. progress: called after every curve.
+    enough: (score, threshold=) -> whether the score is enough.
     """
 
     curves: Curves
+    store: Store
     config: CalibrationConfig
     modules: Sequence[str]
-    axes: Sequence[str]
     grid: Sequence[float]
     enough: Callable[..., bool]
     peers: Peers
-    progress: Progress
+    progress: Progress | None
 
     def levels(self, threshold: float, least: float) -> Levels:
         """Return the levels at the only threshold that is asked for. least: the score that is just enough."""
         return self.levels_at(threshold)
 
     def levels_at(self, threshold: float) -> Levels:
-        """Return the levels at one of several thresholds, modules in the model's order whatever the scope."""
-        self.done, self.sufficient = 0, partial(self.enough, threshold=threshold)
-        if self.config.scope == "independent":
-            levels = self._each_alone()
-        else:  # modules wait for each other, so the first process works alone
-            levels = of_first(self.peers, self._one_after_the_other)
-            if self.peers.rank:
-                self._tell(levels)
-        return {module: levels[module] for module in self.modules}
+        """Return the levels at one of several thresholds."""
+        sufficient = partial(self.enough, threshold=threshold)
 
-    def _each_alone(self) -> Levels:
-        """Choose levels while all other modules are intact: each process for its own modules, and takes the others'."""
-        levels: Levels = {}
-        step = _ROUND * self.peers.size
-        for start in range(0, len(self.modules), step):
-            own = self.modules[start + self.peers.rank : start + step : self.peers.size]
+        def search(module: str, axis: str) -> float:
+            return SEARCHES[self.config.search](
+                partial(self.curves.survives, module, axis, passes=sufficient), self.grid
+            )
 
-            def share(own: Sequence[str] = own) -> tuple[Levels, list]:
-                found = {module: self._of_module(module) for module in own}
-                places = [(module, axis) for module in own for axis in self.axes]
-                return found, [(*place, points_of(self.curves.curve(*place))) for place in places]
-
-            for rank, (found, curves) in enumerate(gathered(self.peers, share)):
-                levels |= found
-                if rank != self.peers.rank:
-                    for module, axis, points in curves:
-                        self.curves.curve(module, axis).update(curve_of(points))
-                    self.curves.store.changed = True
-                    self._tell(found)
-            self.curves.store.save()
-        return levels
-
-    def _one_after_the_other(self) -> Levels:
-        """Choose levels while earlier choices stay zeroed, from front to back or back to front, rows before columns."""
-        with self.curves.choices() as choose:
-            return {module: self._of_module(module, choose) for module in in_order(self.modules, self.config.scope)}
-
-    def _of_module(self, module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
-        levels = {}
-        for axis in self.axes:
-            survives = partial(self.curves.survives, module, axis, passes=self.sufficient)
-            levels[axis] = SEARCHES[self.config.search](survives, self.grid)
-            if choose is not None:
-                choose(module, axis, levels[axis])
-            if axis == self.axes[-1]:
-                self.curves.store.save()
-            self._tell({module: {axis: levels[axis]}})
-        return levels
-
-    def _tell(self, levels: Levels) -> None:
-        for module, of_module in levels.items():
-            for axis, level in of_module.items():
-                self.done += 1
-                total = len(self.modules) * len(self.axes)
-                self.progress(self.done, total, module=module, axis=axis, sparsity=level)
+        axes, scope = CURVE_AXES[self.config.axes], self.config.scope
+        return choose_levels(
+            self.curves, self.modules, axes, search, scope=scope, peers=self.peers, progress=self.progress
+        )
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""
@@ -328,7 +296,10 @@ class _Measured:
 
     def curve(self, module: str, axis: str, after: str) -> Curve:
         """Return what is known of a curve after the cuts of a digest."""
-        return self.curves.store.curve(module, axis, after)
+        return self.store.curve(module, axis, after)
+
+    def report(self, levels: Levels) -> None:
+        """Tell the progress of what took no time; here each curve was told when it was found."""
 
 
 @dataclass
@@ -336,7 +307,8 @@ class _Predicted(_Measured):
     """Curves that gradients predict all at once; points near the line of the only threshold are then evaluated."""
 
     def __post_init__(self) -> None:
-        self.predicted = of_first(self.peers, lambda: self.curves.predicted(self.axes, self.grid))
+        axes = CURVE_AXES[self.config.axes]
+        self.predicted = of_first(self.peers, lambda: self.curves.predicted(axes, self.grid))
         self.found: dict[Point, bool] = {}  # points that were evaluated: whether the score was enough
 
     def levels(self, threshold: float, least: float) -> Levels:
@@ -347,18 +319,21 @@ class _Predicted(_Measured):
         return self.levels_at(threshold)
 
     def levels_at(self, threshold: float) -> Levels:
-        levels = levels_of(self.predicted, self.grid, partial(self.enough, threshold=threshold), self.found)
-        self.done = 0
-        self._tell(levels)
-        return levels
+        return levels_of(self.predicted, self.grid, partial(self.enough, threshold=threshold), self.found)
 
     def own(self, module: str, axis: str, level: float) -> float:
         return self.predicted[module][axis][level][0]
 
     def curve(self, module: str, axis: str, after: str) -> Curve:
-        known = super().curve(module, axis, after)
+        known = self.store.curve(module, axis, after)
         evaluated = {level: known[level] for *of, level in self.found if of == [module, axis]}
         return self.predicted[module][axis] | evaluated
+
+    def report(self, levels: Levels) -> None:
+        each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
+        if self.progress is not None:
+            for done, (module, axis, level) in enumerate(each, start=1):
+                self.progress(done, len(each), module=module, axis=axis, sparsity=level)
 
 
 def _entries(
@@ -389,10 +364,126 @@ def _bar(peers: Peers) -> Iterator[Progress]:
         yield advance
 
 
+# --- The level of every curve, each chosen alone or after those before it
+
+
+def choose_levels(
+    curves: Curves,
+    modules: Sequence[str],
+    axes: Sequence[str],
+    search: Callable[[str, str], float],
+    *,
+    scope: str,
+    peers: Peers,
+    progress: Progress | None,
+) -> Levels:
+    """Return the level of every curve, modules in the model's order whatever the scope.
+
+    axes: of a module's curves. search: (module, axis) -> the level of one curve. scope: "independent": all other
+    modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay zeroed, from front to back or from
+    back to front (rows before columns). progress: called after every curve.
+    """
+    done, total = 0, len(modules) * len(axes)
+
+    def report(module: str, levels: Mapping[str, float]) -> None:
+        nonlocal done
+        for axis, level in levels.items():
+            done += 1
+            if progress is not None:
+                progress(done, total, module=module, axis=axis, sparsity=level)
+
+    def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
+        levels = {}
+        for axis in axes:
+            levels[axis] = search(module, axis)
+            if choose is not None:
+                choose(module, axis, levels[axis])
+            if axis == axes[-1]:
+                curves.save()
+            report(module, {axis: levels[axis]})
+        return levels
+
+    levels: Levels = {}
+    if scope != "independent":  # modules wait for each other, so the first process works alone
+
+        def one_after_the_other() -> Levels:
+            with curves.choices() as choose:
+                return {module: of_module(module, choose) for module in in_order(modules, scope)}
+
+        levels = of_first(peers, one_after_the_other)
+        for module in modules if peers.rank else ():
+            report(module, levels[module])
+        return {module: levels[module] for module in modules}
+
+    step = _ROUND * peers.size
+    for start in range(0, len(modules), step):  # every process has its own modules, and takes the others' results
+
+        def own_share(own: Sequence[str] = modules[start + peers.rank : start + step : peers.size]) -> tuple:
+            share = {module: of_module(module) for module in own}
+            return share, {module: {axis: points_of(curves.curve(module, axis)) for axis in axes} for module in own}
+
+        for rank, (share, points) in enumerate(gathered(peers, own_share)):
+            levels |= share
+            for module in share if rank != peers.rank else ():
+                for axis in axes:
+                    curves.learn(module, axis, curve_of(points[module][axis]))
+                report(module, share[module])
+        curves.save()
+    return {module: levels[module] for module in modules}
+
+
+# --- What is known already
+
+
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:
-    """Return the key of a result in the store: all that decides it beside the curves."""
-    point: tuple = (config.threshold,) if count is None else (count, chance)
-    size = None if count is None and not config.repair else (rank, granularity)
-    above = chance if config.chance == "majority" else None
-    settings = [getattr(config, name) for name in ("levels", "max_sparsity", "axes", "scope", "repair")]
-    return json.dumps([point, size, above, settings])
+    """Return the key of a result in the store; settings newer than the first stores enter unless they are defaults."""
+    point: dict = {"threshold": config.threshold}
+    if count is not None:
+        point = {"budget": count, "rank": rank, "chance": chance}
+        if granularity != "rows_columns":
+            point["granularity"] = granularity
+    request = point | {"levels": config.levels, "max_sparsity": config.max_sparsity}
+    if config.axes != "separate":
+        request["axes"] = config.axes
+    if config.scope != "independent":
+        request["scope"] = config.scope
+    if config.repair:
+        request["repair"] = [rank, granularity]
+    if config.chance == "majority":
+        request["above_chance"] = chance
+    return json.dumps(request)
+
+
+def _check_known(known: Calibration, config: CalibrationConfig, modules: Sequence[str]) -> None:
+    """Raise PartialLoraError, in one line, where an earlier calibration has other points."""
+    for name in _POINTS:
+        expected = getattr(config, name)
+        if getattr(known, name) != expected:
+            raise PartialLoraError(
+                f"known: its {name} is {getattr(known, name)}, expected {expected}; "
+                "give a calibration with the same settings"
+            )
+    if list(known.modules) != list(modules):
+        differing = sorted(known.modules.keys() ^ set(modules)) or list(modules)
+        raise PartialLoraError(
+            f"known: its modules are not those to calibrate ({differing[0]}); "
+            "give a calibration of the same model and target_modules"
+        )
+
+
+def _add_known(store: Store, known: Calibration) -> None:
+    """Add the points of an earlier calibration to a store that does not know them as well.
+
+    Raises PartialLoraError where the two have different baseline scores.
+    """
+    baseline = store.baseline
+    if baseline is None or not math.isclose(known.baseline, baseline, rel_tol=1e-6, abs_tol=1e-9):
+        raise PartialLoraError(
+            f"known: its baseline score is {known.baseline}, this model's is {baseline}; "
+            "give a calibration of the same model and score"
+        )
+    for module, axis, _, after in walk(known.chosen, known.scope):
+        curve = store.curve(module, axis, after)
+        for level, (low, high) in curve_of(known.points(module, axis)).items():
+            if level not in curve or high - low < curve[level][1] - curve[level][0]:
+                curve[level], store.changed = (low, high), True

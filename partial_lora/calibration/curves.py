@@ -6,6 +6,7 @@ question needs them, no further than it needs, and are stored on disk for the ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -40,6 +41,20 @@ PREDICTED = "predicted"  # names predicted curves in a store, in place of what i
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
+    """Zero the rows (columns) of a weight that a mask does not keep; they come back, bit for bit, whatever happens."""
+    dimension = AXES.index(axis)
+    removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
+    values = weight.detach()
+    own = values.index_select(dimension, removed)
+    values.index_fill_(dimension, removed, 0)
+    try:
+        yield
+    finally:
+        values.index_copy_(dimension, removed, own)
+
+
 class Curves:
     """All points of curves that have been needed; no point is evaluated beyond what a question needs.
 
@@ -56,8 +71,9 @@ class Curves:
         store: Store,
     ) -> None:
         self.evaluations = 0
-        self._model, self._modules, self._importance = model, modules, importance
-        self.score, self.store = score, store
+        self._model, self._score, self._modules, self._importance = model, score, modules, importance
+        self._store = store
+        self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
         self._chosen: Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
         self._unsettled: set[str] = set()  # modules altered for good that the score does not know of yet
@@ -72,6 +88,11 @@ class Curves:
             )
         return score
 
+    @property
+    def pass_seconds(self) -> float | None:
+        """Seconds that a pass over an altered model takes; None where the score does not say."""
+        return getattr(self._score, "pass_seconds", None)
+
     def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
         """Return True where the score passes with all but the most important rows (columns) of one module zeroed.
 
@@ -82,7 +103,7 @@ class Curves:
 
     def exact(self, module: str, axis: str, level: float) -> float:
         """Return the score itself with a level of one module zeroed; NaN where it is not finite."""
-        return self._point(module, axis, level, _inexact)[0]
+        return self._point(module, axis, level, lambda low, high: low < high)[0]
 
     def joint(self, sparsity: Sparsity) -> float | None:
         """Return the score with every module at its own sparsity at once; None where it is no number."""
@@ -96,20 +117,20 @@ class Curves:
     def predicted(self, axes: Sequence[str], grid: Sequence[float]) -> dict[str, dict[str, Curve]]:
         """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py)."""
         curves = {
-            module: {axis: self.store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
+            module: {axis: self._store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
         }
         if any(level not in curve for of_module in curves.values() for curve in of_module.values() for level in grid):
             removed = {
                 module: {axis: torch.stack([self._removed(module, axis, level) for level in grid], 1) for axis in AXES}
                 for module in self._modules
             }
-            scores, passes = self.score.predicted(self._model, self._modules, removed, axes)
+            scores, passes = self._score.predicted(self._model, self._modules, removed, axes)
             self.evaluations += passes
             for module, of_module in curves.items():
                 for axis, curve in of_module.items():
                     curve.update(zip(grid, (bounds_of(score, score) for score in scores[module][axis]), strict=True))
-            self.store.changed = True
-            self.store.save()
+            self._store.changed = True
+            self.save()
         return curves
 
     def _removed(self, module: str, axis: str, level: float) -> Tensor:
@@ -144,55 +165,58 @@ class Curves:
 
     def curve(self, module: str, axis: str) -> Curve:
         """Return the points known of one curve after the choices that are in force; the caller may add points."""
-        return self.store.curve(module, axis, self._after)
+        return self._store.curve(module, axis, self._after)
+
+    def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
+        """Take points that were evaluated elsewhere."""
+        self.curve(module, axis).update(points)
+        self._store.changed = True
+
+    def save(self) -> None:
+        """Store what is known so far."""
+        self._store.save()
 
     def _settle(self, modules: Collection[str]) -> None:
         """Tell the score that modules have been altered for longer than one evaluation, or are as they were."""
-        if isinstance(self.score, BoundedScore):
+        if hasattr(self._score, "settled"):
             for module in modules:
-                self.score.settled(module)
+                self._score.settled(module)
 
     def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
         curve = self.curve(module, axis)
         if undecided(*curve.get(level, UNKNOWN)):
-            if level in curve:  # the second question about it is the last
-                undecided = _inexact
             curve[level] = self._evaluate(module, axis, level, undecided)
-            self.store.changed = True
+            self._store.changed = True
         return curve.get(level, UNKNOWN)
 
     def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+        point = self._after, module, axis, level
+        # A score without `settled` would reuse what it knows of the intact model, which earlier choices have changed.
+        bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
         with self._zeroed(module, axis, level):
-            if not isinstance(self.score, BoundedScore):
+            if not bounded:
                 return bounds_of(*(self._score_of_model(),) * 2)
             others = self._unsettled - {module}
             self._settle(others)
             self._unsettled -= others
+            known = self.curve(module, axis)[level] if point in self._started else None
             self.evaluations += 1
-            return bounds_of(*self.score.bounds(self._model, module, undecided))
+            bounds = self._score.bounds(self._model, module, undecided, known)
+        self._started.add(point)
+        return bounds_of(*bounds)
 
     @contextmanager
     def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
-        """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one.
-
-        They come back, bit for bit, whatever happens.
-        """
-        weight, own = self._modules[module].weight.detach(), []
-        try:
+        """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one."""
+        with ExitStack() as stack:
             for each in AXES if axis == BOTH else (axis,):
-                dimension = AXES.index(each)
-                mask = Mask.top(self._importance(module)[dimension], level)
-                removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
-                own.append((dimension, removed, weight.index_select(dimension, removed)))
-                weight.index_fill_(dimension, removed, 0)
+                mask = Mask.top(self._importance(module)[AXES.index(each)], level)
+                stack.enter_context(zeroed(self._modules[module].weight, each, mask))
             yield
-        finally:
-            for dimension, removed, values in reversed(own):
-                weight.index_copy_(dimension, removed, values)
 
     def _score_of_model(self) -> float:
         self.evaluations += 1
-        return float(self.score(self._model))
+        return float(self._score(self._model))
 
 
 class Store:
@@ -211,8 +235,8 @@ class Store:
         if self.path is not None and self.path.exists():
             try:
                 file = json.loads(self.path.read_text(encoding="utf-8"))
-                if file["version"] != VERSION:
-                    raise ValueError("another version")
+                if file["version"] != VERSION or file["sha256"] != _digest(file["content"]):
+                    raise ValueError("wrong version or checksum")
                 if file["content"]["key"] != self.key:
                     raise ValueError("made for another question")
                 self.take(file["content"])
@@ -275,20 +299,24 @@ class Store:
         return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
 
     def take(self, content: Mapping) -> None:
-        """Take another store's `content`. A broken one raises before anything is taken."""
+        """Add another store's `content`. A broken one raises before anything is taken."""
         curves = {
-            module: {axis: curve_of(points) for axis, points in axes.items()}
+            (module, axis): curve_of(points)
             for module, axes in content["curves"].items()
+            for axis, points in axes.items()
         }
-        self.baseline, self.results, self._curves = content["baseline"], dict(content["results"]), curves
+        self.baseline, self.results = content["baseline"], dict(content["results"])
+        for (module, axis), curve in curves.items():
+            self.curve(module, axis).update(curve)
 
     def save(self) -> None:
         """Write the file, if there is one and anything is new."""
         if self.path is None or not self.changed:
             return
+        content = self.content()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"version": VERSION, "content": self.content()})
+            write_json(self.path, {"version": VERSION, "sha256": _digest(content), "content": content})
         except OSError as error:  # a full or a read-only cache costs another run's time, not this one
             logger.warning(
                 "%s cannot be written (%s): what is found is kept in memory alone", self.path, error.strerror
@@ -297,5 +325,5 @@ class Store:
         self.changed = False
 
 
-def _inexact(low: float, high: float) -> bool:
-    return low < high
+def _digest(content: Mapping) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def levels_of(
     predicted: Mapping[str, Mapping[str, Curve]],
     grid: Sequence[float],
     enough: Callable[[float], bool],
-    found: Mapping[Point, bool],
+    found: Mapping[Point, bool] = MappingProxyType({}),
 ) -> Levels:
     """Return the level before the first failure of every predicted curve; points in `found` override predictions."""
 
@@ -135,7 +136,7 @@ def checked(
         place = grid.index(level) if level else -1
         return grid[max(place, 0) : place + 2]
 
-    levels = levels_of(predicted, grid, enough, found)
+    levels = levels_of(predicted, grid, enough)
     tried = sum(grid.index(beside(level)[-1]) + 1 for axes in levels.values() for level in axes.values()) if grid else 0
     for _ in range(checks(tried)):
         distances = {

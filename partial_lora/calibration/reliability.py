@@ -42,7 +42,7 @@ def split_half(labels: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def reliability(first: Sparsity, second: Sparsity) -> dict:
-    """Return the agreement of the sparsities of two halves: {pearson, spearman, n, said, spearman_brown}.
+    """Return the agreement of the sparsities of two halves: {pearson, spearman, spearman_brown, n, said}.
 
     spearman_brown: the correlation that two calibrations of the whole draw are expected to have, 2r / (1 + r) of the
     Pearson correlation r of the halves (Spearman 1910, Brown 1910). An r below zero stays as it is: there is nothing
@@ -50,7 +50,12 @@ def reliability(first: Sparsity, second: Sparsity) -> dict:
     """
     agreement = correlation(first, second)
     r = agreement["pearson"]
-    return agreement | {"spearman_brown": None if r is None else 2 * r / (1 + r) if r > 0 else r}
+    corrected = None if r is None else 2 * r / (1 + r) if r > 0 else r
+    return {key: agreement[key] for key in ("pearson", "spearman")} | {
+        "spearman_brown": corrected,
+        "n": agreement["n"],
+        "said": agreement["said"],
+    }
 
 
 def verdict(corrected: float | None) -> str:

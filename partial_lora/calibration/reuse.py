@@ -1,7 +1,7 @@
 """Passes over the same batches, again and again, that compute only what one altered module can have changed.
 
-Of every batch what entered the latest altered block is kept, up to a number of bytes. A pass starts there, or at the
-inputs where the altered module is in an earlier block. The outputs equal those of a full pass, bit for bit.
+What enters the block of that module is kept for every batch, up to a number of bytes; beyond that, a pass starts at an
+earlier block or at the inputs. The outputs equal those of a full pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,35 @@ from torch.utils import _pytree as pytree
 from partial_lora.errors import PartialLoraError
 
 
+class Snapshot:
+    """Tensors in whatever tuple, list or dict a module returns, and whether they are still as they were."""
+
+    def __init__(self, value: Any) -> None:
+        self._leaves, self._structure = pytree.tree_flatten(value)
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._versions = [_version(tensor) for tensor in self.tensors]
+
+    def unchanged(self) -> bool:
+        """Return True where nothing has been written into any tensor since."""
+        return [_version(tensor) for tensor in self.tensors] == self._versions
+
+    def value(self, *, copy: bool = False) -> Any:
+        """Return the tensors in new containers; copy: copies of them, for code that may write into them."""
+        value = pytree.tree_unflatten(self._leaves, self._structure)
+        return (
+            pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value) if copy else value
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors cannot be written into outside that mode
+
+
 class Reuse:
     """A model's passes over numbered batches; `ran` is the number of blocks that the latest pass has run.
 
     blocks: the name of the model's sequence of blocks, or None to compute everything, which counts as one block.
-    memory: bytes that may be kept between passes.
+    memory: bytes that may be kept between passes, each piece of memory counted once and whole.
 
     Raises PartialLoraError where `blocks` names no sequence, or one that does not run as a plain sequence.
     """
@@ -30,8 +54,9 @@ class Reuse:
         self.ran = 0
         self._blocks, self._memory = blocks, memory
         self._names = [] if blocks is None else block_names(model, blocks)
-        self._entering: dict[int, tuple[int, Any]] = {}  # batch -> (block, what enters it in the intact model)
+        self._entering: dict[tuple[int, int], Snapshot] = {}  # (batch, block) -> what enters it in the intact model
         self._block_of: dict[str, int] = {}
+        self._written: set[int] = set()  # blocks that write into what enters them
         self._checked: set[int] = set()  # blocks whose output was seen to depend on nothing but what enters them
 
     @property
@@ -42,50 +67,52 @@ class Reuse:
     @property
     def bytes(self) -> int:
         """Bytes that are kept between passes."""
-        leaves = pytree.tree_leaves(list(self._entering.values()))
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        storages = (tensor.untyped_storage() for state in self._entering.values() for tensor in state.tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def full(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         """Return the model's output by a pass in which everything is computed."""
-        return self._forward(model, inputs, 0)
+        return self._forward(model, inputs, 0, None)
 
     def altered(self, model: nn.Module, inputs: Mapping[str, Tensor], batch: int, module: str) -> Any:
         """Return the model's output for the `inputs` of `batch`, where only `module` differs from the intact model."""
         if module not in self._block_of:
             self._block_of[module] = self._first_block(model, module)
         target = self._block_of[module]
-        start, entering = self._entering.get(batch, (0, None))
-        if start == target:
-            return self._forward(model, inputs, start, entering)
-        if start > target:
-            start = 0
-        left: list[Any] = []  # what leaves the block before the target enters the target
+        for place in [place for place, state in self._entering.items() if place[0] == batch and not state.unchanged()]:
+            self._written.add(place[1])
+            del self._entering[place]
+        start = max((block for of, block in self._entering if of == batch and block <= target), default=0)
+        leaving: dict[int, list[Snapshot]] = {block: [] for block in range(start + 1, target + 1)}
 
         def recorded(name: str, own: Callable) -> Callable:
+            block = self._names.index(name) + 1  # what leaves a block enters the next
+
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = own(*args, **kwargs)
-                left.append(_copy(output))
+                state = Snapshot(output)
+                leaving[block].append(Snapshot(state.value(copy=True)) if block in self._written else state)
                 return output
 
             return forward
 
-        before = self._names[max(target - 1, 0) : target]
-        with wrapped({name: model.get_submodule(name) for name in before}, recorded):
-            output = self._forward(model, inputs, start, entering)
-        if len(left) != len(before):
-            raise self._not_a_sequence(f"block {target - 1} ran {len(left)} times in one pass")
-        if left:
-            self._entering[batch] = target, left[0]
-            if self.bytes > self._memory:
-                del self._entering[batch]
-            elif target not in self._checked:
-                self._check(model, inputs, target, left[0], output)
+        with wrapped({name: model.get_submodule(name) for name in self._names[start:target]}, recorded):
+            output = self._forward(model, inputs, start, batch)
+        ran = self.ran
+        for block, states in reversed(leaving.items()):
+            if len(states) != 1:
+                raise self._not_a_sequence(f"block {block - 1} ran {len(states)} times in one pass")
+        for block in sorted(leaving, reverse=True):
+            self._keep(batch, block, leaving[block][0], target)
+        if target and target not in self._checked and (batch, target) in self._entering:
+            self._check(model, inputs, batch, target, output)
+            self.ran = ran + len(self._names) - target
         return output
 
     def settled(self, module: str) -> None:
         """Treat this module, as it is now, as intact from here on: what depends on it is forgotten."""
-        settled = self._block_of.get(module, 0)
-        self._entering = {batch: kept for batch, kept in self._entering.items() if kept[0] <= settled}
+        block = self._block_of.get(module, 0)
+        self._entering = {place: state for place, state in self._entering.items() if place[1] <= block}
 
     def _first_block(self, model: nn.Module, module: str) -> int:
         """Return the first block that uses a weight of this module; 0 where a module outside of all blocks uses one."""
@@ -97,24 +124,43 @@ class Reuse:
         }
         return min(blocks, default=0)
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, entering: Any = None) -> Any:
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
         """Run the model's own forward, in which the blocks before `start` only return what enters block `start`."""
-        self.ran = self.depth - start
+        self.ran = max(1, len(self._names)) - start  # a model that is no sequence is one block
         skipping = nullcontext()
         if start:
-            skipped, own = {name: model.get_submodule(name) for name in self._names[:start]}, _copy(entering)
-            skipping = wrapped(skipped, lambda name, forward: lambda *args, **kwargs: own)
+            entering = self._entering[batch, start].value(copy=start in self._written)
+            skipped = {name: model.get_submodule(name) for name in self._names[:start]}
+            skipping = wrapped(skipped, lambda name, own: lambda *args, **kwargs: entering)
         with skipping:
             return model(**inputs)
 
-    def _check(self, model: nn.Module, inputs: Mapping[str, Tensor], block: int, entering: Any, output: Any) -> None:
+    def _keep(self, batch: int, block: int, state: Snapshot, target: int) -> None:
+        """Keep what enters a block: of the target in place of what is needed less, of others where there is room."""
+        if not state.unchanged():
+            self._written.add(block)
+            return
+        self._entering[batch, block] = state
+        if block < target:
+            if self.bytes > self._memory:
+                del self._entering[batch, block]
+            return
+
+        def need(place: tuple[int, int]) -> tuple:
+            """Order by need, the least first: later blocks; earlier ones of this batch, then of others; this block."""
+            of, at = place
+            return at == block, at <= block, of != batch, at
+
+        while self.bytes > self._memory and (batch, block) in self._entering:
+            victim = min(self._entering, key=need)
+            del self._entering[victim if victim[1] != block else (batch, block)]
+
+    def _check(self, model: nn.Module, inputs: Mapping[str, Tensor], batch: int, block: int, output: Any) -> None:
         """Raise PartialLoraError where the model's output depends on more than what enters a block."""
         logits = logits_of(output)
         if not torch.isfinite(logits).all():
             return
-        ran = self.ran
-        again = logits_of(self._forward(model, inputs, block, entering))
-        self.ran += ran
+        again = logits_of(self._forward(model, inputs, block, batch))
         if not torch.allclose(logits, again, rtol=1e-4, atol=1e-4 * float(logits.abs().max())):
             raise self._not_a_sequence(f"the output depends on more than what leaves block {block - 1}")
         self._checked.add(block)
@@ -139,11 +185,6 @@ def wrapped(modules: Mapping[str, nn.Module], wrapper: Callable[[str, Callable],
                 del module.forward
             else:
                 module.forward = own[name]
-
-
-def _copy(value: Any) -> Any:
-    """Return tensors in whatever tuple, list or dict a module returns, in memory that no block writes into."""
-    return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 def logits_of(output: Any) -> Tensor:

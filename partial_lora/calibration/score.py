@@ -42,16 +42,20 @@ _NO_INPUTS = ("labels", "items", "answers")
 class BoundedScore(Protocol):
     """A score that can stop as soon as a question about it is decided.
 
-    `settled` is called once a module's weights have been altered for good. A score may also have `chance`, the score of
-    guessing (None where that means nothing); `size`, the number of examples; and `pass_seconds`, about what a call of
-    `bounds` takes.
+    It may also have `settled(module)`, to be called once that module's weights have been altered for good; `chance`,
+    the score of guessing (None where that means nothing); `size`, the number of examples; and `pass_seconds`, about
+    what a call of `bounds` takes.
     """
 
     def __call__(self, model: nn.Module) -> float: ...
 
-    def bounds(self, model: nn.Module, module: str, undecided: Callable[[float, float], bool]) -> Bounds: ...
-
-    def settled(self, module: str) -> None: ...
+    def bounds(
+        self,
+        model: nn.Module,
+        module: str,
+        undecided: Callable[[float, float], bool],
+        known: Bounds | None = None,
+    ) -> Bounds: ...
 
 
 @contextmanager
@@ -191,21 +195,22 @@ class Whole(Measure):
         predictions = values.cpu().numpy() if labels.is_floating_point() else values.long().cpu().numpy()
         return float(self.metric(predictions, labels.cpu().numpy()))
 
-    def chance(self, batches: Sequence[Batch]) -> float:
-        """Return the metric of always answering the majority class; 0 for real labels, as a constant correlates."""
+    def chance(self, batches: Sequence[Batch]) -> float | None:
+        """Return the metric of always answering the majority class; for real labels, 0 for a correlation, else None."""
         labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
-            return 0.0
+            return 0.0 if self.metric in (pearson, spearman) else None
         majority = labels.unique()[_class_shares(batches).argmax()]
         return self.whole(majority.expand(len(labels)).double(), labels)
 
 
 def _real_outputs(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape != (len(labels), 1):
+    outputs = logits.squeeze(-1) if logits.ndim == labels.ndim + 1 and logits.shape[-1] == 1 else logits
+    if outputs.shape != labels.shape:
         raise PartialLoraError(
-            f"labels: real numbers {list(labels.shape)} need one output each, found {list(logits.shape)}"
+            f"labels: real numbers {list(labels.shape)} need outputs of that shape, found {list(logits.shape)}"
         )
-    return logits.squeeze(1)
+    return outputs
 
 
 class OptionLikelihood(Measure):
@@ -278,30 +283,30 @@ class OptionLikelihood(Measure):
 class Loss(Measure):
     """Minus the mean loss: cross entropy of classes, squared error of real labels, cross entropy of the next tokens.
 
-    The labels decide between them: whole numbers (batch,), real numbers (batch,), tokens (batch, length) with `IGNORED`
-    where none counts; the mean is over examples or over the tokens that count. No loss is below zero, so a failure may
-    show early in a pass, while a success shows only at its end.
+    The labels decide between them: whole numbers (batch,), real numbers (batch,) or (batch, outputs), tokens (batch,
+    length) with `IGNORED` where none counts; the mean is over examples or over the tokens that count. No loss is below
+    zero, so a failure may show early in a pass, while a success shows only at its end.
     """
 
     lowest, highest = -math.inf, 0.0
 
     def check(self, batch: Batch) -> None:
-        if batch["labels"].ndim != 1:
+        if not _per_example(batch["labels"]):
             _check_tokens(batch["labels"])
 
     def weight(self, batch: Batch) -> float:
         labels = batch["labels"]
-        return len(labels) if labels.ndim == 1 else int(_tokens(labels).sum())
+        return len(labels) if _per_example(labels) else int(_tokens(labels).sum())
 
     def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the logits, or the log likelihood of each row's tokens (rows, 1)."""
-        return logits if batch["labels"].ndim == 1 else -_token_losses(logits, batch["labels"])[:, None]
+        return logits if _per_example(batch["labels"]) else -_token_losses(logits, batch["labels"])[:, None]
 
     def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]
         if labels.is_floating_point():
-            return -((_real_outputs(outputs, labels) - labels).double() ** 2)
-        if labels.ndim == 1:
+            return -((_real_outputs(outputs, labels) - labels).double() ** 2).reshape(len(labels), -1).mean(1)
+        if _per_example(labels):
             return -F.cross_entropy(outputs.float(), labels, reduction="none").double()
         return outputs.squeeze(1)
 
@@ -311,12 +316,16 @@ class Loss(Measure):
 
     def chance(self, batches: Sequence[Batch]) -> float | None:
         """Return minus the entropy of the classes' shares, or minus the variance of real labels; None for tokens."""
-        if batches[0]["labels"].ndim != 1:
+        if not _per_example(batches[0]["labels"]):
             return None
         labels = torch.cat([batch["labels"] for batch in batches])
         if labels.is_floating_point():
-            return -float(labels.double().var(correction=0))
+            return -float(labels.double().var(0, correction=0).mean())
         return -float(entr(_class_shares(batches)).sum())
+
+
+def _per_example(labels: Tensor) -> bool:
+    return labels.is_floating_point() or labels.ndim == 1
 
 
 def _check_tokens(labels: Tensor) -> None:
@@ -414,16 +423,23 @@ class Within(Measure):
 
 @dataclass
 class Tally:
-    """Values of the units of every batch seen so far, by its position and in that order; their number and sum."""
+    """Batches seen so far, by position; their units, the sum of the units' values, and the values where needed."""
 
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
     units: int = 0
     total: float = 0.0
+    values: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, batch: int, values: Tensor) -> None:
-        self.seen[batch] = values
+    def copy(self) -> Tally:
+        """Return a copy that can be added to while this one stays."""
+        return Tally(list(self.seen), self.units, self.total, dict(self.values))
+
+    def add(self, batch: int, values: Tensor, keep: bool) -> None:
+        self.seen.append(batch)
         self.units += len(values)
         self.total += float(values.sum())
+        if keep:
+            self.values[batch] = values
 
 
 # (End of a part of the draw, largest batch in it, both as shares of the draw; units that such a batch may always have.)
@@ -536,10 +552,12 @@ def next_batch(sizes: Sequence[int], tally: Tally, needed: int) -> int:
 
 @dataclass
 class Evaluations:
-    """Work that a score has done: passes begun, examples seen, and blocks run on one row of a batch each."""
+    """Work that a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same for
+    each example (one block on one example of a batch)."""
 
     passes: int = 0
     examples: int = 0
+    blocks: int = 0
     sample_blocks: int = 0
 
 
@@ -547,7 +565,7 @@ class FewShotScore:
     """Score of a model on the scored draw, by any measure.
 
     batches: the scored draw; each holds the model's inputs by name and "labels" (what else "options" needs: see
-    `OptionLikelihood`). measure: a name out of `SCORES`.
+    `OptionLikelihood`). measure: a name out of `SCORES`, or a function (predictions, labels) -> float of two arrays.
     blocks: the name of the model's sequence of blocks, or None for no reuse: before the block that holds the altered
     module nothing changes. memory: bytes that may be kept for that between passes.
     sizes: where several tasks' heads are side by side, how many outputs each has; for accuracy or loss.
@@ -561,15 +579,15 @@ class FewShotScore:
         self,
         model: nn.Module,
         batches: Sequence[dict[str, Tensor]],
-        measure: str = "accuracy",
+        measure: str | Metric = "accuracy",
         blocks: str | None = None,
         memory: int = MEMORY,
         sizes: Sequence[int] = (),
     ) -> None:
-        if measure not in SCORES:
+        if not callable(measure) and measure not in SCORES:
             raise PartialLoraError(f"calibration.score={measure}: expected one of {', '.join(SCORES)}")
         self.evaluations = Evaluations()
-        self.measure = SCORES[measure]()
+        self.measure = Whole(measure) if callable(measure) else SCORES[measure]()
         if sizes:
             self.measure = Within(self.measure, sizes)
         for batch in batches:
@@ -583,6 +601,7 @@ class FewShotScore:
         self._arranged = False
         self._reuses, self.pass_seconds = blocks is not None, None
         self._reuse = Reuse(model, blocks, memory)
+        self._stopped: dict[tuple[str, Bounds], Tally | None] = {}  # what had been seen; None if that is ambiguous
 
     def _take(self, batches: Sequence[Batch]) -> None:
         self._batches = list(batches)
@@ -609,13 +628,19 @@ class FewShotScore:
             self.pass_seconds = (_LESS_WORK if self._reuses else 1.0) * (time.perf_counter() - began)
             return self._bounds(tally)[0]
 
-    def bounds(self, model: nn.Module, module: str, undecided: Callable[[float, float], bool]) -> Bounds:
+    def bounds(
+        self, model: nn.Module, module: str, undecided: Callable[[float, float], bool], known: Bounds | None = None
+    ) -> Bounds:
         """Return what is known of the score once `undecided(low, high)` turns False: equal bounds are the score itself.
 
         model: as it was at the first pass, or when `settled` was last called, but for the weights of `module`.
+        known: bounds that an earlier, cut-short call gave for these very weights; this call goes on where it stopped.
         """
         self.evaluations.passes += 1
-        tally = Tally()
+        if known is not None and not undecided(*known):
+            return known
+        before = None if known is None else self._stopped.get((module, known))
+        tally = Tally() if before is None else before.copy()
         counted = (self.measure.lowest, self.measure.highest) == (0.0, 1.0)
         needed = enough(undecided, self.size) if counted else None
         with frozen(model):
@@ -623,7 +648,12 @@ class FewShotScore:
                 index = len(tally.seen) if needed is None else next_batch(self._sizes, tally, needed)
                 if not self._see(model, index, module, tally):
                     return math.nan, math.nan
-        return self._bounds(tally)
+        low, high = self._bounds(tally)
+        if low < high:
+            other = self._stopped.get((module, (low, high)), tally)
+            same = other is not None and set(other.seen) == set(tally.seen)
+            self._stopped[module, (low, high)] = tally if same else None
+        return low, high
 
     def predicted(
         self, model: nn.Module, modules: Mapping[str, nn.Linear], removed: Removed, axes: Sequence[str]
@@ -641,13 +671,14 @@ class FewShotScore:
                 outputs, places, changes = linearised(answer, modules, removed, axes, rows)
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
+                self.evaluations.blocks += passes * self._reuse.depth
                 self.evaluations.sample_blocks += passes * self._reuse.depth * len(rows)
                 for module, of_module in changes.items():
                     for axis, change in of_module.items():
                         own = tallies[module][axis] = tallies[module][axis] or [Tally() for _ in range(change.shape[2])]
                         for tally, moved in zip(own, change.to(outputs).unbind(2), strict=True):
                             values = self.measure.judged(outputs.scatter_add(1, places, moved), batch)
-                            tally.add(index, values)
+                            tally.add(index, values, keep=isinstance(self.measure, Whole))
         self.evaluations.passes += passes
         scores = {
             module: {axis: [self._bounds(tally)[0] for tally in own] for axis, own in of_module.items()}
@@ -672,7 +703,7 @@ class FewShotScore:
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
         """Add the model's answers to one batch to a tally; False if one of them is no number."""
         values = self.measure.values(self._logits(model, index, module), self._batches[index])
-        tally.add(index, values)
+        tally.add(index, values, keep=isinstance(self.measure, Whole))
         return bool(values.isfinite().all())
 
     def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
@@ -684,6 +715,7 @@ class FewShotScore:
         else:
             output = self._reuse.altered(model, inputs, index, module)
         self.evaluations.examples += self._sizes[index]
+        self.evaluations.blocks += self._reuse.ran
         self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
         return logits_of(output).to(batch["labels"].device)
 
@@ -701,7 +733,7 @@ class FewShotScore:
         if isinstance(self.measure, Whole):
             if rest:
                 return -math.inf, math.inf
-            values = torch.cat([tally.seen[index] for index in range(len(self._batches))])
+            values = torch.cat([tally.values[index] for index in range(len(self._batches))])
             return (self.measure.whole(values, torch.cat([batch["labels"] for batch in self._batches])),) * 2
         if not rest:
             return (tally.total / self._weight,) * 2

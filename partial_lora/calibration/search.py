@@ -86,7 +86,8 @@ def bisect(survives: Callable[[float], bool], grid: Sequence[float]) -> float:
     return grid[below - 1] if below else 0.0
 
 
-SEARCHES = {"scan": scan, "bisect": bisect, "gradient": scan}  # "gradient" scans predicted curves
+Search = Callable[[Callable[[float], bool], Sequence[float]], float]
+SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # "gradient" scans predicted curves
 
 
 def checks(points: float) -> int:

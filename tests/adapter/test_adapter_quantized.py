@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from adapter_models import LLAMA_TARGETS, dense_twin, fill, layers, logits, loss_of, optimizer_of, step, tokens
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners import lora
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.layer import PartialLoraVariant, mask_layer
 from partial_lora.adapter.selection import Geometry, random_masks
 
@@ -128,6 +128,20 @@ def test_bitsandbytes_merges_as_dense_lora(folder, bits, dtype, granularity):
         adapted.unmerge_adapter()
     unmerged = dequantised(model)
     assert all(torch.equal(weight, unmerged[name]) for name, weight in dequantised(twin).items())
+
+
+@pytest.mark.parametrize(("bits", "granularity"), [(4, "rows_columns"), (8, "element")])
+def test_bitsandbytes_saves_and_loads(folder, bits, granularity, tmp_path):
+    model = masked(bitsandbytes(bits, folder), granularity)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens())
+    config = PartialLoraConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(bitsandbytes(bits, folder), tmp_path, config=config, is_trainable=True)
+    assert module_masks(again) == module_masks(model)
+    assert torch.equal(logits(again, tokens()), expected)
+    plain = PeftModel.from_pretrained(bitsandbytes(bits, folder), tmp_path)
+    assert type(plain.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(plain, tokens()), expected, **OF_BITS[bits])
 
 
 def installed(*packages):

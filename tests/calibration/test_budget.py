@@ -7,6 +7,7 @@ import pytest
 from partial_lora.calibration.budget import (
     dense_parameters,
     kept_parameters,
+    largest_threshold,
     meet,
     parameter_count,
     scaled,
@@ -89,6 +90,21 @@ def test_scaled_sparsities_are_those_that_masks_measure():
     for module, shape in VIT.items():
         for axis, size in zip(("rows", "columns"), shape, strict=True):
             assert 1 - kept_count(size, found[module][axis]) / size == found[module][axis]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.123, 0.5, 0.9999])
+def test_the_largest_threshold_is_found(limit):
+    asked = []
+
+    def fits(threshold):
+        asked.append(threshold)
+        return threshold <= limit
+
+    assert largest_threshold(fits, 0.0) == pytest.approx(limit, abs=1e-6)
+    assert largest_threshold(fits, 0.0) <= limit
+    assert len(asked) < 60
+    assert largest_threshold(lambda threshold: True, 0.3) == 1
+    assert largest_threshold(lambda threshold: False, 0.3) == 0.3
 
 
 def chosen_at(threshold):

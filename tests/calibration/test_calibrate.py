@@ -80,11 +80,11 @@ class Strict(Counted):
     def settled(self, module):
         self.weights[f"{module}.weight"] = self.model.get_submodule(module).weight.clone()
 
-    def bounds(self, model, module, undecided):
+    def bounds(self, model, module, undecided, known=None):
         self.model = model
         for name, value in model.state_dict().items():
             assert name == f"{module}.weight" or torch.equal(value, self.weights[name])
-        score, (low, high) = super().__call__(model), (0.0, 1.0)
+        score, (low, high) = super().__call__(model), known or (0.0, 1.0)
         assert low <= score <= high
         while low < high and undecided(low, high):
             low, high = min(score, low + 1 / 8), max(score, high - 1 / 8)
@@ -137,7 +137,21 @@ def test_a_plain_score_gives_what_one_with_bounds_gives(model, batches, score):
     bounded = calibrate(model, score, target_modules=TARGETS, levels=0.1)
     assert (bounded.sparsity, bounded.joint) == (plain.sparsity, plain.joint)
     assert bounded.evaluations == plain.evaluations == score.evaluations.passes
-    assert score.evaluations.sample_blocks < 0.65 * plain.evaluations * len(model.vit.blocks) * score.rows
+    assert score.evaluations.blocks < 0.65 * plain.evaluations * len(model.vit.blocks) * len(batches)
+
+
+def test_a_score_that_cannot_settle_is_evaluated_in_full(model, batches, twin):
+    class Unsettled(Strict):
+        @property
+        def settled(self):
+            raise AttributeError
+
+    result = calibrate(model, Unsettled(batches), threshold=0.8, scope="cumulative", **GRID)
+    assert (result.sparsity, result.joint) == twin.calibrated(enough(twin, 0.8), scope="cumulative")
+
+
+def test_scopes_differ_by_the_order_in_which_modules_choose(twin):
+    assert len({str(twin.calibrated(enough(twin, 0.8), scope=scope)[0]) for _, scope in VARIANTS}) == 3
 
 
 @pytest.mark.parametrize(("axes", "names"), [("separate", AXES), ("joint", ("joint",))])
@@ -191,6 +205,18 @@ def minus_loss(batches):
         return -float(nn.functional.cross_entropy(logits, torch.cat([batch["labels"] for batch in batches])))
 
     return score
+
+
+def test_negative_scores_are_losses(model, batches):
+    loss = minus_loss(batches)
+    baseline = loss(model)
+    result = calibrate(model, loss, target_modules=["mlp.fc1"], threshold=0.8, levels=0.2, max_sparsity=0.8)
+    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 6
+    for name, axes in result.sparsity.items():
+        for axis, sparsity in axes.items():
+            levels = [level for level in LEVELS if level <= sparsity + 0.2]
+            survives = [loss(with_zeroed(model, [(name, axis, level)])) >= baseline / 0.8 for level in levels]
+            assert survives == [level <= sparsity for level in levels]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,16 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from sklearn import metrics
 
-from partial_lora import Calibration, progress, train
+from partial_lora import Calibration, progress, tasks, train
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
 from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.reliability import reliability
+from partial_lora.errors import PartialLoraError
 from partial_lora.runs import build
 from partial_lora.runs import directory as record
 from partial_lora.runs.compose import composed
@@ -47,21 +51,37 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path)
 
 
-def test_the_score_that_is_asked_for_is_the_one_that_is_held(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, keys, small = [], set(), "calibration.max_sparsity=0.05"
+@torch.no_grad()
+def literal_scores(seed: int = 3, shots: int = 4) -> dict[str, float]:
+    """Every score of the frozen model, from its predictions on the scored draw."""
+    chosen = composed(*TINY)
+    task = build.task_of(chosen)
+    transform = build.transform_of(chosen.model, chosen.task)
+    draws = tasks.few_shot_draws(task.train["label"], shots=shots, seed=seed)
+    fit, scored = (transform.batches(task.train.select(rows), 40) for rows in (draws.fit, draws.scored))
+    torch.manual_seed(chosen.seed)
+    model = build.model_of(chosen.model, task.labels).eval()
+    with few_shot.few_shot_head(model, chosen.model.head, fit):
+        logits, labels = model(pixel_values=scored[0]["pixel_values"]).logits, scored[0]["labels"]
+    predictions = logits.argmax(-1)
+    return {
+        "auto": metrics.accuracy_score(labels, predictions),
+        "f1": metrics.f1_score(labels, predictions, average="macro"),
+        "matthews": metrics.matthews_corrcoef(labels, predictions),
+        "loss": -metrics.log_loss(labels, logits.double().softmax(-1).numpy(), labels=range(10)),
+    }
 
-    class Watched(scoring.FewShotScore):
-        def __init__(self, model, batches, measure, *others: object) -> None:
-            super().__init__(model, batches, measure, *others)
-            held.append(measure)
 
-    monkeypatch.setattr(few_shot, "FewShotScore", Watched)
-    for score in ("auto", "f1", "matthews", "loss"):
-        directory, entry = place.calibrate(f"calibration.score={score}", small)
-        assert not entry["calibration"]["cached"]  # nothing that one score has found is taken for another's
+def test_the_score_that_is_asked_for_is_the_one_that_is_held(place: Place) -> None:
+    expected = literal_scores()
+    keys = set()
+    for score, value in expected.items():
+        directory, entry = place.calibrate(f"calibration.score={score}", "calibration.max_sparsity=0.05")
+        assert entry["calibration"]["baseline"] == pytest.approx(value, abs=1e-5)
         keys.add(json.loads((directory / "calibration.json").read_text())["settings"]["key"])
-    assert (held, len(keys)) == (["accuracy", "f1", "matthews", "loss"], 4)
-    assert place.calibrate("calibration.score=accuracy", small)[1]["calibration"]["cached"]
+    assert len(keys) == len(expected)  # nothing that one score has found is taken for another's
+    directory, entry = place.calibrate("calibration.score=accuracy", "calibration.max_sparsity=0.05")
+    assert entry["calibration"]["cached"]
 
 
 def test_without_a_seed_of_its_own_it_has_the_run_s_and_the_methods_of_one_seed_share_it(place: Place) -> None:
@@ -96,12 +116,13 @@ def test_a_variant_is_what_it_promises(place: Place, overrides: list[str], holds
     directory, entry = place.calibrate(*overrides)
     found = Calibration.load(directory / "calibration.json")
     assert holds(found)
-    assert entry["calibration"].items() <= found.summary().items()
+    assert {name: entry["calibration"][name] for name in ("axes", "scope", "repaired", "above_chance")} == {
+        "axes": found.axes,
+        "scope": found.scope,
+        "repaired": found.repaired,
+        "above_chance": found.above_chance,
+    }
     assert entry["sparsity"] == found.sparsity
-    if found.budget is not None:
-        shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
-        dense = kept_parameters(shapes, 16, 0.0)
-        assert 0.99 * 0.13 * dense <= kept_parameters(shapes, 16, found.sparsity) <= 0.13 * dense
 
 
 def test_memory_changes_nothing_that_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +156,13 @@ def test_options_of_another_measure_leave_what_was_found_usable(place: Place) ->
     assert [cached("importance.rounds=5"), cached("importance.rounds=6")] == [False, True]
     by_pruning = ("importance=imp", "importance.steps=1", "importance.rounds=1")
     assert [cached(*by_pruning), cached(*by_pruning), cached(*by_pruning, "importance.fraction=0.5")] == [0, 1, 0]
+
+
+def test_a_budget_is_met_by_the_shapes_on_record(place: Place) -> None:
+    _, entry = place.calibrate("calibration=budget")
+    shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
+    dense = kept_parameters(shapes, 16, 0.0)
+    assert 0.99 * 0.13 * dense <= kept_parameters(shapes, 16, entry["sparsity"]) <= 0.13 * dense
 
 
 def test_warnings_come_everywhere(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,3 +218,9 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
     _, entry = place.calibrate("calibration.reliability=true", "calibration.max_sparsity=0.05")
     doubts = [each for each in entry["calibration"]["warnings"] if each.startswith(said or "inconsistent: ")]
     assert bool(doubts) == warned
+
+
+def test_reliability_needs_two_examples(place: Place) -> None:
+    rows, draws = Dataset.from_dict({"label": [0, 1]}), tasks.Draws(fit=[0], scored=[1])
+    with pytest.raises(PartialLoraError, match=r"^split-half: "):
+        few_shot.halves_few_shot(None, rows, draws, seed=0)

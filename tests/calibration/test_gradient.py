@@ -209,7 +209,7 @@ def test_few_points_are_evaluated_and_what_they_say_goes_before_the_prediction(m
             name: {axis: dict(zip(LEVELS, ((score, score) for score in own), strict=True)) for axis, own in of.items()}
             for name, of in predicted.items()
         }
-        levels = gradient.levels_of(curves, LEVELS, partial(found.passes, threshold=threshold), {})
+        levels = gradient.levels_of(curves, LEVELS, partial(found.passes, threshold=threshold))
         tried = sum(min(round(level / 0.2) + 1, 4) for of in levels.values() for level in of.values())
         evaluated = 0
         for name, entries in found.modules.items():
@@ -221,6 +221,7 @@ def test_few_points_are_evaluated_and_what_they_say_goes_before_the_prediction(m
                         assert low <= truth.get(level, low) <= high
                         evaluated += 1
         assert evaluated <= found.evaluations - 2 - 5 <= 0.3 * tried
+        assert found.at(threshold).sparsity == found.sparsity
         differing += evaluated
     assert differing
 
@@ -262,9 +263,11 @@ def test_what_is_stored_is_what_a_fresh_calibration_finds(model, batches, tmp_pa
     monkeypatch.setattr(FewShotScore, "predicted", None)  # from here on nothing is predicted
     for threshold, expected in fresh.items():  # what one has evaluated decides nothing for another
         found, _ = found_by(model, batches, threshold=threshold, store=store)
-        assert (found.sparsity, found.joint, found.cached) == (expected.sparsity, expected.joint, False)
+        assert (found.modules, found.joint, found.cached) == (expected.modules, expected.joint, False)
         again = calibrate(model, None, threshold=threshold, search="gradient", store=store, **GRID)
-        assert (again.modules, again.cached, again.evaluations) == (found.modules, True, 0)
+        assert (again.modules, again.cached, again.evaluations) == (expected.modules, True, 0)
+        known, _ = found_by(model, batches, threshold=threshold, known=fresh[0.8], store=store)
+        assert known.modules == expected.modules
     scanned = calibrate(model, FewShotScore(model, batches), threshold=0.8, store=store, **GRID)
     assert scanned.modules == calibrate(model, FewShotScore(model, batches), threshold=0.8, **GRID).modules
 
@@ -276,11 +279,14 @@ def test_it_takes_no_more_passes_than_the_most_and_tells_each_level(model, batch
     curves = 6 if "axes" in kind else 12
     most = passes_at_most(6, curves // 6, 4, search="gradient", repair="repair" in kind)
     assert found.evaluations == scored.evaluations.passes <= most + 1  # and the baseline
-    assert told[0][0] == (0, curves)
-    assert [count for count, _ in told[-curves:]] == [(done, curves) for done in range(1, curves + 1)]
+    assert [count for count, _ in told] == [(done, curves) for done in range(curves + 1)]
     assert told[0][1]["expected"] > 0
-    levels = {(what["module"], what["axis"]): what["sparsity"] for _, what in told[-curves:]}
-    assert levels == {(name, axis): level for name, of in found.chosen.items() for axis, level in of.items()}
+    levels = {
+        (what["module"], "rows" if what["axis"] == "joint" else what["axis"]): what["sparsity"] for _, what in told[1:]
+    }
+    assert levels == {
+        (name, axis): found.chosen[name].get(axis, found.chosen[name].get("joint")) for name, axis in levels
+    }
     if "budget" in kind:
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.modules}
         count = int(0.3 * 4 * sum(map(sum, shapes.values())))

@@ -32,10 +32,10 @@ def leverage_scores(matrix: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (5, 1.0), (5, 1e-18)])
-def test_svd_scores_are_leverage_scores(shape, k, scale):
+@pytest.mark.parametrize("k", [1, 5])
+def test_svd_scores_are_leverage_scores(shape, k):
     matrix = weight(shape)
-    rows, columns = importance.svd(scale * matrix.double(), k=k)
+    rows, columns = importance.svd(matrix, k=k)
     expected_rows, expected_columns = leverage_scores(matrix, k)
     np.testing.assert_allclose(rows, expected_rows, atol=1e-9)
     np.testing.assert_allclose(columns, expected_columns, atol=1e-9)
@@ -50,6 +50,12 @@ def test_svd_takes_the_smallest_k_that_holds_the_energy(shape, energy):
     rows, columns = importance.svd(matrix, energy=energy)
     assert float(rows.sum()) == pytest.approx(k)
     assert float(columns.sum()) == pytest.approx(k)
+
+
+def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
+    rows, columns = importance.svd(weight((12, 12)), energy=1.0)
+    np.testing.assert_allclose(rows, 1, atol=1e-6)
+    np.testing.assert_allclose(columns, 1, atol=1e-6)
 
 
 def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
@@ -68,19 +74,138 @@ def test_a_weight_without_a_spectrum_is_refused(bad):
         importance.svd(torch.full((4, 6), bad), module="blocks.0.fc")
 
 
+def test_the_scores_follow_their_rows_and_ignore_the_scale():
+    matrix = weight((40, 16))
+    rows, columns = importance.svd(matrix)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    moved_rows, same_columns = importance.svd(1e-18 * matrix[order])
+    torch.testing.assert_close(moved_rows, rows[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(same_columns, columns, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_weight_in_half_precision_scores_as_the_numbers_it_holds(dtype):
-    matrix = weight((50, 16)).to(dtype)
+@pytest.mark.parametrize("size", [16, 400])
+def test_a_weight_in_half_precision_scores_as_the_numbers_it_holds(dtype, size, monkeypatch):
+    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
+    matrix = structured((500, size), "power").to(dtype)
     for half, whole in zip(importance.svd(matrix, k=4), importance.svd(matrix.double(), k=4), strict=True):
-        torch.testing.assert_close(half, whole)
+        torch.testing.assert_close(half, whole, atol=1e-5, rtol=0)
+
+
+SPECTRA = {
+    "flat": lambda i: torch.ones_like(i),
+    "slow": lambda i: i**-0.25,
+    "root": lambda i: i**-0.5,
+    "power": lambda i: 1 / i,
+    "exponential": lambda i: torch.exp(-i / 8),
+    "steps": lambda i: 2.0 ** -(i // 6),
+    "outlier": lambda i: torch.where(i < 3, 100.0, 1 / i),
+    "low rank": lambda i: (i < 12) + 1e-9,
+    "near ties": lambda i: 2.0 ** -(i // 6) * (1 - 2e-5 * i),
+}
+
+
+def structured(shape: tuple[int, int], spectrum: str, seed: int = 0, local: bool = False) -> torch.Tensor:
+    """A weight with these singular values; `local`: its singular vectors live on few rows, so some score near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(shape, generator=generator), torch.randn(shape[1], shape[1], generator=generator)
+    if local:
+        left, right = torch.eye(*shape) + 0.02 * left, torch.eye(shape[1]) + 0.02 * right
+    values = SPECTRA[spectrum](torch.arange(1.0, shape[1] + 1))
+    return (torch.linalg.qr(left)[0] * values) @ torch.linalg.qr(right)[0].T
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The subspace starts as narrow as these weights are small."""
+    monkeypatch.setattr(importance, "FIRST_WIDTH", 16)
+
+
+def randomized(matrix: torch.Tensor, seed: int = 0, k: int | None = None, energy: float = 0.9):
+    return importance.randomized(matrix, torch.Generator().manual_seed(seed), k=k, energy=energy)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("asked", [{"k": 1}, {"k": 9}, {"energy": 0.5}, {"energy": 0.9}])
+def test_randomized_scores_are_within_a_thousandth_or_it_gives_way(spectrum, asked, local):
+    matrix = structured((420, 320), spectrum, local=local)
+    scores, expected = randomized(matrix, **asked), importance.exact(matrix, **asked)
+    for some, exact in zip(scores or expected, expected, strict=True):
+        assert float((some - exact).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "asked"),
+    [
+        ("root", {"k": 9}),
+        ("power", {}),
+        ("exponential", {}),
+        ("outlier", {"k": 9}),
+        ("outlier", {}),
+        ("steps", {"k": 5}),
+    ],
+)
+def test_randomized_does_the_work_where_the_subspace_is_narrow(spectrum, asked):
+    assert randomized(structured((420, 320), spectrum), **asked) is not None
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "asked"),
+    [
+        ("flat", {}),  # 90 % of it takes 90 % of the directions
+        ("flat", {"k": 4}),  # no four directions stand out
+        ("root", {"k": 40}),  # wider than an eighth
+        ("low rank", {"k": 14}),  # above the rank
+        ("outlier", {"k": 1}),  # the two largest are alike
+    ],
+)
+def test_randomized_gives_way_where_it_cannot_tell(spectrum, asked):
+    assert randomized(structured((420, 320), spectrum), **asked) is None
+
+
+@pytest.mark.parametrize("nudge", [-1e-7, 1e-7])
+def test_randomized_gives_way_where_rounding_decides_k(nudge):
+    matrix = structured((420, 320), "power")
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    energy = float(squares[:5].sum() / squares.sum()) + nudge
+    assert randomized(matrix, energy=energy) is None
+    assert randomized(matrix, energy=energy + 1e-4) is not None
 
 
 def test_a_weight_of_many_rows_is_taken_in_parts():
     matrix = weight((9000, 20))
+    gram = importance._lower_gram(matrix, width=7)
+    torch.testing.assert_close(gram.tril(), (matrix.double().T @ matrix.double()).tril())
     left, _, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    rows, columns = importance.svd(matrix, k=3)
+    rows, columns = importance.exact(matrix, k=3)
     np.testing.assert_allclose(rows, np.square(left[:, :3]).sum(1), atol=1e-12)
     np.testing.assert_allclose(columns, np.square(right[:3]).sum(0), atol=1e-9)
+
+
+def test_only_a_large_weight_is_randomized(monkeypatch):
+    matrix = structured((320, 420)[::-1], "power").T  # wide, so its rows are the short side
+    exact = importance.svd(matrix, k=9)
+    monkeypatch.setattr(importance, "EXACT_SIZE", 319)
+    found = importance.svd(matrix, module="m", seed=1, k=9)
+    assert not torch.equal(found[0], exact[0])
+    for some, expected in zip(found, exact, strict=True):
+        assert some.dtype == torch.float64
+        assert float((some - expected).abs().max()) < 1e-3
+    assert torch.equal(importance.svd(matrix, module="m", seed=1, k=9)[0], found[0])
+    assert not torch.equal(importance.svd(matrix, module="m", seed=2, k=9)[0], found[0])
+    assert not torch.equal(importance.svd(matrix, module="n", seed=1, k=9)[0], found[0])
+    flat = structured((420, 320), "flat")
+    assert torch.equal(importance.svd(flat)[0], importance.exact(flat)[0])
+    with pytest.raises(PartialLoraError, match=r"importance.k=20: .* \(420, 320\)"):
+        importance.svd(torch.outer(flat[:, 0], flat[0]), k=20)
+
+
+def test_the_random_start_leaves_the_random_state_alone(monkeypatch):
+    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
+    before = torch.get_rng_state()
+    importance.svd(structured((420, 320), "power"), k=9)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_magnitude_is_the_squared_norm():
@@ -95,6 +220,15 @@ def test_random_importance_keeps_what_a_random_mask_keeps(sparsity):
     for axis, scores in (("rows", rows), ("columns", columns)):
         drawn = Mask.random(len(scores), sparsity, mask_seed=3, module="blocks.1.fc", axis=axis)
         assert Mask.top(scores.numpy(), sparsity) == drawn
+
+
+def test_random_importance_differs_between_seeds_modules_and_axes():
+    square = torch.zeros(20, 20)
+    one, other = importance.random(square, module="a", seed=0)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, importance.random(square, module="a", seed=1)[0])
+    assert not torch.equal(one, importance.random(square, module="b", seed=0)[0])
+    assert torch.equal(one, importance.random(square, module="a", seed=0)[0])
 
 
 def test_measures_leave_the_weight_alone():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
-from scipy.stats import rankdata
 
 from partial_lora.calibration.reliability import (
     correlation,
@@ -15,6 +16,7 @@ from partial_lora.calibration.reliability import (
     mean_of,
     reliability,
     split_half,
+    verdict,
 )
 from partial_lora.errors import PartialLoraError
 
@@ -24,6 +26,19 @@ def sparsities(*values: float) -> dict:
     return {
         f"m{index // 2}": {"rows": values[index], "columns": values[index + 1]} for index in range(0, len(values), 2)
     }
+
+
+def pearson(x, y) -> float:
+    """By definition."""
+    x, y = np.asarray(x) - np.mean(x), np.asarray(y) - np.mean(y)
+    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+
+def ranks(values) -> list[float]:
+    """From 1; equal values share the mean of their places."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values
+    ]
 
 
 @pytest.mark.parametrize("counts", [(4, 4), (3, 5, 7), (1, 1, 1, 1), (1, 2), (16,) * 10, (2,)])
@@ -54,9 +69,9 @@ def test_one_example_has_no_halves() -> None:
 def test_correlations_are_those_of_the_textbook() -> None:
     first, second = (0.1, 0.5, 0.5, 0.9, 0.3, 0.0), (0.2, 0.4, 0.55, 0.8, 0.4, 0.1)
     found = reliability(sparsities(*first), sparsities(*second))
-    r = np.corrcoef(first, second)[0, 1]
+    r = pearson(first, second)
     assert found["pearson"] == pytest.approx(r)
-    assert found["spearman"] == pytest.approx(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    assert found["spearman"] == pytest.approx(pearson(ranks(first), ranks(second)))
     assert found["spearman_brown"] == pytest.approx(2 * r / (1 + r))
     assert (found["n"], found["said"]) == (6, "")
 
@@ -91,13 +106,26 @@ def test_calibrations_of_different_modules_are_refused_by_name() -> None:
         reliability(sparsities(0.1, 0.2, 0.3, 0.4), sparsities(0.1, 0.2))
 
 
+@pytest.mark.parametrize(
+    ("corrected", "words"),
+    [
+        (0.51, ""),
+        (0.5, ""),
+        (0.49, "inconsistent: .* 0.49; .*calibration.shots.*"),
+        (None, "no reliability"),
+    ],
+)
+def test_the_verdict_turns_at_one_half(corrected, words) -> None:
+    assert re.match(words + ("$" if not words else ""), verdict(corrected))
+
+
 def test_a_difference_sees_a_shift_that_a_correlation_does_not() -> None:
     first, second = (0.1, 0.3, 0.2, 0.6), (0.2, 0.4, 0.3, 0.7)
     found = difference(sparsities(*first), sparsities(*second))
     assert found["pearson"] == pytest.approx(1)
     assert found["mean_absolute"] == pytest.approx(0.1)
     other = difference(sparsities(*first), sparsities(0.1, 0.2, 0.6, 0.3))
-    assert other["pearson"] == pytest.approx(np.corrcoef(first, (0.1, 0.2, 0.6, 0.3))[0, 1])
+    assert other["pearson"] == pytest.approx(pearson(first, (0.1, 0.2, 0.6, 0.3)))
     assert other["mean_absolute"] == pytest.approx((0 + 0.1 + 0.4 + 0.3) / 4)
 
 

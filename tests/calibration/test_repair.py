@@ -143,3 +143,8 @@ def test_a_repaired_calibration_against_the_literal_twin(model, batches, score, 
     assert 0 < found.repaired["evaluations"] < found.evaluations
     assert found.chosen == plain.chosen  # what the curves said stays on record
     assert not [words for words in found.warnings if "joint score" in words]
+
+
+def test_a_repair_that_was_not_needed_says_so(model):
+    found = calibrate(model, lambda model: 1.0, target_modules=["mlp.fc2"], levels=0.4, repair=True)
+    assert found.repaired == {"joint_before": 1.0, "steps": 0, "threshold": 0.9, "evaluations": 0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -27,11 +26,6 @@ def test_a_calibration_comes_back_from_its_file(model, score, tmp_path):
     assert set(found.summary()) >= {"baseline", "joint", "threshold", "search", "evaluations", "seconds", "cached"}
     path.write_text(json.dumps(content | {"more": 1}))
     assert Calibration.load(path) == found
-    newer = ("axes", "scope", "levels", "max_sparsity", "chance", "above_chance", "repaired")  # than the first files
-    older = {key: value for key, value in content.items() if key not in newer}
-    settings = {"levels": 0.2, "max_sparsity": 0.95}
-    path.write_text(json.dumps(older | {"settings": settings}))
-    assert Calibration.load(path) == dataclasses.replace(found, chance=None, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +69,8 @@ def of_levels(*levels, curve=(), **changes):
     return Calibration(modules=modules, **USUAL | changes)
 
 
-def warned(*levels, size=160, density=0.5, **changes):
-    return warnings_of(of_levels(*levels, **changes), size=size, density=density)
+def warned(*levels, size=160, density=0.5, jointly=True, **changes):
+    return warnings_of(of_levels(*levels, **changes), jointly=jointly, size=size, density=density)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +93,7 @@ def warned(*levels, size=160, density=0.5, **changes):
         ((0.8, 0.8), {}, ["every level"]),
         ((0.8, 0.2), {"joint": 0.1}, []),
         ((0.4, 0.0), {"joint": None}, ["joint score"]),
+        ((0.4, 0.0), {"joint": None, "jointly": False}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.19}, ["few examples.* 63 .* 81%"]),
         ((0.4, 0.0), {"size": 64, "density": 0.19}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.2}, []),

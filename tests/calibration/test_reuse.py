@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from scored_models import Altered, Named, linears, random_model, scored_draw, tiny_vit, word_batches
+from scored_models import Altered, Named, called, linears, random_model, scored_draw, tiny_vit, word_batches
 from torch import nn
 
 from partial_lora.calibration.reuse import Reuse, logits_of
@@ -68,7 +68,20 @@ def test_the_outputs_are_those_of_a_full_pass_bit_for_bit(family, memory, order)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_memory_holds_what_fits_and_a_pass_starts_at_the_latest_block():
+@pytest.mark.parametrize("family", BLOCKS)
+def test_only_the_block_of_the_module_and_those_after_it_run(family):
+    model, inputs, names = made(family)
+    reuse = Reuse(model, BLOCKS[family], 2**31)
+    module = next(name for name in names if name.startswith(f"{BLOCKS[family]}.1."))
+    altered(reuse, model, inputs[0], 0, module)
+    with called(model) as ran:
+        altered(reuse, model, inputs[0], 0, module)
+    blocks = {name.removeprefix(BLOCKS[family])[1] for name in ran if name.startswith(BLOCKS[family])}
+    assert blocks == {"1", "2"}
+    assert reuse.ran == 2
+
+
+def test_memory_holds_the_nearest_earlier_state_where_the_own_does_not_fit():
     model, inputs, _ = made("vit")
     whole, bare = Reuse(model, BLOCKS["vit"], 2**31), Reuse(model, BLOCKS["vit"], 0)
     module = "vit.blocks.2.mlp.fc2"
@@ -84,13 +97,60 @@ def test_memory_holds_what_fits_and_a_pass_starts_at_the_latest_block():
         altered(tight, model, inputs[batch], batch, f"vit.blocks.{block}.mlp.fc2")
         ran.append(tight.ran)
         assert tight.bytes <= large + small
-    assert ran == [3 + 2, 2, 3 + 1, 1, 2, 1]  # a block is checked once: it depends on what enters it alone
+    assert ran == [
+        3 + 2,
+        2,
+        3 + 1,
+        1,
+        2,
+        1,
+    ]  # once for each block it is checked that it depends on what enters it alone
     assert tight.bytes == large + small
     tighter = Reuse(model, BLOCKS["vit"], large)
     for batch in (1, 0, 1, 0):
         altered(tighter, model, inputs[batch], batch, module)
         assert tighter.ran >= (1 if batch else 3)
     assert tighter.bytes == small
+
+
+def test_going_backwards_costs_no_more_than_going_forwards():
+    model, inputs, names = made("vit")
+    ran = {}
+    for order in ("forwards", "backwards"):
+        reuse = Reuse(model, BLOCKS["vit"], 2**31)
+        ran[order] = 0
+        for name in in_order(names, order):
+            for _ in range(2):
+                altered(reuse, model, inputs[0], 0, name)
+                ran[order] += reuse.ran
+    assert ran["backwards"] <= ran["forwards"] < 0.75 * 2 * 3 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("family", "order"),
+    [("vit", "forwards"), ("vit", "backwards"), ("bert", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
+)
+def test_what_depends_on_a_settled_module_is_forgotten(family, order):
+    model, inputs, names = made(family)
+    reuse = Reuse(model, BLOCKS[family], 2**31)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    names = in_order(names, order)
+    for name in names:
+        weight = model.get_submodule(name).weight.data
+        with Altered(model, name):
+            assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
+        weight[:, :4] = 0
+        reuse.settled(name)
+        block = name.split(BLOCKS[family])[1].split(".")[1]
+        for other in [other for other in names if other.startswith(f"{BLOCKS[family]}.{block}.")][:3] + names[::9]:
+            with Altered(model, other):
+                assert torch.equal(altered(reuse, model, inputs[0], 0, other), outputs(model, inputs[0]))
+    model.load_state_dict(own)
+    for name in names:
+        reuse.settled(name)
+    for name in names:
+        with Altered(model, name):
+            assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
 
 
 # Blocks that are not as tidy
@@ -143,11 +203,31 @@ WORDS = {"x": torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["any", "each afresh"])
+def test_blocks_that_are_not_as_tidy_give_the_same(kind, order):
+    model = Blocks(kind).eval()
+    reuse = Reuse(model, "blocks", 2**31)
+    intact = outputs(model, WORDS)
+    different = set()
+    names = linears(model, "")
+    for name in names if order == "each afresh" else in_order(names, order):
+        if order == "each afresh":
+            reuse = Reuse(model, "blocks", 2**31)
+        for rows in (2, 0, 4, 3, 6, 1):
+            with Altered(model, name, rows):
+                expected = outputs(model, WORDS)
+                assert torch.equal(altered(reuse, model, WORDS, 0, name), expected)
+                if not torch.equal(expected, intact):
+                    different.add(name)
+    assert len(different) >= 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_order_of_questions_changes_an_answer(kind):
     """Modules in any order, now and then one that is altered for good."""
     model, draw = Blocks(kind).eval(), random.Random(2)
     reuse = Reuse(model, "blocks", 2**31)
-    names = linears(model, "")
+    names = linears(model, "blocks")
     for step in range(150):
         name = draw.choice(names)
         for _ in range(draw.choice([1, 1, 2])):
@@ -167,6 +247,16 @@ def test_what_a_block_writes_into_is_copied_and_not_run_again():
             altered(reuse, model, WORDS, 0, "blocks.1.first")
         ran.append(reuse.ran)
     assert ran[-1] == 2
+
+
+def test_under_inference_mode_as_well():
+    model, inputs, names = made("vit")
+    reuse = Reuse(model, BLOCKS["vit"], 2**31)
+    with torch.inference_mode():
+        for name in names[3:7]:
+            for _ in range(2):
+                with Altered(model, name):
+                    assert torch.equal(altered(reuse, model, inputs[0], 0, name), outputs(model, inputs[0]))
 
 
 class PassedBy(nn.Module):

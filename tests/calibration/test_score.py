@@ -11,10 +11,12 @@ import torch
 from scipy import stats
 from scored_models import (
     Altered,
+    full_accuracy,
     graded,
     labelled,
     linears,
     questions,
+    scored_draw,
     texts,
     word_batches,
 )
@@ -26,7 +28,6 @@ from partial_lora.calibration.score import (
     Correctness,
     FewShotScore,
     Loss,
-    OptionLikelihood,
     Tally,
     arranged,
     batch_sizes,
@@ -56,33 +57,25 @@ def logits_by_row(model, batches):
                 yield model(**inputs).logits[0].double(), own
 
 
-def of_classes(metric):
-    """A metric (labels, predictions) of scikit-learn, or the loss for None."""
-
-    def score(model, batches):
-        logits, rows = zip(*logits_by_row(model, batches), strict=True)
-        logits, labels = torch.stack(logits), [int(own["labels"]) for own in rows]
-        if metric is None:
-            return -metrics.log_loss(labels, logits.softmax(-1), labels=range(logits.shape[1]))
-        return metric(labels, logits.argmax(-1).tolist())
-
-    return score
-
-
-def of_numbers(metric):
-    """A function (labels, predictions) of real numbers."""
-
-    def score(model, batches):
-        pairs = [(float(own["labels"]), float(logits[0])) for logits, own in logits_by_row(model, batches)]
-        return metric(*zip(*pairs, strict=True))
-
-    return score
-
-
 def log_likelihoods(logits, labels):
     """The log probability of each token that is asked for, given those before it."""
     shares = torch.log_softmax(logits, -1)
     return [float(shares[at - 1, labels[at]]) for at in range(1, len(labels)) if labels[at] != -100]
+
+
+def accuracy(model, batches):
+    right = [int(logits.argmax()) == int(own["labels"]) for logits, own in logits_by_row(model, batches)]
+    return sum(right) / len(right)
+
+
+def class_loss(model, batches):
+    losses = [-float(torch.log_softmax(logits, -1)[own["labels"][0]]) for logits, own in logits_by_row(model, batches)]
+    return -sum(losses) / len(losses)
+
+
+def squared_error(model, batches):
+    errors = [(float(logits[0]) - float(own["labels"])) ** 2 for logits, own in logits_by_row(model, batches)]
+    return -sum(errors) / len(errors)
 
 
 def token_loss(model, batches):
@@ -92,16 +85,30 @@ def token_loss(model, batches):
     return sum(tokens) / len(tokens)
 
 
-def chosen_options(per_token):
+def chosen_options(model, batches, per_token):
     """Whether the right option is the likeliest, by item."""
+    values: dict = {}
+    for logits, own in logits_by_row(model, batches):
+        tokens = log_likelihoods(logits, own["labels"][0])
+        value = sum(tokens) / (len(tokens) if per_token else 1)
+        values.setdefault(int(own["items"]), []).append((value, bool(own["answers"])))
+    right = [max(options)[1] for options in values.values()]
+    return sum(right) / len(right)
 
+
+def by_metric(function):
     def score(model, batches):
-        values: dict = {}
-        for logits, own in logits_by_row(model, batches):
-            tokens = log_likelihoods(logits, own["labels"][0])
-            value = sum(tokens) / (len(tokens) if per_token else 1)
-            values.setdefault(int(own["items"]), []).append((value, bool(own["answers"])))
-        return sum(max(options)[1] for options in values.values()) / len(values)
+        pairs = [(int(logits.argmax()), int(own["labels"])) for logits, own in logits_by_row(model, batches)]
+        predictions, labels = map(np.array, zip(*pairs, strict=True))
+        return function(labels, predictions)
+
+    return score
+
+
+def by_correlation(function):
+    def score(model, batches):
+        pairs = [(float(logits[0]), float(own["labels"])) for logits, own in logits_by_row(model, batches)]
+        return function(*zip(*pairs, strict=True)).statistic
 
     return score
 
@@ -111,17 +118,20 @@ def macro_f1(labels, predictions):
 
 
 CASES = {
-    "accuracy": (labelled, "accuracy", of_classes(metrics.accuracy_score)),
-    "class loss": (labelled, "loss", of_classes(None)),
-    "f1": (labelled, "f1", of_classes(macro_f1)),
-    "matthews": (labelled, "matthews", of_classes(metrics.matthews_corrcoef)),
-    "squared error": (graded, "loss", of_numbers(lambda *pair: -metrics.mean_squared_error(*pair))),
-    "pearson": (graded, "pearson", of_numbers(lambda *pair: stats.pearsonr(*pair).statistic)),
-    "spearman": (graded, "spearman", of_numbers(lambda *pair: stats.spearmanr(*pair).statistic)),
+    "accuracy": (labelled, "accuracy", accuracy),
+    "class loss": (labelled, "loss", class_loss),
     "token loss": (texts, "loss", token_loss),
-    "options": (questions, "options", chosen_options(False)),
-    "options per token": (questions, "options_per_token", chosen_options(True)),
+    "squared error": (graded, "loss", squared_error),
+    "f1": (labelled, "f1", by_metric(macro_f1)),
+    "matthews": (labelled, "matthews", by_metric(metrics.matthews_corrcoef)),
+    "pearson": (graded, "pearson", by_correlation(stats.pearsonr)),
+    "spearman": (graded, "spearman", by_correlation(stats.spearmanr)),
+    "a function": (labelled, lambda said, true: float(np.mean((said == true) & (true == 1))), None),
+    "options": (questions, "options", lambda model, batches: chosen_options(model, batches, False)),
+    "options per token": (questions, "options_per_token", lambda model, batches: chosen_options(model, batches, True)),
 }
+
+CASES["a function"] = (*CASES["a function"][:2], by_metric(lambda true, said: np.mean((said == true) & (true == 1))))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,7 +153,7 @@ def test_a_score_is_what_its_definition_says(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bounds_hold_and_decide(case):
+def test_bounds_hold_decide_and_go_on(case):
     draw, measure, _ = CASES[case]
     model, batches, blocks = draw()
     score = FewShotScore(model, batches, measure, blocks)
@@ -157,10 +167,16 @@ def test_bounds_hold_and_decide(case):
 
             with Altered(model, name, 10):
                 exact = FewShotScore(model, score._batches, measure, blocks).bounds(model, name, all_of_it)[0]
+                start = score.evaluations.examples
                 low, high = score.bounds(model, name, undecided)
                 assert low <= exact <= high
                 assert not undecided(low, high)
                 assert (low >= needed) == (exact >= needed)
+                before = score.evaluations.examples
+                again = score.bounds(model, name, undecided, (low, high))
+                assert (again, score.evaluations.examples) == ((low, high), before)
+                assert score.bounds(model, name, all_of_it, (low, high)) == pytest.approx((exact, exact), abs=1e-12)
+                assert score.evaluations.examples - start == score.size  # none is evaluated twice
 
 
 def test_a_lost_loss_stops_early_largest_losses_first():
@@ -180,8 +196,10 @@ def test_a_lost_loss_stops_early_largest_losses_first():
         needed = -0.9 * lost(0)  # the first batch alone is too much
         before = score.evaluations.examples
         low, high = score.bounds(model, name, lambda low, high: low < needed <= high)
-        assert score.evaluations.examples - before == 8
         assert (low, high) == (-math.inf, pytest.approx(-lost(0)))
+        assert score.bounds(model, name, all_of_it, (low, high))[0] == pytest.approx(-sum(map(lost, range(3))))
+        seen = score.evaluations.examples - before - 8 * 4  # without those that this test has asked for
+    assert seen == score.size
 
 
 def test_options_of_an_item_stay_together():
@@ -191,15 +209,16 @@ def test_options_of_an_item_stay_together():
     score(model)
     for batch in score._batches:
         score.measure.check(batch)  # next to each other, one right
-    before, after = (
-        {
-            (int(item), tuple(words.tolist()), bool(answer))
-            for batch in those
-            for item, words, answer in zip(batch["items"], batch["input_ids"], batch["answers"], strict=True)
-        }
-        for those in (batches, score._batches)
-    )
-    assert before == after
+    rows = {
+        (int(item), tuple(words.tolist()), bool(answer))
+        for batch in score._batches
+        for item, words, answer in zip(batch["items"], batch["input_ids"], batch["answers"], strict=True)
+    }
+    assert rows == {
+        (int(item), tuple(words.tolist()), bool(answer))
+        for batch in batches
+        for item, words, answer in zip(batch["items"], batch["input_ids"], batch["answers"], strict=True)
+    }
 
 
 # What guessing scores
@@ -221,18 +240,34 @@ def test_chance_is_the_majority_class_or_its_analogue():
     assert chance["loss"] == pytest.approx(sum(share * math.log(share) for share in shares))
     assert chance["f1"] == pytest.approx(metrics.f1_score(labels, guesses, average="macro", zero_division=0))
     assert chance["matthews"] == 0
+    assert FewShotScore(model, batches, lambda said, true: float(np.mean(said == true))).chance == chance["accuracy"]
     model, batches, _ = graded()
     labels = torch.cat([batch["labels"] for batch in batches]).double()
     assert FewShotScore(model, batches, "loss").chance == pytest.approx(-float(((labels - labels.mean()) ** 2).mean()))
     assert FewShotScore(model, batches, "pearson").chance == 0
+    assert FewShotScore(model, batches, lambda said, true: 0.5).chance is None
     model, batches, _ = texts()
     assert FewShotScore(model, batches, "loss").chance is None
 
 
 def test_chance_of_options_is_the_best_position_or_one_of_them():
-    items, measure = torch.tensor([0, 0, 1, 1, 2, 2, 2]), OptionLikelihood()
-    for answers, chance in (([1, 0, 1, 0, 0, 0, 1], 2 / 3), ([1, 0, 0, 1, 0, 0, 1], (1 / 2 + 1 / 2 + 1 / 3) / 3)):
-        assert measure.chance([{"items": items, "answers": torch.tensor(answers)}]) == pytest.approx(chance)
+    model, batches, _ = questions()
+    positions = []
+    for batch in batches:
+        for item in batch["items"].unique():
+            positions.append(int(batch["answers"][batch["items"] == item].nonzero()[0]))
+    most = max(positions.count(position) for position in range(3)) / 15
+    assert FewShotScore(model, batches, "options").chance == pytest.approx(most)
+    even = [{**batch, "answers": batch["answers"].clone()} for batch in batches]
+    for batch in even:  # the position of the right one as even as can be
+        batch["answers"][:] = False
+    at = 0
+    for batch in even:
+        for item in batch["items"].unique():
+            rows = (batch["items"] == item).nonzero().squeeze(1)
+            batch["answers"][rows[at % len(rows)]] = True
+            at += 1
+    assert FewShotScore(model, even, "options").chance >= (9 / 3 + 6 / 2) / 15
 
 
 # What is no number, and bad arguments
@@ -282,7 +317,11 @@ def test_bad_arguments_are_named():
 def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
     score = FewShotScore(model, batches)
     score(model)
-    assert score.evaluations.sample_blocks == 2 * score.rows  # 1 puts in order
+    rows = sum(len(batch["labels"]) for batch in batches)
+    assert (score.evaluations.blocks, score.evaluations.sample_blocks) == (
+        2 * len(batches),
+        2 * rows,
+    )  # 1 puts in order
 
 
 def test_blocks_before_the_altered_one_do_not_run(model, batches):
@@ -293,43 +332,85 @@ def test_blocks_before_the_altered_one_do_not_run(model, batches):
         block.norm1.register_forward_hook(lambda *_, position=position: ran.append(position))
     score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)  # fills
     ran.clear()
-    before = score.evaluations.sample_blocks
+    before = score.evaluations.blocks
     score.bounds(model, "vit.blocks.2.mlp.fc2", all_of_it)
     assert set(ran) == {2}
-    assert score.evaluations.sample_blocks - before == score.rows
+    assert score.evaluations.blocks - before == len(batches)
     ran.clear()
     score.bounds(model, "vit.head", all_of_it)  # in no block: nothing is known to be unchanged
     assert set(ran) == {0, 1, 2}
 
 
-def test_the_surest_have_the_largest_margin_and_come_first(model, batches):
-    logits, labels = torch.tensor([[1.0, 3.0, 0.0], [2.0, 0.0, 1.0]]), {"labels": torch.tensor([0, 0])}
-    assert Correctness().sureness(logits, labels).tolist() == [-2, 1]
-    score = FewShotScore(model, batches)
+def test_it_stops_once_the_question_is_decided(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    baseline = score(model)
+    for asked in (0.3, 0.6, baseline, 0.95):
+        for name in linears(model):
+            with Altered(model, name):
+                before = score.evaluations.examples
+                low, high = score.bounds(model, name, lambda low, high, asked=asked: low < asked <= high)
+                exact = full_accuracy(model, batches)
+            assert low <= exact <= high
+            assert (low >= asked) == (exact >= asked)
+            assert (low >= asked) or (high < asked)
+            if high - low > 0.3:
+                assert score.evaluations.examples - before < score.size
+    before = score.evaluations.examples
+    assert score.bounds(model, "vit.blocks.0.mlp.fc1", lambda low, high: False) == (0, 1)
+    assert score.evaluations.examples == before
+
+
+def test_the_surest_come_first_and_what_is_wrong_anyway_last(model, batches):
+    score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
+    assert [len(batch["labels"]) for batch in score._batches] == [len(batch["labels"]) for batch in batches]
     with torch.no_grad():
-        sureness = [score.measure.sureness(model(batch["pixel_values"]), batch) for batch in score._batches]
-    assert (torch.cat(sureness).diff() < 1e-4).all()
+        images = torch.cat([batch["pixel_values"] for batch in score._batches])
+        labels = torch.cat([batch["labels"] for batch in score._batches])
+        logits = model(images)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    margins = own - logits.scatter(1, labels[:, None], -torch.inf).max(1).values
+    assert (margins.diff() < 1e-4).all()
+    assert margins[0] > 0 > margins[-1]
+    same = {tuple(image.flatten()[:4].tolist()) for batch in batches for image in batch["pixel_values"]}
+    assert {tuple(image.flatten()[:4].tolist()) for image in images} == same
 
 
 def test_the_model_comes_back_as_it_was(model, batches):
     model.train()
-    first, second, third = model.vit.blocks
-    second.eval()
-    own = first.forward
-    replaced = first.forward = lambda x: own(x)  # what accelerate's hooks do
+    model.vit.blocks[1].eval()
     flags = {name: module.training for name, module in model.named_modules()}
     score = FewShotScore(model, batches, blocks=BLOCKS)
     score(model)
-    for _ in range(2):
-        score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
-    handle = third.mlp.fc2.register_forward_hook(lambda *_: 1 / 0)
+    score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
+
+    def broken(low, high):
+        if low > 0:
+            raise RuntimeError("in the middle")
+        return True
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        score.bounds(model, "vit.blocks.2.mlp.fc1", broken)
+    handle = model.vit.blocks[2].mlp.fc2.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score.bounds(model, "vit.blocks.2.mlp.fc1", all_of_it)
     handle.remove()
     assert {name: module.training for name, module in model.named_modules()} == flags
-    assert first.forward is replaced
-    assert not any("forward" in vars(block) for block in (second, third))
+    for block in model.vit.blocks:
+        assert "forward" not in vars(block)
+        assert not block._forward_hooks
+
+
+def test_a_forward_of_its_own_is_put_back(model, batches):
+    block = model.vit.blocks[0]
+    own = block.forward
+    block.forward = lambda x: own(x)  # what accelerate's hooks do
+    replaced = block.forward
+    score = FewShotScore(model, batches, blocks=BLOCKS)
+    score(model)
+    for _ in range(2):
+        score.bounds(model, "vit.blocks.1.mlp.fc1", all_of_it)
+    assert block.forward is replaced
 
 
 def test_bad_blocks_and_draws_are_named(model, batches):
@@ -352,8 +433,8 @@ def walked(sizes, right, needed):
     while tally.total < needed <= tally.total + size - tally.units:
         index = next_batch(sizes, tally, needed)
         assert index not in tally.seen
-        tally.add(index, torch.tensor([1.0] * right[index] + [0.0] * (sizes[index] - right[index])))
-    return list(tally.seen)
+        tally.add(index, torch.tensor([1.0] * right[index] + [0.0] * (sizes[index] - right[index])), keep=False)
+    return tally.seen
 
 
 def test_what_passes_is_decided_by_the_surest_and_what_fails_by_the_least_sure():
@@ -459,3 +540,28 @@ def test_batches_get_smaller_where_most_is_decided(sizes, smaller):
     batches = [{"labels": torch.arange(size)} for size in sizes]
     parts = arranged(batches, [torch.arange(float(size)) for size in sizes], Correctness())
     assert [len(part["labels"]) for part in parts] == smaller
+
+
+def test_what_two_points_have_in_common_is_not_taken_for_the_same(model, monkeypatch):
+    """Equal bounds after other batches: nobody can know which to go on with."""
+    score = FewShotScore(model, scored_draw(model, sizes=(3, 3, 3)), "accuracy")
+    right = {"first": [2, 3, 1], "second": [0, 3, 2]}  # of each batch, with one or another level zeroed
+
+    def bounds(point, undecided, known=None):
+        def see(model, index, module, tally):
+            tally.add(index, torch.tensor([1.0] * right[point][index] + [0.0] * (3 - right[point][index])), keep=False)
+            return True
+
+        monkeypatch.setattr(score, "_see", see)
+        return score.bounds(model, "vit.head", undecided, known)
+
+    def from_the_end(low, high):
+        return high - low > 0.7 or (low > 0.3 and high == 1)
+
+    known = bounds("first", lambda low, high: high - low > 0.7)
+    assert known == (2 / 9, 8 / 9)
+    assert bounds("first", lambda low, high: low < high, known) == (6 / 9, 6 / 9)
+    assert bounds("second", from_the_end) == known
+    for point in right:
+        exact = sum(right[point]) / 9
+        assert bounds(point, lambda low, high: low < high, known) == (exact, exact)
