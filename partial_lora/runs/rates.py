@@ -350,7 +350,7 @@ def starting_rate(
     return dense * density ** (-max(power, 0.0) / 3)
 
 
-_AS_MASKED = ("random_weights", "unilora", "fourierft")  # the smaller they are, the higher their best rate
+_AS_MASKED = ("random_weights", "unilora", "fourierft", "loha")  # the smaller they are, the higher their best rate
 
 
 def suited(settings: Mapping, dense: float | None = None) -> float:

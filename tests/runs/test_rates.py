@@ -276,6 +276,7 @@ def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
         (["calibration=fixed", "calibration.sparsity=0.75", "mask.row_exponent=0"], 1e-3 * 0.25 ** -(1 / 3)),
         (["method=random_weights", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
         (["method=unilora", "calibration=fixed", "calibration.budget=0.02"], 2e-3 * 0.02**-0.5),
+        (["method=loha", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
         (["method=shira", "mask.row_exponent=1"], 3e-3 * 0.13**-0.5),  # which it has no use for
         (["method=vera"], 1e-2),
         (["method=lokr", "calibration.budget=0.02"], 3e-2),
