@@ -293,12 +293,11 @@ def test_plain_data_keeps_its_shape(monkeypatch) -> None:
     assert given["c"] == (f"x{SECRET}",)  # what it was given is not changed
 
 
-def test_a_terminal_of_few_characters_is_given_escapes(monkeypatch) -> None:
+def test_a_line_is_printed_when_it_ends_in_escapes_where_characters_are_few(monkeypatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     redact_output()
     print("train …")
-    sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"train \\u2026\n"
 
 
