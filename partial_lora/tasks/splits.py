@@ -36,8 +36,8 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
         reason = first_line(error)
         if single:
             reason = (
-                f"class {shortlist(single)} has a single row and needs at least {least}, or more if task.train_samples draws "
-                "some: add rows, leave it out, or give a file for every split"
+                f"class {shortlist(single)} has a single row and needs at least {least} rows, or more if "
+                "task.train_samples draws some: add rows, leave it out, or give a file for every split"
             )
         per_class = " per class" if classes else ""
         raise PartialLoraError(

@@ -55,8 +55,8 @@ race/race: gtsrb, budget 0.02: entries − low_rank; random_weights − low_rank
  unilora − low_rank; lokr − low_rank; pissa − low_rank; gralora − low_rank; partial − low_rank
 race/race: digits, budget 0.02: low_rank; oft − low_rank; entries − low_rank; random_weights − low_rank;\
  partial − low_rank; loraplus − low_rank; pissa − low_rank; rslora − low_rank
-race/race: trec, budget 0.02: lokr − low_rank; unilora − low_rank; hira − low_rank; oft − low_rank; fourierft − low_rank;\
- gralora − low_rank; pissa − low_rank; loha − low_rank
+race/race: trec, budget 0.02: lokr − low_rank; unilora − low_rank; hira − low_rank; oft − low_rank;\
+ fourierft − low_rank; gralora − low_rank; pissa − low_rank; loha − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
