@@ -488,7 +488,7 @@ reach: $(VENV)/.installed
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py
 
-# BENCH=--profile shows where the time goes instead.
+# BENCH=--profile: where the time of a step goes, in place of the benchmarks.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_adapter.py $(BENCH)
 	$(if $(BENCH),,$(BIN)/python scripts/bench_calibration.py)
