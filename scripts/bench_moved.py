@@ -1,4 +1,4 @@
-"""What benchmarks share: their arguments, their files, and which ratios have moved since the figures committed last.
+"""Arguments and files of all benchmarks, and the ratios that have moved since the figures committed last.
 
 Compared are ratios of what was measured side by side, which depend less on the machine than seconds do. A ratio has
 moved where its interval and that of before have nothing in common.

@@ -58,7 +58,7 @@ RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}
 
 
 def changes(run: FinishedRun, adapter: Path | None = None) -> dict[str, torch.Tensor]:
-    """What plain PEFT adds to each weight of the run's base model, by the run's adapter or another."""
+    """Changes that plain PEFT makes to each weight of the run's base model, by the run's adapter or another."""
     model = peft.PeftModel.from_pretrained(export.base_model(run), str(adapter or run.adapter))
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
     return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
