@@ -341,10 +341,10 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
         own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
     named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
     require(named, "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
-    numbers = all(isinstance(each, int | float) and each > 0 for each in own["budgets"] or [None])
+    numbers = all(type(each) in (int, float) and each > 0 for each in own["budgets"] or [None])
     require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
     for key, least in (("seeds", 1), ("rates", 2)):
-        require(isinstance(own[key], int) and own[key] >= least, key, own[key], f"a whole number, at least {least}")
+        require(type(own[key]) is int and own[key] >= least, key, own[key], f"a whole number, at least {least}")
     names = own["methods"]
     own["reference"] = own["reference"] or ("low_rank" if "low_rank" in names else names[0])
     require(own["reference"] in names, "reference", own["reference"], f"one of {', '.join(names)}")

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from scipy.special import log_softmax
 from torch import Tensor
 
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
@@ -110,8 +110,9 @@ class Predictor:
             inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
             batch_size: None takes the batch size of the run's own evaluation.
 
-        Raises PartialLoraError that names the first input that cannot be read.
+        Raises PartialLoraError that names the first input that cannot be read, or a batch size below one.
         """
+        require(batch_size is None or batch_size > 0, "batch_size", batch_size, "a positive number, or None")
         size = self.window(batch_size)
         predictions = []
         for start in range(0, len(inputs), size):

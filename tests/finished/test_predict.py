@@ -83,6 +83,8 @@ def test_images_are_predicted_as_the_run_itself_did(run, predictor, photos) -> N
     ]
     assert [each.input for each in predictor.predict([Image.new("RGB", (9, 9)), Path(photos[0])])] == ["", photos[0]]
     assert predictor.predict([]) == predictor.outcomes([]) == []
+    with pytest.raises(PartialLoraError, match="batch_size"):
+        predictor.predict(photos, batch_size=-1)
 
 
 def test_texts_of_like_length_share_a_batch(predictor, monkeypatch) -> None:
