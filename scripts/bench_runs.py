@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import bench_moved
+import bench_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -424,31 +424,31 @@ def page(record: Mapping) -> str:
     return "\n".join(lines)
 
 
-def figures(record: Mapping) -> bench_moved.Figures:
+def figures(record: Mapping) -> bench_record.Figures:
     """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, methods to plain
     LoRA of a lower rank, ways to wait to one thread."""
     found = {}
     if "starts" in record:
         sweeps = record["starts"]["found"]["sweeps"]
         fork, fresh = ([each["seconds"] for each in sweeps[start]] for start in ("fork", "fresh"))
-        found["a forked run / a fresh one"] = bench_moved.ratio_of_medians(fork, fresh)
+        found["a forked run / a fresh one"] = bench_record.ratio_of_medians(fork, fresh)
     for job, loops in record.get("steps", {"found": {}})["found"].items():
         for loop in LOOPS[1:]:
             steps_of = ([each["step"] for each in loops[name]] for name in (loop, "bare"))
-            found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_moved.ratio_of_medians(*steps_of)
+            found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_record.ratio_of_medians(*steps_of)
     for job, each in record.get("methods", {"found": {}})["found"].items():
         for method in (method for method in each if method != "low_rank"):
             steps_of = ([run["step"] for run in each[name]] for name in (method, "low_rank"))
-            found[f"{job}: {method} / low_rank"] = bench_moved.ratio_of_medians(*steps_of)
+            found[f"{job}: {method} / low_rank"] = bench_record.ratio_of_medians(*steps_of)
     for way, each in record.get("long", {"found": {}})["found"].items():
         for variant in ("lora", "rows_columns"):
             steps_of = ([run["step"] for run in each[name]] for name in (variant, "low_rank"))
-            found[f"a long text, {way}: {LONG_TITLES[variant]} / rank 2"] = bench_moved.ratio_of_medians(*steps_of)
+            found[f"a long text, {way}: {LONG_TITLES[variant]} / rank 2"] = bench_record.ratio_of_medians(*steps_of)
     for job, ways in record.get("threads", {"found": {}})["found"].items():
         for way in list(WAITING)[1:]:
             for how in ("alone", "two"):
                 steps_of = ([each["step"] for each in ways[name][how]] for name in (way, "one thread"))
-                found[f"{job}, {how}: {way} / one thread"] = bench_moved.ratio_of_medians(*steps_of)
+                found[f"{job}, {how}: {way} / one thread"] = bench_record.ratio_of_medians(*steps_of)
     return found
 
 
@@ -465,12 +465,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=24, help="of a sweep")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    options = bench_moved.parsed(parser, words)
+    options = bench_record.parsed(parser, words)
     file = options.out / "runs.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     made = {"command": f"python scripts/bench_runs.py {shlex.join(words)}", "repeats": options.repeats}
     record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
-    bench_moved.write(options.out, "runs", record, page, figures)
+    bench_record.write(options.out, "runs", record, page, figures)
 
 
 if __name__ == "__main__":
